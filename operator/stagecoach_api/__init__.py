@@ -1,0 +1,1 @@
+"""The contract between people, drivers and trainers: typed, torch-free, client-free."""

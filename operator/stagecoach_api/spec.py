@@ -1,0 +1,245 @@
+"""`TrainingRun`: the resource people write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stagecoach_api.base import Model, Name, ShortText, Uri
+from stagecoach_api.references import Reference
+from stagecoach_api.stages import (
+    STAGE_KINDS,
+    DataStage,
+    EvaluateStage,
+    ExportStage,
+    PretrainStage,
+    SftStage,
+    TokenizerStage,
+)
+
+Quantity = Annotated[
+    str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
+]
+"""A Kubernetes quantity, such as `96`, `500m` or `1000Gi`."""
+
+
+class SecretReference(Model):
+    """A Secret in the run's namespace."""
+
+    secret_name: Name
+    """Name of the Secret; its keys `accessKeyId` and `secretAccessKey` are mounted as files, never put in env."""
+
+
+class Storage(Model):
+    """Where artifacts lie, and where relative inputs are found."""
+
+    uri: Uri | None = None
+    """Folder of all artifacts: `s3://bucket/prefix` or `file:///folder`. None: `.stagecoach/store` below the working
+    directory on a laptop, the operator's default on a cluster."""
+
+    endpoint: Annotated[str, Field(max_length=512)] | None = None
+    """S3 endpoint URL. None: AWS's own, or the one in the SDK's configuration."""
+
+    region: Annotated[str, Field(max_length=64)] | None = None
+    """S3 region. None: the SDK's configuration."""
+
+    credentials: SecretReference | None = None
+    """Credentials on a cluster. None: the service account's identity; on a laptop always the SDK's own chain."""
+
+    inputs: Uri | None = None
+    """Folder against which relative `uri` values are resolved. None: the run file's folder on a laptop; needed on a
+    cluster when a relative `uri` is used."""
+
+
+class Resources(Model):
+    """The gang of pods a stage runs as. In `defaults` or a stage; a field that is None takes the default's value."""
+
+    nodes: Annotated[int, Field(ge=1, le=16384)] | None = None
+    """Pods of the stage, one per node. None: 1."""
+
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    """GPUs of each pod, and so ranks. None: 0, which is one CPU rank per pod."""
+
+    gpu_product: Annotated[str, Field(max_length=63)] | None = None
+    """Value of the node label `nvidia.com/gpu.product`. None: any."""
+
+    ranks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Ranks of each pod where it has no GPU. None: 1."""
+
+    cpu: Quantity | None = None
+    """CPUs of each pod. None: no request; on a laptop all cores."""
+
+    memory: Quantity | None = None
+    """Memory of each pod. None: no request."""
+
+    shared_memory: Quantity | None = None
+    """Size of `/dev/shm`. None: 64Mi."""
+
+    @property
+    def num_ranks_per_node(self) -> int:
+        return self.gpus_per_node or self.ranks_per_node or 1
+
+    @property
+    def num_nodes(self) -> int:
+        return self.nodes or 1
+
+
+class Queue(Model):
+    """A Kueue queue."""
+
+    name: Name
+    """Name of the LocalQueue."""
+
+
+class Retries(Model):
+    """How often a failed attempt is made again, by cause. Being asked to stop (preemption) is never charged."""
+
+    infrastructure: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Lost nodes and pods, killed processes, storage that did not answer. None: 20."""
+
+    hang: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """No progress for too long. None: 5."""
+
+    user: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Errors in the run itself, which would happen again. None: 0."""
+
+
+class StageSettings(Model):
+    """What a stage inherits from `defaults` and may override: none of it changes what the stage computes."""
+
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Trainer image; by digest (`name@sha256:…`) where it is not the operator's own. None: the operator's."""
+
+    resources: Resources = Resources()
+    """The gang of pods."""
+
+    queue: Queue | None = None
+    """Kueue queue the stage waits in; quota is held only while the stage runs. None: it runs unqueued."""
+
+    retries: Retries = Retries()
+    """Retry budgets by cause."""
+
+    timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Longest time one attempt may take. None: no limit."""
+
+
+class Stage(StageSettings):
+    """One step of the pipeline: a name, exactly one kind, and what it overrides."""
+
+    name: Name
+    """Unique name in the run."""
+
+    after: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
+    """Stages that must be finished first though nothing of theirs is read. Default: none."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    """Seed of everything random in the stage. None: the run's."""
+
+    data: DataStage | None = None
+    """Read, filter, deduplicate, split. None: the stage is of another kind."""
+
+    tokenizer: TokenizerStage | None = None
+    """Make a vocabulary. None: the stage is of another kind."""
+
+    pretrain: PretrainStage | None = None
+    """Next-token training. None: the stage is of another kind."""
+
+    sft: SftStage | None = None
+    """Supervised fine-tuning. None: the stage is of another kind."""
+
+    evaluate: EvaluateStage | None = None
+    """Measure a model. None: the stage is of another kind."""
+
+    export: ExportStage | None = None
+    """Make a release. None: the stage is of another kind."""
+
+    @model_validator(mode="after")
+    def _exactly_one_kind(self) -> Stage:
+        given = [kind for kind in STAGE_KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            kinds = ", ".join(STAGE_KINDS)
+            raise ValueError(f"a stage is exactly one of {kinds}; this one is {' and '.join(given) or 'none of them'}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in STAGE_KINDS if getattr(self, kind) is not None)
+
+    @property
+    def config(self) -> Model:
+        """The member of this stage's kind."""
+        config: Model = getattr(self, self.kind)
+        return config
+
+    def references(self) -> Iterator[tuple[str, Reference]]:
+        """Yield every input of the stage with its field path, such as `sft.data[0]`."""
+        yield from _references(self.config, self.kind)
+
+    def upstream(self) -> frozenset[str]:
+        """Names of the stages that must be finished before this one."""
+        inputs = {reference.stage for _, reference in self.references() if reference.stage is not None}
+        return frozenset(inputs | set(self.after))
+
+
+def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
+    if isinstance(value, Reference):
+        yield path, value
+    elif isinstance(value, Model):
+        for name, field in type(value).model_fields.items():
+            yield from _references(getattr(value, name), f"{path}.{field.alias or name}")
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _references(item, f"{path}[{index}]")
+
+
+class RunSpec(Model):
+    """What is to be trained, where it is kept, and what every stage inherits."""
+
+    storage: Storage = Storage()
+    """Where artifacts lie."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of everything random; each stage draws its own streams from it. Default: 0."""
+
+    suspend: bool = False
+    """Stop at the next checkpoint and give up all resources; false goes on from there. Default: false."""
+
+    defaults: StageSettings = StageSettings()
+    """What stages inherit."""
+
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
+    """The pipeline. Order does not matter: edges come from inputs and `after`."""
+
+
+class Metadata(Model):
+    """The part of Kubernetes' object metadata that a laptop needs."""
+
+    name: Name
+    """Name of the run."""
+
+    namespace: Name = "default"
+    """Namespace. Default: default."""
+
+    labels: dict[ShortText, ShortText] = Field(default_factory=dict)
+    """Free labels. Default: none."""
+
+    annotations: dict[ShortText, Annotated[str, Field(max_length=65536)]] = Field(default_factory=dict)
+    """Free annotations. Default: none."""
+
+
+class TrainingRun(Model):
+    """A whole training pipeline."""
+
+    api_version: Literal["stagecoach.dev/v1alpha1"] = "stagecoach.dev/v1alpha1"
+    """Always `stagecoach.dev/v1alpha1`."""
+
+    kind: Literal["TrainingRun"] = "TrainingRun"
+    """Always `TrainingRun`."""
+
+    metadata: Metadata
+    """Name and namespace."""
+
+    spec: RunSpec
+    """What is to be trained."""

@@ -1,0 +1,142 @@
+"""`evaluate`: measure a model, and stop the run where it is not good enough."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from stagecoach_api.base import Count, Fraction, Identifier, Model, Uri
+from stagecoach_api.references import NamedSource, Reference
+from stagecoach_api.stages.sft import Template
+from stagecoach_api.training import Precision, require_exactly_one
+
+
+class Generation(Model):
+    """How answers are generated."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 64
+    """Longest answer, in tokens. Default: 64."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Sampling temperature; 0 takes the likeliest token. Default: 0."""
+
+    top_p: Fraction = 1.0
+    """Share of probability mass that is sampled from. Default: 1."""
+
+
+Prompt = Annotated[str, Field(min_length=1, max_length=65536)]
+
+
+class Samples(Model):
+    """Prompts whose answers are shown in the report."""
+
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=256)]
+    """What the user says; each is rendered by the chat template."""
+
+    generation: Generation = Generation()
+    """How the answers are generated."""
+
+
+class ExactMatch(Model):
+    """Share of answers that equal the reference answer, after trimming blanks."""
+
+    name: Identifier
+    """The metric's name: `<name>.exactMatch`."""
+
+    on: NamedSource
+    """Conversations whose last assistant turn is the reference."""
+
+    max_samples: Count = 200
+    """Conversations that are asked. Default: 200."""
+
+    generation: Generation = Generation()
+    """How the answers are generated."""
+
+
+class LmEvalTask(Model):
+    """A task of the LM evaluation harness. Exactly one of `task` and `uri`."""
+
+    task: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """Name of one of lm-eval's own tasks. None: `uri` is given."""
+
+    uri: Uri | None = None
+    """A task in lm-eval's YAML. None: `task` is given."""
+
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Examples in front of each question. None: the task's own number."""
+
+    max_samples: Count | None = None
+    """Questions asked. None: all."""
+
+    @model_validator(mode="after")
+    def _one(self) -> LmEvalTask:
+        require_exactly_one(self, "task", "uri")
+        return self
+
+
+class GateFailure(StrEnum):
+    """What a missed gate does to the run."""
+
+    STOP = "stop"
+    CONTINUE = "continue"
+
+
+class Gate(Model):
+    """A condition on one metric of the report."""
+
+    metric: Annotated[str, Field(min_length=1, max_length=256)]
+    """Name of a metric in `report.json`, such as `heldOut.zh.bitsPerCharacter` or `verse.exactMatch`."""
+
+    at_least: float | None = None
+    """The metric must not be lower. None: no lower limit."""
+
+    at_most: float | None = None
+    """The metric must not be higher. None: no upper limit."""
+
+    on_failure: GateFailure = GateFailure.STOP
+    """`stop` fails the stage and with it the run; `continue` records the miss and goes on. Default: stop."""
+
+    @model_validator(mode="after")
+    def _limits(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give `atLeast`, `atMost` or both")
+        return self
+
+
+class EvaluateStage(Model):
+    """Measure a model."""
+
+    model: Reference
+    """Model or adapter to measure: a stage's artifact or a Hugging Face folder."""
+
+    held_out: Annotated[tuple[NamedSource, ...], Field(max_length=32)] = ()
+    """Text whose loss, perplexity and bits per character are measured. Default: none."""
+
+    max_tokens: Count = 65536
+    """Tokens measured per held-out set. Default: 65,536."""
+
+    sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] = 1024
+    """Tokens of one row while measuring. Default: 1,024."""
+
+    samples: Samples | None = None
+    """Prompts whose answers are shown. None: none are."""
+
+    exact_match: Annotated[tuple[ExactMatch, ...], Field(max_length=32)] = ()
+    """Tasks with one right answer. Default: none."""
+
+    lm_eval: Annotated[tuple[LmEvalTask, ...], Field(max_length=64)] = ()
+    """Tasks of the LM evaluation harness. Default: none."""
+
+    template: Template | None = None
+    """Template of prompts. None: the tokenizer's own chat template."""
+
+    gates: Annotated[tuple[Gate, ...], Field(max_length=32)] = ()
+    """Conditions on the metrics. Default: none."""
+
+    precision: Precision = Precision.BF16
+    """Number format of the forward pass. Default: bf16."""
+
+    batch_rows: Annotated[int, Field(ge=1, le=65536)] = 8
+    """Rows computed at once. Default: 8."""

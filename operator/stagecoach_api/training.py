@@ -1,0 +1,339 @@
+"""Fields that every kind of training stage shares: what is trained, for how long, with which step."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from stagecoach_api.base import Count, Fraction, Identifier, Model, NonNegativeCount
+from stagecoach_api.references import NamedSource, Reference, WeightedSource
+
+
+def require_exactly_one(model: Model, *members: str) -> None:
+    """Raise unless exactly one of the optional `members` (Python names) is set."""
+    given = [name for name in members if getattr(model, name) is not None]
+    if len(given) != 1:
+        allowed = ", ".join(f"`{type(model).model_fields[name].alias or name}`" for name in members)
+        raise ValueError(f"give exactly one of {allowed}")
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+class FullTraining(Model):
+    """Every parameter is trained."""
+
+
+class Rows(StrEnum):
+    """Rows of the embedding and of the head."""
+
+    ALL = "all"
+    NEW = "new"
+
+
+class EmbeddingTraining(Model):
+    """Only the input embedding and the head are trained; the body is frozen."""
+
+    rows: Rows = Rows.NEW
+    """`new`: only the rows the vocabulary resize added (old rows stay bit for bit); `all`: every row, as
+    Chinese-LLaMA's first stage did (arXiv 2304.08177). Default: new."""
+
+
+ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class LoraTraining(Model):
+    """Low-rank adapters (arXiv 2106.09685) on the named linear layers."""
+
+    targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear layers that get an adapter. Default: all seven of a LLaMA block."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Rank of each adapter. Default: 8."""
+
+    alpha: Annotated[float, Field(ge=0.0, le=1e6)] = 16.0
+    """Scale: the adapter's output is multiplied by alpha / rank. Default: 16."""
+
+    dropout: Fraction = 0.0
+    """Dropout probability in front of the adapter. Default: 0."""
+
+    modules_to_save: Annotated[tuple[ModuleName, ...], Field(max_length=16)] = ()
+    """Layers trained in full beside the adapters, all their rows, such as `embed_tokens` and `lm_head`.
+    Default: none."""
+
+    new_rows: bool = False
+    """Train the rows the vocabulary resize added, beside the adapters. Default: false."""
+
+    continue_adapter: bool = False
+    """Go on training the adapter that `model` is, instead of merging it into the base in memory and starting a new
+    one. `targets`, `rank` and `alpha` are then the adapter's. Default: false."""
+
+
+class Trainable(Model):
+    """Which parameters learn. Exactly one member."""
+
+    full: FullTraining | None = None
+    """Every parameter. None: another member is given."""
+
+    embeddings: EmbeddingTraining | None = None
+    """Input embedding and head only. None: another member is given."""
+
+    lora: LoraTraining | None = None
+    """Low-rank adapters. None: another member is given."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Trainable:
+        require_exactly_one(self, "full", "embeddings", "lora")
+        return self
+
+
+class NewRows(StrEnum):
+    """What a row added by a vocabulary resize starts as."""
+
+    MEAN = "mean"
+    RANDOM = "random"
+    ZERO = "zero"
+
+
+class Resize(Model):
+    """How the embedding and the head grow when the vocabulary is larger than the model's."""
+
+    new_rows: NewRows = NewRows.MEAN
+    """`mean`: the mean of the rows of the old vocabulary's sub-tokens of the new piece (as Ziya2 did, arXiv
+    2311.03301); `random`: normal with the model's initializer range; `zero`. Default: mean."""
+
+
+# -- for how long ------------------------------------------------------------------------------------------------------
+
+
+class Budget(Model):
+    """How long training lasts. Exactly one member."""
+
+    tokens: Count | None = None
+    """Training tokens, counted as they enter the model, padding apart. None: another member is given."""
+
+    steps: Count | None = None
+    """Optimiser steps. None: another member is given."""
+
+    epochs: Annotated[float, Field(ge=0.001, le=10000.0)] | None = None
+    """Passes over the data. None: another member is given."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        require_exactly_one(self, "tokens", "steps", "epochs")
+        return self
+
+
+class Batch(Model):
+    """The global batch of one optimiser step. It never depends on the number of ranks. `tokens` or `samples`, one."""
+
+    tokens: Count | None = None
+    """Tokens of one optimiser step over all ranks: `tokens / sequenceLength` rows, rounded down, at least one.
+    None: `samples` is given."""
+
+    samples: Count | None = None
+    """Samples of one optimiser step over all ranks, packed into as few rows as they fit. None: `tokens` is given."""
+
+    micro_batch_rows: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Rows of `sequenceLength` tokens that one rank computes at once; the rest of its share of the batch is
+    accumulated. None: 1."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Batch:
+        require_exactly_one(self, "tokens", "samples")
+        return self
+
+
+class ScheduleName(StrEnum):
+    """Shape of the learning rate over the steps after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    WSD = "wsd"
+
+
+class Schedule(Model):
+    """Learning rate over time: a linear warm-up from 0, then the named shape."""
+
+    name: ScheduleName = ScheduleName.COSINE
+    """`cosine` and `linear` fall to the floor at the last step; `constant` stays; `wsd` stays, then falls linearly to
+    the floor over the last `decayShare` of the steps (arXiv 2404.06395). Default: cosine."""
+
+    warmup_steps: NonNegativeCount | None = None
+    """Steps of the warm-up. None: `warmupShare` decides."""
+
+    warmup_share: Fraction = 0.0
+    """Share of all steps spent in the warm-up. Default: 0. Ignored where `warmupSteps` is given."""
+
+    floor: Fraction = 0.0
+    """Learning rate at the end as a share of the highest. Default: 0. InstructGPT and InternLM2: 0.1."""
+
+    decay_share: Fraction = 0.1
+    """`wsd` only: share of all steps over which the rate falls. Default: 0.1."""
+
+
+class Optimizer(Model):
+    """AdamW (arXiv 1711.05101) with fp32 master weights and moments."""
+
+    learning_rate: Annotated[float, Field(ge=0.0, le=10.0)]
+    """Highest learning rate."""
+
+    beta1: Fraction = 0.9
+    """Decay of the first moment. Default: 0.9."""
+
+    beta2: Fraction = 0.95
+    """Decay of the second moment. Default: 0.95 (InternLM2, Ziya2)."""
+
+    epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-8
+    """Added to the square root of the second moment. Default: 1e-8."""
+
+    weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed. Default: 0."""
+
+    clip: Annotated[float, Field(ge=0.0, le=1e6)] | None = 1.0
+    """Largest global gradient norm; above it gradients are scaled down. Default: 1. None: no clipping."""
+
+
+class EarlyStop(Model):
+    """End training when a held-out loss has stopped falling."""
+
+    set: Identifier
+    """Name of the held-out set that is watched."""
+
+    patience: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Measurements in a row without improvement before training ends. Default: 3."""
+
+    min_delta: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Smallest fall of the loss, in nats per token, that counts as improvement. Default: 0."""
+
+
+# -- with which step ---------------------------------------------------------------------------------------------------
+
+
+class Precision(StrEnum):
+    """Number format of the forward and backward pass; master weights and moments are fp32 always."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Offload(StrEnum):
+    """Where DeepSpeed keeps a state between steps."""
+
+    NONE = "none"
+    CPU = "cpu"
+
+
+class Sharding(Model):
+    """DeepSpeed ZeRO (arXiv 1910.02054). At one rank without offload the plain PyTorch step is used instead."""
+
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    """ZeRO stage: 0 replicates, 1 shards the optimiser state, 2 gradients too, 3 parameters too. Default: 0."""
+
+    offload_optimizer: Offload = Offload.NONE
+    """Where the optimiser state lies; `cpu` needs `zero` ≥ 1. Default: none."""
+
+    offload_parameters: Offload = Offload.NONE
+    """Where the parameters lie; `cpu` needs `zero: 3`. Default: none."""
+
+    @model_validator(mode="after")
+    def _offload_needs_sharding(self) -> Sharding:
+        if self.offload_optimizer is Offload.CPU and self.zero < 1:
+            raise ValueError("`offloadOptimizer: cpu` needs `zero` of 1 or more")
+        if self.offload_parameters is Offload.CPU and self.zero < 3:
+            raise ValueError("`offloadParameters: cpu` needs `zero: 3`")
+        return self
+
+
+class Checkpoints(Model):
+    """When the whole training state is saved, and which saves are kept until the stage is done."""
+
+    every_steps: Count | None = None
+    """Steps between two checkpoints. None: every tenth of the stage."""
+
+    keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Newest checkpoints that are kept. Default: 2."""
+
+    keep_every_steps: Count | None = None
+    """Checkpoints at multiples of this step are kept beside the newest. None: none are."""
+
+
+class HeldOut(Model):
+    """Measurement on held-out text, by the training stage itself."""
+
+    sets: Annotated[tuple[NamedSource, ...], Field(max_length=16)] = ()
+    """Sets whose loss, bits per character and perplexity are measured. Default: none."""
+
+    every_steps: Count | None = None
+    """Steps between two measurements. None: before the first step and after the last only."""
+
+    max_tokens: Count = 65536
+    """Tokens measured per set, from the first record on. Default: 65,536."""
+
+
+class Training(Model):
+    """What `pretrain` and `sft` have in common."""
+
+    tokenizer: Reference | None = None
+    """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. None: the model's own."""
+
+    resize: Resize = Resize()
+    """What new rows start as where the vocabulary is larger than the model's."""
+
+    data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
+    """Sets to train on, mixed exactly by weight."""
+
+    trainable: Trainable = Trainable(full=FullTraining())
+    """Which parameters learn. Default: all."""
+
+    sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] = 1024
+    """Tokens of one row. Default: 1,024."""
+
+    budget: Budget = Budget(epochs=1.0)
+    """How long training lasts. Default: one epoch."""
+
+    batch: Batch
+    """Global batch of one optimiser step."""
+
+    optimizer: Optimizer
+    """AdamW's settings."""
+
+    schedule: Schedule = Schedule()
+    """Learning rate over time. Default: cosine to 0 without warm-up."""
+
+    precision: Precision = Precision.BF16
+    """Number format of forward and backward. Default: bf16."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them. Default: false."""
+
+    sharding: Sharding = Sharding()
+    """ZeRO stage and offload. Default: none of either."""
+
+    held_out: HeldOut = HeldOut()
+    """Measurement before, during and after training. Default: none."""
+
+    early_stop: EarlyStop | None = None
+    """End when a held-out loss no longer falls. None: the budget alone ends training."""
+
+    checkpoints: Checkpoints = Checkpoints()
+    """When the training state is saved."""
+
+    max_dropped_share: Fraction = 0.05
+    """Largest share of samples that may be dropped, cut or left without any loss; above it the stage fails.
+    Default: 0.05."""
+
+    attention_dropout: Fraction = 0.0
+    """Dropout probability of the attention weights while training. Default: 0."""

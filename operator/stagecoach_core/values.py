@@ -1,0 +1,198 @@
+"""The values that go in and out of the core. A driver fills `Observed`; `decide` answers with a `Decision`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from stagecoach_api.outcomes import Cause
+from stagecoach_api.spec import Stage
+
+
+class AttemptState(StrEnum):
+    """Where an attempt is, as the driver sees it."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a stage's work."""
+
+    stage: str
+    digest: str
+    """Stage digest the attempt works on; a re-plan leaves attempts of an older digest behind."""
+    number: int
+    """1, 2, 3 … over the life of the run's stage."""
+    state: AttemptState
+    started: float
+    """Seconds since the epoch."""
+    ended: float | None = None
+    cause: Cause | None = None
+    """Why it ended without a result. None: it has not ended, or it is done."""
+    message: str = ""
+    heartbeat: float | None = None
+    """Time of the newest sign of life. None: none yet."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete artifact in the store."""
+
+    stage_digest: str
+    content_digest: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class External:
+    """An input from outside the run, as it was found when the run was planned."""
+
+    uri: str
+    """Absolute."""
+    digest: str
+    """Hash over the paths, sizes and checksums of its objects."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its settings resolved against the run's defaults."""
+
+    stage: Stage
+    """Stage with `defaults` merged in, seed filled."""
+    upstream: tuple[str, ...]
+    """Names of stages that must be finished first, sorted."""
+    externals: Mapping[str, External]
+    """External inputs by `Reference.key`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's graph, checked: every input exists, there is no cycle."""
+
+    namespace: str
+    run: str
+    stages: Mapping[str, PlannedStage]
+    """By name, in topological order (ties in the order of the file)."""
+    code: str
+    """Identity of the trainer's code."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the driver can run at once. None: no limit (a cluster's scheduler decides)."""
+
+    slots: int | None = None
+    """Stages that may run side by side."""
+    ranks: int | None = None
+    """Ranks that may run side by side."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything a decision rests on, seen at one moment."""
+
+    attempts: tuple[Attempt, ...] = ()
+    """All attempts of this run that are remembered, of every stage, ended ones included."""
+    artifacts: Mapping[str, Found | None] = field(default_factory=dict)
+    """By stage digest: the artifact, or None where the store has none. A digest that is missing was not looked up."""
+    suspend: bool = False
+    cancel: bool = False
+    selected: frozenset[str] | None = None
+    """Stages that may be worked on (`--until`). None: all."""
+    forced: frozenset[str] = frozenset()
+    """Stages whose artifact is not taken from the cache (`--from`), until an attempt started after `forced_since`
+    has finished them."""
+    forced_since: float = 0.0
+    capacity: Capacity = Capacity()
+
+
+# -- what to do --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """Ask the store whether the artifact of this digest exists."""
+
+    stage: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start an attempt."""
+
+    stage: str
+    digest: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End a living attempt; it saves a checkpoint first."""
+
+    stage: str
+    number: int
+    reason: str
+
+
+Action = LookUp | Start | Stop
+
+
+class StageState(StrEnum):
+    """What people are told of a stage."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    STOPPING = "Stopping"
+    RETRYING = "Retrying"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    CACHED = "Cached"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+    SKIPPED = "Skipped"
+    """Not worked on: not selected, or something before it failed."""
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage's state, and for a waiting one the thing it waits for."""
+
+    state: StageState
+    digest: str | None = None
+    """Stage digest. None: an input is not finished, so it is not known yet."""
+    artifact: Found | None = None
+    attempt: int = 0
+    """Number of the newest attempt; 0: none."""
+    restarts: Mapping[Cause, int] = field(default_factory=dict)
+    """Failed attempts by cause, of this digest."""
+    waiting_for: str = ""
+    """What a stage that is neither running nor ended waits for, in words. Empty: nothing."""
+    message: str = ""
+
+
+class RunState(StrEnum):
+    """Where the run as a whole is."""
+
+    PROGRESSING = "Progressing"
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, what to say, and when to look again if nothing happens."""
+
+    actions: tuple[Action, ...]
+    stages: Mapping[str, StageView]
+    state: RunState
+    message: str = ""
+    look_again_at: float | None = None
+    """Seconds since the epoch. None: only when something changes."""

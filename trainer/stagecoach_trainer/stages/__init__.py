@@ -1,0 +1,12 @@
+"""The registry of stage modules: each has `run(config, context) -> StageOutcome`. Imported by name, when needed."""
+
+from __future__ import annotations
+
+STAGE_MODULES: dict[str, str] = {
+    "data": "stagecoach_trainer.stages.data",
+    "tokenizer": "stagecoach_trainer.stages.tokenizer",
+    "pretrain": "stagecoach_trainer.stages.pretrain",
+    "sft": "stagecoach_trainer.stages.sft",
+    "evaluate": "stagecoach_trainer.stages.evaluate",
+    "export": "stagecoach_trainer.stages.export",
+}
