@@ -1,0 +1,69 @@
+# One command per job; `make` alone lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := .uv/bin/uv
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# DeepSpeed compiles the operators a run needs at first use, and keeps them here.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+# Nothing here needs a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install demo test lint generate verify bench lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## set up .venv from the lock (Python 3.11+, a C++ compiler)
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0]) if not (3, 11) <= sys.version_info < (3, 14) else None'
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet uv==$(UV_VERSION)
+
+# DeepSpeed's build imports torch, so everything else is installed first.
+$(INSTALLED): pyproject.toml requirements.lock | $(UV)
+	@test -x $(BIN)/python || $(UV) venv --quiet --python $$($(PYTHON) -c 'import sys; print(sys.executable)') .venv
+	@mkdir -p build
+	@awk '/^[^ #]/ { skip = /^deepspeed==/ } !skip' requirements.lock > build/without-deepspeed.lock
+	$(UV) pip install --require-hashes --requirement build/without-deepspeed.lock
+	DS_BUILD_OPS=0 $(UV) pip sync --require-hashes --no-build-isolation requirements.lock
+	$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install ## train a small Chinese LLaMA from raw text to a released model (about 6 minutes on 2 cores)
+	$(BIN)/stagecoach run examples/chinese-alpaca-tiny.yaml
+
+test: install ## the whole suite, without cluster or GPU
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: install ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+generate: install ## write the generated files: CRD, JSON schema, field reference
+	$(BIN)/python -m stagecoach_api.generate
+
+verify: install ## check that the generated files are up to date
+	$(BIN)/python -m stagecoach_api.generate --check
+
+bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
+	$(BIN)/python -m bench
+
+lock: $(UV) ## resolve pyproject.toml into the locks
+	$(UV) pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+		--output-file requirements.lock pyproject.toml
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra trainer --generate-hashes --no-header \
+		--constraint requirements.lock --no-annotate \
+		--output-file trainer/stagecoach_trainer/requirements.lock pyproject.toml
+
+clean: ## remove what the commands above made, artifacts of runs apart
+	rm -rf .venv .uv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
