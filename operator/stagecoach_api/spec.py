@@ -18,6 +18,8 @@ from stagecoach_api.stages import (
     SftStage,
     TokenizerStage,
 )
+from stagecoach_api.stages.evaluate import LmEvalTask
+from stagecoach_api.stages.tokenizer import AddTokens
 
 Quantity = Annotated[
     str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
@@ -183,12 +185,20 @@ class Stage(StageSettings):
         return frozenset(inputs | set(self.after))
 
 
+FILE_FIELDS: dict[type[Model], str] = {AddTokens: "characters_from", LmEvalTask: "uri"}
+"""Plain URI fields whose file is read by the stage: inputs like a `Reference` with that `uri`."""
+
+
 def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
     if isinstance(value, Reference):
         yield path, value
     elif isinstance(value, Model):
+        file_field = FILE_FIELDS.get(type(value))
         for name, field in type(value).model_fields.items():
-            yield from _references(getattr(value, name), f"{path}.{field.alias or name}")
+            item = getattr(value, name)
+            if name == file_field and item is not None:
+                item = Reference(uri=item)
+            yield from _references(item, f"{path}.{field.alias or name}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _references(item, f"{path}[{index}]")

@@ -30,13 +30,28 @@ class Attempt:
     """1, 2, 3 … over the life of the run's stage."""
     state: AttemptState
     started: float
-    """Seconds since the epoch."""
+    """When it was asked for, in seconds since the epoch."""
+    running_since: float | None = None
+    """When its processes began to run. None: they have not, or it is not known apart from `started`."""
     ended: float | None = None
+    """When its last process ended. None: it has not."""
     cause: Cause | None = None
-    """Why it ended without a result. None: it has not ended, or it is done."""
+    """Why it ended without a result, or, while it is stopping, the cause `Stop` gave. None: neither, or it is done.
+    `policies.ending.cause_of_end` tells it."""
     message: str = ""
     heartbeat: float | None = None
     """Time of the newest sign of life. None: none yet."""
+    longest_silence: float = 0.0
+    """Longest time between two signs of life so far, in seconds; the limit for a hang adapts to it."""
+
+    @property
+    def lives(self) -> bool:
+        return self.state is not AttemptState.ENDED
+
+    @property
+    def is_done(self) -> bool:
+        """It ended, and says that its artifact is published."""
+        return self.state is AttemptState.ENDED and self.cause is None
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,16 @@ class Found:
     stage_digest: str
     content_digest: str
     uri: str
+    """Its output folder, absolute."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The store has no artifact of a digest."""
+
+    at: float
+    """When the store said so, in seconds since the epoch. An answer older than the end of an attempt at the digest is
+    asked for again, so that a driver may simply keep every answer."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +123,11 @@ class Observed:
 
     attempts: tuple[Attempt, ...] = ()
     """All attempts of this run that are remembered, of every stage, ended ones included."""
-    artifacts: Mapping[str, Found | None] = field(default_factory=dict)
-    """By stage digest: the artifact, or None where the store has none. A digest that is missing was not looked up."""
+    artifacts: Mapping[str, Found | Missing] = field(default_factory=dict)
+    """The store's newest answers, by stage digest. A digest that is not here was not looked up."""
+    since: float = 0.0
+    """When the user asked for this run (or for one more try). Failures of attempts that ended before are not charged;
+    what attempts that ended before have made counts as cached."""
     suspend: bool = False
     cancel: bool = False
     selected: frozenset[str] | None = None
@@ -138,6 +166,8 @@ class Stop:
     stage: str
     number: int
     reason: str
+    cause: Cause = Cause.PREEMPTION
+    """What the attempt's end is charged to if it ends without a result; the driver remembers it."""
 
 
 Action = LookUp | Start | Stop
@@ -170,7 +200,7 @@ class StageView:
     attempt: int = 0
     """Number of the newest attempt; 0: none."""
     restarts: Mapping[Cause, int] = field(default_factory=dict)
-    """Failed attempts by cause, of this digest."""
+    """Attempts at this digest that ended without a result since `Observed.since`, by cause."""
     waiting_for: str = ""
     """What a stage that is neither running nor ended waits for, in words. Empty: nothing."""
     message: str = ""

@@ -1,0 +1,1 @@
+"""One policy, one file: small rules that `decide` puts together."""
