@@ -1,0 +1,49 @@
+"""Where artifacts lie: one store type over a folder and over S3. boto3 is imported when the first S3 call is made.
+
+store = open_store("s3://models/chinese-alpaca", endpoint="https://s3.example.com")
+store.upload(Path("model.safetensors"), "artifacts/…/output/model.safetensors")
+store.commit("artifacts/…/manifest.json", manifest)      # last, and only if absent
+"""
+
+from __future__ import annotations
+
+from stagecoach_api.stores.base import (
+    AccessDenied,
+    Corrupt,
+    FolderLocation,
+    NotFound,
+    Store,
+    StoreEntry,
+    StoreError,
+    Unreachable,
+    parse_location,
+)
+from stagecoach_api.stores.external import external_digest, list_external
+from stagecoach_api.stores.folder import FolderStore
+from stagecoach_api.stores.s3 import S3Store
+
+__all__ = [
+    "AccessDenied",
+    "Corrupt",
+    "FolderStore",
+    "NotFound",
+    "S3Store",
+    "Store",
+    "StoreEntry",
+    "StoreError",
+    "Unreachable",
+    "external_digest",
+    "list_external",
+    "open_store",
+]
+
+
+def open_store(uri: str, endpoint: str | None = None, region: str | None = None) -> Store:
+    """Open the store at `s3://bucket/prefix`, `file:///folder` or a plain path. Nothing is read or made yet.
+
+    `endpoint`, `region`: of S3; None takes the AWS SDK's configuration. Raises StoreError for another scheme.
+    """
+    location = parse_location(uri)
+    if isinstance(location, FolderLocation):
+        return FolderStore(location)
+    return S3Store(location, endpoint=endpoint, region=region)

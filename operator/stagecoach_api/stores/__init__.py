@@ -1,0 +1,1 @@
+"""Back ends of the store. Use them through `stagecoach_api.store`."""

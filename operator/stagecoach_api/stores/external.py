@@ -1,0 +1,139 @@
+"""Inputs that no stage made: a file, a folder or a glob, on this machine or on S3, and what identifies their bytes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from stagecoach_api.artifacts import digest_of
+from stagecoach_api.stores.base import (
+    FolderLocation,
+    NotFound,
+    S3Location,
+    StoreEntry,
+    file_uri,
+    parse_location,
+    sha256_of_file,
+)
+from stagecoach_api.stores.folder import translated
+from stagecoach_api.stores.s3 import S3Store
+
+_HASHING_THREADS = 4
+_WILDCARDS = frozenset("*?[")
+
+
+def list_external(uri: str, endpoint: str | None = None, region: str | None = None) -> tuple[str, list[StoreEntry]]:
+    """Find what lies at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
+
+    Returns the root's URI and the files with keys relative to it, sorted. The root of a single file is its folder, that
+    of a glob the last folder without a wildcard. Hidden files are passed over unless a pattern names them. Local files
+    carry their sha256, S3 objects their ETag. Raises NotFound, naming `uri`, where there is nothing.
+    """
+    location = parse_location(uri)
+    if isinstance(location, FolderLocation):
+        root, entries = _list_local(location.path)
+        found = file_uri(root), entries
+    else:
+        found = _list_s3(location, endpoint, region)
+    if not found[1]:
+        raise NotFound(
+            uri, "there is no such file, folder with files, or match; check the path (hidden files are not read)"
+        )
+    return found
+
+
+def external_digest(entries: Iterable[StoreEntry]) -> str:
+    """Return the digest of external input: names below its root, sizes and checksums, in whatever order."""
+    return digest_of(sorted([entry.key, entry.size, entry.checksum] for entry in entries))
+
+
+# -- this machine ------------------------------------------------------------------------------------------------------
+
+
+def _list_local(path: Path) -> tuple[Path, list[StoreEntry]]:
+    with translated(str(path)):
+        if path.is_file():
+            return path.parent, _hashed(path.parent, [path.name])
+        if path.is_dir():
+            return path, _hashed(path, [key for key in _walk(path) if not _is_hidden(key)])
+        root, pattern = _split_glob(PurePosixPath(path.as_posix()).parts)
+        folder = Path(*root)
+        if not pattern or not folder.is_dir():
+            return folder, []
+        deep = "**" in pattern
+        keys = _walk(folder, None if deep else len(pattern))
+        return folder, _hashed(folder, [key for key in keys if _matches(tuple(key.split("/")), pattern)])
+
+
+def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Yield the files below `folder`, at most `depth` levels down; linked folders are entered, but no loop is."""
+    real = folder.resolve()
+    if real in seen or depth == 0:
+        return
+    below = None if depth is None else depth - 1
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from (f"{path.name}/{key}" for key in _walk(path, below, seen | {real}))
+        else:
+            yield path.name
+
+
+def _hashed(root: Path, keys: list[str]) -> list[StoreEntry]:
+    """Read the files, several at a time (hashing releases Python's lock)."""
+
+    def entry(key: str) -> StoreEntry:
+        path = root / key
+        return StoreEntry(key, path.stat().st_size, "sha256:" + sha256_of_file(path))
+
+    with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="hash") as pool:
+        return list(pool.map(entry, sorted(keys)))
+
+
+# -- S3 ----------------------------------------------------------------------------------------------------------------
+
+
+def _list_s3(location: S3Location, endpoint: str | None, region: str | None) -> tuple[str, list[StoreEntry]]:
+    parts = tuple(location.prefix.split("/")) if location.prefix else ()
+    root, pattern = _split_glob(parts)
+    if pattern:
+        folder = S3Location(location.bucket, "/".join(root))
+        literal = pattern[0][: next(index for index, letter in enumerate(pattern[0]) if letter in _WILDCARDS)]
+        store = S3Store(folder, endpoint, region)
+        found = [entry for entry in store.list_raw(literal) if _matches(tuple(entry.key.split("/")), pattern)]
+        return folder.uri, sorted(found, key=lambda entry: entry.key)
+    below = [entry for entry in S3Store(location, endpoint, region).list() if not _is_hidden(entry.key)]
+    if below or not parts:
+        return location.uri, below
+    folder = S3Location(location.bucket, "/".join(parts[:-1]))
+    return folder.uri, [entry for entry in S3Store(folder, endpoint, region).list(parts[-1]) if entry.key == parts[-1]]
+
+
+# -- globs -------------------------------------------------------------------------------------------------------------
+
+
+def _split_glob(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split a path into the folders before its first wildcard, and the pattern from there on (empty: no wildcard)."""
+    for index, part in enumerate(parts):
+        if _WILDCARDS & set(part):
+            return parts[:index], parts[index:]
+    return parts, ()
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Match part by part, as shells do: a leading dot only by a leading dot, `**` any number of folders, even none."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        if len(pattern) == 1:  # `data/**`: everything below
+            return bool(parts) and not _is_hidden("/".join(parts))
+        skips = next((index for index, part in enumerate(parts) if part.startswith(".")), len(parts))
+        return any(_matches(parts[skip:], pattern[1:]) for skip in range(skips + 1))
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _is_hidden(key: str) -> bool:
+    return any(part.startswith(".") for part in key.split("/"))

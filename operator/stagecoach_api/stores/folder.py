@@ -1,0 +1,199 @@
+"""A store in a folder: atomic by rename, committed by hard link, synchronised to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from stagecoach_api.artifacts import StoredObject
+from stagecoach_api.stores.base import (
+    CHUNK_BYTES,
+    AccessDenied,
+    FolderLocation,
+    NotFound,
+    StoreEntry,
+    StoreError,
+    check_expected,
+    checked_key,
+    checked_prefix,
+    deletion_order,
+)
+
+TEMPORARY_PREFIX = ".stagecoach-"
+TEMPORARY_SUFFIX = ".tmp"
+"""Files being written; a listing passes over those a crash left behind."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class FolderStore:
+    """Objects are files below `location`; see `stagecoach_api.store.Store` for what each method promises."""
+
+    def __init__(self, location: FolderLocation) -> None:
+        self._root = location.path
+        self.uri = location.uri
+
+    def __repr__(self) -> str:
+        return f"FolderStore({self.uri!r})"
+
+    def list(self, prefix: str = "") -> Iterator[StoreEntry]:
+        prefix = checked_prefix(prefix)
+        start = self._root / prefix
+        with translated(prefix or self.uri):
+            if start.is_file():
+                paths = [start]
+            else:
+                paths = [Path(folder) / name for folder, _, names in os.walk(start) for name in names]
+            keys = sorted(path.relative_to(self._root).as_posix() for path in paths if not is_temporary(path.name))
+        for key in keys:
+            # A file may go between the walk and here (another run deletes its checkpoints): it is no longer listed.
+            with contextlib.suppress(FileNotFoundError):
+                yield StoreEntry(key, (self._root / key).stat().st_size, "")
+
+    def exists(self, key: str) -> bool:
+        with translated(key):
+            return self._path(key).is_file()
+
+    def read(self, key: str) -> bytes:
+        with translated(key):
+            return self._path(key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with translated(key, path), temporary_file(path) as (temporary, file):
+            file.write(data)
+            publish(temporary, file, path)
+
+    def commit(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with translated(key, path), temporary_file(path) as (temporary, file):
+            file.write(data)
+            synchronise(file)
+            return _link(temporary, path, key)
+
+    def upload(self, path: Path, key: str) -> StoredObject:
+        target = self._path(key)
+        with translated(key, target), path.open("rb") as source, temporary_file(target) as (temporary, file):
+            size, sha256 = copy_hashing(source, file)
+            publish(temporary, file, target)
+        return StoredObject(path=key, size=size, sha256=sha256)
+
+    def download(self, key: str, path: Path, expected: StoredObject | None = None) -> None:
+        with translated(key):
+            source = self._path(key).open("rb")
+        with source, translated(key, path), temporary_file(path) as (temporary, file):
+            size, sha256 = copy_hashing(source, file)
+            check_expected(key, size, sha256, expected)
+            publish(temporary, file, path)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._root / checked_prefix(key)
+
+    def delete(self, prefix: str) -> None:
+        prefix = checked_key(prefix.rstrip("/"))
+        with translated(prefix):
+            for key in deletion_order([entry.key for entry in self.list(prefix)]):
+                (self._root / key).unlink(missing_ok=True)
+            if (self._root / prefix).is_dir():
+                shutil.rmtree(self._root / prefix)
+
+    def _path(self, key: str) -> Path:
+        return self._root / checked_key(key)
+
+
+# -- files that appear whole or not at all -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a new file in `target`'s folder (made if absent); it is gone at the end unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    try:
+        with temporary.open("xb") as file:
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
+
+
+def publish(temporary: Path, file: BinaryIO, target: Path) -> None:
+    """Bring `file` to disk and give it its name, replacing what was there."""
+    synchronise(file)
+    temporary.replace(target)
+    _synchronise_folder(target.parent)
+
+
+def synchronise(file: BinaryIO) -> None:
+    """Wait until the file's bytes are on disk: a crash after a manifest was written must not find its objects empty."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def copy_hashing(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
+    """Copy all bytes; return their number and hex sha256."""
+    digest = hashlib.sha256()
+    size = 0
+    while chunk := source.read(CHUNK_BYTES):
+        digest.update(chunk)
+        target.write(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def _synchronise_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _link(temporary: Path, path: Path, key: str) -> bool:
+    """Give the finished file its name unless the name is taken: the one step that the file system makes exclusive."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            message = f"the file system below {path.parent} has no hard links, by which a store commits; use another"
+            raise StoreError(key, message) from error
+        raise
+    _synchronise_folder(path.parent)
+    return True
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def translated(key: str, path: Path | None = None) -> Iterator[None]:
+    """Turn the operating system's errors into the store's, with the key; `path` is what was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise _store_error(error, key, path) from error
+
+
+def _store_error(error: OSError, key: str, path: Path | None) -> StoreError:
+    where = error.filename or path
+    if error.errno in _FULL:
+        return StoreError(key, f"no space left ({error.strerror}) below {path}; free some, then run again")
+    if isinstance(error, PermissionError):
+        return AccessDenied(key, f"no right to use {where}; check its owner and mode")
+    if error.errno in _ABSENT and path is None:
+        return NotFound(key, f"there is no file {where}")
+    return StoreError(key, f"{error.strerror or error} ({where})")

@@ -1,0 +1,376 @@
+"""A store in an S3 bucket, of AWS or of any server that speaks its protocol. boto3 is imported at the first call.
+
+Integrity: every upload carries a Content-MD5 that the server checks, and its sha256 as metadata. botocore's own default
+checksums are off (`when_required`), because many clones refuse them (boto3#4392); what the trainer reads is compared
+with the sha256 of a manifest anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stagecoach_api.artifacts import MANIFEST, StoredObject
+from stagecoach_api.stores.base import (
+    Corrupt,
+    NotFound,
+    S3Location,
+    StoreEntry,
+    StoreError,
+    check_expected,
+    checked_key,
+    checked_prefix,
+    deletion_order,
+    is_below,
+    sha256_of_file,
+)
+from stagecoach_api.stores.folder import publish, temporary_file, translated
+from stagecoach_api.stores.retry import Retrier
+from stagecoach_api.stores.s3_errors import error_code, error_status, is_absent, is_transient, store_error
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+PART_BYTES = 8 << 20
+"""Files larger than this travel in parts of at least this size (S3 asks for ≥ 5 MiB)."""
+MAX_PARTS = 10_000
+"""S3's limit; parts of larger files grow."""
+CONCURRENCY = 8
+"""Parts in flight of one file; also the memory of a transfer, in parts."""
+CONNECT_TIMEOUT_SECONDS = 10
+READ_TIMEOUT_SECONDS = 60
+MAX_CORRUPT_DOWNLOADS = 2
+"""A download whose bytes are wrong is made once more: the network may have been at fault."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a HEAD request tells."""
+
+    size: int
+    etag: str
+    metadata: dict[str, str]
+
+
+class S3Store:
+    """Objects below `location`; see `stagecoach_api.store.Store` for what each method promises."""
+
+    def __init__(
+        self,
+        location: S3Location,
+        endpoint: str | None = None,
+        region: str | None = None,
+        retrier: Retrier = Retrier(),  # noqa: B008 - a frozen value
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self.uri = location.uri
+        self._location = location
+        self._endpoint = endpoint
+        self._region = region
+        self._retrier = retrier
+        self._part_bytes = part_bytes
+        self._lock = threading.Lock()
+        self._has_answered = False
+        self._has_conditional_put = True
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.uri!r})"
+
+    # -- small objects -------------------------------------------------------------------------------------------------
+
+    def list(self, prefix: str = "") -> Iterator[StoreEntry]:
+        prefix = checked_prefix(prefix)
+        found = [entry for entry in self.list_raw(prefix) if is_below(entry.key, prefix)]
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def list_raw(self, start: str) -> Iterator[StoreEntry]:
+        """Yield every object whose key begins with the characters `start`, page by page, in the server's order."""
+        root = f"{self._location.prefix}/" if self._location.prefix else ""
+        token: str | None = None
+        while True:
+            page = self._list_page(root + start, token)
+            for item in page.get("Contents", ()):
+                key = item["Key"].removeprefix(root)
+                if key and not key.endswith("/"):  # consoles make empty objects to show folders
+                    yield StoreEntry(key, item["Size"], "etag:" + item["ETag"].strip('"'))
+            following = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or following in (None, token):
+                return
+            token = following
+
+    def exists(self, key: str) -> bool:
+        return self._head(checked_key(key)) is not None
+
+    def read(self, key: str) -> bytes:
+        def get(_: int) -> bytes:
+            return self._client.get_object(**self._at(key))["Body"].read()
+
+        return self._call(checked_key(key), get)
+
+    def write(self, key: str, data: bytes) -> None:
+        checked_key(key)
+        self._call(key, lambda _: self._put(key, data, _metadata(hashlib.sha256(data).hexdigest())))
+
+    def commit(self, key: str, data: bytes) -> bool:
+        if self._head(checked_key(key)) is not None:
+            return False
+        metadata = _metadata(hashlib.sha256(data).hexdigest()) | {"stagecoach-commit": secrets.token_hex(16)}
+        if self._has_conditional_put:
+            done = self._conditional_put(key, data, metadata)
+            if done is not None:
+                return done
+        self._call(key, lambda _: self._put(key, data, metadata))  # the best such a server can do
+        return True
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def delete(self, prefix: str) -> None:
+        prefix = checked_key(prefix.rstrip("/"))
+        keys = deletion_order([entry.key for entry in self.list(prefix)])
+        manifests = [key for key in keys if key.rsplit("/", 1)[-1] == MANIFEST]
+        # One request per key: the batch call needs checksums that clones do not agree on.
+        _map_concurrently(self._delete, manifests)
+        _map_concurrently(self._delete, keys[len(manifests) :])
+
+    def _delete(self, key: str) -> None:
+        self._call(key, lambda _: self._client.delete_object(**self._at(key)))
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def upload(self, path: Path, key: str) -> StoredObject:
+        checked_key(key)
+        with translated(key, path):
+            stored = StoredObject(path=key, size=path.stat().st_size, sha256=sha256_of_file(path))
+            if stored.size <= self._part_bytes:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != stored.sha256:
+                    raise StoreError(key, f"{path} changed while it was stored")
+                self._call(key, lambda _: self._put(key, data, _metadata(stored.sha256)))
+            else:
+                self._upload_parts(path, stored)
+        return stored
+
+    def download(self, key: str, path: Path, expected: StoredObject | None = None) -> None:
+        checked_key(key)
+        for attempt in range(1, MAX_CORRUPT_DOWNLOADS + 1):
+            try:
+                return self._download_once(key, path, expected)
+            except Corrupt:
+                if attempt == MAX_CORRUPT_DOWNLOADS:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _download_once(self, key: str, path: Path, expected: StoredObject | None) -> None:
+        head = self._head(key)
+        if head is None:
+            raise NotFound(key, f"there is no such object in {self.uri}")
+        with translated(key, path), temporary_file(path) as (temporary, file):
+            file.truncate(head.size)
+            spans = _spans(head.size, self._part_bytes)
+            _map_concurrently(lambda span: self._download_part(key, file.fileno(), head, span), spans)
+            if expected is not None:
+                check_expected(key, head.size, sha256_of_file(temporary), expected)
+            publish(temporary, file, path)
+
+    def _download_part(self, key: str, handle: int, head: _Head, span: tuple[int, int]) -> None:
+        """Fetch the bytes [start, end) of the object that HEAD saw, and write them to their place in the file."""
+        start, end = span
+
+        def get(_: int) -> bytes:
+            body = self._client.get_object(**self._at(key), Range=f"bytes={start}-{end - 1}", IfMatch=f'"{head.etag}"')[
+                "Body"
+            ].read()
+            if len(body) != end - start:
+                raise _Truncated(key, f"got {len(body)} of {end - start} bytes")
+            return body
+
+        os.pwrite(handle, self._call(key, get), start)
+
+    # -- multipart -----------------------------------------------------------------------------------------------------
+
+    def _upload_parts(self, path: Path, stored: StoredObject) -> None:
+        key = stored.path
+        part_bytes = max(self._part_bytes, -(-stored.size // MAX_PARTS))
+        upload_id = self._call(
+            key,
+            lambda _: self._client.create_multipart_upload(**self._at(key), Metadata=_metadata(stored.sha256)),
+        )["UploadId"]
+        try:
+            spans = list(enumerate(_spans(stored.size, part_bytes), start=1))
+            parts = _map_concurrently(lambda part: self._upload_part(path, key, upload_id, *part), spans)
+            self._call(key, lambda attempt: self._complete(stored, upload_id, parts, attempt))
+        except BaseException:
+            # What was sent would be kept, and paid for, until somebody aborts it.
+            with suppress(Exception):
+                self._client.abort_multipart_upload(**self._at(key), UploadId=upload_id)
+            raise
+
+    def _upload_part(
+        self, path: Path, key: str, upload_id: str, number: int, span: tuple[int, int]
+    ) -> CompletedPartTypeDef:
+        start, end = span
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(end - start)
+        if len(data) != end - start:
+            raise StoreError(key, f"{path} changed while it was stored")
+        answer = self._call(
+            key,
+            lambda _: self._client.upload_part(
+                **self._at(key), UploadId=upload_id, PartNumber=number, Body=data, ContentMD5=_md5(data)
+            ),
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    def _complete(
+        self, stored: StoredObject, upload_id: str, parts: Sequence[CompletedPartTypeDef], attempt: int
+    ) -> None:
+        try:
+            self._client.complete_multipart_upload(
+                **self._at(stored.path), UploadId=upload_id, MultipartUpload={"Parts": parts}
+            )
+        except Exception as error:
+            # The first answer may have been lost after the server had done it: then the upload is gone.
+            if attempt == 1 or not is_absent(error):
+                raise
+            head = self._head(stored.path)
+            if head is None or head.metadata.get("stagecoach-sha256") != stored.sha256:
+                raise
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _client(self) -> S3Client:
+        """boto3's client (safe to share between threads); its own retries are off, since ours count time as well."""
+        import boto3
+        from botocore.config import Config
+
+        config = Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            read_timeout=READ_TIMEOUT_SECONDS,
+            max_pool_connections=2 * CONCURRENCY,
+            tcp_keepalive=True,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            s3={"addressing_style": "path" if self._endpoint else "auto"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        with self._lock:  # a session is not thread-safe while it makes a client
+            return boto3.session.Session().client(
+                "s3", endpoint_url=self._endpoint, region_name=self._region, config=config
+            )
+
+    def _call(self, key: str, operation: Callable[[int], T]) -> T:
+        """Make a request, again if it may help; errors come out as the store's, with the key."""
+        limit = None if self._has_answered else self._retrier.policy.first_contact_attempts
+        try:
+            result = self._retrier.call(operation, is_transient, limit)
+        except StoreError:
+            raise
+        except OSError as error:
+            if type(error).__module__ == "builtins" and error.filename is not None:
+                raise  # a local file, not the network
+            raise store_error(error, key, self.uri, self._endpoint) from None
+        except Exception as error:
+            raise store_error(error, key, self.uri, self._endpoint) from None
+        self._has_answered = True
+        return result
+
+    def _at(self, key: str) -> dict[str, Any]:
+        prefix = self._location.prefix
+        return {"Bucket": self._location.bucket, "Key": f"{prefix}/{key}" if prefix else key}
+
+    def _list_page(self, start: str, token: str | None) -> Any:
+        arguments: dict[str, Any] = {"Bucket": self._location.bucket, "Prefix": start}
+        if token is not None:
+            arguments["ContinuationToken"] = token
+        return self._call(start or self.uri, lambda _: self._client.list_objects_v2(**arguments))
+
+    def _head(self, key: str) -> _Head | None:
+        def head(_: int) -> _Head | None:
+            try:
+                answer = self._client.head_object(**self._at(key))
+            except Exception as error:
+                if is_absent(error):
+                    return None
+                raise
+            return _Head(answer["ContentLength"], answer["ETag"].strip('"'), answer.get("Metadata", {}))
+
+        return self._call(key, head)
+
+    def _put(self, key: str, data: bytes, metadata: dict[str, str], **conditions: Any) -> None:
+        self._client.put_object(**self._at(key), Body=data, ContentMD5=_md5(data), Metadata=metadata, **conditions)
+
+    def _conditional_put(self, key: str, data: bytes, metadata: dict[str, str]) -> bool | None:
+        """Put with `If-None-Match: *`. True: created; False: it was there; None: the server cannot do it."""
+
+        def put(attempt: int) -> bool | None:
+            try:
+                self._put(key, data, metadata, IfNoneMatch="*")
+            except Exception as error:
+                if error_status(error) == 412:
+                    return attempt > 1 and self._is_ours(key, metadata)
+                if error_status(error) == 501 or error_code(error) == "NotImplemented":
+                    self._has_conditional_put = False
+                    return None
+                raise
+            return True
+
+        return self._call(key, put)
+
+    def _is_ours(self, key: str, metadata: dict[str, str]) -> bool:
+        """Tell whether an earlier attempt of this very commit succeeded and only its answer was lost."""
+        head = self._head(key)
+        return head is not None and head.metadata.get("stagecoach-commit") == metadata["stagecoach-commit"]
+
+
+class _Truncated(StoreError):
+    """The body ended early; asked for again."""
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _metadata(sha256: str) -> dict[str, str]:
+    return {"stagecoach-sha256": sha256}
+
+
+def _md5(data: bytes) -> str:
+    """Return Content-MD5: the one transfer checksum that every S3 server checks. It guards no secret."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _spans(size: int, part_bytes: int) -> list[tuple[int, int]]:
+    """Cut [0, size) into consecutive [start, end)."""
+    return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
+
+
+def _map_concurrently(function: Callable[[S], T], items: Sequence[S]) -> Sequence[T]:
+    """Apply `function` to the items, `CONCURRENCY` at a time; the first error stops those not yet begun."""
+    if len(items) <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="s3") as pool:
+        futures: Sequence[Future[T]] = [pool.submit(function, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
