@@ -45,7 +45,8 @@ class ExactMatch(Model):
     name: Identifier
     """The metric's name: `<name>.exactMatch`."""
 
-    on: NamedSource
+    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    on: Annotated[NamedSource, Field(alias="data")]
     """Conversations whose last assistant turn is the reference."""
 
     max_samples: Count = 200

@@ -28,7 +28,8 @@ class Normalization(StrEnum):
 class TrainVocabulary(Model):
     """Train a SentencePiece vocabulary."""
 
-    on: Annotated[tuple[RecordSource, ...], Field(min_length=1, max_length=64)]
+    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    on: Annotated[tuple[RecordSource, ...], Field(alias="data", min_length=1, max_length=64)]
     """Text to train on."""
 
     vocab_size: Annotated[int, Field(ge=16, le=1_000_000)]

@@ -1,0 +1,214 @@
+"""Makes the demo's data in `examples/data/`.
+
+    python examples/make_data.py instructions            from the poems that lie there (anyone can rerun this)
+    python examples/make_data.py english TOM OPTICKS     from Project Gutenberg's plain-text editions
+    python examples/make_data.py poems FILE              from JSON lines {"text", "source"} of chinese-poetry
+
+Everything chosen is chosen by a hash of the poem itself, so a rerun gives the same files. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "data"
+ENGLISH = FOLDER / "english.jsonl.gz"
+POEMS = FOLDER / "poems.jsonl.gz"
+TRAIN = FOLDER / "instructions.train.json"
+HELD_OUT = FOLDER / "instructions.heldout.json"
+
+DOCUMENT_CHARACTERS = 1200
+"""A document of English prose is closed at the first paragraph that reaches this length."""
+MAX_POEM_CHARACTERS = 1_250_000
+"""Poems shipped, in characters: more than the demo's training reads once."""
+LEFT_OUT = re.compile(
+    r"Gutenberg|Produced by|Proofreading|pgdp|Transcriber|greek letters"
+    r"|\[Illustration|\[Footnote|FOOTNOTES|--\+--|\| |nigger"
+)
+"""Paragraphs of the edition, not of the book; tables, which lose their sense on one line; and a slur."""
+TRAIN_PER_FORM, HELD_OUT_PER_FORM = 600, 50
+"""Poems of each form that become an instruction."""
+
+
+# -- the four regular forms of Tang verse ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A regular form: so many verses of so many characters."""
+
+    name: str
+    verses: int
+    characters: int
+
+
+FORMS = (
+    Form("五言絕句", 4, 5),
+    Form("七言絕句", 4, 7),
+    Form("五言律詩", 8, 5),
+    Form("七言律詩", 8, 7),
+)
+NUMERALS = {4: "四", 5: "五", 7: "七", 8: "八"}
+
+# Three questions about a poem, each in several wordings; the answers follow from the form.
+WORDINGS = {
+    "form": ("這首詩是什麼體裁？", "下面的詩屬於哪一種體裁？", "請說出這首詩的體裁。", "判斷這首詩的體裁。"),
+    "verses": ("這首詩有幾句？", "請數一數下面的詩有幾句。"),
+    "characters": ("這首詩每句有幾個字？", "下面的詩一句是幾個字？"),
+}
+TASKS = ("form", "form", "verses", "characters")
+"""Every fourth poem is asked for its verses, every fourth for its characters, the others for their form."""
+
+
+def answer(task: str, form: Form) -> str:
+    """The one right answer to `task` for a poem of `form`."""
+    if task == "form":
+        return form.name
+    if task == "verses":
+        return f"{NUMERALS[form.verses]}句"
+    return f"{NUMERALS[form.characters]}個字"
+
+
+def form_of(body: str) -> Form | None:
+    """The form of a poem without its title; None where it is not regular or holds anything but Chinese characters."""
+    if not re.fullmatch(r"[\u4e00-\u9fff，。？！\n]+", body):
+        return None
+    verses = [verse for verse in re.split(r"[，。？！\n]+", body) if verse]
+    lengths = {len(verse) for verse in verses}
+    return next((form for form in FORMS if form.verses == len(verses) and lengths == {form.characters}), None)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[dict[str, str]]:
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    yield from (json.loads(line) for line in text.split("\n") if line)
+
+
+def write_records(path: Path, records: Iterable[dict[str, str]]) -> None:
+    """Write gzipped JSON lines, without a time stamp so that equal records give equal bytes."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
+
+
+def write_json(path: Path, records: list[dict[str, str]]) -> None:
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def rank(text: str) -> bytes:
+    """A key that orders texts as if at random, and always the same way."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+# -- English prose -----------------------------------------------------------------------------------------------------
+
+
+def paragraphs(book: str) -> Iterator[str]:
+    """Yield the book's paragraphs on one line each, except those that are left out."""
+    for block in re.split(r"\n\s*\n", book.replace("\r\n", "\n")):
+        text = re.sub(r"_|\[[A-Z]\]", "", re.sub(r"\s+", " ", block)).strip()
+        if re.search(r"\w", text) and not LEFT_OUT.search(text):
+            yield text
+
+
+def documents(book: str) -> Iterator[str]:
+    """Join paragraphs to documents of `DOCUMENT_CHARACTERS` or a little more."""
+    document: list[str] = []
+    for paragraph in paragraphs(book):
+        document.append(paragraph)
+        if sum(map(len, document)) >= DOCUMENT_CHARACTERS:
+            yield "\n".join(document)
+            document = []
+    if document:
+        yield "\n".join(document)
+
+
+def make_english(tom_sawyer: Path, opticks: Path) -> None:
+    books = (("The Adventures of Tom Sawyer", tom_sawyer), ("Opticks", opticks))
+    write_records(
+        ENGLISH,
+        [
+            {"text": text, "source": title}
+            for title, path in books
+            for text in documents(path.read_text(encoding="utf-8"))
+        ],
+    )
+
+
+# -- Chinese poems and what is asked about them ------------------------------------------------------------------------
+
+
+def make_poems(source: Path, target: Path = POEMS) -> None:
+    """Keep Tang poems of the four forms, each body once, up to `MAX_POEM_CHARACTERS`."""
+    chosen: dict[str, str] = {}
+    for record in read_records(source):
+        title, _, body = record["text"].partition("\n")
+        if record["source"] == "全唐诗" and title.strip() and form_of(body) is not None:
+            chosen.setdefault(body, record["text"].strip())
+    size = 0
+    kept = []
+    for body in sorted(chosen, key=rank):
+        size += len(chosen[body])
+        if size > MAX_POEM_CHARACTERS:
+            break
+        kept.append({"text": chosen[body], "source": "全唐詩"})
+    write_records(target, kept)
+
+
+def instruction(body: str, form: Form, number: int) -> dict[str, str]:
+    """The Alpaca record of the `number`-th chosen poem of its form."""
+    task = TASKS[number % len(TASKS)]
+    wordings = WORDINGS[task]
+    wording = wordings[number // len(TASKS) % len(wordings)]
+    return {"instruction": wording, "input": body, "output": answer(task, form)}
+
+
+def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and held-out instructions; no poem stands in both, and the four forms are equally many."""
+    by_form: dict[Form, list[str]] = {form: [] for form in FORMS}
+    bodies = {record["text"].partition("\n")[2] for record in read_records(POEMS)}
+    for body in sorted(bodies, key=rank):
+        form = form_of(body)
+        if form is not None:
+            by_form[form].append(body)
+    held_out, train = [], []
+    for form, poems in by_form.items():
+        chosen = poems[: HELD_OUT_PER_FORM + TRAIN_PER_FORM]
+        records = [instruction(body, form, number) for number, body in enumerate(chosen)]
+        held_out += records[:HELD_OUT_PER_FORM]
+        train += records[HELD_OUT_PER_FORM:]
+    return sorted(train, key=lambda record: rank(record["input"])), sorted(
+        held_out, key=lambda record: rank(record["input"])
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("instructions")
+    english = commands.add_parser("english")
+    english.add_argument("tom_sawyer", type=Path)
+    english.add_argument("opticks", type=Path)
+    commands.add_parser("poems").add_argument("source", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "english":
+        make_english(arguments.tom_sawyer, arguments.opticks)
+    elif arguments.command == "poems":
+        make_poems(arguments.source)
+    else:
+        train, held_out = make_instructions()
+        write_json(TRAIN, train)
+        write_json(HELD_OUT, held_out)
+
+
+if __name__ == "__main__":
+    main()
