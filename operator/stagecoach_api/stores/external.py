@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -24,16 +24,22 @@ _HASHING_THREADS = 4
 _WILDCARDS = frozenset("*?[")
 
 
-def list_external(uri: str, endpoint: str | None = None, region: str | None = None) -> tuple[str, list[StoreEntry]]:
+def list_external(
+    uri: str,
+    endpoint: str | None = None,
+    region: str | None = None,
+    hash_file: Callable[[Path], str] = sha256_of_file,
+) -> tuple[str, list[StoreEntry]]:
     """Find what lies at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
 
     Returns the root's URI and the files with keys relative to it, sorted. The root of a single file is its folder, that
     of a glob the last folder without a wildcard. Hidden files are passed over unless a pattern names them. Local files
-    carry their sha256, S3 objects their ETag. Raises NotFound, naming `uri`, where there is nothing.
+    carry their sha256, which `hash_file` returns (a caller may remember hashes), S3 objects their ETag. Raises
+    NotFound, naming `uri`, where there is nothing.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):
-        root, entries = _list_local(location.path)
+        root, entries = _list_local(location.path, hash_file)
         found = file_uri(root), entries
     else:
         found = _list_s3(location, endpoint, region)
@@ -52,19 +58,20 @@ def external_digest(entries: Iterable[StoreEntry]) -> str:
 # -- this machine ------------------------------------------------------------------------------------------------------
 
 
-def _list_local(path: Path) -> tuple[Path, list[StoreEntry]]:
+def _list_local(path: Path, hash_file: Callable[[Path], str]) -> tuple[Path, list[StoreEntry]]:
     with translated(str(path)):
         if path.is_file():
-            return path.parent, _hashed(path.parent, [path.name])
+            return path.parent, _hashed(path.parent, [path.name], hash_file)
         if path.is_dir():
-            return path, _hashed(path, [key for key in _walk(path) if not _is_hidden(key)])
+            return path, _hashed(path, [key for key in _walk(path) if not _is_hidden(key)], hash_file)
         root, pattern = _split_glob(PurePosixPath(path.as_posix()).parts)
         folder = Path(*root)
         if not pattern or not folder.is_dir():
             return folder, []
         deep = "**" in pattern
         keys = _walk(folder, None if deep else len(pattern))
-        return folder, _hashed(folder, [key for key in keys if _matches(tuple(key.split("/")), pattern)])
+        matching = [key for key in keys if _matches(tuple(key.split("/")), pattern)]
+        return folder, _hashed(folder, matching, hash_file)
 
 
 def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
@@ -80,12 +87,12 @@ def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozen
             yield path.name
 
 
-def _hashed(root: Path, keys: list[str]) -> list[StoreEntry]:
+def _hashed(root: Path, keys: list[str], hash_file: Callable[[Path], str]) -> list[StoreEntry]:
     """Read the files, several at a time (hashing releases Python's lock)."""
 
     def entry(key: str) -> StoreEntry:
         path = root / key
-        return StoreEntry(key, path.stat().st_size, "sha256:" + sha256_of_file(path))
+        return StoreEntry(key, path.stat().st_size, "sha256:" + hash_file(path))
 
     with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="hash") as pool:
         return list(pool.map(entry, sorted(keys)))
