@@ -10,7 +10,6 @@ from stagecoach_core.graph import GraphError, topological_order
 from stagecoach_core.policies.retry import DEFAULT_BUDGETS
 from stagecoach_core.values import External, Plan, PlannedStage
 
-
 Settings = TypeVar("Settings", Resources, Retries)
 
 

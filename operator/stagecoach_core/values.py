@@ -49,6 +49,10 @@ class Attempt:
         return self.state is not AttemptState.ENDED
 
     @property
+    def is_stopping(self) -> bool:
+        return self.state is AttemptState.STOPPING
+
+    @property
     def is_done(self) -> bool:
         """It ended, and says that its artifact is published."""
         return self.state is AttemptState.ENDED and self.cause is None
@@ -133,8 +137,8 @@ class Observed:
     selected: frozenset[str] | None = None
     """Stages that may be worked on (`--until`). None: all."""
     forced: frozenset[str] = frozenset()
-    """Stages whose artifact is not taken from the cache (`--from`), until an attempt started after `forced_since`
-    has finished them."""
+    """Stages whose artifact is not taken from the cache (`--from`), until an attempt started at or after
+    `forced_since` has finished them. A driver that removes the old artifact forgets the answer about it too."""
     forced_since: float = 0.0
     capacity: Capacity = Capacity()
 
