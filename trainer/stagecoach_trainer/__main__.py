@@ -1,0 +1,235 @@
+"""One rank of a stage: `python -m stagecoach_trainer`, started by the launcher.
+
+Reads and checks `stage.json` before anything heavy is imported, pins the threads before numpy or torch can count the
+cores, runs the stage, and ends with an exit code of the contract.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import json
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+from pydantic import ValidationError
+
+from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.base import Model
+from stagecoach_api.names import (
+    ENV_CACHE_DIR,
+    ENV_PROGRESS_FILE,
+    ENV_STAGE_FILE,
+    ENV_THREADS,
+    ENV_WORK_DIR,
+)
+from stagecoach_api.outcomes import AttemptResult, ExitCode
+from stagecoach_api.stages import STAGE_KINDS
+from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
+from stagecoach_api.training import Training
+from stagecoach_trainer.errors import Interrupted, StageError, UserError
+from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, announce, failure, write_outcome
+
+log = logging.getLogger("stagecoach")
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(environment: Mapping[str, str] = os.environ) -> int:
+    """Run one rank of the stage that `environment` names; return its exit code."""
+    started = time.time()
+    pin_threads(environment)
+    rank = int(environment.get("RANK", "0"))
+    start_logging(rank)
+    work = Path(environment[ENV_WORK_DIR])
+    announce(work, rank)
+    stop = threading.Event()
+    resolved: ResolvedStage | None = None
+    try:
+        resolved, config = read_stage(Path(environment[ENV_STAGE_FILE]))
+        handle_signals(stop, graceful=isinstance(config, Training))
+        digest = _run(resolved, config, environment, stop, started)
+        outcome = WorkerOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
+    except BaseException as error:
+        outcome = outcome_of(error, _last_step(resolved, environment))
+        log.error("%s", outcome.result.message)  # noqa: TRY400 - the traceback is printed where it helps
+    with contextlib.suppress(OSError):  # a full disk: the exit code still tells
+        write_outcome(work, rank, outcome)
+    return outcome.result.exit_code
+
+
+def _run(
+    resolved: ResolvedStage, config: Model, environment: Mapping[str, str], stop: threading.Event, started: float
+) -> str | None:
+    from stagecoach_trainer.distributed import world_from
+    from stagecoach_trainer.run_stage import Attempt, run_stage
+
+    progress_file = environment.get(ENV_PROGRESS_FILE)
+    attempt = Attempt(
+        resolved=resolved,
+        config=config,
+        work=Path(environment[ENV_WORK_DIR]),
+        cache=Path(environment[ENV_CACHE_DIR]),
+        progress_file=Path(progress_file) if progress_file else None,
+        world=world_from(environment),
+        started=started,
+    )
+    return run_stage(attempt, stop)
+
+
+# -- before the stage --------------------------------------------------------------------------------------------------
+
+
+def pin_threads(environment: Mapping[str, str]) -> None:
+    """Fix the number of CPU threads of this rank: it decides the last digits of every sum."""
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
+    threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // local_size))
+    for name in (ENV_THREADS, *THREAD_VARIABLES):
+        os.environ[name] = threads
+
+
+def start_logging(rank: int) -> None:
+    faulthandler.enable()
+    who = "" if rank == 0 else f" rank {rank}"
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s{who} %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+def read_stage(path: Path) -> tuple[ResolvedStage, Model]:
+    """Read `stage.json` and check it and the configuration in it. Raises UserError with all problems."""
+    try:
+        resolved = ResolvedStage.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {ENV_STAGE_FILE} must name a file") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {_problems(error)}") from error
+    kind = STAGE_KINDS.get(resolved.kind)
+    if kind is None:
+        raise UserError(f"{path}: kind: `{resolved.kind}` is not a stage kind; one of {', '.join(STAGE_KINDS)}")
+    try:
+        return resolved, kind.model_validate_json(json.dumps(resolved.config))
+    except ValidationError as error:
+        raise UserError(f"{path}: config: {_problems(error)}") from error
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
+
+
+def handle_signals(stop: threading.Event, graceful: bool) -> None:
+    """Take SIGTERM and SIGINT as the wish to stop, and so the end of standard input where that is a pipe (whoever
+    held the other end is gone).
+
+    `graceful`: only set the flag, which the training loop looks at; else end where the stage is.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        del frame
+        already = stop.is_set()
+        stop.set()
+        if not graceful or already:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    if stdin_is_pipe():
+        threading.Thread(target=_stop_at_end_of_stdin, name="stdin", daemon=True).start()
+
+
+def stdin_is_pipe() -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(0).st_mode)
+    except OSError:
+        return False
+
+
+def _stop_at_end_of_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# -- after the stage ---------------------------------------------------------------------------------------------------
+
+
+def outcome_of(error: BaseException, last_step: int | None = None) -> WorkerOutcome:
+    """Return what an error means to the contract; prints the traceback of one that nobody foresaw."""
+    for cause in _chain(error):
+        named = _named(cause)
+        if named is not None:
+            code, message = named
+            return WorkerOutcome(failure(code, message, last_step), True, time.time())
+    traceback.print_exception(error)
+    message = f"{type(error).__name__}: {error}\n{_place(error)}"
+    return WorkerOutcome(failure(GENERIC_FAILURE, message, last_step), False, time.time())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _named(error: BaseException) -> tuple[int, str] | None:  # noqa: PLR0911 - one line per name
+    """Return exit code and message of an error that has a name in the contract."""
+    if isinstance(error, StageError):
+        return error.exit_code, str(error)
+    if isinstance(error, AccessDenied | Corrupt | NotFound):
+        return ExitCode.USER_ERROR, str(error)  # the next attempt would meet the same
+    if isinstance(error, StoreError):
+        return ExitCode.STORAGE, str(error)
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        place = error.filename or "a file being written"
+        return ExitCode.STORAGE, f"disk full: {place}: {error.strerror}; free space there or move the run's storage"
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "stopped by SIGINT"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        advice = "lower `batch.microBatchRows`, set `gradientCheckpointing: true`, or shard with `sharding.zero`"
+        return ExitCode.USER_ERROR, f"out of memory: {error}; {advice}"
+    return None
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return "\n".join(f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames)
+
+
+def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -> int | None:
+    """Return the step of the newest complete checkpoint on this machine."""
+    if resolved is None:
+        return None
+    from stagecoach_trainer.run_stage import open_run_store
+    from stagecoach_trainer.train.places import checkpoints_home, complete_steps
+
+    try:
+        home = checkpoints_home(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)
+        return max(complete_steps(home), default=None)
+    except (StoreError, OSError):
+        return None
+
+
+def run_and_exit() -> None:
+    """Run and leave at once: threads and other ranks' connections must not keep an ended worker alive."""
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if code >= 0 else GENERIC_FAILURE)
+
+
+if __name__ == "__main__":
+    run_and_exit()

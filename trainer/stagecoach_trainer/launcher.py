@@ -1,0 +1,167 @@
+"""The entry point of a stage's container and of the local driver: `python -m stagecoach_trainer.launcher`.
+
+Starts the workers (one directly, several under torchrun), passes on the wish to stop, and writes how the attempt ended:
+torchrun turns every worker's exit code into 1, so workers leave theirs in files. Imports neither torch nor the stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from stagecoach_api.names import ENV_RESULT_FILE, ENV_STAGE_FILE, ENV_THREADS, ENV_WORK_DIR
+from stagecoach_api.outcomes import AttemptResult, ExitCode
+from stagecoach_trainer.outcomes import (
+    announced_pids,
+    clear_outcomes,
+    combine,
+    failure,
+    fitting,
+    interrupted,
+    read_outcomes,
+    replace_file,
+    serialise,
+)
+
+DEFAULT_GRACE_SECONDS = 300.0
+"""Time the workers have to save a checkpoint once they are asked to stop."""
+
+POLL_SECONDS = 0.2
+DEFAULT_PORT = 29500
+
+
+class Launcher:
+    """One attempt's workers, from start to result."""
+
+    def __init__(self, environment: Mapping[str, str], grace_seconds: float) -> None:
+        self._environment = environment
+        self._grace_seconds = grace_seconds
+        self._work = Path(environment[ENV_WORK_DIR])
+        self._stop_at: float | None = None
+        self._ranks = 1
+
+    def run(self) -> AttemptResult:
+        """Run the attempt to its end."""
+        clear_outcomes(self._work)
+        try:
+            stage = json.loads(Path(self._environment[ENV_STAGE_FILE]).read_bytes())
+            nodes, self._ranks = int(stage.get("numNodes", 1)), int(stage.get("ranksPerNode", 1))
+            command = worker_command(nodes, self._ranks, self._grace_seconds, self._environment)
+        except (OSError, ValueError, KeyError) as error:
+            return failure(ExitCode.USER_ERROR, f"the stage file cannot be used: {type(error).__name__}: {error}")
+        self._listen()
+        child = subprocess.Popen(
+            command,
+            env=worker_environment(self._environment, self._ranks),
+            stdin=subprocess.PIPE,  # its end tells the workers that this process is gone, even by kill -9
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which passes it on
+        )
+        code = self._wait(child)
+        result = combine(read_outcomes(self._work), self._ranks if nodes == 1 else 0, code)
+        if self._stop_at is not None and result.exit_code not in (ExitCode.DONE, ExitCode.INTERRUPTED):
+            result = interrupted(f"asked to stop, and ended otherwise: {result.message[:2000]}")
+        return result
+
+    def request_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        """Note that the attempt is to stop; `_wait` passes it on. Safe in a signal handler."""
+        del number, frame
+        if self._stop_at is None:
+            self._stop_at = time.monotonic()
+
+    def _listen(self) -> None:
+        signal.signal(signal.SIGTERM, self.request_stop)
+        signal.signal(signal.SIGINT, self.request_stop)
+        if stat.S_ISFIFO(os.fstat(0).st_mode):
+            threading.Thread(target=self._watch_stdin, name="stdin", daemon=True).start()
+
+    def _watch_stdin(self) -> None:
+        while os.read(0, 4096):
+            pass
+        self.request_stop()
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        asked: set[int] = set()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(POLL_SECONDS)
+            if self._stop_at is None:
+                continue
+            self._ask_to_stop(child, asked)
+            if time.monotonic() - self._stop_at > self._grace_seconds:
+                for pid in {child.pid, *announced_pids(self._work).values()}:
+                    send(pid, signal.SIGKILL)
+
+    def _ask_to_stop(self, child: subprocess.Popen[bytes], asked: set[int]) -> None:
+        """Send SIGTERM once to every worker, as soon as it has announced itself (before, it could only die of it).
+
+        Not to torchrun, which would kill the workers after a grace of its own.
+        """
+        for pid in announced_pids(self._work).values():
+            if pid not in asked and child.poll() is None:
+                asked.add(pid)
+                send(pid, signal.SIGTERM)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def worker_command(nodes: int, ranks: int, grace_seconds: float, environment: Mapping[str, str]) -> list[str]:
+    """Return the command that runs all workers of this node."""
+    if nodes == ranks == 1:
+        return [sys.executable, "-m", "stagecoach_trainer"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--max-restarts=0"]
+    torchrun.append(f"--shutdown-timeout={int(grace_seconds)}")
+    if nodes == 1:
+        torchrun.append("--standalone")
+    else:  # c10d sorts hosts by name (-10 before -2): the rank is the pod's index
+        torchrun += [
+            f"--nnodes={nodes}",
+            f"--node-rank={environment['JOB_COMPLETION_INDEX']}",
+            f"--master-addr={environment['MASTER_ADDR']}",
+            f"--master-port={environment.get('MASTER_PORT', DEFAULT_PORT)}",
+        ]
+    return [*torchrun, "-m", "stagecoach_trainer"]
+
+
+def worker_environment(environment: Mapping[str, str], ranks: int) -> dict[str, str]:
+    """Return the workers' environment, the number of threads of each pinned."""
+    threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    return {**environment, ENV_THREADS: threads, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+
+
+def write_result(result: AttemptResult, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, serialise(fitting(result)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one attempt; return the exit code of the worker that ended first."""
+    parser = argparse.ArgumentParser(prog="stagecoach-trainer", description="Run one attempt of one stage.")
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=DEFAULT_GRACE_SECONDS,
+        help="time to save a checkpoint once asked to stop (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    result = Launcher(os.environ, options.grace_seconds).run()
+    write_result(result, Path(os.environ[ENV_RESULT_FILE]))
+    return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

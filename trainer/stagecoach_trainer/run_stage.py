@@ -1,0 +1,119 @@
+"""One stage from beginning to end: context, stage module, publishing. Called by the entry point on every rank."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
+from stagecoach_api.base import Model
+from stagecoach_api.store import Store, StoreError, open_store
+from stagecoach_api.training import Offload, Training
+from stagecoach_trainer.context import StageContext, StageOutcome, World
+from stagecoach_trainer.distributed import process_group
+from stagecoach_trainer.errors import GateFailed
+from stagecoach_trainer.progress import Progress
+from stagecoach_trainer.publish import publish, upload_attempt, upload_folder
+from stagecoach_trainer.stages import STAGE_MODULES
+
+log = logging.getLogger(__name__)
+
+StageFunction = Callable[[Model, StageContext], StageOutcome]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the entry point knows: the stage, checked, and the places of this attempt."""
+
+    resolved: ResolvedStage
+    config: Model
+    work: Path
+    cache: Path
+    progress_file: Path | None
+    world: World
+    started: float
+    """Seconds since the epoch."""
+
+
+def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
+    """Run the stage of this attempt and publish it; return the content digest (None on ranks that do not publish).
+
+    Raises StageError, StoreError, and whatever else goes wrong.
+    """
+    context = build_context(attempt, stop)
+    trains = isinstance(attempt.config, Training)
+    if not trains and not attempt.world.is_main:
+        return None  # only training is shared out over ranks
+    run = load_stage(attempt.resolved.kind)
+    try:
+        with process_group(attempt.world if trains else World(), alone=_offloads(attempt.config)):
+            outcome = run(attempt.config, context)
+    except GateFailed:
+        _keep_report(context)
+        raise
+    finally:
+        _keep_logs(context, attempt.started)
+    if not attempt.world.is_main:
+        return None
+    return publish(context, outcome, attempt.started)
+
+
+def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:
+    """Make the attempt's folders (the output empty) and put together what a stage works with."""
+    main = attempt.world.is_main
+    context = StageContext(
+        resolved=attempt.resolved,
+        store=open_run_store(attempt.resolved),
+        work=attempt.work,
+        cache=attempt.cache,
+        world=attempt.world,
+        progress=Progress(attempt.progress_file if main else None),
+        stop=stop,
+    )
+    if main:
+        shutil.rmtree(context.output, ignore_errors=True)
+        context.output.mkdir(parents=True)
+        (context.work / "logs").mkdir(parents=True, exist_ok=True)
+    context.cache.mkdir(parents=True, exist_ok=True)
+    return context
+
+
+def open_run_store(resolved: ResolvedStage) -> Store:
+    """Open the store the run's artifacts lie in."""
+    return open_store(resolved.storage_uri, endpoint=resolved.storage_endpoint)
+
+
+def load_stage(kind: str) -> StageFunction:
+    """Import the module of a stage kind and return its `run`."""
+    run: StageFunction = importlib.import_module(STAGE_MODULES[kind]).run
+    return run
+
+
+def _offloads(config: Model) -> bool:
+    if not isinstance(config, Training):
+        return False
+    return Offload.CPU in (config.sharding.offload_optimizer, config.sharding.offload_parameters)
+
+
+def _keep_report(context: StageContext) -> None:
+    """Keep what a stage wrote that missed its gate: no artifact, but people want to read the report."""
+    prefix = attempt_prefix(context.resolved.digest, context.resolved.attempt)
+    try:
+        upload_folder(context, context.output, f"{prefix}/output")
+    except StoreError as error:
+        log.warning("the report of the missed gate could not be stored: %s", error)
+
+
+def _keep_logs(context: StageContext, started: float) -> None:
+    """Store logs and metrics; failing to do so must not hide how the stage itself ended."""
+    if not context.world.is_main:
+        return
+    try:
+        upload_attempt(context, started)
+    except (StoreError, OSError) as error:
+        log.warning("logs of this attempt could not be stored: %s", error)

@@ -1,0 +1,63 @@
+"""Rows of tokens: what the samples hand to the training loop. Knows numpy, not torch.
+
+T tokens of a row, at most the step's sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: one sample, or several packed one after the other."""
+
+    tokens: npt.NDArray[np.int32]
+    """Token ids [T]."""
+
+    labels: npt.NDArray[np.int32]
+    """Targets [T]: `labels[t]` is predicted at position t (already shifted), or IGNORE. The last position of every
+    sample is IGNORE."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sample packed in the row; their sum is T."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that carry loss."""
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+
+class StepPlan(Protocol):
+    """What each optimiser step trains on: a pure function of seed and step, so that any step is found at once."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole stage."""
+
+    def sequence_length(self, step: int) -> int:
+        """Return the longest row step `step` (from 0) may have."""
+
+    def rows(self, step: int) -> Sequence[Row]:
+        """Return the global batch of step `step`, over all ranks."""
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step`."""
+
+    def phase(self, step: int) -> str:
+        """Return the name of the phase step `step` belongs to."""
+
+    def rope_theta(self, step: int) -> float | None:
+        """Return the base of the rotary embedding in step `step`. None: the model's own."""
