@@ -1,0 +1,107 @@
+"""Load a vocabulary, and encode text with it. Needs no torch where the folder is one that we wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stagecoach_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TOKENIZER_FILES = (SENTENCEPIECE_FILE, TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
+"""What a `tokenizer` artifact's vocabulary consists of; a model's folder carries copies."""
+
+PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
+"""Classes that take `tokenizer.json` as it stands. AutoTokenizer gives the same class; loading it needs torch."""
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load the vocabulary in `path`: a `tokenizer` artifact or a Hugging Face folder.
+
+    Raises:
+        UserError: It is no folder with a vocabulary, or it needs code of its own (`trust_remote_code`).
+    """
+    config = read_tokenizer_config(path)
+    if config.get("tokenizer_class") in PLAIN_CLASSES and (path / TOKENIZER_FILE).is_file():
+        from transformers import PreTrainedTokenizerFast as Loader
+    else:
+        from transformers import AutoTokenizer as Loader
+    try:
+        tokenizer = Loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises what the broken file makes it trip over
+        raise UserError(f"{path}: the vocabulary cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: {type(tokenizer).__name__} has no `tokenizer.json`; convert it with transformers")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """Return `tokenizer_config.json`, or nothing where there is none. Refuses a vocabulary that needs its own code."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no folder; a vocabulary is a folder with {TOKENIZER_FILE} or {SENTENCEPIECE_FILE}")
+    if not any((path / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
+        raise UserError(f"{path}: there is neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; name a vocabulary")
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: malformed JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    if "auto_map" in config:
+        raise UserError(
+            f"{file}: `auto_map` asks for code from the folder (`trust_remote_code`), which is never run; "
+            "use a vocabulary of a class that transformers has"
+        )
+    return config
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], parse_special: bool = False
+) -> list[NDArray[np.int32]]:
+    """Encode texts in parallel, without adding special tokens.
+
+    Args:
+        tokenizer: A vocabulary with a Rust back end.
+        texts: B texts.
+        parse_special: Read `</s>` and the like in a text as the special token. Default: they are ordinary characters,
+            as for SentencePiece, so that data cannot forge a turn's end.
+
+    Returns:
+        B arrays of token ids, int32 [T].
+    """
+    backend: Any = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = not parse_special
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = before
+    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
+def encode_stream(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch_characters: int = 1 << 20
+) -> Iterable[NDArray[np.int32]]:
+    """Encode any number of texts with bounded memory; yields one array per text, in order."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= batch_characters:
+            yield from encode_batch(tokenizer, batch)
+            batch, size = [], 0
+    if batch:
+        yield from encode_batch(tokenizer, batch)
