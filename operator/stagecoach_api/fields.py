@@ -1,0 +1,116 @@
+"""What a model's fields are made of, read from their annotations: shared by validation, overrides, CRD and reference.
+
+The contract knows no unions but `X | None`, so a field's shape is one of four.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from stagecoach_api.base import Model
+
+Step: TypeAlias = str | int
+"""One step of a path: a field's name outside (camelCase) or an index."""
+FieldPath: TypeAlias = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A field's annotation without `Annotated` and `None`. At most one of `model`, `item`, `value` is set."""
+
+    model: type[Model] | None = None
+    """The model of a mapping with fixed fields."""
+    item: Any = None
+    """Annotation of a list's items."""
+    value: Any = None
+    """Annotation of the values of a mapping with free keys."""
+    scalar: Any = None
+    """The Python type of anything else."""
+    optional: bool = False
+    """None is allowed."""
+
+
+def shape_of(annotation: Any) -> Shape:
+    """Return the shape of an annotation such as `Annotated[tuple[Stage, ...], …] | None`."""
+    annotation, optional = _strip(annotation)
+    origin = get_origin(annotation)
+    if origin is tuple or origin is list:
+        return Shape(item=get_args(annotation)[0], optional=optional)
+    if origin is dict:
+        return Shape(value=get_args(annotation)[1], optional=optional)
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        return Shape(model=annotation, optional=optional)
+    return Shape(scalar=annotation, optional=optional)
+
+
+def _strip(annotation: Any) -> tuple[Any, bool]:
+    """Take `Annotated`, type aliases and `None` off."""
+    optional = False
+    while True:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            annotation = get_args(annotation)[0]
+        elif origin in (Union, types.UnionType):
+            members = [member for member in get_args(annotation) if member is not type(None)]
+            if len(members) != 1:
+                return annotation, optional
+            annotation, optional = members[0], True
+        elif hasattr(annotation, "__value__"):
+            annotation = annotation.__value__
+        else:
+            return annotation, optional
+
+
+@cache
+def fields_of(model: type[Model]) -> Mapping[str, FieldInfo]:
+    """Fields of a model by their name in YAML."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def model_at(model: type[Model], path: Sequence[Step]) -> type[Model] | None:
+    """Return the model of what stands at `path` below `model`; None: it is no model, or there is no such path."""
+    annotation: Any = model
+    for step in path:
+        shape = shape_of(annotation)
+        if shape.item is not None and isinstance(step, int):
+            annotation = shape.item
+        elif shape.value is not None:
+            annotation = shape.value
+        elif shape.model is not None and step in fields_of(shape.model):
+            annotation = fields_of(shape.model)[str(step)].rebuild_annotation()
+        else:
+            return None
+    return shape_of(annotation).model
+
+
+def walk_models(*roots: type[Model]) -> Iterator[type[Model]]:
+    """Yield every model below `roots` once, parents before children, in the order of the fields."""
+    seen: dict[type[Model], None] = {}
+    waiting = list(roots)
+    while waiting:
+        model = waiting.pop(0)
+        if model in seen:
+            continue
+        seen[model] = None
+        yield model
+        waiting += [child for field in fields_of(model).values() if (child := _model_in(field.annotation)) is not None]
+
+
+def _model_in(annotation: Any) -> type[Model] | None:
+    shape = shape_of(annotation)
+    inner = shape.item if shape.item is not None else shape.value
+    return shape.model or (_model_in(inner) if inner is not None else None)
+
+
+def format_path(path: Sequence[Step]) -> str:
+    """Write a path as people read it: `spec.stages[2].sft.data[0].weight`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text

@@ -1,0 +1,94 @@
+"""What is wrong with a run, told so that it can be put right: where, what was found, the rule, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_VALUE_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    path: str
+    """Field path, such as `spec.stages[2].sft.optimizer.learningRate`. Empty: the whole document."""
+
+    value: Any
+    """What was found there; `MISSING` where nothing was."""
+
+    rule: str
+    """What must hold, as a clause: `must be at most 10`."""
+
+    remedy: str
+    """What to do about it, as an instruction: `write a value of at most 10`."""
+
+    line: int | None = None
+    """Line of the run file, from 1. None: unknown, or the value came from elsewhere."""
+
+    source: str = ""
+    """File the value came from, or the `--set` that gave it. Empty: unknown."""
+
+    def __str__(self) -> str:
+        place = f"{self.source}:{self.line}" if self.line is not None else self.source
+        where = ": ".join(part for part in (place, self.path) if part)
+        got = "" if self.value is MISSING else f" (got {format_value(self.value)})"
+        return f"{where}: {self.rule}{got}; {self.remedy}" if where else f"{self.rule}{got}; {self.remedy}"
+
+
+class _Missing:
+    """The value of a field that is not there."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+class InvalidRun(Exception):
+    """A run that cannot be accepted, with everything that is wrong with it at once."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = "1 problem in the run:" if count == 1 else f"{count} problems in the run:"
+        return "\n".join([head, *(f"- {problem}" for problem in self.problems)])
+
+
+_USER_IN_URI = re.compile(r"//[^/@\s]+@")
+
+
+def format_value(value: Any) -> str:
+    """Write a value as JSON on one line, short, without credentials in a URI."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = _USER_IN_URI.sub("//***@", text)
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed word most like `word`, whatever its case; None: nothing is near."""
+    by_lower = {_plain(candidate): candidate for candidate in allowed}
+    close = difflib.get_close_matches(_plain(word), by_lower, n=1, cutoff=0.6)
+    begun = [candidate for candidate in by_lower if len(word) > 1 and candidate.startswith(_plain(word))]
+    found = close or begun
+    return by_lower[found[0]] if found else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("_", "").replace("-", "")
+
+
+def suggest(word: str, allowed: Sequence[str]) -> str:
+    """Say which word was probably meant and which there are."""
+    near = nearest(word, allowed)
+    known = ", ".join(allowed) if allowed else "none"
+    return f"did you mean `{near}`? There are: {known}" if near is not None else f"use one of: {known}"
