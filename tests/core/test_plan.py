@@ -1,0 +1,74 @@
+"""Planning: settings merged field by field, inputs pinned, all problems at once."""
+
+from __future__ import annotations
+
+import pytest
+from core_makers import data_stage, plan_for, plan_of, run_of
+
+from stagecoach_core.plan import PlanError, external_keys, make_plan
+from stagecoach_core.values import External
+
+
+def test_a_stage_takes_from_the_defaults_what_it_leaves_open() -> None:
+    defaults = {
+        "image": "trainer@sha256:1",
+        "resources": {"nodes": 2, "gpusPerNode": 8, "memory": "10Gi"},
+        "retries": {"hang": 1},
+        "queue": {"name": "research"},
+        "timeoutSeconds": 60,
+    }
+    own = data_stage("corpus", resources={"nodes": 1, "gpusPerNode": 0}, retries={"user": 2}, timeoutSeconds=5)
+    plan = plan_for(own, data_stage("other"), defaults=defaults, seed=7)
+    corpus, other = plan.stages["corpus"].stage, plan.stages["other"].stage
+    assert (corpus.resources.nodes, corpus.resources.gpus_per_node, corpus.resources.memory) == (1, 0, "10Gi")
+    assert (corpus.retries.infrastructure, corpus.retries.hang, corpus.retries.user) == (20, 1, 2)
+    assert (corpus.timeout_seconds, other.timeout_seconds) == (5, 60)
+    assert other.resources.gpus_per_node == 8
+    assert other.queue is not None
+    assert other.image == "trainer@sha256:1"
+
+
+def test_a_stage_without_a_seed_takes_the_runs_and_zero_is_a_seed() -> None:
+    plan = plan_for(data_stage("a"), data_stage("b", seed=0), seed=7)
+    assert [planned.stage.seed for planned in plan.stages.values()] == [7, 0]
+
+
+def test_budgets_have_defaults() -> None:
+    retries = plan_for(data_stage("a")).stages["a"].stage.retries
+    assert (retries.infrastructure, retries.hang, retries.user) == (20, 5, 0)
+
+
+def test_stages_stand_in_topological_order_with_their_upstream() -> None:
+    plan = plan_for(data_stage("late", "early"), data_stage("early"), data_stage("last", "early", after=["late"]))
+    assert list(plan.stages) == ["early", "late", "last"]
+    assert plan.stages["last"].upstream == ("early", "late")
+
+
+def test_a_driver_is_told_every_uri_that_a_stage_reads_files_in_plain_fields_too() -> None:
+    added = {"base": {"uri": "llama"}, "add": {"charactersFrom": "characters.txt"}}
+    score = {"model": {"uri": "llama"}, "lmEval": [{"uri": "task.yaml"}, {"task": "ceval"}]}
+    run = run_of(data_stage("corpus"), {"name": "words", "tokenizer": added}, {"name": "score", "evaluate": score})
+    assert external_keys(run) == {f"uri:{uri}": uri for uri in ("corpus.jsonl", "llama", "characters.txt", "task.yaml")}
+
+
+def test_a_planned_stage_knows_its_own_externals_only() -> None:
+    plan = plan_of(run_of(data_stage("a"), data_stage("b")))
+    assert list(plan.stages["a"].externals) == ["uri:a.jsonl"]
+    assert plan.stages["a"].externals["uri:a.jsonl"].uri == "file:///inputs/a.jsonl"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    run = run_of(data_stage("corpus"), data_stage("corpus"), data_stage("b", "corpsu"))
+    with pytest.raises(PlanError) as caught:
+        make_plan(run, {}, "code")
+    first, second, third, fourth = caught.value.problems
+    assert first == "spec.stages: the name `corpus` is given 2 times; rename all but one"
+    assert second.startswith("spec.stages[corpus].data.sources[0]: nothing is known of corpus.jsonl")
+    assert third == second
+    assert fourth == "stage `b` needs stage `corpsu`, which does not exist; did you mean `corpus`?"
+
+
+def test_a_cycle_is_refused_and_named() -> None:
+    run = run_of(data_stage("a", "b"), data_stage("b", "a"))
+    with pytest.raises(PlanError, match="in a circle: a → b → a"):
+        make_plan(run, {"unused": External("file:///x", "1")}, "code")
