@@ -1,1 +1,55 @@
-"""The contract between people, drivers and trainers: typed, torch-free, client-free."""
+"""The contract between people, drivers and trainers: typed, torch-free, client-free.
+
+The names below are its face. They are imported when first used, so that `import stagecoach_api` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stagecoach_api.code import code_identity
+    from stagecoach_api.loading import LoadedRun, load_run, parse_run
+    from stagecoach_api.problems import InvalidRun, Problem
+    from stagecoach_api.spec import Stage, TrainingRun
+    from stagecoach_api.stages import STAGE_KINDS
+    from stagecoach_api.status import RunState, StageState, TrainingRunStatus
+    from stagecoach_api.validation import validate
+
+__all__ = [
+    "STAGE_KINDS",
+    "InvalidRun",
+    "LoadedRun",
+    "Problem",
+    "RunState",
+    "Stage",
+    "StageState",
+    "TrainingRun",
+    "TrainingRunStatus",
+    "code_identity",
+    "load_run",
+    "parse_run",
+    "validate",
+]
+
+_HOMES = {
+    "stagecoach_api.code": ("code_identity",),
+    "stagecoach_api.loading": ("LoadedRun", "load_run", "parse_run"),
+    "stagecoach_api.problems": ("InvalidRun", "Problem"),
+    "stagecoach_api.spec": ("Stage", "TrainingRun"),
+    "stagecoach_api.stages": ("STAGE_KINDS",),
+    "stagecoach_api.status": ("RunState", "StageState", "TrainingRunStatus"),
+    "stagecoach_api.validation": ("validate",),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import Stage
+from stagecoach_api.status import RunState as RunState  # noqa: PLC0414  # values of the core, too
+from stagecoach_api.status import StageState as StageState  # noqa: PLC0414
 
 
 class AttemptState(StrEnum):
@@ -177,22 +179,6 @@ class Stop:
 Action = LookUp | Start | Stop
 
 
-class StageState(StrEnum):
-    """What people are told of a stage."""
-
-    PENDING = "Pending"
-    RUNNING = "Running"
-    STOPPING = "Stopping"
-    RETRYING = "Retrying"
-    SUSPENDED = "Suspended"
-    SUCCEEDED = "Succeeded"
-    CACHED = "Cached"
-    FAILED = "Failed"
-    CANCELLED = "Cancelled"
-    SKIPPED = "Skipped"
-    """Not worked on: not selected, or something before it failed."""
-
-
 @dataclass(frozen=True)
 class StageView:
     """A stage's state, and for a waiting one the thing it waits for."""
@@ -208,16 +194,6 @@ class StageView:
     waiting_for: str = ""
     """What a stage that is neither running nor ended waits for, in words. Empty: nothing."""
     message: str = ""
-
-
-class RunState(StrEnum):
-    """Where the run as a whole is."""
-
-    PROGRESSING = "Progressing"
-    SUSPENDED = "Suspended"
-    COMPLETE = "Complete"
-    FAILED = "Failed"
-    CANCELLED = "Cancelled"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 
 from stagecoach_api.fields import FieldPath
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import Format, RecordSource, Split
+from stagecoach_api.references import Format, RecordSource, Reference, Split
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
 from stagecoach_api.stages import PretrainStage, SftStage
 from stagecoach_api.training import Rows, ScheduleName, Training
@@ -253,24 +253,41 @@ def _part(source: RecordSource) -> tuple[str, Split | None]:
 
 
 def new_rows_need_a_larger_vocabulary(draft: Draft) -> Iterator[Fault]:
+    """Rows are new where this stage, or one before it on the way from the first model, was given a vocabulary."""
+    stages = draft.by_name
     for stage, config in configs(draft, Training):
         path = _new_rows(stage, config)
-        if path is None:
+        if path is None or _vocabulary_may_have_grown(stage, stages):
             continue
-        if config.tokenizer is None:
-            yield Fault(
-                path,
-                "new",
-                "there are no new rows: without `tokenizer` the vocabulary stays the model's own",
-                "give the `tokenizer` that grows it, or train other rows",
-            )
-        elif isinstance(config, PretrainStage) and config.architecture is not None:
+        if isinstance(config, PretrainStage) and config.architecture is not None:
             yield Fault(
                 path,
                 "new",
                 "there are no new rows: all rows of a model made from `architecture` are",
                 "train `full`, or `embeddings` with `rows: all`",
             )
+        else:
+            yield Fault(
+                path,
+                "new",
+                "there are no new rows: without `tokenizer` the vocabulary stays the model's own",
+                "give the `tokenizer` that grows it, or train other rows",
+            )
+
+
+def _vocabulary_may_have_grown(stage: DraftStage, stages: Mapping[str, DraftStage]) -> bool:
+    """Follow the models back to the first one; what could not be read may have grown it."""
+    seen: set[str] = set()
+    config = stage.config
+    while config is not None:
+        model: Reference | None = getattr(config, "model", None)
+        if model is not None and getattr(config, "tokenizer", None) is not None:
+            return True
+        if model is None or model.stage is None or model.stage in seen:
+            return False
+        seen.add(model.stage)
+        config = stages[model.stage].config if model.stage in stages else None
+    return True
 
 
 def _new_rows(stage: DraftStage, config: Training) -> FieldPath | None:
