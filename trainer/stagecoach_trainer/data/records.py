@@ -21,6 +21,7 @@ __all__ = [
     "Role",
     "Turn",
     "read_index",
+    "read_path",
     "read_raw_records",
     "read_records",
     "record_to_json",
@@ -60,7 +61,11 @@ def read_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
 
 def read_raw_records(context: Fetches, source: RecordSource) -> Iterator[Record | Malformed]:
     """Like `read_records`, but what is malformed is yielded, not raised. Counts against `maxSamples` too."""
-    path = context.fetch(source)
+    return read_path(context.fetch(source), source)
+
+
+def read_path(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
+    """Like `read_raw_records`, for a source that is already fetched to `path`."""
     is_artifact = path.is_dir() and (path / INDEX).is_file()
     found = _read_artifact(path, source) if is_artifact else _read_files(path, source)
     for number, record in enumerate(found):

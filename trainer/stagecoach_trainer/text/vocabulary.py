@@ -33,12 +33,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         UserError: It is no folder with a vocabulary, or it needs code of its own (`trust_remote_code`).
     """
     config = read_tokenizer_config(path)
+    loader: Any
     if config.get("tokenizer_class") in PLAIN_CLASSES and (path / TOKENIZER_FILE).is_file():
-        from transformers import PreTrainedTokenizerFast as Loader
+        from transformers import PreTrainedTokenizerFast
+
+        loader = PreTrainedTokenizerFast
     else:
-        from transformers import AutoTokenizer as Loader
+        from transformers import AutoTokenizer
+
+        loader = AutoTokenizer
     try:
-        tokenizer = Loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises what the broken file makes it trip over
         raise UserError(f"{path}: the vocabulary cannot be loaded: {error}") from error
     if not tokenizer.is_fast:

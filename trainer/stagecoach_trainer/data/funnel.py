@@ -1,0 +1,115 @@
+"""The funnel: for every source, what came in, where it went, and that nothing was lost in between."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagecoach_trainer.data.records import Malformed
+from stagecoach_trainer.data.steps import StepCounter
+
+MAX_LISTED = 20
+"""Malformed records that a report names."""
+
+
+@dataclass
+class Funnel:
+    """Counts of records of one source."""
+
+    read: int = 0
+    """Records read, malformed ones included."""
+
+    malformed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """By `step.reason`; `weight` are those that a weight below 1 leaves out."""
+
+    train: int = 0
+    """Different training records; `copies` counts each as often as it is written."""
+
+    copies: int = 0
+    held_out: int = 0
+    characters: int = 0
+    """Of `train` and `held_out`, each record once."""
+
+    @property
+    def kept(self) -> int:
+        return self.train + self.held_out
+
+    def check(self, label: str) -> None:
+        """Raise unless in = out + each drop reason: a record got lost, which is a fault of ours, not of the data."""
+        accounted = self.malformed + self.dropped.total() + self.kept
+        if self.read != accounted:
+            raise RuntimeError(f"funnel of {label}: {self.read} records read, {accounted} accounted for")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "malformed": self.malformed,
+            "dropped": dict(sorted(self.dropped.items())),
+            "train": self.train,
+            "trainWritten": self.copies,
+            "heldOut": self.held_out,
+            "characters": self.characters,
+        }
+
+
+def total(funnels: Iterable[Funnel]) -> Funnel:
+    """Return the sum of all sources."""
+    result = Funnel()
+    for funnel in funnels:
+        result.read += funnel.read
+        result.malformed += funnel.malformed
+        result.dropped += funnel.dropped
+        result.train += funnel.train
+        result.copies += funnel.copies
+        result.held_out += funnel.held_out
+        result.characters += funnel.characters
+    return result
+
+
+def report_json(
+    funnels: dict[str, Funnel], pipeline: Sequence[StepCounter], malformed: Sequence[Malformed]
+) -> dict[str, Any]:
+    """Return `report.json`: the whole funnel, each source's, each step's counters, the malformed records listed."""
+    return {
+        "total": total(funnels.values()).as_json(),
+        "sources": {label: funnel.as_json() for label, funnel in funnels.items()},
+        "steps": [
+            {
+                "step": step.label,
+                "seen": step.seen,
+                "changed": step.changed,
+                "dropped": dict(sorted(step.dropped.items())),
+            }
+            for step in pipeline
+        ],
+        "malformed": [{"where": item.where, "reason": item.reason} for item in malformed],
+    }
+
+
+def report_markdown(report: dict[str, Any]) -> str:
+    """Return the report for people."""
+    sources = report["sources"]
+    columns = {**sources, "total": report["total"]} if len(sources) > 1 else sources
+    reasons = sorted({reason for funnel in columns.values() for reason in funnel["dropped"]})
+    rows = [
+        ("read", [funnel["read"] for funnel in columns.values()]),
+        ("− malformed", [funnel["malformed"] for funnel in columns.values()]),
+        *((f"− {reason}", [funnel["dropped"].get(reason, 0) for funnel in columns.values()]) for reason in reasons),
+        ("= held out", [funnel["heldOut"] for funnel in columns.values()]),
+        ("+ train", [funnel["train"] for funnel in columns.values()]),
+        ("train, with repeats", [funnel["trainWritten"] for funnel in columns.values()]),
+        ("characters kept", [funnel["characters"] for funnel in columns.values()]),
+    ]
+    lines = ["# Data", "", f"| records | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    lines += [f"| {name} | {' | '.join(f'{count:,}' for count in counts)} |" for name, counts in rows]
+    changed = [f"{step['step']} changed {step['changed']:,} records" for step in report["steps"] if step["changed"]]
+    if changed:
+        lines += ["", "; ".join(changed) + "."]
+    if report["malformed"]:
+        lines += ["", "## Malformed", "", *(f"- `{item['where']}`: {item['reason']}" for item in report["malformed"])]
+        unlisted = report["total"]["malformed"] - len(report["malformed"])
+        lines += [f"- and {unlisted:,} more"] if unlisted else []
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,191 @@
+"""Write records as shards: `.jsonl.zst` files of bounded size, equal bytes for equal records.
+
+Shuffling is external, in sequential passes: every record gets a key, the hash of (seed, its number), and goes to the
+spool file of the key's range; then each range is sorted in memory and written. So the order is a uniform permutation
+that depends on nothing but the seed and the records' numbers, and memory holds one range (about `RANGE_BYTES`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import zstandard
+
+from stagecoach_trainer.data.formats import Record
+from stagecoach_trainer.data.records import record_to_json
+
+ZSTD_LEVEL = 3
+RANGE_BYTES = 64 * 1024 * 1024
+MAX_RANGES = 512
+"""Spool files open at a time; the usual limit of a process is 1,024 files."""
+
+KEY_BYTES = 8
+_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a split."""
+
+    path: str
+    """Below the artifact's folder."""
+
+    records: int
+    bytes: int
+    """Of JSON, before compression."""
+
+    characters: int
+
+
+class RecordSink(Protocol):
+    """Where a split's records go."""
+
+    def add(self, record: Record) -> None: ...
+    def close(self) -> list[Shard]: ...
+
+
+class ShardWriter:
+    """Writes records in the order they come."""
+
+    def __init__(self, folder: Path, split: str, shard_bytes: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._shard_bytes = shard_bytes
+        self._shards: list[Shard] = []
+        self._lines: list[bytes] = []
+        self._open: tuple[Any, Any] | None = None
+        self._records = self._bytes = self._characters = 0
+
+    def add(self, record: Record) -> None:
+        """Write one record."""
+        self.add_line(encode_line(record), len(record.content))
+
+    def add_line(self, line: bytes, characters: int) -> None:
+        """Write one record's JSON line, which ends in a newline."""
+        if self._open is None:
+            self._begin()
+        self._lines.append(line)
+        self._records += 1
+        self._bytes += len(line)
+        self._characters += characters
+        if len(self._lines) >= 512 or self._bytes >= self._shard_bytes:
+            self._flush()
+        if self._bytes >= self._shard_bytes:
+            self._end()
+
+    def close(self) -> list[Shard]:
+        """Finish the last shard; return them all."""
+        if self._open is not None:
+            self._end()
+        return self._shards
+
+    def _name(self) -> str:
+        return f"{self._split}/part-{len(self._shards):05d}.jsonl.zst"
+
+    def _begin(self) -> None:
+        path = self._folder / self._name()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("wb")
+        stream = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).stream_writer(file)
+        self._open = (file, stream)
+
+    def _flush(self) -> None:
+        if self._open is not None and self._lines:
+            self._open[1].write(b"".join(self._lines))
+            self._lines = []
+
+    def _end(self) -> None:
+        self._flush()
+        if self._open is not None:
+            self._open[1].close()  # closes the file too
+        self._open = None
+        self._shards.append(Shard(self._name(), self._records, self._bytes, self._characters))
+        self._records = self._bytes = self._characters = 0
+
+
+class ShufflingWriter:
+    """Writes records in an order drawn by the seed.
+
+    Args:
+        writer: Where they are written in the end.
+        spool: A folder for the ranges; emptied again.
+        seed: The order's seed.
+        expected_bytes: Estimate of all records' bytes; it sets the number of ranges. The order does not depend on it.
+        on_range: Called with (ranges written, all ranges) while they are written.
+    """
+
+    def __init__(
+        self,
+        writer: ShardWriter,
+        spool: Path,
+        seed: int,
+        expected_bytes: int,
+        on_range: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> None:
+        self._writer = writer
+        self._spool = spool
+        self._on_range = on_range
+        self._key = hashlib.sha256(f"order:{seed}".encode()).digest()
+        self._num_ranges = max(1, min(MAX_RANGES, -(-expected_bytes // RANGE_BYTES)))
+        spool.mkdir(parents=True, exist_ok=True)
+        self._paths = [spool / f"range-{index:04d}" for index in range(self._num_ranges)]
+        self._files = [path.open("wb") for path in self._paths]
+        self._number = 0
+
+    def add(self, record: Record) -> None:
+        number = self._number.to_bytes(8, "big")
+        self._number += 1
+        key = hashlib.blake2b(number, digest_size=KEY_BYTES, key=self._key).digest()
+        index = (int.from_bytes(key, "big") * self._num_ranges) >> (8 * KEY_BYTES)
+        line = encode_line(record)
+        sizes = len(line).to_bytes(_LENGTH_BYTES, "big") + len(record.content).to_bytes(_LENGTH_BYTES, "big")
+        self._files[index].write(b"".join((key, number, sizes, line)))
+
+    def close(self) -> list[Shard]:
+        for file in self._files:
+            file.close()
+        for index, path in enumerate(self._paths):
+            self._on_range(index, self._num_ranges)
+            for _, line, characters in sorted(_read_spool(path.read_bytes())):
+                self._writer.add_line(line, characters)
+            path.unlink()
+        self._spool.rmdir()
+        return self._writer.close()
+
+
+def _read_spool(data: bytes) -> Iterator[tuple[bytes, bytes, int]]:
+    """Yield (key and number, line, characters); no two have the same first member."""
+    position = 0
+    while position < len(data):
+        size_at = position + KEY_BYTES + 8
+        line_at = size_at + 2 * _LENGTH_BYTES
+        size = int.from_bytes(data[size_at : size_at + _LENGTH_BYTES], "big")
+        characters = int.from_bytes(data[size_at + _LENGTH_BYTES : line_at], "big")
+        yield data[position:size_at], data[line_at : line_at + size], characters
+        position = line_at + size
+
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def encode_line(record: Record) -> bytes:
+    """Return a record's canonical JSON and a newline."""
+    return (_ENCODE(record_to_json(record)) + "\n").encode()
+
+
+def split_index(shards: Iterable[Shard]) -> dict[str, Any]:
+    """Return a split's part of `index.json`."""
+    shards = list(shards)
+    return {
+        "shards": [
+            {"path": s.path, "records": s.records, "bytes": s.bytes, "characters": s.characters} for s in shards
+        ],
+        "records": sum(s.records for s in shards),
+        "bytes": sum(s.bytes for s in shards),
+        "characters": sum(s.characters for s in shards),
+    }

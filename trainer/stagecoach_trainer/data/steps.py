@@ -1,0 +1,258 @@
+"""The steps of the `data` pipeline. Each is a small class with one method and counters of its own.
+
+A step takes a record and gives it back, perhaps changed, or says why it is dropped. To add one: a member of
+`stagecoach_api.stages.data.DataStep`, a class here, a line in `STEPS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from stagecoach_api.stages.data import (
+    CharacterShare,
+    DataStep,
+    Deduplicate,
+    Length,
+    Match,
+    Normalize,
+    Repetition,
+    Script,
+    UnicodeForm,
+)
+from stagecoach_trainer.data.formats import Record
+from stagecoach_trainer.errors import UserError
+
+HASH_BYTES = 16
+"""128 bits: among 10^12 texts two collide with a chance below 10^-14."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A step's verdict that a record goes no further."""
+
+    reason: str
+
+
+class Step(Protocol):
+    """One step of the pipeline."""
+
+    def apply(self, record: Record) -> Record | Dropped: ...
+
+
+@dataclass
+class StepCounter:
+    """What happened at one step."""
+
+    label: str
+    """The step's name; with its position where the name stands twice in the pipeline."""
+
+    step: Step
+    seen: int = 0
+    changed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def apply(self, record: Record) -> Record | Dropped:
+        """Run the step and count what it did."""
+        self.seen += 1
+        result = self.step.apply(record)
+        if isinstance(result, Dropped):
+            self.dropped[result.reason] += 1
+            return Dropped(f"{self.label}.{result.reason}")
+        if result is not record:
+            self.changed += 1
+        return result
+
+
+def content_hash(record: Record, key: bytes = b"") -> bytes:
+    """Hash what a record says, its ends trimmed, whatever its source: 16 bytes.
+
+    Equal text gives equal hashes: `deduplicate` and the split rely on it. `key` (up to 64 bytes) makes another,
+    independent hash.
+    """
+    hasher = hashlib.blake2b(digest_size=HASH_BYTES, key=key)
+    if record.text is not None:
+        hasher.update(record.text.strip().encode())
+        return hasher.digest()
+    for turn in record.messages:
+        # \x1c and \x1d (file and group separator) keep "a" + "bc" and "ab" + "c" apart.
+        hasher.update(f"{turn.role.value}\x1d{turn.content.strip()}\x1d{turn.input.strip()}\x1c".encode())
+    hasher.update((record.tools or "").encode())
+    return hasher.digest()
+
+
+class NormalizeStep:
+    """Unicode normalisation, blanks and empty lines."""
+
+    _LINE_END = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]")
+    _BLANKS = re.compile(r"[^\S\n]{2,}|[^\S\n ]")
+    _EMPTY_LINES = re.compile(r"\n(?: ?\n){2,}")
+
+    def __init__(self, config: Normalize) -> None:
+        self._form: Any = None if config.unicode is UnicodeForm.NONE else config.unicode.value
+        self._collapse = config.collapse_whitespace
+
+    def apply(self, record: Record) -> Record:
+        if record.text is not None:
+            text = self.clean(record.text)
+            return record if text == record.text else replace(record, text=text)
+        turns = tuple(
+            replace(turn, content=self.clean(turn.content), input=self.clean(turn.input)) for turn in record.messages
+        )
+        return record if turns == record.messages else replace(record, messages=turns)
+
+    def clean(self, text: str) -> str:
+        """Return the text in the form asked for."""
+        if self._form is not None and not text.isascii() and not unicodedata.is_normalized(self._form, text):
+            text = unicodedata.normalize(self._form, text)
+        if not self._collapse:
+            return text
+        text = self._LINE_END.sub("\n", text)
+        text = self._BLANKS.sub(" ", text)
+        return self._EMPTY_LINES.sub("\n\n", text).strip()
+
+
+class LengthStep:
+    """Bounds on the number of characters."""
+
+    def __init__(self, config: Length) -> None:
+        self._min = config.min_characters
+        self._max = config.max_characters
+
+    def apply(self, record: Record) -> Record | Dropped:
+        length = len(record.content)
+        if length < self._min:
+            return Dropped("tooShort")
+        if self._max is not None and length > self._max:
+            return Dropped("tooLong")
+        return record
+
+
+class MatchStep:
+    """A regular expression that must, or must not, be found."""
+
+    def __init__(self, config: Match, where: str) -> None:
+        import re2  # linear time whatever the pattern: a user's pattern cannot stall the stage
+
+        self._keeps = config.keep is not None
+        pattern = config.keep if config.keep is not None else config.drop
+        options = re2.Options()
+        options.log_errors = False
+        try:
+            self._search: Callable[[str], object] = re2.compile(pattern, options).search
+        except re2.error as error:
+            member = "keep" if self._keeps else "drop"
+            raise UserError(
+                f"{where}.match.{member}: {pattern!r} is no RE2 pattern: {_words(error)}; "
+                "look-arounds and back-references do not exist there"
+            ) from error
+
+    def apply(self, record: Record) -> Record | Dropped:
+        found = self._search(record.content) is not None
+        if found == self._keeps:
+            return record
+        return Dropped("notMatched" if self._keeps else "matched")
+
+
+SCRIPTS = {
+    # Han (with its extensions and compatibility forms), kana, bopomofo, hangul; punctuation is no script.
+    Script.CJK: re.compile(
+        "[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+        "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9d"
+        "\U00020000-\U0003ffff]+"
+    ),
+    Script.LATIN: re.compile(
+        "[A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a]+"
+    ),
+    Script.ALPHANUMERIC: re.compile(r"[^\W_]+"),
+}
+_NOT_BLANK = re.compile(r"\S+")
+
+
+def count_characters(pattern: re.Pattern[str], text: str) -> int:
+    """Return how many characters of `text` lie in matches of `pattern`."""
+    return sum(map(len, pattern.findall(text)))
+
+
+class CharacterShareStep:
+    """A least share of one script among the characters that are not blank."""
+
+    def __init__(self, config: CharacterShare) -> None:
+        self._pattern = SCRIPTS[config.script]
+        self._reason = f"{config.script.value}Share"
+        self._at_least = config.at_least
+
+    def apply(self, record: Record) -> Record | Dropped:
+        text = record.content
+        total = count_characters(_NOT_BLANK, text)
+        share = count_characters(self._pattern, text) / total if total else 0.0
+        return record if share >= self._at_least else Dropped(self._reason)
+
+
+class RepetitionStep:
+    """Lines said twice, or one character all over (after Gopher's rules, arXiv 2112.11446)."""
+
+    def __init__(self, config: Repetition) -> None:
+        self._max_lines = config.max_duplicate_lines
+        self._max_character = config.max_top_character
+
+    def apply(self, record: Record) -> Record | Dropped:
+        text = record.content
+        lines = [line for line in map(str.strip, text.split("\n")) if line]
+        if lines and 1 - len(set(lines)) / len(lines) > self._max_lines:
+            return Dropped("duplicateLines")
+        characters = Counter(text)
+        for blank in [character for character in characters if character.isspace()]:
+            del characters[blank]
+        total = characters.total()
+        if total and max(characters.values()) / total > self._max_character:
+            return Dropped("topCharacter")
+        return record
+
+
+class DeduplicateStep:
+    """Exact deduplication over all sources; the first stays. Holds about 110 bytes per record."""
+
+    def __init__(self, config: Deduplicate) -> None:
+        del config  # it has no settings
+        self._seen: set[bytes] = set()
+
+    def apply(self, record: Record) -> Record | Dropped:
+        key = content_hash(record)
+        if key in self._seen:
+            return Dropped("duplicate")
+        self._seen.add(key)
+        return record
+
+
+STEPS: dict[str, Callable[[Any, str], Step]] = {
+    "normalize": lambda config, _: NormalizeStep(config),
+    "length": lambda config, _: LengthStep(config),
+    "match": MatchStep,
+    "character_share": lambda config, _: CharacterShareStep(config),
+    "repetition": lambda config, _: RepetitionStep(config),
+    "deduplicate": lambda config, _: DeduplicateStep(config),
+}
+"""Makers of the steps by the member of `DataStep` that asks for them; they are given its value and field path."""
+
+
+def build_steps(configs: Sequence[DataStep]) -> list[StepCounter]:
+    """Make the pipeline. Raises UserError where a pattern does not compile."""
+    named = [(name, getattr(config, name)) for config in configs for name in STEPS if getattr(config, name) is not None]
+    times = Counter(name for name, _ in named)
+    pipeline = []
+    for index, (name, config) in enumerate(named):
+        alias = DataStep.model_fields[name].alias or name
+        label = alias if times[name] == 1 else f"{alias}{index + 1}"
+        pipeline.append(StepCounter(label, STEPS[name](config, f"steps[{index}]")))
+    return pipeline
+
+
+def _words(error: Exception) -> str:
+    message = error.args[0] if error.args else str(error)
+    return message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)

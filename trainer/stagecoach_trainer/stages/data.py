@@ -1,0 +1,211 @@
+"""`data`: read sources, run them through the pipeline, split, write shards, account for every record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.references import Split
+from stagecoach_api.stages.data import DataSource, DataStage, Order
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.data.formats import Record
+from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
+from stagecoach_trainer.data.records import INDEX, Malformed, read_path
+from stagecoach_trainer.data.shards import RecordSink, ShardWriter, ShufflingWriter, split_index
+from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
+from stagecoach_trainer.errors import Interrupted, UserError
+
+RECORDS_PER_HEARTBEAT = 512
+EXPANSION = 4
+"""Guess of how much larger records are than their (often compressed) files; only sets the number of spool files."""
+
+
+def run(config: DataStage, context: StageContext) -> StageOutcome:
+    """Make the data set of `config` in `context.output`.
+
+    Raises:
+        UserError: A source is missing or mixes layouts, too many records are malformed, or nothing is left.
+        Interrupted: The stage was asked to stop; it begins anew the next time.
+    """
+    pipeline = build_steps(config.steps)
+    labels = source_labels(config.sources)
+    paths = [context.fetch(source) for source in config.sources]
+    sinks = _open_sinks(config, context, paths)
+    work = _Work(config, context, pipeline, sinks, {label: Funnel() for label in labels})
+    for source, label, path in zip(config.sources, labels, paths, strict=True):
+        work.take_source(source, label, path)
+    work.check()
+    splits = {split.value: split_index(sinks[split].close()) for split in Split}
+    report = report_json(work.funnels, pipeline, work.malformed)
+    index = {"format": work.format, "splits": splits, "sources": report["sources"]}
+    _write_json(context.output / INDEX, index)
+    _write_json(context.output / REPORT, report)
+    (context.output / REPORT_TEXT).write_text(report_markdown(report), encoding="utf-8")
+    return StageOutcome(metrics=_metrics(work.funnels, splits))
+
+
+def source_labels(sources: tuple[DataSource, ...]) -> list[str]:
+    """Return each source's label; a label that stands twice gets its position behind it."""
+    labels: list[str] = []
+    for index, source in enumerate(sources):
+        label = source.label
+        labels.append(label if label not in labels else f"{label}#{index + 1}")
+    return labels
+
+
+def _open_sinks(config: DataStage, context: StageContext, paths: list[Path]) -> dict[Split, RecordSink]:
+    train = ShardWriter(context.output, Split.TRAIN.value, config.shard_bytes)
+    held_out = ShardWriter(context.output, Split.HELD_OUT.value, config.shard_bytes)
+    if config.order is Order.AS_GIVEN:
+        return {Split.TRAIN: train, Split.HELD_OUT: held_out}
+
+    def on_range(done: int, num_ranges: int) -> None:
+        context.progress.report("write", done, num_ranges, "ranges")
+
+    expected = EXPANSION * sum(_bytes_below(path) for path in paths)
+    shuffling = ShufflingWriter(train, context.work / "spool", context.seed, expected, on_range)
+    return {Split.TRAIN: shuffling, Split.HELD_OUT: held_out}
+
+
+def _bytes_below(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@dataclass
+class _Work:
+    """What the stage has done so far."""
+
+    config: DataStage
+    context: StageContext
+    pipeline: list[StepCounter]
+    sinks: dict[Split, RecordSink]
+    funnels: dict[str, Funnel]
+    """By source label."""
+
+    malformed: list[Malformed] = field(default_factory=list)
+    """The first `MAX_LISTED`."""
+
+    format: str = ""
+    """`text` or `conversation`."""
+
+    num_read: int = 0
+
+    def take_source(self, source: DataSource, label: str, path: Path) -> None:
+        """Read one source to its end."""
+        for found in self._watched(read_path(path, source)):
+            funnel = self.funnels[label]
+            funnel.read += 1
+            if isinstance(found, Malformed):
+                funnel.malformed += 1
+                if len(self.malformed) < MAX_LISTED:
+                    self.malformed.append(found)
+                continue
+            self._check_format(found, label)
+            record = Record(found.text, found.messages, found.tools, label, found.where)
+            self._take_record(record, source.weight, funnel)
+
+    def _watched(self, records: Iterator[Record | Malformed]) -> Iterator[Record | Malformed]:
+        """Beat the heart and obey the stop flag while reading."""
+        for record in records:
+            if self.num_read % RECORDS_PER_HEARTBEAT == 0:
+                self.context.progress.report("read", self.num_read, None, "records")
+                if self.context.stop.is_set():
+                    raise Interrupted(f"stopped after {self.num_read:,} records; the stage begins anew the next time")
+            self.num_read += 1
+            yield record
+
+    def _take_record(self, record: Record, weight: float, funnel: Funnel) -> None:
+        """Run one record through the pipeline and write what is left of it."""
+        for step in self.pipeline:
+            result = step.apply(record)
+            if isinstance(result, Dropped):
+                funnel.dropped[result.reason] += 1
+                return
+            record = result
+        if _draw(record, f"split:{self.context.seed}") < self.config.held_out_share:
+            self.sinks[Split.HELD_OUT].add(record)
+            funnel.held_out += 1
+        else:
+            copies = _copies(record, weight, self.context.seed)
+            if copies == 0:
+                funnel.dropped["weight"] += 1
+                return
+            for _ in range(copies):
+                self.sinks[Split.TRAIN].add(record)
+            funnel.copies += copies
+            funnel.train += 1
+        funnel.characters += len(record.content)
+
+    def _check_format(self, record: Record, label: str) -> None:
+        found = "text" if record.is_text else "conversation"
+        if self.format and found != self.format:
+            raise UserError(
+                f"{record.where}: source {label} gives a {found} record, those before are {self.format} records; "
+                "a data set holds one sort: make one `data` stage for each"
+            )
+        self.format = found
+
+    def check(self) -> None:
+        """Refuse a data set that is empty or has too many malformed records."""
+        for label, funnel in self.funnels.items():
+            funnel.check(label)
+        whole = total(self.funnels.values())
+        if whole.read and whole.malformed / whole.read > self.config.max_malformed_share:
+            listed = "; ".join(f"{item.where}: {item.reason}" for item in self.malformed)
+            more = whole.malformed - len(self.malformed)
+            raise UserError(
+                f"{whole.malformed:,} of {whole.read:,} records are malformed "
+                f"({whole.malformed / whole.read:.2%}; maxMalformedShare allows "
+                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}"
+            )
+        if not whole.kept:
+            raise UserError(_why_empty(whole))
+        if 0 < self.config.held_out_share < 1 and not (whole.held_out and whole.train):
+            empty = "train" if whole.held_out else "heldout"
+            raise UserError(
+                f"heldOutShare: at {self.config.held_out_share} of {whole.kept:,} records the split `{empty}` is "
+                "empty; change the share or give more records"
+            )
+
+
+def _draw(record: Record, key: str) -> float:
+    """Draw a number in [0, 1) by a record's content: the same for equal text."""
+    return int.from_bytes(content_hash(record, key.encode())[:7], "big") / (1 << 56)
+
+
+def _copies(record: Record, weight: float, seed: int) -> int:
+    whole = int(weight)
+    part = weight - whole
+    return whole + (part > 0 and _draw(record, f"weight:{seed}") < part)
+
+
+def _why_empty(whole: Funnel) -> str:
+    if not whole.read:
+        return "the data set is empty: the sources have no records"
+    reason, count = max([("malformed", whole.malformed), *sorted(whole.dropped.items())], key=lambda item: item[1])
+    return (
+        f"the data set is empty: of {whole.read:,} records none is left; most, {count:,}, were dropped by `{reason}`: "
+        "loosen that step or look at the source"
+    )
+
+
+def _metrics(funnels: dict[str, Funnel], splits: dict[str, dict[str, int]]) -> dict[str, float]:
+    whole = total(funnels.values())
+    return {
+        "records.read": whole.read,
+        "records.malformed": whole.malformed,
+        "records.dropped": whole.dropped.total(),
+        "records.train": splits[Split.TRAIN.value]["records"],
+        "records.heldOut": splits[Split.HELD_OUT.value]["records"],
+        "characters.train": splits[Split.TRAIN.value]["characters"],
+        "characters.heldOut": splits[Split.HELD_OUT.value]["characters"],
+    }
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
