@@ -11,12 +11,11 @@ import base64
 import hashlib
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +38,7 @@ from stagecoach_api.stores.retry import Retrier
 from stagecoach_api.stores.s3_errors import error_code, error_status, is_absent, is_transient, store_error
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
@@ -83,7 +83,6 @@ class S3Store:
         self._region = region
         self._retrier = retrier
         self._part_bytes = part_bytes
-        self._lock = threading.Lock()
         self._has_answered = False
         self._has_conditional_put = True
 
@@ -257,7 +256,6 @@ class S3Store:
     @cached_property
     def _client(self) -> S3Client:
         """boto3's client (safe to share between threads); its own retries are off, since ours count time as well."""
-        import boto3
         from botocore.config import Config
 
         config = Config(
@@ -271,10 +269,7 @@ class S3Store:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        with self._lock:  # a session is not thread-safe while it makes a client
-            return boto3.session.Session().client(
-                "s3", endpoint_url=self._endpoint, region_name=self._region, config=config
-            )
+        return _session().client("s3", endpoint_url=self._endpoint, region_name=self._region, config=config)
 
     def _call(self, key: str, operation: Callable[[int], T]) -> T:
         """Make a request, again if it may help; errors come out as the store's, with the key."""
@@ -342,6 +337,27 @@ class S3Store:
 
 class _Truncated(StoreError):
     """The body ended early; asked for again."""
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _service_models() -> Any:
+    """botocore's descriptions of S3, parsed once for all stores: they are most of what a client costs."""
+    import botocore.loaders
+
+    return botocore.loaders.create_loader()
+
+
+def _session() -> Session:
+    """Return a session of its own, which reads the credentials anew and is shared by no other thread."""
+    import boto3
+    import botocore.session
+
+    core = botocore.session.get_session()
+    core.register_component("data_loader", _service_models())
+    return boto3.session.Session(botocore_session=core)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------

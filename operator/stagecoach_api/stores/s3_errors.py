@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from stagecoach_api.stores.base import AccessDenied, Corrupt, NotFound, StoreError, Unreachable, public_endpoint
 
-_TRANSIENT_STATUS = {408, 409, 429, 500, 502, 503, 504}
-"""409: another conditional write of the same key is under way; the next try is told 412."""
-_TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError", "BadDigest"}
-"""BadDigest: the bytes were damaged on their way, the server's checksum says so."""
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_TRANSIENT_CODES = {
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "InternalError",
+    "BadDigest",  # the bytes were damaged on their way: the server's checksum says so
+    "ConditionalRequestConflict",  # another conditional write of the key is under way; the next try is told 412
+    "OperationAborted",
+}
 _TRANSIENT_ERRORS = {
     "ConnectionError",
     "EndpointConnectionError",
