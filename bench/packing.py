@@ -1,0 +1,83 @@
+"""Packed SFT against padding, in useful tokens per second, on samples of very different lengths; how full rows are."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from stagecoach_trainer.samples.packing import pack_lengths
+
+from bench.measuring import Figure, Goal, alternate, compared, difference
+from bench.ours import train_ours
+from bench.peer import train_peer
+from bench.workload import Batch, Run, belle_like, lognormal_lengths, make_model, row_of, useful_tokens
+from stagecoach_trainer.train.rows import Row
+
+LONGEST = 512
+SAMPLES = 64
+"""Samples of one optimiser step on either side."""
+MICRO_BATCH = 8
+"""Rows that either side computes at once."""
+STEPS = 4
+PLANNED = 100_000
+"""Samples packed to see how full rows get."""
+
+
+def figures() -> list[Figure]:
+    """Measure packing against padding to the maximum and to the longest of each micro-batch."""
+    batches = belle_like(STEPS, SAMPLES, LONGEST)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        to_maximum = alternate(
+            lambda number: _ours(batches, folder / f"a-{number}"),
+            lambda number: _peer(batches, folder / f"b-{number}", LONGEST),
+        )
+        dynamic = alternate(
+            lambda number: _ours(batches, folder / f"c-{number}"),
+            lambda number: _peer(batches, folder / f"d-{number}", None),
+        )
+    return [
+        _speeds("SFT packed against padding to the maximum", batches, to_maximum, Goal("≥", 3.0)),
+        _speeds("SFT packed against dynamic padding", batches, dynamic, Goal("≥", 2.0)),
+        difference("SFT packed, loss in bf16", dynamic[0][0].losses, dynamic[0][1].losses, Goal("≤", 1e-3)),
+        _fullness(),
+    ]
+
+
+def _ours(batches: Sequence[Batch], folder: Path) -> Run:
+    return train_ours(make_model(), [packed(batch) for batch in batches], folder, True, MICRO_BATCH, LONGEST)
+
+
+def _peer(batches: Sequence[Batch], folder: Path, pad_to: int | None) -> Run:
+    return train_peer(make_model(), batches, folder, True, MICRO_BATCH, pad_to)
+
+
+def packed(batch: Batch) -> list[Row]:
+    """Return the rows into which our own packing puts the samples of a batch."""
+    bins = pack_lengths([len(sample.tokens) for sample in batch], LONGEST)
+    return [row_of([batch[index] for index in indices]) for indices in bins]
+
+
+def _speeds(name: str, batches: Sequence[Batch], pairs: Sequence[tuple[Run, Run]], goal: Goal) -> Figure:
+    return compared(name, "useful tokens/s", [(_speed(batches, a), _speed(batches, b)) for a, b in pairs], goal)
+
+
+def _speed(batches: Sequence[Batch], run: Run) -> float:
+    """Useful tokens per second over the steps that were timed: the last ones."""
+    timed = batches[len(batches) - len(run.step_seconds) :]
+    return sum(map(useful_tokens, timed)) / sum(run.step_seconds)
+
+
+def _fullness() -> Figure:
+    """Return the share of useful tokens in packed rows; the least possible number of rows is as good as .999."""
+    lengths = lognormal_lengths(np.random.default_rng(1), PLANNED, 2048).tolist()
+    rows = len(pack_lengths(lengths, 2048))
+    least = math.ceil(sum(lengths) / 2048)
+    share = sum(lengths) / (rows * 2048)
+    goal = Goal("≥", 0.999)
+    met = goal.met_by(share) or rows == least
+    name = f"packing {PLANNED:,} samples into rows of 2,048"
+    return Figure(name, "share of useful tokens", share, None, None, str(goal), met)
