@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from stagecoach_api.loading import load_run
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.validation import validate
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
 
@@ -24,7 +24,7 @@ TINY = "chinese-alpaca-tiny"
 
 
 def load(name: str) -> TrainingRun:
-    return validate(yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text(encoding="utf-8")))
+    return load_run(ROOT / "examples" / f"{name}.yaml").run
 
 
 def plan_of(run: TrainingRun) -> Plan:
