@@ -115,13 +115,13 @@ class StageSettings(Model):
     """Trainer image; by digest (`name@sha256:…`) where it is not the operator's own. None: the operator's."""
 
     resources: Resources = Resources()
-    """The gang of pods."""
+    """The gang of pods. Default: every field's own."""
 
     queue: Queue | None = None
     """Kueue queue the stage waits in; quota is held only while the stage runs. None: it runs unqueued."""
 
     retries: Retries = Retries()
-    """Retry budgets by cause."""
+    """Retry budgets by cause. Default: every field's own."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Longest time one attempt may take. None: no limit."""
@@ -208,7 +208,7 @@ class RunSpec(Model):
     """What is to be trained, where it is kept, and what every stage inherits."""
 
     storage: Storage = Storage()
-    """Where artifacts lie."""
+    """Where artifacts lie. Default: every field's own."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of everything random; each stage draws its own streams from it. Default: 0."""
@@ -217,7 +217,7 @@ class RunSpec(Model):
     """Stop at the next checkpoint and give up all resources; false goes on from there. Default: false."""
 
     defaults: StageSettings = StageSettings()
-    """What stages inherit."""
+    """What stages inherit. Default: nothing is set."""
 
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
     """The pipeline. Order does not matter: edges come from inputs and `after`."""
@@ -243,10 +243,10 @@ class TrainingRun(Model):
     """A whole training pipeline."""
 
     api_version: Literal["stagecoach.dev/v1alpha1"] = "stagecoach.dev/v1alpha1"
-    """Always `stagecoach.dev/v1alpha1`."""
+    """Always `stagecoach.dev/v1alpha1`. Default: that."""
 
     kind: Literal["TrainingRun"] = "TrainingRun"
-    """Always `TrainingRun`."""
+    """Always `TrainingRun`. Default: that."""
 
     metadata: Metadata
     """Name and namespace."""

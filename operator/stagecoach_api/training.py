@@ -290,7 +290,7 @@ class Training(Model):
     """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. None: the model's own."""
 
     resize: Resize = Resize()
-    """What new rows start as where the vocabulary is larger than the model's."""
+    """What new rows start as where the vocabulary is larger than the model's. Default: the mean of old rows."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
     """Sets to train on, mixed exactly by weight."""
@@ -329,7 +329,7 @@ class Training(Model):
     """End when a held-out loss no longer falls. None: the budget alone ends training."""
 
     checkpoints: Checkpoints = Checkpoints()
-    """When the training state is saved."""
+    """When the training state is saved. Default: ten times, and the newest two are kept."""
 
     max_dropped_share: Fraction = 0.05
     """Largest share of samples that may be dropped, cut or left without any loss; above it the stage fails.

@@ -36,7 +36,7 @@ class Samples(Model):
     """What the user says; each is rendered by the chat template."""
 
     generation: Generation = Generation()
-    """How the answers are generated."""
+    """How the answers are generated. Default: greedy, 64 new tokens."""
 
 
 class ExactMatch(Model):
@@ -53,7 +53,7 @@ class ExactMatch(Model):
     """Conversations that are asked. Default: 200."""
 
     generation: Generation = Generation()
-    """How the answers are generated."""
+    """How the answers are generated. Default: greedy, 64 new tokens."""
 
 
 class LmEvalTask(Model):

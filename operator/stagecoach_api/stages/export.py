@@ -48,4 +48,4 @@ class ExportStage(Model):
     """Prompts that the reloaded release answers in the report. None: none."""
 
     proof: Proof = Proof()
-    """What the reloaded release must show before it counts."""
+    """What the reloaded release must show before it counts. Default: every field's own."""

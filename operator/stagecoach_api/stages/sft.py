@@ -98,5 +98,5 @@ class SftStage(Training):
     """Put several conversations into one row; none sees another. Default: true."""
 
     too_long: TooLong = TooLong.DROP
-    """`split` between turns into several samples (the system prompt stays in front of each), `drop` and count, `cut` at the end and count, or
-    `fail` and name the record. Default: drop."""
+    """`split` between turns into several samples (the system prompt stays in front of each), `drop` and count, `cut` at
+    the end and count, or `fail` and name the record. Default: drop."""
