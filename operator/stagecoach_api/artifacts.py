@@ -224,7 +224,8 @@ class ModelCard(Model):
     """The weights are a PEFT adapter; `base` is what it sits on."""
 
     base: ResolvedInput | None = None
-    """The model below the adapter. None: the weights are whole."""
+    """The model below the adapter. An artifact of the same store is named by its key (`artifacts/<digest>/output`), so
+    that the card does not depend on where the store lies. None: the weights are whole."""
 
     new_rows: str | None = None
     """How the base's embedding is grown to the tokenizer's size before the adapter is put on (`mean`, `random`,
@@ -232,3 +233,7 @@ class ModelCard(Model):
 
     resize_seed: int | None = None
     """Seed of `random` new rows. None: not random."""
+
+    old_rows: int | None = Field(default=None, ge=0)
+    """Rows the embedding had before the vocabulary last grew; those from here on are the new rows that later stages
+    may train. None: it never grew."""

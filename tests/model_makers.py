@@ -1,0 +1,125 @@
+"""Tiny vocabularies, models and stage contexts for the tests of models, samples and training stages."""
+
+# ruff: noqa: S106 - tokens of a vocabulary are no passwords
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
+from stagecoach_api.store import open_store
+from stagecoach_trainer.context import StageContext, World
+from stagecoach_trainer.progress import Progress
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+SENTENCES = (
+    "the quick brown fox jumps over the lazy dog and the dog sleeps",
+    "a model learns what the next word is from the words in front of it",
+    "below is an instruction that describes a task write a response",
+    "白日依山尽 黄河入海流 欲穷千里目 更上一层楼",
+    "床前明月光 疑是地上霜 举头望明月 低头思故乡",
+)
+SPECIAL = ("<unk>", "<s>", "</s>")
+
+
+def make_tokenizer(vocab_size: int = 400, extra: tuple[str, ...] = (), special: tuple[str, ...] = ()) -> Any:
+    """Return a LLaMA-like BPE vocabulary with byte fallback: `vocab_size` tokens at most, then `extra` pieces, then
+    `special` tokens. Equal arguments give equal vocabularies, and more `extra` moves no id."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *byte_pieces], show_progress=False, initial_alphabet=["▁"]
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    state = json.loads(tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    for piece in extra:
+        vocabulary[piece] = len(vocabulary)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    rebuilt = Tokenizer.from_str(json.dumps(state))
+    rebuilt.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rebuilt,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(rows: int, seed: int = 0, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:
+    """Return a LLaMA of two layers with `rows` rows."""
+    config = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def save_base(folder: Path, tokenizer: Any, seed: int = 0, tied: bool = False) -> Path:
+    """Write a base model with its vocabulary in Hugging Face layout; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_model(len(tokenizer), seed, tied).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def outside(path: Path) -> ResolvedInput:
+    """Return an input that lies outside the store, resolved as the planner does."""
+    from stagecoach_api.store import external_digest, list_external
+
+    return ResolvedInput(uri=str(path), digest=external_digest(list_external(str(path))[1]))
+
+
+def make_context(
+    root: Path, kind: str = "pretrain", inputs: dict[str, Path] | None = None, seed: int = 7, world: World | None = None
+) -> StageContext:
+    """Return a context below `root` whose inputs are `uri:NAME` for each given NAME."""
+    store = root / "store"
+    store.mkdir(parents=True, exist_ok=True)
+    resolved = ResolvedStage(
+        namespace="default",
+        run="test",
+        stage=kind,
+        kind=kind,
+        attempt=1,
+        digest="d" * 64,
+        config={},
+        inputs={f"uri:{name}": outside(path) for name, path in (inputs or {}).items()},
+        seed=seed,
+        code="test",
+        storage_uri=str(store),
+    )
+    context = StageContext(
+        resolved=resolved,
+        store=open_store(str(store)),
+        work=root / "work",
+        cache=root / "cache",
+        world=world or World(),
+        progress=Progress(None),
+        stop=threading.Event(),
+    )
+    context.output.mkdir(parents=True, exist_ok=True)
+    (context.work / "logs").mkdir(exist_ok=True)
+    context.cache.mkdir(exist_ok=True)
+    return context

@@ -1,0 +1,167 @@
+"""What is looked at before a model's folder is loaded: only safetensors weights, no code, no pickle. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stagecoach_trainer.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+CONFIGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json", ADAPTER_CONFIG)
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+}
+
+
+def check_model_folder(path: Path) -> list[Path]:
+    """Return the weight files of a whole model.
+
+    Raises UserError unless `path` is a folder with a `config.json` and sound safetensors weights, and without code.
+    """
+    require_folder(path)
+    refuse_code(path)
+    read_json(path / CONFIG)
+    if (path / WEIGHTS_INDEX).is_file():
+        files = _indexed_files(path)
+    elif (path / WEIGHTS).is_file():
+        files = [path / WEIGHTS]
+    else:
+        raise UserError(_no_weights(path, WEIGHTS))
+    for file in files:
+        check_safetensors(file)
+    return files
+
+
+def check_adapter_folder(path: Path) -> Path:
+    """Return the weight file of a PEFT adapter. Raises UserError unless it is sound safetensors."""
+    require_folder(path)
+    refuse_code(path)
+    read_json(path / ADAPTER_CONFIG)
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise UserError(_no_weights(path, ADAPTER_WEIGHTS))
+    check_safetensors(path / ADAPTER_WEIGHTS)
+    return path / ADAPTER_WEIGHTS
+
+
+def require_folder(path: Path) -> None:
+    if not path.is_dir():
+        suggestion = " (pickled weights are never loaded)" if path.suffix in PICKLED else ""
+        raise UserError(f"{path}: a model is a folder in Hugging Face layout, this is a file{suggestion}")
+
+
+def refuse_code(path: Path) -> None:
+    """Raise UserError where a configuration asks for code from the folder."""
+    for name in CONFIGS:
+        if (path / name).is_file():
+            config = read_json(path / name)
+            asking = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
+            if asking:
+                raise UserError(
+                    f"{path / name}: `{asking[0]}` asks for code from the model's folder (trust_remote_code), which is "
+                    "never run; use a model whose architecture transformers has, and remove the entry if it has one"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises UserError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent}: there is no {path.name}; a Hugging Face folder has one") from error
+    except ValueError as error:
+        raise UserError(f"{path}: malformed JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _no_weights(path: Path, wanted: str) -> str:
+    pickled = sorted(item.name for item in path.iterdir() if item.suffix in PICKLED)
+    if not pickled:
+        return f"{path}: there is no {wanted}"
+    return (
+        f"{path}: pickled weights ({', '.join(pickled[:3])}), and pickles can run any code, so none is loaded; "
+        f"convert them to {wanted} in an environment that you can afford to lose "
+        "(transformers: `save_pretrained`)"
+    )
+
+
+def _indexed_files(path: Path) -> list[Path]:
+    names = read_json(path / WEIGHTS_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path / WEIGHTS_INDEX}: `weight_map` is missing or empty")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{path / WEIGHTS_INDEX}: {name!r} is no safetensors file of this folder; none else is read"
+            )
+        if not (path / name).is_file():
+            raise UserError(f"{path}: {WEIGHTS_INDEX} names {name}, and it is missing")
+    return [path / name for name in files]
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise UserError unless `path` is a sound safetensors file: its tensors lie one after the other, fill it to its
+    end and have the sizes that their shapes ask for. Reads the header only.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(
+                _unsound(path, "its first eight bytes are no header length: it may be a pickle with a new name")
+            )
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+    except ValueError as error:
+        raise UserError(_unsound(path, f"its header is no JSON ({error})")) from error
+    if not isinstance(entries, dict):
+        raise UserError(_unsound(path, "its header is no JSON object"))
+    try:
+        spans = sorted(_spans(entries))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(_unsound(path, f"its header is malformed ({error!r})")) from error
+    position = 0
+    for begin, end, name in spans:
+        if begin != position:
+            raise UserError(_unsound(path, f"the bytes of {name!r} overlap others or leave a gap"))
+        position = end
+    if position != size - 8 - length:
+        raise UserError(_unsound(path, f"it should have {position} bytes of tensors and has {size - 8 - length}"))
+
+
+def _spans(entries: dict[str, Any]) -> Iterator[tuple[int, int, str]]:
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        bits = DTYPE_BITS[entry["dtype"]]
+        for dimension in entry["shape"]:
+            if not isinstance(dimension, int) or dimension < 0:
+                raise ValueError(f"{name}: shape {entry['shape']}")
+            bits *= dimension
+        if not 0 <= begin <= end or bits != 8 * (end - begin):
+            raise ValueError(f"{name}: {end - begin} bytes for shape {entry['shape']} of {entry['dtype']}")
+        yield begin, end, name
+
+
+def _unsound(path: Path, why: str) -> str:
+    return f"{path}: not a sound safetensors file, {why}; nothing of it was loaded"

@@ -1,0 +1,202 @@
+"""Saving a model or an adapter so that it opens elsewhere, and reading it back before it counts.
+
+Equal models give equal bytes: no times, no paths, lists in a fixed order.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stagecoach_api.artifacts import CARD, ModelCard
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.safety import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_adapter_folder,
+    check_model_folder,
+)
+from stagecoach_trainer.text.vocabulary import CONFIG_FILE, SPECIAL_TOKENS_FILE, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+CHAT_TEMPLATE = "chat_template.jinja"
+VOCABULARY_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    vocabulary: Path,
+    output: Path,
+    card: ModelCard,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Save whole weights in Hugging Face layout, with the vocabulary from the folder `vocabulary`.
+
+    `dtype`: number format of the files (the model in memory is left alone). None: as they are.
+    `generation`: settings for `generation_config.json` beside the special tokens' ids.
+    The files are read back: names, shapes, every value, none of them NaN, no matrix all zero. Raises UserError.
+    """
+    _set_token_ids(model, tokenizer, generation or {})
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in _plain_state(model).items()}
+    _require_sound(state, "the trained model")
+    before = model.config.dtype
+    model.config.dtype = dtype or before
+    try:
+        model.save_pretrained(output, state_dict=dict(state), max_shard_size=max_shard_bytes)
+    finally:
+        model.config.dtype = before
+    save_vocabulary(tokenizer, vocabulary, output)
+    write_card(card, output)
+    _compare(check_model_folder(output), state, allow_missing=_tied_names(model))
+
+
+def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard) -> None:
+    """Save a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`), with the vocabulary beside it.
+
+    Raises UserError for an adapter that is empty, all zero or not finite, or does not come back as it was.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)}
+    if not state:
+        raise UserError("the adapter is empty: no layer got one")
+    _require_sound({name: tensor for name, tensor in state.items() if "lora_B" not in name}, "the adapter")
+    learnt = [tensor for name, tensor in state.items() if "lora_B" in name]
+    if learnt and not any(bool(tensor.any()) for tensor in learnt):
+        raise UserError("the adapter learnt nothing: all its second matrices are zero; is the learning rate 0?")
+    _require_finite(state, "the adapter")
+    save_file(state, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = adapter_config(model, base=card.base.uri if card.base else None)
+    _write_json(config, output / ADAPTER_CONFIG)
+    save_vocabulary(tokenizer, vocabulary, output)
+    write_card(card, output)
+    _compare([check_adapter_folder(output)], state)
+
+
+def adapter_config(model: Any, base: str | None) -> dict[str, Any]:
+    """Return the adapter's `adapter_config.json`: PEFT's, with sets as sorted lists."""
+    config: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
+    config["base_model_name_or_path"] = base
+    config["inference_mode"] = True
+    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
+
+
+def write_card(card: ModelCard, output: Path) -> None:
+    _write_json(card.model_dump(mode="json", exclude_none=True), output / CARD)
+
+
+def _write_json(value: Any, path: Path) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+# -- vocabulary --------------------------------------------------------------------------------------------------------
+
+
+def save_vocabulary(tokenizer: Any, source: Path, output: Path) -> None:
+    """Copy the vocabulary's files from `source`, with the chat template and end token that `tokenizer` now has.
+
+    The copy is opened again: same size, end token and chat template. Raises UserError.
+    """
+    for name in VOCABULARY_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    if not (output / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(str(output))
+    _change_json(output / CONFIG_FILE, {"eos_token": tokenizer.eos_token}, drop=("chat_template",))
+    if (output / SPECIAL_TOKENS_FILE).is_file():
+        _change_json(output / SPECIAL_TOKENS_FILE, {"eos_token": tokenizer.eos_token})
+    if tokenizer.chat_template is not None:
+        (output / CHAT_TEMPLATE).write_text(str(tokenizer.chat_template), encoding="utf-8")
+    reloaded = load_tokenizer(output)
+    for what in ("eos_token_id", "bos_token_id", "chat_template"):
+        if getattr(reloaded, what) != getattr(tokenizer, what):
+            raise UserError(f"{output}: the saved vocabulary has another {what} than the one in use")
+    if len(reloaded) != len(tokenizer):
+        raise UserError(f"{output}: the saved vocabulary has {len(reloaded)} tokens instead of {len(tokenizer)}")
+
+
+def _change_json(path: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changed = {key: item for key, item in {**value, **changes}.items() if key not in drop}
+    if changed != value:
+        path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[str, Any]) -> None:
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for config in (model.config, model.generation_config):
+        for name, value in ids.items():
+            setattr(config, name, value)
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Return the names that are not written because they are another's matrix."""
+    if not model.config.tie_word_embeddings:
+        return set()
+    return {name for name in model.state_dict() if name.endswith("lm_head.weight")}
+
+
+def _require_sound(state: Mapping[str, torch.Tensor], what: str) -> None:
+    _require_finite(state, what)
+    for name, tensor in state.items():
+        if tensor.ndim >= 2 and not bool(tensor.any()):
+            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is all zero, so it is not saved")
+
+
+def _require_finite(state: Mapping[str, torch.Tensor], what: str) -> None:
+    for name, tensor in state.items():
+        if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is empty or not finite, so it is not saved")
+
+
+def _compare(files: list[Path], state: Mapping[str, torch.Tensor], allow_missing: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Read saved weights back and compare every value. Raises UserError naming what differs."""
+    from safetensors import safe_open
+
+    seen: set[str] = set()
+    for path in files:
+        with safe_open(str(path), "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                stored = file.get_tensor(name)
+                if name not in state or stored.dtype != state[name].dtype or not torch.equal(stored, state[name]):
+                    raise UserError(f"{path}: {name} was not read back as it was written")
+                seen.add(name)
+    missing = sorted(set(state) - seen - allow_missing)
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} weights were not written ({', '.join(missing[:3])})")

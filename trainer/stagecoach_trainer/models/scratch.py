@@ -1,0 +1,39 @@
+"""A LLaMA model from nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stagecoach_api.stages.pretrain import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a LLaMA with new weights: a pure function of shape, vocabulary size and seed; the global random state
+    is left as it was.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rms_norm_eps=shape.norm_epsilon,
+        initializer_range=shape.initializer_range,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype)

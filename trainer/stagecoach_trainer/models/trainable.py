@@ -1,0 +1,253 @@
+"""Choosing what learns: everything, the embedding and the head, their new rows alone, or low-rank adapters.
+
+V rows in all, V0 old ones, N = V - V0 new ones, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stagecoach_api.training import LoraTraining, Rows, Trainable
+from stagecoach_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class TrainableModel:
+    """A model with `requires_grad` set to what is trained."""
+
+    model: Any
+    adapter: bool
+    """The model is a PeftModel, and its adapter is what the stage makes."""
+
+    notes: tuple[str, ...]
+    """What is trained, for the report."""
+
+
+def choose_trainable(model: Any, trainable: Trainable, new_rows: range, seed: int) -> TrainableModel:
+    """Return the model prepared for training. `new_rows`: ids of the rows that the vocabulary's growth added.
+
+    Raises UserError for adapter targets the model does not have, or new rows where there are none.
+    """
+    if trainable.full is not None:
+        model.requires_grad_(True)
+        return TrainableModel(model, False, ("all parameters are trained",))
+    if trainable.embeddings is not None:
+        return _embeddings_only(model, trainable.embeddings.rows, new_rows)
+    lora = trainable.lora or LoraTraining()
+    if lora.continue_adapter:
+        return _continue_adapter(model)
+    return _with_adapter(model, lora, new_rows, seed)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Return the number of trained and of all parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {"trained": sum(size for size, trained in sizes if trained), "all": sum(size for size, _ in sizes)}
+
+
+# -- embedding and head ------------------------------------------------------------------------------------------------
+
+
+def _embeddings_only(model: PreTrainedModel, rows: Rows, new_rows: range) -> TrainableModel:
+    model.requires_grad_(False)
+    if rows is Rows.ALL:
+        for matrix in _row_modules(model):
+            matrix.weight.requires_grad_(True)
+        return TrainableModel(model, False, ("all rows of the embedding and the head are trained",))
+    _require_new_rows(new_rows, "trainable.embeddings.rows: new", "`rows: all`")
+    split_rows(model, new_rows.start)
+    note = f"{len(new_rows)} new rows of the embedding and the head are trained; old rows are no parameter"
+    return TrainableModel(model, False, (note,))
+
+
+def _require_new_rows(new_rows: range, where: str, instead: str) -> None:
+    if not new_rows:
+        raise UserError(
+            f"{where}: the model has no new rows, neither from this stage nor from an earlier one; give a larger "
+            f"`tokenizer`, or train {instead}"
+        )
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether embedding and head are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _row_modules(model: PreTrainedModel) -> list[Any]:
+    """Return the embedding and, where it is a matrix of its own, the head."""
+    modules: list[Any] = [model.get_input_embeddings()]
+    if model.get_output_embeddings() is not None and not is_tied(model):
+        modules.append(model.get_output_embeddings())
+    return modules
+
+
+class SplitRows(nn.Module):
+    """A matrix [V, D] in two parts: old rows [V0, D], a frozen parameter, and new rows [N, D], a trained one. Neither
+    weight decay nor anything else can reach an old row."""
+
+    def __init__(self, old_rows: nn.Parameter, new_rows: nn.Parameter) -> None:
+        super().__init__()
+        self.old_rows = old_rows
+        self.new_rows = new_rows
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The whole matrix [V, D]; gradients reach the new rows."""
+        return torch.cat([self.old_rows, self.new_rows])
+
+
+class SplitEmbedding(SplitRows):
+    """An embedding whose new rows alone are trained."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, T] -> [B, T, D]."""
+        first = len(self.old_rows)
+        old = F.embedding(ids.clamp(max=first - 1), self.old_rows)
+        new = F.embedding((ids - first).clamp(min=0), self.new_rows)
+        return torch.where((ids >= first).unsqueeze(-1), new, old)
+
+
+class SplitHead(SplitRows):
+    """A head whose new rows alone are trained."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return torch.cat([F.linear(hidden, self.old_rows), F.linear(hidden, self.new_rows)], dim=-1)
+
+
+def split_rows(model: PreTrainedModel, first_new: int) -> None:
+    """Put split matrices in the place of the embedding and the head; `join_rows` undoes it. Tied ones share their
+    parts."""
+    tied = is_tied(model)
+    old, new = _split(model.get_input_embeddings().weight, first_new)
+    head = model.get_output_embeddings()
+    model.set_input_embeddings(SplitEmbedding(old, new))
+    if tied:
+        model.set_output_embeddings(SplitHead(old, new))
+    elif head is not None:
+        if getattr(head, "bias", None) is not None:
+            raise UserError("trainable.embeddings.rows: new: the model's head has a bias; train `rows: all`")
+        model.set_output_embeddings(SplitHead(*_split(head.weight, first_new)))
+
+
+def _split(weight: torch.Tensor, first_new: int) -> tuple[nn.Parameter, nn.Parameter]:
+    whole = weight.detach()
+    old = nn.Parameter(whole[:first_new].clone(), requires_grad=False)
+    return old, nn.Parameter(whole[first_new:].clone())
+
+
+def join_rows(model: PreTrainedModel) -> None:
+    """Put whole matrices back in the place of split ones, trained rows included. Does nothing where none is split."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, SplitRows):
+        return
+    tied = isinstance(head, SplitRows) and head.new_rows is embedding.new_rows
+    whole = nn.Embedding.from_pretrained(embedding.weight.detach(), freeze=False)
+    model.set_input_embeddings(whole)
+    if isinstance(head, SplitRows):
+        weight = whole.weight if tied else nn.Parameter(head.weight.detach())
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = weight
+        model.set_output_embeddings(linear)
+
+
+def head_weight(head: nn.Module) -> torch.Tensor | None:
+    """Return the matrix [V, D] that a head multiplies with, through which gradients reach whatever of it is trained.
+
+    None: the head does more than that (an adapter, a bias), so it must be called.
+    """
+    if getattr(head, "lora_A", None) or getattr(head, "bias", None) is not None:
+        return None
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def _continue_adapter(model: Any) -> TrainableModel:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "trainable.lora.continueAdapter: `model` is no adapter but whole weights; name the stage whose adapter is "
+            "to be trained on, or leave `continueAdapter` out to start a new one"
+        )
+    return TrainableModel(model, True, ("the adapter of `model` is trained on; its targets, rank and alpha are kept",))
+
+
+def _with_adapter(model: PreTrainedModel, lora: LoraTraining, new_rows: range, seed: int) -> TrainableModel:
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, lora)
+    notes = [f"adapters of rank {lora.rank} on {', '.join(lora.targets)}"]
+    rows: dict[str, list[int]] | None = None
+    if lora.new_rows:
+        _require_new_rows(new_rows, "trainable.lora.newRows", "all rows by `modulesToSave`")
+        rows = {name: list(new_rows) for name in _row_module_names(model)}
+        notes.append(f"{len(new_rows)} new rows of {', '.join(rows)}")
+    if lora.modules_to_save:
+        notes.append(f"{', '.join(lora.modules_to_save)} in full: every row is trained, old ones too")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=rows,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    return TrainableModel(adapted, True, tuple(notes))
+
+
+def _row_module_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the embedding and, unless it is tied to it, the head; PEFT follows a tie by itself."""
+    wanted = {id(module) for module in _row_modules(model)}
+    return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if id(module) in wanted]
+
+
+def _check_targets(model: PreTrainedModel, lora: LoraTraining) -> None:
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _require_known("trainable.lora.targets", lora.targets, linear, "linear layers")
+    embeddings = set(_row_module_names(model))
+    layers = linear | embeddings | {name.rsplit(".", 1)[-1] for name, _ in _norms(model)}
+    _require_known("trainable.lora.modulesToSave", lora.modules_to_save, layers, "layers")
+    twice = set(lora.targets) & set(lora.modules_to_save)
+    if twice:
+        raise UserError(f"trainable.lora: {sorted(twice)} stand both in `targets` and in `modulesToSave`; choose one")
+    rows = set(lora.modules_to_save) & embeddings
+    if lora.new_rows and rows:
+        raise UserError(
+            f"trainable.lora: `newRows` trains new rows only, `modulesToSave` all rows of {sorted(rows)}; choose one"
+        )
+    if rows and is_tied(model):
+        raise UserError(
+            f"trainable.lora.modulesToSave: the model's head shares the embedding's matrix, and an adapter with a "
+            f"trained copy of {sorted(rows)} would untie them; use `newRows: true`, or `trainable.embeddings`"
+        )
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if "norm" in type(module).__name__.lower())
+
+
+def _require_known(where: str, names: Sequence[str], known: set[str], kind: str) -> None:
+    unknown = [name for name in names if name.rsplit(".", 1)[-1] not in known]
+    if unknown:
+        raise UserError(f"{where}: the model has no {', '.join(unknown)}; its {kind} are {', '.join(sorted(known))}")
