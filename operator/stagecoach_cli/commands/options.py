@@ -1,0 +1,96 @@
+"""What several subcommands share: options, consoles, and how errors are told."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stagecoach_cli.main import EXIT_FAILED, EXIT_INVALID
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+PLAIN_WIDTH = 160
+"""Columns where nobody's terminal sets them: a log or a pipe."""
+
+file_argument = click.argument("file", type=click.Path(path_type=Path))
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Override a field, such as stages.sft.optimizer.learningRate=1e-4. May be given several times.",
+)
+
+storage_option = click.option(
+    "--storage",
+    metavar="URI",
+    help="Where artifacts lie: s3://… or a folder. Default: the run's own, else .stagecoach/store.",
+)
+
+
+class Failure(click.ClickException):
+    """Ends a command with a message: something did not work."""
+
+    exit_code = EXIT_FAILED
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"stagecoach: {self.message}", err=True, file=file)
+
+
+class InvalidInput(Failure):
+    """Ends a command with a message: what was asked for makes no sense."""
+
+    exit_code = EXIT_INVALID
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the errors that users can do something about into a message and an exit code; others pass."""
+    from stagecoach_api.problems import InvalidRun
+    from stagecoach_api.store import StoreError
+    from stagecoach_cli.artifacts import UnknownArtifact
+    from stagecoach_cli.workspace import RunLocked, WorkspaceError
+    from stagecoach_core.plan import PlanError
+    from stagecoach_core.policies.selection import UnknownStage
+
+    try:
+        yield
+    except RunLocked as error:
+        raise Failure(str(error)) from error
+    except (InvalidRun, PlanError, UnknownStage, UnknownArtifact, WorkspaceError) as error:
+        raise InvalidInput(str(error)) from error
+    except (StoreError, ModuleNotFoundError) as error:
+        raise Failure(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise Failure(_os_error(error)) from error
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    said = f"{where}{error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{said}; free some space, or work in another folder: what is finished stays"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{said}; run stagecoach in a folder you may write to"
+    return said
+
+
+def console(err: bool = False) -> Console:
+    """Return a console: as wide as the terminal, or wide enough for a table where there is none."""
+    from rich.console import Console
+
+    made = Console(stderr=err)
+    if not made.is_terminal:
+        made = Console(stderr=err, width=PLAIN_WIDTH)
+    return made

@@ -1,0 +1,119 @@
+"""`stagecoach run`: work on a run until it is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stagecoach_cli.commands.options import Failure, console, explained, file_argument, set_option, storage_option
+from stagecoach_cli.main import EXIT_FAILED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stagecoach_cli.driver import Job, Outcome
+    from stagecoach_cli.prepare import Prepared
+
+
+@click.command("run")
+@file_argument
+@set_option
+@storage_option
+@click.option("--until", metavar="STAGE", help="Work on this stage and what it needs, nothing else.")
+@click.option(
+    "--from",
+    "start",
+    metavar="STAGE",
+    help="Run this stage again although it is finished (its artifact is deleted first); those behind it follow if its "
+    "result differs.",
+)
+@click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks of training stages. Default: what their resources say, as far as this machine has them.",
+)
+def command(
+    file: Path, overrides: tuple[str, ...], storage: str | None, until: str | None, start: str | None, nproc: int | None
+) -> int:
+    """Work on a run: every stage that is not finished, in order, side by side where this machine has room.
+
+    Finished stages are taken from the cache. Ctrl-C stops at a checkpoint; the same command goes on from there.
+    """
+    with explained():
+        from stagecoach_cli.prepare import prepare
+        from stagecoach_cli.workspace import here
+
+        workspace = here()
+        workspace.prepare()
+        prepared = prepare(file, workspace, overrides, storage)
+        check_trainer()
+        with workspace.run(prepared.plan.namespace, prepared.plan.run).lock():
+            return work(make_job(prepared, file, until, start, nproc))
+
+
+def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
+    """Put together what the driver needs. Raises UnknownStage."""
+    from stagecoach_cli.driver import Job
+    from stagecoach_cli.machine import this_machine
+    from stagecoach_cli.workspace import here
+    from stagecoach_core.policies.selection import starting_from
+    from stagecoach_core.policies.selection import until as selected_until
+
+    return Job(
+        plan=prepared.plan,
+        file=file.absolute(),
+        workspace=here(),
+        store=prepared.store,
+        machine=this_machine(),
+        storage_endpoint=prepared.run.spec.storage.endpoint,
+        storage_region=prepared.run.spec.storage.region,
+        nproc=nproc,
+        selected=None if until is None else selected_until(prepared.plan, until),
+        forced=frozenset() if start is None else starting_from(prepared.plan, start),
+    )
+
+
+def work(job: Job) -> int:
+    """Drive the run, show it, print what came of it; return the exit code. The run's lock is held."""
+    from stagecoach_cli.driver import Driver
+    from stagecoach_cli.interrupts import Interrupts
+    from stagecoach_cli.view import open_view
+
+    out = console()
+    view = open_view(out)
+    with Interrupts() as interrupts:
+        try:
+            outcome = Driver(job, view, lambda: interrupts.count).run()
+        finally:
+            view.close()
+    return report(out, job, outcome)
+
+
+def report(out: Console, job: Job, outcome: Outcome) -> int:
+    """Print the end of a run; return the exit code."""
+    from stagecoach_cli.summary import print_failures, print_summary
+    from stagecoach_core.values import RunState
+
+    state = outcome.decision.state
+    if outcome.interrupted and state is not RunState.COMPLETE:
+        out.print("interrupted; the same command goes on from here", highlight=False)
+        return EXIT_INTERRUPTED
+    print_summary(out, outcome.snapshot, outcome.manifests, job.store)
+    if state is RunState.COMPLETE:
+        return 0
+    print_failures(out, outcome.snapshot)
+    out.print(f"\nrun `{job.plan.run}` failed", style="bold red", highlight=False)
+    return EXIT_FAILED
+
+
+def check_trainer() -> None:
+    """Raise Failure unless what stages need is installed; nothing is imported."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("stagecoach_trainer", "torch", "transformers") if find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise Failure(f"{names} not installed, so no stage can run here; install `stagecoach[trainer]`")

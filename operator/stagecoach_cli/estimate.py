@@ -1,0 +1,148 @@
+"""How much a stage is going to train, and how long it may take: from its last run, else from the model's size.
+
+Estimates are rough and say so; nothing is decided by them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from stagecoach_api.artifacts import Manifest
+from stagecoach_api.spec import Stage
+from stagecoach_api.stages import EvaluateStage, ExportStage, PretrainStage, SftStage, TokenizerStage
+from stagecoach_api.stages.pretrain import Architecture
+from stagecoach_api.training import Training
+from stagecoach_core.values import Plan
+
+START_SECONDS = 20.0
+"""From starting a process that imports torch to its first step."""
+
+FLOPS_PER_PARAMETER_AND_TOKEN = 6
+"""Forward and backward pass (arXiv 2001.08361, section 2.1)."""
+
+CPU_CORE_FLOPS = 4e10
+"""What one core does of a small model in fp32 or bf16, measured on this project's demo."""
+
+GPU_UTILISATION = 0.4
+"""Share of a GPU's peak that training reaches (MFU)."""
+
+GPU_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+"""Dense bf16 (V100: fp16) peaks from NVIDIA's data sheets, by a part of the product's name."""
+
+_SIZE_IN_NAME = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?)\s?([bm])(?![a-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is going to take."""
+
+    tokens: int | None = None
+    """Training tokens. None: not a training stage, or not known before its data is."""
+    seconds: float | None = None
+    """None: not known."""
+
+
+def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estimate:
+    """Estimate one stage.
+
+    `last`: manifest of the artifact that the stage of this name made last, whatever its digest. `cores`: CPU cores
+    it would run on where it has no GPU.
+    """
+    stage = plan.stages[name].stage
+    tokens = training_tokens(stage)
+    if tokens is None and last is not None and last.tokens:
+        tokens = last.tokens
+    if last is not None:
+        scale = tokens / last.tokens if tokens and last.tokens else 1.0
+        return Estimate(tokens, last.seconds * scale)
+    parameters = num_parameters(plan, name)
+    if tokens is None or parameters is None:
+        return Estimate(tokens, None)
+    flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
+    return Estimate(tokens, START_SECONDS + flops / _flops_per_second(stage, cores))
+
+
+def training_tokens(stage: Stage) -> int | None:
+    """Return the tokens a stage's configuration asks for. None: not a training stage, or it depends on the data."""
+    config = stage.config
+    if isinstance(config, PretrainStage) and config.phases:
+        return sum(phase.tokens for phase in config.phases)
+    if not isinstance(config, Training):
+        return None
+    if config.budget.tokens is not None:
+        return config.budget.tokens
+    if config.budget.steps is not None and config.batch.tokens is not None:
+        return config.budget.steps * config.batch.tokens
+    return None
+
+
+def num_parameters(plan: Plan, name: str) -> float | None:
+    """Return the parameters of the model a stage works on, as far as the run file tells. None: it does not."""
+    config = plan.stages[name].stage.config
+    if isinstance(config, PretrainStage) and config.architecture is not None:
+        vocabulary = config.tokenizer.stage if config.tokenizer is not None else None
+        return _architecture_parameters(config.architecture, _vocabulary_size(plan, vocabulary))
+    if not isinstance(config, PretrainStage | SftStage | EvaluateStage | ExportStage) or config.model is None:
+        return None
+    if config.model.stage is not None:
+        return num_parameters(plan, config.model.stage)
+    return _size_in_name(config.model.uri or "")
+
+
+def _architecture_parameters(shape: Architecture, vocabulary: int) -> float:
+    """Count the matrices of a LLaMA: attention, feed-forward, embedding and head."""
+    kv_share = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
+    attention = shape.hidden_size**2 * (2 + 2 * kv_share)
+    feed_forward = 3 * shape.hidden_size * shape.intermediate_size
+    embeddings = vocabulary * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+    return shape.num_layers * (attention + feed_forward) + embeddings
+
+
+def _vocabulary_size(plan: Plan, name: str | None) -> int:
+    """Return the largest size a tokenizer stage's vocabulary can have; 0 where it is not in the run file."""
+    if name is None:
+        return 0
+    config = plan.stages[name].stage.config
+    if not isinstance(config, TokenizerStage):
+        return 0
+    base = _vocabulary_size(plan, config.base.stage) if config.base is not None else 0
+    return base + (config.train.vocab_size if config.train is not None else 0)
+
+
+def _size_in_name(uri: str) -> float | None:
+    """Return the size that a model's name tells, such as 7e9 for `llama-7b`."""
+    found = _SIZE_IN_NAME.findall(uri.rstrip("/").rsplit("/", 1)[-1])
+    if not found:
+        return None
+    number, unit = found[-1]
+    return float(number) * (1e9 if unit.lower() == "b" else 1e6)
+
+
+def _flops_per_second(stage: Stage, cores: int) -> float:
+    product = stage.resources.gpu_product or ""
+    peak = next((peak for part, peak in GPU_PEAK_FLOPS.items() if part in product), None)
+    gpus = stage.resources.num_nodes * (stage.resources.gpus_per_node or 0)
+    if peak is not None and gpus:
+        return peak * GPU_UTILISATION * gpus
+    return CPU_CORE_FLOPS * cores
+
+
+@dataclass(frozen=True)
+class Total:
+    """What several stages are going to take, as far as it is known."""
+
+    tokens: int
+    seconds: float
+    complete: bool
+    """Every stage's time is known."""
+
+
+def total(estimates: Collection[Estimate]) -> Total:
+    """Return the sum over stages."""
+    return Total(
+        tokens=sum(item.tokens or 0 for item in estimates),
+        seconds=sum(item.seconds or 0.0 for item in estimates),
+        complete=all(item.seconds is not None for item in estimates),
+    )

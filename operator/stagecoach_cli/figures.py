@@ -1,0 +1,50 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+THOUSAND = 1000
+MINUTE = 60
+HOUR = 3600
+DAY = 86400
+SHORT_DIGEST = 12
+
+
+def duration(seconds: float) -> str:
+    """Return `0.4 s`, `42 s`, `3 m 05 s`, `2 h 07 m` or `3 d 04 h`."""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = round(seconds)
+    if whole < MINUTE:
+        return f"{whole} s"
+    if whole < HOUR:
+        return f"{whole // MINUTE} m {whole % MINUTE:02d} s"
+    if whole < DAY:
+        return f"{whole // HOUR} h {whole % HOUR // MINUTE:02d} m"
+    return f"{whole // DAY} d {whole % DAY // HOUR:02d} h"
+
+
+def quantity(value: float) -> str:
+    """Return a count in three significant digits: `812`, `12.3k`, `4.2M`, `1.5B`, `2T`."""
+    for power, suffix in ((4, "T"), (3, "B"), (2, "M"), (1, "k")):
+        unit = THOUSAND**power
+        if value >= unit * 0.9995:
+            return f"{value / unit:.3g}{suffix}"
+    return f"{value:.3g}" if value != int(value) else str(int(value))
+
+
+def metric(value: float) -> str:
+    """Return a measured value in four significant digits, large ones as counts."""
+    if value != value or abs(value) >= 10_000:  # noqa: PLR0124  # not a number
+        return "not a number" if value != value else quantity(value)  # noqa: PLR0124
+    return f"{value:.4g}"
+
+
+def short(digest: str) -> str:
+    """Return the part of a digest that people compare."""
+    return digest[:SHORT_DIGEST]
+
+
+def words(camel: str) -> str:
+    """Return a metric's camelCase name in words: `tokensPerSecond` as `tokens/s`, `gradNorm` as `grad norm`."""
+    spaced = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in camel)
+    return spaced.replace(" per second", "/s").replace(" per ", "/")

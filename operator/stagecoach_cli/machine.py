@@ -1,0 +1,100 @@
+"""What this machine has, and how a stage's gang of pods fits on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecoach_api.spec import Stage
+
+TRAINING_KINDS = frozenset({"pretrain", "sft"})
+"""Kinds that run as several ranks."""
+
+HEAVY_KINDS = frozenset({"pretrain", "sft", "evaluate", "export"})
+"""Kinds that keep every core busy; the others read and write."""
+
+CORES_PER_HEAVY_STAGE = 4
+"""Two heavy stages side by side on fewer cores each are slower than one after the other."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The resources stages share."""
+
+    cores: int
+    """CPU cores this process may use."""
+    gpus: int = 0
+    """CUDA devices."""
+
+    @property
+    def heavy_slots(self) -> int:
+        """Heavy stages that may run side by side. They would share the GPUs, so there is one where there are any."""
+        return 1 if self.gpus else max(1, self.cores // CORES_PER_HEAVY_STAGE)
+
+    @property
+    def light_slots(self) -> int:
+        """Light stages that may run side by side, beside the heavy ones."""
+        return self.cores
+
+
+def this_machine() -> Machine:
+    """Return what this process may use: the scheduler's affinity, the container's CPU quota, the visible GPUs."""
+    return Machine(cores=_num_cores(), gpus=_num_gpus())
+
+
+def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
+    """Return the ranks `stage` runs as here: `nproc` where given, else its resources as far as the machine has them.
+
+    Only training stages have several ranks. A stage that asks for GPUs on a machine without any runs as one CPU rank.
+    """
+    if stage.kind not in TRAINING_KINDS:
+        return 1
+    if nproc is not None:
+        return nproc
+    wanted = stage.resources.num_nodes * stage.resources.num_ranks_per_node
+    if stage.resources.gpus_per_node:
+        return max(1, min(wanted, machine.gpus))
+    return max(1, min(wanted, machine.cores))
+
+
+def num_threads(machine: Machine, ranks: int) -> int:
+    """Return the CPU threads of each rank.
+
+    Never a function of what else happens to run: the number of threads changes the last digits of a sum.
+    """
+    return max(1, machine.cores // ranks)
+
+
+def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:
+    """Return whether a stage of `kind` may start beside stages of the `running` kinds."""
+    if kind in HEAVY_KINDS:
+        return sum(other in HEAVY_KINDS for other in running) < machine.heavy_slots
+    return sum(other not in HEAVY_KINDS for other in running) < machine.light_slots
+
+
+def _num_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _cpu_quota() or cores))
+
+
+def _cpu_quota() -> int | None:
+    """Return the container's CPU quota in whole cores (cgroup v2), None where there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None
+
+
+def _num_gpus() -> int:
+    """Count NVIDIA's device files: asking the driver would take torch or a library of its own."""
+    if platform.system() != "Linux":
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return present
+    return min(present, len([item for item in visible.split(",") if item.strip() not in ("", "-1")]))

@@ -1,0 +1,67 @@
+"""The `stagecoach` command. Subcommands, and whatever they need, are imported when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+EXIT_FAILED = 1
+EXIT_INVALID = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "run": "stagecoach_cli.commands.run",
+    "plan": "stagecoach_cli.commands.plan",
+    "validate": "stagecoach_cli.commands.validate",
+    "status": "stagecoach_cli.commands.status",
+    "logs": "stagecoach_cli.commands.logs",
+    "render": "stagecoach_cli.commands.render",
+    "artifacts": "stagecoach_cli.commands.artifacts",
+    "version": "stagecoach_cli.commands.version",
+}
+"""Modules by name of command; each holds a click command called `command`."""
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name, and imports only the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name]).command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{COMMANDS[cmd_name]}.command is no click command")
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Train language models stage by stage from one file.
+
+    Exit codes: 0 done, 1 the run failed, 2 the input is invalid, 130 interrupted.
+    """
+
+
+def call(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="stagecoach", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `stagecoach` script."""
+    sys.exit(call())

@@ -1,0 +1,217 @@
+"""What people see at the end of a run: stages, vocabulary, held-out text before and after, evaluation, answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
+from stagecoach_api.store import Store, StoreError
+from stagecoach_cli.figures import duration, metric, quantity, short
+from stagecoach_cli.machine import TRAINING_KINDS
+from stagecoach_cli.tail import last_lines
+from stagecoach_cli.view import FINISHED, Snapshot, StageRow
+from stagecoach_core.values import StageState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+FAILURE_LINES = 15
+
+_TOKENS_PER_CHARACTER = re.compile(r"^tokensPerCharacter\.(?P<set>.+)\.(?P<when>before|after)$")
+_BITS_BEFORE = re.compile(r"^heldOut\.(?P<set>.+)\.before\.bitsPerCharacter$")
+_BITS_AFTER = re.compile(r"^heldOut\.(?P<set>.+)\.bitsPerCharacter$")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure before and after. None: not measured."""
+
+    before: float | None = None
+    after: float | None = None
+
+    def __str__(self) -> str:
+        before, after = (None if value is None else metric(value) for value in (self.before, self.after))
+        if before is None or after is None:
+            return before or after or ""
+        return f"{before} → {after}"
+
+
+def tokens_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
+    """Return tokens per character before and after a vocabulary, by set."""
+    changes: dict[str, Change] = {}
+    for name, value in metrics.items():
+        found = _TOKENS_PER_CHARACTER.match(name)
+        if found:
+            known = changes.get(found["set"], Change())
+            is_before = found["when"] == "before"
+            changes[found["set"]] = Change(value, known.after) if is_before else Change(known.before, value)
+    return changes
+
+
+def bits_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
+    """Return held-out bits per character before and after a training stage, by set."""
+    changes: dict[str, Change] = {}
+    for name, value in metrics.items():
+        before = _BITS_BEFORE.match(name)
+        after = _BITS_AFTER.match(name)
+        if before:
+            changes[before["set"]] = Change(value, changes.get(before["set"], Change()).after)
+        elif after:
+            changes[after["set"]] = Change(changes.get(after["set"], Change()).before, value)
+    return changes
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> Table:
+    """Return stage, kind, time, training tokens, artifact of every stage."""
+    table = empty_table("Stages", "Stage", "Kind", ">Time", ">Tokens", "Artifact")
+    for row in rows:
+        manifest = manifests.get(row.view.digest or "") if row.view.state in FINISHED else None
+        tokens = quantity(manifest.tokens) if manifest is not None and manifest.tokens else ""
+        artifact = short(row.view.digest or "") if manifest is not None else ""
+        table.add_row(row.name, row.kind, _time(row), tokens, artifact)
+    return table
+
+
+def _time(row: StageRow) -> str:
+    if row.view.state is StageState.SUCCEEDED and row.seconds is not None:
+        return duration(row.seconds)
+    if row.view.state is StageState.CACHED and row.seconds is not None:
+        return f"cached ({duration(row.seconds)})"
+    return row.view.state.value.lower()
+
+
+def change_table(title: str, changes: Mapping[str, Mapping[str, Change]]) -> Table | None:
+    """Return one row for each stage and one column for each set. None: nothing was measured."""
+    sets = list(dict.fromkeys(name for by_set in changes.values() for name in by_set))
+    if not sets:
+        return None
+    table = empty_table(title, "Stage", *(f">{name}" for name in sets))
+    for stage, by_set in changes.items():
+        if by_set:
+            table.add_row(stage, *(str(by_set.get(name, "")) for name in sets))
+    return table
+
+
+def metrics_table(title: str, metrics: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """Return one row for each stage's metric. None: there is none."""
+    if not any(metrics.values()):
+        return None
+    table = empty_table(title, "Stage", "Metric", ">Value")
+    for stage, figures in metrics.items():
+        for index, (name, value) in enumerate(sorted(figures.items())):
+            table.add_row(stage if index == 0 else "", name, metric(value))
+    return table
+
+
+def empty_table(title: str, *columns: str) -> Table:
+    """Return an empty table; a column whose name begins with `>` is set right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, Manifest], store: Store) -> None:
+    """Print everything that is known of the finished stages of a run."""
+    finished = {
+        row.name: manifests[row.view.digest or ""]
+        for row in snapshot.rows
+        if row.view.state in FINISHED and row.view.digest in manifests
+    }
+    of_kind = {kind: {name: item for name, item in finished.items() if item.kind == kind} for kind in _kinds(finished)}
+    training = {name: item for name, item in finished.items() if item.kind in TRAINING_KINDS}
+    tables = [
+        stage_table(snapshot.rows, manifests),
+        change_table(
+            "Tokens per character, before and after the vocabulary",
+            {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()},
+        ),
+        change_table(
+            "Held-out bits per character, before and after training",
+            {name: bits_per_character(item.metrics) for name, item in training.items()},
+        ),
+        metrics_table("Evaluation", {name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
+    ]
+    for table in tables:
+        if table is not None:
+            console.print(table)
+    for name, manifest in of_kind.get("export", {}).items():
+        _print_answers(console, name, samples(store, manifest))
+    for name, manifest in of_kind.get("export", {}).items():
+        uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
+        console.print(f"{name} lies in {uri}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _kinds(manifests: Mapping[str, Manifest]) -> list[str]:
+    return sorted({manifest.kind for manifest in manifests.values()})
+
+
+def samples(store: Store, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return the prompts and answers in a stage's report; none where it has no such report."""
+    if REPORT not in {item.path for item in manifest.objects}:
+        return []
+    try:
+        report = json.loads(store.read(f"{output_prefix(manifest.stage_digest)}/{REPORT}"))
+    except (StoreError, ValueError):
+        return []
+    found = report.get("samples") if isinstance(report, dict) else None
+    return [
+        (str(item.get("prompt", "")), str(item.get("answer", "")))
+        for item in (found if isinstance(found, list) else [])
+        if isinstance(item, dict)
+    ]
+
+
+def _print_answers(console: Console, stage: str, answers: list[tuple[str, str]]) -> None:
+    from rich.text import Text
+
+    if answers:
+        console.print(Text(f"Answers of {stage}", style="bold"))
+    for prompt, answer in answers:
+        console.print(Text(f"\n  > {_indented(prompt, '    ')}", style="dim"), soft_wrap=True)
+        console.print(Text(f"    {_indented(answer, '    ') or '(nothing)'}"), soft_wrap=True)
+    if answers:
+        console.print()
+
+
+def _indented(text: str, indent: str) -> str:
+    return text.strip().replace("\n", f"\n{indent}")
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def print_failures(console: Console, snapshot: Snapshot) -> None:
+    """Print of every failed stage: why, what it said, where its log lies, and the log's last lines."""
+    from rich.text import Text
+
+    for row in snapshot.rows:
+        if row.view.state is not StageState.FAILED:
+            continue
+        console.print(Text(f"\n{row.name} failed{_causes(row)}", style="bold red"))
+        console.print(Text(f"  {_indented(row.view.message, '  ')}"), soft_wrap=True)
+        if row.log is None:
+            continue
+        console.print(Text(f"  log: {row.log}", style="dim"), soft_wrap=True)
+        for line in last_lines(row.log, FAILURE_LINES):
+            console.print(Text(f"  | {line}", style="dim"), soft_wrap=True)
+
+
+def _causes(row: StageRow) -> str:
+    causes = [f"{cause.value} × {count}" for cause, count in row.view.restarts.items() if count]
+    return f" ({', '.join(causes)})" if causes else ""

@@ -1,0 +1,59 @@
+"""Reading files that grow: progress events, and the last lines of a log."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stagecoach_api.progress import ProgressEvent
+
+LAST_BYTES = 16 * 1024
+
+
+class ProgressTail:
+    """Follows one attempt's progress file; each call reads only what was added."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._newest: ProgressEvent | None = None
+
+    def newest(self) -> ProgressEvent | None:
+        """Return the last whole event, None before the first. A line that is no event is passed over."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return self._newest
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in reversed(whole.splitlines()):
+            event = _event(line)
+            if event is not None:
+                self._newest = event
+                break
+        return self._newest
+
+
+def _event(line: bytes) -> ProgressEvent | None:
+    try:
+        return ProgressEvent.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """Return the last `count` lines of a text file without their ends; none where it does not exist."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LAST_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    # A progress bar writes many states into one line; a reader wants the last of them.
+    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
+    return [line for line in lines if line.strip()][-count:]

@@ -1,0 +1,268 @@
+"""What people see while a run is being worked on: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from stagecoach_api.progress import ProgressEvent
+from stagecoach_cli.figures import duration, metric, quantity, short, words
+from stagecoach_core.values import RunState, StageState, StageView
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+SECONDS_BETWEEN_LINES = 15.0
+BAR_WIDTH = 20
+SHOWN_METRICS = 3
+FIRST_METRICS = ("loss", "tokensPerSecond")
+"""Shown first where a stage reports them."""
+
+LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})
+FINISHED = frozenset({StageState.SUCCEEDED, StageState.CACHED})
+
+_ICONS: Mapping[StageState, tuple[str, str, str]] = {
+    StageState.PENDING: ("·", ".", "dim"),
+    StageState.RUNNING: ("▶", ">", "cyan"),
+    StageState.STOPPING: ("■", "#", "yellow"),
+    StageState.RETRYING: ("↻", "r", "yellow"),
+    StageState.SUSPENDED: ("‖", "=", "yellow"),
+    StageState.SUCCEEDED: ("✔", "+", "green"),
+    StageState.CACHED: ("✔", "+", "green"),
+    StageState.FAILED: ("✘", "x", "red"),
+    StageState.CANCELLED: ("✘", "x", "yellow"),
+    StageState.SKIPPED: ("–", "-", "dim"),
+}
+"""Icon, icon where only ASCII can be shown, style."""
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage at one moment."""
+
+    name: str
+    kind: str
+    view: StageView
+    progress: ProgressEvent | None = None
+    """Newest event of the newest attempt."""
+    started: float | None = None
+    """Start of the newest attempt, seconds since the epoch. None: no attempt of this invocation's plan."""
+    seconds: float | None = None
+    """How long the finished work took. None: it is not finished, or not known."""
+    ranks: int = 1
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    run: str
+    storage: str
+    state: RunState
+    now: float
+    rows: tuple[StageRow, ...]
+    message: str = ""
+
+
+class View(Protocol):
+    """Shows snapshots as they come."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show the run as it is now; called several times a second."""
+
+    def say(self, text: str) -> None:
+        """Tell something that is no state, such as what Ctrl-C does."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+@dataclass
+class SilentView:
+    """Shows nothing; for whoever only wants the outcome."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Do nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def describe(row: StageRow) -> str:
+    """Return what is to be said of a stage beside its name and bar."""
+    return _DESCRIPTIONS.get(row.view.state, _describe_end)(row)
+
+
+def _describe_finished(row: StageRow) -> str:
+    how = "cached" if row.view.state is StageState.CACHED else "done"
+    if row.view.state is StageState.SUCCEEDED and row.seconds is not None:
+        how = duration(row.seconds)
+    return f"{how}  {short(row.view.digest or '')}"
+
+
+def _describe_running(row: StageRow) -> str:
+    return "starts" if row.progress is None else describe_progress(row.progress)
+
+
+def _describe_waiting(row: StageRow) -> str:
+    word = "retries" if row.view.state is StageState.RETRYING else "waits"
+    waiting = f" for {row.view.waiting_for}" if row.view.waiting_for else ""
+    return f"{word}{waiting}{_because(_first_line(row.view.message))}"
+
+
+def _describe_end(row: StageRow) -> str:
+    return f"{row.view.state.value.lower()}{_because(_first_line(row.view.message))}"
+
+
+_DESCRIPTIONS: Mapping[StageState, Callable[[StageRow], str]] = {
+    StageState.CACHED: _describe_finished,
+    StageState.SUCCEEDED: _describe_finished,
+    StageState.RUNNING: _describe_running,
+    StageState.PENDING: _describe_waiting,
+    StageState.RETRYING: _describe_waiting,
+}
+
+
+def describe_progress(event: ProgressEvent) -> str:
+    """Return activity, amount and the first metrics of a progress event."""
+    parts = [event.activity]
+    unit = f" {event.unit}" if event.unit else ""
+    if event.total:
+        parts.append(f"{quantity(event.done)}/{quantity(event.total)}{unit}")
+    elif event.done:
+        parts.append(f"{quantity(event.done)}{unit}")
+    parts += [f"{words(name)} {metric(event.metrics[name])}" for name in _shown(event.metrics)]
+    return "  ".join(parts)
+
+
+def _shown(metrics: Mapping[str, float]) -> list[str]:
+    first = [name for name in FIRST_METRICS if name in metrics]
+    return (first + [name for name in metrics if name not in first])[:SHOWN_METRICS]
+
+
+def _because(text: str) -> str:
+    return f": {text}" if text else ""
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0]
+
+
+def _elapsed(row: StageRow, now: float) -> str:
+    living = row.view.state in LIVING and row.started is not None
+    return duration(now - row.started) if living and row.started is not None else ""
+
+
+# -- on a terminal -----------------------------------------------------------------------------------------------------
+
+
+def render_rows(snapshot: Snapshot, ascii_only: bool = False) -> RenderableType:
+    """Return the live table: icon, stage, kind, bar, words, elapsed time of each stage."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for column in ("icon", "name", "kind", "bar"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("words", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("elapsed", justify="right", no_wrap=True)
+    for row in snapshot.rows:
+        icon, plain, style = _ICONS[row.view.state]
+        event = row.progress if row.view.state in LIVING else None
+        bar: RenderableType = ""
+        if event is not None:
+            bar = ProgressBar(event.total or None, event.done, width=BAR_WIDTH, pulse=not event.total)
+        table.add_row(
+            Text(plain if ascii_only else icon, style=style),
+            Text(row.name, style="bold" if row.view.state in LIVING else ""),
+            Text(row.kind, style="dim"),
+            bar,
+            Text(describe(row), style=style if row.view.state not in LIVING else ""),
+            Text(_elapsed(row, snapshot.now), style="dim"),
+        )
+    return table
+
+
+class LiveView:
+    """Redraws one table in place."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._live.start()
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._live.update(render_rows(snapshot, self._console.options.ascii_only), refresh=True)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, style="yellow", highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlainView:
+    """Writes a line when a stage changes, and one about its progress every 15 seconds."""
+
+    console: Console
+    _said: dict[str, tuple[StageState, int]] = field(default_factory=dict)
+    _last_line: dict[str, float] = field(default_factory=dict)
+
+    def show(self, snapshot: Snapshot) -> None:
+        for row in snapshot.rows:
+            self._show_row(row, snapshot.now)
+
+    def say(self, text: str) -> None:
+        self._line(time.time(), text)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+    def _show_row(self, row: StageRow, now: float) -> None:
+        state = (row.view.state, row.view.attempt)
+        if self._said.get(row.name) != state:
+            known = self._said.get(row.name)
+            self._said[row.name] = state
+            if row.view.state is not StageState.PENDING or known is not None:
+                self._line(now, f"{row.name}: {_change(row)}")
+            self._last_line[row.name] = now
+        elif row.view.state is StageState.RUNNING and now - self._last_line[row.name] >= SECONDS_BETWEEN_LINES:
+            self._line(now, f"{row.name}: {describe(row)}")
+            self._last_line[row.name] = now
+
+    def _line(self, now: float, text: str) -> None:
+        stamp = time.strftime("%H:%M:%S", time.localtime(now))
+        self.console.print(f"{stamp} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _change(row: StageRow) -> str:
+    """Return the line for a stage that has just come into its state."""
+    view = row.view
+    if view.state is StageState.RUNNING:
+        ranks = f" on {row.ranks} ranks" if row.ranks > 1 else ""
+        return f"started{ranks}" + (f", attempt {view.attempt}" if view.attempt > 1 else "")
+    if view.state is StageState.SUCCEEDED:
+        return f"done in {describe(row)}" if row.seconds is not None else describe(row)
+    return describe(row)
+
+
+def open_view(console: Console) -> View:
+    """Return the live view on a terminal, plain lines elsewhere."""
+    return LiveView(console) if console.is_terminal else PlainView(console)
