@@ -85,10 +85,19 @@ def _look_ups(facts: Mapping[str, StageFacts], observed: Observed) -> list[LookU
 
 
 def _ready(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> list[str]:
-    """Return the stages that can be worked on now if there is room. None once a stage has failed."""
+    """Return the stages that can be worked on now if there is room. None once a stage has failed.
+
+    Two stages that ask for the same work have the same digest: one works, the other waits for its artifact.
+    """
     if observed.cancel or observed.suspend or any(stage.failed for stage in facts.values()):
         return []
-    return [name for name, stage in facts.items() if stage.workable and now >= stage.verdict.not_before]
+    in_work: set[str | None] = {attempt.digest for attempt in observed.attempts if attempt.lives}
+    ready: list[str] = []
+    for name, stage in facts.items():
+        if stage.workable and now >= stage.verdict.not_before and stage.digest not in in_work:
+            ready.append(name)
+            in_work.add(stage.digest)
+    return ready
 
 
 def _starts(ready: Sequence[str], facts: Mapping[str, StageFacts], observed: Observed) -> list[Start]:

@@ -84,7 +84,8 @@ def _facts_of(
     attempts = tuple(own)
     upstream = tuple(key for key in planned.upstream if key not in finished)
     artifact, ask_store = _artifact(name, digest, attempts, observed)
-    since = _counted_since(name, observed)
+    forced = name in observed.forced
+    counted = tuple(item for item in attempts if not forced or item.started >= observed.forced_since)
     return StageFacts(
         name=name,
         planned=planned,
@@ -92,12 +93,12 @@ def _facts_of(
         needed=needed,
         digest=digest,
         artifact=None if upstream else artifact,
-        made_here=any(item.digest == digest and (item.lives or ended_at(item) >= since) for item in attempts),
+        made_here=any(item.digest == digest and (item.lives or ended_at(item) >= observed.since) for item in counted),
         ask_store=ask_store,
         unsettled=ask_store or any(before[key].unsettled for key in upstream),
         upstream=upstream,
         attempts=attempts,
-        verdict=_verdict(planned, digest, artifact, ask_store, attempts, since),
+        verdict=_verdict(planned, digest, artifact, ask_store, counted, observed.since),
     )
 
 
@@ -110,8 +111,8 @@ def _artifact(
     answer = observed.artifacts.get(digest)
     if isinstance(answer, Found):
         return answer, False
-    lives = any(item.lives and item.digest == digest for item in attempts)
-    return None, answer is None or (not lives and _is_stale(answer, digest, attempts))
+    lives = any(item.lives and item.digest == digest for item in observed.attempts)
+    return None, answer is None or (not lives and _is_stale(answer, digest, observed.attempts))
 
 
 def _redone(digest: str, attempts: tuple[Attempt, ...], forced_since: float) -> bool:
@@ -119,12 +120,9 @@ def _redone(digest: str, attempts: tuple[Attempt, ...], forced_since: float) -> 
 
 
 def _is_stale(answer: Missing, digest: str, attempts: tuple[Attempt, ...]) -> bool:
-    """Tell whether an attempt has ended after the store was asked: even one that was killed may have published."""
-    return any(not item.lives and item.digest == digest and ended_at(item) > answer.at for item in attempts)
-
-
-def _counted_since(name: str, observed: Observed) -> float:
-    return max(observed.since, observed.forced_since) if name in observed.forced else observed.since
+    """Tell whether an attempt has ended since the store was asked: even one that was killed may have published, and one
+    of another stage if that does the same work."""
+    return any(not item.lives and item.digest == digest and ended_at(item) >= answer.at for item in attempts)
 
 
 def _verdict(

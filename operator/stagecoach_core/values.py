@@ -75,8 +75,8 @@ class Missing:
     """The store has no artifact of a digest."""
 
     at: float
-    """When the store said so, in seconds since the epoch. An answer older than the end of an attempt at the digest is
-    asked for again, so that a driver may simply keep every answer."""
+    """When the store said so, in seconds since the epoch. An answer that is not newer than the end of an
+    attempt at the digest is asked for again, so that a driver may simply keep every answer."""
 
 
 @dataclass(frozen=True)

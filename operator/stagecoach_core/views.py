@@ -116,7 +116,17 @@ def _turn(stage: StageFacts, outlook: Outlook) -> str:
         return "the store's answers about other stages"
     if outlook.now < stage.verdict.not_before:
         return f"the pause after attempt {stage.newest} to end"
+    twin = _twin(stage, outlook)
+    if twin is not None:
+        return f"stage `{twin}`, which does the same work"
     return capacity.describe(outlook.observed.capacity)
+
+
+def _twin(stage: StageFacts, outlook: Outlook) -> str | None:
+    """Return another stage that works, or is about to, on the same digest."""
+    at_work = [(attempt.stage, attempt.digest) for attempt in outlook.observed.attempts if attempt.lives]
+    about_to = [(name, outlook.facts[name].digest) for name in outlook.facts if name in outlook.starting]
+    return next((name for name, digest in [*at_work, *about_to] if digest == stage.digest and name != stage.name), None)
 
 
 def _stages(names: Sequence[str]) -> str:
@@ -136,18 +146,19 @@ def run_state(outlook: Outlook) -> tuple[RunState, str]:
     unfinished = [stage for stage in outlook.facts.values() if stage.selected and not stage.finished]
     if not unfinished:
         return RunState.COMPLETE, ""
+    hopeless = RunState.PROGRESSING if outlook.asking else RunState.FAILED  # answers still tell what is cached
     if outlook.failed:
-        return (RunState.PROGRESSING if outlook.asking else RunState.FAILED), _failure(outlook)
-    if outlook.observed.cancel:
-        return RunState.CANCELLED, "cancelled"
-    return _undecided(unfinished, outlook)
-
-
-def _undecided(unfinished: Sequence[StageFacts], outlook: Outlook) -> tuple[RunState, str]:
-    """Return the state of a run of which nothing lives and nothing has failed."""
+        return hopeless, _failure(outlook)
     if all(stage.name in outlook.blocked for stage in unfinished):
         name = unfinished[0].name
-        return RunState.FAILED, f"stage `{name}` cannot be worked on: {outlook.blocked[name]}"
+        return hopeless, f"stage `{name}` cannot be worked on: {outlook.blocked[name]}"
+    return _undecided(outlook)
+
+
+def _undecided(outlook: Outlook) -> tuple[RunState, str]:
+    """Return the state of a run of which nothing lives, nothing has failed, and something could be worked on."""
+    if outlook.observed.cancel:
+        return RunState.CANCELLED, "cancelled"
     if outlook.observed.suspend:
         return RunState.SUSPENDED, "suspended"
     return RunState.PROGRESSING, ""

@@ -1,0 +1,430 @@
+"""The state machine, one sentence a case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from core_makers import (
+    attempt,
+    chain,
+    data_stage,
+    digests_of,
+    failed,
+    found,
+    look_ups,
+    plan_for,
+    plan_of,
+    run_of,
+    starts,
+    stops,
+)
+
+from stagecoach_api.outcomes import Cause
+from stagecoach_core.decide import decide
+from stagecoach_core.policies.selection import until
+from stagecoach_core.values import (
+    Action,
+    Attempt,
+    AttemptState,
+    Capacity,
+    Decision,
+    Found,
+    LookUp,
+    Missing,
+    Observed,
+    Plan,
+    RunState,
+    StageState,
+    Start,
+    Stop,
+)
+
+CHAIN = chain("a", "b", "c")
+DA, DB, DC = digests_of(CHAIN).values()
+SIDES = plan_for(data_stage("a"), data_stage("b"), data_stage("c", "b"))
+SA, SB, SC = digests_of(SIDES).values()
+TWINS = plan_of(run_of(data_stage("a"), data_stage("b")), contents={"a.jsonl": "same", "b.jsonl": "same"})
+TA, _ = digests_of(TWINS).values()
+NOW = 100.0
+
+
+def missing(*digests: str, at: float = 0.0) -> dict[str, Found | Missing]:
+    return {digest: Missing(at) for digest in digests}
+
+
+def finished(*digests: str) -> dict[str, Found | Missing]:
+    return {digest: found(digest) for digest in digests}
+
+
+def done(stage: str, digest: str, number: int = 1, ended: float = 1.0) -> Attempt:
+    return attempt(stage, digest, number, ended=ended)
+
+
+def states(decision: Decision) -> str:
+    return " ".join(view.state.value for view in decision.stages.values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """An observation, and what is to come of it."""
+
+    observed: Observed
+    actions: tuple[Action, ...] = ()
+    states: str = ""
+    state: RunState = RunState.PROGRESSING
+    waiting_for: dict[str, str] = field(default_factory=dict)
+    plan: Plan = CHAIN
+
+
+CASES = {
+    "a new run asks the store first": Case(
+        Observed(),
+        (LookUp("a", DA),),
+        "Pending Pending Pending",
+        waiting_for={"a": f"the store's answer whether artifact {DA[:12]} exists", "b": "stage `a`", "c": "stage `b`"},
+    ),
+    "a stage without an artifact starts": Case(
+        Observed(artifacts=missing(DA)),
+        (Start("a", DA, 1),),
+        "Pending Pending Pending",
+        waiting_for={"a": "attempt 1 to start", "b": "stage `a`", "c": "stage `b`"},
+    ),
+    "a stage that starts or runs is left alone": Case(
+        Observed(attempts=(attempt("a", DA, state=AttemptState.STARTING),), artifacts=missing(DA)),
+        (),
+        "Running Pending Pending",
+    ),
+    "after an attempt has ended the store is asked again": Case(
+        Observed(attempts=(done("a", DA),), artifacts=missing(DA)), (LookUp("a", DA),), "Pending Pending Pending"
+    ),
+    "after a killed attempt too, for it may have published": Case(
+        Observed(attempts=(failed("a", DA),), artifacts=missing(DA)), (LookUp("a", DA),), "Pending Pending Pending"
+    ),
+    "what an attempt of this run made has succeeded, and the next stage follows": Case(
+        Observed(attempts=(done("a", DA),), artifacts=finished(DA)), (LookUp("b", DB),), "Succeeded Pending Pending"
+    ),
+    "what a killed attempt had published before counts": Case(
+        Observed(attempts=(failed("a", DA),), artifacts=finished(DA)), (LookUp("b", DB),), "Succeeded Pending Pending"
+    ),
+    "what was there before is a cache hit": Case(
+        Observed(artifacts={**finished(DA), **missing(DB)}), (Start("b", DB, 1),), "Cached Pending Pending"
+    ),
+    "what an earlier invocation made is a cache hit": Case(
+        Observed(attempts=(done("a", DA),), artifacts=finished(DA, DB, DC), since=50.0),
+        (),
+        "Cached Cached Cached",
+        RunState.COMPLETE,
+    ),
+    "a run is complete when all is finished": Case(
+        Observed(attempts=(done("c", DC),), artifacts=finished(DA, DB, DC)),
+        (),
+        "Cached Cached Succeeded",
+        RunState.COMPLETE,
+    ),
+    "a run is not complete while an attempt still closes down": Case(
+        Observed(attempts=(attempt("c", DC),), artifacts=finished(DA, DB, DC)),
+        (),
+        "Cached Cached Succeeded",
+        waiting_for={"c": "attempt 1 to end"},
+    ),
+    "a failed attempt is made again when the pause is over, under the next number": Case(
+        Observed(attempts=(failed("a", DA, 3, ended=99.0),), artifacts=missing(DA, at=99.1)),
+        (Start("a", DA, 4),),
+        "Retrying Pending Pending",
+    ),
+    "before that it waits": Case(
+        Observed(attempts=(failed("a", DA, 1, ended=99.5),), artifacts=missing(DA, at=99.6)),
+        (),
+        "Retrying Pending Pending",
+        waiting_for={"a": "the pause after attempt 1 to end"},
+    ),
+    "a result that is not in the store counts as lost": Case(
+        Observed(attempts=(done("a", DA),), artifacts=missing(DA, at=2.0)),
+        (Start("a", DA, 2),),
+        "Retrying Pending Pending",
+    ),
+    "a user error fails the run, and what hangs on it is skipped": Case(
+        Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0)),
+        (),
+        "Failed Skipped Skipped",
+        RunState.FAILED,
+    ),
+    "asked for again, a failed stage gets another try": Case(
+        Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0), since=50.0),
+        (Start("a", DA, 2),),
+        "Pending Pending Pending",
+    ),
+    "failures at another digest are not charged, but the numbers go on": Case(
+        Observed(attempts=(failed("a", "old", 7, cause=Cause.USER),), artifacts=missing(DA)),
+        (Start("a", DA, 8),),
+        "Pending Pending Pending",
+    ),
+    "independent stages start side by side": Case(
+        Observed(artifacts=missing(SA, SB)),
+        (Start("a", SA, 1), Start("b", SB, 1)),
+        "Pending Pending Pending",
+        plan=SIDES,
+    ),
+    "as far as there is room": Case(
+        Observed(artifacts=missing(SA, SB), capacity=Capacity(slots=1)),
+        (Start("a", SA, 1),),
+        "Pending Pending Pending",
+        waiting_for={
+            "a": "attempt 1 to start",
+            "b": "room to run: this machine has 1 slot",
+            "c": "stage `b`",
+        },
+        plan=SIDES,
+    ),
+    "of two stages that ask for the same work one does it": Case(
+        Observed(artifacts=missing(TA)),
+        (Start("a", TA, 1),),
+        "Pending Pending",
+        waiting_for={"b": "stage `a`, which does the same work"},
+        plan=TWINS,
+    ),
+    "and the other waits for its artifact": Case(
+        Observed(attempts=(attempt("a", TA),), artifacts=missing(TA)),
+        (),
+        "Running Pending",
+        waiting_for={"b": "stage `a`, which does the same work"},
+        plan=TWINS,
+    ),
+    "an attempt that is stopping still takes its room": Case(
+        Observed(
+            attempts=(attempt("a", SA, state=AttemptState.STOPPING),),
+            artifacts=missing(SA, SB),
+            capacity=Capacity(slots=1),
+        ),
+        (),
+        "Stopping Pending Pending",
+        plan=SIDES,
+    ),
+    "when a stage fails, what runs may finish": Case(
+        Observed(attempts=(failed("a", SA, cause=Cause.USER), attempt("b", SB)), artifacts=missing(SA, SB, at=2.0)),
+        (),
+        "Failed Running Skipped",
+        plan=SIDES,
+    ),
+    "but nothing new starts": Case(
+        Observed(attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, SB, at=2.0)),
+        (),
+        "Failed Skipped Skipped",
+        RunState.FAILED,
+        plan=SIDES,
+    ),
+    "nor is anything tried again": Case(
+        Observed(attempts=(failed("a", SA, cause=Cause.USER), failed("b", SB)), artifacts=missing(SA, SB, at=2.0)),
+        (),
+        "Failed Skipped Skipped",
+        RunState.FAILED,
+        plan=SIDES,
+    ),
+    "a failed run still says what is cached": Case(
+        Observed(attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, at=2.0)),
+        (LookUp("b", SB),),
+        "Failed Pending Pending",
+        plan=SIDES,
+    ),
+    "suspended, a run stops what lives": Case(
+        Observed(attempts=(attempt("a", DA),), artifacts=missing(DA), suspend=True),
+        (Stop("a", 1, "the run is suspended"),),
+        "Stopping Suspended Suspended",
+    ),
+    "once": Case(
+        Observed(attempts=(attempt("a", DA, state=AttemptState.STOPPING),), artifacts=missing(DA), suspend=True),
+        (),
+        "Stopping Suspended Suspended",
+    ),
+    "when nothing lives it is suspended": Case(
+        Observed(attempts=(failed("a", DA, cause=Cause.PREEMPTION),), artifacts=missing(DA, at=1.1), suspend=True),
+        (),
+        "Suspended Suspended Suspended",
+        RunState.SUSPENDED,
+        waiting_for=dict.fromkeys("abc", "the run to be resumed"),
+    ),
+    "resumed, it goes on with the next attempt": Case(
+        Observed(attempts=(failed("a", DA, cause=Cause.PREEMPTION),), artifacts=missing(DA, at=1.1)),
+        (Start("a", DA, 2),),
+        "Retrying Pending Pending",
+    ),
+    "a finished run cannot be suspended": Case(
+        Observed(artifacts=finished(DA, DB, DC), suspend=True), (), "Cached Cached Cached", RunState.COMPLETE
+    ),
+    "cancelled, a run stops what lives": Case(
+        Observed(attempts=(attempt("b", DB),), artifacts={**finished(DA), **missing(DB)}, cancel=True),
+        (Stop("b", 1, "the run is cancelled"),),
+        "Cached Stopping Cancelled",
+    ),
+    "cancelled, what is finished stays finished": Case(
+        Observed(
+            attempts=(failed("b", DB, cause=Cause.PREEMPTION),),
+            artifacts={**finished(DA), **missing(DB, at=2.0)},
+            cancel=True,
+        ),
+        (),
+        "Cached Cancelled Cancelled",
+        RunState.CANCELLED,
+    ),
+    "a failed run stays failed when it is cancelled": Case(
+        Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0), cancel=True),
+        (),
+        "Failed Skipped Skipped",
+        RunState.FAILED,
+    ),
+    "an attempt at an older digest is stopped, and the next waits for its end": Case(
+        Observed(attempts=(attempt("a", "old"),), artifacts=missing(DA)),
+        (Stop("a", 1, "the stage's settings or inputs have changed"),),
+        "Stopping Pending Pending",
+    ),
+    "an attempt whose input is made anew is stopped": Case(
+        Observed(attempts=(attempt("b", DB),), artifacts=missing(DA)),
+        (Stop("b", 1, "an input is made anew"), Start("a", DA, 1)),
+        "Pending Stopping Pending",
+    ),
+    "an attempt is left alone while the store has not answered about its input": Case(
+        Observed(attempts=(attempt("b", DB),)), (LookUp("a", DA),), "Pending Running Pending"
+    ),
+    "an attempt of a stage that was removed is stopped": Case(
+        Observed(attempts=(attempt("gone", "d"),), artifacts=finished(DA, DB, DC)),
+        (Stop("gone", 1, "the run no longer has this stage"),),
+        "Cached Cached Cached",
+    ),
+    "of two living attempts the older is stopped": Case(
+        Observed(attempts=(attempt("a", DA, 1), attempt("a", DA, 2)), artifacts=missing(DA)),
+        (Stop("a", 1, "attempt 2 of the stage lives beside it"),),
+        "Stopping Pending Pending",
+    ),
+    "a silent attempt is stopped as a hang": Case(
+        Observed(attempts=(attempt("a", DA, heartbeat=-500.0),), artifacts=missing(DA)),
+        (Stop("a", 1, "no sign of life for 600 s, the limit is 600 s", Cause.HANG),),
+        "Stopping Pending Pending",
+    ),
+    "a stage that is not selected is skipped": Case(
+        Observed(artifacts=missing(DA), selected=until(CHAIN, "a")), (Start("a", DA, 1),), "Pending Skipped Skipped"
+    ),
+    "a run is complete when all that is selected is finished": Case(
+        Observed(artifacts=finished(DA, DB), selected=until(CHAIN, "a")),
+        (),
+        "Cached Cached Skipped",
+        RunState.COMPLETE,
+    ),
+    "a living attempt of a stage that is not selected is stopped": Case(
+        Observed(attempts=(attempt("b", DB),), artifacts={**finished(DA), **missing(DB)}, selected=until(CHAIN, "a")),
+        (Stop("b", 1, "the stage is not selected"),),
+        "Cached Stopping Skipped",
+    ),
+    "an input that is not selected is looked up, and is enough if it is finished": Case(
+        Observed(artifacts=finished(DA), selected=frozenset("c")), (LookUp("b", DB),), "Cached Pending Pending"
+    ),
+    "a selected stage whose input is neither finished nor selected fails the run": Case(
+        Observed(artifacts=missing(DA), selected=frozenset("c")),
+        (),
+        "Skipped Skipped Skipped",
+        RunState.FAILED,
+    ),
+    "an old failure of a stage that is not selected does not matter": Case(
+        Observed(
+            attempts=(failed("b", DB, cause=Cause.USER),),
+            artifacts={**finished(DA), **missing(DB, at=2.0)},
+            selected=until(CHAIN, "a"),
+        ),
+        (),
+        "Cached Skipped Skipped",
+        RunState.COMPLETE,
+    ),
+    "a forced stage runs though its artifact exists": Case(
+        Observed(artifacts=finished(DA, DB, DC), forced=frozenset("b"), forced_since=50.0),
+        (Start("b", DB, 1),),
+        "Cached Pending Pending",
+    ),
+    "a forced stage has run once an attempt since then is done": Case(
+        Observed(
+            attempts=(attempt("b", DB, 2, started=50.0, ended=60.0),),
+            artifacts=finished(DA, DB, DC),
+            forced=frozenset("b"),
+            forced_since=50.0,
+        ),
+        (),
+        "Cached Succeeded Cached",
+        RunState.COMPLETE,
+    ),
+    "an attempt from before does not count for a forced stage": Case(
+        Observed(
+            attempts=(attempt("b", DB, 2, started=49.0, ended=60.0),),
+            artifacts=finished(DA, DB, DC),
+            forced=frozenset("b"),
+            forced_since=50.0,
+        ),
+        (Start("b", DB, 3),),
+        "Cached Pending Pending",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_decide(case: Case) -> None:
+    decision = decide(case.plan, case.observed, NOW)
+    assert decision.actions == case.actions
+    assert states(decision) == case.states
+    assert decision.state is case.state
+    for name, waiting_for in case.waiting_for.items():
+        assert decision.stages[name].waiting_for == waiting_for
+
+
+def test_the_message_of_a_missed_gate_becomes_the_runs() -> None:
+    score = {"name": "score", "evaluate": {"model": {"uri": "m"}, "gates": [{"metric": "x", "atLeast": 0.8}]}}
+    release = {"name": "release", "after": ["score"], "export": {"model": {"uri": "m"}}}
+    plan = plan_for(score, release)
+    digests = digests_of(plan)
+    missed = failed("score", digests["score"], cause=Cause.USER, message="gate missed: x is 0.7, must be at least 0.8")
+    artifacts = {**missing(digests["score"], at=2.0), **finished(digests["release"])}
+    decision = decide(plan, Observed(attempts=(missed,), artifacts=artifacts), NOW)
+    assert decision.state is RunState.FAILED
+    assert decision.message == "stage `score` failed: gate missed: x is 0.7, must be at least 0.8"
+    assert decision.stages["release"].state is StageState.SKIPPED, "not released though its artifact exists"
+    assert decision.stages["release"].message == "stage `score` failed"
+
+
+def test_a_stage_that_only_comes_after_waits_though_its_digest_is_known() -> None:
+    plan = plan_for(data_stage("first"), data_stage("second", after=["first"]))
+    digests = digests_of(plan)
+    decision = decide(plan, Observed(artifacts=missing(*digests.values())), NOW)
+    assert starts(decision) == ["first"]
+    assert decision.stages["second"].waiting_for == "stage `first`"
+
+
+def test_equal_content_of_a_stage_that_ran_again_ends_the_work_there() -> None:
+    before = plan_of(run_of(data_stage("a", seed=1), data_stage("b", "a")))
+    after = plan_of(run_of(data_stage("a", seed=2), data_stage("b", "a")))
+    old, new = digests_of(before), digests_of(after)
+    assert old["a"] != new["a"]
+    artifacts = {new["a"]: found(new["a"], found(old["a"]).content_digest), old["b"]: found(old["b"])}
+    decision = decide(after, Observed(attempts=(done("a", new["a"]),), artifacts=artifacts), NOW)
+    assert decision.state is RunState.COMPLETE
+    assert states(decision) == "Succeeded Cached"
+
+
+def test_the_next_look_is_at_the_end_of_the_pause_or_at_a_deadline_whichever_is_first() -> None:
+    failure = failed("a", SA, 1, ended=99.5)
+    beating = attempt("b", SB, heartbeat=99.0)
+    observed = Observed(attempts=(failure, beating), artifacts=missing(SA, SB, at=99.6))
+    assert decide(SIDES, observed, NOW).look_again_at == 100.5
+    assert decide(SIDES, replace(observed, suspend=True), NOW).look_again_at is None
+    assert decide(SIDES, replace(observed, attempts=(beating,)), NOW).look_again_at == 99.0 + 600.0
+
+
+def test_restarts_are_counted_by_cause_and_the_last_message_is_told() -> None:
+    attempts = (failed("a", DA, 1), failed("a", DA, 2, Cause.PREEMPTION), failed("a", DA, 3, Cause.HANG, ended=9.0))
+    view = decide(CHAIN, Observed(attempts=attempts, artifacts=missing(DA, at=9.1)), NOW).stages["a"]
+    assert view.restarts == {Cause.INFRASTRUCTURE: 1, Cause.PREEMPTION: 1, Cause.HANG: 1}
+    assert (view.attempt, view.message) == (3, "failure 3")
+
+
+def test_a_digest_is_told_as_soon_as_all_inputs_are_finished() -> None:
+    decision = decide(CHAIN, Observed(artifacts=finished(DA)), NOW)
+    assert [view.digest for view in decision.stages.values()] == [DA, DB, None]
+    assert decision.stages["a"].artifact == found(DA)
+    assert look_ups(decision) == ["b"]
+    assert not stops(decision)
