@@ -49,7 +49,10 @@ def parse_override(text: str) -> Override:
 
 
 def _parse_value(text: str, source: str) -> Any:
-    read = read_yaml(text, source)
+    try:
+        read = read_yaml(text, source)
+    except InvalidRun as error:
+        raise InvalidRun(replace(problem, line=None) for problem in error.problems) from None
     if read.problems:
         raise InvalidRun(replace(problem, line=None) for _, problem in read.problems)
     return read.value

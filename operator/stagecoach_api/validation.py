@@ -48,23 +48,24 @@ def validate(document: Mapping[str, Any]) -> TrainingRun:
 def validate_with_paths(document: Mapping[str, Any]) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:
     """Return the run, where the schema accepts it, and all problems with their paths, in the order of the document."""
     document = _without_server_fields(document)
-    run, found = _parse(document)
+    try:
+        text = json.dumps(document)
+    except (TypeError, ValueError, RecursionError) as error:
+        remedy = "use text, numbers, lists and mappings"
+        return None, [((), Problem("", MISSING, f"must be made of JSON values: {error}", remedy))]
+    run, found = _parse(text)
     draft = Draft.of(document)
     for rule in RULES:
-        found += [(problem.path, problem.as_problem()) for problem in rule(draft)]
+        found += [(fault.path, fault.as_problem()) for fault in rule(draft)]
     return run, found
 
 
-def _parse(document: Mapping[str, Any]) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:
+def _parse(text: str) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:
     """Check the schema as the API server would: names as in YAML only, no conversion of types."""
     try:
-        text = json.dumps(document)
         return TrainingRun.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:
         return None, schema_problems(TrainingRun, error)
-    except (TypeError, ValueError, RecursionError) as error:
-        problem = Problem("", MISSING, f"must be made of JSON values: {error}", "use text, numbers, lists and mappings")
-        return None, [((), problem)]
 
 
 def _without_server_fields(document: Mapping[str, Any]) -> dict[str, Any]:

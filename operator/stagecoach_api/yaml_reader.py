@@ -85,6 +85,8 @@ class _Composer(yaml.SafeLoader):
             raise _Refused(event.start_mark, f"*{event.anchor}", "aliases are not read", "write the value out")
         if getattr(event, "anchor", None) is not None:
             raise _Refused(event.start_mark, f"&{event.anchor}", "anchors are not read", "take it out")
+        if getattr(event, "tag", None) is not None:
+            raise _Refused(event.start_mark, event.tag, "tags are not read", "take it out")
         if self.depth >= MAX_DEPTH:
             raise _Refused(event.start_mark, MISSING, f"must have at most {MAX_DEPTH} levels", "flatten it")
         self.depth += 1
@@ -126,17 +128,11 @@ def _compose(text: str, state: _State) -> Node | None:
 
 
 def _build(node: Node, path: FieldPath, state: _State) -> Any:
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag in _CODE_TAGS:
-        state.refuse(path, node, node.tag, "tags are not read", "take it out")
-        return None
     if isinstance(node, MappingNode):
         return _build_mapping(node, path, state)
     if isinstance(node, SequenceNode):
         return _build_list(node, path, state)
     return _build_scalar(node, path, state) if isinstance(node, ScalarNode) else None
-
-
-_CODE_TAGS = frozenset({"tag:yaml.org,2002:binary", "tag:yaml.org,2002:set", "tag:yaml.org,2002:omap"})
 
 
 def _build_mapping(node: MappingNode, path: FieldPath, state: _State) -> dict[str, Any]:

@@ -105,14 +105,15 @@ def configs(draft: Draft, kind: type[C]) -> Iterator[tuple[DraftStage, C]]:
 
 
 def walk(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
-    """Yield everything below a JSON value with its path, itself first."""
-    yield path, value
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from walk(item, (*path, name))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from walk(item, (*path, index))
+    """Yield everything below a JSON value with its path, itself first, in its order."""
+    waiting: list[tuple[FieldPath, Any]] = [(path, value)]
+    while waiting:
+        place, here = waiting.pop()
+        yield place, here
+        if isinstance(here, Mapping):
+            waiting += [((*place, name), item) for name, item in reversed(list(here.items()))]
+        elif isinstance(here, list | tuple):
+            waiting += [((*place, index), here[index]) for index in reversed(range(len(here)))]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 from stagecoach_api.fields import FieldPath
 from stagecoach_api.problems import suggest
@@ -62,34 +63,36 @@ def no_stage_waits_for_itself(draft: Draft) -> Iterator[Fault]:
 
 
 def stages_make_no_cycle(draft: Draft) -> Iterator[Fault]:
+    """Each circle is told where a stage needs one further down the file: that input is the likeliest mistake."""
     stages = draft.by_name
+    order = {name: index for index, name in enumerate(stages)}
     graph = {
         name: {link.target for link in stage.links if link.target in stages and link.target != name}
         for name, stage in stages.items()
     }
     for _ in range(MAX_CYCLES):
-        cycle = _find_cycle(graph)
+        cycle = _find_cycle(graph, order)
         if cycle is None:
             return
-        before, after = cycle[0], cycle[1]
+        before, after = next((before, after) for before, after in pairwise(cycle) if order[before] > order[after])
         link = next(link for link in stages[after].links if link.target == before)
+        shown = " -> ".join(cycle)
         yield Fault(
             _path_of(link),
             before,
-            f"stages must not wait for each other in a circle: {' -> '.join(cycle)}",
+            f"stages must not wait for each other in a circle: {shown}",
             "take one of these inputs out",
         )
         graph[after].discard(before)
 
 
-def _find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+def _find_cycle(graph: Mapping[str, set[str]], order: Mapping[str, int]) -> list[str] | None:
     """Return stages in the order they would run, the first one again at the end, begun at the first of the file."""
     try:
         TopologicalSorter({name: sorted(before) for name, before in graph.items()}).prepare()
     except CycleError as error:
         circle = list(error.args[1][:-1])
-        order = list(graph)
-        start = circle.index(min(circle, key=order.index))
+        start = circle.index(min(circle, key=lambda name: order[name]))
         circle = circle[start:] + circle[:start]
         return [*circle, circle[0]]
     return None
