@@ -1,0 +1,61 @@
+"""The packing canary: before training starts, prove on this very model that packed samples do not see each other.
+
+Whether they do depends on the attention implementation, the mask and the cache (position ids separate samples only
+with neither mask nor cache), and a leak shows in no loss curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.train.causal import CausalLoss, causal_model
+from stagecoach_trainer.train.collate import collate
+from stagecoach_trainer.train.rows import Row
+
+LONGEST = 512
+"""Tokens of each of the two samples that are looked at."""
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest relative change that rounding may make; a leak changes hidden states by tenths."""
+
+
+def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> float | None:
+    """Change the first sample of a packed row and look whether the second one's hidden states move.
+
+    Returns the largest relative change, None where no row is packed. Raises UserError for a leak.
+    """
+    packed = next((row for row in rows if len(row.lengths) > 1), None)
+    if packed is None:
+        return None
+    row, first = _first_two(packed)
+    vocabulary = int(causal_model(loss.model).config.vocab_size)
+    changed = row.tokens.copy()
+    changed[:first] = (changed[:first] + 1) % vocabulary
+    other = Row(changed, row.labels, row.lengths)
+    was_training = loss.training
+    loss.eval()
+    try:
+        with torch.no_grad():
+            expected = loss.hidden(collate([row]).to(device))[0, first:].float()
+            got = loss.hidden(collate([other]).to(device))[0, first:].float()
+    finally:
+        loss.train(was_training)
+    change = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not change <= TOLERANCES[dtype]:
+        raise UserError(
+            f"packed samples see each other: changing one sample moved another's hidden states by {change:.2g} "
+            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed, so set `packing: false`"
+        )
+    return change
+
+
+def _first_two(row: Row) -> tuple[Row, int]:
+    """Return a row of the row's first two samples, each cut to LONGEST, and the length of the first."""
+    first, second = row.lengths[:2]
+    kept_first, kept_second = min(first, LONGEST), min(second, LONGEST)
+    start = first - kept_first
+    part = slice(start, first + kept_second)
+    return Row(row.tokens[part], row.labels[part], (kept_first, kept_second)), kept_first

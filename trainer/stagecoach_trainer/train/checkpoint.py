@@ -1,0 +1,267 @@
+"""Checkpoints: the training state as safetensors and JSON, complete when its manifest lies beside them.
+
+    step-00001200/{master,exp_avg,exp_avg_sq}.safetensors   fp32, by parameter name; frozen parameters are not stored
+                  rng-00000.safetensors …                   random-number state of each rank
+                  state.json                                counters, data cursor, measurements, loss scale
+                  manifest.json                             last: names, sizes and sha256 of the others
+
+They are written, read back and uploaded by a thread, off the critical path. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoint_name, checkpoints_prefix
+from stagecoach_api.store import StoreError
+from stagecoach_api.stores.base import sha256_of_file
+from stagecoach_api.training import Checkpoints
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.outcomes import replace_file
+from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
+from stagecoach_trainer.train.places import CHECKPOINT_NAME, checkpoint_folder, checkpoints_home, complete_steps
+from stagecoach_trainer.train.state import Progression, TrainingState
+from stagecoach_trainer.train.tensorfile import write_tensors
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE_FILE = "state.json"
+PREFIXES = (MASTER, MOMENT_1, MOMENT_2)
+DEFAULT_CHECKPOINTS = 10
+"""Checkpoints per stage where `everySteps` is not given."""
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+# -- one checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Write a checkpoint, read every byte of it back, and only then declare it complete.
+
+    Raises OSError (a full disk), BrokenCheckpoint where what was read back is not what was written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        objects = list(_write_files(folder, state))
+        for item in objects:
+            _check(folder, item)
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "ranks": len(state.random_states),
+            "objects": [item.model_dump(mode="json") for item in objects],
+        }
+        replace_file(folder / MANIFEST, canonical_json(manifest))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and a full disk needs the room
+        raise
+
+
+def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
+    for prefix in PREFIXES:
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.engine.tensors.items()
+            if name.startswith(prefix)
+        }
+        yield write_tensors(folder / f"{prefix.rstrip('/')}.safetensors", tensors)
+    for rank, random_state in enumerate(state.random_states):
+        yield write_tensors(folder / f"rng-{rank:05d}.safetensors", random_state)
+    about = {
+        "progression": state.progression.to_json(),
+        "numSteps": state.engine.num_steps,
+        "lossScale": state.engine.loss_scale,
+        "goodSteps": state.engine.good_steps,
+    }
+    path = folder / STATE_FILE
+    path.write_bytes(canonical_json(about))
+    yield StoredObject(path=STATE_FILE, size=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def read_checkpoint(folder: Path, rank: int) -> TrainingState:
+    """Read a checkpoint whose bytes are checked; the random states hold only this rank's, if there is one.
+
+    Tensors are read from the disk as they are used. Raises BrokenCheckpoint.
+    """
+    objects = read_manifest(folder)
+    for item in objects:
+        _check(folder, item)
+    about = json.loads((folder / STATE_FILE).read_bytes())
+    tensors: dict[str, Tensor] = {}
+    for prefix in PREFIXES:
+        found = _read_tensors(folder / f"{prefix.rstrip('/')}.safetensors")
+        tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    own_states = folder / f"rng-{rank:05d}.safetensors"
+    return TrainingState(
+        progression=Progression.from_json(about["progression"]),
+        engine=EngineState(tensors, about["numSteps"], about["lossScale"], about["goodSteps"]),
+        random_states=(_read_tensors(own_states),) if own_states.is_file() else (),
+    )
+
+
+def read_manifest(folder: Path) -> tuple[StoredObject, ...]:
+    """Return what a complete checkpoint consists of. Raises BrokenCheckpoint."""
+    path = folder / MANIFEST
+    try:
+        about: dict[str, Any] = json.loads(path.read_bytes())
+        if about["format"] != FORMAT:
+            raise BrokenCheckpoint(f"{path}: format {about['format']} is not {FORMAT}, which this version reads")
+        return tuple(StoredObject.model_validate(item) for item in about["objects"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BrokenCheckpoint(f"{path}: cannot be read ({error})") from error
+
+
+def _check(folder: Path, item: StoredObject) -> None:
+    path = folder / item.path
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{path}: is missing")
+    if path.stat().st_size != item.size or sha256_of_file(path) != item.sha256:
+        raise BrokenCheckpoint(f"{path}: the bytes are not the ones that were saved")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+# -- all checkpoints of a stage ----------------------------------------------------------------------------------------
+
+
+class CheckpointBook:
+    """The checkpoints of one stage on this machine and in the store."""
+
+    def __init__(self, context: StageContext, config: Checkpoints, num_steps: int) -> None:
+        self._store = context.store
+        self._prefix = checkpoints_prefix(context.resolved.digest)
+        self._home = checkpoints_home(context.store, context.cache, context.resolved.digest)
+        self._is_in_store = context.store.local_path(self._prefix) is not None
+        self._config = config
+        self._every = config.every_steps or max(1, -(-num_steps // DEFAULT_CHECKPOINTS))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self.newest_step: int | None = None
+        """Step of the newest checkpoint known to be complete."""
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is to be saved after `step` steps."""
+        return step % self._every == 0
+
+    # saving
+
+    def save(self, state: TrainingState) -> None:
+        """Save a state, which must not change any more, in the background; waits for the save before it.
+
+        Raises what went wrong with that one.
+        """
+        self.wait()
+        self._pending = self._writer.submit(self._save, state)
+
+    def wait(self) -> None:
+        """Wait until the last save is complete and published. Raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for a save in progress, whatever comes of it, and stop the thread."""
+        self._writer.shutdown(wait=True)
+
+    def _save(self, state: TrainingState) -> None:
+        folder = checkpoint_folder(self._home, state.step)
+        write_checkpoint(folder, state)
+        if not self._is_in_store:
+            self._upload(folder)
+        self.newest_step = state.step
+        self._delete_old()
+
+    def _upload(self, folder: Path) -> None:
+        for item in read_manifest(folder):
+            self._store.upload(folder / item.path, f"{self._prefix}/{folder.name}/{item.path}")
+        self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+
+    def _delete_old(self) -> None:
+        steps = complete_steps(self._home)
+        for step in steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps):
+            self._store.delete(f"{self._prefix}/{checkpoint_name(step)}")
+            shutil.rmtree(checkpoint_folder(self._home, step), ignore_errors=True)
+
+    # restoring
+
+    def find_newest(self) -> int | None:
+        """Return the step of the newest checkpoint whose every byte is right, brought to this machine if need be.
+
+        One that is broken is named in the log, deleted, and the one before it is taken.
+        """
+        for step in sorted({*complete_steps(self._home), *self._steps_in_store()}, reverse=True):
+            if self._make_usable(step):
+                self.newest_step = step
+                return step
+        return None
+
+    def bring(self, step: int) -> Path:
+        """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
+        folder = checkpoint_folder(self._home, step)
+        if not (folder / MANIFEST).is_file():
+            self._download(folder)
+        return folder
+
+    def _make_usable(self, step: int) -> bool:
+        folder = checkpoint_folder(self._home, step)
+        for _ in range(1 if self._is_in_store else 2):  # a broken local copy is replaced by the store's
+            try:
+                self.bring(step)
+                for item in read_manifest(folder):
+                    _check(folder, item)
+            except BrokenCheckpoint as error:
+                log.warning("checkpoint of step %d is broken: %s", step, error)
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                return True
+        log.warning("checkpoint of step %d cannot be used; the one before it is taken", step)
+        with contextlib.suppress(StoreError):
+            self._store.delete(f"{self._prefix}/{checkpoint_name(step)}")
+        return False
+
+    def _steps_in_store(self) -> list[int]:
+        if self._is_in_store:
+            return []
+        steps = []
+        for entry in self._store.list(self._prefix):
+            name, _, file = entry.key.removeprefix(f"{self._prefix}/").partition("/")
+            match = CHECKPOINT_NAME.fullmatch(name)
+            if match and file == MANIFEST:
+                steps.append(int(match[1]))
+        return steps
+
+    def _download(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        prefix = f"{self._prefix}/{folder.name}"
+        try:
+            manifest = self._store.read(f"{prefix}/{MANIFEST}")
+            for about in json.loads(manifest)["objects"]:
+                item = StoredObject.model_validate(about)
+                self._store.download(f"{prefix}/{item.path}", folder / item.path, item)
+            replace_file(folder / MANIFEST, manifest)
+        except (StoreError, ValueError, KeyError) as error:
+            raise BrokenCheckpoint(str(error)) from error
+
+
+def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
+    """Return which of the saved `steps` (ascending) are kept neither as newest nor as multiples of `keep_every`."""
+    return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
