@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -76,10 +77,18 @@ def make_model(rows: int, seed: int = 0, tied: bool = False, hidden: int = 32) -
         return LlamaForCausalLM(config)
 
 
+def weights_of(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """Return a model's weights by name, a tied head left out."""
+    tied = bool(model.config.tie_word_embeddings)
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
 def save_base(folder: Path, tokenizer: Any, seed: int = 0, tied: bool = False) -> Path:
     """Write a base model with its vocabulary in Hugging Face layout; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_model(len(tokenizer), seed, tied).save_pretrained(folder)
+    model = make_model(len(tokenizer), seed, tied)
+    model.config.save_pretrained(folder)
+    save_file(weights_of(model), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 

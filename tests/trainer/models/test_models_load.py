@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def smaller_vocabulary(folder: Path, canary: Path) -> None:
 
 
 def larger_vocabulary(folder: Path, canary: Path) -> None:
-    make_tokenizer(extra=("床前", "明月")).save_pretrained(folder)
+    make_tokenizer(extra=("龘", "靐")).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def make_adapter(base: Path, output: Path, root: Path, grown: bool) -> ResolvedI
     output.mkdir()
     context = make_context(root, inputs={"base": base})
     loaded = load_model(context, Reference(uri="base"))
-    tokenizer = make_tokenizer(extra=("床前", "明月")) if grown else loaded.tokenizer
+    tokenizer = make_tokenizer(extra=("龘", "靐")) if grown else loaded.tokenizer
     rows = grow(loaded.model, loaded.tokenizer, tokenizer, NewRows.RANDOM, seed=5) if grown else range(0)
     trainable = Trainable(lora=LoraTraining(targets=("q_proj",), new_rows=grown))
     model = choose_trainable(loaded.model, trainable, rows, seed=1).model
@@ -316,3 +317,23 @@ def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path: Path) -> None:
     model = choose_trainable(make_model(len(tokenizer)), Trainable(lora=LoraTraining()), range(0), seed=1).model
     with pytest.raises(UserError, match="learnt nothing"):
         save_adapter(model, tokenizer, tmp_path / "vocabulary", tmp_path, ModelCard(adapter=True))
+
+
+def test_a_model_is_saved_in_several_files_and_in_another_number_format(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    model = make_model(len(tokenizer))
+    output = tmp_path / "output"
+    output.mkdir()
+    save_model(
+        model, tokenizer, tmp_path / "vocabulary", output, ModelCard(adapter=False), torch.bfloat16, 30_000,
+        {"max_new_tokens": 9},
+    )  # fmt: skip
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    loaded = load_folder(output, dtype=torch.bfloat16)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(torch.bfloat16))
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    assert loaded.generation_config.max_new_tokens == 9
+    assert model.dtype == torch.float32
+    assert "deepspeed" not in sys.modules

@@ -18,6 +18,7 @@ from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.safety import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    WEIGHTS_INDEX,
     check_adapter_folder,
     check_model_folder,
 )
@@ -57,17 +58,14 @@ def save_model(
     The files are read back: names, shapes, every value, none of them NaN, no matrix all zero. Raises UserError.
     """
     _set_token_ids(model, tokenizer, generation or {})
-    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in _plain_state(model).items()}
+    state = _state_to_write(model, dtype)
     _require_sound(state, "the trained model")
-    before = model.config.dtype
-    model.config.dtype = dtype or before
-    try:
-        model.save_pretrained(output, state_dict=dict(state), max_shard_size=max_shard_bytes)
-    finally:
-        model.config.dtype = before
+    files = _write_weights(state, output, max_shard_bytes)
+    _write_configs(model, dtype or model.dtype, output)
     save_vocabulary(tokenizer, vocabulary, output)
     write_card(card, output)
-    _compare(check_model_folder(output), state, allow_missing=_tied_names(model))
+    check_model_folder(output)
+    _compare(files, state)
 
 
 def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard) -> None:
@@ -161,15 +159,42 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
         setattr(model.generation_config, name, value)
 
 
-def _plain_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Return the weights by the names that files have, each matrix once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+    state = revert_weight_conversion(model, state)
+    return {name: state[name].to(dtype or state[name].dtype).contiguous() for name in sorted(state)}
 
 
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Return the names that are not written because they are another's matrix."""
-    if not model.config.tie_word_embeddings:
-        return set()
-    return {name for name in model.state_dict() if name.endswith("lm_head.weight")}
+def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int) -> list[Path]:
+    """Write safetensors files, and an index where there are several; return the files. transformers' own
+    `save_pretrained` would import DeepSpeed, which takes seconds."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_bytes)
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, output / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(index, output / WEIGHTS_INDEX)
+    return [output / filename for filename in split.filename_to_tensors]
+
+
+def _write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> None:
+    before = model.config.dtype
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    try:
+        model.config.save_pretrained(output)
+    finally:
+        model.config.dtype = before
+    model.generation_config.save_pretrained(output)
 
 
 def _require_sound(state: Mapping[str, torch.Tensor], what: str) -> None:
@@ -185,7 +210,7 @@ def _require_finite(state: Mapping[str, torch.Tensor], what: str) -> None:
             raise UserError(f"{what}: {name} {tuple(tensor.shape)} is empty or not finite, so it is not saved")
 
 
-def _compare(files: list[Path], state: Mapping[str, torch.Tensor], allow_missing: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _compare(files: list[Path], state: Mapping[str, torch.Tensor]) -> None:
     """Read saved weights back and compare every value. Raises UserError naming what differs."""
     from safetensors import safe_open
 
@@ -197,6 +222,6 @@ def _compare(files: list[Path], state: Mapping[str, torch.Tensor], allow_missing
                 if name not in state or stored.dtype != state[name].dtype or not torch.equal(stored, state[name]):
                     raise UserError(f"{path}: {name} was not read back as it was written")
                 seen.add(name)
-    missing = sorted(set(state) - seen - allow_missing)
+    missing = sorted(set(state) - seen)
     if missing:
         raise UserError(f"{files[0].parent}: {len(missing)} weights were not written ({', '.join(missing[:3])})")
