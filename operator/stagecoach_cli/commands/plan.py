@@ -81,10 +81,7 @@ def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mappi
             planned.stage.kind,
             ", ".join(planned.upstream),
             cache_word(view, planned.upstream, decision, known),
-            ranks_word(
-                num_ranks(planned.stage, machine, None),
-                planned.stage.resources.num_nodes * planned.stage.resources.num_ranks_per_node,
-            ),
+            ranks_word(num_ranks(planned.stage, machine, None), wanted),
             "" if item.tokens is None else quantity(item.tokens),
             "" if hit else "?" if item.seconds is None else f"~{duration(item.seconds)}",
         )

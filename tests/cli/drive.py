@@ -1,0 +1,30 @@
+"""The real command line with the fake trainer: `python drive.py run run.yaml`, in the folder of a `Bench`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import stagecoach_cli.commands.run as run_module
+from stagecoach_cli.driver import Job
+from stagecoach_cli.machine import Machine
+from stagecoach_cli.main import call
+
+original = run_module.make_job
+
+
+def make_job(*arguments: Any) -> Job:
+    fake = Path(__file__).with_name("fake_launcher.py")
+    return replace(
+        original(*arguments),
+        launcher=(sys.executable, "-S", str(fake), str(Path.cwd())),
+        machine=Machine(cores=2),
+        poll_seconds=0.02,
+        grace_seconds=10.0,
+    )
+
+
+run_module.make_job = make_job
+sys.exit(call())

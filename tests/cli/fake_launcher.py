@@ -1,0 +1,148 @@
+"""Stands in for the trainer's launcher: does as a script file says, and leaves what the real one leaves.
+
+    python fake_launcher.py FOLDER
+
+FOLDER/script.json: by stage, a list with one entry for each attempt (the last one counts for all later ones):
+`seconds` to work, `exit` code, `message`, `kill` (dies by SIGKILL), `silent` (leaves no result), `stubborn` (does not
+stop when asked), `child` (starts a process in a session of its own that outlives it), `waitFor` (a stage that must have
+started), `tokens`, `metrics`, `report`, `random` (its output differs every time).
+FOLDER/events.jsonl: what happened, one line each.
+
+Only the standard library: it starts a dozen times in a test.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(sys.argv[1])
+STAGE = json.loads(Path(os.environ["STAGECOACH_STAGE_FILE"]).read_bytes())
+INTERRUPTED = 75
+
+
+def tell(event, **more):
+    line = {"event": event, "stage": STAGE["stage"], "attempt": STAGE["attempt"], "time": time.time(), **more}
+    with (HERE / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def events():
+    return [json.loads(line) for line in (HERE / "events.jsonl").read_text().splitlines()]
+
+
+def canonical(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def leave(code, cause, **more):
+    result = Path(os.environ["STAGECOACH_RESULT_FILE"])
+    temporary = result.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"exitCode": code, "cause": cause, **more}))
+    temporary.replace(result)
+    tell("end", code=code)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def stop(*_):
+    leave(INTERRUPTED, "preemption", message="stopped", lastStep=3)
+
+
+def watch_stdin():
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def progress(done, total):
+    event = {"time": time.time(), "activity": "train", "done": done, "total": total, "unit": "tokens"}
+    event["metrics"] = {"loss": 3.21}
+    with open(os.environ["STAGECOACH_PROGRESS_FILE"], "a") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def work(seconds):
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        progress(passed, seconds)
+        time.sleep(0.02)
+
+
+def publish(script):
+    files = {"model.txt": f"made by {STAGE['kind']} from {STAGE['digest']}\n".encode()}
+    if script.get("random"):
+        files["noise.txt"] = os.urandom(8).hex().encode()
+    if "report" in script:
+        files["report.json"] = canonical(script["report"])
+    root = Path(STAGE["storageUri"].removeprefix("file://")) / "artifacts" / STAGE["digest"]
+    objects = []
+    for name, data in files.items():
+        (root / "output").mkdir(parents=True, exist_ok=True)
+        (root / "output" / name).write_bytes(data)
+        objects.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    content = sorted([item["path"], item["size"], item["sha256"]] for item in objects)
+    manifest = {
+        "stageDigest": STAGE["digest"],
+        "contentDigest": hashlib.sha256(canonical(content)).hexdigest(),
+        "kind": STAGE["kind"],
+        "objects": objects,
+        "parents": [
+            {"key": key, "digest": item["digest"], "stageDigest": item["stageDigest"], "uri": item["uri"]}
+            for key, item in sorted(STAGE["inputs"].items())
+        ],
+        "config": STAGE["config"],
+        "code": STAGE["code"],
+        "seed": STAGE["seed"],
+        "tokens": script.get("tokens", 0),
+        "seconds": 12.5,
+        "metrics": script.get("metrics", {}),
+        "created": time.time(),
+    }
+    temporary = root / "manifest.tmp"
+    temporary.write_bytes(canonical(manifest))
+    try:
+        os.link(temporary, root / "manifest.json")
+    except FileExistsError:
+        return json.loads((root / "manifest.json").read_bytes())["contentDigest"]
+    return manifest["contentDigest"]
+
+
+def main():
+    scripts = json.loads((HERE / "script.json").read_bytes()).get(STAGE["stage"], [{}])
+    script = scripts[min(STAGE["attempt"], len(scripts)) - 1]
+    tell("start", pid=os.getpid(), ranks=STAGE["ranksPerNode"], threads=os.environ["STAGECOACH_THREADS"])
+    print(f"working on {STAGE['stage']}", flush=True)
+    if script.get("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, stop)
+        threading.Thread(target=watch_stdin, daemon=True).start()
+    if script.get("child"):
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdin=subprocess.DEVNULL)
+        tell("child", pid=child.pid)
+    deadline = time.monotonic() + 20
+    while "waitFor" in script and script["waitFor"] not in {item["stage"] for item in events()}:
+        if time.monotonic() > deadline:
+            leave(64, "user", message=f"{script['waitFor']} did not start")
+        time.sleep(0.01)
+    work(script.get("seconds", 0.0))
+    if script.get("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if script.get("silent"):
+        print("Traceback: something broke", flush=True)
+        tell("end", code=script["exit"])
+        os._exit(script["exit"])
+    code = script.get("exit", 0)
+    if code:
+        cause = {64: "user", 65: "user", 66: "user", 79: "hang"}.get(code, "infrastructure")
+        leave(code, cause, message=script.get("message", "it broke"))
+    leave(0, None, contentDigest=publish(script))
+
+
+main()
