@@ -223,10 +223,15 @@ def _metadata() -> Schema:
     return {"type": "object", "properties": {"name": kept}}
 
 
+def structural_schema_of(model: type[Model]) -> Schema:
+    """Return a model's schema as a CRD may hold it. Raises ValueError for a keyword that has no place there."""
+    return _Converter(model).convert()
+
+
 def structural_schema() -> Schema:
     """Return the OpenAPI v3 schema of a whole object: spec and status."""
-    run = _Converter(TrainingRun).convert()
-    run["properties"]["status"] = _Converter(TrainingRunStatus).convert()
+    run = structural_schema_of(TrainingRun)
+    run["properties"]["status"] = structural_schema_of(TrainingRunStatus)
     # Kubernetes fills in both, and writes them as plain strings.
     for name in ("apiVersion", "kind"):
         run["properties"][name] = {"description": run["properties"][name]["description"], "type": "string"}

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -21,18 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 """Root of the checkout."""
 
 
+@cache
 def crd_text() -> str:
     body = yaml.safe_dump(custom_resource_definition(), sort_keys=False, width=120, allow_unicode=True)
     return f"# Generated from operator/stagecoach_api by `make generate`; do not edit.\n{body}"
 
 
+@cache
 def schema_text() -> str:
     return json.dumps(editor_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 GENERATED: Mapping[str, Callable[[], str]] = {
     "charts/stagecoach/crds/trainingruns.yaml": crd_text,
-    "docs/reference.md": reference_page,
+    "docs/reference.md": cache(reference_page),
     "docs/schema/trainingrun.schema.json": schema_text,
 }
 """Generated files, below the root of the checkout."""

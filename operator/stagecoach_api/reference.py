@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from stagecoach_api.base import Model
@@ -38,20 +37,27 @@ are unquoted words that YAML and `kubectl` read differently (`yes`, `no`, `on`, 
 
 def reference_page() -> str:
     """Return the page as Markdown."""
-    run_models = [model for model in walk_models(TrainingRun) if not _belongs_to_a_kind(model)]
+    of_kinds = {kind: list(walk_models(model)) for kind, model in STAGE_KINDS.items()}
+    parts_of_kinds = {model for models in of_kinds.values() for model in models}
+    definitions = _definitions(TrainingRun)
+    run_models = [model for model in walk_models(TrainingRun) if model not in parts_of_kinds]
+    parts = [HEAD, _contents(), "## The run\n", *(_section(model, definitions) for model in run_models)]
     written = set(run_models)
-    parts = [HEAD, _contents(), "## The run\n", *_sections(TrainingRun, run_models)]
-    for kind, model in STAGE_KINDS.items():
-        models = [part for part in walk_models(model) if part not in written]
+    for kind, models in of_kinds.items():
+        # A part that several kinds have is described with the first of them.
+        parts += [f"## Stage kind `{kind}`\n", *(_section(part, definitions) for part in models if part not in written)]
         written |= set(models)
-        parts += [f"## Stage kind `{kind}`\n", *_sections(TrainingRun, models)]
-    parts += ["## Status\n", _conditions(), *_sections(TrainingRunStatus, list(walk_models(TrainingRunStatus)))]
+    definitions = _definitions(TrainingRunStatus)
+    parts += ["## Status\n", _conditions()]
+    parts += [_section(model, definitions) for model in walk_models(TrainingRunStatus)]
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
-def _belongs_to_a_kind(model: type[Model]) -> bool:
-    """Parts of a stage kind's configuration are described with the first kind that has them."""
-    return any(model in walk_models(kind) for kind in STAGE_KINDS.values())
+def _definitions(root: type[Model]) -> dict[str, Schema]:
+    """JSON schemas of a model and all below it, by the models' names."""
+    schema = root.model_json_schema(by_alias=True)
+    definitions: dict[str, Schema] = schema.pop("$defs", {})
+    return {root.__name__: schema, **definitions}
 
 
 def _contents() -> str:
@@ -72,14 +78,6 @@ def _listed(words: Any) -> str:
 
 
 # -- one model ---------------------------------------------------------------------------------------------------------
-
-
-def _sections(root: type[Model], models: list[type[Model]]) -> Iterator[str]:
-    schema = root.model_json_schema(by_alias=True)
-    definitions: dict[str, Schema] = schema.pop("$defs", {})
-    definitions[root.__name__] = schema
-    for model in models:
-        yield _section(model, definitions)
 
 
 def _section(model: type[Model], definitions: dict[str, Schema]) -> str:
