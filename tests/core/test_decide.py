@@ -46,6 +46,8 @@ SIDES = plan_for(data_stage("a"), data_stage("b"), data_stage("c", "b"))
 SA, SB, SC = digests_of(SIDES).values()
 TWINS = plan_of(run_of(data_stage("a"), data_stage("b")), contents={"a.jsonl": "same", "b.jsonl": "same"})
 TA, _ = digests_of(TWINS).values()
+THREE = plan_for(data_stage("a"), data_stage("b"), data_stage("c"))
+EA, EB, EC = digests_of(THREE).values()
 NOW = 100.0
 
 
@@ -227,6 +229,17 @@ CASES = {
         "Failed Pending Pending",
         plan=SIDES,
     ),
+    "even while something still runs": Case(
+        Observed(attempts=(failed("a", EA, cause=Cause.USER), attempt("b", EB)), artifacts=missing(EA, EB, EC, at=2.0)),
+        (),
+        "Failed Running Skipped",
+        plan=THREE,
+    ),
+    "while an attempt lives the store is not asked again": Case(
+        Observed(attempts=(failed("a", DA, 1), attempt("a", DA, 2)), artifacts=missing(DA)),
+        (),
+        "Running Pending Pending",
+    ),
     "suspended, a run stops what lives": Case(
         Observed(attempts=(attempt("a", DA),), artifacts=missing(DA), suspend=True),
         (Stop("a", 1, "the run is suspended"),),
@@ -256,6 +269,12 @@ CASES = {
         Observed(attempts=(attempt("b", DB),), artifacts={**finished(DA), **missing(DB)}, cancel=True),
         (Stop("b", 1, "the run is cancelled"),),
         "Cached Stopping Cancelled",
+    ),
+    "cancelled, the store is not asked any more": Case(
+        Observed(attempts=(attempt("a", SA),), artifacts=missing(SA), cancel=True),
+        (Stop("a", 1, "the run is cancelled"),),
+        "Stopping Cancelled Cancelled",
+        plan=SIDES,
     ),
     "cancelled, what is finished stays finished": Case(
         Observed(

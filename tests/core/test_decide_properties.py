@@ -111,6 +111,7 @@ class World:
 def check(world: World, decision: Decision) -> None:
     """What must hold of every decision."""
     starts = {action.stage: action for action in decision.actions if isinstance(action, Start)}
+    assert not starts or StageState.FAILED not in {view.state for view in decision.stages.values()}
     for name, view in decision.stages.items():
         if view.artifact is not None and view.digest is not None:
             world.finished[name] = view.digest
