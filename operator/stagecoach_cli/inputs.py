@@ -69,7 +69,8 @@ def _read_memory(path: Path) -> dict[str, list[int | str]]:
         known = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 4}
+    entries = known.items() if isinstance(known, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, list) and len(value) == 4}
 
 
 def input_root(run: TrainingRun, folder: Path) -> str:

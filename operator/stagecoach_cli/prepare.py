@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ def prepare(
     missing = {key: error for key, error in lookup.failures.items() if key not in unreachable}
     if missing:
         raise InvalidRun(missing_inputs(loaded, missing))
-    memory.save()
+    with contextlib.suppress(OSError):  # a plan can be looked at where nothing can be written
+        workspace.prepare()
+        memory.save()
     root = input_root(loaded.run, loaded.folder)
     unknown = {key: unknown_external(absolute(key.removeprefix("uri:"), root)) for key in unreachable}
     plan = make_plan(without_images(loaded.run), {**lookup.found, **unknown}, code_identity())

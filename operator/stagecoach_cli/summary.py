@@ -35,7 +35,7 @@ class Change:
     after: float | None = None
 
     def __str__(self) -> str:
-        before, after = (None if value is None else metric(value) for value in (self.before, self.after))
+        before, after = (None if value is None else f"{value:.3f}" for value in (self.before, self.after))
         if before is None or after is None:
             return before or after or ""
         return f"{before} → {after}"
@@ -71,7 +71,7 @@ def bits_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
 
 def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> Table:
     """Return stage, kind, time, training tokens, artifact of every stage."""
-    table = empty_table("Stages", "Stage", "Kind", ">Time", ">Tokens", "Artifact")
+    table = empty_table("Stage", "Kind", ">Time", ">Tokens", "Artifact")
     for row in rows:
         manifest = manifests.get(row.view.digest or "") if row.view.state in FINISHED else None
         tokens = quantity(manifest.tokens) if manifest is not None and manifest.tokens else ""
@@ -88,39 +88,48 @@ def _time(row: StageRow) -> str:
     return row.view.state.value.lower()
 
 
-def change_table(title: str, changes: Mapping[str, Mapping[str, Change]]) -> Table | None:
+def change_table(changes: Mapping[str, Mapping[str, Change]]) -> Table | None:
     """Return one row for each stage and one column for each set. None: nothing was measured."""
     sets = list(dict.fromkeys(name for by_set in changes.values() for name in by_set))
     if not sets:
         return None
-    table = empty_table(title, "Stage", *(f">{name}" for name in sets))
+    table = empty_table("Stage", *(f">{name}" for name in sets))
     for stage, by_set in changes.items():
         if by_set:
             table.add_row(stage, *(str(by_set.get(name, "")) for name in sets))
     return table
 
 
-def metrics_table(title: str, metrics: Mapping[str, Mapping[str, float]]) -> Table | None:
+def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table | None:
     """Return one row for each stage's metric. None: there is none."""
     if not any(metrics.values()):
         return None
-    table = empty_table(title, "Stage", "Metric", ">Value")
+    table = empty_table("Stage", "Metric", ">Value")
     for stage, figures in metrics.items():
         for index, (name, value) in enumerate(sorted(figures.items())):
             table.add_row(stage if index == 0 else "", name, metric(value))
     return table
 
 
-def empty_table(title: str, *columns: str) -> Table:
-    """Return an empty table; a column whose name begins with `>` is set right."""
+def empty_table(*columns: str) -> Table:
+    """Return a table without rows; a column whose name begins with `>` is set right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     return table
+
+
+def print_titled(console: Console, title: str, table: Table) -> None:
+    """Print a table below its title, and an empty line."""
+    from rich.text import Text
+
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
+    console.print()
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
@@ -135,23 +144,21 @@ def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, 
     }
     of_kind = {kind: {name: item for name, item in finished.items() if item.kind == kind} for kind in _kinds(finished)}
     training = {name: item for name, item in finished.items() if item.kind in TRAINING_KINDS}
-    tables = [
-        stage_table(snapshot.rows, manifests),
-        change_table(
-            "Tokens per character, before and after the vocabulary",
-            {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()},
-        ),
-        change_table(
-            "Held-out bits per character, before and after training",
-            {name: bits_per_character(item.metrics) for name, item in training.items()},
-        ),
-        metrics_table("Evaluation", {name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
-    ]
-    for table in tables:
+    words = {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()}
+    held_out = {name: bits_per_character(item.metrics) for name, item in training.items()}
+    tables = {
+        "Stages": stage_table(snapshot.rows, manifests),
+        "Tokens per character, before and after the vocabulary": change_table(words),
+        "Held-out bits per character, before and after training": change_table(held_out),
+        "Evaluation": metrics_table({name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
+    }
+    for title, table in tables.items():
         if table is not None:
-            console.print(table)
+            print_titled(console, title, table)
     for name, manifest in of_kind.get("export", {}).items():
         _print_answers(console, name, samples(store, manifest))
+    root = f"{store.uri.rstrip('/')}/artifacts"
+    console.print(f"Artifacts lie in {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
     for name, manifest in of_kind.get("export", {}).items():
         uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
         console.print(f"{name} lies in {uri}", highlight=False, markup=False, soft_wrap=True)

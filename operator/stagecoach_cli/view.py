@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 15.0
 BAR_WIDTH = 20
+ELAPSED_WIDTH = 9
 SHOWN_METRICS = 3
 FIRST_METRICS = ("loss", "tokensPerSecond")
 """Shown first where a stage reports them."""
@@ -115,9 +116,11 @@ def _describe_running(row: StageRow) -> str:
 
 
 def _describe_waiting(row: StageRow) -> str:
-    word = "retries" if row.view.state is StageState.RETRYING else "waits"
-    waiting = f" for {row.view.waiting_for}" if row.view.waiting_for else ""
-    return f"{word}{waiting}{_because(_first_line(row.view.message))}"
+    return f"waits for {row.view.waiting_for}" if row.view.waiting_for else "waits"
+
+
+def _describe_retrying(row: StageRow) -> str:
+    return f"tries again{_because(_first_line(row.view.message))}"
 
 
 def _describe_end(row: StageRow) -> str:
@@ -129,7 +132,7 @@ _DESCRIPTIONS: Mapping[StageState, Callable[[StageRow], str]] = {
     StageState.SUCCEEDED: _describe_finished,
     StageState.RUNNING: _describe_running,
     StageState.PENDING: _describe_waiting,
-    StageState.RETRYING: _describe_waiting,
+    StageState.RETRYING: _describe_retrying,
 }
 
 
@@ -172,11 +175,12 @@ def render_rows(snapshot: Snapshot, ascii_only: bool = False) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    for column in ("icon", "name", "kind", "bar"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("words", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_column("elapsed", justify="right", no_wrap=True)
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    widths = (1, max(len(row.name) for row in snapshot.rows), max(len(row.kind) for row in snapshot.rows), BAR_WIDTH)
+    for width in widths:
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column(width=ELAPSED_WIDTH, justify="right", no_wrap=True)
     for row in snapshot.rows:
         icon, plain, style = _ICONS[row.view.state]
         event = row.progress if row.view.state in LIVING else None

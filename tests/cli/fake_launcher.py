@@ -63,7 +63,7 @@ def watch_stdin():
 def progress(done, total):
     event = {"time": time.time(), "activity": "train", "done": done, "total": total, "unit": "tokens"}
     event["metrics"] = {"loss": 3.21}
-    with open(os.environ["STAGECOACH_PROGRESS_FILE"], "a") as file:
+    with Path(os.environ["STAGECOACH_PROGRESS_FILE"]).open("a") as file:
         file.write(json.dumps(event) + "\n")
 
 
@@ -124,7 +124,7 @@ def main():
         signal.signal(signal.SIGTERM, stop)
         threading.Thread(target=watch_stdin, daemon=True).start()
     if script.get("child"):
-        child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(["/bin/sleep", "60"], start_new_session=True, stdin=subprocess.DEVNULL)
         tell("child", pid=child.pid)
     deadline = time.monotonic() + 20
     while "waitFor" in script and script["waitFor"] not in {item["stage"] for item in events()}:

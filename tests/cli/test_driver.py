@@ -92,7 +92,7 @@ def test_ranks_and_threads_depend_on_stage_and_machine_only(bench: Bench) -> Non
     bench.write(chain())
     bench.drive(machine=Machine(cores=6), nproc=2)
     told = {event["stage"]: (event["ranks"], event["threads"]) for event in bench.events("start")}
-    assert told == {name: (1, "6") for name in told} | {"base": (2, "3")}
+    assert told == dict.fromkeys(told, (1, "6")) | {"base": (2, "3")}
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------

@@ -38,19 +38,18 @@ def list_artifacts(what: str | None, storage: str | None, endpoint: str | None) 
     with explained():
         from stagecoach_cli.artifacts import pointers
         from stagecoach_cli.figures import short
-        from stagecoach_cli.summary import empty_table
+        from stagecoach_cli.summary import empty_table, print_titled
 
         place = place_of_run(what, storage, endpoint)
-        table = empty_table(place.store.uri, "Run/stage", "Kind", "Digest", "Content", "URI")
+        table = empty_table("Run/stage", "Kind", "Digest", "Content", "URI")
         found = pointers(place.store, place.name)
         for item in found:
             name = item.name if item.namespace == "default" else f"{item.namespace}/{item.name}"
             pointer = item.pointer
             table.add_row(name, pointer.kind, short(pointer.stage_digest), short(pointer.content_digest), pointer.uri)
-        out = console()
         if not found:
             raise Failure(f"no artifacts of {what or 'any run'} in {place.store.uri}")
-        out.print(table)
+        print_titled(console(), place.store.uri, table)
 
 
 @command.command("get")

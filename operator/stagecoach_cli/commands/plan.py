@@ -64,10 +64,10 @@ def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mappi
     from stagecoach_cli.estimate import estimate, total
     from stagecoach_cli.figures import duration, quantity
     from stagecoach_cli.machine import num_ranks, this_machine
-    from stagecoach_cli.summary import empty_table
+    from stagecoach_cli.summary import empty_table, print_titled
 
     machine = this_machine()
-    table = empty_table(f"Run {prepared.plan.run}", "Stage", "Kind", "After", "Cache", ">Ranks", ">Tokens", ">Time")
+    table = empty_table("Stage", "Kind", "After", "Cache", ">Ranks", ">Tokens", ">Time")
     estimates: dict[str, Estimate] = {}
     for name, planned in prepared.plan.stages.items():
         view = decision.stages[name]
@@ -85,7 +85,7 @@ def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mappi
             "" if item.tokens is None else quantity(item.tokens),
             "" if hit else "?" if item.seconds is None else f"~{duration(item.seconds)}",
         )
-    out.print(table)
+    print_titled(out, f"Run {prepared.plan.run}", table)
     whole = total(estimates.values())
     time = f"~{duration(whole.seconds)}{'' if whole.complete else ' and that of stages with `?`'}"
     tokens = f"{quantity(whole.tokens)} training tokens, " if whole.tokens else ""

@@ -103,7 +103,7 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
     records = [(folder, record) for folder in folders if (record := folder.load()) is not None]
     records.sort(key=lambda item: item[1].updated)
-    table = empty_table("Runs", "Run", "State", ">Stages", "Updated", "File")
+    table = empty_table("Run", "State", ">Stages", "Updated", "File")
     for folder, record in records:
         finished = sum(stage.state in FINISHED for stage in record.stages.values())
         updated = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.updated))

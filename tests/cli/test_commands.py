@@ -1,0 +1,287 @@
+"""Every command on a run that the fake trainer has worked on: what it prints, and its exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_makers import Bench, chain, data_stage
+
+from stagecoach_cli.main import call
+from stagecoach_core.values import RunState, StageState
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cli(capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
+    """Call the command line in this process; returns exit code and everything it wrote."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfdbinary.readouterr()
+        code = call(arguments)
+        written = capfdbinary.readouterr()
+        return code, (written.out + written.err).decode()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A folder in which the whole chain has run once. Tests that change it make their own."""
+    bench = Bench(tmp_path_factory.mktemp("finished"))
+    bench.write(chain(), SCRIPT)
+    bench.drive()
+    return bench
+
+
+SCRIPT = {
+    "vocabulary": {"metrics": {"tokensPerCharacter.zh.before": 2.87, "tokensPerCharacter.zh.after": 0.71}},
+    "base": {
+        "tokens": 6400,
+        "metrics": {
+            "heldOut.zh.before.bitsPerCharacter": 12.1,
+            "heldOut.zh.bitsPerCharacter": 6.54,
+            "heldOut.en.before.bitsPerCharacter": 3.2,
+            "heldOut.en.bitsPerCharacter": 3.9,
+        },
+    },
+    "score": {"metrics": {"poetics.exactMatch": 0.935}},
+    "release": {"report": {"samples": [{"prompt": "白日依山盡？", "answer": "五言絕句"}]}},
+}
+
+
+@pytest.fixture
+def bench(finished: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.chdir(finished.folder)
+    return finished
+
+
+@pytest.fixture
+def own_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.chdir(tmp_path)
+    return Bench(tmp_path)
+
+
+# -- run, plan, validate, render ---------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_finished_starts_nothing_and_shows_the_whole_table(bench: Bench, cli: Cli) -> None:
+    code, output = cli("run", "run.yaml")
+    assert code == 0
+    assert len(bench.started()) == len(chain())
+    figures = ("cached (12 s)", "2.870 → 0.710", "12.100 → 6.540", "3.200 → 3.900", "0.935")
+    for text in (*figures, "白日依山盡？", "五言絕句"):
+        assert text in output
+    assert "release lies in file://" in output
+
+
+def test_a_plan_shows_hits_and_what_an_edit_would_run(bench: Bench, cli: Cli) -> None:
+    code, output = cli("plan", "run.yaml")
+    assert (code, output.count("hit ")) == (0, 6)
+    assert "every stage is finished" in output
+    code, output = cli("plan", "run.yaml", "--set", "stages.base.optimizer.learningRate=0.002")
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert "hit " in lines["vocabulary"]
+    assert "miss " in lines["base"]
+    assert "after base" in lines["score"]
+    assert "3 of 6 stages to run: 6.4k training tokens, time ~38 s" in output
+
+
+def test_a_plan_of_a_run_whose_inputs_cannot_be_reached_is_drawn_all_the_same(
+    own_bench: Bench, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    own_bench.write(chain(), storage={"uri": "s3://models/x", "inputs": "s3://models/inputs"})
+    code, output = cli("plan", "run.yaml")
+    assert code == 0
+    assert output.count("unknown") == 6
+    assert "not reachable, so the cache is not known" in output
+
+
+def test_validate_tells_every_problem_with_exit_code_2(own_bench: Bench, cli: Cli) -> None:
+    stages = [data_stage("one"), data_stage("two")]
+    stages[1]["data"]["sources"][0] |= {"uri": "data/gone.txt"}
+    own_bench.write(stages)
+    code, output = cli("validate", "run.yaml")
+    assert code == 2
+    assert "spec.stages[1].data.sources[0].uri" in output
+    assert "gone.txt" in output
+    stages[0]["data"]["sorces"] = stages[0]["data"].pop("sources")
+    own_bench.write(stages)
+    code, output = cli("validate", "run.yaml")
+    assert code == 2
+    assert "sorces" in output
+
+
+def test_a_missing_input_ends_a_run_with_exit_code_2_before_anything_starts(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([data_stage("one")])
+    (own_bench.folder / "data" / "one.txt").unlink()
+    code, output = cli("run", "run.yaml")
+    assert code == 2
+    assert "data/one.txt" in output
+    assert own_bench.started() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("run", "gone.yaml"), "no such file"),
+        (("run", "run.yaml", "--until", "scor"), "did you mean `score`?"),
+        (("run", "run.yaml", "--from", "nothing"), "no stage `nothing`"),
+        (("run", "run.yaml", "--set", "stages.bse.seed=1"), "base"),
+        (("run", "run.yaml", "--nproc", "0"), "--nproc"),
+        (("status", "gone"), "no run `gone`"),
+        (("logs", "tiny", "gone"), "has no attempt of gone"),
+        (("artifacts", "get", "tiny/gone", "copy"), "no artifact `tiny/gone`"),
+        (("fly",), "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_makes_no_sense_is_exit_code_2_and_a_sentence(
+    arguments: tuple[str, ...], told: str, bench: Bench, cli: Cli
+) -> None:
+    code, output = cli(*arguments)
+    assert code == 2
+    assert told in output
+    assert "Traceback" not in output
+
+
+def test_a_valid_run_is_told_so(bench: Bench, cli: Cli) -> None:
+    assert cli("validate", "run.yaml") == (0, "run.yaml: valid; run `tiny`, 6 stages\n")
+
+
+def test_render_prints_the_run_and_every_stage_as_yaml_and_as_json(bench: Bench, cli: Cli) -> None:
+    code, output = cli("render", "run.yaml")
+    run, *stages = list(yaml.safe_load_all(output))
+    assert (code, run["kind"], len(stages)) == (0, "TrainingRun", 6)
+    base = next(stage for stage in stages if stage["stage"] == "base")
+    assert base["config"]["optimizer"]["beta2"] == 0.95
+    assert base["inputs"]["stage:vocabulary"]["stageDigest"] == next(
+        stage["digest"] for stage in stages if stage["stage"] == "vocabulary"
+    )
+    assert json.loads(cli("render", "run.yaml", "-o", "json")[1]) == [run, *stages]
+
+
+def test_an_unwritable_folder_is_told_in_a_sentence(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([data_stage("one")])
+    (own_bench.folder / ".stagecoach").write_text("in the way\n", encoding="utf-8")
+    code, output = cli("run", "run.yaml")
+    assert code == 1
+    assert ".stagecoach" in output
+    assert "Traceback" not in output
+
+
+# -- status and logs ---------------------------------------------------------------------------------------------------
+
+
+def test_status_shows_all_runs_or_the_stages_of_one(bench: Bench, cli: Cli) -> None:
+    code, output = cli("status")
+    assert code == 0
+    assert "default/tiny complete 6/6" in " ".join(output.split())
+    code, output = cli("status", "tiny")
+    assert code == 0
+    assert output.startswith("default/tiny: complete  file://")
+    assert [line.split()[1] for line in output.splitlines()[1:]] == [stage["name"] for stage in chain()]
+
+
+def test_status_of_a_run_whose_driver_is_gone_says_how_to_go_on(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([data_stage("one")])
+    own_bench.drive()
+    folder = own_bench.workspace.run("default", "tiny")
+    record = own_bench.record()
+    running = record.stages["one"].model_copy(update={"state": StageState.RUNNING})
+    folder.save(record.model_copy(update={"state": RunState.PROGRESSING, "stages": {"one": running}}))
+    _, output = cli("status", "tiny")
+    assert f"interrupted (no driver works on it; go on with `stagecoach run {own_bench.file}`)" in output
+    assert "waits for the run to be taken up again" in output
+
+
+def test_logs_prints_the_newest_or_the_named_attempt(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([data_stage("one")], {"one": [{"kill": True}, {}]})
+    own_bench.drive()
+    first = own_bench.workspace.run("default", "tiny").attempt("one", 1)
+    first.log.write_text("the first\n", encoding="utf-8")
+    code, output = cli("logs", "tiny")
+    assert code == 0
+    assert "working on one\n" in output
+    assert "one, attempt 2" in output
+    assert "the first\n" in cli("logs", "tiny", "one", "--attempt", "1", "-f")[1]
+    code, output = cli("logs", "tiny", "one", "--attempt", "7")
+    assert (code, "there are: one 1, one 2" in output) == (2, True)
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+def test_artifacts_are_listed_by_file_by_name_and_in_all(bench: Bench, cli: Cli) -> None:
+    for what in (["run.yaml"], ["tiny"], ["default/tiny"], []):
+        code, output = cli("artifacts", "ls", *what)
+        assert code == 0
+        assert [name for stage in chain() if (name := f"tiny/{stage['name']}") not in output] == []
+    assert cli("artifacts", "ls", "other")[0] == 1
+
+
+def test_an_artifact_is_fetched_by_name_digest_prefix_and_uri(bench: Bench, cli: Cli, tmp_path: Path) -> None:
+    found = bench.record().stages["base"]
+    assert found.digest is not None
+    assert found.uri is not None
+    names = ["tiny/base", "default/tiny/base", found.digest, found.digest[:8], found.uri]
+    for index, name in enumerate(names):
+        target = tmp_path / str(index)
+        code, output = cli("artifacts", "get", name, str(target))
+        assert code == 0, output
+        assert (target / "model.txt").read_text(encoding="utf-8") == f"made by pretrain from {found.digest}\n"
+    code, output = cli("artifacts", "get", "tiny/base", str(tmp_path / "0"))
+    assert (code, "not an empty folder" in output) == (1, True)
+
+
+def test_lineage_draws_everything_an_artifact_comes_from(bench: Bench, cli: Cli) -> None:
+    code, output = cli("artifacts", "lineage", "tiny/release")
+    assert code == 0
+    drawn = [line.lstrip("│├└─ ").split()[0] for line in output.splitlines()]
+    assert drawn == ["tiny/release", "base", "corpus", "data/corpus.txt", "vocabulary", "corpus"]
+    assert "(drawn above)" in output.splitlines()[-1]
+
+
+def test_verify_passes_what_is_whole_and_names_the_object_with_a_flipped_byte(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write(chain())
+    own_bench.drive()
+    code, output = cli("artifacts", "verify", "tiny/release")
+    assert (code, output.count("ok ")) == (0, 5)
+    digest = own_bench.record().stages["vocabulary"].digest
+    path = own_bench.workspace.default_storage / "artifacts" / str(digest) / "output" / "model.txt"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(bytes(data))
+    code, output = cli("artifacts", "verify", "tiny/release")
+    assert code == 1
+    (line,) = [line for line in output.splitlines() if "bytes have changed" in line]
+    assert f"artifacts/{digest}/output/model.txt" in line
+    assert cli("artifacts", "verify", "tiny/held")[0] == 0
+    code, output = cli("artifacts", "get", "tiny/vocabulary", "copy")
+    assert (code, f"artifacts/{digest}/output/model.txt" in output) == (1, True)
+    assert not (own_bench.folder / "copy" / "model.txt").exists()
+
+
+def test_verify_names_missing_objects_extra_ones_and_changed_inputs(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([data_stage("one")])
+    own_bench.drive()
+    digest = own_bench.record().stages["one"].digest
+    output_folder = own_bench.workspace.default_storage / "artifacts" / str(digest) / "output"
+    (output_folder / "extra.txt").write_text("?", encoding="utf-8")
+    code, output = cli("artifacts", "verify", "tiny/one")
+    assert (code, "extra.txt: is not in the manifest" in output) == (0, True)
+    (output_folder / "model.txt").unlink()
+    (own_bench.folder / "data" / "one.txt").write_text("edited", encoding="utf-8")
+    code, output = cli("artifacts", "verify", "tiny/one")
+    assert code == 1
+    assert "model.txt: is missing" in output
+    assert "data/one.txt: has changed since it was read" in output
