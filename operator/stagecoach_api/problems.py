@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_VALUE_CHARACTERS = 80
+MAX_PROBLEMS_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Problem:
     """File the value came from, or the `--set` that gave it. Empty: unknown."""
 
     def __str__(self) -> str:
-        place = f"{self.source}:{self.line}" if self.line is not None else self.source
+        place = self.source
+        if self.line is not None:
+            place = f"{self.source}:{self.line}" if self.source else f"line {self.line}"
         where = ": ".join(part for part in (place, self.path) if part)
         got = "" if self.value is MISSING else f" (got {format_value(self.value)})"
         return f"{where}: {self.rule}{got}; {self.remedy}" if where else f"{self.rule}{got}; {self.remedy}"
@@ -61,7 +64,9 @@ class InvalidRun(Exception):
     def __str__(self) -> str:
         count = len(self.problems)
         head = "1 problem in the run:" if count == 1 else f"{count} problems in the run:"
-        return "\n".join([head, *(f"- {problem}" for problem in self.problems)])
+        shown = [f"- {problem}" for problem in self.problems[:MAX_PROBLEMS_SHOWN]]
+        more = [f"- and {count - MAX_PROBLEMS_SHOWN:,} more"] if count > MAX_PROBLEMS_SHOWN else []
+        return "\n".join([head, *shown, *more])
 
 
 _USER_IN_URI = re.compile(r"//[^/@\s]+@")

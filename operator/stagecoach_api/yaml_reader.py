@@ -1,8 +1,8 @@
 """YAML as a run file may use it: plain values with the lines they stand on.
 
 Refused, because the API server would read something else or because a small file could become a huge value: aliases and
-anchors, tags, duplicate keys, several documents, more than `MAX_DEPTH` levels or `MAX_BYTES` bytes, and words such as
-`yes` that are text to YAML 1.2 and true to kubectl.
+anchors, tags, duplicate keys, several documents, more than `MAX_DEPTH` levels, `MAX_NODES` values or `MAX_BYTES` bytes,
+and words such as `yes` that are text to YAML 1.2 and true to kubectl.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from stagecoach_api.problems import MISSING, InvalidRun, Problem
 MAX_BYTES = 1_000_000
 """An object in etcd may have 1.5 MB, and it is stored as JSON."""
 MAX_DEPTH = 32
+MAX_NODES = 50_000
+"""The largest runs have some thousands; reading these takes seconds."""
 MAX_DIGITS = 40
 
 
@@ -78,6 +80,7 @@ class _Composer(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as the base class has it
     depth = 0
+    num_nodes = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it untyped
@@ -89,6 +92,9 @@ class _Composer(yaml.SafeLoader):
             raise _Refused(event.start_mark, event.tag, "tags are not read", "take it out")
         if self.depth >= MAX_DEPTH:
             raise _Refused(event.start_mark, MISSING, f"must have at most {MAX_DEPTH} levels", "flatten it")
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise _Refused(event.start_mark, MISSING, f"must have at most {MAX_NODES:,} values", "split the run")
         self.depth += 1
         try:
             return super().compose_node(parent, index)

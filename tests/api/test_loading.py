@@ -12,7 +12,7 @@ from api_makers import ROOT, document_text
 from stagecoach_api.loading import load_run, parse_run
 from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.yaml_reader import MAX_BYTES, MAX_DEPTH, parse_scalar
+from stagecoach_api.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_scalar
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
@@ -96,6 +96,7 @@ UNREADABLE = [
     ("a control character", "a: \x07\n", None, "no text that YAML allows"),
     ("too many levels", "a: " + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), 1, f"at most {MAX_DEPTH} levels"),
     ("very many levels", "{a: " * 100_000, 1, f"at most {MAX_DEPTH} levels"),
+    ("too many values", "a: [" + "1," * MAX_NODES + "]", 1, "values"),
     ("too many bytes", "a: " + "x" * MAX_BYTES, None, "bytes"),
     ("yes", "spec:\n  suspend: yes\n", 2, "a boolean to kubectl"),
     ("No", "metadata:\n  name: No\n", 2, "a boolean to kubectl"),

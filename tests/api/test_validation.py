@@ -618,6 +618,17 @@ def test_the_list_of_problems_reads_from_the_top() -> None:
     )  # fmt: skip
 
 
+def test_a_line_without_a_file_is_told_as_such() -> None:
+    assert str(Problem("spec.seed", -1, "must be at least 0", "write 0", 4)).startswith("line 4: spec.seed: ")
+
+
+def test_a_very_long_list_of_problems_is_cut() -> None:
+    text = str(InvalidRun([Problem("spec.seed", -1, "must be at least 0", "write 0")] * 150))
+    assert text.startswith("150 problems")
+    assert text.endswith("- and 50 more")
+    assert len(text.splitlines()) == 102
+
+
 def test_long_values_are_cut_in_messages() -> None:
     assert len(format_value("x" * 10_000)) == 80
 
