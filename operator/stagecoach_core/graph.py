@@ -65,11 +65,6 @@ def ancestors(names: Collection[str], upstream: Mapping[str, Collection[str]]) -
     return frozenset(found)
 
 
-def descendants(names: Collection[str], upstream: Mapping[str, Collection[str]]) -> frozenset[str]:
-    """Return everything that needs one of `names`, directly or not."""
-    return frozenset(name for name in upstream if ancestors([name], upstream) & set(names))
-
-
 def nearest_name(name: str, allowed: Collection[str]) -> str | None:
     """Return the allowed name most like `name`. None: none is like it."""
     return next(iter(get_close_matches(name, list(allowed), n=1)), None)
