@@ -234,7 +234,7 @@ def play_to_the_end(world: World) -> Decision:
 
 
 @given(world=worlds(), data=st.data())
-@settings(PROFILE, max_examples=150)
+@settings(PROFILE, max_examples=100)
 def test_any_run_ends_after_any_events_and_keeps_its_promises_on_the_way(world: World, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 30), label="events")):
         decision = world.decide()
