@@ -26,7 +26,7 @@ from stagecoach_trainer.models.safety import (
 from stagecoach_trainer.text.vocabulary import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 ConfigChange = Callable[["PreTrainedConfig"], None]
 
@@ -99,9 +99,7 @@ def read_card(path: Path) -> ModelCard:
         raise UserError(f"{path / CARD}: {error}") from error
 
 
-def load_folder(
-    path: Path, dtype: torch.dtype = torch.float32, change_config: ConfigChange | None = None
-) -> PreTrainedModel:
+def load_folder(path: Path, dtype: torch.dtype = torch.float32, change_config: ConfigChange | None = None) -> Any:
     """Load a whole model from a folder in Hugging Face layout: safetensors only, every weight present, none left over.
 
     Raises UserError.
@@ -116,7 +114,8 @@ def load_folder(
     if change_config is not None:
         change_config(config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(
             str(path),
             config=config,
             dtype=dtype,
@@ -128,8 +127,7 @@ def load_folder(
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: transformers cannot load the model: {error}") from error
     _check_loaded(path, report)
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _check_loaded(path: Path, report: dict[str, Any]) -> None:
@@ -193,7 +191,7 @@ def name_base(source: ResolvedInput, storage_uri: str) -> ResolvedInput:
     return source.model_copy(update={"uri": key}) if source.uri == f"{storage_uri.rstrip('/')}/{key}" else source
 
 
-def put_on(base: PreTrainedModel, path: Path, weights: Path, trainable: bool) -> Any:
+def put_on(base: Any, path: Path, weights: Path, trainable: bool) -> Any:
     """Return `base` with the adapter in `path` on it. Raises UserError where a weight of the file found no place."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open

@@ -5,27 +5,24 @@ V rows before, N new rows, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 MAX_PADDING_SHARE = 0.01
 PADDING_MULTIPLE = 64
 META_SPACE = "\u2581"
 
 
-def num_rows(model: PreTrainedModel) -> int:
+def num_rows(model: Any) -> int:
     """Return the rows of the model's input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def check_sizes(model: PreTrainedModel, tokenizer: Any, where: str) -> None:
+def check_sizes(model: Any, tokenizer: Any, where: str) -> None:
     """Raise UserError unless the model has one row for each token of the vocabulary.
 
     A few rows too many are let pass where the matrix was evidently padded: at most 1 % of the rows, and their number
@@ -60,9 +57,7 @@ def check_old_ids(old_tokenizer: Any, new_tokenizer: Any, where: str) -> None:
         )
 
 
-def grow(
-    model: PreTrainedModel, old_tokenizer: Any | None, new_tokenizer: Any, how: NewRows, seed: int | None = None
-) -> range:
+def grow(model: Any, old_tokenizer: Any | None, new_tokenizer: Any, how: NewRows, seed: int | None = None) -> range:
     """Append rows to the embedding and the head for the tokens that are new; return the new rows' ids.
 
     `mean` needs the vocabulary the model was trained with; `random` needs the seed. Tied matrices stay tied.
@@ -94,7 +89,7 @@ def grow(
     return range(old, new)
 
 
-def _matrices(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _matrices(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the embedding [V, D] and the head [V, D], the latter None where it is the same matrix."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from stagecoach_api.stages.pretrain import Architecture
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Return a LLaMA with new weights: a pure function of shape, vocabulary size and seed; the global random state
     is left as it was.
     """
@@ -36,4 +33,5 @@ def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dty
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from torch import nn
 
 from stagecoach_api.training import LoraTraining, Rows, Trainable
 from stagecoach_trainer.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ADAPTER = "default"
 
@@ -59,7 +56,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 # -- embedding and head ------------------------------------------------------------------------------------------------
 
 
-def _embeddings_only(model: PreTrainedModel, rows: Rows, new_rows: range) -> TrainableModel:
+def _embeddings_only(model: Any, rows: Rows, new_rows: range) -> TrainableModel:
     model.requires_grad_(False)
     if rows is Rows.ALL:
         for matrix in _row_modules(model):
@@ -79,13 +76,13 @@ def _require_new_rows(new_rows: range, where: str, instead: str) -> None:
         )
 
 
-def is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: Any) -> bool:
     """Return whether embedding and head are one matrix."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _row_modules(model: PreTrainedModel) -> list[Any]:
+def _row_modules(model: Any) -> list[Any]:
     """Return the embedding and, where it is a matrix of its own, the head."""
     modules: list[Any] = [model.get_input_embeddings()]
     if model.get_output_embeddings() is not None and not is_tied(model):
@@ -95,17 +92,34 @@ def _row_modules(model: PreTrainedModel) -> list[Any]:
 
 class SplitRows(nn.Module):
     """A matrix [V, D] in two parts: old rows [V0, D], a frozen parameter, and new rows [N, D], a trained one. Neither
-    weight decay nor anything else can reach an old row."""
+    weight decay nor anything else can reach an old row.
+
+    It has the names of PEFT's layer of trained rows (`trainable_tokens_delta`, `get_merged_weights`), so that the
+    training loop needs to know one kind only; the new rows may be kept in fp32 while the old ones are in bf16.
+    """
+
+    disable_adapters = False
+    active_adapters = (ADAPTER,)
 
     def __init__(self, old_rows: nn.Parameter, new_rows: nn.Parameter) -> None:
         super().__init__()
         self.old_rows = old_rows
-        self.new_rows = new_rows
+        self.trainable_tokens_delta = new_rows
+
+    @property
+    def new_rows(self) -> torch.Tensor:
+        """The new rows [N, D], in the number format of the old ones; gradients reach them."""
+        return self.trainable_tokens_delta.to(self.old_rows.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
         """The whole matrix [V, D]; gradients reach the new rows."""
         return torch.cat([self.old_rows, self.new_rows])
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
+        """Return `weight`."""
+        del active_adapters
+        return self.weight
 
 
 class SplitEmbedding(SplitRows):
@@ -115,8 +129,8 @@ class SplitEmbedding(SplitRows):
         """ids [B, T] -> [B, T, D]."""
         first = len(self.old_rows)
         old = F.embedding(ids.clamp(max=first - 1), self.old_rows)
-        new = F.embedding((ids - first).clamp(min=0), self.new_rows)
-        return torch.where((ids >= first).unsqueeze(-1), new, old)
+        new = F.embedding((ids - first).clamp(min=0), self.trainable_tokens_delta)
+        return torch.where((ids >= first).unsqueeze(-1), new.to(old.dtype), old)
 
 
 class SplitHead(SplitRows):
@@ -127,7 +141,7 @@ class SplitHead(SplitRows):
         return torch.cat([F.linear(hidden, self.old_rows), F.linear(hidden, self.new_rows)], dim=-1)
 
 
-def split_rows(model: PreTrainedModel, first_new: int) -> None:
+def split_rows(model: Any, first_new: int) -> None:
     """Put split matrices in the place of the embedding and the head; `join_rows` undoes it. Tied ones share their
     parts."""
     tied = is_tied(model)
@@ -148,30 +162,20 @@ def _split(weight: torch.Tensor, first_new: int) -> tuple[nn.Parameter, nn.Param
     return old, nn.Parameter(whole[first_new:].clone())
 
 
-def join_rows(model: PreTrainedModel) -> None:
+def join_rows(model: Any) -> None:
     """Put whole matrices back in the place of split ones, trained rows included. Does nothing where none is split."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, SplitRows):
         return
-    tied = isinstance(head, SplitRows) and head.new_rows is embedding.new_rows
-    whole = nn.Embedding.from_pretrained(embedding.weight.detach(), freeze=False)
+    tied = isinstance(head, SplitRows) and head.trainable_tokens_delta is embedding.trainable_tokens_delta
+    rows, width = embedding.weight.shape
+    whole = nn.Embedding(rows, width, _weight=embedding.weight.detach())
     model.set_input_embeddings(whole)
     if isinstance(head, SplitRows):
         weight = whole.weight if tied else nn.Parameter(head.weight.detach())
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = weight
         model.set_output_embeddings(linear)
-
-
-def head_weight(head: nn.Module) -> torch.Tensor | None:
-    """Return the matrix [V, D] that a head multiplies with, through which gradients reach whatever of it is trained.
-
-    None: the head does more than that (an adapter, a bias), so it must be called.
-    """
-    if getattr(head, "lora_A", None) or getattr(head, "bias", None) is not None:
-        return None
-    weight = getattr(head, "weight", None)
-    return weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def _continue_adapter(model: Any) -> TrainableModel:
     return TrainableModel(model, True, ("the adapter of `model` is trained on; its targets, rank and alpha are kept",))
 
 
-def _with_adapter(model: PreTrainedModel, lora: LoraTraining, new_rows: range, seed: int) -> TrainableModel:
+def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) -> TrainableModel:
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, lora)
@@ -203,7 +207,7 @@ def _with_adapter(model: PreTrainedModel, lora: LoraTraining, new_rows: range, s
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
         modules_to_save=list(lora.modules_to_save) or None,
@@ -216,13 +220,13 @@ def _with_adapter(model: PreTrainedModel, lora: LoraTraining, new_rows: range, s
     return TrainableModel(adapted, True, tuple(notes))
 
 
-def _row_module_names(model: PreTrainedModel) -> list[str]:
+def _row_module_names(model: Any) -> list[str]:
     """Return the names of the embedding and, unless it is tied to it, the head; PEFT follows a tie by itself."""
     wanted = {id(module) for module in _row_modules(model)}
     return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if id(module) in wanted]
 
 
-def _check_targets(model: PreTrainedModel, lora: LoraTraining) -> None:
+def _check_targets(model: Any, lora: LoraTraining) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _require_known("trainable.lora.targets", lora.targets, linear, "linear layers")
     embeddings = set(_row_module_names(model))

@@ -1,0 +1,289 @@
+"""Conversations as token ids with a mask of what the model must say.
+
+For every trained turn, the ids in front of its first trained token are the ids that `apply_chat_template` gives for
+the conversation so far with the generation prompt. A tokenizer may encode an earlier answer differently once more text
+surrounds it; where that happens, the sample ends and the turn begins a new one with its own, served, prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
+from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of, parse_tools
+
+BATCH_RECORDS = 256
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on."""
+
+    ids: Ids
+    """Token ids [T]."""
+
+    trained: Mask
+    """Whether the model must say token t [T]."""
+
+    characters: int
+    """Characters of what the model must say."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Some trained token has another in front of it."""
+        return bool(self.trained[1:].any())
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A record in the form templates read."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...]
+    where: str
+
+
+class ConversationEncoder:
+    """Encodes records one after the other and counts what becomes of them.
+
+    Counts: `records`, `samples`, `tokens`, `trainedTokens`; `extraSamples` (turns that had to begin a sample of their
+    own so that their prompt is encoded as served), `splitRecords`; lost or shortened: `tooLong` (dropped), `cut`,
+    `noLoss` (nothing the model must say).
+    """
+
+    def __init__(
+        self, encoder: Encoder, renderer: Renderer, loss: Loss, too_long: TooLong, sequence_length: int
+    ) -> None:
+        self._encoder = encoder
+        self._renderer = renderer
+        self._loss = loss
+        self._too_long = too_long
+        self._capacity = sequence_length
+        self.counts: Counter[str] = Counter()
+
+    def encode(self, records: Iterable[Record]) -> Iterator[Sample]:
+        """Yield the samples of `records`, in their order.
+
+        Raises UserError naming the record that the template cannot render, or, under `tooLong: fail`, that is too long.
+        """
+        remaining = iter(records)
+        while batch := list(islice(remaining, BATCH_RECORDS)):
+            self.counts["records"] += len(batch)
+            conversations = [self._conversation(record) for record in batch if record.text is None]
+            chains = iter(self._chains(conversations))
+            texts = iter(self._encoder.documents([record.text for record in batch if record.text is not None]))
+            for record in batch:
+                found = self._text(record, next(texts)) if record.text is not None else next(chains)
+                yield from self._count(found)
+
+    def _count(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            if not sample.has_loss:
+                self.counts["noLoss"] += 1
+                continue
+            self.counts["samples"] += 1
+            self.counts["tokens"] += len(sample.ids)
+            self.counts["trainedTokens"] += int(np.count_nonzero(sample.trained[1:]))
+            yield sample
+
+    # -- plain text ----------------------------------------------------------------------------------------------------
+
+    def _text(self, record: Record, ids: Ids) -> list[Sample]:
+        """Return a plain text as samples that are trained on wholly."""
+        text = record.text or ""
+        whole = document(self._encoder, ids)
+        sample = Sample(whole, np.ones(len(whole), np.bool_), len(text))
+        if len(whole) <= self._capacity:
+            return [sample]
+        if self._too_long is TooLong.SPLIT:
+            self.counts["splitRecords"] += 1
+            share = len(text) / len(whole)
+            pieces = [whole[start : start + self._capacity] for start in range(0, len(whole), self._capacity)]
+            return [Sample(piece, np.ones(len(piece), np.bool_), round(len(piece) * share)) for piece in pieces]
+        return self._shorten([sample], record.where)
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    def _conversation(self, record: Record) -> Conversation:
+        try:
+            tools = parse_tools(record.tools) or []
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from error
+        messages = tuple(message_of(Role(turn.role.value), turn.content, turn.input) for turn in record.messages)
+        return Conversation(messages, tuple(tools), record.where)
+
+    def _chains(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
+        """Return the samples of each conversation, none longer than a row."""
+        return [
+            self._fit(conversation, samples)
+            for conversation, samples in zip(conversations, self._encode_whole(conversations), strict=True)
+        ]
+
+    def _fit(self, conversation: Conversation, samples: list[Sample]) -> list[Sample]:
+        if not samples:
+            self.counts["noLoss"] += 1
+            return []
+        self.counts["extraSamples"] += len(samples) - 1
+        if self._fits(samples):
+            return samples
+        if self._too_long is TooLong.SPLIT:
+            self.counts["splitRecords"] += 1
+            return self._split(conversation)
+        return self._shorten(samples, conversation.where)
+
+    def _fits(self, samples: Sequence[Sample]) -> bool:
+        return all(len(sample.ids) <= self._capacity for sample in samples)
+
+    def _shorten(self, samples: Sequence[Sample], where: str) -> list[Sample]:
+        kept: list[Sample] = []
+        for sample in samples:
+            if len(sample.ids) <= self._capacity:
+                kept.append(sample)
+            elif self._too_long is TooLong.FAIL:
+                raise UserError(
+                    f"{where}: {len(sample.ids)} tokens do not fit `sequenceLength` {self._capacity}; raise it, or set "
+                    "`tooLong` to split, drop or cut"
+                )
+            elif self._too_long is TooLong.CUT:
+                self.counts["cut"] += 1
+                kept.append(self._cut(sample))
+            else:
+                self.counts["tooLong"] += 1
+        return kept
+
+    def _cut(self, sample: Sample) -> Sample:
+        trained = sample.trained[: self._capacity]
+        share = int(np.count_nonzero(trained)) / max(1, int(np.count_nonzero(sample.trained)))
+        return Sample(sample.ids[: self._capacity], trained, round(sample.characters * share))
+
+    def _split(self, conversation: Conversation) -> list[Sample]:
+        """Return a conversation in pieces of whole exchanges, the system prompt in front of each.
+
+        An exchange is what follows a user's turn up to the next; one that does not fit alone is dropped and counted.
+        """
+        system, exchanges = exchanges_of(conversation.messages)
+        if self._loss.turns is Turns.LAST:
+            return self._last_exchanges(conversation, system, exchanges)
+        samples: list[Sample] = []
+        start = 0
+        while start < len(exchanges):
+            stop, best = start, list[Sample]()
+            while stop < len(exchanges):
+                tried = self._piece(conversation, system, exchanges[start : stop + 1])
+                if not self._fits(tried):
+                    break
+                stop, best = stop + 1, tried
+            if stop == start:
+                self.counts["tooLong"] += 1
+                stop = start + 1
+            samples += best
+            start = stop
+        return samples
+
+    def _last_exchanges(
+        self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
+    ) -> list[Sample]:
+        """Return the last turn with as many exchanges in front of it as fit."""
+        for start in range(len(exchanges)):
+            samples = self._piece(conversation, system, exchanges[start:])
+            if samples and self._fits(samples):
+                return samples
+        self.counts["tooLong"] += 1
+        return []
+
+    def _piece(
+        self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
+    ) -> list[Sample]:
+        messages = (*system, *(message for exchange in exchanges for message in exchange))
+        return self._encode_whole([Conversation(messages, conversation.tools, conversation.where)])[0]
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def _encode_whole(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
+        """Return the samples of each conversation, however long."""
+        turns = [self._trained_turns(conversation) for conversation in conversations]
+        flat = [turn for found in turns for turn in found]
+        prompts = self._encoder.prompts([turn.prompt for turn in flat])
+        answers = self._answers(flat)
+        encoded = iter(zip(flat, prompts, answers, strict=True))
+        return [self._chain([next(encoded) for _ in found]) for found in turns]
+
+    def _trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
+        try:
+            return self._renderer.trained_turns(conversation.messages, self._loss, conversation.tools)
+        except UserError as error:
+            raise UserError(f"{conversation.where}: {error}") from error
+
+    def _answers(self, turns: Sequence[TrainedTurn]) -> list[Ids]:
+        """Encode what the model must say: template text with its special tokens, the turn's own words as plain text."""
+        plain: list[str] = []
+        special: list[str] = []
+        for turn in turns:
+            before, content, after = self._parts(turn)
+            plain.append(content)
+            special += [before, after]
+        contents = iter(self._encoder.continuations(plain))
+        markers = iter(self._encoder.continuations(special, parse_special=True))
+        answers = []
+        for turn in turns:
+            end = [np.array([self._encoder.eos], np.int32)] if turn.ends else []
+            answers.append(np.concatenate([next(markers), next(contents), next(markers), *end]).astype(np.int32))
+        return answers
+
+    def _parts(self, turn: TrainedTurn) -> tuple[str, str, str]:
+        """Return the template's text before the turn's words, the words, and the text after them. Only words that look
+        like a special token are set apart: encoded as one, text is encoded as it is usually met."""
+        place = turn.answer.find(turn.content)
+        if place >= 0 and self._encoder.contains_special(turn.content):
+            return turn.answer[:place], turn.content, turn.answer[place + len(turn.content) :]
+        return turn.answer, "", ""
+
+    def _chain(self, turns: Sequence[tuple[TrainedTurn, Ids, Ids]]) -> list[Sample]:
+        """Put turns into as few samples as the served prompts allow."""
+        samples: list[Sample] = []
+        for turn, prompt, answer in turns:
+            last = samples[-1] if samples else None
+            begun = 0
+            mask, characters = np.zeros(len(prompt), np.bool_), 0
+            if last is not None and np.array_equal(prompt[: len(last.ids)], last.ids):
+                begun = len(last.ids)
+                mask[:begun] = last.trained
+                characters = last.characters
+                samples.pop()
+            ids = np.concatenate([prompt, answer])
+            trained = np.concatenate([mask, np.ones(len(answer), np.bool_)])
+            samples.append(Sample(ids, trained, characters + len(turn.content)))
+        return samples
+
+
+def document(encoder: Encoder, ids: Ids) -> Ids:
+    """Return a document as LLaMA reads it: the token that begins a text, the text, the token that ends it."""
+    front = [] if encoder.bos is None else [encoder.bos]
+    back = [] if encoder.eos is None else [encoder.eos]
+    return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)]).astype(np.int32)
+
+
+def exchanges_of(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], list[list[Mapping[str, Any]]]]:
+    """Return the system prompt's message, if any, and the exchanges: each from a user's turn up to the next."""
+    has_system = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
+    system = list(messages[:1]) if has_system else []
+    exchanges: list[list[Mapping[str, Any]]] = []
+    for message in messages[len(system) :]:
+        if message["role"] == Role.USER.value or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
+    return system, exchanges

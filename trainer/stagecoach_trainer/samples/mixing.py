@@ -1,0 +1,152 @@
+"""The order of training: which unit (a row or a sample) of which set stands at each position.
+
+Everything is a pure function of (seed, position), computed for any position at once: shuffling is a Feistel network
+over the positions, so nothing is stored and any place is found in constant time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+
+ROUNDS = 6
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+
+def splitmix(values: UInt64) -> UInt64:
+    """Mix 64-bit values (the finaliser of SplitMix64, Steele, Lea and Flood 2014); vectorised."""
+    mixed = values + np.uint64(GOLDEN)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def make_key(*parts: int) -> int:
+    """Return one 64-bit key from several numbers; their order matters."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = splitmix(key ^ splitmix(np.array([part & MASK], np.uint64)))
+    return int(key[0])
+
+
+def permute(positions: Int64, size: int, key: int) -> Int64:
+    """Return where a shuffle of `size` things puts each position [N]: a bijection on 0..size-1, chosen by `key`.
+
+    A balanced Feistel network over the next power of four; what falls outside is sent through again (cycle walking,
+    Black and Rogaway 2002), on average less than four times.
+    """
+    if size <= 1:
+        return np.zeros_like(positions)
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(make_key(key, number)) for number in range(ROUNDS)]
+
+    def once(values: UInt64) -> UInt64:
+        left, right = values >> half, values & low
+        for round_key in keys:
+            left, right = right, left ^ (splitmix(right ^ round_key) & low)
+        return (left << half) | right
+
+    result = once(positions.astype(np.uint64))
+    outside = result >= size
+    while outside.any():
+        result[outside] = once(result[outside])
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Divide `total` by `shares` into whole numbers: the largest remainders are rounded up, ties go to the first."""
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
+    parts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda index: (parts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One set, passed over again and again; each pass is a shuffle of its own, so that within a pass nothing is lost
+    or repeated."""
+
+    size: int
+    key: int
+
+    def units(self, draws: Int64) -> Int64:
+        """Return the units that the given draws, counted from the first pass on, come to [N]."""
+        passes = draws // self.size
+        found = np.empty_like(draws)
+        for number in np.unique(passes):
+            chosen = passes == number
+            found[chosen] = permute(draws[chosen] % self.size, self.size, make_key(self.key, int(number)))
+        return found
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which unit of which set stands at each of some positions."""
+
+    sets: Int64
+    units: Int64
+
+
+class Mix:
+    """A part of training that draws `total` units from several streams, in exact shares.
+
+    The positions fall into epochs of as many units as all sets have, the last as long as what remains. In each epoch
+    every set has its exact part by largest remainder, and the epoch's positions are shuffled. A stream goes on from
+    epoch to epoch, and from where `first_draws` says an earlier part of training left it.
+    """
+
+    def __init__(
+        self, streams: Sequence[Stream], shares: Sequence[float], total: int, key: int, first_draws: Sequence[int]
+    ) -> None:
+        self._streams = streams
+        self._key = key
+        self._first = np.array(first_draws, np.int64)
+        self._epoch_size = max(1, min(total, sum(stream.size for stream in streams)))
+        self._full_epochs, rest = divmod(total, self._epoch_size)
+        self._parts = np.array(apportion(self._epoch_size, shares), np.int64)
+        self._last_parts = np.array(apportion(rest, shares), np.int64)
+        self.total = total
+
+    @property
+    def drawn(self) -> list[int]:
+        """How many units each stream gives in all."""
+        return [int(number) for number in self._full_epochs * self._parts + self._last_parts]
+
+    @property
+    def next_draws(self) -> list[int]:
+        """Where each stream stands when this part of training is over."""
+        return [int(first) + drawn for first, drawn in zip(self._first, self.drawn, strict=True)]
+
+    def draws(self, start: int, stop: int) -> Draws:
+        """Return what stands at the positions from `start` up to `stop`."""
+        positions = np.arange(start, min(stop, self.total), dtype=np.int64)
+        sets, units = np.empty_like(positions), np.empty_like(positions)
+        epochs = positions // self._epoch_size
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            sets[here], units[here] = self._in_epoch(int(epoch), positions[here] % self._epoch_size)
+        return Draws(sets, units)
+
+    def _in_epoch(self, epoch: int, positions: Int64) -> tuple[Int64, Int64]:
+        parts = self._parts if epoch < self._full_epochs else self._last_parts
+        shuffled = permute(positions, int(parts.sum()), make_key(self._key, epoch))
+        ends = np.cumsum(parts)
+        sets = np.searchsorted(ends, shuffled, side="right").astype(np.int64)
+        draws = shuffled - (ends - parts)[sets] + self._first[sets] + epoch * self._parts[sets]
+        units = np.empty_like(draws)
+        for index in np.unique(sets):
+            chosen = sets == index
+            units[chosen] = self._streams[int(index)].units(draws[chosen])
+        return sets, units

@@ -1,0 +1,410 @@
+"""What each optimiser step trains on: phases, their mix, their rows. A pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stagecoach_api.stages.pretrain import Phase
+from stagecoach_api.training import Batch, Budget, Schedule, Training
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.samples.mixing import Int64, Mix, Stream, make_key, splitmix
+from stagecoach_trainer.samples.packing import PackedRows, one_per_row, pack
+from stagecoach_trainer.samples.rows import pack_rows
+from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.train.rows import IGNORE, Row
+from stagecoach_trainer.train.schedule import learning_rate
+
+WHOLE = "main"
+"""Name of the only phase of a stage without phases."""
+
+KEY_PACK, KEY_STREAM, KEY_MIX = 1, 2, 3
+
+
+# -- pieces of shards --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Samples of several shards, none longer than a row.
+
+    A document longer than a row is cut; the first token of a piece is predicted at the end of the piece before, so no
+    target is lost. A last piece of one token predicts nothing and is left out.
+    """
+
+    shards: tuple[TokenShard, ...]
+    shard: npt.NDArray[np.int16]
+    start: Int64
+    length: npt.NDArray[np.int32]
+    goes_on: npt.NDArray[np.bool_]
+    """The document goes on in the next piece."""
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.length.sum())
+
+    def row(self, numbers: npt.NDArray[np.integer]) -> Row:
+        """Return the given pieces, one after the other, as one row."""
+        tokens, labels = zip(*(self._piece(int(number)) for number in numbers), strict=True)
+        return Row(np.concatenate(tokens), np.concatenate(labels), tuple(len(part) for part in tokens))
+
+    def _piece(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        shard = self.shards[self.shard[number]]
+        start, length = int(self.start[number]), int(self.length[number])
+        stop = start + length + int(self.goes_on[number])
+        tokens = np.asarray(shard.tokens[start : start + length])
+        labels = np.full(length, IGNORE, np.int32)
+        following = np.asarray(shard.tokens[start + 1 : stop])
+        if shard.trained is not None:
+            following = np.where(shard.trained[start + 1 : stop], following, IGNORE)
+        labels[: len(following)] = following
+        return tokens, labels
+
+
+def cut_into_pieces(shards: Sequence[TokenShard], sequence_length: int) -> Pieces:
+    """Return the samples of `shards`, cut to at most `sequence_length` tokens."""
+    parts = [_cut(shard, sequence_length) for shard in shards]
+    return Pieces(
+        tuple(shards),
+        np.repeat(np.arange(len(shards), dtype=np.int16), [len(start) for start, _, _ in parts]),
+        np.concatenate([start for start, _, _ in parts]),
+        np.concatenate([length for _, length, _ in parts]),
+        np.concatenate([goes_on for _, _, goes_on in parts]),
+    )
+
+
+def _cut(shard: TokenShard, size: int) -> tuple[Int64, npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    lengths = np.diff(shard.offsets)
+    numbers = np.maximum(1, -(-(lengths - 1) // size))  # a last piece of one token is left out
+    sample = np.repeat(np.arange(len(lengths)), numbers)
+    index = np.arange(len(sample)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+    length = np.minimum(size, lengths[sample] - index * size)
+    goes_on = (index + 1) * size < lengths[sample]
+    return shard.offsets[sample] + index * size, length.astype(np.int32), goes_on
+
+
+# -- units: what a step counts its batch in ----------------------------------------------------------------------------
+
+
+class Units(Protocol):
+    """Things that are drawn and mixed: rows, or samples."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def rows(self, numbers: Int64) -> list[Row]:
+        """Return the rows of the given units."""
+
+
+@dataclass(frozen=True)
+class RowUnits:
+    """Rows packed once for the whole phase."""
+
+    pieces: Pieces
+    packed: PackedRows
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pieces.num_tokens
+
+    def rows(self, numbers: Int64) -> list[Row]:
+        return [self.pieces.row(self.packed.samples(int(number))) for number in numbers]
+
+
+@dataclass(frozen=True)
+class SampleUnits:
+    """Single samples; a step packs its own."""
+
+    pieces: Pieces
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.pieces.num_tokens
+
+    def rows(self, numbers: Int64) -> list[Row]:
+        return [self.pieces.row(numbers[index : index + 1]) for index in range(len(numbers))]
+
+
+# -- phases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """A phase with everything filled in."""
+
+    name: str
+    sequence_length: int
+    batch: Batch
+    budget: Budget
+    weights: tuple[float, ...] | None
+    """Share of the training tokens of each data set. None: in proportion to their sizes."""
+    learning_rate: float | None
+    """Highest learning rate of a schedule of its own. None: the stage's schedule goes on."""
+    rope_theta: float | None
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase with its data."""
+
+    settings: PhaseSettings
+    units: tuple[Units, ...]
+    mix: Mix
+    per_step: int
+    """Units of one optimiser step."""
+    packing: bool
+    first_step: int
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.mix.total // self.per_step)
+
+    def rows(self, step: int) -> list[Row]:
+        """Return the global batch of the phase's step `step`, counted from the phase's first."""
+        draws = self.mix.draws(step * self.per_step, (step + 1) * self.per_step)
+        rows: list[Row | None] = [None] * len(draws.sets)
+        for index in np.unique(draws.sets):
+            places = np.flatnonzero(draws.sets == index)
+            for place, row in zip(places, self.units[int(index)].rows(draws.units[places]), strict=True):
+                rows[int(place)] = row
+        found = [row for row in rows if row is not None]
+        if self.packing and isinstance(self.units[0], SampleUnits):
+            return pack_rows(found, self.settings.sequence_length)
+        return found
+
+    @property
+    def expected_tokens(self) -> int:
+        """Training tokens of the phase, up to the difference between rows."""
+        drawn = zip(self.units, self.mix.drawn, strict=True)
+        return round(sum(units.num_tokens / max(1, len(units)) * count for units, count in drawn))
+
+
+class MixedPlan:
+    """The steps of a stage: its phases one after the other (a `StepPlan`).
+
+    A step of `batch.tokens` has `tokens // sequenceLength` rows, at least one; a step of `batch.samples` has that many
+    samples in as few rows as they fit. Where the budget is in epochs, the last step has what is left.
+    """
+
+    def __init__(self, phases: Sequence[PlannedPhase], schedule: Schedule, highest_rate: float) -> None:
+        self.phases = tuple(phases)
+        self._schedule = schedule
+        self._rate = highest_rate
+        self._first_steps = [phase.first_step for phase in self.phases]
+
+    @property
+    def num_steps(self) -> int:
+        last = self.phases[-1]
+        return last.first_step + last.num_steps
+
+    def _phase(self, step: int) -> PlannedPhase:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        return self.phases[bisect_right(self._first_steps, step) - 1]
+
+    def sequence_length(self, step: int) -> int:
+        return self._phase(step).settings.sequence_length
+
+    def rows(self, step: int) -> list[Row]:
+        phase = self._phase(step)
+        return phase.rows(step - phase.first_step)
+
+    def learning_rate(self, step: int) -> float:
+        phase = self._phase(step)
+        if phase.settings.learning_rate is None:
+            return learning_rate(self._schedule, self._rate, step, self.num_steps)
+        return learning_rate(self._schedule, phase.settings.learning_rate, step - phase.first_step, phase.num_steps)
+
+    def phase(self, step: int) -> str:
+        return self._phase(step).settings.name
+
+    def rope_theta(self, step: int) -> float | None:
+        return self._phase(step).settings.rope_theta
+
+    @property
+    def expected_tokens(self) -> int:
+        return sum(phase.expected_tokens for phase in self.phases)
+
+
+# -- putting it together -----------------------------------------------------------------------------------------------
+
+
+def phase_settings(config: Training, names: Sequence[str], phases: Sequence[Phase] = ()) -> list[PhaseSettings]:
+    """Return the phases with the stage's values where theirs are None. `names`: labels of the data sets.
+
+    Raises UserError for weights on some sets only, and for a phase that names a set `data` does not have.
+    """
+    whole = PhaseSettings(
+        name=WHOLE,
+        sequence_length=config.sequence_length,
+        batch=config.batch,
+        budget=config.budget,
+        weights=_stage_weights(config),
+        learning_rate=None,
+        rope_theta=None,
+    )
+    found: list[PhaseSettings] = []
+    theta: float | None = None
+    for phase in phases:
+        theta = phase.rope_theta or theta
+        batch = whole.batch
+        if phase.batch_tokens is not None:
+            batch = Batch(tokens=phase.batch_tokens, micro_batch_rows=whole.batch.micro_batch_rows)
+        found.append(
+            replace(
+                whole,
+                name=phase.name,
+                sequence_length=phase.sequence_length or whole.sequence_length,
+                batch=batch,
+                budget=Budget(tokens=phase.tokens),
+                weights=_phase_weights(phase, names) if phase.weights else whole.weights,
+                learning_rate=phase.learning_rate,
+                rope_theta=theta,
+            )
+        )
+    return found or [whole]
+
+
+def _stage_weights(config: Training) -> tuple[float, ...] | None:
+    weights = [source.weight for source in config.data]
+    if all(weight is None for weight in weights):
+        return None
+    if any(weight is None for weight in weights):
+        missing = ", ".join(source.label for source in config.data if source.weight is None)
+        raise UserError(f"data: give a `weight` to every set or to none; {missing} has none")
+    return _positive(tuple(weight or 0.0 for weight in weights), "data")
+
+
+def _phase_weights(phase: Phase, names: Sequence[str]) -> tuple[float, ...]:
+    given = {item.name: item.weight for item in phase.weights}
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise UserError(
+            f"phases.{phase.name}.weights: no data set is called {unknown[0]!r}; there are {', '.join(names)}"
+        )
+    return _positive(tuple(given.get(name, 0.0) for name in names), f"phases.{phase.name}.weights")
+
+
+def _positive(weights: tuple[float, ...], where: str) -> tuple[float, ...]:
+    if not any(weights):
+        raise UserError(f"{where}: every weight is 0, so there is nothing to train on")
+    return weights
+
+
+@dataclass(frozen=True)
+class UnitsKey:
+    """What names the units of a stream."""
+
+    sets: tuple[int, ...]
+    """Numbers of the data sets they are made of."""
+    sequence_length: int
+    by_rows: bool
+    """Rows are drawn; else samples."""
+
+    def numbers(self) -> tuple[int, ...]:
+        return (*self.sets, self.sequence_length, int(self.by_rows))
+
+
+class Planner:
+    """Makes phases of settings. Units that several phases share are packed once, and each stream goes on where the
+    phase before left it, so that nothing is seen twice before everything was seen once. Phases of another sequence
+    length or another kind of batch have units of their own and begin anew."""
+
+    def __init__(self, shards: Mapping[str, TokenShard], seed: int, packing: bool = True) -> None:
+        self._names = tuple(shards)
+        self._shards = tuple(shards.values())
+        self._seed = seed
+        self._packing = packing
+        self._units: dict[UnitsKey, Units] = {}
+        self._next_draws: dict[UnitsKey, int] = {}
+
+    def plan(self, settings: Sequence[PhaseSettings], schedule: Schedule, highest_rate: float) -> MixedPlan:
+        """Return the plan of a stage. Raises UserError for a set with weight and without samples."""
+        phases: list[PlannedPhase] = []
+        first_step = 0
+        for number, item in enumerate(settings):
+            phases.append(self._phase(number, item, first_step))
+            first_step += phases[-1].num_steps
+        return MixedPlan(phases, schedule, highest_rate)
+
+    def _phase(self, number: int, settings: PhaseSettings, first_step: int) -> PlannedPhase:
+        keys = self._keys(settings)
+        units = tuple(self._units_of(key) for key in keys)
+        streams = [
+            Stream(len(item), make_key(self._seed, KEY_STREAM, *key.numbers()))
+            for item, key in zip(units, keys, strict=True)
+        ]
+        shares = _unit_shares(settings, units)
+        per_step = _units_per_step(settings)
+        total = _total_units(settings, units, shares, per_step)
+        first_draws = [self._next_draws.get(key, 0) for key in keys]
+        mix = Mix(streams, shares, total, make_key(self._seed, KEY_MIX, number), first_draws)
+        self._next_draws.update(zip(keys, mix.next_draws, strict=True))
+        return PlannedPhase(settings, units, mix, per_step, self._packing, first_step)
+
+    def _keys(self, settings: PhaseSettings) -> list[UnitsKey]:
+        """Without weights all sets are packed together, as if they were one."""
+        if settings.weights is None:
+            groups: list[tuple[int, ...]] = [tuple(range(len(self._shards)))]
+        else:
+            groups = [(index,) for index, weight in enumerate(settings.weights) if weight > 0]
+        return [UnitsKey(group, settings.sequence_length, settings.batch.tokens is not None) for group in groups]
+
+    def _units_of(self, key: UnitsKey) -> Units:
+        if key not in self._units:
+            self._units[key] = self._make_units(key)
+        return self._units[key]
+
+    def _make_units(self, key: UnitsKey) -> Units:
+        pieces = cut_into_pieces([self._shards[index] for index in key.sets], key.sequence_length)
+        if not len(pieces):
+            raise UserError(f"data: {', '.join(self._names[index] for index in key.sets)} has no sample to train on")
+        if not key.by_rows:
+            return SampleUnits(pieces)
+        if not self._packing:
+            return RowUnits(pieces, one_per_row(len(pieces)))
+        shuffle = splitmix(np.arange(len(pieces), dtype=np.uint64) ^ np.uint64(make_key(self._seed, KEY_PACK)))
+        return RowUnits(pieces, pack(pieces.length, key.sequence_length, tie_break=shuffle))
+
+
+def _unit_shares(settings: PhaseSettings, units: Sequence[Units]) -> list[float]:
+    """Return each stream's share of the units: its share of the tokens, divided by the tokens of one of its units."""
+    if settings.weights is None:
+        return [1.0]
+    weights = [weight for weight in settings.weights if weight > 0]
+    return [weight * len(item) / item.num_tokens for weight, item in zip(weights, units, strict=True)]
+
+
+def _units_per_step(settings: PhaseSettings) -> int:
+    if settings.batch.tokens is not None:
+        return max(1, settings.batch.tokens // settings.sequence_length)
+    return settings.batch.samples or 1
+
+
+def _total_units(settings: PhaseSettings, units: Sequence[Units], shares: Sequence[float], per_step: int) -> int:
+    """Return how many units a phase draws: whole steps for a budget of tokens or steps, passes for one of epochs."""
+    budget = settings.budget
+    if budget.steps is not None:
+        return budget.steps * per_step
+    if budget.epochs is not None:
+        return max(1, round(budget.epochs * sum(len(item) for item in units)))
+    per_unit = [item.num_tokens / len(item) for item in units]
+    mean = sum(share * tokens for share, tokens in zip(shares, per_unit, strict=True)) / sum(shares)
+    return math.ceil((budget.tokens or 1) / (mean * per_step)) * per_step

@@ -1,0 +1,33 @@
+"""Samples as rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stagecoach_trainer.samples.conversation import Sample
+from stagecoach_trainer.samples.packing import pack
+from stagecoach_trainer.train.rows import IGNORE, Row
+
+
+def row_of(sample: Sample) -> Row:
+    """Return one sample as a row."""
+    labels = np.full(len(sample.ids), IGNORE, np.int32)
+    labels[:-1] = np.where(sample.trained[1:], sample.ids[1:], IGNORE)
+    return Row(sample.ids, labels, (len(sample.ids),))
+
+
+def pack_rows(pieces: Sequence[Row], sequence_length: int) -> list[Row]:
+    """Return rows of several samples each, as few as they fit."""
+    packed = pack(np.array([piece.num_tokens for piece in pieces]), sequence_length)
+    return [join_rows([pieces[index] for index in packed.samples(row)]) for row in range(len(packed))]
+
+
+def join_rows(pieces: Sequence[Row]) -> Row:
+    """Return several rows as one."""
+    return Row(
+        np.concatenate([piece.tokens for piece in pieces]),
+        np.concatenate([piece.labels for piece in pieces]),
+        tuple(length for piece in pieces for length in piece.lengths),
+    )

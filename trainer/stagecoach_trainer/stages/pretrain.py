@@ -1,0 +1,56 @@
+"""`pretrain`: next-token training on text, from nothing or onwards from a model."""
+
+from __future__ import annotations
+
+from stagecoach_api.stages.pretrain import PretrainStage
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.start import Start, position_change, start_from_model, start_from_nothing
+from stagecoach_trainer.samples.plan import Planner, phase_settings
+from stagecoach_trainer.samples.sources import check_losses, text_held_out, text_shard
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
+
+
+def run(config: PretrainStage, context: StageContext) -> StageOutcome:
+    """Train on text; the output is a model folder, or a PEFT adapter.
+
+    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    """
+    check_before_loading(config, from_nothing=config.architecture is not None)
+    _check_positions(config)
+    settings = phase_settings(config, [source.label for source in config.data], config.phases)
+    start = _start(config, context, max(item.sequence_length for item in settings))
+    shards = {source.label: text_shard(context, source, start.tokenizer) for source in config.data}
+    check_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    plan = Planner(shards, context.seed).plan(settings, config.schedule, config.optimizer.learning_rate)
+    held_out = tuple(
+        text_held_out(context, source, start.tokenizer, config.sequence_length, config.held_out.max_tokens)
+        for source in config.held_out.sets
+    )
+    return train_and_save(config, context, Prepared(start, shards, plan, held_out))
+
+
+def _check_positions(config: PretrainStage) -> None:
+    changed = [config.rope_theta, config.rope_scaling, *(phase.rope_theta for phase in config.phases)]
+    if config.trainable.lora is not None and any(item is not None for item in changed):
+        raise UserError(
+            "ropeTheta, ropeScaling: an adapter carries no configuration, so the change would be lost when it is "
+            "loaded; train `full`, or in a stage of its own before the adapter"
+        )
+    if config.architecture is not None and config.rope_theta is not None:
+        raise UserError("ropeTheta: a new model's base stands in `architecture.ropeTheta`")
+
+
+def _start(config: PretrainStage, context: StageContext, longest: int) -> Start:
+    if config.architecture is not None and config.tokenizer is not None:
+        start = start_from_nothing(context, config.architecture, config.tokenizer)
+        if config.rope_scaling is not None or longest > config.architecture.max_position_embeddings:
+            raise UserError(
+                f"architecture.maxPositionEmbeddings: {config.architecture.max_position_embeddings} is less than the "
+                f"longest `sequenceLength` {longest}; a new model needs no `ropeScaling` but a larger number here"
+            )
+        return start
+    if config.model is None:
+        raise UserError("pretrain: give `model`, or `architecture` with a `tokenizer`")
+    change = position_change(longest, config.rope_theta, config.rope_scaling)
+    return start_from_model(context, config, config.model, change)

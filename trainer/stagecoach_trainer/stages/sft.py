@@ -1,0 +1,50 @@
+"""`sft`: supervised fine-tuning on instructions and conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stagecoach_api.references import NamedSource
+from stagecoach_api.stages.sft import SftStage
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.models.start import position_change, start_from_model
+from stagecoach_trainer.samples.plan import Planner, phase_settings
+from stagecoach_trainer.samples.sources import (
+    check_losses,
+    conversation_held_out,
+    conversation_shard,
+    is_conversation,
+    text_held_out,
+)
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
+from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.train.job import HeldOutSet
+
+
+def run(config: SftStage, context: StageContext) -> StageOutcome:
+    """Train on conversations; the output is a model folder or a PEFT adapter, its tokenizer with the chat template.
+
+    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    """
+    check_before_loading(config, from_nothing=False)
+    settings = phase_settings(config, [source.label for source in config.data])
+    start = start_from_model(context, config, config.model, position_change(config.sequence_length))
+    warnings = apply_template(start.tokenizer, config.template)
+    shards = {
+        source.label: conversation_shard(
+            context, source, start.tokenizer, config.loss, config.too_long, config.sequence_length
+        )
+        for source in config.data
+    }
+    check_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    plan = Planner(shards, context.seed, config.packing).plan(settings, config.schedule, config.optimizer.learning_rate)
+    held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
+    return train_and_save(config, context, Prepared(start, shards, plan, held_out, tuple(warnings)))
+
+
+def _held_out(config: SftStage, context: StageContext, source: NamedSource, tokenizer: Any) -> HeldOutSet:
+    """Return a set to measure on: text as documents, conversations on what the model must say."""
+    length, most = config.sequence_length, config.held_out.max_tokens
+    if is_conversation(context, source):
+        return conversation_held_out(context, source, tokenizer, config.loss, length, most)
+    return text_held_out(context, source, tokenizer, length, most)

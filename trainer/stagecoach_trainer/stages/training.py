@@ -1,0 +1,144 @@
+"""What `pretrain` and `sft` share: choose what learns, train, save, report. No stage kind of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.training import Training
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.start import Start, save_result
+from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
+from stagecoach_trainer.samples.sources import LOSSES
+from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training stage, ready but for what learns."""
+
+    start: Start
+    shards: Mapping[str, TokenShard]
+    """Training sets by label."""
+
+    plan: MixedPlan
+    held_out: tuple[HeldOutSet, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def check_before_loading(config: Training, from_nothing: bool) -> None:
+    """Raise UserError for settings that cannot work, before anything large is read."""
+    names = [source.label for source in config.data]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"data: two sets are called {twice[0]!r}; give each a `name` of its own")
+    if config.early_stop is not None and config.early_stop.set not in [source.name for source in config.held_out.sets]:
+        raise UserError(f"earlyStop.set: {config.early_stop.set!r} is no set of `heldOut.sets`")
+    if from_nothing and config.trainable.lora is not None:
+        raise UserError("trainable.lora: an adapter needs a `model` to sit on; an `architecture` is trained in full")
+
+
+def train_and_save(config: Training, context: StageContext, prepared: Prepared) -> StageOutcome:
+    """Train, write the result and the report to the output, and return what the stage says of itself."""
+    from stagecoach_trainer.train.loop import train
+
+    start = prepared.start
+    trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    parameters = count_parameters(trained.model)
+    job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out)
+    result = train(job, context)
+    metrics = dict(result.metrics) | {"packing.usefulShare": useful_share(prepared.plan)}
+    if context.world.is_main:
+        context.progress.report("save")
+        save_result(context, start, trained)
+        report = make_report(prepared, result, trained.notes, parameters, metrics)
+        write_report(context, report)
+    return StageOutcome(tokens=result.tokens, metrics=metrics)
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def useful_share(plan: MixedPlan) -> float:
+    """Return the share of the rows' places that hold tokens, over all phases that draw rows; 1 where none does."""
+    tokens = places = 0
+    for phase in plan.phases:
+        for units in phase.units:
+            if isinstance(units, RowUnits):
+                tokens += units.num_tokens
+                places += len(units) * phase.settings.sequence_length
+    return tokens / places if places else 1.0
+
+
+def make_report(
+    prepared: Prepared,
+    result: TrainingResult,
+    notes: Sequence[str],
+    parameters: Mapping[str, int],
+    metrics: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return `report.json`: nothing in it depends on when or where the stage ran."""
+    return {
+        "data": {name: dict(shard.counts) for name, shard in prepared.shards.items()},
+        "history": [dict(point) for point in result.history],
+        "metrics": dict(sorted(metrics.items())),
+        "parameters": dict(parameters),
+        "phases": [_phase_report(phase, list(prepared.shards)) for phase in prepared.plan.phases],
+        "steps": result.steps,
+        "stoppedEarly": result.steps < prepared.plan.num_steps,
+        "tokens": result.tokens,
+        "trained": list(notes),
+        "vocabulary": {"newRows": len(prepared.start.new_rows), "tokens": len(prepared.start.tokenizer)},
+        "warnings": list(prepared.warnings),
+    }
+
+
+def _phase_report(phase: PlannedPhase, names: Sequence[str]) -> dict[str, Any]:
+    settings = phase.settings
+    if settings.weights is None:
+        drawn = {" + ".join(names): phase.mix.drawn[0]}
+    else:
+        weighted = [name for name, weight in zip(names, settings.weights, strict=True) if weight > 0]
+        drawn = dict(zip(weighted, phase.mix.drawn, strict=True))
+    kind = "rows" if settings.batch.tokens is not None else "samples"
+    return {
+        "name": settings.name,
+        "steps": phase.num_steps,
+        "sequenceLength": settings.sequence_length,
+        f"{kind}PerStep": phase.per_step,
+        kind: drawn,
+    }
+
+
+def write_report(context: StageContext, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
+    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
+    (context.output / REPORT_TEXT).write_text(report_text(context.resolved.kind, report), encoding="utf-8")
+
+
+def report_text(kind: str, report: Mapping[str, Any]) -> str:
+    """Return the report for people, in Markdown."""
+    parameters, metrics = report["parameters"], report["metrics"]
+    share = parameters["trained"] / max(1, parameters["all"])
+    lines = [
+        f"# {kind}",
+        "",
+        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
+        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
+        "",
+        "| data set | " + " | ".join(("records", "samples", "tokens", *LOSSES)) + " |",
+        "|---|" + "---:|" * (3 + len(LOSSES)),
+    ]
+    for name, counts in report["data"].items():
+        cells = (f"{counts.get(column, 0):,}" for column in ("records", "samples", "tokens", *LOSSES))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| metric | value |", "|---|---:|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
+    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
+    return "\n".join(lines).rstrip() + "\n"
