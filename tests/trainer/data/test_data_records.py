@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from data_makers import SHARED, make_context, write_jsonl
+
+from stagecoach_api.references import Format, RecordSource, Split
+from stagecoach_trainer.data.records import Record, Role, Turn, read_records
+from stagecoach_trainer.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "turns"),
+    [
+        ("corpus/c4_en.jsonl", 300, 0),
+        ("corpus/wiki_en.txt", 30, 0),
+        ("sft/alpaca_zh.json", 1000, 2),
+        ("sft/alpaca_en.json", 999, 2),
+        ("sft/huangdi_tcm_sample.json", 100, 2),
+        ("sft/toolcall_sharegpt_zh.json", 300, 4),
+    ],
+)
+def test_real_files_are_read_wholly_without_settings(tmp_path: Path, name: str, count: int, turns: int) -> None:
+    path = SHARED / name
+    records = list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
+    assert len(records) == count
+    assert len(records[0].messages) == turns
+    assert {record.source for record in records} == {path.name}
+    assert records[0].where.startswith(f"{path.name}:")
+
+
+def test_classical_poems_equal_plain_json(tmp_path: Path) -> None:
+    path = SHARED / "corpus" / "chinese_classics.jsonl"
+    records = read_records(make_context(tmp_path), RecordSource(uri=str(path), max_samples=2000))
+    with path.open(encoding="utf-8") as file:
+        expected = [json.loads(line)["text"] for line in islice(file, 2000)]
+    assert [record.text for record in records] == expected
+
+
+def test_a_glob_reads_only_what_it_matches_in_order_of_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.json"):
+        write_jsonl(tmp_path / "in" / name, [{"text": f"{name} {n}"} for n in range(2)])
+    source = RecordSource(uri=str(tmp_path / "in" / "*.jsonl"))
+    found = [(record.text, record.where) for record in read_records(make_context(tmp_path), source)]
+    assert found == [
+        ("a.jsonl 0", "a.jsonl:1"),
+        ("a.jsonl 1", "a.jsonl:2"),
+        ("b.jsonl 0", "b.jsonl:1"),
+        ("b.jsonl 1", "b.jsonl:2"),
+    ]
+
+
+def test_a_folder_is_read_below_and_its_readme_is_not(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "deep" / "a.jsonl", [{"text": "one"}])
+    (tmp_path / "in" / "b.txt").write_text("two\n", encoding="utf-8")
+    (tmp_path / "in" / "README.md").write_text("about this data\n", encoding="utf-8")
+    (tmp_path / "in" / "_SUCCESS").write_bytes(b"")
+    found = list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "in"))))
+    assert [(record.text, record.where) for record in found] == [("two", "b.txt:1"), ("one", "deep/a.jsonl:1")]
+
+
+def test_a_malformed_record_stops_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "b"\n')
+    with pytest.raises(UserError, match=r"^a\.jsonl:2: malformed JSON"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
+
+
+def test_an_unknown_layout_stops_with_the_fields_there_are(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the layout cannot be told from the fields \['question'\]"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
+
+
+def test_a_text_file_among_conversations_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.txt: a text file holds no `alpaca` records"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "a.txt"), format=Format.ALPACA)))
+
+
+def test_a_split_that_is_empty_is_refused_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    splits = {"train": {"shards": [], "records": 0}, "heldout": {"shards": [], "records": 0}}
+    index = {"format": "text", "splits": splits, "sources": {}}
+    (tmp_path / "set" / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    context = make_context(tmp_path, stages={"corpus": tmp_path / "set"})
+    with pytest.raises(UserError, match=r"stage:corpus: .*`heldout`; set `heldOutShare`"):
+        list(read_records(context, RecordSource(stage="corpus", split=Split.HELD_OUT)))
+
+
+def test_a_record_shows_all_its_text() -> None:
+    record = Record(messages=(Turn(Role.USER, "do", "it"), Turn(Role.ASSISTANT, "done")))
+    assert record.content == "do\nit\ndone"
+    assert Record(text="a").content == "a"
+
+
+def test_reading_records_imports_no_torch() -> None:
+    code = (
+        "import sys, stagecoach_trainer.stages.data, stagecoach_trainer.stages.tokenizer; print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

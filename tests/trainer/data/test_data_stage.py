@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_makers import SHARED, FolderContext, make_context, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagecoach_api.references import RecordSource, Split
+from stagecoach_api.stages.data import DataStage
+from stagecoach_trainer.data.funnel import Funnel
+from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.stages.data import run
+
+
+def stage(**fields: Any) -> DataStage:
+    return DataStage.model_validate(fields)
+
+
+def report_of(context: FolderContext) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def records_of(context: FolderContext, split: Split = Split.TRAIN) -> list[Record]:
+    reader = FolderContext(**{**vars(context), "stages": {"corpus": context.output}})
+    return list(read_records(reader, RecordSource(stage="corpus", split=split)))
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_real_poems_and_english_become_a_data_set_that_reads_back(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    config = stage(
+        sources=[
+            {"uri": str(SHARED / "corpus" / "chinese_classics.jsonl"), "name": "zh", "maxSamples": 3000},
+            {"uri": str(SHARED / "corpus" / "wiki_en.txt"), "name": "en"},
+        ],
+        heldOutShare=0.1,
+    )
+    outcome = run(config, context)
+    train, held_out = records_of(context), records_of(context, Split.HELD_OUT)
+    assert outcome.metrics["records.train"] == len(train)
+    assert outcome.metrics["records.heldOut"] == len(held_out)
+    assert outcome.metrics["records.read"] == 3030
+    assert outcome.metrics["characters.train"] == sum(len(record.content) for record in train)
+    assert 250 < len(held_out) < 350
+    assert {record.source for record in train} == {"zh", "en"}
+    assert not {record.text for record in train} & {record.text for record in held_out}
+    assert "| read | 3,000 | 30 | 3,030 |" in (context.output / "report.md").read_text(encoding="utf-8")
+
+
+def test_equal_runs_give_equal_bytes_and_another_seed_another_order(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"text {n % 90}"} for n in range(100)])
+    config = stage(sources=[{"uri": str(path)}], heldOutShare=0.2, shardBytes=1024)
+    contexts = [make_context(tmp_path / name, seed) for name, seed in (("x", 1), ("y", 1), ("z", 2))]
+    for context in contexts:
+        run(config, context)
+    first, again, other = (content_of(context.output) for context in contexts)
+    assert first == again
+    assert first["train/part-00000.jsonl.zst"] != other["train/part-00000.jsonl.zst"]
+
+
+def test_order_as_given_is_kept(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(200)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    context = make_context(tmp_path)
+    run(stage(sources=[{"uri": str(path)}], order="asGiven"), context)
+    assert [record.text for record in records_of(context)] == texts
+
+
+def test_conversations_keep_turns_inputs_and_tools(tmp_path: Path) -> None:
+    path = SHARED / "sft" / "toolcall_sharegpt_zh.json"
+    context = make_context(tmp_path)
+    run(stage(sources=[{"uri": str(path)}], steps=[], order="asGiven"), context)
+    original = list(read_records(context, RecordSource(uri=str(path))))
+    assert records_of(context) == original
+    alpaca = make_context(tmp_path / "alpaca")
+    run(stage(sources=[{"uri": str(SHARED / "sft" / "alpaca_en.json")}], steps=[], order="asGiven"), alpaca)
+    assert any(record.messages[0].input for record in records_of(alpaca))
+    index = json.loads((alpaca.output / "index.json").read_text(encoding="utf-8"))
+    assert (index["format"], index["splits"]["train"]["records"]) == ("conversation", 999)
+
+
+def test_weights_write_records_more_or_less_often(tmp_path: Path) -> None:
+    sources = []
+    for name, weight in (("half", 0.5), ("once", 1), ("more", 2.5), ("none", 0)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {n}"} for n in range(1000)])
+        sources.append({"uri": str(path), "name": name, "weight": weight})
+    context = make_context(tmp_path)
+    run(stage(sources=sources), context)
+    written = Counter(record.source for record in records_of(context))
+    assert written["once"] == 1000
+    assert 430 < written["half"] < 570
+    assert 2430 < written["more"] < 2570
+    assert "none" not in written
+    funnels = report_of(context)["sources"]
+    assert funnels["none"]["dropped"] == {"weight": 1000}
+    assert funnels["more"]["train"] == 1000
+    assert funnels["more"]["trainWritten"] == written["more"]
+
+
+def test_malformed_records_are_counted_named_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b"\n".join([b'{"text": "a"}', b'{"text": ', b'{"text": "\xff"}', b'{"txt": "b"}', b'{"text": "c"}'])
+    )
+    context = make_context(tmp_path)
+    run(stage(sources=[{"uri": str(path)}], maxMalformedShare=0.6), context)
+    assert sorted(record.text or "" for record in records_of(context)) == ["a", "c"]
+    listed = {item["where"]: item["reason"] for item in report_of(context)["malformed"]}
+    assert list(listed) == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
+    assert "a.jsonl:3`: bad UTF-8" in (context.output / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"3 of 5 records are malformed \(60.00%; maxMalformedShare allows 59.00%\): a\.jsonl:2"
+    ):
+        run(stage(sources=[{"uri": str(path)}], maxMalformedShare=0.59), make_context(tmp_path / "b"))
+
+
+def test_only_the_first_twenty_malformed_records_are_listed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, *({"text": n} for n in range(25))])
+    with pytest.raises(UserError, match=r"25 of 26 .*a\.jsonl:21: .*; and 5 more"):
+        run(stage(sources=[{"uri": str(path)}]), make_context(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("texts", "fields", "message"),
+    [
+        pytest.param([], {}, "the sources have no records", id="an empty file"),
+        pytest.param(
+            ["ab", "ab", "cd"],
+            {"steps": [{"length": {"minCharacters": 9}}]},
+            "most, 3, were dropped by `length.tooShort`",
+            id="a step drops all",
+        ),
+        pytest.param(["ab", "cd"], {"heldOutShare": 1e-9}, "the split `heldout` is empty", id="nothing is held out"),
+        pytest.param(["ab", "cd"], {"heldOutShare": 1 - 1e-9}, "the split `train` is empty", id="all is held out"),
+    ],
+)
+def test_an_empty_data_set_is_refused_with_the_reason(
+    tmp_path: Path, texts: list[str], fields: dict[str, Any], message: str
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    with pytest.raises(UserError, match=message):
+        run(stage(sources=[{"uri": str(path)}], **fields), make_context(tmp_path))
+
+
+def test_documents_and_conversations_do_not_mix(tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    chat = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "q", "output": "a"}])
+    with pytest.raises(UserError, match=r"b\.jsonl:1: source b\.jsonl gives a conversation record"):
+        run(stage(sources=[{"uri": str(text)}, {"uri": str(chat)}]), make_context(tmp_path))
+
+
+def test_the_stop_flag_interrupts(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    context.stop.set()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(Interrupted):
+        run(stage(sources=[{"uri": str(path)}]), context)
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / name / "a.jsonl", [{"text": name}]) for name in ("x", "y")]
+    context = make_context(tmp_path)
+    run(stage(sources=[{"uri": str(path)} for path in paths]), context)
+    assert list(report_of(context)["sources"]) == ["a.jsonl", "a.jsonl#2"]
+
+
+def test_a_lost_record_is_a_fault_that_raises() -> None:
+    funnel = Funnel(read=3, malformed=1, train=1)
+    with pytest.raises(RuntimeError, match="funnel of x: 3 records read, 2 accounted for"):
+        funnel.check("x")
+
+
+LINE = st.one_of(
+    st.text(alphabet="ab \n床前", max_size=6).map(lambda text: json.dumps({"text": text}).encode()),
+    st.sampled_from([b'{"text": ', b'{"text": "\xff"}', b'{"txt": "a"}', b"[1]"]),
+)
+STEPS: list[dict[str, Any]] = [
+    {"normalize": {}},
+    {"length": {"minCharacters": 2, "maxCharacters": 4}},
+    {"match": {"drop": "ab"}},
+    {"characterShare": {"script": "cjk", "atLeast": 0.2}},
+    {"repetition": {}},
+    {"deduplicate": {}},
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sources=st.lists(st.tuples(st.lists(LINE, max_size=25), st.sampled_from([0, 0.5, 1, 2])), min_size=1, max_size=3),
+    steps=st.lists(st.sampled_from(STEPS), max_size=5),
+    held_out_share=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_every_record_that_goes_in_is_written_or_dropped_for_a_reason(
+    sources: list[tuple[list[bytes], float]], steps: list[dict[str, Any]], held_out_share: float
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given_sources = []
+        for index, (lines, weight) in enumerate(sources):
+            (folder / f"{index}.jsonl").write_bytes(b'{"text": "first"}\n' + b"\n".join(lines))
+            given_sources.append({"uri": str(folder / f"{index}.jsonl"), "format": "text", "weight": weight})
+        context = make_context(folder)
+        config = stage(sources=given_sources, steps=steps, heldOutShare=held_out_share, maxMalformedShare=1)
+        try:
+            run(config, context)
+        except UserError as error:
+            if "empty" not in str(error):
+                raise
+            return
+        report = report_of(context)
+        index = json.loads((context.output / "index.json").read_text(encoding="utf-8"))
+        for (lines, _), funnel in zip(sources, report["sources"].values(), strict=True):
+            assert funnel["read"] == len(lines) + 1
+            assert funnel["read"] == sum(
+                (funnel["malformed"], sum(funnel["dropped"].values()), funnel["train"], funnel["heldOut"])
+            )
+        written = [funnel["trainWritten"] for funnel in report["sources"].values()]
+        assert index["splits"]["train"]["records"] == sum(written)
+        assert index["splits"]["heldout"]["records"] == report["total"]["heldOut"]
+        splits = [split for split in Split if index["splits"][split.value]["records"]]
+        texts = {split: {(r.text or "").strip() for r in records_of(context, split)} for split in splits}
+        assert len(texts) < 2 or not texts[Split.TRAIN] & texts[Split.HELD_OUT]
