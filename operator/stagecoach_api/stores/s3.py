@@ -79,8 +79,8 @@ class S3Store:
     ) -> None:
         self.uri = location.uri
         self._location = location
-        self._endpoint = endpoint
-        self._region = region
+        self.endpoint = endpoint
+        self.region = region
         self._retrier = retrier
         self._part_bytes = part_bytes
         self._has_answered = False
@@ -265,11 +265,11 @@ class S3Store:
             max_pool_connections=2 * CONCURRENCY,
             tcp_keepalive=True,
             retries={"total_max_attempts": 1, "mode": "standard"},
-            s3={"addressing_style": "path" if self._endpoint else "auto"},
+            s3={"addressing_style": "path" if self.endpoint else "auto"},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        return _session().client("s3", endpoint_url=self._endpoint, region_name=self._region, config=config)
+        return _session().client("s3", endpoint_url=self.endpoint, region_name=self.region, config=config)
 
     def _call(self, key: str, operation: Callable[[int], T]) -> T:
         """Make a request, again if it may help; errors come out as the store's, with the key."""
@@ -281,9 +281,9 @@ class S3Store:
         except OSError as error:
             if type(error).__module__ == "builtins" and error.filename is not None:
                 raise  # a local file, not the network
-            raise store_error(error, key, self.uri, self._endpoint) from None
+            raise store_error(error, key, self.uri, self.endpoint) from None
         except Exception as error:
-            raise store_error(error, key, self.uri, self._endpoint) from None
+            raise store_error(error, key, self.uri, self.endpoint) from None
         self._has_answered = True
         return result
 

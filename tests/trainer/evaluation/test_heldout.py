@@ -1,0 +1,143 @@
+"""Held-out figures against transformers' own loss, text by text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_makers import chat_tokenizer, lively_model, write_lines
+from model_makers import make_context, make_tokenizer
+
+from stagecoach_api.references import NamedSource
+from stagecoach_api.stages.evaluate import EvaluateStage
+from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.evaluation.heldout import HeldOutFigures, document_pieces, measure_held_out, pack, take
+from stagecoach_trainer.samples.encoding import Encoder
+
+TEXTS = ("the quick brown fox", "白日依山尽 黄河入海流", "a model learns what the next word is " * 6, "x")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return chat_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    return lively_model(len(tokenizer))
+
+
+def measured(
+    tmp_path: Path, records: list[dict[str, Any]], model: Any, tokenizer: Any, **settings: Any
+) -> HeldOutFigures:
+    context = make_context(tmp_path, inputs={"set": write_lines(tmp_path / "set.jsonl", records)})
+    source = NamedSource(name="zh", uri="set")
+    values = {"model": {"uri": "m"}, "sequenceLength": 256, "batchRows": 2, **settings}
+    return measure_held_out(source, EvaluateStage.model_validate(values), model, tokenizer, context)
+
+
+def nll_of(model: Any, ids: list[int], scored_from: int = 1) -> float:
+    """Nats of the tokens from `scored_from` on, computed alone by transformers."""
+    labels = torch.tensor([ids])
+    labels[0, :scored_from] = -100
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss
+    return float(loss) * (len(ids) - scored_from)
+
+
+def test_packed_texts_come_to_what_each_costs_alone(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    found = measured(tmp_path, [{"text": text} for text in TEXTS], model, tokenizer)
+    ids = [[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in TEXTS]
+    nll = sum(nll_of(model, tokens) for tokens in ids)
+    tokens = sum(len(item) - 1 for item in ids)
+    characters = sum(len(text) for text in TEXTS)
+    assert found.counts == {"records": 4, "tooLong": 0, "tokens": tokens, "characters": characters}
+    expected = {
+        "heldOut.zh.loss": nll / tokens,
+        "heldOut.zh.perplexity": math.exp(nll / tokens),
+        "heldOut.zh.bitsPerCharacter": nll / math.log(2) / characters,
+        "heldOut.zh.perplexityPerCharacter": math.exp(nll / characters),
+        "heldOut.zh.tokensPerCharacter": tokens / characters,
+    }
+    assert found.metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("sequence_length", [8, 13, 64])
+def test_a_long_text_is_scored_token_by_token_once_each(tokenizer: Any, sequence_length: int) -> None:
+    text = "".join(TEXTS)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = document_pieces(text, Encoder(tokenizer), sequence_length)
+    assert all(len(piece.tokens) <= sequence_length for piece in pieces)
+    assert [token for piece in pieces for token in piece.tokens[1:]] == ids
+    assert sum(piece.characters for piece in pieces) == len(text)
+    rows = pack(pieces, sequence_length)
+    assert sum(row.num_targets for row in rows) == len(ids)
+
+
+def test_without_a_begin_token_the_end_token_begins_a_text() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = None
+    (piece,) = document_pieces("the fox", Encoder(tokenizer), 64)
+    assert piece.tokens[0] == tokenizer.eos_token_id
+
+
+def test_measuring_ends_with_the_piece_that_reaches_the_limit(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
+    found = measured(tmp_path, [{"text": text} for text in TEXTS], model, tokenizer, maxTokens=lengths[0] + 1)
+    assert found.counts["tokens"] == lengths[0] + lengths[1]
+    assert found.counts["characters"] == len(TEXTS[0]) + len(TEXTS[1])
+    assert found.counts["records"] == 2
+
+
+def test_a_conversation_is_scored_on_what_the_assistant_says_as_served(
+    tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    talk = [
+        {"role": "user", "content": "what is a fox"},
+        {"role": "assistant", "content": "a quick dog"},
+        {"role": "user", "content": "床前"},
+        {"role": "assistant", "content": "明月光"},
+    ]
+    found = measured(tmp_path, [{"messages": talk}], model, tokenizer)
+    encoder = Encoder(tokenizer)
+    nll, tokens = 0.0, 0
+    for index in (1, 3):
+        served = tokenizer.apply_chat_template(
+            talk[:index], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        answer = [*encoder.continuations([talk[index]["content"]])[0].tolist(), tokenizer.eos_token_id]
+        nll += nll_of(model, served + answer, len(served))
+        tokens += len(answer)
+    assert found.counts["tokens"] == tokens
+    assert found.counts["characters"] == len("a quick dog") + len("明月光")
+    assert found.metrics["heldOut.zh.loss"] == pytest.approx(nll / tokens, rel=1e-5)
+
+
+def test_a_conversation_longer_than_a_row_is_counted_and_left_out(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    short = {"instruction": "fox", "output": "dog"}
+    long = {"instruction": "fox " * 300, "output": "dog"}
+    assert measured(tmp_path, [long, short], model, tokenizer).counts["tooLong"] == 1
+    with pytest.raises(UserError, match="nothing could be measured; it has 1 records, 1 of them longer"):
+        measured(tmp_path, [long], model, tokenizer)
+
+
+def test_a_conversation_without_a_chat_template_is_an_error_with_the_line(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(UserError, match="set:1: a conversation needs a chat template"):
+        measured(tmp_path, [{"instruction": "a", "output": "b"}], model, make_tokenizer())
+
+
+def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    broken = lively_model(len(tokenizer))
+    broken.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match="no number"):
+        measured(tmp_path, [{"text": "the fox"}], broken, tokenizer)
+
+
+def test_nothing_taken_is_nothing() -> None:
+    assert take(iter([None, []]), 10).num_too_long == 1
+    assert pack([], 8) == []
+    assert Record(text="x", messages=(), tools=None, source="s", where="w").text == "x"

@@ -1,0 +1,105 @@
+"""Exact match: the share of conversations whose last answer the model gives word for word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from stagecoach_api.stages.evaluate import ExactMatch
+from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.data.records import Fetches, Record, read_records
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.evaluation.generation import Prompter, Report, generate
+from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.text.templates import message_of, parse_tools
+
+SHOWN = 8
+"""Cases of each kind (right, wrong) that the report shows."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to its last answer."""
+
+    prompt: Ids
+    """Token ids [T]."""
+
+    asked: str
+    """What was said last, for the report."""
+
+    reference: str
+    """The right answer, trimmed."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How one task went."""
+
+    name: str
+    num_questions: int
+    num_right: int
+    num_unended: int
+    """Answers cut at `maxNewTokens`."""
+
+    cases: tuple[dict[str, Any], ...]
+    """Some questions with reference and answer."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {f"{self.name}.exactMatch": self.num_right / self.num_questions}
+
+
+def measure_exact_match(
+    task: ExactMatch, model: Any, tokenizer: Any, context: Fetches, batch_rows: int, seed: int, report: Report
+) -> Matched:
+    """Ask all questions of the task. Raises UserError for records that are no conversations with an answer."""
+    questions = list(islice(_questions(task, Prompter(tokenizer), context), task.max_samples))
+    if not questions:
+        raise UserError(f"exactMatch {task.name}: the set `{task.on.label}` has no records; give conversations")
+    prompts = [question.prompt for question in questions]
+    answers = generate(model, tokenizer, prompts, task.generation, batch_rows, seed, report)
+    right = [answer.text.strip() == question.reference for question, answer in zip(questions, answers, strict=True)]
+    shown = _first(right, True) + _first(right, False)
+    return Matched(
+        name=task.name,
+        num_questions=len(questions),
+        num_right=sum(right),
+        num_unended=sum(not answer.ended for answer in answers),
+        cases=tuple(
+            {
+                "asked": questions[index].asked,
+                "reference": questions[index].reference,
+                "answer": answers[index].text.strip(),
+                "right": right[index],
+            }
+            for index in sorted(shown)
+        ),
+    )
+
+
+def _first(right: list[bool], wanted: bool) -> list[int]:
+    return [index for index, value in enumerate(right) if value is wanted][:SHOWN]
+
+
+def _questions(task: ExactMatch, prompter: Prompter, context: Fetches) -> Iterator[Question]:
+    for record in read_records(context, task.on):
+        last = max((index for index, turn in enumerate(record.messages) if turn.role is Role.ASSISTANT), default=0)
+        if last == 0:
+            raise UserError(
+                f"{record.where}: exactMatch {task.name} needs conversations in which the assistant answers somebody; "
+                "this record has no such turn"
+            )
+        yield _question(record, last, prompter)
+
+
+def _question(record: Record, last: int, prompter: Prompter) -> Question:
+    turns = record.messages[:last]
+    messages = [message_of(turn.role, turn.content, turn.input) for turn in turns]
+    asked = "\n".join(part for part in (turns[-1].content, turns[-1].input) if part)
+    return Question(
+        prompt=prompter.encode(messages, parse_tools(record.tools)),
+        asked=asked,
+        reference=record.messages[last].content.strip(),
+    )

@@ -1,0 +1,175 @@
+"""Tasks of the LM evaluation harness. Importing it takes some 20 s, so only a stage that asks for a task pays.
+
+A task of one's own is a YAML file, or a folder with one YAML file and the data it names. It is data, not code: the
+harness's `!function` and `include` are refused, and its Jinja templates run in a sandbox.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.evaluate import LmEvalTask
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import UserError
+
+CODE_KEYS = ("class", "include", "custom_dataset", "process_docs", "process_results")
+DATA_FILE_BUILDERS = ("json", "csv", "text", "parquet")
+"""Data set kinds whose `data_files` are files beside the YAML."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the harness says of one task (or of a group, and each task in it)."""
+
+    metrics: dict[str, float]
+    """`lmEval.<task>.<metric>`, by the harness's own names of task and metric."""
+
+    num_questions: dict[str, int]
+    """By task."""
+
+
+class Harness:
+    """lm-eval around a model in memory."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_rows: int, context: StageContext) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_rows = batch_rows
+        self._context = context
+
+    def run(self, task: LmEvalTask, field: str) -> TaskResult:
+        """Run one task. Raises UserError, naming `field`, where the harness cannot."""
+        from lm_eval import simple_evaluate
+
+        spec: str | dict[str, Any]
+        if task.uri is not None:
+            manager, spec = self._own_manager, self._own_task(task.uri, field)
+        else:
+            manager, spec = self._default_manager, self._known_task(str(task.task), field)
+        try:
+            results = simple_evaluate(
+                model=self._wrapped,
+                tasks=[spec],
+                num_fewshot=task.num_fewshot,
+                limit=task.max_samples,
+                task_manager=manager,
+                bootstrap_iters=0,
+                log_samples=False,
+                random_seed=self._context.seed,
+                numpy_random_seed=self._context.seed,
+                torch_random_seed=self._context.seed,
+                fewshot_random_seed=self._context.seed,
+            )
+        except Exception as error:  # the harness raises whatever a task makes it trip over
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{field}: lm-eval cannot run the task `{task.task or task.uri}`: {reason}") from error
+        return _result(results or {}, field)
+
+    @cached_property
+    def _wrapped(self) -> Any:
+        from jinja2 import BaseLoader, StrictUndefined
+        from jinja2.sandbox import SandboxedEnvironment
+        from lm_eval import utils
+        from lm_eval.models.huggingface import HFLM
+
+        sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.filters.update(utils.env.filters)
+        utils.env = sandbox
+        return HFLM(pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_rows)
+
+    @cached_property
+    def _own_manager(self) -> Any:
+        """Knows no task by name: that saves 24 s."""
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=False)
+
+    @cached_property
+    def _default_manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager()
+
+    def _known_task(self, name: str, field: str) -> str:
+        names: list[str] = self._default_manager.all_tasks
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+            raise UserError(f"{field}.task: lm-eval has no task `{name}`; the nearest are {', '.join(near)}")
+        return name
+
+    def _own_task(self, uri: str, field: str) -> dict[str, Any]:
+        path = self._context.fetch(Reference(uri=uri))
+        return read_own_task(path, self._context.cache / "datasets", f"{field} ({uri})")
+
+
+def read_own_task(path: Path, datasets_cache: Path, field: str) -> dict[str, Any]:
+    """Return the task in a YAML file, or in the one YAML file of a folder; its data files are found beside it.
+
+    Raises UserError, naming `field`.
+    """
+    file = _yaml_file(path, field)
+    try:
+        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{field}: {file.name} cannot be read ({reason}); `!function` is not supported") from error
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+        raise UserError(
+            f"{field}: {file.name} is no task: it needs `task: <name>` at its top; groups are not supported"
+        )
+    for key in CODE_KEYS:
+        if key in task:
+            raise UserError(f"{field}: {file.name}: `{key}` brings in other files or code, which is not supported")
+    if task.get("dataset_path") in DATA_FILE_BUILDERS:
+        settings = dict(task.get("dataset_kwargs") or {})
+        settings["data_files"] = _beside(settings.get("data_files"), file.parent, field)
+        settings["cache_dir"] = str(datasets_cache)
+        task["dataset_kwargs"] = settings
+    return task
+
+
+def _yaml_file(path: Path, field: str) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(item for item in path.iterdir() if item.suffix in (".yaml", ".yml"))
+    if len(files) != 1:
+        raise UserError(f"{field}: a task's folder must hold exactly one YAML file; it holds {len(files)}")
+    return files[0]
+
+
+def _beside(data_files: Any, folder: Path, field: str) -> Any:
+    """Resolve names of data files against the YAML's folder. Raises UserError for a file that is not there."""
+    if isinstance(data_files, Mapping):
+        return {split: _beside(value, folder, field) for split, value in data_files.items()}
+    if isinstance(data_files, list):
+        return [_beside(value, folder, field) for value in data_files]
+    file = folder / str(data_files)
+    if data_files is None or not file.is_file():
+        raise UserError(
+            f"{field}: `dataset_kwargs.data_files` names {data_files}, which is not there; give the folder that holds "
+            "the YAML file and its data as `uri`"
+        )
+    return str(file)
+
+
+def _result(results: Mapping[str, Any], field: str) -> TaskResult:
+    metrics: dict[str, float] = {}
+    for task, values in results.get("results", {}).items():
+        for name, value in values.items():
+            metric, _, filter_ = name.partition(",")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not filter_:
+                continue
+            suffix = "" if filter_ == "none" else f".{filter_}"
+            metrics[f"lmEval.{task}.{metric}{suffix}"] = float(value)
+    if not metrics:
+        raise UserError(f"{field}: lm-eval measured nothing; does the task have a `metric_list`?")
+    counts = results.get("n-samples", {})
+    return TaskResult(metrics, {task: int(count["effective"]) for task, count in counts.items()})

@@ -1,0 +1,120 @@
+"""`report.json` for programs and `report.md` for people. Equal measurements give equal bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_trainer.evaluation.gates import GateResult
+
+
+@dataclass
+class EvaluationReport:
+    """What the stage found so far."""
+
+    model: str
+    """Where the model lay."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Counts behind the figures of each set."""
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    exact_match: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gates: list[GateResult] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def write(self, output: Path, logs: Path) -> None:
+        """Write both files into `output`, and copies into `logs`, which outlives a missed gate."""
+        write_json(self._as_json(), output / REPORT)
+        (output / REPORT_TEXT).write_text(self._as_text(), encoding="utf-8")
+        logs.mkdir(parents=True, exist_ok=True)
+        for name in (REPORT, REPORT_TEXT):
+            shutil.copyfile(output / name, logs / name)
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "metrics": self.metrics,
+            "heldOut": self.held_out,
+            "exactMatch": self.exact_match,
+            "lmEval": self.lm_eval,
+            "samples": self.samples,
+            "gates": [
+                {
+                    "metric": result.gate.metric,
+                    "value": result.value,
+                    "atLeast": result.gate.at_least,
+                    "atMost": result.gate.at_most,
+                    "onFailure": result.gate.on_failure.value,
+                    "passed": result.passed,
+                }
+                for result in self.gates
+            ],
+            "warnings": self.warnings,
+        }
+
+    def _as_text(self) -> str:
+        parts = [f"# Evaluation\n\nModel: `{self.model}`\n"]
+        parts += [f"> {warning}\n" for warning in self.warnings]
+        parts.append(table(("metric", "value"), [(name, figure(value)) for name, value in self.metrics.items()]))
+        if self.gates:
+            rows = [
+                (result.gate.metric, figure(result.value), result.limits, self._verdict(result))
+                for result in self.gates
+            ]
+            parts.append("## Gates\n\n" + table(("metric", "value", "limit", "verdict"), rows))
+        for name, task in self.exact_match.items():
+            title = f"## {name}: {task['right']} of {task['questions']} right\n\n"
+            cases = [(case["asked"], case["reference"], case["answer"]) for case in task["cases"]]
+            parts.append(title + table(("asked", "reference", "answer"), cases))
+        if self.samples:
+            parts.append("## Samples\n\n" + samples_text(self.samples))
+        return "\n".join(parts)
+
+    @staticmethod
+    def _verdict(result: GateResult) -> str:
+        return "passed" if result.passed else f"missed ({result.gate.on_failure.value})"
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON with two blanks of indent; a number that JSON has no word for becomes null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; line breaks and bars in cells are spelled out."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell_text(cell) for cell in line) + " |\n" for line in lines)
+
+
+def cell_text(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+
+
+def figure(value: float) -> str:
+    """Return a number with six significant digits."""
+    return f"{value:.6g}"
+
+
+def samples_text(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return prompts and answers as a Markdown table."""
+    return table(("prompt", "answer"), [(sample["prompt"], sample["answer"]) for sample in samples])

@@ -1,0 +1,116 @@
+"""`evaluate`: measure a model on held-out text, on questions with one right answer and on lm-eval's tasks; show what it
+says; hold the figures against the gates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from stagecoach_api.stages.evaluate import EvaluateStage
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import GateFailed, Interrupted
+from stagecoach_trainer.evaluation.exact_match import measure_exact_match
+from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
+from stagecoach_trainer.evaluation.generation import answer_samples
+from stagecoach_trainer.evaluation.heldout import measure_held_out
+from stagecoach_trainer.evaluation.lm_eval_tasks import Harness
+from stagecoach_trainer.evaluation.placing import DTYPES, compute_device, place
+from stagecoach_trainer.evaluation.report import EvaluationReport
+from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.text.templates import apply_template
+
+NO_TEMPLATE = "the tokenizer has no chat template and the stage names none: prompts are continued as plain text"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    model: Any
+    """A PreTrainedModel on its device, in the stage's precision, ready to measure."""
+
+    tokenizer: Any
+
+
+def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
+    """Measure everything the stage names, write the reports, then look at the gates.
+
+    Raises UserError, and GateFailed once the reports are written.
+    """
+    _refuse_unknown_gates(config)
+    report = EvaluationReport(model=config.model.key)
+    subject = _load(config, context, report)
+    for measurement in (_held_out, _exact_match, _lm_eval, _samples):
+        if context.stop.is_set():
+            raise Interrupted("asked to stop while measuring; the stage begins anew next time")
+        measurement(config, context, subject, report)
+    report.gates = check_gates(config.gates, report.metrics)
+    report.write(context.output, context.work / "logs")
+    _stop_at_missed_gates(report)
+    return StageOutcome(metrics={name: value for name, value in report.metrics.items() if math.isfinite(value)})
+
+
+def _refuse_unknown_gates(config: EvaluateStage) -> None:
+    """Say at once, not after an hour of measuring, that a gate's metric will not come."""
+    names = metrics_to_come(config)
+    if names is not None:
+        require_known(config.gates, names)
+
+
+def _load(config: EvaluateStage, context: StageContext, report: EvaluationReport) -> Subject:
+    context.progress.report("load model")
+    loaded = load_model(context, config.model)
+    tokenizer = loaded.require_tokenizer()
+    if config.template is not None:
+        report.warnings += apply_template(tokenizer, config.template)
+    elif tokenizer.chat_template is None and (config.samples or config.exact_match):
+        report.warnings.append(NO_TEMPLATE)
+    return Subject(place(loaded.model, DTYPES[config.precision], compute_device()), tokenizer)
+
+
+def _held_out(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
+    for source in config.held_out:
+        say = partial(context.progress.report, f"held out {source.name}", unit="rows")
+        found = measure_held_out(source, config, subject.model, subject.tokenizer, context, say)
+        report.metrics.update(found.metrics)
+        report.held_out[source.name] = found.counts
+
+
+def _exact_match(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
+    for task in config.exact_match:
+        say = partial(context.progress.report, f"exact match {task.name}", unit="answers")
+        found = measure_exact_match(
+            task, subject.model, subject.tokenizer, context, config.batch_rows, context.seed, say
+        )
+        report.metrics.update(found.metrics)
+        report.exact_match[task.name] = {
+            "questions": found.num_questions,
+            "right": found.num_right,
+            "unended": found.num_unended,
+            "cases": list(found.cases),
+        }
+
+
+def _lm_eval(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
+    harness = Harness(subject.model, subject.tokenizer, config.batch_rows, context)
+    for index, task in enumerate(config.lm_eval):
+        context.progress.report(f"lm-eval {task.task or task.uri}", index, len(config.lm_eval), "tasks")
+        found = harness.run(task, f"lmEval[{index}]")
+        report.metrics.update(found.metrics)
+        report.lm_eval.update({name: {"questions": count} for name, count in found.num_questions.items()})
+
+
+def _samples(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
+    if config.samples is not None:
+        say = partial(context.progress.report, "samples", unit="answers")
+        report.samples = answer_samples(
+            config.samples, subject.model, subject.tokenizer, config.batch_rows, context.seed, say
+        )
+
+
+def _stop_at_missed_gates(report: EvaluationReport) -> None:
+    missed = [result.sentence for result in report.gates if result.stops]
+    if missed:
+        raise GateFailed("; ".join(missed))
