@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from stagecoach_api.artifacts import Manifest, Pointer, artifact_prefix, pointer_key
 from stagecoach_api.names import ENV_CACHE_DIR, ENV_PROGRESS_FILE, ENV_RESULT_FILE, ENV_THREADS, ENV_WORK_DIR
 from stagecoach_api.outcomes import Cause
-from stagecoach_api.store import NotFound, Store
+from stagecoach_api.store import NotFound, Store, Unreachable
 from stagecoach_cli import processes
 from stagecoach_cli.artifacts import ask
 from stagecoach_cli.attempts import LiveAttempt, ended_record, observed_end
@@ -37,6 +38,7 @@ from stagecoach_cli.workspace import (
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
 from stagecoach_core.values import (
+    Action,
     Decision,
     Found,
     LookUp,
@@ -57,6 +59,9 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 330.0
 """How long an attempt that was asked to stop may take before it is killed: longer than the launcher itself waits."""
 
+STORE_PAUSE_SECONDS = 15.0
+"""How long a store that does not answer is left alone."""
+
 ORPHANED = "its driver is gone"
 
 
@@ -73,11 +78,14 @@ class Job:
     storage_region: str | None = None
     nproc: int | None = None
     """Ranks of training stages. None: what their resources say, as far as the machine goes."""
+    suspend: bool = False
+    """The run itself says that it is to stop (`spec.suspend`)."""
     selected: frozenset[str] | None = None
     forced: frozenset[str] = frozenset()
     launcher: tuple[str, ...] = LAUNCHER
     poll_seconds: float = POLL_SECONDS
     grace_seconds: float = GRACE_SECONDS
+    store_pause_seconds: float = STORE_PAUSE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,9 @@ class Driver:
     _living: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
     _answers: dict[str, Found | Missing] = field(default_factory=dict)
     _manifests: dict[str, Manifest] = field(default_factory=dict)
-    _pointed: set[str] = field(default_factory=set)
+    _pointed: dict[str, Found] = field(default_factory=dict)
+    _store_answered: bool = False
+    _store_again_at: float = 0.0
     _saved: RunRecord | None = None
     _told: int = 0
     _ended_event: threading.Event = field(default_factory=threading.Event)
@@ -118,10 +128,10 @@ class Driver:
         try:
             while True:
                 self._ended_event.clear()
-                decision, snapshot, waiting = self._step()
-                if not self._living and decision.state is not RunState.PROGRESSING:
+                decision, snapshot, acted = self._step()
+                if not self._living and decision.state is not RunState.PROGRESSING and self._all_told(decision):
                     return Outcome(decision, snapshot, self._manifests, interrupted=self.interrupts() > 0)
-                if waiting:
+                if not acted:
                     self._ended_event.wait(self.job.poll_seconds)
         finally:
             self._stop_all()
@@ -129,26 +139,19 @@ class Driver:
     # -- one turn ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> tuple[Decision, Snapshot, bool]:
-        """Observe, decide, act, tell. Returns also whether there is nothing to do before something changes."""
+        """Observe, decide, act, tell. Returns also whether anything was done, so that the next turn is due at once."""
         self._reap()
         self._heed_interrupts()
         now = self.clock()
         decision = decide(self.job.plan, self._observed(), now)
         views = dict(decision.stages)
-        acted = False
-        for action in decision.actions:
-            if isinstance(action, LookUp):
-                self._look_up(action)
-            elif isinstance(action, Stop):
-                self._stop(action)
-            elif not self._start(action, views):
-                continue
-            acted = True
+        done = [action for action in decision.actions if self._carry_out(action, views)]
         self._point(views)
         self._save(decision, views)
         snapshot = self._snapshot(decision, views, now)
-        self.view.show(snapshot)
-        return decision, snapshot, not acted
+        if not any(isinstance(action, LookUp) for action in done):
+            self.view.show(snapshot)
+        return decision, snapshot, bool(done)
 
     def _observed(self) -> Observed:
         for attempt in self._living.values():
@@ -160,7 +163,7 @@ class Driver:
             ),
             artifacts=dict(self._answers),
             since=self._since,
-            suspend=self.interrupts() > 0,
+            suspend=self.job.suspend or self.interrupts() > 0,
             selected=self.job.selected,
             forced=self.job.forced,
             forced_since=self._since,
@@ -192,6 +195,34 @@ class Driver:
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
+    def _carry_out(self, action: Action, views: dict[str, StageView]) -> bool:
+        """Do what was decided; return whether it was done. What was not is decided again."""
+        if isinstance(action, LookUp):
+            return self._with_store(lambda: self._look_up(action))
+        if isinstance(action, Stop):
+            self._stop(action)
+            return True
+        return self._start(action, views)
+
+    def _with_store(self, act: Callable[[], None]) -> bool:
+        """Do something that needs the store; return whether it answered.
+
+        A store that has answered before, and then does not after all its own retries, is given time: stages that run
+        need it only at their end. Raises StoreError for everything else.
+        """
+        if self.clock() < self._store_again_at:
+            return False
+        try:
+            act()
+        except Unreachable as error:
+            if not self._store_answered:
+                raise
+            self._store_again_at = self.clock() + self.job.store_pause_seconds
+            self.view.say(f"storage does not answer, trying again in {self.job.store_pause_seconds:.0f} s: {error}")
+            return False
+        self._store_answered = True
+        return True
+
     def _look_up(self, action: LookUp) -> None:
         """Ask the store whether a stage's work is done."""
         answer, manifest = ask(self.job.store, action.digest, self.clock())
@@ -207,8 +238,9 @@ class Driver:
             view = views[action.stage]
             views[action.stage] = _waiting(view, room(self.job.machine, kind))
             return False
-        if action.stage in self.job.forced and not self._tried_since(action):
-            self._forget(action.digest)
+        anew = action.stage in self.job.forced and not self._tried_since(action)
+        if anew and not self._with_store(lambda: self._forget(action.digest)):
+            return False
         self._launch(action, artifacts_of(views))
         return True
 
@@ -392,10 +424,8 @@ class Driver:
         """Write the pointers of newly finished stages into the store."""
         for name, view in views.items():
             found = view.artifact
-            if found is None or view.state not in FINISHED or f"{name} {found.content_digest}" in self._pointed:
+            if found is None or view.state not in FINISHED or self._pointed.get(name) == found:
                 continue
-            self._pointed.add(f"{name} {found.content_digest}")
-            key = pointer_key(self.job.plan.namespace, self.job.plan.run, name)
             pointer = Pointer(
                 stage=name,
                 kind=self.job.plan.stages[name].stage.kind,
@@ -405,8 +435,18 @@ class Driver:
                 cached=view.state is StageState.CACHED,
                 recorded=self.clock(),
             )
-            if not self._is_written(key, pointer):
-                self.job.store.write(key, pointer.model_dump_json(indent=1).encode() + b"\n")
+            if self._with_store(partial(self._write_pointer, pointer)):
+                self._pointed[name] = found
+
+    def _write_pointer(self, pointer: Pointer) -> None:
+        key = pointer_key(self.job.plan.namespace, self.job.plan.run, pointer.stage)
+        if not self._is_written(key, pointer):
+            self.job.store.write(key, pointer.model_dump_json(indent=1).encode() + b"\n")
+
+    def _all_told(self, decision: Decision) -> bool:
+        """Whether every finished stage has its pointer; who is interrupted does not wait for that."""
+        finished = {name for name, view in decision.stages.items() if view.state in FINISHED}
+        return self.interrupts() > 0 or finished <= self._pointed.keys()
 
     def _is_written(self, key: str, pointer: Pointer) -> bool:
         with contextlib.suppress(NotFound, ValueError):

@@ -24,6 +24,9 @@ FIRST_METRICS = ("loss", "tokensPerSecond")
 
 LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})
 FINISHED = frozenset({StageState.SUCCEEDED, StageState.CACHED})
+ENDED = frozenset({StageState.FAILED, StageState.CANCELLED})
+UNUSUAL = frozenset({StageState.RETRYING, StageState.SUSPENDED, StageState.SKIPPED})
+"""Told when a stage comes into them, and not where it is from the beginning on."""
 
 _ICONS: Mapping[StageState, tuple[str, str, str]] = {
     StageState.PENDING: ("·", ".", "dim"),
@@ -244,7 +247,7 @@ class PlainView:
         if self._said.get(row.name) != state:
             known = self._said.get(row.name)
             self._said[row.name] = state
-            if row.view.state is not StageState.PENDING or known is not None:
+            if row.view.state in LIVING | FINISHED | ENDED or (known is not None and row.view.state in UNUSUAL):
                 self._line(now, f"{row.name}: {_change(row)}")
             self._last_line[row.name] = now
         elif row.view.state is StageState.RUNNING and now - self._last_line[row.name] >= SECONDS_BETWEEN_LINES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from cli_makers import (
 
 from stagecoach_api.artifacts import Pointer
 from stagecoach_api.outcomes import Cause
+from stagecoach_api.store import Store, Unreachable
 from stagecoach_cli.driver import Driver
 from stagecoach_cli.machine import Machine
 from stagecoach_cli.view import Snapshot
@@ -270,6 +272,50 @@ def test_an_attempt_that_does_not_stop_in_time_is_killed(bench: Bench) -> None:
     outcome = Driver(job, Recorder(), interrupts=lambda: int(bool(bench.events("start")))).run()
     assert outcome.interrupted
     assert bench.record().attempts[0].cause is Cause.PREEMPTION
+
+
+def test_a_run_that_is_suspended_by_its_file_starts_nothing(bench: Bench) -> None:
+    bench.write([data_stage("one")], suspend=True)
+    assert bench.drive(suspend=True).decision.state is RunState.SUSPENDED
+    assert bench.started() == []
+
+
+# -- a store that does not answer --------------------------------------------------------------------------------------
+
+
+class Flaky:
+    """A store that does not answer from a moment on, for a number of calls."""
+
+    def __init__(self, store: Store, failures: int, after: int) -> None:
+        self._store = store
+        self._failures = failures
+        self._after = after
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("read", "write", "delete"):
+            self._after -= 1
+            if self._after < 0 < self._failures:
+                self._failures -= 1
+                raise Unreachable(name, "no answer")
+        return getattr(self._store, name)
+
+
+def test_a_store_that_stops_answering_for_a_while_only_delays_the_run(bench: Bench) -> None:
+    bench.write(chain())
+    job = bench.job(store_pause_seconds=0.05)
+    view = Recorder()
+    outcome = Driver(replace(job, store=Flaky(job.store, failures=3, after=5)), view).run()
+    assert outcome.decision.state is RunState.COMPLETE
+    assert len([text for text in view.said if "storage does not answer" in text]) == 3
+    assert len(list((bench.workspace.default_storage / "runs" / "default" / "tiny").iterdir())) == len(chain())
+
+
+def test_a_store_that_never_answered_ends_the_run_at_once(bench: Bench) -> None:
+    bench.write(chain())
+    job = bench.job()
+    with pytest.raises(Unreachable):
+        Driver(replace(job, store=Flaky(job.store, failures=1, after=0)), Recorder()).run()
+    assert bench.started() == []
 
 
 # -- what is written down ----------------------------------------------------------------------------------------------

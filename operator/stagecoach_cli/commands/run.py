@@ -71,6 +71,7 @@ def make_job(prepared: Prepared, file: Path, until: str | None, start: str | Non
         storage_endpoint=prepared.run.spec.storage.endpoint,
         storage_region=prepared.run.spec.storage.region,
         nproc=nproc,
+        suspend=prepared.run.spec.suspend,
         selected=None if until is None else selected_until(prepared.plan, until),
         forced=frozenset() if start is None else starting_from(prepared.plan, start),
     )
@@ -98,8 +99,11 @@ def report(out: Console, job: Job, outcome: Outcome) -> int:
     from stagecoach_core.values import RunState
 
     state = outcome.decision.state
-    if outcome.interrupted and state is not RunState.COMPLETE:
-        out.print("interrupted; the same command goes on from here", highlight=False)
+    if state is RunState.SUSPENDED:
+        why = (
+            "`spec.suspend` is true; set it to false to go on" if job.suspend else "the same command goes on from here"
+        )
+        out.print(f"interrupted; {why}", highlight=False)
         return EXIT_INTERRUPTED
     print_summary(out, outcome.snapshot, outcome.manifests, job.store)
     if state is RunState.COMPLETE:
