@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stagecoach_cli.driver import Driver, Job, Outcome
+from stagecoach_cli.driver import Driver, Outcome
+from stagecoach_cli.job import Job
 from stagecoach_cli.machine import Machine
 from stagecoach_cli.prepare import Prepared, prepare
 from stagecoach_cli.view import Snapshot

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import stagecoach_cli.commands.run as run_module
-from stagecoach_cli.driver import Job
+from stagecoach_cli.job import Job
 from stagecoach_cli.machine import Machine
 from stagecoach_cli.main import call
 
@@ -22,7 +22,7 @@ def make_job(*arguments: Any) -> Job:
         launcher=(sys.executable, "-S", str(fake), str(Path.cwd())),
         machine=Machine(cores=2),
         poll_seconds=0.02,
-        grace_seconds=10.0,
+        grace_seconds=2.0,
     )
 
 

@@ -13,7 +13,8 @@ from stagecoach_cli.main import EXIT_FAILED, EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stagecoach_cli.driver import Job, Outcome
+    from stagecoach_cli.driver import Outcome
+    from stagecoach_cli.job import Job
     from stagecoach_cli.prepare import Prepared
 
 
@@ -56,7 +57,7 @@ def command(
 
 def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
     """Put together what the driver needs. Raises UnknownStage."""
-    from stagecoach_cli.driver import Job
+    from stagecoach_cli.job import Job
     from stagecoach_cli.machine import this_machine
     from stagecoach_cli.workspace import here
     from stagecoach_core.policies.selection import starting_from
