@@ -13,9 +13,8 @@ from model_makers import make_context, make_tokenizer
 
 from stagecoach_api.references import NamedSource
 from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.evaluation.heldout import HeldOutFigures, document_pieces, measure_held_out, pack, take
+from stagecoach_trainer.evaluation.heldout import HeldOutFigures, measure_held_out
 from stagecoach_trainer.samples.encoding import Encoder
 
 TEXTS = ("the quick brown fox", "白日依山尽 黄河入海流", "a model learns what the next word is " * 6, "x")
@@ -55,7 +54,7 @@ def test_packed_texts_come_to_what_each_costs_alone(tmp_path: Path, model: Any, 
     nll = sum(nll_of(model, tokens) for tokens in ids)
     tokens = sum(len(item) - 1 for item in ids)
     characters = sum(len(text) for text in TEXTS)
-    assert found.counts == {"records": 4, "tooLong": 0, "tokens": tokens, "characters": characters}
+    assert found.counts == {"tokens": tokens, "characters": characters}
     expected = {
         "heldOut.zh.loss": nll / tokens,
         "heldOut.zh.perplexity": math.exp(nll / tokens),
@@ -67,30 +66,19 @@ def test_packed_texts_come_to_what_each_costs_alone(tmp_path: Path, model: Any, 
 
 
 @pytest.mark.parametrize("sequence_length", [8, 13, 64])
-def test_a_long_text_is_scored_token_by_token_once_each(tokenizer: Any, sequence_length: int) -> None:
+def test_each_token_of_a_long_text_is_scored_once(
+    tmp_path: Path, model: Any, tokenizer: Any, sequence_length: int
+) -> None:
     text = "".join(TEXTS)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = document_pieces(text, Encoder(tokenizer), sequence_length)
-    assert all(len(piece.tokens) <= sequence_length for piece in pieces)
-    assert [token for piece in pieces for token in piece.tokens[1:]] == ids
-    assert sum(piece.characters for piece in pieces) == len(text)
-    rows = pack(pieces, sequence_length)
-    assert sum(row.num_targets for row in rows) == len(ids)
+    found = measured(tmp_path, [{"text": text}], model, tokenizer, sequenceLength=sequence_length)
+    expected = {"tokens": len(tokenizer.encode(text, add_special_tokens=False)), "characters": len(text)}
+    assert found.counts == expected
 
 
-def test_without_a_begin_token_the_end_token_begins_a_text() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.bos_token = None
-    (piece,) = document_pieces("the fox", Encoder(tokenizer), 64)
-    assert piece.tokens[0] == tokenizer.eos_token_id
-
-
-def test_measuring_ends_with_the_piece_that_reaches_the_limit(tmp_path: Path, model: Any, tokenizer: Any) -> None:
-    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
-    found = measured(tmp_path, [{"text": text} for text in TEXTS], model, tokenizer, maxTokens=lengths[0] + 1)
-    assert found.counts["tokens"] == lengths[0] + lengths[1]
-    assert found.counts["characters"] == len(TEXTS[0]) + len(TEXTS[1])
-    assert found.counts["records"] == 2
+def test_measuring_ends_at_the_limit(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    found = measured(tmp_path, [{"text": text} for text in TEXTS], model, tokenizer, maxTokens=9)
+    assert 0 < found.counts["tokens"] <= 9
+    assert found.metrics["heldOut.zh.tokensPerCharacter"] == found.counts["tokens"] / found.counts["characters"]
 
 
 def test_a_conversation_is_scored_on_what_the_assistant_says_as_served(
@@ -117,16 +105,16 @@ def test_a_conversation_is_scored_on_what_the_assistant_says_as_served(
     assert found.metrics["heldOut.zh.loss"] == pytest.approx(nll / tokens, rel=1e-5)
 
 
-def test_a_conversation_longer_than_a_row_is_counted_and_left_out(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+def test_a_conversation_longer_than_a_row_is_left_out(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     short = {"instruction": "fox", "output": "dog"}
     long = {"instruction": "fox " * 300, "output": "dog"}
-    assert measured(tmp_path, [long, short], model, tokenizer).counts["tooLong"] == 1
-    with pytest.raises(UserError, match="nothing could be measured; it has 1 records, 1 of them longer"):
+    assert measured(tmp_path, [long, short], model, tokenizer).counts["characters"] == 3
+    with pytest.raises(UserError, match="zh holds no conversation to measure"):
         measured(tmp_path, [long], model, tokenizer)
 
 
-def test_a_conversation_without_a_chat_template_is_an_error_with_the_line(tmp_path: Path, model: Any) -> None:
-    with pytest.raises(UserError, match="set:1: a conversation needs a chat template"):
+def test_conversations_without_a_chat_template_are_an_error(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(UserError, match="heldOut zh: conversations need a chat template"):
         measured(tmp_path, [{"instruction": "a", "output": "b"}], model, make_tokenizer())
 
 
@@ -135,9 +123,3 @@ def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, tokenizer: Any) ->
     broken.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="no number"):
         measured(tmp_path, [{"text": "the fox"}], broken, tokenizer)
-
-
-def test_nothing_taken_is_nothing() -> None:
-    assert take(iter([None, []]), 10).num_too_long == 1
-    assert pack([], 8) == []
-    assert Record(text="x", messages=(), tools=None, source="s", where="w").text == "x"

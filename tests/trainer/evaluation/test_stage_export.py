@@ -1,0 +1,322 @@
+"""The whole stage `export`: what is released, what proves it, what stops it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base
+from model_makers import make_context, make_model
+from safetensors.torch import load_file, save_file
+
+from stagecoach_api.artifacts import CARD, REPORT, REPORT_TEXT, ModelCard
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.export import ExportStage
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.evaluation.generation import Prompter
+from stagecoach_trainer.models.load import load_folder, load_model
+from stagecoach_trainer.stages import export as export_module
+from stagecoach_trainer.stages.export import run
+from stagecoach_trainer.text.vocabulary import load_tokenizer
+
+SAMPLES = {"prompts": list(QUESTIONS[:2]), "generation": {"maxNewTokens": 5}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA with trained new rows over a base that it grows by two pieces."""
+    root = tmp_path_factory.mktemp("adapter")
+    return save_chat_adapter(root, base, root / "output", size=0.2)
+
+
+def release(root: Path, model: Path, **config: Any) -> tuple[StageOutcome, StageContext]:
+    context = make_context(root, "export", {"model": model})
+    return run(ExportStage.model_validate({"model": {"uri": "model"}, **config}), context), context
+
+
+def report_of(context: StageContext) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
+def unmerged(root: Path, adapter: Path) -> Any:
+    return load_model(make_context(root, inputs={"model": adapter}), Reference(uri="model"), merge=False).model.eval()
+
+
+def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logits
+
+
+def test_a_merged_release_in_fp32_says_what_the_adapter_on_its_base_said(tmp_path: Path, adapter: Path) -> None:
+    outcome, context = release(tmp_path / "run", adapter, precision="fp32", samples=SAMPLES)
+    released, before = load_folder(context.output).eval(), unmerged(tmp_path / "before", adapter)
+    ids = [*range(300, 330), 400, 401]  # the last two are new rows
+    torch.testing.assert_close(logits_of(released, ids), logits_of(before, ids), atol=1e-4, rtol=1e-4)
+    report = report_of(context)
+    assert set(report["proof"]) == {"merge", "release"}
+    assert outcome.metrics == {
+        "proof.mergeKl": pytest.approx(0, abs=1e-6),
+        "proof.releaseKl": pytest.approx(0, abs=1e-6),
+    }
+    assert report["proof"]["release"]["sameLikeliest"] > 0.99
+    tokenizer = load_tokenizer(context.output)
+    for sample, question in zip(report["samples"], QUESTIONS, strict=False):
+        said = naive_answer(before, Prompter(tokenizer).encode_question(question), 5, [tokenizer.eos_token_id])
+        assert sample["answer"] == tokenizer.decode(said, skip_special_tokens=True)
+    assert ModelCard.model_validate_json((context.output / CARD).read_bytes()).adapter is False
+    assert not (context.output / "adapter_config.json").exists()
+
+
+def test_rounding_to_bf16_is_counted_and_small(tmp_path: Path, adapter: Path) -> None:
+    outcome, context = release(tmp_path, adapter)
+    assert outcome.metrics["proof.mergeKl"] < 1e-6
+    assert outcome.metrics["proof.mergeKl"] < outcome.metrics["proof.releaseKl"] < 1e-3
+    weights = load_file(context.output / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert json.loads((context.output / "config.json").read_text())["dtype"] == "bfloat16"
+    text = (context.output / REPORT_TEXT).read_text(encoding="utf-8")
+    assert "| merge |" in text
+    assert "| release |" in text
+
+
+def test_equal_exports_give_equal_bytes(tmp_path: Path, adapter: Path) -> None:
+    outputs = [release(tmp_path / name, adapter, samples=SAMPLES)[1].output for name in ("one", "two")]
+    files = [{path.name: path.read_bytes() for path in output.iterdir()} for output in outputs]
+    assert files[0] == files[1]
+    assert not any(str(tmp_path).encode() in content for content in files[0].values())
+
+
+def test_a_large_model_is_cut_into_files_and_opens_again(tmp_path: Path, base: Path) -> None:
+    model = make_model(400, hidden=256)
+    folder = save_chat_base(tmp_path / "base")
+    model.save_pretrained(folder)
+    outcome, context = release(tmp_path, folder, precision="fp32", maxShardBytes=1 << 20)
+    parts = sorted(path.name for path in context.output.glob("*.safetensors"))
+    assert len(parts) > 3
+    assert list(report_of(context)["weights"]) == parts
+    assert max(report_of(context)["weights"].values()) < 1.1 * (1 << 20)
+    assert outcome.metrics == {"proof.releaseKl": 0.0}
+
+
+def test_generation_settings_are_what_the_stage_says_and_not_what_the_base_shipped(tmp_path: Path) -> None:
+    folder = save_chat_base(tmp_path / "base")
+    shipped = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.3}
+    (folder / "generation_config.json").write_text(json.dumps(shipped))
+    _, context = release(tmp_path / "greedy", folder, generation={"maxNewTokens": 9})
+    settings = json.loads((context.output / "generation_config.json").read_text())
+    assert {key: settings.get(key) for key in ("do_sample", "max_new_tokens", "eos_token_id")} == {
+        "do_sample": False,
+        "max_new_tokens": 9,
+        "eos_token_id": [2, 7],
+    }
+    assert "repetition_penalty" not in settings
+    _, context = release(tmp_path / "sampled", folder, generation={"temperature": 0.2, "topP": 0.9})
+    settings = json.loads((context.output / "generation_config.json").read_text())
+    assert [settings[key] for key in ("do_sample", "temperature", "top_p", "top_k")] == [True, 0.2, 0.9, 0]
+
+
+# -- tied weights ------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    _, context = release(tmp_path, save_chat_base(tmp_path / "base", tied=True), precision="fp32")
+    assert "lm_head.weight" not in load_file(context.output / "model.safetensors")
+    released = load_folder(context.output)
+    assert released.get_output_embeddings().weight is released.get_input_embeddings().weight
+    assert report_of(context)["notes"] == []
+
+
+def test_weights_that_are_no_longer_one_are_released_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_chat_base(tmp_path / "base", tied=True)
+    whole = export_module.load_model
+
+    def with_a_head_of_its_own(*arguments: Any, **settings: Any) -> Any:
+        loaded = whole(*arguments, **settings)
+        head = loaded.model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach() * 1.5)
+        return loaded
+
+    monkeypatch.setattr(export_module, "load_model", with_a_head_of_its_own)
+    outcome, context = release(tmp_path, folder, precision="fp32")
+    assert json.loads((context.output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(context.output / "model.safetensors")
+    assert "released apart" in report_of(context)["notes"][0]
+    assert outcome.metrics["proof.releaseKl"] < 1e-9
+
+
+# -- adapters as they are ----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_released_as_it_is_with_its_base_named(tmp_path: Path, base: Path, adapter: Path) -> None:
+    outcome, context = release(tmp_path, adapter, mergeAdapters=False, samples=SAMPLES)
+    files = {path.name for path in context.output.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= files
+    assert "model.safetensors" not in files
+    card = ModelCard.model_validate_json((context.output / CARD).read_bytes())
+    assert card.adapter
+    assert card.base is not None
+    assert card.base.uri == str(base)
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(context.output / "adapter_model.safetensors")[name], tensor)
+    assert outcome.metrics == {"proof.releaseKl": 0.0}
+    assert str(base) in report_of(context)["notes"][0]
+
+
+def test_a_whole_model_cannot_be_released_as_an_adapter(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UserError, match="uri:model is no adapter"):
+        release(tmp_path, base, mergeAdapters=False)
+
+
+# -- what is not released ----------------------------------------------------------------------------------------------
+
+
+def change_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] += 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_a_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_vocabulary(folder: Path) -> None:
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    pieces = state["model"]["vocab"]
+    pieces["<0x41>"], pieces["<0x42>"] = pieces["<0x42>"], pieces["<0x41>"]
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(change_a_weight, "proof: the release in fp32 changed the model: mean KL", id="another weight"),
+        pytest.param(lose_a_weight, "missing weights", id="a lost weight"),
+        pytest.param(change_a_shape, "(mismatch|shape)", id="another shape"),
+        pytest.param(write_nan, "logits that are no numbers", id="a weight that is no number"),
+        pytest.param(change_the_vocabulary, "released vocabulary differs", id="another vocabulary"),
+    ],
+)
+def test_what_was_written_wrong_is_found_when_it_is_read_back(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
+) -> None:
+    sound = export_module.save_model
+
+    def save_and_damage(model: Any, tokenizer: Any, vocabulary: Path, output: Path, *rest: Any, **more: Any) -> None:
+        sound(model, tokenizer, vocabulary, output, *rest, **more)
+        damage(output)
+
+    monkeypatch.setattr(export_module, "save_model", save_and_damage)
+    with pytest.raises(UserError, match=message):
+        release(tmp_path, base, precision="fp32")
+    assert not (tmp_path / "work" / "output" / REPORT).exists()
+
+
+def test_a_merge_that_changes_the_model_is_found(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    with pytest.raises(UserError, match="merging the adapters changed the model: mean KL"):
+        release(tmp_path, adapter, proof={"maxKl": 10})
+
+
+def test_a_limit_that_rounding_breaks_stops_the_release(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UserError, match=r"the release in bf16 changed the model.*allowed are 1e-12"):
+        release(tmp_path, base, proof={"maxKl": 1e-12})
+
+
+def test_a_model_that_is_broken_already_is_not_released(tmp_path: Path) -> None:
+    folder = save_chat_base(tmp_path / "base")
+    write_nan(folder)
+    with pytest.raises(UserError, match="the model itself gives logits that are no numbers"):
+        release(tmp_path, folder)
+
+
+def test_a_chat_template_that_does_not_render_is_refused(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(UserError, match="chatTemplate: the chat template cannot render"):
+        release(tmp_path, base, chatTemplate="{{ messages[0]['content'] | nosuchfilter }}")
+
+
+# -- somewhere else ----------------------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import json, sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("stagecoach"):
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, question = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+messages = [{"role": "user", "content": question}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+said = model.generate(**prompt)[0, prompt["input_ids"].shape[1]:]
+print(json.dumps({
+    "text": tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+    "answer": tokenizer.decode(said, skip_special_tokens=True),
+    "stagecoach": [name for name in sys.modules if name.startswith("stagecoach")],
+}))
+"""
+
+
+def test_the_release_opens_in_plain_transformers_in_another_process_and_answers_alike(
+    tmp_path: Path, adapter: Path
+) -> None:
+    template = (
+        "{% for m in messages %}<human>:{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<bot>:{% endif %}"
+    )
+    _, context = release(
+        tmp_path, adapter, precision="fp32", samples=SAMPLES, generation={"maxNewTokens": 5}, chatTemplate=template
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(context.output), QUESTIONS[0]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found == {
+        "text": f"<human>:{QUESTIONS[0]}\n<bot>:",
+        "answer": report_of(context)["samples"][0]["answer"],
+        "stagecoach": [],
+    }
+    assert found["answer"]
