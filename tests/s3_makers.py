@@ -94,7 +94,8 @@ class VersityServer:
 
 
 class MotoServer:
-    """moto in a thread; its data lives as long as this process."""
+    """moto in a thread; its data lives as long as this process. One request at a time: moto looks and writes in two
+    steps, so that side by side two conditional writes could both succeed."""
 
     def __init__(self) -> None:
         self._port = free_port()
@@ -102,15 +103,18 @@ class MotoServer:
         self._server: Any = None
 
     def start(self) -> None:
-        from moto.server import ThreadedMotoServer
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
 
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self._port, verbose=False)
-        self._server.start()
+        application = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", self._port, application, threaded=False)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
         wait_for_port(self._port, lambda: "moto")
 
     def stop(self) -> None:
         if self._server is not None:
-            self._server.stop()
+            self._server.shutdown()
+            self._server.server_close()
             self._server = None
 
 
