@@ -27,6 +27,8 @@ def s3_credentials() -> Iterator[None]:
 def s3_server(s3_credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on 127.0.0.1 for the whole session; `s3_makers.make_bucket(server.endpoint, name)` fills it."""
     server = make_server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    yield server
-    server.stop()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

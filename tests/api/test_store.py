@@ -502,8 +502,6 @@ def test_waits_grow_are_bounded_and_end_at_the_deadline() -> None:
 
 def test_a_server_that_goes_away_and_comes_back_is_waited_for(s3_credentials: None, tmp_path: Path) -> None:
     server = make_server(tmp_path / "server")
-    server.start()
-    make_bucket(server.endpoint, "bucket")
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -514,6 +512,8 @@ def test_a_server_that_goes_away_and_comes_back_is_waited_for(s3_credentials: No
     store = S3Store(S3Location("bucket", ""), endpoint=server.endpoint, retrier=Retrier(sleep=sleep))
     expected = file_of(tmp_path / "source", 1000)
     try:
+        server.start()
+        make_bucket(server.endpoint, "bucket")
         store.upload(tmp_path / "source", "first")
         server.stop()
         store.upload(tmp_path / "source", "second")
