@@ -30,7 +30,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
     """Write `tokenizer.model`, `tokenizer.json` and the two configurations into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SENTENCEPIECE_FILE).write_bytes(vocabulary.serialize())
-    _write_json(folder / TOKENIZER_FILE, tokenizer_json(vocabulary))
+    _write_json(folder / TOKENIZER_FILE, tokenizer_json(vocabulary), indent=None)
     special = special_tokens(vocabulary)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,7 +99,11 @@ def _normalizers(spec: Any, prefix: bool) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        if spec.name.startswith("nmt_"):  # makes \r and \n a blank each; tokenizers takes the two for one character
+        # tokenizers looks each perceived character up as a whole and drops what follows the first match: composed
+        # beforehand, decomposed accents and Hangul come out as SentencePiece has them; so do the two of \r\n.
+        if "nfkc" in spec.name:
+            steps.append({"type": "NFC"})
+        if spec.name.startswith("nmt_"):
             steps.append({"type": "Replace", "pattern": {"String": "\r\n"}, "content": "\n\n"})
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
@@ -182,5 +186,5 @@ def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def _write_json(path: Path, value: object, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False) + "\n", encoding="utf-8")

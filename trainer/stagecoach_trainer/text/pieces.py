@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Vocabulary:
     model: Any
     """The `ModelProto`. Treated as frozen: every change makes a copy."""
 
-    @property
+    @cached_property
     def pieces(self) -> list[str]:
+        """The pieces' text by id."""
         return [piece.piece for piece in self.model.pieces]
 
     @property

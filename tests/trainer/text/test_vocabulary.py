@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_makers import LLAMA
+
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.text.conversion import save_vocabulary
+from stagecoach_trainer.text.pieces import load_vocabulary
+from stagecoach_trainer.text.vocabulary import encode_batch, encode_stream, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_vocabulary(load_vocabulary(LLAMA), folder)
+    return folder
+
+
+def test_a_batch_becomes_int32_arrays_without_special_tokens(folder: Path) -> None:
+    encoded = encode_batch(load_tokenizer(folder), ["hello", "", "</s>"])
+    assert [ids.dtype for ids in encoded] == [np.int32] * 3
+    assert encoded[0].tolist() == [22172]
+    assert encoded[1].tolist() == []
+    assert 2 not in encoded[2]
+
+
+def test_a_stream_gives_what_a_batch_gives(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    texts = [f"text number {number}" for number in range(50)]
+    stream = list(encode_stream(tokenizer, iter(texts), batch_characters=100))
+    assert [ids.tolist() for ids in stream] == [ids.tolist() for ids in encode_batch(tokenizer, texts)]
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    encode_batch(tokenizer, ["</s>"])
+    assert tokenizer("</s>").input_ids == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        pytest.param(None, "no folder", id="nothing there"),
+        pytest.param({}, "neither tokenizer.json nor tokenizer.model", id="an empty folder"),
+        pytest.param(
+            {
+                "tokenizer.json": "{}",
+                "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}}),
+            },
+            "`trust_remote_code`.*never run",
+            id="code of its own",
+        ),
+        pytest.param(
+            {"tokenizer.json": "{}", "tokenizer_config.json": "{"}, "malformed JSON", id="a broken configuration"
+        ),
+        pytest.param(
+            {"tokenizer.json": "{}", "tokenizer_config.json": "[]"}, "expected a JSON object, got list", id="a list"
+        ),
+        pytest.param(
+            {"tokenizer.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},
+            "the vocabulary cannot be loaded",
+            id="a broken vocabulary",
+        ),
+    ],
+)
+def test_what_is_no_vocabulary_is_refused(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
+    folder = tmp_path / "folder"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
