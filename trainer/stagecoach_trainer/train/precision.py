@@ -75,7 +75,7 @@ class MixedPrecision:
             if name in self.masters:
                 parameter.data = self.masters[name].detach().to("cpu", torch.float32)
             else:
-                self._frozen.restore(name, parameter)
+                parameter.data = self._frozen.original(name, parameter)
             parameter.grad = None
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to("cpu")
@@ -112,9 +112,10 @@ class FrozenOriginals:
             self._originals[name] = parameter.data
         parameter.data = small
 
-    def restore(self, name: str, parameter: nn.Parameter) -> None:
-        original = self._originals.get(name)
-        parameter.data = parameter.data.to("cpu", torch.float32) if original is None else original
+    def original(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Return the fp32 weight a frozen parameter had before its cast, on the CPU."""
+        kept = self._originals.get(name)
+        return parameter.data.to("cpu", torch.float32) if kept is None else kept
 
 
 class LossScale:
