@@ -11,7 +11,7 @@ from typing import Any
 
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
 from stagecoach_api.references import Reference
-from stagecoach_api.store import external_digest, list_external, open_store
+from stagecoach_api.store import Store, external_digest, list_external, open_store
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.progress import Progress
 
@@ -30,12 +30,14 @@ class FolderContext(StageContext):
         if reference.stage is not None:
             return self.stages[reference.stage]
         assert reference.uri is not None
-        _, entries = list_external(reference.uri)
+        _, entries = list_external(reference.uri, endpoint=getattr(self.store, "endpoint", None))
         return self.fetch_resolved(ResolvedInput(uri=reference.uri, digest=external_digest(entries)))
 
 
-def make_context(folder: Path, seed: int = 1, stages: Mapping[str, Path] | None = None) -> FolderContext:
-    """Return a context that works below `folder`."""
+def make_context(
+    folder: Path, seed: int = 1, stages: Mapping[str, Path] | None = None, store: Store | None = None
+) -> FolderContext:
+    """Return a context that works below `folder`; its store lies there too, unless one is given."""
     work = folder / f"work-{seed}"
     (work / "output").mkdir(parents=True)
     resolved = ResolvedStage(
@@ -52,7 +54,7 @@ def make_context(folder: Path, seed: int = 1, stages: Mapping[str, Path] | None 
     )
     return FolderContext(
         resolved=resolved,
-        store=open_store(str(folder / "store")),
+        store=store or open_store(str(folder / "store")),
         work=work,
         cache=folder / "cache",
         world=World(),

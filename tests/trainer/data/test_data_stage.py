@@ -11,9 +11,11 @@ import pytest
 from data_makers import SHARED, FolderContext, make_context, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_makers import REGION, S3Server, make_bucket
 
 from stagecoach_api.references import RecordSource, Split
 from stagecoach_api.stages.data import DataStage
+from stagecoach_api.store import open_store
 from stagecoach_trainer.data.funnel import Funnel
 from stagecoach_trainer.data.records import Record, read_records
 from stagecoach_trainer.errors import Interrupted, UserError
@@ -175,6 +177,17 @@ def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     run(stage(sources=[{"uri": str(path)} for path in paths]), context)
     assert list(report_of(context)["sources"]) == ["a.jsonl", "a.jsonl#2"]
+
+
+def test_a_glob_on_s3_is_read_like_a_folder(tmp_path: Path, s3_server: S3Server) -> None:
+    make_bucket(s3_server.endpoint, "raw-data")
+    store = open_store("s3://raw-data/in", endpoint=s3_server.endpoint, region=REGION)
+    for name in ("a.jsonl", "b.jsonl", "c.json"):
+        store.upload(write_jsonl(tmp_path / name, [{"text": f"{name} {n}"} for n in range(3)]), name)
+    context = make_context(tmp_path, store=store)
+    run(stage(sources=[{"uri": "s3://raw-data/in/*.jsonl", "name": "s3"}], order="asGiven"), context)
+    expected = [f"{name}.jsonl {n}" for name in "ab" for n in range(3)]
+    assert [record.text for record in records_of(context)] == expected
 
 
 def test_a_lost_record_is_a_fault_that_raises() -> None:

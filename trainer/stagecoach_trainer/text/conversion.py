@@ -1,8 +1,8 @@
 """A SentencePiece vocabulary as a folder that `AutoTokenizer` opens, with the same ids for the same text.
 
-What makes them equal (measured against transformers 5.23; LESSONS of others in brackets):
+What makes them equal (measured with transformers 5.23 and tokenizers 0.23):
 - BPE merges are sorted by the score of the piece they make, highest first. SentencePiece merges by that score; the
-  stock conversion sorts otherwise and differs on one text in eighty.
+  stock conversion sorts otherwise and differed on 5 of 400 texts.
 - Pieces of equal score (LLaMA's runs of blanks) are merged from the left by SentencePiece. A merge with the longer
   left part first does the same.
 - SentencePiece puts a blank in front of every text. `Metaspace` leaves it out where the text begins with one, so a
