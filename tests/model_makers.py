@@ -27,6 +27,8 @@ SENTENCES = (
     "白日依山尽 黄河入海流 欲穷千里目 更上一层楼",
     "床前明月光 疑是地上霜 举头望明月 低头思故乡",
 )
+torch.set_num_threads(1)  # the models are so small that several threads only wait for each other
+
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 

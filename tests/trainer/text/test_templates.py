@@ -50,7 +50,7 @@ def renderer(template: Template, **vocabulary: Any) -> tuple[Any, Renderer]:
 def test_segments_of_real_conversations_join_to_the_exported_chat_template(name: TemplateName, file: str) -> None:
     tokenizer, render = renderer(Template(name=name), special=("<|im_start|>", "<|im_end|>"))
     checked = 0
-    for messages, tools in conversations(file)[:200]:
+    for messages, tools in conversations(file)[:150]:
         if name is not TemplateName.CHATML and any(
             message["role"] in ("toolCall", "environment") for message in messages
         ):
@@ -65,7 +65,7 @@ def test_segments_of_real_conversations_join_to_the_exported_chat_template(name:
             assert content in answer
             assert answer.endswith(tokenizer.eos_token)
         checked += 1
-    assert checked >= 90
+    assert checked >= 60
 
 
 @pytest.mark.parametrize(

@@ -222,14 +222,18 @@ def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) ->
 
 def _row_module_names(model: Any) -> list[str]:
     """Return the names of the embedding and, unless it is tied to it, the head; PEFT follows a tie by itself."""
-    wanted = {id(module) for module in _row_modules(model)}
+    return _names_of(model, _row_modules(model))
+
+
+def _names_of(model: Any, modules: Sequence[Any]) -> list[str]:
+    wanted = {id(module) for module in modules}
     return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if id(module) in wanted]
 
 
 def _check_targets(model: Any, lora: LoraTraining) -> None:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _require_known("trainable.lora.targets", lora.targets, linear, "linear layers")
-    embeddings = set(_row_module_names(model))
+    embeddings = set(_names_of(model, [model.get_input_embeddings(), model.get_output_embeddings()]))
     layers = linear | embeddings | {name.rsplit(".", 1)[-1] for name, _ in _norms(model)}
     _require_known("trainable.lora.modulesToSave", lora.modules_to_save, layers, "layers")
     twice = set(lora.targets) & set(lora.modules_to_save)

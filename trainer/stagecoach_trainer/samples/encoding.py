@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -41,27 +42,38 @@ class Encoder:
 
     def continuations(self, texts: Sequence[str], parse_special: bool = False) -> list[Ids]:
         """Encode texts that follow others, without the blank that would begin a text."""
-        backend = self._continuing
-        backend.encode_special_tokens = not parse_special
-        return [np.asarray(item.ids, dtype=np.int32) for item in backend.encode_batch_fast(list(texts), False)]
+        backend = self._tokenizer.backend_tokenizer
+        before = (backend.normalizer, backend.pre_tokenizer)
+        backend.normalizer, backend.pre_tokenizer = self._without_prefix
+        try:
+            return encode_batch(self._tokenizer, texts, parse_special)
+        finally:
+            backend.normalizer, backend.pre_tokenizer = before
 
     def contains_special(self, text: str) -> bool:
         """Return whether the text of a special token occurs in `text`."""
         return any(token in text for token in self.special_texts)
 
     @cached_property
-    def _continuing(self) -> Any:
-        from tokenizers import Tokenizer
+    def _without_prefix(self) -> tuple[Any, Any]:
+        backend = self._tokenizer.backend_tokenizer
+        return _changed(backend.normalizer), _changed(backend.pre_tokenizer)
 
-        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        state["truncation"] = state["padding"] = None
-        state["normalizer"] = without_prefix(state.get("normalizer"))
-        state["pre_tokenizer"] = without_prefix(state.get("pre_tokenizer"))
-        return Tokenizer.from_str(json.dumps(state))
+
+def _changed(step: Any) -> Any:
+    """Return a copy of a normaliser or pre-tokenizer that puts no blank in front of a text."""
+    if step is None:
+        return None
+    state = without_prefix(json.loads(step.__getstate__()))
+    if state is None:
+        return None
+    changed = copy.deepcopy(step)
+    changed.__setstate__(json.dumps(state).encode())
+    return changed
 
 
 def without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a normaliser or pre-tokenizer of `tokenizer.json` that puts no blank in front of a text."""
+    """Return a normaliser or pre-tokenizer, as `tokenizer.json` has them, that puts no blank in front of a text."""
     if step is None:
         return None
     kind = step.get("type")

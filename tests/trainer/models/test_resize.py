@@ -1,0 +1,111 @@
+"""Growing a vocabulary: old rows bit for bit, new rows as asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_makers import make_model, make_tokenizer
+
+from stagecoach_api.training import NewRows
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow
+from stagecoach_trainer.models.scratch import Architecture, build_model
+
+EXTRA = ("龘", "▁龘靐", "<|new|>")
+
+
+def grown_tokenizer() -> object:
+    return make_tokenizer(extra=EXTRA[:2], special=EXTRA[2:])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", list(NewRows))
+def test_old_rows_stay_bit_for_bit_and_new_ones_are_appended(how: NewRows, tied: bool) -> None:
+    old_tokenizer, new_tokenizer = make_tokenizer(), grown_tokenizer()
+    model, before = (make_model(len(old_tokenizer), seed=2, tied=tied) for _ in range(2))
+    rows = grow(model, old_tokenizer, new_tokenizer, how, seed=11)
+    assert rows == range(len(old_tokenizer), len(old_tokenizer) + 3)
+    assert model.config.vocab_size == len(new_tokenizer)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    for matrix, original in (
+        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+        (model.lm_head.weight, before.lm_head.weight),
+    ):
+        assert matrix.shape == (len(new_tokenizer), 32)
+        assert torch.equal(matrix[: rows.start], original)
+        if how is NewRows.ZERO:
+            assert not matrix[rows.start :].any()
+        if how is NewRows.RANDOM:
+            assert 0.01 < float(matrix[rows.start :].detach().std()) < 0.03
+        if how is NewRows.MEAN:
+            for index, text in zip(rows, ("龘", " 龘靐", "<|new|>"), strict=True):
+                pieces = old_tokenizer.convert_tokens_to_ids(_pieces(old_tokenizer, text))
+                assert torch.equal(matrix[index], original[pieces].mean(dim=0))
+
+
+def _pieces(tokenizer: object, text: str) -> list[str]:
+    """Return the old pieces of a text, the blank in front of it taken off where it has none."""
+    pieces = tokenizer.tokenize("\n" + text)
+    return pieces[pieces.index("<0x0A>") + 1 :]
+
+
+def test_random_rows_depend_on_the_seed_alone() -> None:
+    def rows(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed * 100)
+        model = make_model(len(make_tokenizer()))
+        new = grow(model, None, grown_tokenizer(), NewRows.RANDOM, seed=seed)
+        return model.lm_head.weight[new.start :].detach()
+
+    assert torch.equal(rows(1), rows(1))
+    assert not torch.equal(rows(1), rows(2))
+
+
+def test_mean_needs_the_old_vocabulary() -> None:
+    with pytest.raises(UserError, match="`random` or `zero`"):
+        grow(make_model(300), None, make_tokenizer(), NewRows.MEAN)
+
+
+def test_a_vocabulary_that_is_not_larger_cannot_be_grown_to() -> None:
+    with pytest.raises(UserError, match="only a larger one"):
+        grow(make_model(400), None, make_tokenizer(), NewRows.ZERO)
+
+
+def test_ids_that_moved_are_refused() -> None:
+    old, other = make_tokenizer(extra=("龘", "靐")), make_tokenizer(extra=("靐", "龘"))
+    with pytest.raises(UserError, match="2 moved"):
+        check_old_ids(old, other, "new")
+    with pytest.raises(UserError, match="1 lost"):
+        check_old_ids(old, make_tokenizer(extra=("龘",)), "new")
+    check_old_ids(make_tokenizer(), old, "new")
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(400, True), (399, False), (401, False), (448, False)])
+def test_sizes_that_differ_are_refused(rows: int, fits: bool) -> None:
+    tokenizer = make_tokenizer()
+    if fits:
+        check_sizes(make_model(rows), tokenizer, "model")
+        return
+    with pytest.raises(UserError, match=f"400 tokens and the model {rows} rows"):
+        check_sizes(make_model(rows), tokenizer, "model")
+
+
+def test_a_matrix_padded_to_a_round_number_is_let_pass() -> None:
+    tokenizer = make_tokenizer(extra=tuple(chr(0x20000 + number) for number in range(7000)))
+    padded = -(-len(tokenizer) // 64) * 64
+    assert padded > len(tokenizer)
+    check_sizes(make_model(padded, hidden=8), tokenizer, "model")
+
+
+def test_a_model_from_nothing_is_a_function_of_shape_and_seed() -> None:
+    shape = Architecture(
+        hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_key_value_heads=2, rope_theta=5e4
+    )
+    tokenizer = make_tokenizer()
+    state = torch.random.get_rng_state()
+    one, two, other = (build_model(shape, tokenizer, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in two.state_dict().items())
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.lm_head.weight.shape == (len(tokenizer), 32)
+    assert one.config.rope_parameters["rope_theta"] == 5e4
+    assert one.config.eos_token_id == tokenizer.eos_token_id

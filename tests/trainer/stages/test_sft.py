@@ -1,0 +1,148 @@
+"""`sft` from beginning to end, on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage_makers import Workshop
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stagecoach_trainer.errors import UserError
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return found
+
+
+def test_it_learns_and_the_result_answers_in_plain_transformers_with_its_chat_template(workshop: Workshop) -> None:
+    outcome, output = workshop.sft(
+        template={"name": "vicuna", "system": "You are short."},
+        budget={"steps": 25},
+        heldOut={
+            "sets": [
+                {"uri": "talks", "name": "talks", "format": "alpaca", "maxSamples": 9},
+                {"uri": "texts", "name": "en"},
+            ]
+        },
+    )
+    assert outcome.metrics["heldOut.talks.loss"] < outcome.metrics["heldOut.talks.before.loss"] - 1
+    assert "heldOut.en.bitsPerCharacter" in outcome.metrics
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what is 3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert "You are short." in tokenizer.decode(ids["input_ids"][0])
+    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer).startswith("the")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    counts = report_of(output)["data"]["talks"]
+    assert counts["records"] == counts["samples"] == 40
+
+
+def test_chatml_ends_with_its_own_marker_where_the_vocabulary_has_it(workshop: Workshop) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(workshop.root / "base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(workshop.root / "markers")
+    workshop.inputs["markers"] = workshop.root / "markers"
+    _, output = workshop.sft(
+        "marked", tokenizer={"uri": "markers"}, template={"name": "chatml"},
+        trainable={"lora": {"targets": ["q_proj"], "newRows": True}},
+    )  # fmt: skip
+    saved = AutoTokenizer.from_pretrained(output)
+    assert saved.eos_token == "<|im_end|>"  # noqa: S105
+    assert saved.chat_template is not None
+    assert report_of(output)["warnings"] == []
+    card = json.loads((output / "stagecoach.json").read_text())
+    assert card["newRows"] == "mean"
+    _, spelled = workshop.sft("spelled", template={"name": "chatml"})
+    assert "specialTokens" in report_of(spelled)["warnings"][0]
+
+
+def test_packed_and_unpacked_training_come_to_the_same(workshop: Workshop) -> None:
+    changes: dict[str, Any] = {"batch": {"samples": 10}, "budget": {"steps": 4}}
+    packed, _ = workshop.sft("packed", **changes)
+    alone, _ = workshop.sft("alone", packing=False, **changes)
+    assert packed.tokens == alone.tokens
+    assert packed.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-5)
+
+
+def test_sets_with_weights_an_adapter_and_its_continuation(workshop: Workshop) -> None:
+    _, first = workshop.sft(
+        "first",
+        data=[
+            {"uri": "talks", "name": "talks", "format": "alpaca", "weight": 3},
+            {"uri": "texts", "name": "texts", "weight": 1},
+        ],
+        trainable={"lora": {"rank": 4}},
+    )
+    rows = report_of(first)["phases"][0]["rows"]
+    assert set(rows) == {"talks", "texts"}
+    _, second = workshop.sft("second", model={"uri": "first"}, trainable={"lora": {"continueAdapter": True}})
+    config = json.loads((second / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    assert config["base_model_name_or_path"] == str(workshop.root / "base")
+    _, third = workshop.sft("third", model={"uri": "second"})
+    assert (third / "model.safetensors").is_file()
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(third).lm_head.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequenceLength": 32, "batch": {"tokens": 64}}, r"no sample to train on is left .*tooLong 40"),
+        ({"sequenceLength": 32, "batch": {"tokens": 64}, "tooLong": "fail"}, r"talks:1: \d+ tokens do not fit"),
+        ({"loss": {"roles": ["environment"]}}, "noLoss 40"),
+        ({"template": {"name": "custom", "jinja": "{{ messages[0]['content'] }}"}}, r"talks:1: .*end token"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        workshop.sft(**changes)
+
+
+def test_more_dropped_samples_than_allowed_fail_the_stage(workshop: Workshop) -> None:
+    records = json.loads(workshop.inputs["talks"].read_text())
+    records[0]["output"] = "the fox " * 100
+    records[1]["output"] = "the fox " * 100
+    records[2]["output"] = "the fox " * 100
+    workshop.inputs["talks"].write_text(json.dumps(records))
+    with pytest.raises(UserError, match=r"7\.5% of the samples.*`maxDroppedShare` 5\.0%.*tooLong 3"):
+        workshop.sft()
+    _, output = workshop.sft("allowed", maxDroppedShare=0.1)
+    assert report_of(output)["data"]["talks"]["tooLong"] == 3
+
+
+def test_tokenised_shards_are_made_once_and_used_again(workshop: Workshop) -> None:
+    from stagecoach_api.references import WeightedSource
+    from stagecoach_api.stages.sft import Loss, Template, TemplateName, TooLong
+    from stagecoach_trainer.samples import sources
+    from stagecoach_trainer.samples.sources import conversation_shard
+    from stagecoach_trainer.text.templates import apply_template
+
+    tokenizer = AutoTokenizer.from_pretrained(workshop.root / "base")
+    apply_template(tokenizer, Template(name=TemplateName.ALPACA))
+    context = workshop.context("sft", "shards")
+    source = WeightedSource(uri="talks")
+
+    def shard(length: int) -> tuple[int, int]:
+        found = conversation_shard(context, source, tokenizer, Loss(), TooLong.DROP, length)
+        folders = [path for path in (context.cache / "tokens").iterdir() if path.is_dir()]
+        return found.num_tokens, len(folders)
+
+    tokens, folders = shard(160)
+    assert folders == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "read_records", None)
+        assert shard(160) == (tokens, 1)
+    assert shard(200) == (tokens, 2)
