@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 15.0
 BAR_WIDTH = 20
+NARROW_COLUMNS = 100
+"""Terminals with fewer columns get less beside the words."""
+NARROW_BAR_WIDTH = 10
 ELAPSED_WIDTH = 9
 SHOWN_METRICS = 3
 FIRST_METRICS = ("loss", "tokensPerSecond")
@@ -172,16 +175,22 @@ def _elapsed(row: StageRow, now: float) -> str:
 # -- on a terminal -----------------------------------------------------------------------------------------------------
 
 
-def render_rows(snapshot: Snapshot, ascii_only: bool = False) -> RenderableType:
-    """Return the live table: icon, stage, kind, bar, words, elapsed time of each stage."""
+def render_rows(snapshot: Snapshot, width: int, ascii_only: bool = False) -> RenderableType:
+    """Return the live table: icon, stage, kind, bar, words, elapsed time of each stage.
+
+    `width`: columns of the terminal; on a narrow one the kind is left out, and the bar is shorter.
+    """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-    widths = (1, max(len(row.name) for row in snapshot.rows), max(len(row.kind) for row in snapshot.rows), BAR_WIDTH)
-    for width in widths:
-        table.add_column(width=width, no_wrap=True)
+    is_narrow = width < NARROW_COLUMNS
+    bar_width = NARROW_BAR_WIDTH if is_narrow else BAR_WIDTH
+    kind_width = 0 if is_narrow else max(len(row.kind) for row in snapshot.rows)
+    for column in (1, max(len(row.name) for row in snapshot.rows), kind_width, bar_width):
+        if column:
+            table.add_column(width=column, no_wrap=True)
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column(width=ELAPSED_WIDTH, justify="right", no_wrap=True)
     for row in snapshot.rows:
@@ -189,11 +198,11 @@ def render_rows(snapshot: Snapshot, ascii_only: bool = False) -> RenderableType:
         event = row.progress if row.view.state in LIVING else None
         bar: RenderableType = ""
         if event is not None:
-            bar = ProgressBar(event.total or None, event.done, width=BAR_WIDTH, pulse=not event.total)
+            bar = ProgressBar(event.total or None, event.done, width=bar_width, pulse=not event.total)
         table.add_row(
             Text(plain if ascii_only else icon, style=style),
             Text(row.name, style="bold" if row.view.state in LIVING else ""),
-            Text(row.kind, style="dim"),
+            *([Text(row.kind, style="dim")] if kind_width else []),
             bar,
             Text(describe(row), style=style if row.view.state not in LIVING else ""),
             Text(_elapsed(row, snapshot.now), style="dim"),
@@ -212,13 +221,14 @@ class LiveView:
         self._live.start()
 
     def show(self, snapshot: Snapshot) -> None:
-        self._live.update(render_rows(snapshot, self._console.options.ascii_only), refresh=True)
+        self._live.update(render_rows(snapshot, self._console.width, self._console.options.ascii_only), refresh=True)
 
     def say(self, text: str) -> None:
         self._console.print(text, style="yellow", highlight=False)
 
     def close(self) -> None:
         self._live.stop()
+        self._console.print()
 
 
 # -- elsewhere ---------------------------------------------------------------------------------------------------------

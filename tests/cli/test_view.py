@@ -96,11 +96,16 @@ def manifest(kind: str, letter: str, tokens: int = 0, **metrics: float) -> Manif
 
 
 def test_the_live_table_shows_every_state() -> None:
-    assert text_of(render_rows(snapshot(*rows()))) == (GOLDEN / "live.txt").read_text(encoding="utf-8")
+    assert text_of(render_rows(snapshot(*rows()), width=100)) == (GOLDEN / "live.txt").read_text(encoding="utf-8")
+
+
+def test_a_narrow_terminal_keeps_room_for_the_words() -> None:
+    lines = text_of(render_rows(snapshot(*rows()), width=80), width=80).splitlines()
+    assert lines[2] == "▶  base     ━━━         train  123k/400k tokens  loss 3.422  tokens/…       42 s"
 
 
 def test_a_terminal_without_unicode_gets_plain_marks() -> None:
-    lines = text_of(render_rows(snapshot(*rows()), ascii_only=True)).splitlines()
+    lines = text_of(render_rows(snapshot(*rows()), width=100, ascii_only=True)).splitlines()
     assert [line[0] for line in lines] == ["+", "+", ">", ">", "#", ".", "r", "x", "-"]
 
 

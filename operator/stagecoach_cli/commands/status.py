@@ -35,7 +35,7 @@ def command(run: str | None) -> None:
             return
         snapshot = snapshot_of(folder, record)
         out.print(headline(folder, record), highlight=False, markup=False, soft_wrap=True)
-        out.print(render_rows(snapshot, out.options.ascii_only))
+        out.print(render_rows(snapshot, out.width, out.options.ascii_only))
         print_failures(out, snapshot)
 
 
