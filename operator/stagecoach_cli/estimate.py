@@ -56,7 +56,8 @@ def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estima
         tokens = last.tokens
     if last is not None:
         scale = tokens / last.tokens if tokens and last.tokens else 1.0
-        return Estimate(tokens, last.seconds * scale)
+        fixed = min(START_SECONDS, last.seconds)
+        return Estimate(tokens, fixed + (last.seconds - fixed) * scale)
     parameters = num_parameters(plan, name)
     if tokens is None or parameters is None:
         return Estimate(tokens, None)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from stagecoach_api.store import Store
     from stagecoach_cli.artifacts import Ancestor
 
+WIDE = 1000
+"""Columns of a listing that nobody's terminal limits: a URI stays in one piece."""
+
 endpoint_option = click.option("--endpoint", metavar="URL", help="S3 endpoint. Default: the run's, else the AWS SDK's.")
 
 
@@ -49,7 +52,7 @@ def list_artifacts(what: str | None, storage: str | None, endpoint: str | None) 
             table.add_row(name, pointer.kind, short(pointer.stage_digest), short(pointer.content_digest), pointer.uri)
         if not found:
             raise Failure(f"no artifacts of {what or 'any run'} in {place.store.uri}")
-        print_titled(console(), place.store.uri, table)
+        print_titled(console(WIDE), place.store.uri, table)
 
 
 @command.command("get")
@@ -87,7 +90,8 @@ def verify(artifact: str, storage: str | None, endpoint: str | None) -> int:
         faults = 0
         for checked in verify_lineage(place.store, digest, artifact, place.endpoint, place.region):
             word = "BAD" if checked.faults else "ok "
-            what = f"{checked.num_objects} objects, {quantity(checked.num_bytes)}B"
+            plural = "s" * (checked.num_objects != 1)
+            what = f"{checked.num_objects} object{plural}, {quantity(checked.num_bytes)}B"
             click.echo(f"{word} {checked.member.key}  {what}")
             for text in checked.faults:
                 click.echo(f"    {text}")

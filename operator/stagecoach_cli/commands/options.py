@@ -86,11 +86,9 @@ def _os_error(error: OSError) -> str:
     return said
 
 
-def console(err: bool = False) -> Console:
-    """Return a console: as wide as the terminal, or wide enough for a table where there is none."""
+def console(plain_width: int = PLAIN_WIDTH) -> Console:
+    """Return a console: as wide as the terminal, or `plain_width` columns where there is none."""
     from rich.console import Console
 
-    made = Console(stderr=err)
-    if not made.is_terminal:
-        made = Console(stderr=err, width=PLAIN_WIDTH)
-    return made
+    made = Console()
+    return made if made.is_terminal else Console(width=plain_width)
