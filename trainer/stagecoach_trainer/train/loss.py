@@ -38,7 +38,7 @@ def cross_entropy_sum(
     """Return `scale` · Σ −log p(target) over the positions with loss, in nats, as an fp32 scalar.
 
     `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden` where it differs; its gradient then has
-    its own dtype), `loss_at` [M], `targets` [M]. Logits are summed up in fp32. Gradients flow to `hidden`, `weight`
+    its own dtype), `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64. Gradients flow to `hidden`, `weight`
     and `bias` where they are asked for.
     """
     wanted = torch.is_grad_enabled()
@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         everywhere = len(loss_at) == len(hidden)
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         minus_one = torch.full((len(targets), 1), -1.0, device=hidden.device)
         d_selected = torch.empty_like(selected) if need_hidden else None
         d_weight = _zeros_like(weight) if need_weight else None
@@ -92,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.hidden_shape = hidden.shape
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(loss_at, d_selected, d_weight, d_bias)
-        return total * scale
+        return (total * scale).float()
 
     @staticmethod
     @once_differentiable
@@ -115,14 +115,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax of fp32 logits [rows, V], and the summed −log p of the targets [rows, 1].
+    """Return the softmax of fp32 logits [rows, V], and the summed −log p of the targets [rows, 1] in fp64.
 
     The log of the normaliser is taken from the most probable token, whose probability never underflows: softmax is one
     fast kernel, where exponentials of a log-softmax cost three times as much on a CPU.
     """
     p = torch.softmax(logits, dim=-1)
     normaliser = logits.amax(-1) - p.amax(-1).log_()
-    nll = normaliser.sum() - logits.gather(1, targets).sum()
+    nll = (normaliser - logits.gather(1, targets)[:, 0]).sum(dtype=torch.float64)
     return p, nll
 
 

@@ -1,0 +1,81 @@
+"""Two ranks on CPUs: replicated, ZeRO-2 and ZeRO-3 train, stop, resume bit for bit, and agree with one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_makers import RandomPlan, context, tiny_model, training
+
+from stagecoach_trainer.train.job import TrainingJob
+from stagecoach_trainer.train.loop import train
+
+CASES = ("0-fp32", "2-fp32", "3-bf16")
+HERE = Path(__file__).parent
+TIMEOUT_SECONDS = 280
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks made of all cases, in one pair of processes: starting one costs more than training."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "ranks_worker.py"), str(folder), *CASES],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"{rank}.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [rank.wait(TIMEOUT_SECONDS) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    result: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return result
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_stopped_goes_on_and_ends_bit_for_bit_like_an_undisturbed_one(
+    report: dict[str, Any], case: str
+) -> None:
+    assert report[case]["resumed"]["weights"]
+    assert report[case]["resumed"] == report[case]["whole"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", ["0-fp32", "2-fp32"])
+def test_two_ranks_have_the_losses_of_one(report: dict[str, Any], case: str, tmp_path: Path) -> None:
+    job = TrainingJob(tiny_model(), training(), RandomPlan(num_rows=5))
+    alone = [point["loss"] for point in train(job, context(tmp_path)).history]
+    assert report[case]["whole"]["losses"][0] == pytest.approx(alone[0], abs=1e-6)
+    assert report[case]["whole"]["losses"] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.timeout(300)
+def test_zero_3_in_bf16_stays_near_fp32(report: dict[str, Any]) -> None:
+    assert report["3-bf16"]["whole"]["losses"] == pytest.approx(report["2-fp32"]["whole"]["losses"], abs=5e-2)
