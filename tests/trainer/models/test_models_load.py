@@ -337,3 +337,16 @@ def test_a_model_is_saved_in_several_files_and_in_another_number_format(tmp_path
     assert loaded.generation_config.max_new_tokens == 9
     assert model.dtype == torch.float32
     assert "deepspeed" not in sys.modules
+
+
+def test_generation_settings_that_contradict_each_other_do_not_lose_a_trained_model(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    model = make_model(len(tokenizer))
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.6
+    output = tmp_path / "output"
+    output.mkdir()
+    save_model(model, tokenizer, tmp_path / "vocabulary", output, ModelCard(adapter=False))
+    settings = json.loads((output / "generation_config.json").read_text())
+    assert (settings["do_sample"], settings["temperature"]) == (True, 0.6)

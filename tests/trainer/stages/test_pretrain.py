@@ -62,6 +62,7 @@ def test_new_rows_then_an_adapter_over_them_then_a_continued_adapter(workshop: W
     """The chain of Chinese-LLaMA: grow, train new rows, train an adapter and new rows, go on with the adapter."""
     base = load_file(workshop.root / "base" / "model.safetensors")
     grown = {
+        "precision": "bf16",
         "tokenizer": {"uri": "larger"},
         "trainable": {"embeddings": {"rows": "new"}},
         "optimizer": {"learningRate": 0.01, "weightDecay": 0.5},

@@ -157,6 +157,10 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
             setattr(config, name, value)
     for name, value in generation.items():
         setattr(model.generation_config, name, value)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # some published models set a temperature without sampling; transformers refuses to write that
+        model.generation_config.do_sample = True
 
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

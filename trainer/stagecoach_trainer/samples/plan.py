@@ -52,22 +52,45 @@ class Pieces:
     def num_tokens(self) -> int:
         return int(self.length.sum())
 
-    def row(self, numbers: npt.NDArray[np.integer]) -> Row:
-        """Return the given pieces, one after the other, as one row."""
-        tokens, labels = zip(*(self._piece(int(number)) for number in numbers), strict=True)
-        return Row(np.concatenate(tokens), np.concatenate(labels), tuple(len(part) for part in tokens))
+    def rows(self, groups: Sequence[Int64]) -> list[Row]:
+        """Return one row for each group of pieces, the pieces one after the other."""
+        numbers = np.concatenate(groups)
+        lengths = self.length[numbers].astype(np.int64)
+        ends = np.cumsum(lengths)
+        index = np.arange(ends[-1]) + np.repeat(self.start[numbers] - (ends - lengths), lengths)
+        predicts = np.ones(len(index), np.bool_)
+        predicts[ends - 1] = self.goes_on[numbers]
+        tokens, labels = self._read(np.repeat(self.shard[numbers], lengths), index, index + predicts)
+        labels[ends[~self.goes_on[numbers]] - 1] = IGNORE
+        rows: list[Row] = []
+        begin = first = 0
+        for group in groups:
+            last = first + len(group)
+            end = int(ends[last - 1])
+            rows.append(Row(tokens[begin:end], labels[begin:end], tuple(lengths[first:last].tolist())))
+            begin, first = end, last
+        return rows
 
-    def _piece(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        shard = self.shards[self.shard[number]]
-        start, length = int(self.start[number]), int(self.length[number])
-        stop = start + length + int(self.goes_on[number])
-        tokens = np.asarray(shard.tokens[start : start + length])
-        labels = np.full(length, IGNORE, np.int32)
-        following = np.asarray(shard.tokens[start + 1 : stop])
-        if shard.trained is not None:
-            following = np.where(shard.trained[start + 1 : stop], following, IGNORE)
-        labels[: len(following)] = following
+    def _read(
+        self, shard: npt.NDArray[np.int16], index: Int64, following: Int64
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return the tokens at `index` of each place's shard, and what is to be predicted there."""
+        if len(self.shards) == 1:
+            return _read_shard(self.shards[0], index, following)
+        tokens, labels = np.empty(len(index), np.int32), np.empty(len(index), np.int32)
+        for number in np.unique(shard):
+            here = np.flatnonzero(shard == number)
+            tokens[here], labels[here] = _read_shard(self.shards[int(number)], index[here], following[here])
         return tokens, labels
+
+
+def _read_shard(
+    shard: TokenShard, index: Int64, following: Int64
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    labels = shard.tokens.take(following)
+    if shard.trained is not None:
+        labels[~shard.trained.take(following)] = IGNORE
+    return shard.tokens.take(index), labels
 
 
 def cut_into_pieces(shards: Sequence[TokenShard], sequence_length: int) -> Pieces:
@@ -122,7 +145,7 @@ class RowUnits:
         return self.pieces.num_tokens
 
     def rows(self, numbers: Int64) -> list[Row]:
-        return [self.pieces.row(self.packed.samples(int(number))) for number in numbers]
+        return self.pieces.rows([self.packed.samples(int(number)) for number in numbers])
 
 
 @dataclass(frozen=True)
@@ -139,7 +162,7 @@ class SampleUnits:
         return self.pieces.num_tokens
 
     def rows(self, numbers: Int64) -> list[Row]:
-        return [self.pieces.row(numbers[index : index + 1]) for index in range(len(numbers))]
+        return self.pieces.rows(np.split(numbers, len(numbers)))
 
 
 # -- phases ------------------------------------------------------------------------------------------------------------
