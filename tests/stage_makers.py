@@ -1,89 +1,119 @@
-"""Configurations, data files and runs of training stages for tests."""
+"""Makers for tests of whole attempts: a stage file, its environment, and stand-ins for stage modules.
+
+Stand-ins are put in the place of real stage modules by a `sitecustomize.py` on the worker's path: the worker itself
+runs as it is.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_makers import SENTENCES, make_context, make_tokenizer, save_base
+from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.outcomes import AttemptResult
 
-from stagecoach_api.stages.pretrain import PretrainStage
-from stagecoach_api.stages.sft import SftStage
-from stagecoach_trainer.context import StageContext, StageOutcome
+TESTS = Path(__file__).parent
+DIGEST = "d" * 64
 
-SMALL: dict[str, Any] = {
-    "sequenceLength": 32,
-    "budget": {"steps": 6},
-    "batch": {"tokens": 128, "microBatchRows": 2},
+DATA_CONFIG: dict[str, Any] = {"sources": [{"uri": "corpus.jsonl"}]}
+PRETRAIN_CONFIG: dict[str, Any] = {
+    "architecture": {"hiddenSize": 32, "intermediateSize": 64, "numLayers": 2, "numHeads": 4},
+    "tokenizer": {"uri": "vocabulary"},
+    "data": [{"uri": "corpus.jsonl"}],
+    "batch": {"samples": 4, "microBatchRows": 2},
     "optimizer": {"learningRate": 0.01},
     "precision": "fp32",
+    "checkpoints": {"everySteps": 2},
 }
 
+SITE = """
+import sys
+from stagecoach_trainer.stages import STAGE_MODULES
+STAGE_MODULES.update(data="stand_in", pretrain="stand_in")
+"""
 
-def write_texts(path: Path, number: int = 40) -> Path:
-    lines = (SENTENCES[index % len(SENTENCES)] + f" {index}" for index in range(number))
-    path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines))
-    return path
 
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt in a folder of its own, with the code of its stage."""
 
-def write_talks(path: Path, number: int = 40) -> Path:
-    records = [
-        {
-            "instruction": f"what is {index}",
-            "input": "the fox" if index % 3 == 0 else "",
-            "output": f"the dog {index % 5}",
+    folder: Path
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def progress(self) -> Path:
+        return self.work / "progress.jsonl"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "STAGECOACH_STAGE_FILE": str(self.work / "stage.json"),
+            "STAGECOACH_WORK_DIR": str(self.work),
+            "STAGECOACH_CACHE_DIR": str(self.folder / "cache"),
+            "STAGECOACH_RESULT_FILE": str(self.work / "result.json"),
+            "STAGECOACH_PROGRESS_FILE": str(self.progress),
+            "STAGECOACH_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(self.folder / "site"), str(TESTS)]),
         }
-        for index in range(number)
-    ]
-    path.write_text(json.dumps(records))
-    return path
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the launcher, standard input held open."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "stagecoach_trainer.launcher", *arguments],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=(self.folder / "log.txt").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self) -> int:
+        """Run the launcher to its end; return its exit code."""
+        with self.start() as launcher:
+            return launcher.wait(200)
+
+    @property
+    def result(self) -> AttemptResult:
+        return AttemptResult.model_validate_json((self.work / "result.json").read_bytes())
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
 
 
-class Workshop:
-    """A folder with a base model, data, and the artifacts of stages that were run in it."""
-
-    def __init__(self, root: Path, tied: bool = False) -> None:
-        self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        save_base(root / "base", make_tokenizer(), seed=1, tied=tied)
-        make_tokenizer(extra=("龘", "靐")).save_pretrained(root / "larger")
-        self.inputs = {
-            "base": root / "base",
-            "larger": root / "larger",
-            "texts": write_texts(root / "texts.jsonl"),
-            "talks": write_talks(root / "talks.json"),
-        }
-
-    def context(self, kind: str, name: str, **changes: Any) -> StageContext:
-        return make_context(self.root / name, kind, self.inputs, **changes)
-
-    def pretrain(self, name: str = "pretrain", **changes: Any) -> tuple[StageOutcome, Path]:
-        """Run a `pretrain` stage; its output becomes the input `name`."""
-        from stagecoach_trainer.stages.pretrain import run
-
-        values = {"model": {"uri": "base"}, "data": [{"uri": "texts"}], **SMALL, **changes}
-        config = PretrainStage.model_validate({key: value for key, value in values.items() if value is not None})
-        context = self.context("pretrain", name)
-        outcome = run(config, context)
-        self.inputs[name] = context.output
-        return outcome, context.output
-
-    def sft(self, name: str = "sft", **changes: Any) -> tuple[StageOutcome, Path]:
-        """Run an `sft` stage; its output becomes the input `name`."""
-        from stagecoach_trainer.stages.sft import run
-
-        values = {
-            "model": {"uri": "base"},
-            "data": [{"uri": "talks", "format": "alpaca"}],
-            "template": {"name": "alpaca"},
-            **SMALL,
-            "sequenceLength": 160,
-            "batch": {"tokens": 640},
-            **changes,
-        }
-        config = SftStage.model_validate({key: value for key, value in values.items() if value is not None})
-        context = self.context("sft", name)
-        outcome = run(config, context)
-        self.inputs[name] = context.output
-        return outcome, context.output
+def make_attempt(
+    folder: Path, code: str, kind: str = "data", config: dict[str, Any] | None = None, ranks: int = 1, number: int = 1
+) -> Attempt:
+    """Write the stage file of an attempt. `code`: a module with `run(config, context)`."""
+    attempt = Attempt(folder)
+    attempt.work.mkdir(parents=True, exist_ok=True)
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    (folder / "site" / "stand_in.py").write_text(code)
+    stage = ResolvedStage(
+        namespace="default",
+        run="test",
+        stage="stage",
+        kind=kind,
+        attempt=number,
+        digest=DIGEST,
+        config=config or {"data": DATA_CONFIG, "pretrain": PRETRAIN_CONFIG}[kind],
+        seed=0,
+        code="c" * 64,
+        storage_uri=str(attempt.store),
+        ranks_per_node=ranks,
+    )
+    (attempt.work / "stage.json").write_text(json.dumps(stage.model_dump(mode="json")))
+    return attempt

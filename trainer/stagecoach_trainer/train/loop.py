@@ -59,7 +59,7 @@ def prepare_model(job: TrainingJob) -> None:
     """Set what training needs of the model itself."""
     causal = causal_model(job.model)
     if job.config.gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in causal.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = job.config.attention_dropout
