@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_makers import make_context, make_tokenizer, outside
 from safetensors.torch import load_file
-from stage_makers import Workshop, write_texts
+from workshop_makers import Workshop, write_texts
 
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from stage_makers import Workshop
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from workshop_makers import Workshop
 
 from stagecoach_trainer.errors import UserError
 
