@@ -41,7 +41,7 @@ demo: install ## train a small Chinese LLaMA from raw text to a released model (
 	$(BIN)/stagecoach run examples/chinese-alpaca-tiny.yaml
 
 test: install ## the whole suite, without cluster or GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: install ## style, types, import contracts
 	$(BIN)/ruff check .

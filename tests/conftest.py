@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-import pytest
-from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
+# Before any test imports torch: the models are so small, and the suite's processes so many, that several threads of one
+# only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server  # noqa: E402
 
 
 @pytest.fixture(scope="session")
