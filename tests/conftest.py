@@ -9,8 +9,8 @@ from collections.abc import Iterator
 # only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server  # noqa: E402
+import pytest
+from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
 
 
 @pytest.fixture(scope="session")
