@@ -238,9 +238,7 @@ class Driver:
             self._ended.append(record)
             del self._living[key]
             self._answers.pop(record.digest, None)
-            if record.cause is None:
-                # What it made lies in the store.
-                shutil.rmtree(attempt.folder.output, ignore_errors=True)
+            attempt.folder.drop_scratch()
 
     def _heed_interrupts(self) -> None:
         """Say what Ctrl-C does; at the second one, kill."""

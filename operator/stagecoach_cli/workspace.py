@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ from stagecoach_core.values import RunState, StageState
 STATE_FILE = "state.json"
 LOCK_FILE = "driver.lock"
 """Names with a dot: no stage can be called so."""
+
+KEPT_FOLDERS = ("logs", "outcomes")
+"""Folders of an attempt that outlive it: its metrics, and the last words of its workers."""
 
 
 class WorkspaceError(Exception):
@@ -121,9 +125,13 @@ class AttemptFolder:
     def result(self) -> Path:
         return self.path / RESULT_FILE
 
-    @property
-    def output(self) -> Path:
-        return self.path / "output"
+    def drop_scratch(self) -> None:
+        """Delete what the ended attempt worked with; its words stay. What it made lies in the store, and half-made
+        things would only fill the disk."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir() and path.name not in KEPT_FOLDERS:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -267,12 +275,15 @@ def here() -> Workspace:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part. Raises OSError naming the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # of a full disk nobody says where it is
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,23 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> No
         write_atomically(path, None)  # type: ignore[arg-type]
     assert [item.name for item in tmp_path.iterdir()] == ["state.json"]
     assert path.read_bytes() == b"old"
+
+
+def test_an_atomic_write_to_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_bytes(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, which knows no name
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/state\.json'"):
+        write_atomically(tmp_path / "state.json", b"new")
+
+
+def test_of_an_ended_attempt_the_words_stay_and_the_scratch_goes(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run("default", "tiny").attempt("one", 1)
+    for name in ("output/model", "spool/range-0000", "logs/metrics.jsonl", "outcomes/rank-00000.json", "log.txt"):
+        write_atomically(folder.path / name, b"x")
+    folder.drop_scratch()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["log.txt", "logs", "outcomes"]
 
 
 def test_the_workspace_keeps_itself_out_of_git(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, announce
 log = logging.getLogger("stagecoach")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space left, the user's share of it used up, or a limit on the size of files."""
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
@@ -62,7 +63,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         digest = _run(resolved, config, environment, stop, started)
         outcome = WorkerOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:
-        outcome = outcome_of(error, _last_step(resolved, environment))
+        outcome = outcome_of(error, _last_step(resolved, environment), work)
         log.error("%s", outcome.result.message)  # noqa: TRY400 - the traceback is printed where it helps
     with contextlib.suppress(OSError):  # a full disk: the exit code still tells
         write_outcome(work, rank, outcome)
@@ -166,10 +167,13 @@ def _stop_at_end_of_stdin() -> None:
 # -- after the stage ---------------------------------------------------------------------------------------------------
 
 
-def outcome_of(error: BaseException, last_step: int | None = None) -> WorkerOutcome:
-    """Return what an error means to the contract; prints the traceback of one that nobody foresaw."""
+def outcome_of(error: BaseException, last_step: int | None = None, work: Path | None = None) -> WorkerOutcome:
+    """Return what an error means to the contract; prints the traceback of one that nobody foresaw.
+
+    `work`: the attempt's folder, named where a full disk does not say which file did not fit.
+    """
     for cause in _chain(error):
-        named = _named(cause)
+        named = _named(cause, work)
         if named is not None:
             code, message = named
             return WorkerOutcome(failure(code, message, last_step), True, time.time())
@@ -184,7 +188,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _named(error: BaseException) -> tuple[int, str] | None:  # noqa: PLR0911 - one line per name
+def _named(error: BaseException, work: Path | None) -> tuple[int, str] | None:  # noqa: PLR0911 - one line per name
     """Return exit code and message of an error that has a name in the contract."""
     if isinstance(error, StageError):
         return error.exit_code, str(error)
@@ -193,7 +197,7 @@ def _named(error: BaseException) -> tuple[int, str] | None:  # noqa: PLR0911 - o
     if isinstance(error, StoreError):
         return ExitCode.STORAGE, str(error)
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        place = error.filename or "a file being written"
+        place = error.filename or ("a file being written" if work is None else f"a file in {work}")
         return ExitCode.STORAGE, f"disk full: {place}: {error.strerror}; free space there or move the run's storage"
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED, "stopped by SIGINT"

@@ -79,7 +79,7 @@ def explained() -> Iterator[None]:
 def _os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
     said = f"{where}{error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{said}; free some space, or work in another folder: what is finished stays"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{said}; run stagecoach in a folder you may write to"
