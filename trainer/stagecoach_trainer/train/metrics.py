@@ -9,11 +9,13 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
 
 from stagecoach_trainer.progress import Progress
 from stagecoach_trainer.train.causal import causal_model
-from stagecoach_trainer.train.eventfile import EventFile
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -40,7 +42,7 @@ class Meter:
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             self._file = (logs / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self._events = EventFile(logs / "tensorboard")
+            self._events = EventFileWriter(str(logs / "tensorboard"))
         self._mark = time.perf_counter()
         self._waited = 0.0
 
@@ -85,8 +87,10 @@ class Meter:
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Record figures at a step."""
         if self._file is not None and self._events is not None:
-            self._file.write(json.dumps({"step": step, "time": time.time(), **row}) + "\n")
-            self._events.scalars(step, row)
+            now = time.time()
+            self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+            self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
 
 
 class StepFlops:
