@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoint_name, checkpoints_prefix
@@ -31,7 +34,6 @@ from stagecoach_trainer.outcomes import replace_file
 from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
 from stagecoach_trainer.train.places import CHECKPOINT_NAME, checkpoint_folder, checkpoints_home, complete_steps
 from stagecoach_trainer.train.state import Progression, TrainingState
-from stagecoach_trainer.train.tensorfile import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,6 @@ def write_checkpoint(folder: Path, state: TrainingState) -> None:
     folder.mkdir(parents=True)
     try:
         objects = list(_write_files(folder, state))
-        for item in objects:
-            _check(folder, item)
         manifest = {
             "format": FORMAT,
             "step": state.step,
@@ -79,9 +79,9 @@ def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
             for name, tensor in state.engine.tensors.items()
             if name.startswith(prefix)
         }
-        yield write_tensors(folder / f"{prefix.rstrip('/')}.safetensors", tensors)
+        yield _write_tensors(folder / f"{prefix.rstrip('/')}.safetensors", tensors)
     for rank, random_state in enumerate(state.random_states):
-        yield write_tensors(folder / f"rng-{rank:05d}.safetensors", random_state)
+        yield _write_tensors(folder / f"rng-{rank:05d}.safetensors", random_state)
     about = {
         "progression": state.progression.to_json(),
         "numSteps": state.engine.num_steps,
@@ -90,7 +90,27 @@ def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
     }
     path = folder / STATE_FILE
     path.write_bytes(canonical_json(about))
-    yield StoredObject(path=STATE_FILE, size=path.stat().st_size, sha256=sha256_of_file(path))
+    yield _described(path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredObject:
+    """Write contiguous CPU tensors on to the disk and compare what comes back with what is in memory."""
+    save_file(dict(tensors), path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bytes_of(written.get_tensor(name)), _bytes_of(tensor)):
+                raise BrokenCheckpoint(f"{path}: `{name}` does not come back from the disk as it was written")
+    return _described(path)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _described(path: Path) -> StoredObject:
+    return StoredObject(path=path.name, size=path.stat().st_size, sha256=sha256_of_file(path))
 
 
 def read_checkpoint(folder: Path, rank: int) -> TrainingState:
