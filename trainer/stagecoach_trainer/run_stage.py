@@ -12,11 +12,14 @@ from pathlib import Path
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.base import Model
+from stagecoach_api.references import Reference
 from stagecoach_api.store import Store, StoreError, open_store
+from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.training import Offload, Training
 from stagecoach_trainer.context import StageContext, StageOutcome, World
 from stagecoach_trainer.distributed import process_group
 from stagecoach_trainer.errors import GateFailed
+from stagecoach_trainer.models.safety import CONFIG, check_model_folder
 from stagecoach_trainer.progress import Progress
 from stagecoach_trainer.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.stages import STAGE_MODULES
@@ -49,6 +52,7 @@ def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
     trains = isinstance(attempt.config, Training)
     if not trains and not attempt.world.is_main:
         return None  # only training is shared out over ranks
+    refuse_early(attempt.config, context)
     run = load_stage(attempt.resolved.kind)
     try:
         with process_group(attempt.world if trains else World(), alone=_offloads(attempt.config)):
@@ -61,6 +65,19 @@ def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
     if not attempt.world.is_main:
         return None
     return publish(context, outcome, attempt.started)
+
+
+def refuse_early(config: Model, context: StageContext) -> None:
+    """Look at a model that lies on this machine before torch is imported, which takes ten seconds.
+
+    Raises UserError for pickles, code and unsound files; the stage looks again, at every model, when it loads it.
+    """
+    model = getattr(config, "model", None)
+    if not isinstance(model, Reference) or model.uri is None:
+        return
+    location = parse_location(context.input(model).uri)
+    if isinstance(location, FolderLocation) and (location.path / CONFIG).is_file():
+        check_model_folder(location.path)
 
 
 def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:

@@ -220,5 +220,5 @@ def check_expected(key: str, size: int, sha256: str, expected: StoredObject | No
     raise Corrupt(
         key,
         f"bytes differ from the manifest: got {got}, expected {expected.size} bytes, sha256 {expected.sha256[:16]}…; "
-        "the object is damaged or was overwritten: delete the artifact so that its stage runs again",
+        "the object is damaged or was overwritten: make it anew with `stagecoach run --from` the stage that made it",
     )

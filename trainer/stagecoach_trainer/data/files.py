@@ -177,7 +177,7 @@ def parse_json(data: bytes, line: int) -> Raw:
     except UnicodeDecodeError as error:
         return Raw(line, error=f"bad UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
-        return Raw(line, error=f"malformed JSON: {error.msg} at character {error.pos}")
+        return Raw(line, error=f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos}")
     except RecursionError:
         return Raw(line, error="malformed JSON: nested too deeply")
     except ValueError as error:

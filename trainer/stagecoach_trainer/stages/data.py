@@ -160,10 +160,11 @@ class _Work:
             raise UserError(
                 f"{whole.malformed:,} of {whole.read:,} records are malformed "
                 f"({whole.malformed / whole.read:.2%}; maxMalformedShare allows "
-                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}"
+                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}. Mend "
+                "them, or raise maxMalformedShare to leave them out"
             )
         if not whole.kept:
-            raise UserError(_why_empty(whole))
+            raise UserError(_why_empty(whole, list(self.funnels)))
         if 0 < self.config.held_out_share < 1 and not (whole.held_out and whole.train):
             empty = "train" if whole.held_out else "heldout"
             raise UserError(
@@ -183,9 +184,9 @@ def _copies(record: Record, weight: float, seed: int) -> int:
     return whole + (part > 0 and _draw(record, f"weight:{seed}") < part)
 
 
-def _why_empty(whole: Funnel) -> str:
+def _why_empty(whole: Funnel, labels: list[str]) -> str:
     if not whole.read:
-        return "the data set is empty: the sources have no records"
+        return f"the data set is empty: the sources have no records ({', '.join(labels)}); look at their `uri`"
     reason, count = max([("malformed", whole.malformed), *sorted(whole.dropped.items())], key=lambda item: item[1])
     return (
         f"the data set is empty: of {whole.read:,} records none is left; most, {count:,}, were dropped by `{reason}`: "
