@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stagecoach_api.store import Store
-
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
 from stagecoach_api.references import Reference
+from stagecoach_api.store import Store
 from stagecoach_trainer.inputs import fetch_input
 from stagecoach_trainer.progress import Progress
 
@@ -75,4 +74,6 @@ class StageContext:
     def fetch_resolved(self, found: ResolvedInput) -> Path:
         """Like `fetch`, for an input that a model card names."""
         self.progress.report("fetch")
-        return fetch_input(found, self.store, self.cache)
+        path = fetch_input(found, self.store, self.cache)
+        self.progress.report("prepare")  # whatever is done with it next: reading, loading, importing
+        return path
