@@ -27,13 +27,13 @@ VOCABULARY = 197
 def tiny_model(seed: int = 0, tie: bool = False, **settings: Any) -> LlamaForCausalLM:
     """A LLaMA with 2 layers of width 32, in fp32."""
     torch.manual_seed(seed)
+    settings = {"num_key_value_heads": 2} | settings
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=tie,
         initializer_range=0.1,

@@ -79,8 +79,9 @@ def run(folder: Path, world: World, config: Training) -> dict[str, Any]:
     """Train to the end; return the losses and the bytes of the final weights."""
     model = tiny_model()
     result = train(TrainingJob(model, config, RandomPlan(num_rows=NUM_ROWS)), context(folder, world))
-    weights = {name: item.detach().numpy().tobytes().hex() for name, item in model.named_parameters()}
-    return {"losses": [point["loss"] for point in result.history], "weights": weights if world.is_main else {}}
+    named = model.named_parameters() if world.is_main else ()  # the others' weights are of no use any more
+    weights = {name: item.detach().numpy().tobytes().hex() for name, item in named}
+    return {"losses": [point["loss"] for point in result.history], "weights": weights}
 
 
 if __name__ == "__main__":

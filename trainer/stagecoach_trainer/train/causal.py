@@ -14,6 +14,9 @@ from stagecoach_trainer.train.loss import cross_entropy_sum, cross_entropy_sum_t
 LOGIT_TWISTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of other architectures that change logits behind the head, which the chunked loss does not know."""
 
+WORTH_TRIMMING = 0.9
+"""Share of positions with loss below which picking them out costs less than computing the others."""
+
 
 class CausalLoss(nn.Module):
     """Owns the model, so that ZeRO-3 gathers the head's weight for the chunked loss."""
@@ -23,6 +26,8 @@ class CausalLoss(nn.Module):
         self.model = model
         self.through_module = False
         """Call the head as a module even where its weight could be used: ZeRO-3 with a wrapped head needs it."""
+        self.loss_at_keyword: str | None = None
+        """Keyword by which the decoder can be asked for the states at positions with loss only (`fast_llama`)."""
         causal = causal_model(model)
         self._parts = (_decoder(causal), _head(causal))  # in a tuple: registered once, through `model`
 
@@ -34,23 +39,31 @@ class CausalLoss(nn.Module):
     def head(self) -> nn.Module:
         return self._parts[1]
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, **keywords: Tensor) -> Tensor:
         """Return the last hidden states [B, T, D]. Neither mask nor cache: with either, packed samples leak."""
         output = self.decoder(
-            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None, use_cache=False
+            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None, use_cache=False, **keywords
         )
         state: Tensor = output.last_hidden_state
         return state
 
     def forward(self, batch: Batch, scale: float) -> Tensor:
         """Return `scale` · summed negative log-likelihood of the batch, in nats, an fp32 scalar."""
-        hidden = self.hidden(batch).flatten(0, 1)
+        hidden, loss_at = self._states(batch)
         weight = None if self.through_module else head_weight(self.head)
         if weight is None:
             vocabulary = int(causal_model(self.model).config.vocab_size)
-            return cross_entropy_sum_through(self.head, hidden, batch.loss_at, batch.targets, vocabulary, scale)
+            return cross_entropy_sum_through(self.head, hidden, loss_at, batch.targets, vocabulary, scale)
         bias = getattr(self.head, "bias", None)
-        return cross_entropy_sum(hidden, weight, batch.loss_at, batch.targets, scale, bias)
+        return cross_entropy_sum(hidden, weight, loss_at, batch.targets, scale, bias)
+
+    def _states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return hidden states [N, D], and which of them carry loss."""
+        num_targets, num_places = len(batch.targets), batch.tokens.numel()
+        if self.loss_at_keyword is None or not 0 < num_targets < WORTH_TRIMMING * num_places:
+            return self.hidden(batch).flatten(0, 1), batch.loss_at
+        states = self.hidden(batch, **{self.loss_at_keyword: batch.loss_at}).flatten(0, 1)
+        return states, torch.arange(num_targets, device=states.device)
 
 
 def causal_model(model: nn.Module) -> Any:

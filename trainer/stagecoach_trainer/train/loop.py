@@ -14,10 +14,12 @@ import torch.distributed as dist
 from stagecoach_api.training import Offload
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import Diverged, Interrupted, UserError
+from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.canary import check_packing
 from stagecoach_trainer.train.causal import causal_model, set_rope_theta
 from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
 from stagecoach_trainer.train.engine import Engine, StepReport
+from stagecoach_trainer.train.fast_llama import fast_llama
 from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.measure import Measured, measure_with
 from stagecoach_trainer.train.metrics import Meter, StepFlops
@@ -51,7 +53,9 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     book = CheckpointBook(context, job.config.checkpoints, job.steps.num_steps)
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
-    with Meter(logs, context.progress, job.steps.num_steps, flops) as meter, contextlib.closing(book):
+    meter = Meter(logs, context.progress, job.steps.num_steps, flops)
+    fast = short_attention(job.model, device), fast_llama(engine.loss, device)
+    with meter, contextlib.closing(book), fast[0], fast[1]:
         return Loop(job, context, engine, book, meter).run()
 
 

@@ -38,8 +38,8 @@ def cross_entropy_sum(
     """Return `scale` · Σ −log p(target) over the positions with loss, in nats, as an fp32 scalar.
 
     `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden` where it differs; its gradient then has
-    its own dtype), `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64. Gradients flow to `hidden`, `weight`
-    and `bias` where they are asked for.
+    its own dtype), `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64.
+    Gradients flow to `hidden`, `weight` and `bias` where they are asked for.
     """
     wanted = torch.is_grad_enabled()
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -66,32 +66,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         everywhere = len(loss_at) == len(hidden)
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        minus_one = torch.full((len(targets), 1), -1.0, device=hidden.device)
         d_selected = torch.empty_like(selected) if need_hidden else None
-        d_weight = _zeros_like(weight) if need_weight else None
-        d_bias = _zeros_like(bias) if need_bias and bias is not None else None
+        d_weight = _HeadGradient(weight, selected, rows) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        room = _Room(min(rows, len(targets)), head)
         for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            logits = selected[part] @ head.T
-            if bias is not None:
-                logits += bias
-            p, nll = _softmax_and_nll(logits.float(), targets[part, None])
+            part = slice(start, min(start + rows, len(targets)))
+            logits = room.logits(selected[part], bias)
+            p, nll = _softmax_and_nll(logits, targets[part, None], room)
             total += nll
             if not (need_hidden or need_weight or need_bias):
                 continue
-            d_logits = p.scatter_add_(1, targets[part, None], minus_one[part])
+            p.scatter_add_(1, targets[part, None], room.minus_one[: len(p)])  # the gradient of the logits
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            small = d_logits.to(hidden.dtype)
+                d_bias += p.sum(0)
+            small = d_weight.room(part) if d_weight is not None else room.small[: len(p)]
+            small.copy_(p)
             if d_selected is not None:
                 torch.mm(small, head, out=d_selected[part])
             if d_weight is not None:
-                d_weight += small.T @ selected[part]
+                d_weight.collect(part)
         ctx.scale = scale
         ctx.everywhere = everywhere
         ctx.hidden_shape = hidden.shape
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(loss_at, d_selected, d_weight, d_bias)
+        ctx.save_for_backward(loss_at, d_selected, None if d_weight is None else d_weight.total(), d_bias)
         return (total * scale).float()
 
     @staticmethod
@@ -114,21 +113,75 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None, None
 
 
-def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+class _Room:
+    """Memory for one chunk, used again by the next: getting it anew costs as much as filling it."""
+
+    def __init__(self, rows: int, head: Tensor) -> None:
+        self._head = head
+        shape = rows, len(head)
+        self.small = head.new_empty(shape)
+        self._large = head.new_empty(shape, dtype=torch.float32) if head.dtype is not torch.float32 else None
+        self.p = head.new_empty(shape, dtype=torch.float32)
+        self.minus_one = torch.full((rows, 1), -1.0, device=head.device)
+
+    def logits(self, states: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits of some states in fp32 [rows, V]."""
+        rows = len(states)
+        logits = torch.mm(states, self._head.T, out=self.small[:rows])
+        if bias is not None:
+            logits += bias
+        return logits if self._large is None else self._large[:rows].copy_(logits)
+
+
+class _HeadGradient:
+    """The gradient of the head's weight, summed up in fp32 over blocks of chunks.
+
+    A block's gradients of the logits are kept in the compute format until one product adds them all: adding to a whole
+    [V, D] after each chunk would cost a tenth of the loss.
+    """
+
+    CHUNKS_PER_BLOCK = 4
+
+    def __init__(self, weight: Tensor, selected: Tensor, rows: int) -> None:
+        self._weight = weight
+        self._selected = selected
+        self._block_rows = rows * self.CHUNKS_PER_BLOCK
+        self._block = selected.new_empty((min(self._block_rows, len(selected)), len(weight)))
+        self._sum: Tensor | None = None
+
+    def room(self, part: slice) -> Tensor:
+        """Return where the gradient of a chunk's logits is to be written [rows, V]."""
+        start = part.start % self._block_rows
+        return self._block[start : start + part.stop - part.start]
+
+    def collect(self, part: slice) -> None:
+        """Take account of the chunk that was written last."""
+        if part.stop % self._block_rows and part.stop != len(self._selected):
+            return
+        start = part.start - part.start % self._block_rows
+        term = self._block[: part.stop - start].T @ self._selected[start : part.stop]
+        if self._sum is None:
+            self._sum = term.to(torch.float32)
+        else:
+            self._sum += term
+
+    def total(self) -> Tensor:
+        """Return the sum [V, D]; zeros where there was no chunk."""
+        if self._sum is None:
+            return torch.zeros_like(self._weight, dtype=torch.float32)
+        return self._sum
+
+
+def _softmax_and_nll(logits: Tensor, targets: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
     """Return the softmax of fp32 logits [rows, V], and the summed −log p of the targets [rows, 1] in fp64.
 
     The log of the normaliser is taken from the most probable token, whose probability never underflows: softmax is one
     fast kernel, where exponentials of a log-softmax cost three times as much on a CPU.
     """
-    p = torch.softmax(logits, dim=-1)
+    p = torch.softmax(logits, dim=-1, out=room.p[: len(logits)])
     normaliser = logits.amax(-1) - p.amax(-1).log_()
     nll = (normaliser - logits.gather(1, targets)[:, 0]).sum(dtype=torch.float64)
     return p, nll
-
-
-def _zeros_like(parameter: Tensor) -> Tensor:
-    """Return where a gradient is summed up in fp32 over the chunks."""
-    return torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def cross_entropy_sum_through(
