@@ -36,7 +36,7 @@ def main(side: str) -> None:
         if side == "ours":
             from bench.ours import train_ours
 
-            rows = [[row_of([sample]) for sample in batch] for batch in batches]
+            rows = [[row_of(sample) for sample in batch] for batch in batches]
             train_ours(make_model(), rows, Path(folder) / "run", bf16=True, micro_batch=ROWS)
         else:
             from bench.peer import train_peer

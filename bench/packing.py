@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from stagecoach_trainer.samples.packing import pack_lengths
 
 from bench.measuring import Figure, Goal, alternate, compared, difference
 from bench.ours import train_ours
 from bench.peer import train_peer
 from bench.workload import Batch, Run, belle_like, lognormal_lengths, make_model, row_of, useful_tokens
+from stagecoach_trainer.samples.packing import pack
+from stagecoach_trainer.samples.rows import pack_rows
 from stagecoach_trainer.train.rows import Row
 
 LONGEST = 512
@@ -57,8 +58,7 @@ def _peer(batches: Sequence[Batch], folder: Path, pad_to: int | None) -> Run:
 
 def packed(batch: Batch) -> list[Row]:
     """Return the rows into which our own packing puts the samples of a batch."""
-    bins = pack_lengths([len(sample.tokens) for sample in batch], LONGEST)
-    return [row_of([batch[index] for index in indices]) for indices in bins]
+    return pack_rows([row_of(sample) for sample in batch], LONGEST)
 
 
 def _speeds(name: str, batches: Sequence[Batch], pairs: Sequence[tuple[Run, Run]], goal: Goal) -> Figure:
@@ -73,10 +73,10 @@ def _speed(batches: Sequence[Batch], run: Run) -> float:
 
 def _fullness() -> Figure:
     """Return the share of useful tokens in packed rows; the least possible number of rows is as good as .999."""
-    lengths = lognormal_lengths(np.random.default_rng(1), PLANNED, 2048).tolist()
-    rows = len(pack_lengths(lengths, 2048))
-    least = math.ceil(sum(lengths) / 2048)
-    share = sum(lengths) / (rows * 2048)
+    lengths = lognormal_lengths(np.random.default_rng(1), PLANNED, 2048)
+    rows = len(pack(lengths, 2048))
+    share = float(lengths.sum()) / (rows * 2048)
+    least = math.ceil(lengths.sum() / 2048)
     goal = Goal("≥", 0.999)
     met = goal.met_by(share) or rows == least
     name = f"packing {PLANNED:,} samples into rows of 2,048"

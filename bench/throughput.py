@@ -43,7 +43,7 @@ def _workload(name: str, masked_share: float, goal: Goal, folder: Path) -> list[
 
 
 def _ours(batches: list[Batch], folder: Path, bf16: bool) -> Run:
-    rows = [[row_of([sample]) for sample in batch] for batch in batches]
+    rows = [[row_of(sample) for sample in batch] for batch in batches]
     return train_ours(make_model(), rows, folder, bf16, micro_batch=ROWS)
 
 

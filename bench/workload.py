@@ -103,13 +103,9 @@ def labels_of(sample: Sample) -> npt.NDArray[np.int32]:
     return labels
 
 
-def row_of(samples: Sequence[Sample]) -> Row:
-    """Return one row with all of `samples`, one after the other."""
-    return Row(
-        tokens=np.concatenate([sample.tokens for sample in samples]),
-        labels=np.concatenate([labels_of(sample) for sample in samples]),
-        lengths=tuple(len(sample.tokens) for sample in samples),
-    )
+def row_of(sample: Sample) -> Row:
+    """Return a row with one sample."""
+    return Row(tokens=sample.tokens, labels=labels_of(sample), lengths=(len(sample.tokens),))
 
 
 @dataclass
