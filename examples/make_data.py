@@ -55,25 +55,12 @@ FORMS = (
     Form("五言律詩", 8, 5),
     Form("七言律詩", 8, 7),
 )
-NUMERALS = {4: "四", 5: "五", 7: "七", 8: "八"}
-
-# Three questions about a poem, each in several wordings; the answers follow from the form.
-WORDINGS = {
-    "form": ("這首詩是什麼體裁？", "下面的詩屬於哪一種體裁？", "請說出這首詩的體裁。", "判斷這首詩的體裁。"),
-    "verses": ("這首詩有幾句？", "請數一數下面的詩有幾句。"),
-    "characters": ("這首詩每句有幾個字？", "下面的詩一句是幾個字？"),
-}
-TASKS = ("form", "form", "verses", "characters")
-"""Every fourth poem is asked for its verses, every fourth for its characters, the others for their form."""
-
-
-def answer(task: str, form: Form) -> str:
-    """The one right answer to `task` for a poem of `form`."""
-    if task == "form":
-        return form.name
-    if task == "verses":
-        return f"{NUMERALS[form.verses]}句"
-    return f"{NUMERALS[form.characters]}個字"
+WORDINGS = (
+    "這首詩是什麼體裁？",
+    "下面的詩屬於哪一種體裁？",
+    "請說出這首詩的體裁。",
+    "判斷這首詩的體裁。",
+)
 
 
 def form_of(body: str) -> Form | None:
@@ -166,10 +153,7 @@ def make_poems(source: Path, target: Path = POEMS) -> None:
 
 def instruction(body: str, form: Form, number: int) -> dict[str, str]:
     """The Alpaca record of the `number`-th chosen poem of its form."""
-    task = TASKS[number % len(TASKS)]
-    wordings = WORDINGS[task]
-    wording = wordings[number // len(TASKS) % len(wordings)]
-    return {"instruction": wording, "input": body, "output": answer(task, form)}
+    return {"instruction": WORDINGS[number % len(WORDINGS)], "input": body, "output": form.name}
 
 
 def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
