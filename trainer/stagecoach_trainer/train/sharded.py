@@ -32,7 +32,7 @@ class ShardedEngine:
     """Optimiser state, gradients and parameters shared out over the ranks."""
 
     def __init__(self, model: nn.Module, config: Training, world: World, device: torch.device) -> None:
-        deepspeed = import_deepspeed(device)
+        deepspeed = import_deepspeed(device, world)
         self.device = device
         self.dtype = DTYPES[config.precision]
         self.loss = CausalLoss(model)
@@ -266,8 +266,9 @@ def deepspeed_config(config: Training, world: World) -> dict[str, Any]:
     }
 
 
-def import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device, world: World) -> Any:
     """Import DeepSpeed for this device; quietly, and without the operators it would compile at first use."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists on it, also where torchrun did not start us
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
