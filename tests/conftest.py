@@ -10,7 +10,11 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
+
+settings.register_profile("untimed", deadline=None)  # no test looks at the clock
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

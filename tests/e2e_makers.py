@@ -24,7 +24,7 @@ COMMAND = (sys.executable, "-m", "stagecoach_cli")
 FILE = "run.yaml"
 NAME = "tiny"
 STEPS = 240
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 600
 
 WORDS = ("the", "a", "fox", "dog", "brown", "quick", "lazy", "word", "model", "reads", "next", "under", "tree", "moon")
 VERSES = ("白日依山盡", "黃河入海流", "欲窮千里目", "更上一層樓", "床前明月光", "疑是地上霜", "舉頭望明月")

@@ -13,7 +13,7 @@ from cli_makers import Bench, data_stage
 
 from stagecoach_api.outcomes import Cause
 
-TIMEOUT = 60
+TIMEOUT = 240
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_a_server_that_goes_away_in_the_middle_is_waited_for(
         server.stop()
         time.sleep(4)
         server.start()
-        output, _ = driver.communicate(timeout=120)
+        output, _ = driver.communicate(timeout=300)
         assert driver.returncode == 0, output
         assert bench.call("artifacts", "verify", "tiny/words").code == 0
     finally:

@@ -24,7 +24,7 @@ from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.outcomes import Cause
 
-pytestmark = pytest.mark.timeout(900)  # whoever is first makes both runs
+pytestmark = pytest.mark.timeout(1800)  # whoever is first makes both runs
 BUCKET = "e2e-whole-run"
 NAMES = [stage["name"] for stage in pipeline()]
 
