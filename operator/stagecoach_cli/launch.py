@@ -30,7 +30,9 @@ def launch(
     folder.path.mkdir(parents=True)
     told = _told(job, action, artifacts, ranks)
     write_atomically(folder.stage_file, told.model_dump_json(indent=1).encode())
-    process = processes.start(job.launcher, _environment(job, folder, ranks), folder.stage_file, folder.log, on_end)
+    process = processes.start(
+        job.launcher, _environment(job, action.stage, folder, ranks), folder.stage_file, folder.log, on_end
+    )
     record = AttemptRecord(
         stage=action.stage,
         digest=action.digest,
@@ -57,13 +59,13 @@ def _told(job: Job, action: Start, artifacts: Mapping[str, Found], ranks: int) -
     return told.model_copy(update={"num_nodes": 1, "ranks_per_node": ranks})
 
 
-def _environment(job: Job, folder: AttemptFolder, ranks: int) -> dict[str, str]:
+def _environment(job: Job, stage: str, folder: AttemptFolder, ranks: int) -> dict[str, str]:
     environment = {
         ENV_WORK_DIR: str(folder.path),
         ENV_CACHE_DIR: str(job.workspace.cache),
         ENV_RESULT_FILE: str(folder.result),
         ENV_PROGRESS_FILE: str(folder.progress),
-        ENV_THREADS: str(num_threads(job.machine, ranks)),
+        ENV_THREADS: str(num_threads(job.plan.stages[stage].stage, job.machine, ranks)),
         "PYTHONUNBUFFERED": "1",
     }
     if job.storage_region is not None:

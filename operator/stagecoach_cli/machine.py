@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +61,21 @@ def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
     return max(1, min(wanted, machine.cores))
 
 
-def num_threads(machine: Machine, ranks: int) -> int:
-    """Return the CPU threads of each rank.
+def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
+    """Return the CPU threads of each rank: its share of the cores, or of `resources.cpu` where that is less.
 
     Never a function of what else happens to run: the number of threads changes the last digits of a sum.
     """
-    return max(1, machine.cores // ranks)
+    asked = stage.resources.cpu
+    cores = machine.cores if asked is None else min(machine.cores, num_cpus(asked))
+    return max(1, cores // ranks)
+
+
+def num_cpus(quantity: str) -> int:
+    """Return the whole CPUs of a Kubernetes quantity, such as `4`, `1.5` or `500m`; rounded down."""
+    if quantity.endswith("m"):
+        return int(float(quantity[:-1]) // 1000)
+    return int(float(quantity)) if quantity[-1].isdigit() else sys.maxsize  # `1k` CPUs: more than any machine has
 
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:

@@ -43,7 +43,13 @@ def test_ranks(
 
 
 def test_threads_are_a_share_of_the_cores_and_at_least_one() -> None:
-    assert [num_threads(Machine(cores), ranks) for cores, ranks in ((2, 1), (6, 2), (7, 2), (2, 4))] == [2, 3, 3, 1]
+    cases = ((2, 1), (6, 2), (7, 2), (2, 4))
+    assert [num_threads(stage(TRAINING), Machine(cores), ranks) for cores, ranks in cases] == [2, 3, 3, 1]
+
+
+@pytest.mark.parametrize(("cpu", "threads"), [("1", 1), ("4", 4), ("96", 8), ("1500m", 1), ("500m", 1), ("1k", 8)])
+def test_a_stage_that_asks_for_fewer_cpus_gets_fewer_threads(cpu: str, threads: int) -> None:
+    assert num_threads(stage(TRAINING, cpu=cpu), Machine(8), 1) == threads
 
 
 @pytest.mark.parametrize(
