@@ -14,6 +14,7 @@ from stage_makers import DIGEST, Attempt, make_attempt
 
 from stagecoach_api.artifacts import Manifest, manifest_key
 from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode
+from stagecoach_trainer.attempt_files import replace_file
 from stagecoach_trainer.launcher import worker_command
 from stagecoach_trainer.outcomes import (
     MAX_RESULT_BYTES,
@@ -21,7 +22,6 @@ from stagecoach_trainer.outcomes import (
     combine,
     failure,
     read_outcomes,
-    replace_file,
     serialise,
 )
 

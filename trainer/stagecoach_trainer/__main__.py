@@ -37,8 +37,9 @@ from stagecoach_api.outcomes import AttemptResult, ExitCode
 from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
 from stagecoach_api.training import Training
+from stagecoach_trainer.attempt_files import announce
 from stagecoach_trainer.errors import Interrupted, StageError, UserError
-from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, announce, failure, write_outcome
+from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, failure, write_outcome
 
 log = logging.getLogger("stagecoach")
 

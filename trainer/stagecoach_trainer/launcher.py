@@ -1,7 +1,8 @@
 """The entry point of a stage's container and of the local driver: `python -m stagecoach_trainer.launcher`.
 
 Starts the workers (one directly, several under torchrun), passes on the wish to stop, and writes how the attempt ended:
-torchrun turns every worker's exit code into 1, so workers leave theirs in files. Imports neither torch nor the stages.
+torchrun turns every worker's exit code into 1, so workers leave theirs in files. Imports neither torch nor the stages,
+and pydantic only when the workers are on their way.
 """
 
 from __future__ import annotations
@@ -19,20 +20,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from stagecoach_api.names import ENV_RESULT_FILE, ENV_STAGE_FILE, ENV_THREADS, ENV_WORK_DIR
-from stagecoach_api.outcomes import AttemptResult, ExitCode
-from stagecoach_trainer.outcomes import (
-    announced_pids,
-    clear_outcomes,
-    combine,
-    failure,
-    fitting,
-    interrupted,
-    read_outcomes,
-    replace_file,
-    serialise,
-)
+from stagecoach_trainer.attempt_files import announced_pids, clear_outcomes, replace_file
+
+if TYPE_CHECKING:
+    from stagecoach_api.outcomes import AttemptResult
 
 DEFAULT_GRACE_SECONDS = 300.0
 """Time the workers have to save a checkpoint once they are asked to stop."""
@@ -59,7 +53,7 @@ class Launcher:
             nodes, self._ranks = int(stage.get("numNodes", 1)), int(stage.get("ranksPerNode", 1))
             command = worker_command(nodes, self._ranks, self._grace_seconds, self._environment)
         except (OSError, ValueError, KeyError) as error:
-            return failure(ExitCode.USER_ERROR, f"the stage file cannot be used: {type(error).__name__}: {error}")
+            return _unusable(error)
         self._listen()
         child = subprocess.Popen(
             command,
@@ -67,11 +61,11 @@ class Launcher:
             stdin=subprocess.PIPE,  # its end tells the workers that this process is gone, even by kill -9
             start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which passes it on
         )
+        from stagecoach_trainer.outcomes import combine, read_outcomes  # while the workers import theirs
+
         code = self._wait(child)
         result = combine(read_outcomes(self._work), self._ranks if nodes == 1 else 0, code)
-        if self._stop_at is not None and result.exit_code not in (ExitCode.DONE, ExitCode.INTERRUPTED):
-            result = interrupted(f"asked to stop, and ended otherwise: {result.message[:2000]}")
-        return result
+        return result if self._stop_at is None else _as_stopped(result)
 
     def request_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """Note that the attempt is to stop; `_wait` passes it on. Safe in a signal handler."""
@@ -113,6 +107,23 @@ class Launcher:
                 send(pid, signal.SIGTERM)
 
 
+def _unusable(error: Exception) -> AttemptResult:
+    from stagecoach_api.outcomes import ExitCode
+    from stagecoach_trainer.outcomes import failure
+
+    return failure(ExitCode.USER_ERROR, f"the stage file cannot be used: {type(error).__name__}: {error}")
+
+
+def _as_stopped(result: AttemptResult) -> AttemptResult:
+    """Return the result of an attempt that was asked to stop: whatever it died of then is no fault of the run."""
+    from stagecoach_api.outcomes import ExitCode
+    from stagecoach_trainer.outcomes import interrupted
+
+    if result.exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED):
+        return result
+    return interrupted(f"asked to stop, and ended otherwise: {result.message[:2000]}")
+
+
 def send(pid: int, number: int) -> None:
     """Send a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -144,6 +155,8 @@ def worker_environment(environment: Mapping[str, str], ranks: int) -> dict[str, 
 
 
 def write_result(result: AttemptResult, path: Path) -> None:
+    from stagecoach_trainer.outcomes import fitting, serialise
+
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, serialise(fitting(result)))
 

@@ -1,18 +1,14 @@
-"""The files through which workers tell the launcher how they ended: torchrun turns every exit code into 1.
-
-`<work>/outcomes/rank-00000.json` holds one worker's outcome, `rank-00000.pid` its process id while it runs.
-"""
+"""How workers tell the launcher how they ended: torchrun turns every exit code into 1."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode, cause_of_exit
+from stagecoach_trainer.attempt_files import outcomes_folder, replace_file
 
 MAX_RESULT_BYTES = 4000
 """A Pod's termination message is cut at 4,096 bytes; a cut JSON is no JSON."""
@@ -30,29 +26,6 @@ class WorkerOutcome:
     """The error is one of the contract's; false for an unexpected exception, often a consequence of another rank's."""
     time: float
     """Seconds since the epoch."""
-
-
-def outcomes_folder(work: Path) -> Path:
-    return work / "outcomes"
-
-
-def clear_outcomes(work: Path) -> None:
-    """Forget what an earlier attempt in the same folder left."""
-    shutil.rmtree(outcomes_folder(work), ignore_errors=True)
-    outcomes_folder(work).mkdir(parents=True)
-
-
-def announce(work: Path, rank: int) -> None:
-    """Leave this worker's process id, so that the launcher can ask it to stop."""
-    folder = outcomes_folder(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / f"rank-{rank:05d}.pid", str(os.getpid()).encode())
-
-
-def announced_pids(work: Path) -> dict[int, int]:
-    """Return the process id of every rank that has announced itself."""
-    folder = outcomes_folder(work)
-    return {int(path.stem.removeprefix("rank-")): int(path.read_text()) for path in sorted(folder.glob("rank-*.pid"))}
 
 
 def write_outcome(work: Path, rank: int, outcome: WorkerOutcome) -> None:
@@ -124,15 +97,3 @@ def fitting(result: AttemptResult) -> AttemptResult:
 
 def serialise(result: AttemptResult) -> bytes:
     return result.model_dump_json(exclude_none=True).encode()
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees it whole or not at all. Also for files such as /dev/termination-log, which
-    can be written but not replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        path.write_bytes(data)

@@ -29,8 +29,8 @@ from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, che
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import sha256_of_file
 from stagecoach_api.training import Checkpoints
+from stagecoach_trainer.attempt_files import replace_file
 from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.outcomes import replace_file
 from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
 from stagecoach_trainer.train.places import CHECKPOINT_NAME, checkpoint_folder, checkpoints_home, complete_steps
 from stagecoach_trainer.train.state import Progression, TrainingState

@@ -7,15 +7,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
 
 from stagecoach_trainer.progress import Progress
 from stagecoach_trainer.train.causal import causal_model
+
+if TYPE_CHECKING:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -38,11 +39,11 @@ class Meter:
         self._num_steps = num_steps
         self._flops = flops
         self._file = None
-        self._events = None
+        self._events: EventFileWriter | None = None
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             self._file = (logs / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self._events = EventFileWriter(str(logs / "tensorboard"))
+            self._folder = logs / "tensorboard"
         self._mark = time.perf_counter()
         self._waited = 0.0
 
@@ -80,17 +81,31 @@ class Meter:
         mfu = self._flops.utilisation(tokens, length, seconds)
         if mfu is not None:
             row["mfu"] = mfu
-        self.write(step, row)
         shown = {name: row[name] for name in SHOWN if name in row}
         self._progress.report("train", step, self._num_steps, "steps", shown)
+        self.write(step, row)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Record figures at a step."""
-        if self._file is not None and self._events is not None:
-            now = time.time()
-            self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-            self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+        if self._file is None:
+            return
+        now = time.time()
+        self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
+        if self._events is None:
+            self._events = self._open_events()
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+
+    def _open_events(self) -> EventFileWriter:
+        """Import TensorBoard's writer only now, behind the first step; that time is not the next step's."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        writer = EventFileWriter(str(self._folder))
+        self.pause()
+        return writer
 
 
 class StepFlops:
