@@ -22,7 +22,7 @@ SAMPLES = 64
 """Samples of one optimiser step on either side."""
 MICRO_BATCH = 8
 """Rows that either side computes at once."""
-STEPS = 4
+STEPS = 3
 PLANNED = 100_000
 """Samples packed to see how full rows get."""
 
