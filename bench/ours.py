@@ -45,11 +45,10 @@ def train_ours(
 
     `folder` must be new: a loop that finds checkpoints goes on from them.
     """
-    from stagecoach_trainer.train.loop import train
-
     from stagecoach_trainer.context import World
     from stagecoach_trainer.run_stage import Attempt, build_context
     from stagecoach_trainer.train.job import TrainingJob
+    from stagecoach_trainer.train.loop import train
 
     config = PretrainStage.model_validate(
         {
