@@ -292,6 +292,15 @@ CASES = {
         "Failed Skipped Skipped",
         RunState.FAILED,
     ),
+    "cancelled after it had failed, a run tells the same of the stages it never started": Case(
+        Observed(
+            attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, SB, at=2.0), cancel=True
+        ),
+        (),
+        "Failed Skipped Skipped",
+        RunState.FAILED,
+        plan=SIDES,
+    ),
     "an attempt at an older digest is stopped, and the next waits for its end": Case(
         Observed(attempts=(attempt("a", "old"),), artifacts=missing(DA)),
         (Stop("a", 1, "the stage's settings or inputs have changed"),),

@@ -301,7 +301,8 @@ class Loop:
             name = f"heldOut.{held_out.name}"
             figures[f"{name}.loss"] = found.loss
             figures[f"{name}.bitsPerCharacter"] = found.bits_per_character(held_out.characters)
-            figures[f"{name}.perplexity"] = found.perplexity
+            if math.isfinite(found.perplexity):  # a manifest holds numbers that JSON has a word for
+                figures[f"{name}.perplexity"] = found.perplexity
         self._meter.write(self._at.step, figures)
         return figures
 
