@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parent.parent
 Run = TypeVar("Run")
 
-ROUNDS = 5
+ROUNDS = 7
 """Pairs of every figure; a figure is their median."""
 
 

@@ -84,7 +84,9 @@ def _standing(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str
         return StageState.FAILED, "", stage.verdict.message
     if stage.name in outlook.blocked:
         return StageState.SKIPPED, "", outlook.blocked[stage.name]
-    if outlook.observed.cancel and not outlook.failed:  # a run that had failed was not ended by the wish that came later
+    if (
+        outlook.observed.cancel and not outlook.failed
+    ):  # a wish after a failure changes nothing
         return StageState.CANCELLED, "", "the run is cancelled"
     return _waiting(stage, outlook)
 

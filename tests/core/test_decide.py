@@ -293,9 +293,7 @@ CASES = {
         RunState.FAILED,
     ),
     "cancelled after it had failed, a run tells the same of the stages it never started": Case(
-        Observed(
-            attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, SB, at=2.0), cancel=True
-        ),
+        Observed(attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, SB, at=2.0), cancel=True),
         (),
         "Failed Skipped Skipped",
         RunState.FAILED,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.train.collate import Batch
-from stagecoach_trainer.train.loss import cross_entropy_sum, cross_entropy_sum_through
+from stagecoach_trainer.train.loss import Scratch, cross_entropy_sum, cross_entropy_sum_through
 
 LOGIT_TWISTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of other architectures that change logits behind the head, which the chunked loss does not know."""
@@ -28,6 +28,7 @@ class CausalLoss(nn.Module):
         """Call the head as a module even where its weight could be used: ZeRO-3 with a wrapped head needs it."""
         self.loss_at_keyword: str | None = None
         """Keyword by which the decoder can be asked for the states at positions with loss only (`fast_llama`)."""
+        self._scratch = Scratch()
         causal = causal_model(model)
         self._parts = (_decoder(causal), _head(causal))  # in a tuple: registered once, through `model`
 
@@ -55,7 +56,7 @@ class CausalLoss(nn.Module):
             vocabulary = int(causal_model(self.model).config.vocab_size)
             return cross_entropy_sum_through(self.head, hidden, loss_at, batch.targets, vocabulary, scale)
         bias = getattr(self.head, "bias", None)
-        return cross_entropy_sum(hidden, weight, loss_at, batch.targets, scale, bias)
+        return cross_entropy_sum(hidden, weight, loss_at, batch.targets, scale, bias, scratch=self._scratch)
 
     def _states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return hidden states [N, D], and which of them carry loss."""

@@ -1,5 +1,6 @@
-"""Two parts of transformers' LLaMA made cheaper on a CPU, for as long as a training stage runs.
+"""Three parts of transformers' LLaMA made cheaper on a CPU, for as long as a training stage runs.
 
+- The norms with a backward pass of their own, and the cast behind them included: a quarter of the time.
 - The rotary embedding in place: three passes over queries and keys instead of five forward and ten backward.
 - The last layer's feed-forward part, and the final norm, only where there is loss: nothing behind the last attention
   mixes positions, so what happens elsewhere reaches neither the loss nor any gradient.
@@ -10,7 +11,7 @@ B rows, H heads, T tokens, C width of a head, D width of the model, M positions 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,28 +29,68 @@ PLAIN_ATTENTION = frozenset({"eager", "sdpa", "stagecoach_short"})
 
 
 @contextmanager
-def fast_llama(loss: CausalLoss, device: torch.device) -> Iterator[None]:
-    """Speed up a LLaMA on a CPU; other models and devices are left as they are."""
+def fast_llama(loss: CausalLoss, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Speed up a LLaMA on a CPU; other models and devices are left as they are. `dtype`: that of the computation."""
     from transformers.models.llama import modeling_llama
 
     decoder: Any = loss.decoder
     if device.type != "cpu" or type(decoder) is not modeling_llama.LlamaModel:
         yield
         return
-    last = decoder.layers[-1]
     original = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = rotate_queries_and_keys
+    last = decoder.layers[-1]
     trims = type(last) is modeling_llama.LlamaDecoderLayer and decoder.config._attn_implementation in PLAIN_ATTENTION
-    if trims:
-        last.forward = _TrimmedLayer(last)
-        loss.loss_at_keyword = LOSS_AT
-    try:
-        yield
-    finally:
-        modeling_llama.apply_rotary_pos_emb = original
+    with ExitStack() as undo:
+        undo.callback(setattr, modeling_llama, "apply_rotary_pos_emb", original)
+        modeling_llama.apply_rotary_pos_emb = rotate_queries_and_keys
+        for module in decoder.modules():
+            if type(module) is modeling_llama.LlamaRMSNorm and module.weight.dtype is torch.float32:
+                undo.callback(delattr, module, "forward")
+                module.forward = _FusedNorm(module, dtype)  # type: ignore[method-assign]
         if trims:
-            del last.forward
-            loss.loss_at_keyword = None
+            undo.callback(delattr, last, "forward")
+            last.forward = _TrimmedLayer(last)
+            undo.callback(setattr, loss, "loss_at_keyword", None)
+            loss.loss_at_keyword = LOSS_AT
+        yield
+
+
+class _FusedNorm:
+    """The forward pass of an RMS norm (arXiv 1910.07467) that returns the dtype the next layer computes in."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        self._norm: Any = norm
+        self._dtype = dtype
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [..., D] of any dtype -> [..., D]."""
+        norm = self._norm
+        flat = hidden_states.float().flatten(0, -2)
+        result: Tensor = _RmsNorm.apply(flat, norm.weight, norm.variance_epsilon, self._dtype)  # type: ignore[no-untyped-call]
+        return result.view(hidden_states.shape)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x / rms(x) · weight, for rows x [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        normal = x * scale
+        ctx.save_for_backward(normal, weight, scale)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        return torch.mul(normal, weight, out=out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        normal, weight, scale = ctx.saved_tensors
+        d = d_out.to(torch.float32, copy=True)
+        d_weight = (d * normal).sum(0) if ctx.needs_input_grad[1] else None
+        d.mul_(weight)
+        along = torch.linalg.vecdot(d, normal).div_(normal.shape[-1]).unsqueeze(1)
+        return d.addcmul_(normal, along, value=-1.0).mul_(scale), d_weight, None, None
 
 
 class _TrimmedLayer:

@@ -54,7 +54,7 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
     meter = Meter(logs, context.progress, job.steps.num_steps, flops)
-    fast = short_attention(job.model, device), fast_llama(engine.loss, device)
+    fast = short_attention(job.model, device), fast_llama(engine.loss, device, engine.dtype)
     with meter, contextlib.closing(book), fast[0], fast[1]:
         return Loop(job, context, engine, book, meter).run()
 

@@ -34,18 +34,41 @@ def cross_entropy_sum(
     scale: float = 1.0,
     bias: Tensor | None = None,
     chunk_elements: int | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Return `scale` · Σ −log p(target) over the positions with loss, in nats, as an fp32 scalar.
 
     `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden` where it differs; its gradient then has
     its own dtype), `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64.
-    Gradients flow to `hidden`, `weight` and `bias` where they are asked for.
+    Gradients flow to `hidden`, `weight` and `bias` where they are asked for. `scratch`: memory kept between calls.
     """
     wanted = torch.is_grad_enabled()
+    rows = chunk_rows(len(weight), hidden.device, chunk_elements)
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, loss_at, targets, scale, wanted, chunk_rows(len(weight), hidden.device, chunk_elements)
+        hidden, weight, bias, loss_at, targets, scale, wanted, rows, scratch or Scratch()
     )
     return result
+
+
+class Scratch:
+    """Tensors by name, used again by the next call: on a CPU, fresh memory costs as much as what is computed in it.
+
+    On a GPU nothing is kept: PyTorch's allocator keeps it there already.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor with anything in it, in the dtype (or `dtype`) and on the device of `like`."""
+        kept = self._kept.get(name)
+        dtype = dtype or like.dtype
+        fits = kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype is dtype
+        if kept is None or not fits or kept.device != like.device:
+            kept = like.new_empty(shape, dtype=dtype)
+            if like.device.type == "cpu":
+                self._kept[name] = kept
+        return kept[: shape[0]]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -60,16 +83,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         wanted: bool,
         rows: int,
+        scratch: Scratch,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = (wanted and needed for needed in ctx.needs_input_grad[:3])
-        head = weight.to(hidden.dtype)
+        head = weight
+        if weight.dtype is not hidden.dtype:
+            head = scratch.empty("head", weight.shape, like=hidden).copy_(weight)
         everywhere = len(loss_at) == len(hidden)
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_selected = torch.empty_like(selected) if need_hidden else None
-        d_weight = _HeadGradient(weight, selected, rows) if need_weight else None
+        d_weight = _HeadGradient(weight, selected, rows, scratch) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        room = _Room(min(rows, len(targets)), head)
+        room = _Room(min(rows, len(targets)), head, scratch)
         for start in range(0, len(targets), rows):
             part = slice(start, min(start + rows, len(targets)))
             logits = room.logits(selected[part], bias)
@@ -110,18 +136,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_weight = d_weight.mul_(factor).to(weight_dtype)
         if d_bias is not None:
             d_bias = d_bias.mul_(factor).to(bias_dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
 
 
 class _Room:
-    """Memory for one chunk, used again by the next: getting it anew costs as much as filling it."""
+    """Memory for one chunk, used again by the next."""
 
-    def __init__(self, rows: int, head: Tensor) -> None:
+    def __init__(self, rows: int, head: Tensor, scratch: Scratch) -> None:
         self._head = head
         shape = rows, len(head)
-        self.small = head.new_empty(shape)
-        self._large = head.new_empty(shape, dtype=torch.float32) if head.dtype is not torch.float32 else None
-        self.p = head.new_empty(shape, dtype=torch.float32)
+        self.small = scratch.empty("small", shape, like=head)
+        low = head.dtype is not torch.float32
+        self._large = scratch.empty("large", shape, like=head, dtype=torch.float32) if low else None
+        self.p = scratch.empty("p", shape, like=head, dtype=torch.float32)
         self.minus_one = torch.full((rows, 1), -1.0, device=head.device)
 
     def logits(self, states: Tensor, bias: Tensor | None) -> Tensor:
@@ -142,11 +169,12 @@ class _HeadGradient:
 
     CHUNKS_PER_BLOCK = 4
 
-    def __init__(self, weight: Tensor, selected: Tensor, rows: int) -> None:
+    def __init__(self, weight: Tensor, selected: Tensor, rows: int, scratch: Scratch) -> None:
         self._weight = weight
         self._selected = selected
         self._block_rows = rows * self.CHUNKS_PER_BLOCK
-        self._block = selected.new_empty((min(self._block_rows, len(selected)), len(weight)))
+        self._block = scratch.empty("block", (min(self._block_rows, len(selected)), len(weight)), like=selected)
+        self._term = scratch.empty("term", weight.shape, like=selected)
         self._sum: Tensor | None = None
 
     def room(self, part: slice) -> Tensor:
@@ -159,9 +187,9 @@ class _HeadGradient:
         if part.stop % self._block_rows and part.stop != len(self._selected):
             return
         start = part.start - part.start % self._block_rows
-        term = self._block[: part.stop - start].T @ self._selected[start : part.stop]
+        term = torch.mm(self._block[: part.stop - start].T, self._selected[start : part.stop], out=self._term)
         if self._sum is None:
-            self._sum = term.to(torch.float32)
+            self._sum = term.to(torch.float32, copy=True)
         else:
             self._sum += term
 
