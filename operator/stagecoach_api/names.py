@@ -23,12 +23,88 @@ ENV_PROGRESS_FILE = "STAGECOACH_PROGRESS_FILE"
 """JSON lines of progress and heartbeats."""
 ENV_THREADS = "STAGECOACH_THREADS"
 """CPU threads of each rank. Always pinned: the number changes the last digits of a sum."""
+ENV_CREDENTIALS_DIR = "STAGECOACH_CREDENTIALS_DIR"
+"""Folder with S3 credentials, one file each (`ACCESS_KEY_FILE`, `SECRET_KEY_FILE`). Unset: the AWS SDK's own chain."""
+
+# Where the gang of a stage of several pods meets: torchrun's own names, which the launcher passes on.
+ENV_NUM_NODES = "PET_NNODES"
+ENV_RANKS_PER_NODE = "PET_NPROC_PER_NODE"
+ENV_NODE_RANK = "PET_NODE_RANK"
+ENV_MASTER_ADDRESS = "PET_MASTER_ADDR"
+ENV_MASTER_PORT = "PET_MASTER_PORT"
+MASTER_PORT = 29500
+"""Port of rank 0's rendezvous where nothing else is said."""
+
+# Where a stage reports how far it is: the names of Kubeflow Trainer's KEP-2779. The last two are paths of files.
+ENV_PROGRESS_URL = "KUBEFLOW_TRAINER_SERVER_URL"
+ENV_PROGRESS_CA = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
+ENV_PROGRESS_TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  # the name of a variable
 
 # Files of one attempt, below its work folder.
 STAGE_FILE = "stage.json"
 RESULT_FILE = "result.json"
 PROGRESS_FILE = "progress.jsonl"
 LOG_FILE = "log.txt"
+
+# The pod of a stage: its container and what is mounted into it.
+REPLICATED_JOB = "w"
+"""Name of the one replicated job of an attempt's JobSet; part of every pod's name and host name."""
+TRAINER_CONTAINER = "trainer"
+STAGE_MOUNT = "/etc/stagecoach/stage"
+"""The attempt's ConfigMap, read-only: `STAGE_FILE` and, for the progress server's certificate, `CA_FILE`."""
+CA_FILE = "ca.crt"
+WORK_MOUNT = "/var/lib/stagecoach/work"
+CACHE_MOUNT = "/var/lib/stagecoach/cache"
+CREDENTIALS_MOUNT = "/var/run/secrets/stagecoach/credentials"
+ACCESS_KEY_FILE = "accessKeyId"
+"""Key of the credentials' Secret, and so the file's name."""
+SECRET_KEY_FILE = "secretAccessKey"  # noqa: S105  # the name of a file
+TOKEN_MOUNT = "/var/run/secrets/stagecoach/progress"  # noqa: S105  # a path
+TOKEN_FILE = "token"  # noqa: S105  # the name of a file
+TERMINATION_LOG = "/dev/termination-log"
+"""Kubernetes' termination message: where the launcher writes the attempt's result."""
+
+# Labels and annotations of what the operator makes.
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "stagecoach"
+"""Value of `LABEL_MANAGED_BY`; also the field manager of server-side apply."""
+LABEL_RUN = f"{API_GROUP}/run"
+LABEL_RUN_UID = f"{API_GROUP}/run-uid"
+LABEL_STAGE = f"{API_GROUP}/stage"
+LABEL_ATTEMPT = f"{API_GROUP}/attempt"
+ANNOTATION_STAGE_DIGEST = f"{API_GROUP}/stage-digest"
+FINALIZER = f"{API_GROUP}/attempts"
+"""On a TrainingRun while attempts of it exist."""
+
+# Kubernetes' own, and what is installed beside it.
+JOBSET_GROUP = "jobset.x-k8s.io"
+JOBSET_VERSION = "v1alpha2"
+JOBSET_PLURAL = "jobsets"
+JOBSET_KIND = "JobSet"
+LABEL_JOBSET_NAME = f"{JOBSET_GROUP}/jobset-name"
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Annotation and label of an Indexed Job's pod: 0 for the pod whose word counts."""
+KUEUE_GROUP = "kueue.x-k8s.io"
+KUEUE_WORKLOAD_VERSION = "v1beta1"
+KUEUE_WORKLOAD_PLURAL = "workloads"
+LABEL_QUEUE = f"{KUEUE_GROUP}/queue-name"
+LABEL_QUEUE_PRIORITY = f"{KUEUE_GROUP}/priority-class"
+ANNOTATION_REQUIRED_TOPOLOGY = f"{KUEUE_GROUP}/podset-required-topology"
+ANNOTATION_PREFERRED_TOPOLOGY = f"{KUEUE_GROUP}/podset-preferred-topology"
+GPU_RESOURCE = "nvidia.com/gpu"
+"""Extended resource of a GPU, and the key of the taint that keeps other pods off GPU nodes."""
+LABEL_GPU_PRODUCT = "nvidia.com/gpu.product"
+
+
+def progress_path(namespace: str, attempt: str) -> str:
+    """Return the path below the progress server's URL to which the attempt of this JobSet name reports."""
+    return f"/apis/{API_GROUP_VERSION}/namespaces/{namespace}/attempts/{attempt}/status"
+
+
+def progress_audience(namespace: str, attempt: str) -> str:
+    """Return the audience of the token with which an attempt's pods report: it names this one attempt."""
+    return f"{API_GROUP}/progress/{namespace}/{attempt}"
+
 
 DEFAULT_LOCAL_ROOT = ".stagecoach"
 """Where a laptop keeps artifacts, attempts and caches when the run names no storage; below the working directory."""

@@ -1,0 +1,1 @@
+"""The Kubernetes driver: watches TrainingRuns and runs their stages as JobSets."""
