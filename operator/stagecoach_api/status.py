@@ -77,6 +77,7 @@ class Reason(StrEnum):
     # Accepted
     VALID = "Valid"
     INVALID_SPEC = "InvalidSpec"
+    IMAGE_NOT_ALLOWED = "ImageNotAllowed"
     # Planned
     GRAPH_RESOLVED = "GraphResolved"
     RE_PLANNING = "RePlanning"
@@ -90,6 +91,9 @@ class Reason(StrEnum):
     # Progressing
     STAGES_RUNNING = "StagesRunning"
     WAITING_FOR_PODS = "WaitingForPods"
+    UNSCHEDULABLE = "Unschedulable"
+    JOBSET_NOT_INSTALLED = "JobSetNotInstalled"
+    CREATION_REFUSED = "CreationRefused"
     RETRYING = "Retrying"
     NOTHING_TO_DO = "NothingToDo"
     # Suspended
@@ -184,6 +188,84 @@ class Restarts(Model):
     """Asked to stop; never charged. Default: 0."""
 
 
+class ForgottenAttempts(Restarts):
+    """Attempts that are no longer in `attempts`: their number still counts against the retry budgets."""
+
+    digest: Digest
+    """Stage digest they worked on."""
+
+    until: AwareDatetime
+    """When the last of them ended."""
+
+
+class Incarnation(Model):
+    """One pod 0 of an attempt: a queue may stop an attempt's pods and start new ones."""
+
+    pod_uid: Annotated[str, Field(max_length=64)]
+    """UID of the pod."""
+
+    pod: Annotated[str, Field(max_length=253)]
+    """Name of the pod."""
+
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Node it ran on. Default: empty, none yet."""
+
+    started: AwareDatetime | None = None
+    """When its container started. None: it has not."""
+
+
+class AttemptStatus(Model):
+    """One attempt at a stage's work."""
+
+    number: Annotated[int, Field(ge=1, le=10**9)]
+    """1 for the stage's first."""
+
+    digest: Digest
+    """Stage digest it works on."""
+
+    name: Annotated[str, Field(max_length=63)]
+    """Name of its JobSet and of its ConfigMap."""
+
+    started: AwareDatetime
+    """When it was asked for."""
+
+    running_since: AwareDatetime | None = None
+    """When all its pods had begun to run. None: they have not."""
+
+    ended: AwareDatetime | None = None
+    """When nothing of it was left, or its result was there. None: it lives."""
+
+    stopping: Annotated[str, Field(max_length=512)] = ""
+    """Why it is being ended, or was. Default: empty, nobody ended it."""
+
+    stop_cause: Cause | None = None
+    """What its end is charged to if it was asked to stop. None: it was not."""
+
+    cause: Cause | None = None
+    """Why it ended without a result. None: it did not, or is done."""
+
+    content_digest: Digest | None = None
+    """Digest of the bytes it published. None: nothing."""
+
+    exit_code: Annotated[int, Field(ge=-256, le=256)] | None = None
+    """Exit code of the process that ended it; negative for a signal. None: unknown."""
+
+    pod: Annotated[str, Field(max_length=253)] = ""
+    """Pod whose end explains the attempt's. Default: empty, unknown."""
+
+    node: Annotated[str, Field(max_length=253)] = ""
+    """Node of that pod. Default: empty, unknown."""
+
+    last_step: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    """Last optimiser step whose checkpoint is complete. None: unknown, or the stage does not train."""
+
+    message: Annotated[str, Field(max_length=1024)] = ""
+    """How it ended, with the last lines of its log where it left no word. Default: empty."""
+
+    incarnations: Annotated[tuple[Incarnation, ...], Field(max_length=4)] = ()
+    """The newest of its pods 0, oldest first. Default: none yet."""
+
+
 class StageStatus(Model):
     """One stage."""
 
@@ -228,6 +310,12 @@ class StageStatus(Model):
 
     message: Message = ""
     """What people should know, such as the cause of a failure. Default: empty."""
+
+    attempts: Annotated[tuple[AttemptStatus, ...], Field(max_length=8)] = ()
+    """The newest attempts, oldest first. Default: there was none."""
+
+    forgotten: ForgottenAttempts | None = None
+    """Failed attempts that `attempts` has no more room for. None: there are none."""
 
 
 class Summary(Model):

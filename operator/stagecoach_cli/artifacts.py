@@ -20,6 +20,7 @@ from stagecoach_api.artifacts import (
 )
 from stagecoach_api.store import Corrupt, NotFound, Store, StoreError, external_digest, list_external
 from stagecoach_api.stores.base import sha256_of_file
+from stagecoach_api.stores.lookup import artifact_uri, read_manifest
 from stagecoach_core.values import Found, Missing
 
 DIGEST_LENGTH = 64
@@ -30,28 +31,13 @@ class UnknownArtifact(Exception):
     """What was asked for names no artifact; the message says what there is."""
 
 
-def artifact_uri(store: Store, digest: str) -> str:
-    """Return the URI of what the stage with this digest made."""
-    return f"{store.uri.rstrip('/')}/{output_prefix(digest)}"
-
-
-def read_manifest(store: Store, digest: str) -> Manifest:
-    """Return the manifest of a stage digest. Raises NotFound where there is no artifact, Corrupt for a damaged one."""
-    key = manifest_key(digest)
-    try:
-        return Manifest.model_validate_json(store.read(key))
-    except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise Corrupt(key, f"is not a manifest ({said}); delete the artifact to make it again") from error
-
-
 def ask(store: Store, digest: str, now: float) -> tuple[Found | Missing, Manifest | None]:
     """Return the store's answer whether the work of a stage digest is done, and the manifest if it is."""
     try:
         manifest = read_manifest(store, digest)
     except NotFound:
         return Missing(at=now), None
-    return Found(digest, manifest.content_digest, artifact_uri(store, digest)), manifest
+    return Found(digest, manifest.content_digest, artifact_uri(store.uri, digest)), manifest
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
@@ -163,7 +149,7 @@ def lineage(store: Store, digest: str, name: str) -> Ancestor:
     return Ancestor(
         key=name,
         digest=manifest.content_digest,
-        uri=artifact_uri(store, digest),
+        uri=artifact_uri(store.uri, digest),
         stage_digest=digest,
         manifest=manifest,
         parents=tuple(_ancestor(store, parent) for parent in manifest.parents),

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagecoach_api.artifacts import digest_of
+from stagecoach_api.artifacts import ResolvedInput, digest_of
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.store import StoreError, external_digest, list_external
-from stagecoach_api.stores.base import FolderLocation, file_uri, parse_location, sha256_of_file
+from stagecoach_api.store import StoreError
+from stagecoach_api.stores.base import file_uri, sha256_of_file
+from stagecoach_api.stores.lookup import absolute, find_inputs
 from stagecoach_cli.workspace import write_json
 from stagecoach_core.plan import external_keys
 from stagecoach_core.values import External
 
 SETTLED_SECONDS = 2.0
 """A file changed less than this before it was hashed may change again without a new time stamp: not remembered."""
-
-LOOKUP_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,6 @@ def input_root(run: TrainingRun, folder: Path) -> str:
     return file_uri(folder) if given is None else absolute(given, file_uri(folder))
 
 
-def absolute(uri: str, root: str) -> str:
-    """Return `uri` as it is where it is absolute, else below `root`, an absolute URI."""
-    if "://" in uri or uri.startswith(("/", "~")):
-        return parse_location(uri).uri
-    location = parse_location(root)
-    if isinstance(location, FolderLocation):
-        return file_uri(Path(os.path.normpath(location.path / uri)))
-    return f"{location.uri.rstrip('/')}/{os.path.normpath(uri)}"
-
-
 def look_up(
     run: TrainingRun,
     folder: Path,
@@ -101,21 +88,24 @@ def look_up(
     """
     root = input_root(run, folder)
     storage = run.spec.storage
-
-    def find(uri: str) -> External | StoreError:
+    failures: dict[str, StoreError] = {}
+    uris: dict[str, str] = {}
+    for key, uri in external_keys(run).items():
+        if not wanted(uri):
+            continue
         try:
-            where = absolute(uri, root)
-            _, entries = list_external(where, storage.endpoint, storage.region, hash_file)
+            uris[key] = absolute(uri, root)
         except StoreError as error:
-            return error
-        return External(uri=where, digest=external_digest(entries))
-
-    keys = {key: uri for key, uri in external_keys(run).items() if wanted(uri)}
-    with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="inputs") as pool:
-        results = dict(zip(keys, pool.map(find, keys.values()), strict=True))
+            failures[key] = error
+    results = find_inputs(uris, storage.endpoint, storage.region, hash_file)
+    failures |= {key: result for key, result in results.items() if isinstance(result, StoreError)}
     return Lookup(
-        found={key: result for key, result in results.items() if isinstance(result, External)},
-        failures={key: result for key, result in results.items() if isinstance(result, StoreError)},
+        found={
+            key: External(uri=result.uri, digest=result.digest)
+            for key, result in results.items()
+            if isinstance(result, ResolvedInput)
+        },
+        failures=failures,
     )
 
 

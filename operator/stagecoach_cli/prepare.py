@@ -14,8 +14,9 @@ from stagecoach_api.loading import LoadedRun, load_run
 from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.store import AccessDenied, Store, StoreError, Unreachable, open_store
+from stagecoach_api.stores.lookup import absolute
 from stagecoach_cli.artifacts import ask
-from stagecoach_cli.inputs import HashMemory, absolute, input_root, look_up, unknown_external
+from stagecoach_cli.inputs import HashMemory, input_root, look_up, unknown_external
 from stagecoach_cli.workspace import Workspace
 from stagecoach_core.decide import decide
 from stagecoach_core.plan import PlanError, external_keys, make_plan

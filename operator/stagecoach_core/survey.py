@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stagecoach_api.outcomes import Cause
 from stagecoach_core.digest import input_digests, stage_digest
 from stagecoach_core.graph import ancestors
 from stagecoach_core.policies.retry import Verdict, ended_at, judge, without_result
@@ -98,7 +99,7 @@ def _facts_of(
         unsettled=ask_store or any(before[key].unsettled for key in upstream),
         upstream=upstream,
         attempts=attempts,
-        verdict=_verdict(planned, digest, artifact, ask_store, counted, observed.since),
+        verdict=_verdict(planned, digest, artifact, ask_store, counted, observed),
     )
 
 
@@ -131,12 +132,22 @@ def _verdict(
     artifact: Found | None,
     ask_store: bool,
     attempts: tuple[Attempt, ...],
-    since: float,
+    observed: Observed,
 ) -> Verdict:
     if digest is None:
         return Verdict()
-    ended = without_result(attempts, digest, since)
+    ended = without_result(attempts, digest, observed.since)
+    older = _forgotten(planned.stage.name, digest, observed)
     if artifact is not None or ask_store:
         # What it means is not open any more, or not yet: only the count is shown.
-        return Verdict(restarts=dict(Counter(item.cause for item in ended if item.cause is not None)))
-    return judge(ended, planned.stage.retries)
+        counts = Counter(item.cause for item in ended if item.cause is not None)
+        return Verdict(restarts=dict(counts + Counter(older)))
+    return judge(ended, planned.stage.retries, older)
+
+
+def _forgotten(name: str, digest: str, observed: Observed) -> Mapping[Cause, int]:
+    """Return how many attempts count that the driver no longer remembers one by one."""
+    older = observed.forgotten.get((name, digest))
+    if older is None or older.until < observed.since or name in observed.forced:
+        return {}
+    return older.counts

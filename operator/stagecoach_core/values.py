@@ -124,6 +124,16 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class Forgotten:
+    """Ended attempts without a result that a driver no longer remembers one by one."""
+
+    counts: Mapping[Cause, int]
+    """How many, by what they were charged to."""
+    until: float
+    """When the last of them ended, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything a decision rests on, seen at one moment."""
 
@@ -131,6 +141,8 @@ class Observed:
     """All attempts of this run that are remembered, of every stage, ended ones included."""
     artifacts: Mapping[str, Found | Missing] = field(default_factory=dict)
     """The store's newest answers, by stage digest. A digest that is not here was not looked up."""
+    forgotten: Mapping[tuple[str, str], Forgotten] = field(default_factory=dict)
+    """Older attempts than those in `attempts`, by stage and stage digest; they count against the budgets, too."""
     since: float = 0.0
     """When the user asked for this run (or for one more try). Failures of attempts that ended before are not charged;
     what attempts that ended before have made counts as cached."""

@@ -20,7 +20,8 @@ from stagecoach_api.artifacts import (
     pointer_key,
 )
 from stagecoach_api.store import Corrupt, Store, open_store
-from stagecoach_cli.artifacts import UnknownArtifact, artifact_uri, fetch, find, flatten, lineage, split_uri, verify
+from stagecoach_api.stores.lookup import artifact_uri
+from stagecoach_cli.artifacts import UnknownArtifact, fetch, find, flatten, lineage, split_uri, verify
 
 BUCKET = "cli-artifacts"
 BASE, TUNED = "a" * 64, "b" * 64
@@ -64,7 +65,7 @@ def publish(
         kind="sft",
         stage_digest=digest,
         content_digest=manifest.content_digest,
-        uri=artifact_uri(store, digest),
+        uri=artifact_uri(store.uri, digest),
         cached=False,
         recorded=0.0,
     )
@@ -80,7 +81,7 @@ def _sha256(data: bytes) -> str:
 def pair(store: Store) -> Store:
     """A model and its tuned child."""
     base = publish(store, BASE, "base", {"model.safetensors": b"weights", "sub/config.json": b"{}"})
-    parent = Parent(key="stage:base", digest=base.content_digest, stage_digest=BASE, uri=artifact_uri(store, BASE))
+    parent = Parent(key="stage:base", digest=base.content_digest, stage_digest=BASE, uri=artifact_uri(store.uri, BASE))
     publish(store, TUNED, "tuned", {"adapter.safetensors": b"adapter"}, (parent,))
     return store
 

@@ -10,7 +10,7 @@ import pytest
 from cli_makers import Bench, data_stage
 
 from stagecoach_api.loading import load_run
-from stagecoach_cli.inputs import HashMemory, absolute, input_root, look_up
+from stagecoach_cli.inputs import HashMemory, input_root, look_up
 from stagecoach_cli.workspace import Workspace
 
 LATER = 4e9
@@ -18,21 +18,6 @@ LATER = 4e9
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("uri", "root", "expected"),
-    [
-        ("data/a.txt", "file:///run", "file:///run/data/a.txt"),
-        ("../a.txt", "file:///run/here", "file:///run/a.txt"),
-        ("data/*.txt", "s3://bucket/in/", "s3://bucket/in/data/*.txt"),
-        ("/data/a.txt", "s3://bucket", "file:///data/a.txt"),
-        ("s3://other/x", "file:///run", "s3://other/x"),
-        ("file:///data/a b", "s3://bucket", "file:///data/a b"),
-    ],
-)
-def test_relative_uris_are_resolved_and_absolute_ones_stay(uri: str, root: str, expected: str) -> None:
-    assert absolute(uri, root) == expected
 
 
 def test_inputs_are_looked_for_beside_the_run_file_or_where_the_storage_says(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from stagecoach_core.values import (
     AttemptState,
     Capacity,
     Decision,
+    Forgotten,
     Found,
     LookUp,
     Missing,
@@ -454,3 +455,19 @@ def test_a_digest_is_told_as_soon_as_all_inputs_are_finished() -> None:
     assert decision.stages["a"].artifact == found(DA)
     assert look_ups(decision) == ["b"]
     assert not stops(decision)
+
+
+def test_a_budget_survives_a_bounded_history() -> None:
+    """A driver that remembers only the newest attempts says how many there were before; asking once more clears it."""
+    plan = chain("a")
+    digest = digests_of(plan)["a"]
+    observed = Observed(
+        attempts=(failed("a", digest, 21, ended=50.0),),
+        artifacts={digest: Missing(at=60.0)},
+        forgotten={("a", digest): Forgotten({Cause.INFRASTRUCTURE: 20}, until=40.0)},
+    )
+    view = decide(plan, observed, now=100.0).stages["a"]
+    assert (view.state, dict(view.restarts)) == (StageState.FAILED, {Cause.INFRASTRUCTURE: 21})
+    again = decide(plan, replace(observed, since=45.0), now=100.0)
+    assert starts(again) == ["a"]
+    assert dict(again.stages["a"].restarts) == {Cause.INFRASTRUCTURE: 1}

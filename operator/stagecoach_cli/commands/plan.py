@@ -47,7 +47,8 @@ def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None
 def last_manifests(prepared: Prepared, found: Mapping[str, Manifest]) -> dict[str, Manifest]:
     """Return the manifest each stage made last, by its name: of this digest, or of an earlier one it had."""
     from stagecoach_api.store import NotFound
-    from stagecoach_cli.artifacts import pointers, read_manifest
+    from stagecoach_api.stores.lookup import read_manifest
+    from stagecoach_cli.artifacts import pointers
 
     last: dict[str, Manifest] = {}
     for item in pointers(prepared.store, f"{prepared.plan.namespace}/{prepared.plan.run}"):

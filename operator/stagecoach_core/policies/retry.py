@@ -51,16 +51,19 @@ def without_result(attempts: Iterable[Attempt], digest: str, since: float) -> tu
     return tuple(sorted(counted, key=lambda attempt: attempt.number))
 
 
-def judge(ended: Sequence[Attempt], retries: Retries) -> Verdict:
-    """Judge a stage by its ended attempts without a result, oldest first."""
+def judge(ended: Sequence[Attempt], retries: Retries, older: Mapping[Cause, int] | None = None) -> Verdict:
+    """Judge a stage by its ended attempts without a result, oldest first.
+
+    `older`: how many there were before those, by what they were charged to.
+    """
     if not ended:
-        return Verdict()
-    restarts = dict(Counter(charged_to(attempt) for attempt in ended))
+        return Verdict(restarts=dict(older or {}))
+    restarts = dict(Counter(charged_to(attempt) for attempt in ended) + Counter(older or {}))
     exhausted = next((cause for cause in CHARGED if restarts.get(cause, 0) > budget(cause, retries)), None)
     if exhausted is None:
         return Verdict(restarts, None, ended_at(ended[-1]) + _backoff(ended), _said(ended[-1]))
-    last = [attempt for attempt in ended if charged_to(attempt) is exhausted][-1]
-    return Verdict(restarts, exhausted, message=_last_words(last, retries, restarts[exhausted]))
+    last = next((attempt for attempt in reversed(ended) if charged_to(attempt) is exhausted), ended[-1])
+    return Verdict(restarts, exhausted, message=_last_words(last, retries, exhausted, restarts[exhausted]))
 
 
 def budget(cause: Cause, retries: Retries) -> int:
@@ -111,8 +114,7 @@ def _said(attempt: Attempt) -> str:
     return attempt.message or f"attempt {attempt.number} ended without a message ({attempt.cause.value})"
 
 
-def _last_words(last: Attempt, retries: Retries, failures: int) -> str:
-    cause = charged_to(last)
+def _last_words(last: Attempt, retries: Retries, cause: Cause, failures: int) -> str:
     allowed = budget(cause, retries)
     if allowed == 0:
         return _said(last)

@@ -106,3 +106,13 @@ def test_only_ended_attempts_at_this_digest_since_the_user_asked_count() -> None
 def test_no_failures_no_verdict() -> None:
     verdict = judge([], Retries())
     assert (verdict.exhausted, verdict.not_before, verdict.restarts) == (None, 0.0, {})
+
+
+def test_attempts_nobody_remembers_one_by_one_still_count() -> None:
+    older = {Cause.INFRASTRUCTURE: 18, Cause.PREEMPTION: 40}
+    two = failures(Cause.INFRASTRUCTURE, Cause.INFRASTRUCTURE)
+    assert judge(two, Retries(), older).exhausted is None
+    verdict = judge(failures(*[Cause.INFRASTRUCTURE] * 3), Retries(), older)
+    assert verdict.exhausted is Cause.INFRASTRUCTURE
+    assert verdict.restarts == {Cause.INFRASTRUCTURE: 21, Cause.PREEMPTION: 40}
+    assert "failure 21" in verdict.message

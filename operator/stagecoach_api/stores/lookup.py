@@ -1,0 +1,76 @@
+"""What both drivers ask a store: what lies at the URIs of a run's inputs, and whether a stage's work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stagecoach_api.artifacts import Manifest, ResolvedInput, manifest_key, output_prefix
+from stagecoach_api.stores.base import (
+    Corrupt,
+    FolderLocation,
+    Store,
+    StoreError,
+    file_uri,
+    parse_location,
+    sha256_of_file,
+)
+from stagecoach_api.stores.external import external_digest, list_external
+
+LOOKUP_THREADS = 8
+
+# -- inputs from outside -----------------------------------------------------------------------------------------------
+
+
+def absolute(uri: str, root: str) -> str:
+    """Return `uri` as it is where it is absolute, else below `root`, an absolute URI."""
+    if "://" in uri or uri.startswith(("/", "~")):
+        return parse_location(uri).uri
+    location = parse_location(root)
+    if isinstance(location, FolderLocation):
+        return file_uri(Path(os.path.normpath(location.path / uri)))
+    return f"{location.uri.rstrip('/')}/{os.path.normpath(uri)}"
+
+
+def find_inputs(
+    uris: Mapping[str, str],
+    endpoint: str | None = None,
+    region: str | None = None,
+    hash_file: Callable[[Path], str] = sha256_of_file,
+) -> dict[str, ResolvedInput | StoreError]:
+    """Look at absolute URIs, several at a time; return what was found, or why not, under the same keys.
+
+    `endpoint`, `region`: of S3. `hash_file` returns the sha256 of a local file.
+    """
+
+    def find(uri: str) -> ResolvedInput | StoreError:
+        try:
+            _, entries = list_external(uri, endpoint, region, hash_file)
+        except StoreError as error:
+            return error
+        return ResolvedInput(uri=uri, digest=external_digest(entries))
+
+    with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="inputs") as pool:
+        return dict(zip(uris, pool.map(find, uris.values()), strict=True))
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+def artifact_uri(storage_uri: str, digest: str) -> str:
+    """Return the URI of what the stage with this digest made."""
+    return f"{storage_uri.rstrip('/')}/{output_prefix(digest)}"
+
+
+def read_manifest(store: Store, digest: str) -> Manifest:
+    """Return the manifest of a stage digest. Raises NotFound where there is no artifact, Corrupt for a damaged one."""
+    key = manifest_key(digest)
+    try:
+        return Manifest.model_validate_json(store.read(key))
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise Corrupt(key, f"is not a manifest ({said}); delete the artifact to make it again") from error
