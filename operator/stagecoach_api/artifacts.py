@@ -213,6 +213,9 @@ class ResolvedStage(Model):
     storage_endpoint: str | None = None
     """S3 endpoint. None: AWS's own."""
 
+    storage_region: str | None = None
+    """S3 region. None: the SDK's configuration."""
+
     num_nodes: int = 1
     ranks_per_node: int = 1
 

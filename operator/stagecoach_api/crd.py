@@ -14,8 +14,9 @@ from typing import Any
 from stagecoach_api import names
 from stagecoach_api.base import Model
 from stagecoach_api.fields import fields_of, shape_of, walk_models
+from stagecoach_api.pods import Pods, Toleration, Volume
 from stagecoach_api.references import Reference
-from stagecoach_api.spec import Metadata, RunSpec, Stage, TrainingRun
+from stagecoach_api.spec import Metadata, Queue, RunSpec, Stage, TrainingRun
 from stagecoach_api.stages import STAGE_KINDS, PretrainStage, TokenizerStage
 from stagecoach_api.stages.data import DataStep, Match
 from stagecoach_api.stages.evaluate import Gate, LmEvalTask
@@ -37,6 +38,7 @@ EXACTLY_ONE: dict[type[Model], tuple[str, ...]] = {
     Match: ("keep", "drop"),
     LmEvalTask: ("task", "uri"),
     PretrainStage: ("model", "architecture"),
+    Volume: ("claimName", "configMapName", "secretName"),
 }
 
 
@@ -53,6 +55,22 @@ class CelRule:
 
 
 CEL_RULES: dict[type[Model], tuple[CelRule, ...]] = {
+    Queue: (
+        CelRule(
+            "!has(self.requiredTopology) || !has(self.preferredTopology)",
+            "`requiredTopology` and `preferredTopology` exclude each other: give at most one",
+        ),
+    ),
+    Toleration: (
+        CelRule(
+            "!has(self.operator) || self.operator != 'Exists' || !has(self.value)",
+            "`operator: Exists` takes no `value`: leave one of them out",
+        ),
+        CelRule(
+            "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+            "without `key` every taint is meant: write `operator: Exists`",
+        ),
+    ),
     PretrainStage: (
         CelRule(
             "!has(self.architecture) || has(self.tokenizer)",
@@ -124,6 +142,8 @@ def _exactly_one(members: tuple[str, ...]) -> CelRule:
 
 LIST_KEYS: dict[tuple[str, str], str] = {
     (RunSpec.__name__, "stages"): "name",
+    (Pods.__name__, "volumes"): "name",
+    (Pods.__name__, "fabric"): "name",
     (TrainingRunStatus.__name__, "stages"): "name",
     (TrainingRunStatus.__name__, "conditions"): "type",
 }
@@ -177,6 +197,8 @@ class _Converter:
                 found["enum"] = [value]
             elif keyword == "items":
                 found["items"] = self._node(value)
+            elif keyword == "additionalProperties":
+                found["additionalProperties"] = self._node(value)
             elif keyword not in _DROPPED and keyword != "description":
                 raise ValueError(f"keyword `{keyword}` has no place in a structural schema: {node}")
         if found.get("type") == "array":

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Model, Name, ShortText, Uri
+from stagecoach_api.pods import LabelKey, Pods, Quantity
 from stagecoach_api.references import Reference
 from stagecoach_api.stages import (
     STAGE_KINDS,
@@ -20,11 +21,6 @@ from stagecoach_api.stages import (
 )
 from stagecoach_api.stages.evaluate import LmEvalTask
 from stagecoach_api.stages.tokenizer import AddTokens
-
-Quantity = Annotated[
-    str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
-]
-"""A Kubernetes quantity, such as `96`, `500m` or `1000Gi`."""
 
 
 class SecretReference(Model):
@@ -71,13 +67,17 @@ class Resources(Model):
     """Ranks of each pod where it has no GPU. None: 1."""
 
     cpu: Quantity | None = None
-    """CPUs of each pod. None: no request; on a laptop all cores."""
+    """CPUs of each pod; its ranks share them as threads. None: no request and one thread a rank; on a laptop all
+    cores."""
 
     memory: Quantity | None = None
     """Memory of each pod. None: no request."""
 
     shared_memory: Quantity | None = None
-    """Size of `/dev/shm`. None: 64Mi."""
+    """Size of `/dev/shm`, which counts as memory. None: 64Mi."""
+
+    extended: Annotated[dict[str, Quantity], Field(max_length=8)] | None = None
+    """Other resources of each pod, by name, such as `rdma/hca: "1"`. None: none."""
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -93,6 +93,21 @@ class Queue(Model):
 
     name: Name
     """Name of the LocalQueue."""
+
+    priority_class: Name | None = None
+    """WorkloadPriorityClass: who goes first, and who is preempted. None: the pods' own priority."""
+
+    required_topology: LabelKey | None = None
+    """Node label within one value of which all pods of the stage must be, such as a rack's. None: anywhere."""
+
+    preferred_topology: LabelKey | None = None
+    """Node label within one value of which all pods should be, if there is room. None: anywhere."""
+
+    @model_validator(mode="after")
+    def _one_topology(self) -> Queue:
+        if self.required_topology is not None and self.preferred_topology is not None:
+            raise ValueError("give at most one of `requiredTopology` and `preferredTopology`")
+        return self
 
 
 class Retries(Model):
@@ -122,6 +137,9 @@ class StageSettings(Model):
 
     retries: Retries = Retries()
     """Retry budgets by cause. Default: every field's own."""
+
+    pods: Pods = Pods()
+    """Placement and surroundings of the pods on a cluster. Default: every field's own."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Longest time one attempt may take. None: no limit."""

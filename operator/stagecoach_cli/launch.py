@@ -55,12 +55,13 @@ def _told(job: Job, action: Start, artifacts: Mapping[str, Found], ranks: int) -
         attempt=action.number,
         storage_uri=job.store.uri,
         storage_endpoint=job.storage_endpoint,
+        storage_region=job.storage_region,
     )
     return told.model_copy(update={"num_nodes": 1, "ranks_per_node": ranks})
 
 
 def _environment(job: Job, stage: str, folder: AttemptFolder, ranks: int) -> dict[str, str]:
-    environment = {
+    return {
         ENV_WORK_DIR: str(folder.path),
         ENV_CACHE_DIR: str(job.workspace.cache),
         ENV_RESULT_FILE: str(folder.result),
@@ -68,6 +69,3 @@ def _environment(job: Job, stage: str, folder: AttemptFolder, ranks: int) -> dic
         ENV_THREADS: str(num_threads(job.plan.stages[stage].stage, job.machine, ranks)),
         "PYTHONUNBUFFERED": "1",
     }
-    if job.storage_region is not None:
-        environment["AWS_DEFAULT_REGION"] = job.storage_region
-    return environment

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.spec import Stage
+from stagecoach_core.quantities import num_cpus
 
 TRAINING_KINDS = frozenset({"pretrain", "sft"})
 """Kinds that run as several ranks."""
@@ -69,13 +69,6 @@ def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
     asked = stage.resources.cpu
     cores = machine.cores if asked is None else min(machine.cores, num_cpus(asked))
     return max(1, cores // ranks)
-
-
-def num_cpus(quantity: str) -> int:
-    """Return the whole CPUs of a Kubernetes quantity, such as `4`, `1.5` or `500m`; rounded down."""
-    if quantity.endswith("m"):
-        return int(float(quantity[:-1]) // 1000)
-    return int(float(quantity)) if quantity[-1].isdigit() else sys.maxsize  # `1k` CPUs: more than any machine has
 
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:

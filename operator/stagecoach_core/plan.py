@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from stagecoach_api.pods import Pods
 from stagecoach_api.spec import Resources, Retries, Stage, StageSettings, TrainingRun
 from stagecoach_core.graph import GraphError, topological_order
 from stagecoach_core.policies.retry import DEFAULT_BUDGETS
 from stagecoach_core.values import External, Plan, PlannedStage
 
-Settings = TypeVar("Settings", Resources, Retries)
+Settings = TypeVar("Settings", Resources, Retries, Pods)
 
 
 class PlanError(ValueError):
@@ -59,6 +60,7 @@ def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
             "resources": _merged(stage.resources, defaults.resources),
             "queue": stage.queue if stage.queue is not None else defaults.queue,
             "retries": _merged(_merged(stage.retries, defaults.retries), DEFAULT_BUDGETS),
+            "pods": _merged(stage.pods, defaults.pods),
             "timeout_seconds": stage.timeout_seconds if stage.timeout_seconds is not None else defaults.timeout_seconds,
             "seed": stage.seed if stage.seed is not None else seed,
         }

@@ -37,6 +37,7 @@ def resolved_stage(
     attempt: int,
     storage_uri: str,
     storage_endpoint: str | None = None,
+    storage_region: str | None = None,
 ) -> ResolvedStage:
     """Return what attempt number `attempt` of a stage is told. `storage_uri` is absolute."""
     stage = plan.stages[name].stage
@@ -53,6 +54,7 @@ def resolved_stage(
         code=code_identity(stage, plan.code),
         storage_uri=storage_uri,
         storage_endpoint=storage_endpoint,
+        storage_region=storage_region,
         num_nodes=stage.resources.num_nodes,
         ranks_per_node=stage.resources.num_ranks_per_node,
     )

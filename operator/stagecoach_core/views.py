@@ -84,9 +84,7 @@ def _standing(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str
         return StageState.FAILED, "", stage.verdict.message
     if stage.name in outlook.blocked:
         return StageState.SKIPPED, "", outlook.blocked[stage.name]
-    if (
-        outlook.observed.cancel and not outlook.failed
-    ):  # a wish after a failure changes nothing
+    if outlook.observed.cancel and not outlook.failed:  # a wish after a failure changes nothing
         return StageState.CANCELLED, "", "the run is cancelled"
     return _waiting(stage, outlook)
 

@@ -83,6 +83,10 @@ def test_metadata_restricts_the_name_only() -> None:
     assert set(SCHEMA["properties"]["metadata"]["properties"]) <= {"name", "generateName"}
 
 
+STAGE_SETTINGS = ("spec.defaults", "spec.stages[0]")
+"""What `StageSettings` holds is in both."""
+
+
 def test_lists_with_keys_have_items_with_these_keys_required() -> None:
     keyed = {}
     for path, node in NODES:
@@ -92,7 +96,8 @@ def test_lists_with_keys_have_items_with_these_keys_required() -> None:
             (key,) = node["x-kubernetes-list-map-keys"]
             assert key in node["items"]["required"], format_path(path)
             keyed[format_path(path)] = key
-    assert keyed == {"spec.stages": "name", "status.stages": "name", "status.conditions": "type"}
+    pods = {f"{where}.pods.{name}": "name" for where in STAGE_SETTINGS for name in ("volumes", "fabric")}
+    assert keyed == {"spec.stages": "name", "status.stages": "name", "status.conditions": "type", **pods}
 
 
 def test_everything_is_bounded_so_that_cel_can_be_paid_for() -> None:
@@ -109,8 +114,9 @@ def test_everything_is_bounded_so_that_cel_can_be_paid_for() -> None:
 
 
 def test_every_field_of_spec_and_status_is_described() -> None:
-    undescribed = [format_path(path) for path, node in NODES if path and "description" not in node and path[-1] != 0]
-    assert [path for path in undescribed if not path.startswith("metadata")] == []
+    items = (0, "*")  # of lists and maps: what they are says the field
+    undescribed = [path for path, node in NODES if path and "description" not in node and path[-1] not in items]
+    assert [format_path(path) for path in undescribed if path[0] != "metadata"] == []
 
 
 def test_null_is_allowed_only_where_it_says_something_else_than_leaving_out() -> None:

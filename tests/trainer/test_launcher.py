@@ -199,7 +199,7 @@ def test_several_ranks_run_under_torchrun_and_one_does_not() -> None:
 
 
 def test_on_several_nodes_the_rank_is_the_pods_index() -> None:
-    environment = {"JOB_COMPLETION_INDEX": "3", "MASTER_ADDR": "pod-0"}
+    environment = {"PET_NODE_RANK": "3", "PET_MASTER_ADDR": "pod-0"}
     command = worker_command(16, 8, 300, environment)
     assert {"--nnodes=16", "--node-rank=3", "--master-addr=pod-0", "--master-port=29500"} <= set(command)
 

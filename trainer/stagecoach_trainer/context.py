@@ -74,6 +74,6 @@ class StageContext:
     def fetch_resolved(self, found: ResolvedInput) -> Path:
         """Like `fetch`, for an input that a model card names."""
         self.progress.report("fetch")
-        path = fetch_input(found, self.store, self.cache)
+        path = fetch_input(found, self.store, self.cache, self.resolved.storage_endpoint, self.resolved.storage_region)
         self.progress.report("prepare")  # whatever is done with it next: reading, loading, importing
         return path

@@ -18,16 +18,20 @@ GLOB_CHARACTERS = frozenset("*?[")
 PARALLEL_TRANSFERS = 8
 
 
-def fetch_input(found: ResolvedInput, store: Store, cache: Path) -> Path:
+def fetch_input(
+    found: ResolvedInput, store: Store, cache: Path, endpoint: str | None = None, region: str | None = None
+) -> Path:
     """Return a local folder (or, for one external file, that file) with the input's content.
 
     An artifact in a folder store is read in place, one on S3 is downloaded once to `cache/inputs/<digest>`; either way
     each object's sha256 is compared with the manifest. External inputs must still be what the run was planned with.
+    `endpoint`, `region`: of the S3 service external inputs lie in; None: the store's.
     Raises Corrupt naming the object whose bytes differ, NotFound, and UserError for an external input that changed.
     """
     if found.stage_digest is not None:
         return _fetch_artifact(found, found.stage_digest, store, cache)
-    return _fetch_external(found, store, cache)
+    endpoint = endpoint or getattr(store, "endpoint", None)
+    return _fetch_external(found, cache, endpoint, region or getattr(store, "region", None))
 
 
 def fetch_files(found: ResolvedInput, store: Store, cache: Path) -> list[Path]:
@@ -110,8 +114,8 @@ def _download_objects(store: Store, prefix: str, objects: Sequence[StoredObject]
 # -- external files ----------------------------------------------------------------------------------------------------
 
 
-def _fetch_external(found: ResolvedInput, store: Store, cache: Path) -> Path:
-    root, entries = list_external(found.uri, endpoint=getattr(store, "endpoint", None))
+def _fetch_external(found: ResolvedInput, cache: Path, endpoint: str | None, region: str | None) -> Path:
+    root, entries = list_external(found.uri, endpoint, region)
     digest = external_digest(entries)
     if digest != found.digest:
         raise UserError(
@@ -123,7 +127,7 @@ def _fetch_external(found: ResolvedInput, store: Store, cache: Path) -> Path:
         return location.path
     folder = cache / "inputs" / found.digest
     with _locked(cache, found.digest):
-        _gather(root, entries, folder, store)
+        _gather(entries, folder, open_store(root, endpoint, region))
     if _is_glob(found.uri) or found.uri.rstrip("/") != f"{root.rstrip('/')}/{entries[0].key}":
         return folder
     return folder / entries[0].key
@@ -133,10 +137,9 @@ def _is_glob(uri: str) -> bool:
     return bool(GLOB_CHARACTERS & set(uri))
 
 
-def _gather(root: str, entries: Sequence[StoreEntry], folder: Path, store: Store) -> None:
+def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
     """Bring the listed files, and only them, into `folder`: links to local files, downloads of remote ones."""
-    location = parse_location(root)
-    remote = open_store(root, endpoint=getattr(store, "endpoint", None), region=getattr(store, "region", None))
+    location = parse_location(source.uri)
 
     def bring(entry: StoreEntry) -> None:
         path = folder / entry.key
@@ -145,7 +148,7 @@ def _gather(root: str, entries: Sequence[StoreEntry], folder: Path, store: Store
             path.unlink(missing_ok=True)
             path.symlink_to(location.path / entry.key)
         elif not (path.is_file() and path.stat().st_size == entry.size):
-            remote.download(entry.key, path)
+            source.download(entry.key, path)
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
         list(pool.map(bring, entries))

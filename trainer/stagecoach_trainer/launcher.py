@@ -22,7 +22,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from stagecoach_api.names import ENV_RESULT_FILE, ENV_STAGE_FILE, ENV_THREADS, ENV_WORK_DIR
+from stagecoach_api.names import (
+    ENV_MASTER_ADDRESS,
+    ENV_MASTER_PORT,
+    ENV_NODE_RANK,
+    ENV_RESULT_FILE,
+    ENV_STAGE_FILE,
+    ENV_THREADS,
+    ENV_WORK_DIR,
+    MASTER_PORT,
+)
 from stagecoach_trainer.attempt_files import announced_pids, clear_outcomes, replace_file
 
 if TYPE_CHECKING:
@@ -32,7 +41,6 @@ DEFAULT_GRACE_SECONDS = 300.0
 """Time the workers have to save a checkpoint once they are asked to stop."""
 
 POLL_SECONDS = 0.2
-DEFAULT_PORT = 29500
 
 
 class Launcher:
@@ -141,9 +149,9 @@ def worker_command(nodes: int, ranks: int, grace_seconds: float, environment: Ma
     else:  # c10d sorts hosts by name (-10 before -2): the rank is the pod's index
         torchrun += [
             f"--nnodes={nodes}",
-            f"--node-rank={environment['JOB_COMPLETION_INDEX']}",
-            f"--master-addr={environment['MASTER_ADDR']}",
-            f"--master-port={environment.get('MASTER_PORT', DEFAULT_PORT)}",
+            f"--node-rank={environment[ENV_NODE_RANK]}",
+            f"--master-addr={environment[ENV_MASTER_ADDRESS]}",
+            f"--master-port={environment.get(ENV_MASTER_PORT, MASTER_PORT)}",
         ]
     return [*torchrun, "-m", "stagecoach_trainer"]
 

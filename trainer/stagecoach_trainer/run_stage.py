@@ -102,7 +102,7 @@ def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:
 
 def open_run_store(resolved: ResolvedStage) -> Store:
     """Open the store the run's artifacts lie in."""
-    return open_store(resolved.storage_uri, endpoint=resolved.storage_endpoint)
+    return open_store(resolved.storage_uri, endpoint=resolved.storage_endpoint, region=resolved.storage_region)
 
 
 def load_stage(kind: str) -> StageFunction:

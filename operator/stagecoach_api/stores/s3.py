@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stagecoach_api.artifacts import MANIFEST, StoredObject
+from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.stores.base import (
     Corrupt,
     NotFound,
@@ -33,6 +34,7 @@ from stagecoach_api.stores.base import (
     is_below,
     sha256_of_file,
 )
+from stagecoach_api.stores.credentials import put_first
 from stagecoach_api.stores.folder import publish, temporary_file, translated
 from stagecoach_api.stores.retry import Retrier
 from stagecoach_api.stores.s3_errors import error_code, error_status, is_absent, is_transient, store_error
@@ -351,12 +353,17 @@ def _service_models() -> Any:
 
 
 def _session() -> Session:
-    """Return a session of its own, which reads the credentials anew and is shared by no other thread."""
+    """Return a session of its own, which reads the credentials anew and is shared by no other thread.
+
+    Credentials are those in the folder `ENV_CREDENTIALS_DIR` where that is set, else what the AWS SDK finds."""
     import boto3
     import botocore.session
 
     core = botocore.session.get_session()
     core.register_component("data_loader", _service_models())
+    folder = os.environ.get(ENV_CREDENTIALS_DIR)
+    if folder:
+        put_first(core, Path(folder))
     return boto3.session.Session(botocore_session=core)
 
 

@@ -5,6 +5,7 @@ Messages are built from codes alone: a server's text may repeat request headers,
 
 from __future__ import annotations
 
+from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.stores.base import AccessDenied, Corrupt, NotFound, StoreError, Unreachable, public_endpoint
 
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
@@ -51,9 +52,9 @@ _WRONG_CREDENTIALS = {
     "InvalidSecurity",
 }
 _WHERE = (
-    "credentials are looked for where the AWS SDK does: the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), "
-    "the credentials file (AWS_SHARED_CREDENTIALS_FILE or ~/.aws/credentials, profile AWS_PROFILE), then web or "
-    "machine identity"
+    f"credentials are looked for in the folder that {ENV_CREDENTIALS_DIR} names, else where the AWS SDK does: the "
+    "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), the credentials file (AWS_SHARED_CREDENTIALS_FILE or "
+    "~/.aws/credentials, profile AWS_PROFILE), then web or machine identity"
 )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stagecoach_api.base import Model, Name
-from stagecoach_api.spec import Quantity
+from stagecoach_api.pods import Quantity
 
 LAUNCHER_MARGIN_SECONDS = 10
 """What of a pod's grace period the launcher keeps for itself: to end its workers and write the result."""

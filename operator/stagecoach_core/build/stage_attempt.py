@@ -1,0 +1,35 @@
+"""What manifests are made of: one attempt of one stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.spec import Stage
+from stagecoach_core.build.naming import attempt_name
+from stagecoach_core.quantities import num_cpus
+
+
+@dataclass(frozen=True)
+class StageAttempt:
+    """One attempt of one stage of one run."""
+
+    run_uid: str
+    """UID of the TrainingRun, which owns everything that is made."""
+    stage: Stage
+    """The stage with all settings resolved (`PlannedStage.stage`)."""
+    told: ResolvedStage
+    """`stage.json`."""
+    credentials: str | None = None
+    """Secret with S3 credentials in the run's namespace. None: the service account's identity."""
+
+    @property
+    def name(self) -> str:
+        """Name of its JobSet and its ConfigMap."""
+        return attempt_name(self.told.run, self.told.stage, self.run_uid, self.told.attempt)
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of each rank: its share of the CPUs that are asked for; one where none are."""
+        cpu = self.stage.resources.cpu
+        return 1 if cpu is None else max(1, num_cpus(cpu) // self.told.ranks_per_node)

@@ -1,0 +1,31 @@
+"""Kubernetes quantities."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+_FACTORS = {
+    "m": Decimal("0.001"),
+    "k": Decimal(10**3),
+    "M": Decimal(10**6),
+    "G": Decimal(10**9),
+    "T": Decimal(10**12),
+    "P": Decimal(10**15),
+    "Ki": Decimal(2**10),
+    "Mi": Decimal(2**20),
+    "Gi": Decimal(2**30),
+    "Ti": Decimal(2**40),
+    "Pi": Decimal(2**50),
+}
+
+
+def amount(quantity: str) -> Decimal:
+    """Return the number a quantity such as `4`, `500m` or `64Gi` stands for."""
+    number = quantity.rstrip("mkMGTPi")
+    suffix = quantity[len(number) :]
+    return Decimal(number) * (_FACTORS[suffix] if suffix else 1)
+
+
+def num_cpus(quantity: str) -> int:
+    """Return the whole CPUs of a quantity such as `4`, `1.5` or `500m`; rounded down."""
+    return int(amount(quantity))
