@@ -15,7 +15,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 # Nothing here needs a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint generate verify bench lock clean
+.PHONY: help install demo test lint generate verify bench lock clean cluster cluster-down
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,12 @@ verify: install ## check that the generated files are up to date
 
 bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
 	$(BIN)/python -m bench
+
+cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
+	@PYTHONPATH=tests $(BIN)/python -m cluster up
+
+cluster-down: install ## stop that Kubernetes and remove all of it but the built programs
+	@PYTHONPATH=tests $(BIN)/python -m cluster down
 
 lock: $(UV) ## resolve pyproject.toml into the locks
 	$(UV) pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \

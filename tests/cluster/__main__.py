@@ -1,0 +1,211 @@
+"""The test cluster: `PYTHONPATH=tests python -m cluster --help`, or `make cluster` and `make cluster-down`.
+
+It builds Kubernetes and what belongs to it from pinned Go modules and runs them on this machine: etcd, API server,
+controllers and scheduler, containerd, kubelet and kube-proxy, CoreDNS, JobSet, Kueue, KWOK, and an S3 server. It is for
+tests; whoever has a cluster (kind, a cloud's) sets KUBECONFIG and needs none of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from cluster import addons, cgroups, kwok, machine, network, packages, s3
+from cluster.build import Builder
+from cluster.control_plane import ControlPlane
+from cluster.layout import FIRST_PORT, Layout, find_layout
+from cluster.node import Node
+from cluster.processes import Processes
+from cluster.report import ClusterError, timed
+from cluster.versions import read_versions
+
+API_PROGRAMS = (("etcd", ("etcd",)), ("kubernetes", ("kube-apiserver", "kubectl")))
+CONTROL_PLANE_PROGRAMS = (
+    *API_PROGRAMS,
+    ("kubernetes", ("kube-controller-manager", "kube-scheduler")),
+    ("helm", ("helm",)),
+)
+NODE_PROGRAMS = (
+    *CONTROL_PLANE_PROGRAMS,
+    ("jobset", ("manager",)),
+    ("kueue", ("manager",)),
+    ("versitygw", ("versitygw",)),
+    ("kubernetes", ("kubelet", "kube-proxy")),
+    ("coredns", ("coredns",)),
+    ("kwok", ("kwok",)),
+)
+STATE_FILE = "cluster.json"
+
+
+class Cluster:
+    """One cluster on this machine, brought up and down as a whole."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._versions = read_versions()
+        self._builder = Builder(self._versions, layout.cache)
+        self._processes = Processes(layout.processes)
+
+    def up(self) -> None:
+        """Bring up what is not up. Raises ClusterError when a cluster of another kind or version runs."""
+        if self.layout.with_node:
+            packages.require_root()
+            packages.ensure(self._versions)
+        self.build()
+        self.layout.make()
+        self._check_same()
+        if self.layout.with_node:
+            machine.remember(self.layout)
+            network.set_up(self.layout)
+        control_plane = ControlPlane(self.layout, self._builder, self._processes)
+        control_plane.start_api()
+        control_plane.start_controllers()
+        installed = addons.Addons(self.layout, self._versions, self._builder, control_plane)
+        if not self.layout.with_node:
+            installed.define_resources()
+            return
+        node = self._node(control_plane)
+        node.start()
+        installed.install(node)
+        s3.start(self.layout, self._builder, self._processes)
+        kwok.start(self.layout, self._builder, self._processes, control_plane)
+        installed.wait()
+
+    def build(self) -> None:
+        """Build what is missing of the programs that this kind of cluster needs."""
+        self._builder.ensure(NODE_PROGRAMS if self.layout.with_node else CONTROL_PLANE_PROGRAMS)
+
+    def down(self) -> None:
+        """Stop every process that was written down, and remove everything but the built programs."""
+        with timed("processes", "stopped"):
+            for name in self._processes.names:
+                self._processes.stop(name)
+        if self.layout.with_node:
+            with timed("containers, mounts and network", "removed"):
+                self._remove_node()
+        shutil.rmtree(self.layout.state)
+
+    def load(self, archives: list[Path]) -> None:
+        """Give the node the images of some archives."""
+        node = self._node(ControlPlane(self.layout, self._builder, self._processes))
+        for archive in archives:
+            with timed(archive.name, "loaded"):
+                node.load_archive(archive)
+
+    def add_gpu_nodes(self, count: int, product: str) -> None:
+        """Add pretended nodes of eight GPUs each."""
+        kubectl = ControlPlane(self.layout, self._builder, self._processes).kubectl
+        kubectl.apply([kwok.gpu_node(f"{product.lower()}-{index}", product) for index in range(count)])
+
+    def describe(self) -> list[str]:
+        """Return the shell's lines that let users of the cluster find it."""
+        programs = [self._builder.program(*program).parent for program in (("kubernetes", "kubectl"), ("helm", "helm"))]
+        lines = [f"export PATH={':'.join(map(str, programs))}:$PATH"]
+        if self.layout.with_node:
+            lines.append(f"export STAGECOACH_TEST_S3_ENDPOINT={self.layout.s3_endpoint}")
+            lines.append(f"export STAGECOACH_TEST_S3_CREDENTIALS={self.layout.s3_credentials}")
+        return [*lines, f"export KUBECONFIG={self.layout.kubeconfig}"]
+
+    def _node(self, control_plane: ControlPlane) -> Node:
+        return Node(self.layout, self._builder, self._processes, control_plane)
+
+    def _check_same(self) -> None:
+        """Write down what this cluster is; or, where one is already, compare."""
+        layout = self.layout
+        wanted = {"with_node": layout.with_node, "first_port": layout.first_port, "versions": self._versions.labels}
+        file = layout.state / STATE_FILE
+        if not file.exists():
+            file.write_text(json.dumps(wanted))
+        elif json.loads(file.read_text()) != wanted:
+            raise ClusterError(
+                f"{layout.state} holds a cluster of another kind or of other versions: `make cluster-down` first"
+            )
+
+    def _remove_node(self) -> None:
+        sockets = self._node(ControlPlane(self.layout, self._builder, self._processes)).shim_sockets()
+        cgroups.end_all()
+        machine.unmount_all(self.layout.state)
+        network.tear_down()
+        machine.remove_log_links(self.layout)
+        for socket in sockets:
+            socket.unlink(missing_ok=True)
+        machine.restore(self.layout)
+
+
+def find_cluster(state: Path | None) -> Cluster | None:
+    """Return the cluster that was brought up, or None."""
+    layout = find_layout(with_node=False, state=state)
+    file = layout.state / STATE_FILE
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return Cluster(find_layout(with_node=found["with_node"], state=state, first_port=found["first_port"]))
+
+
+def existing_cluster(state: Path | None) -> Cluster:
+    """Return the cluster that was brought up. Raises ClusterError when there is none."""
+    cluster = find_cluster(state)
+    if cluster is None:
+        raise ClusterError("there is no cluster: `make cluster` first")
+    return cluster
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(prog="cluster", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--state", type=Path, help="folder of the cluster (default: /var/tmp/stagecoach-cluster)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {"up": "bring the cluster up", "build": "only build its programs"}.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--no-node", action="store_true", help="a control plane alone: no root, no pods, no S3")
+        command.add_argument("--first-port", type=int, default=FIRST_PORT, help="its ports begin here")
+    commands.add_parser("down", help="stop it and remove all but the built programs")
+    commands.add_parser("env", help="print the variables that let others find it")
+    load = commands.add_parser("load", help="give the node images from `docker save` or `buildah push docker-archive:`")
+    load.add_argument("archives", type=Path, nargs="+")
+    nodes = commands.add_parser("gpu-nodes", help="add pretended nodes of eight GPUs")
+    nodes.add_argument("count", type=int)
+    nodes.add_argument("--product", default="NVIDIA-A100-SXM4-80GB")
+    return parser.parse_args(arguments)
+
+
+def carry_out(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for."""
+    state = arguments.state
+    if arguments.command in ("up", "build"):
+        layout = find_layout(with_node=not arguments.no_node, state=state, first_port=arguments.first_port)
+        cluster = Cluster(layout)
+        if arguments.command == "build":
+            cluster.build()
+            return
+        cluster.up()
+        print("\n".join(cluster.describe()))
+    elif arguments.command == "down":
+        found = find_cluster(state)
+        if found is None:
+            print("  there is no cluster")
+        else:
+            found.down()
+    elif arguments.command == "env":
+        print("\n".join(existing_cluster(state).describe()))
+    elif arguments.command == "load":
+        existing_cluster(state).load(arguments.archives)
+    else:
+        existing_cluster(state).add_gpu_nodes(arguments.count, arguments.product)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return the process's exit code."""
+    try:
+        carry_out(parse(arguments))
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

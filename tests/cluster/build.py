@@ -1,0 +1,204 @@
+"""Programs from pinned Go modules: a module of our own requires each, `go build` makes it, the cache keeps it.
+
+`go install module@version` is not used since it refuses modules whose go.mod replaces others (etcd, Kubernetes), and
+modules of which the proxy lists no versions (JobSet, Kueue).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.report import ClusterError, last_lines, say, timed
+from cluster.versions import Part, Versions
+
+GO_FALLBACK = "/usr/local/go/bin/go"
+"""Where Go's own installation puts it."""
+UNRELEASED = "v0.0.0"
+"""The version that a go.mod gives to modules of its own repository."""
+
+
+class Builder:
+    """Builds what is missing into `<cache>/bin/<part>-<version>/`."""
+
+    def __init__(self, versions: Versions, cache: Path) -> None:
+        self._versions = versions
+        self._cache = cache
+
+    def program(self, part: str, name: str) -> Path:
+        """Return where a program of a part is once it is built."""
+        return self._folder(self._versions.parts[part]) / name
+
+    def folder(self, part: str, name: str) -> Path:
+        """Return where a folder kept of a part's module is once the part is built."""
+        return self._folder(self._versions.parts[part]) / name
+
+    def ensure(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """Build the wanted programs of each part that are missing, in the order given, with one line for each.
+
+        Raises ClusterError with the compiler's last words when one cannot be built.
+        """
+        with self._alone():
+            for part_name, programs in wanted:
+                self._ensure_part(self._versions.parts[part_name], programs)
+
+    def build_source(self, name: str, source: Path, version: str) -> Path:
+        """Build one Go file of this folder that needs no module, and return the program."""
+        target = self._cache / "bin" / f"{name}-{version}" / name
+        if not target.exists():
+            with self._alone(), timed(f"{name} {version}", "built"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._go(
+                    ["build", "-trimpath", "-ldflags", "-s -w", "-o", str(target), str(source)], source.parent, name
+                )
+        return target
+
+    def _ensure_part(self, part: Part, programs: Sequence[str]) -> None:
+        missing = [program for program in programs if not self.program(part.name, program).exists()]
+        absent = [folder for folder in part.folders if not self.folder(part.name, folder).exists()]
+        if not missing and not absent:
+            say(f"{part.name} {part.version}", "in the cache")
+            return
+        with timed(f"{part.name} {part.version}", "fetched"):
+            workspace = self._prepare(part)
+        for program in missing:
+            with timed(f"{program} {part.version}", "built"):
+                self._build(part, program, workspace)
+
+    def _prepare(self, part: Part) -> Path:
+        """Write the module that requires the part, and copy the folders kept of it."""
+        workspace = self._cache / "src" / part.label
+        workspace.mkdir(parents=True, exist_ok=True)
+        self._check_go(workspace)
+        downloaded = json.loads(
+            self._go(["mod", "download", "-json", f"{part.module}@{part.version}"], workspace, part.name)
+        )
+        upstream = json.loads(self._go(["mod", "edit", "-json", downloaded["GoMod"]], workspace, part.name))
+        (workspace / "go.mod").write_text(module_file(part, upstream))
+        for name, path in part.folders.items():
+            copy_folder(Path(downloaded["Dir"]) / path, self.folder(part.name, name))
+        return workspace
+
+    def _build(self, part: Part, program: str, workspace: Path) -> None:
+        target = self.program(part.name, program)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{program}.unfinished")
+        command = [
+            "build",
+            "-mod=mod",
+            "-trimpath",
+            "-ldflags",
+            link_flags(part),
+            "-o",
+            str(unfinished),
+            part.programs[program],
+        ]
+        self._go(command, workspace, part.name, unverified=part.unverified)
+        unfinished.rename(target)
+
+    def _check_go(self, workspace: Path) -> None:
+        version = self._go(["env", "GOVERSION"], workspace, "go").strip().removeprefix("go")
+        if _numbers(version) < _numbers(self._versions.go_at_least):
+            raise ClusterError(
+                f"Go {version} is installed; {self._versions.go_at_least} or newer is needed (go.dev/dl)"
+            )
+
+    def _go(self, arguments: list[str], workspace: Path, name: str, *, unverified: str = "") -> str:
+        """Run Go and return what it printed; its messages go to the log of `name`."""
+        log = self._cache / "log" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off"}
+        if unverified:
+            known = [os.environ.get("GONOSUMDB", ""), unverified]
+            environment["GONOSUMDB"] = ",".join(modules for modules in known if modules)
+        with log.open("a") as messages:
+            done = subprocess.run(
+                [find_go(), *arguments],
+                cwd=workspace,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise ClusterError(f"`go {' '.join(arguments[:2])}` failed for {name}; {last_lines(log)}")
+        return done.stdout
+
+    def _folder(self, part: Part) -> Path:
+        return self._cache / "bin" / part.label
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the cache's lock: two builds side by side would write the same files."""
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with (self._cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def find_go() -> str:
+    """Return the path of Go. Raises ClusterError when there is none."""
+    found = shutil.which("go") or shutil.which(GO_FALLBACK)
+    if found is None:
+        raise ClusterError("Go is needed to build the cluster: install it (go.dev/dl) and put `go` into PATH")
+    return found
+
+
+def module_file(part: Part, upstream: Mapping[str, Any]) -> str:
+    """Return the go.mod of a module of ours that requires a part as the part itself would be built.
+
+    `upstream` is the part's own go.mod as `go mod edit -json` prints it: a module's replacements do not count for those
+    that require it, so they are written down again.
+    """
+    lines = [f"module stagecoach.dev/cluster/{part.name}", "", f"go {upstream['Go']}", ""]
+    lines += [f"require {part.module} {part.version}", ""]
+    lines += [f"replace {old} => {new}" for old, new in sorted(replacements(part, upstream).items())]
+    return "\n".join(lines) + "\n"
+
+
+def replacements(part: Part, upstream: Mapping[str, Any]) -> dict[str, str]:
+    """Return what replaces what: modules of the part's own repository by their released version, others as it says."""
+    found: dict[str, str] = {}
+    for requirement in upstream.get("Require") or []:
+        if requirement["Version"] == UNRELEASED and part.local_version:
+            found[requirement["Path"]] = f"{requirement['Path']} {part.local_version}"
+    for replacement in upstream.get("Replace") or []:
+        old, new = replacement["Old"], replacement["New"]
+        name = " ".join(filter(None, [old["Path"], old.get("Version")]))
+        if "Version" in new:
+            found[name] = f"{new['Path']} {new['Version']}"
+        elif part.local_version:
+            found[name] = f"{old['Path']} {part.local_version}"
+    return found
+
+
+def link_flags(part: Part) -> str:
+    """Return the linker's flags: no debugging tables, and the version where a program reports it."""
+    flags = "-s -w"
+    if part.version_variable:
+        flags += f" -X {part.version_variable}={part.version}"
+    return flags
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of Go's module cache, which is read-only, as a writable one."""
+    if target.exists():
+        return
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
+    for folder in [unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())]:
+        folder.chmod(0o755)
+    unfinished.rename(target)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split("rc")[0].split("-")[0].split(".")[:2]]

@@ -1,0 +1,57 @@
+"""The control groups below which all containers and their shims live: so they can be found and ended without names."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from cluster.layout import CGROUP
+from cluster.processes import wait_until
+
+INHERITED = ("cpuset.cpus", "cpuset.mems")
+"""Files that a new group of version 1 leaves empty, so that nothing may run in it."""
+EMPTY_SECONDS = 20
+
+
+def make() -> None:
+    """Make our group in every hierarchy: the kubelet refuses a root group that does not exist."""
+    for group in groups():
+        group.mkdir(exist_ok=True)
+        for name in INHERITED:
+            file = group / name
+            if file.exists() and not file.read_text().strip():
+                file.write_text((group.parent / name).read_text())
+
+
+def groups() -> list[Path]:
+    """Return our group in each hierarchy of this machine, of version 1 or 2."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(words[1]) / CGROUP for words in mounts if words[2] in ("cgroup", "cgroup2")]
+
+
+def end_all() -> None:
+    """Kill every process in our groups and remove the groups. Raises ClusterError when some process will not end."""
+    ours = groups()
+    for pid in members(ours):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    wait_until(f"all processes in control groups {CGROUP} have ended", lambda: not any(members(ours)), EMPTY_SECONDS)
+    for group in ours:
+        for folder in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
+            folder.rmdir()
+        if group.exists():
+            group.rmdir()
+
+
+def members(groups_to_search: list[Path]) -> Iterator[int]:
+    """Yield the pids of all living processes in some groups and those below."""
+    seen: set[int] = set()
+    for group in groups_to_search:
+        for file in group.rglob("cgroup.procs"):
+            seen.update(int(pid) for pid in file.read_text().split())
+    yield from (pid for pid in seen if psutil.pid_exists(pid))

@@ -1,0 +1,61 @@
+"""KWOK: pretended GPU nodes, whose pods the real scheduler places and which seem to run and end at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cluster.build import Builder
+from cluster.control_plane import ControlPlane
+from cluster.layout import LOOPBACK, Layout
+from cluster.processes import Processes
+from cluster.report import timed
+
+STAGES = (
+    "node/fast/node-initialize.yaml",
+    "node/heartbeat-with-lease/node-heartbeat-with-lease.yaml",
+    "pod/fast/pod-ready.yaml",
+    "pod/fast/pod-complete.yaml",
+    "pod/fast/pod-delete.yaml",
+)
+"""What happens to pretended nodes and pods, from the module: pods run at once, those of Jobs end at once."""
+PRETENDED = "kwok.x-k8s.io/node"
+READY_SECONDS = 60
+GPUS_PER_NODE = 8
+POD_NETWORK = "10.216.0.1/16"
+"""Addresses given to pretended pods: nothing answers there."""
+
+
+def start(layout: Layout, builder: Builder, processes: Processes, control_plane: ControlPlane) -> None:
+    """Start KWOK for nodes that carry its annotation; there are none at first."""
+    stages = builder.folder("kwok", "stages")
+    command: list[str | Path] = [builder.program("kwok", "kwok"), f"--kubeconfig={layout.kubeconfig}"]
+    command += ["--manage-all-nodes=false", f"--manage-nodes-with-annotation-selector={PRETENDED}=fake"]
+    command += [f"--server-address={LOOPBACK}:{layout.port('kwok')}", f"--cidr={POD_NETWORK}"]
+    command += ["--node-lease-duration-seconds=40", f"--config={','.join(str(stages / stage) for stage in STAGES)}"]
+    kubectl = control_plane.kubectl
+    with timed("kwok", "ready"):
+        processes.start("kwok", command)
+        kubectl.apply([gpu_node("kwok-probe", "none")])
+        ready = ("wait", "--for=condition=Ready", "node/kwok-probe", "--timeout=1s")
+        processes.wait_for("kwok", lambda: kubectl.succeeds(*ready), READY_SECONDS)
+        kubectl("delete", "node", "kwok-probe")
+
+
+def gpu_node(name: str, product: str, gpus: int = GPUS_PER_NODE) -> dict[str, Any]:
+    """Return a pretended node of a GPU product. Its taint keeps pods away that do not ask for GPUs."""
+    room = {"cpu": "128", "memory": "2048Gi", "pods": "110", "ephemeral-storage": "4096Gi", "nvidia.com/gpu": str(gpus)}
+    labels = {
+        "kubernetes.io/hostname": name,
+        "kubernetes.io/os": "linux",
+        "kubernetes.io/arch": "amd64",
+        "type": "kwok",
+        "nvidia.com/gpu.product": product,
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": labels, "annotations": {PRETENDED: "fake"}},
+        "spec": {"taints": [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}]},
+        "status": {"allocatable": room, "capacity": room},
+    }

@@ -1,0 +1,112 @@
+"""Where a cluster keeps its files, and at which addresses it listens. Everything else asks here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV_STATE = "STAGECOACH_CLUSTER_STATE"
+ENV_CACHE = "STAGECOACH_CLUSTER_CACHE"
+DEFAULT_STATE = Path("/var/tmp/stagecoach-cluster")  # noqa: S108 - made with mode 0700, see `Layout.make`
+"""Short, since the paths of Unix sockets below it may have 107 characters."""
+DEFAULT_CACHE = ROOT / "build" / "cluster"
+FIRST_PORT = 26443
+
+POD_NETWORK = IPv4Network("10.213.0.0/24")
+SERVICE_NETWORK = IPv4Network("10.214.0.0/20")
+LOOPBACK = "127.0.0.1"
+NODE_NAME = "stagecoach-node"
+BRIDGE = "stagecoach0"
+CGROUP = "stagecoach-cluster"
+DOMAIN = "cluster.local"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One cluster: its folder, its ports, and whether it has a node for real pods."""
+
+    state: Path
+    """Everything that `down` removes."""
+    cache: Path
+    """Built programs, which `down` leaves."""
+    with_node: bool
+    """False: a control plane only, which needs no rights and touches no network."""
+    first_port: int = FIRST_PORT
+
+    @property
+    def address(self) -> str:
+        """Where pods reach what runs on the machine: the bridge's address; on a control plane alone the loopback."""
+        return str(POD_NETWORK[1]) if self.with_node else LOOPBACK
+
+    @property
+    def service_address(self) -> str:
+        """The API server's address as a service: the first of the service network, as Kubernetes has it."""
+        return str(SERVICE_NETWORK[1])
+
+    def port(self, name: str) -> int:
+        """Return the port of one of `PORTS`."""
+        return self.first_port + PORTS.index(name)
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The administrator's: what users of the cluster set KUBECONFIG to."""
+        return self.state / "kubeconfig"
+
+    @property
+    def pki(self) -> Path:
+        """Keys and certificates."""
+        return self.state / "pki"
+
+    @property
+    def processes(self) -> Path:
+        """The record and the log of each process."""
+        return self.state / "processes"
+
+    @property
+    def containerd_socket(self) -> Path:
+        """Where containerd is spoken to."""
+        return self.state / "containerd" / "containerd.sock"
+
+    @property
+    def s3_credentials(self) -> Path:
+        """Key of the S3 server, in the form of AWS's shared credentials file."""
+        return self.state / "s3" / "credentials"
+
+    @property
+    def s3_endpoint(self) -> str:
+        """URL of the S3 server, from pods and from the machine alike."""
+        return f"http://{self.address}:{self.port('s3')}"
+
+    def make(self) -> None:
+        """Make the state's folder, for its owner only: it holds keys."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.state.chmod(0o700)
+
+
+PORTS = (
+    "apiserver",
+    "etcd",
+    "etcd-peer",
+    "controller-manager",
+    "scheduler",
+    "kubelet",
+    "kubelet-health",
+    "kube-proxy-health",
+    "kube-proxy-metrics",
+    "coredns-health",
+    "s3",
+    "kwok",
+)
+
+
+def find_layout(*, with_node: bool, state: Path | None = None, first_port: int = FIRST_PORT) -> Layout:
+    """Return the layout that arguments and environment ask for."""
+    return Layout(
+        state=state or Path(os.environ.get(ENV_STATE, DEFAULT_STATE)),
+        cache=Path(os.environ.get(ENV_CACHE, DEFAULT_CACHE)),
+        with_node=with_node,
+        first_port=first_port,
+    )

@@ -1,0 +1,77 @@
+"""What a node changes on the machine besides our own folder: written down before, set back after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from cluster.layout import Layout
+from cluster.processes import run
+from cluster.report import ClusterError
+
+KERNEL = Path("/proc/sys")
+SETTINGS = (
+    "net/ipv4/ip_forward",
+    "net/ipv4/conf/all/route_localnet",
+    "net/netfilter/nf_conntrack_max",
+    "net/netfilter/nf_conntrack_tcp_timeout_established",
+    "net/netfilter/nf_conntrack_tcp_timeout_close_wait",
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "kernel/keys/root_maxkeys",
+    "kernel/keys/root_maxbytes",
+)
+"""Kernel settings that we, the kubelet or kube-proxy write."""
+LOG_LINKS = Path("/var/log/containers")
+FOLDERS = ("/run/containerd", "/var/lib/kubelet", "/var/lib/cni", str(LOG_LINKS), "/var/log/pods")
+"""Folders whose names are fixed in containerd, kubelet and the CNI plugins."""
+RECORD = "machine.json"
+
+
+def remember(layout: Layout) -> None:
+    """Write down how the machine is, unless that was done before."""
+    record = layout.state / RECORD
+    if record.exists():
+        return
+    settings = {name: (KERNEL / name).read_text().strip() for name in SETTINGS if (KERNEL / name).exists()}
+    folders = [folder for folder in FOLDERS if Path(folder).exists()]
+    record.write_text(json.dumps({"settings": settings, "folders": folders}))
+
+
+def restore(layout: Layout) -> None:
+    """Set the kernel back and remove the folders that were not there before."""
+    record = layout.state / RECORD
+    if not record.exists():
+        return
+    before = json.loads(record.read_text())
+    for name, value in before["settings"].items():
+        if (KERNEL / name).read_text().strip() != value:
+            (KERNEL / name).write_text(value)
+    for folder in set(FOLDERS) - set(before["folders"]):
+        shutil.rmtree(folder, ignore_errors=True)
+    record.unlink()
+
+
+def remove_log_links(layout: Layout) -> None:
+    """Remove the links that the kubelet made to our pods' logs, in a folder that others may use too."""
+    for link in LOG_LINKS.glob("*.log"):
+        if link.is_symlink() and layout.state in link.readlink().parents:
+            link.unlink()
+
+
+def unmount_all(folder: Path) -> None:
+    """Unmount everything below a folder, the deepest first. Raises ClusterError when something stays mounted."""
+    for mount in mounts_below(folder, Path("/proc/self/mounts").read_text()):
+        run(["umount", mount])
+    left = mounts_below(folder, Path("/proc/self/mounts").read_text())
+    if left:
+        raise ClusterError(f"still mounted: {', '.join(left)}; see who uses them with `fuser -vm`, then try again")
+
+
+def mounts_below(folder: Path, mounts: str) -> list[str]:
+    """Return the mount points below a folder, the last mounted first, given the text of /proc/self/mounts."""
+    points = [line.split()[1].replace("\\040", " ") for line in mounts.splitlines()]
+    return [point for point in reversed(points) if Path(folder) in Path(point).parents]

@@ -1,0 +1,33 @@
+"""Debian packages that a node needs: installed where that is possible, else named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from cluster.processes import run
+from cluster.report import ClusterError, say, timed
+from cluster.versions import Versions
+
+
+def ensure(versions: Versions) -> None:
+    """Install what is missing. Raises ClusterError with the command to run where we cannot (no root, no apt-get)."""
+    missing = [package for package, file in versions.debian.items() if not file.exists()]
+    if not missing:
+        say("packages of the node", "installed")
+        return
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise ClusterError(
+            f"a node needs {', '.join(missing)}: run `sudo {' '.join(install)}` (Debian, Ubuntu), or bring up a "
+            "control plane alone with `--no-node`"
+        )
+    with timed(f"{len(missing)} packages of the node", "installed"):
+        run(["apt-get", "update", "--quiet"])
+        run(install, environment={"DEBIAN_FRONTEND": "noninteractive"})
+
+
+def require_root() -> None:
+    """Raise ClusterError unless we may mount, bridge and start containers."""
+    if os.geteuid() != 0:
+        raise ClusterError("a node needs root: run as root, or bring up a control plane alone with `--no-node`")

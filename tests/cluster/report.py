@@ -1,0 +1,35 @@
+"""What `make cluster` says while it works, and how it says that it cannot go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOG_LINES_SHOWN = 20
+
+
+class ClusterError(Exception):
+    """The cluster cannot be brought up or down; the message says what happened and what to do."""
+
+
+@contextmanager
+def timed(part: str, done: str) -> Iterator[None]:
+    """Print one line when the block has ended well: the part, what was done, and the seconds it took."""
+    started = time.monotonic()
+    yield
+    say(part, done, time.monotonic() - started)
+
+
+def say(part: str, done: str, seconds: float = 0.0) -> None:
+    """Print the line of a part."""
+    print(f"  {part:<38} {done:<12} {seconds:7.1f} s", flush=True)
+
+
+def last_lines(log: Path) -> str:
+    """Return the end of a log file, for an error's message."""
+    if not log.exists():
+        return f"{log} was never written"
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join([f"the end of {log}:", *lines[-LOG_LINES_SHOWN:]])

@@ -1,0 +1,69 @@
+"""versitygw, a real S3 server over a folder, with one bucket and a key of its own."""
+
+from __future__ import annotations
+
+import configparser
+import secrets
+import urllib.error
+import urllib.request
+
+import boto3
+from cluster.build import Builder
+from cluster.layout import Layout
+from cluster.processes import Processes, Word
+from cluster.report import timed
+
+REGION = "us-east-1"
+BUCKET = "models"
+READY_SECONDS = 30
+
+
+def start(layout: Layout, builder: Builder, processes: Processes) -> None:
+    """Start the server where pods can reach it, and make the bucket."""
+    folder = layout.state / "s3"
+    for path in (folder / "data", folder / "sidecar"):
+        path.mkdir(parents=True, exist_ok=True)
+    access_key, secret_key = read_or_make_key(layout)
+    command: list[Word] = [builder.program("versitygw", "versitygw"), "--quiet"]
+    command += ["--port", f"{layout.address}:{layout.port('s3')}", "posix"]
+    command += ["--sidecar", folder / "sidecar", folder / "data"]  # also where the disk has no extended attributes
+    environment = {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key}
+    with timed("versitygw", "ready"):
+        processes.start("versitygw", command, environment)
+        processes.wait_for("versitygw", lambda: answers(layout.s3_endpoint), READY_SECONDS)
+        make_bucket(layout, access_key, secret_key)
+
+
+def read_or_make_key(layout: Layout) -> tuple[str, str]:
+    """Return access key and secret key of this cluster's S3 server, made at first use."""
+    file = layout.s3_credentials
+    parser = configparser.ConfigParser()
+    if not parser.read(file):
+        parser["default"] = {
+            "aws_access_key_id": f"stagecoach-{secrets.token_hex(4)}",
+            "aws_secret_access_key": secrets.token_urlsafe(30),
+        }
+        file.touch(mode=0o600)
+        with file.open("w") as text:
+            parser.write(text)
+    return parser["default"]["aws_access_key_id"], parser["default"]["aws_secret_access_key"]
+
+
+def make_bucket(layout: Layout, access_key: str, secret_key: str) -> None:
+    """Make the bucket unless it is there."""
+    session = boto3.session.Session(access_key, secret_key, region_name=REGION)
+    client = session.client("s3", endpoint_url=layout.s3_endpoint)
+    existing = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+    if BUCKET not in existing:
+        client.create_bucket(Bucket=BUCKET)
+
+
+def answers(endpoint: str) -> bool:
+    """Say whether anything speaks HTTP there; a refusal is an answer."""
+    try:
+        with urllib.request.urlopen(endpoint, timeout=2):  # noqa: S310 - an address of ours
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,57 @@
+"""What the cluster is made of, read from `versions.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VERSIONS_FILE = Path(__file__).with_name("versions.toml")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Go module at one version, and what is wanted of it."""
+
+    name: str
+    module: str
+    version: str
+    programs: Mapping[str, str]
+    """File name of each program, and the package that it is built from."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """Folders kept besides the programs: name of the copy, path in the module."""
+    local_version: str | None = None
+    """Version of the modules that this one's go.mod takes from its own repository. None: they are dropped."""
+    version_variable: str | None = None
+    """Go variable that is set to the version when a program is linked. None: nothing is set."""
+    unverified: str = ""
+    """Modules that Go's checksum database does not know, as for GONOSUMDB."""
+
+    @property
+    def label(self) -> str:
+        """Name and version, as a folder is named: `etcd-v3.6.4`."""
+        return f"{self.name}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """All that is pinned."""
+
+    go_at_least: str
+    parts: Mapping[str, Part]
+    debian: Mapping[str, Path]
+    """Debian packages that a node needs, each with a file that is there once it is installed."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Names and versions of all parts, sorted: two clusters with equal labels are the same."""
+        return sorted(part.label for part in self.parts.values())
+
+
+def read_versions(file: Path = VERSIONS_FILE) -> Versions:
+    """Return what the file pins. Raises TypeError when a part lacks a field or has an unknown one."""
+    table = tomllib.loads(file.read_text())
+    parts = {name: Part(name=name, **fields) for name, fields in table["part"].items()}
+    debian = {name: Path(path) for name, path in table["debian"].items()}
+    return Versions(go_at_least=table["go"]["at_least"], parts=parts, debian=debian)
