@@ -34,7 +34,7 @@ def schema_text() -> str:
 
 
 GENERATED: Mapping[str, Callable[[], str]] = {
-    "charts/stagecoach/crds/trainingruns.yaml": crd_text,
+    "charts/stagecoach/files/trainingruns.yaml": crd_text,
     "docs/reference.md": cache(reference_page),
     "docs/schema/trainingrun.schema.json": schema_text,
 }
