@@ -44,7 +44,12 @@ class Settings(BuildSettings):
 
     trainer_code: str = ""
     """Identity of the trainer's code in `trainer_image`, as `stagecoach_api.code.code_identity()` says it there: part
-    of every stage digest. Empty: the image's digest if it is given by one, else the operator refuses to start."""
+    of every stage digest. Empty: what `trainer_code_file` says, else the image's digest if it is given by one, else the
+    operator refuses to start."""
+
+    trainer_code_file: str | None = None
+    """File to read `trainer_code` from where that is empty: the operator's image has one for the trainer's image that
+    is built beside it. None: none."""
 
     storage: Storage = Storage()
     """Storage of runs that name none, and endpoint, region and credentials of those that leave them open."""
@@ -119,14 +124,22 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     document |= {name: value for name, value in own.items() if value}
     try:
         settings = Settings.model_validate(document)
-        if settings.progress_ca_file is None:
-            return settings
-        return settings.model_copy(update={"progress_ca": Path(settings.progress_ca_file).read_text()})
+        return settings.model_copy(update=_read_files(settings))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
         raise SettingsError(f"{path}: {'; '.join(problems)}") from None
     except OSError as error:
-        raise SettingsError(f"{path}: progressCaFile: {error}") from error
+        raise SettingsError(f"{path}: progressCaFile, trainerCodeFile: {error}") from error
+
+
+def _read_files(settings: Settings) -> dict[str, str]:
+    """Return the settings that stand in files of their own."""
+    found = {}
+    if settings.progress_ca_file is not None:
+        found["progress_ca"] = Path(settings.progress_ca_file).read_text()
+    if settings.trainer_code_file is not None and not settings.trainer_code:
+        found["trainer_code"] = Path(settings.trainer_code_file).read_text().strip()
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
