@@ -45,9 +45,13 @@ class Builder:
 
         Raises ClusterError with the compiler's last words when one cannot be built.
         """
-        with self._alone():
-            for part_name, programs in wanted:
-                self._ensure_part(self._versions.parts[part_name], programs)
+        for part_name, programs in wanted:
+            part = self._versions.parts[part_name]
+            if self._is_there(part, programs):
+                say(f"{part.name} {part.version}", "in the cache")
+            else:
+                with self._alone():  # another may have built it in the meantime
+                    self._build_missing(part, programs)
 
     def build_source(self, name: str, source: Path, version: str) -> Path:
         """Build one Go file of this folder that needs no module, and return the program."""
@@ -60,17 +64,16 @@ class Builder:
                 )
         return target
 
-    def _ensure_part(self, part: Part, programs: Sequence[str]) -> None:
-        missing = [program for program in programs if not self.program(part.name, program).exists()]
-        absent = [folder for folder in part.folders if not self.folder(part.name, folder).exists()]
-        if not missing and not absent:
-            say(f"{part.name} {part.version}", "in the cache")
-            return
+    def _is_there(self, part: Part, programs: Sequence[str]) -> bool:
+        return all((self._folder(part) / name).exists() for name in (*programs, *part.folders))
+
+    def _build_missing(self, part: Part, programs: Sequence[str]) -> None:
         with timed(f"{part.name} {part.version}", "fetched"):
             workspace = self._prepare(part)
-        for program in missing:
-            with timed(f"{program} {part.version}", "built"):
-                self._build(part, program, workspace)
+        for program in programs:
+            if not self.program(part.name, program).exists():
+                with timed(f"{program} {part.version}", "built"):
+                    self._build(part, program, workspace)
 
     def _prepare(self, part: Part) -> Path:
         """Write the module that requires the part, and copy the folders kept of it."""

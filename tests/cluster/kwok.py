@@ -49,7 +49,6 @@ def gpu_node(name: str, product: str, gpus: int = GPUS_PER_NODE) -> dict[str, An
         "kubernetes.io/hostname": name,
         "kubernetes.io/os": "linux",
         "kubernetes.io/arch": "amd64",
-        "type": "kwok",
         "nvidia.com/gpu.product": product,
     }
     return {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.layout import BRIDGE, POD_NETWORK, Layout
 from cluster.processes import run, succeeds
+from cluster.report import ClusterError
 
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 CHAINS_OF_OURS = ("KUBE-", "CNI-")
@@ -21,9 +21,14 @@ DEFAULT_MTU = 1500
 
 
 def set_up(layout: Layout) -> None:
-    """Make the bridge with its address, and let the kernel forward."""
+    """Make the bridge with its address, and let the kernel forward.
+
+    Raises ClusterError on a machine that is a node already: taking our chains back would take that node's too.
+    """
     FORWARDING.write_text("1")
     if not succeeds(["ip", "link", "show", BRIDGE]):
+        if any(removals(list_rules("iptables", table)) for table in TABLES):
+            raise ClusterError("this machine has chains of Kubernetes or CNI: it is another cluster's node already")
         run(["ip", "link", "add", BRIDGE, "type", "bridge"])
         run(["ip", "address", "add", f"{layout.address}/{POD_NETWORK.prefixlen}", "dev", BRIDGE])
     run(["ip", "link", "set", BRIDGE, "up"])
@@ -42,28 +47,28 @@ def tear_down() -> None:
 
 def remove_chains(program: str, table: str) -> None:
     """Remove the chains of Kubernetes and CNI from a table, with the rules that lead to them."""
-    command = [program, "--wait", "--table", table]
-    if not succeeds([*command, "--list-rules"]):
-        return  # the kernel does not have this table
-    rules = run([*command, "--list-rules"]).splitlines()
-    for change in removals(rules):
-        run([*command, *change])
+    for change in removals(list_rules(program, table)):
+        run([program, "--wait", "--table", table, *change])
 
 
-def removals(rules: list[str]) -> Iterator[list[str]]:
-    """Yield the arguments that remove our chains, given a table's rules as `iptables --list-rules` prints them.
+def list_rules(program: str, table: str) -> list[str]:
+    """Return the rules of a table as the command would make them; none where the kernel lacks the table."""
+    command = [program, "--wait", "--table", table, "--list-rules"]
+    return run(command).splitlines() if succeeds(command) else []
+
+
+def removals(rules: list[str]) -> list[list[str]]:
+    """Return the arguments that remove our chains, given a table's rules as `iptables --list-rules` prints them.
 
     First the rules of others' chains that jump into ours, then our chains' own rules, then the chains.
     """
     chains = [name for name in (rule.split()[1] for rule in rules if rule.startswith("-N ")) if _is_ours(name)]
+    changes = []
     for rule in rules:
         words = shlex.split(rule)
         if words[0] == "-A" and not _is_ours(words[1]) and "-j" in words and _is_ours(words[words.index("-j") + 1]):
-            yield ["-D", *words[1:]]
-    for chain in chains:
-        yield ["-F", chain]
-    for chain in chains:
-        yield ["-X", chain]
+            changes.append(["-D", *words[1:]])
+    return [*changes, *(["-F", chain] for chain in chains), *(["-X", chain] for chain in chains)]
 
 
 def remove_cni_results() -> None:
@@ -73,9 +78,9 @@ def remove_cni_results() -> None:
 
 
 def smallest_mtu() -> int:
-    """Return the largest packet, in bytes, that all of the machine's links can carry."""
+    """Return the largest packet, in bytes, that all of the machine's links can carry; `ip` lists those down as {}."""
     links = json.loads(run(["ip", "-json", "link", "show", "up"]))
-    return min((link["mtu"] for link in links if link["link_type"] == "ether"), default=DEFAULT_MTU)
+    return min((link["mtu"] for link in links if link.get("link_type") == "ether"), default=DEFAULT_MTU)
 
 
 def _is_ours(chain: str) -> bool:

@@ -61,7 +61,7 @@ def test_the_state_is_for_its_owner_only_since_it_holds_keys(layout: Layout) -> 
 
 
 def test_only_our_chains_are_removed_and_first_what_leads_to_them() -> None:
-    changes = list(removals(RULES.splitlines()))
+    changes = removals(RULES.splitlines())
     assert changes == [
         ["-D", "POSTROUTING", "-m", "comment", "--comment", "kubernetes postrouting rules", "-j", "KUBE-POSTROUTING"],
         [
