@@ -15,10 +15,10 @@ STAGES = (
     "node/fast/node-initialize.yaml",
     "node/heartbeat-with-lease/node-heartbeat-with-lease.yaml",
     "pod/fast/pod-ready.yaml",
-    "pod/fast/pod-complete.yaml",
     "pod/fast/pod-delete.yaml",
 )
-"""What happens to pretended nodes and pods, from the module: pods run at once, those of Jobs end at once."""
+"""What happens to pretended nodes and pods, from the module: nodes are Ready, pods run and are deleted at once."""
+POD_END = Path(__file__).with_name("pretended-pod-end.yaml")
 PRETENDED = "kwok.x-k8s.io/node"
 READY_SECONDS = 60
 GPUS_PER_NODE = 8
@@ -28,11 +28,11 @@ POD_NETWORK = "10.216.0.1/16"
 
 def start(layout: Layout, builder: Builder, processes: Processes, control_plane: ControlPlane) -> None:
     """Start KWOK for nodes that carry its annotation; there are none at first."""
-    stages = builder.folder("kwok", "stages")
+    stages = [*(builder.folder("kwok", "stages") / stage for stage in STAGES), POD_END]
     command: list[str | Path] = [builder.program("kwok", "kwok"), f"--kubeconfig={layout.kubeconfig}"]
     command += ["--manage-all-nodes=false", f"--manage-nodes-with-annotation-selector={PRETENDED}=fake"]
     command += [f"--server-address={LOOPBACK}:{layout.port('kwok')}", f"--cidr={POD_NETWORK}"]
-    command += ["--node-lease-duration-seconds=40", f"--config={','.join(str(stages / stage) for stage in STAGES)}"]
+    command += ["--node-lease-duration-seconds=40", f"--config={','.join(map(str, stages))}"]
     kubectl = control_plane.kubectl
     with timed("kwok", "ready"):
         processes.start("kwok", command)
