@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from cli_makers import Bench, chain, data_stage
 
+from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_cli.main import call
 from stagecoach_core.values import RunState, StageState
 
@@ -158,16 +161,52 @@ def test_a_valid_run_is_told_so(bench: Bench, cli: Cli) -> None:
     assert cli("validate", "run.yaml") == (0, "run.yaml: valid; run `tiny`, 6 stages\n")
 
 
-def test_render_prints_the_run_and_every_stage_as_yaml_and_as_json(bench: Bench, cli: Cli) -> None:
-    code, output = cli("render", "run.yaml")
-    run, *stages = list(yaml.safe_load_all(output))
-    assert (code, run["kind"], len(stages)) == (0, "TrainingRun", 6)
-    base = next(stage for stage in stages if stage["stage"] == "base")
-    assert base["config"]["optimizer"]["beta2"] == 0.95
-    assert base["inputs"]["stage:vocabulary"]["stageDigest"] == next(
-        stage["digest"] for stage in stages if stage["stage"] == "vocabulary"
-    )
-    assert json.loads(cli("render", "run.yaml", "-o", "json")[1]) == [run, *stages]
+def told_to(objects: list[dict[str, Any]]) -> dict[str, ResolvedStage]:
+    """Return what rendered ConfigMaps tell each stage."""
+    told = [item["data"]["stage.json"] for item in objects if item["kind"] == "ConfigMap"]
+    return {stage.stage: stage for stage in map(ResolvedStage.model_validate_json, told)}
+
+
+def test_render_prints_the_run_and_what_the_operator_would_create_as_yaml_and_as_json(bench: Bench, cli: Cli) -> None:
+    code, output = cli("render", "run.yaml", "--storage", ".stagecoach/store")
+    run, *objects = list(yaml.safe_load_all(output))
+    assert (code, run["kind"]) == (0, "TrainingRun")
+    assert [item["kind"] for item in objects] == ["ConfigMap", "JobSet"] * 6
+    told = told_to(objects)
+    assert told["base"].config["optimizer"]["beta2"] == 0.95  # type: ignore[index, call-overload]
+    assert told["base"].inputs["stage:vocabulary"].stage_digest == told["vocabulary"].digest
+    _, output = cli("render", "run.yaml", "--storage", ".stagecoach/store", "-o", "json")
+    assert json.loads(output) == [run, *objects]
+
+
+def test_render_names_what_unfinished_stages_will_make(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write(chain())
+    told = told_to(list(yaml.safe_load_all(cli("render", "run.yaml")[1]))[1:])
+    assert re.fullmatch("[0-9a-f]{64}", told["corpus"].digest)
+    assert told["base"].inputs["stage:vocabulary"].uri == "<output of vocabulary>"
+    assert told["release"].digest == "<known when base is finished>"
+    assert told["base"].storage_uri == "<the storage of the operator's settings>"
+
+
+CUSTOM_IMAGE = "registry.example.com/custom@sha256:" + "a" * 64
+
+
+def test_render_takes_images_from_the_run_and_the_rest_from_the_operators_settings(own_bench: Bench, cli: Cli) -> None:
+    own_bench.write([{**data_stage("one"), "image": CUSTOM_IMAGE}, data_stage("two")])
+    (own_bench.folder / "settings.yaml").write_text("trainerImage: ours\ngraceSeconds: 60\nnamespace: x\n")
+    code, output = cli("render", "run.yaml", "--settings", "settings.yaml", "-o", "json")
+    pods = [
+        item["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        for item in json.loads(output)
+        if item["kind"] == "JobSet"
+    ]
+    assert code == 0
+    assert [pod["containers"][0]["image"] for pod in pods] == [CUSTOM_IMAGE, "ours"]
+    assert {pod["terminationGracePeriodSeconds"] for pod in pods} == {60}
+    (own_bench.folder / "settings.yaml").write_text("graceSeconds: soon\n")
+    code, output = cli("render", "run.yaml", "--settings", "settings.yaml")
+    assert code == 2
+    assert "graceSeconds" in output
 
 
 def test_an_unwritable_folder_is_told_in_a_sentence(own_bench: Bench, cli: Cli) -> None:
