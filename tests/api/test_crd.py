@@ -262,6 +262,8 @@ def test_members_of_which_one_is_given_are_optional_fields() -> None:
 # Documents that the schema with its rules must refuse, and the models too.
 SFT, PRETRAIN, SCORE = "stages.sft.sft", "stages.pretrain.pretrain", "stages.score.evaluate"
 VOCABULARY = "stages.vocabulary.tokenizer"
+PODS = "defaults.pods"
+VOLUME = {"name": "a", "mountPath": "/a", "claimName": "c"}
 BROKEN: dict[str, list[tuple[str, Any]]] = {
     "unknown field": [(f"{SFT}.optimzer", 1)],
     "unknown kind": [("stages.release.exprot", {})],
@@ -317,6 +319,17 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
         (f"{VOCABULARY}.merge", {"vocabulary": {"uri": "y"}}),
     ],
     "a base that is not used": [(f"{VOCABULARY}.base", {"uri": "x"})],
+    "two topologies": [("defaults.queue", {"name": "q", "requiredTopology": "rack", "preferredTopology": "block"})],
+    "a toleration of a value that need only exist": [
+        (PODS, {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]})
+    ],
+    "a toleration of nothing": [(PODS, {"tolerations": [{"value": "b"}]})],
+    "a volume of two kinds": [(PODS, {"volumes": [{**VOLUME, "secretName": "s"}]})],
+    "a volume of no kind": [(PODS, {"volumes": [{"name": "a", "mountPath": "/a"}]})],
+    "a mount at no absolute path": [(PODS, {"volumes": [{**VOLUME, "mountPath": "a"}]})],
+    "a variable that is no setting of a fabric": [(PODS, {"fabric": [{"name": "LD_PRELOAD", "value": "x"}]})],
+    "a malformed amount of a resource": [("defaults.resources", {"extended": {"rdma/hca": "all"}})],
+    "a label that is none": [(PODS, {"nodeSelector": {"pool": "a b"}})],
 }
 GOOD: dict[str, list[tuple[str, Any]]] = {
     "the run as it is": [],
@@ -326,6 +339,12 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "grouped queries": [(f"{PRETRAIN}.architecture.numKeyValueHeads", 2)],
     "a merge of what is trained": [(f"{VOCABULARY}.base", {"uri": "x"}), (f"{VOCABULARY}.merge", {})],
     "a merge of what there is": [(VOCABULARY, {"base": {"uri": "x"}, "merge": {"vocabulary": {"uri": "y"}}})],
+    "a volume": [(PODS, {"volumes": [VOLUME]})],
+    "every taint tolerated": [(PODS, {"tolerations": [{"operator": "Exists"}]})],
+    "a taint by key and value": [(PODS, {"tolerations": [{"key": "a.example.com/b", "value": "c"}]})],
+    "a node by its labels": [(PODS, {"nodeSelector": {"pool": "a", "topology.kubernetes.io/zone": "b"}})],
+    "a fabric": [(PODS, {"fabric": [{"name": "NCCL_IB_HCA", "value": "mlx5"}]})],
+    "a topology": [("defaults.queue", {"name": "q", "preferredTopology": "cloud.example.com/rack"})],
     "an addition": [(VOCABULARY, {"base": {"uri": "x"}, "add": {"padToken": "[PAD]"}})],
 }
 
@@ -338,7 +357,7 @@ def as_the_server_reads_it(node: dict[str, Any]) -> dict[str, Any]:
     if "items" in node:
         read["items"] = as_the_server_reads_it(node["items"])
     if node["type"] == "object":
-        read["additionalProperties"] = False
+        read.setdefault("additionalProperties", False)
     if node.get("nullable"):
         read["type"] = [node["type"], "null"]
     return read
@@ -393,6 +412,9 @@ BEYOND_JSON_SCHEMA = {
     "a merge of nothing",
     "a merge of two",
     "a base that is not used",
+    "two topologies",
+    "a toleration of a value that need only exist",
+    "a toleration of nothing",
 }
 
 

@@ -29,6 +29,7 @@ SFT = sft_stage()
         pytest.param({**SFT, "name": "tuned"}, id="the stage's name"),
         pytest.param({**SFT, "resources": {"nodes": 4, "gpusPerNode": 8, "memory": "1Gi"}}, id="resources"),
         pytest.param({**SFT, "queue": {"name": "research"}}, id="the queue"),
+        pytest.param({**SFT, "pods": {"nodeSelector": {"pool": "a"}, "priorityClass": "high"}}, id="the pods"),
         pytest.param({**SFT, "retries": {"user": 3}}, id="retries"),
         pytest.param({**SFT, "timeoutSeconds": 5}, id="the time-out"),
         pytest.param({**SFT, "image": "registry/trainer:1.0"}, id="an image by tag"),

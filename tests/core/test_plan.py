@@ -28,6 +28,13 @@ def test_a_stage_takes_from_the_defaults_what_it_leaves_open() -> None:
     assert other.image == "trainer@sha256:1"
 
 
+def test_what_pods_get_is_taken_from_the_defaults_field_by_field() -> None:
+    pods = {"serviceAccount": "trainer", "nodeSelector": {"pool": "a", "zone": "b"}, "imagePullSecrets": ["registry"]}
+    own = data_stage("corpus", pods={"nodeSelector": {"pool": "c"}, "imagePullSecrets": []})
+    found = plan_for(own, defaults={"pods": pods}).stages["corpus"].stage.pods
+    assert (found.service_account, found.node_selector, found.image_pull_secrets) == ("trainer", {"pool": "c"}, ())
+
+
 def test_a_stage_without_a_seed_takes_the_runs_and_zero_is_a_seed() -> None:
     plan = plan_for(data_stage("a"), data_stage("b", seed=0), seed=7)
     assert [planned.stage.seed for planned in plan.stages.values()] == [7, 0]
