@@ -6,7 +6,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bench.measuring import ROUNDS, Figure, Goal, alone, alternate, compared, difference
+from bench.measuring import Figure, Goal, alone, alternate, compared, difference
 from bench.ours import logged, train_ours
 from bench.peer import train_peer
 from bench.workload import ROWS, TOKENS, Batch, Run, full_rows, make_model, row_of
@@ -14,6 +14,8 @@ from bench.workload import ROWS, TOKENS, Batch, Run, full_rows, make_model, row_
 STEPS = 12
 """Optimiser steps of one run; the first is warm-up and is not counted."""
 FP32_STEPS = 6
+ROUNDS = 7
+"""More than elsewhere: a run takes seconds, so a short disturbance hits one side alone."""
 HALF = 0.5
 
 
@@ -30,6 +32,7 @@ def _workload(name: str, masked_share: float, goal: Goal, folder: Path) -> list[
     pairs = alternate(
         lambda number: _ours(batches, folder / f"ours-{number}", bf16=True),
         lambda number: _peer(batches, folder / f"peer-{number}", bf16=True),
+        ROUNDS,
     )
     exact = full_rows(FP32_STEPS, masked_share)
     ours, peer = _ours(exact, folder / "ours-fp32", bf16=False), _peer(exact, folder / "peer-fp32", bf16=False)
