@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster import addons, cgroups, kwok, machine, network, packages, s3
 from cluster.build import Builder
 from cluster.control_plane import ControlPlane
-from cluster.layout import FIRST_PORT, Layout, find_layout
+from cluster.layout import FIRST_PORT, Kind, Layout, find_layout
 from cluster.node import Node
 from cluster.processes import Processes
 from cluster.report import ClusterError, timed
@@ -37,6 +37,11 @@ NODE_PROGRAMS = (
     ("coredns", ("coredns",)),
     ("kwok", ("kwok",)),
 )
+PROGRAMS = {Kind.API: API_PROGRAMS, Kind.CONTROL_PLANE: CONTROL_PLANE_PROGRAMS, Kind.NODE: NODE_PROGRAMS}
+KIND_FLAGS = (
+    ("--no-node", Kind.CONTROL_PLANE, "a control plane alone: no root, no pods, no S3"),
+    ("--api-only", Kind.API, "etcd and API server alone: no controller either"),
+)
 STATE_FILE = "cluster.json"
 
 
@@ -54,19 +59,24 @@ class Cluster:
         if self.layout.with_node:
             packages.require_root()
             packages.ensure(self._versions)
-        self.build()
         self.layout.make()
         self._check_same()
+        self.build()
         if self.layout.with_node:
             machine.remember(self.layout)
             network.set_up(self.layout)
         control_plane = ControlPlane(self.layout, self._builder, self._processes)
         control_plane.start_api()
+        if self.layout.kind is Kind.API:
+            return
         control_plane.start_controllers()
         installed = addons.Addons(self.layout, self._versions, self._builder, control_plane)
-        if not self.layout.with_node:
+        if self.layout.kind is Kind.CONTROL_PLANE:
             installed.define_resources()
-            return
+        else:
+            self._start_node(control_plane, installed)
+
+    def _start_node(self, control_plane: ControlPlane, installed: addons.Addons) -> None:
         node = self._node(control_plane)
         node.start()
         installed.install(node)
@@ -76,7 +86,7 @@ class Cluster:
 
     def build(self) -> None:
         """Build what is missing of the programs that this kind of cluster needs."""
-        self._builder.ensure(NODE_PROGRAMS if self.layout.with_node else CONTROL_PLANE_PROGRAMS)
+        self._builder.ensure(PROGRAMS[self.layout.kind])
 
     def down(self) -> None:
         """Stop every process that was written down, and remove everything but the built programs."""
@@ -102,8 +112,8 @@ class Cluster:
 
     def describe(self) -> list[str]:
         """Return the shell's lines that let users of the cluster find it."""
-        programs = [self._builder.program(*program).parent for program in (("kubernetes", "kubectl"), ("helm", "helm"))]
-        lines = [f"export PATH={':'.join(map(str, programs))}:$PATH"]
+        kubectl, helm = self._builder.program("kubernetes", "kubectl"), self._builder.program("helm", "helm")
+        lines = [f"export PATH={kubectl.parent}:{helm.parent}:$PATH"]
         if self.layout.with_node:
             lines.append(f"export STAGECOACH_TEST_S3_ENDPOINT={self.layout.s3_endpoint}")
             lines.append(f"export STAGECOACH_TEST_S3_CREDENTIALS={self.layout.s3_credentials}")
@@ -115,7 +125,7 @@ class Cluster:
     def _check_same(self) -> None:
         """Write down what this cluster is; or, where one is already, compare."""
         layout = self.layout
-        wanted = {"with_node": layout.with_node, "first_port": layout.first_port, "versions": self._versions.labels}
+        wanted = {"kind": layout.kind, "first_port": layout.first_port, "versions": self._versions.labels}
         file = layout.state / STATE_FILE
         if not file.exists():
             file.write_text(json.dumps(wanted))
@@ -137,12 +147,12 @@ class Cluster:
 
 def find_cluster(state: Path | None) -> Cluster | None:
     """Return the cluster that was brought up, or None."""
-    layout = find_layout(with_node=False, state=state)
+    layout = find_layout(Kind.API, state=state)
     file = layout.state / STATE_FILE
     if not file.exists():
         return None
     found = json.loads(file.read_text())
-    return Cluster(find_layout(with_node=found["with_node"], state=state, first_port=found["first_port"]))
+    return Cluster(find_layout(Kind(found["kind"]), state=state, first_port=found["first_port"]))
 
 
 def existing_cluster(state: Path | None) -> Cluster:
@@ -160,7 +170,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {"up": "bring the cluster up", "build": "only build its programs"}.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("--no-node", action="store_true", help="a control plane alone: no root, no pods, no S3")
+        without = command.add_mutually_exclusive_group()
+        for flag, kind, meaning in KIND_FLAGS:
+            without.add_argument(flag, dest="kind", action="store_const", const=kind, default=Kind.NODE, help=meaning)
         command.add_argument("--first-port", type=int, default=FIRST_PORT, help="its ports begin here")
     commands.add_parser("down", help="stop it and remove all but the built programs")
     commands.add_parser("env", help="print the variables that let others find it")
@@ -176,7 +188,7 @@ def carry_out(arguments: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     state = arguments.state
     if arguments.command in ("up", "build"):
-        layout = find_layout(with_node=not arguments.no_node, state=state, first_port=arguments.first_port)
+        layout = find_layout(arguments.kind, state=state, first_port=arguments.first_port)
         cluster = Cluster(layout)
         if arguments.command == "build":
             cluster.build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -24,21 +25,36 @@ CGROUP = "stagecoach-cluster"
 DOMAIN = "cluster.local"
 
 
+class Kind(StrEnum):
+    """How much of a cluster there is."""
+
+    API = "api"
+    """etcd and API server: objects are kept and checked, and nothing happens to them. Needs no rights."""
+    CONTROL_PLANE = "control-plane"
+    """Also controllers and scheduler, and the resource definitions of JobSet and Kueue. Needs no rights."""
+    NODE = "node"
+    """All of it: real pods and services, JobSet, Kueue, KWOK, S3. Needs root."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """One cluster: its folder, its ports, and whether it has a node for real pods."""
+    """One cluster: its kind, its folder, its ports."""
 
     state: Path
     """Everything that `down` removes."""
     cache: Path
     """Built programs, which `down` leaves."""
-    with_node: bool
-    """False: a control plane only, which needs no rights and touches no network."""
+    kind: Kind
     first_port: int = FIRST_PORT
 
     @property
+    def with_node(self) -> bool:
+        """Whether this machine is a node: only then anything of it is changed."""
+        return self.kind is Kind.NODE
+
+    @property
     def address(self) -> str:
-        """Where pods reach what runs on the machine: the bridge's address; on a control plane alone the loopback."""
+        """Where pods reach what runs on the machine: the bridge's address; without a node the loopback."""
         return str(POD_NETWORK[1]) if self.with_node else LOOPBACK
 
     @property
@@ -102,11 +118,11 @@ PORTS = (
 )
 
 
-def find_layout(*, with_node: bool, state: Path | None = None, first_port: int = FIRST_PORT) -> Layout:
+def find_layout(kind: Kind, *, state: Path | None = None, first_port: int = FIRST_PORT) -> Layout:
     """Return the layout that arguments and environment ask for."""
     return Layout(
         state=state or Path(os.environ.get(ENV_STATE, DEFAULT_STATE)),
         cache=Path(os.environ.get(ENV_CACHE, DEFAULT_CACHE)),
-        with_node=with_node,
+        kind=kind,
         first_port=first_port,
     )

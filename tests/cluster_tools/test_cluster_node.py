@@ -16,7 +16,7 @@ import pytest
 from cluster import kwok, s3
 from cluster.addons import ADDONS
 from cluster.images import write_program_image
-from cluster.layout import PORTS, Layout, find_layout
+from cluster.layout import PORTS, Kind, Layout, find_layout
 from cluster.machine import mounts_below, remove_log_links
 from cluster.network import removals
 from cluster.node import cni_network, containerd_configuration, corefile_text
@@ -41,7 +41,7 @@ RULES = """-P POSTROUTING ACCEPT
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
-    made = Layout(state=tmp_path / "state", cache=tmp_path / "cache", with_node=True)
+    made = Layout(state=tmp_path / "state", cache=tmp_path / "cache", kind=Kind.NODE)
     made.make()
     return made
 
@@ -52,7 +52,7 @@ def test_every_part_listens_at_a_port_of_its_own(layout: Layout) -> None:
 
 
 def test_a_control_plane_alone_is_reached_on_this_machine_only(layout: Layout) -> None:
-    assert ip_address(find_layout(with_node=False, state=layout.state).address).is_loopback
+    assert ip_address(find_layout(Kind.CONTROL_PLANE, state=layout.state).address).is_loopback
     assert not ip_address(layout.address).is_loopback
 
 
