@@ -15,7 +15,6 @@ from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.libraries import import_language_models
 from stagecoach_trainer.models.resize import check_sizes, grow, num_rows
 from stagecoach_trainer.models.safety import (
     ADAPTER_CONFIG,
@@ -105,7 +104,6 @@ def load_folder(path: Path, dtype: torch.dtype = torch.float32, change_config: C
 
     Raises UserError.
     """
-    import_language_models()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_model_folder(path)

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 
 from stagecoach_api.stages.pretrain import Architecture
-from stagecoach_trainer.models.libraries import import_language_models
 
 
 def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Return a LLaMA with new weights: a pure function of shape, vocabulary size and seed; the global random state
     is left as it was.
     """
-    import_language_models()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
