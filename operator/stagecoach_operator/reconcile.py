@@ -1,0 +1,407 @@
+"""One turn of one run: look, decide, act, tell. Level-triggered: everything follows from what is seen now.
+
+The order of the writes is what makes a kill between any two of them harmless: what ends an attempt is written down
+before its pods are deleted, and an attempt is made, under a name that follows from its number, before it is told of.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stagecoach_api import names
+from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, TrainingRunStatus
+from stagecoach_core.decide import decide
+from stagecoach_core.resolve import artifacts_of
+from stagecoach_core.values import (
+    AttemptState,
+    Decision,
+    Found,
+    LookUp,
+    Missing,
+    Observed,
+    RunState,
+    Start,
+    Stop,
+)
+from stagecoach_operator.attempts import Cluster
+from stagecoach_operator.board import Board
+from stagecoach_operator.events import RunEvent, events_between
+from stagecoach_operator.history import forgotten_of, records_of
+from stagecoach_operator.kube import CONFIG_MAPS, NotFound
+from stagecoach_operator.lookup import Lookups
+from stagecoach_operator.observe import AttemptKey, Sight, Surroundings, observe
+from stagecoach_operator.planning import (
+    RETRY_SECONDS,
+    Refusal,
+    Snapshot,
+    from_config_map,
+    plan_config_map,
+    plan_name,
+    plan_run,
+    spec_digest,
+)
+from stagecoach_operator.status import (
+    Scene,
+    Trouble,
+    as_json,
+    merge_patch,
+    refused_status,
+    without_progress,
+    working_status,
+)
+from stagecoach_operator.waiting import STUCK_SECONDS
+from stagecoach_operator.watched import RunView, timestamp
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10.0
+"""How often progress alone is written to the status."""
+DIAGNOSE_SECONDS = 10.0
+"""How often the events of a stuck pod are read."""
+ANSWER_SECONDS = 1.0
+"""How long a status is held back for an answer of the store: mostly it is there at once, and saves a write."""
+TROUBLE_SECONDS = 15.0
+"""How soon what the cluster refused is tried again."""
+ANNOTATION_RETRY = f"{names.API_GROUP}/retry"
+"""Time (RFC 3339) at which the user asked for one more try: failures before it are not charged."""
+
+
+@dataclass
+class RunMemory:
+    """What is kept of a run between two turns. All of it can be had again from the cluster and S3."""
+
+    plan: Snapshot | Refusal | None = None
+    refused_at: float = 0.0
+    records: dict[AttemptKey, AttemptStatus] | None = None
+    """None: the status has not been read yet."""
+    troubles: dict[str, str] = field(default_factory=dict)
+    diagnosed_at: float = 0.0
+    trouble: Trouble | None = None
+    trouble_at: float = 0.0
+    saved_at: float = 0.0
+    asking_since: float | None = None
+    """Since when answers of the store are awaited. None: none are."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as it is seen now, and what is to be done about it."""
+
+    run: RunView
+    snapshot: Snapshot
+    sights: Mapping[AttemptKey, Sight]
+    decision: Decision
+    now: float
+
+    def actions(self, kind: type[Any]) -> list[Any]:
+        return [action for action in self.decision.actions if isinstance(action, kind)]
+
+    def living(self) -> list[Sight]:
+        return [sight for sight in self.sights.values() if sight.state is not AttemptState.ENDED]
+
+    def doomed(self) -> list[Sight]:
+        """Return the attempts whose objects must go, marked with the reason: those that failed, and those to stop."""
+        stops = {(stop.stage, stop.number): stop for stop in self.actions(Stop)}
+        marked = [stopped(sight, stops[key]) if key in stops else sight for key, sight in self.sights.items()]
+        return [sight for sight in marked if sight.doomed and sight.jobset is not None]
+
+
+@dataclass
+class Reconciler:
+    """Works on runs, one turn at a time; the turns of one run never overlap."""
+
+    cluster: Cluster
+    lookups: Lookups
+    board: Board
+    wake: Callable[[str], None]
+    """Asks for another turn of the run with this UID."""
+    announce: Callable[[RunView, Sequence[RunEvent]], None]
+    """Posts events, some time."""
+    clock: Callable[[], float] = time.time
+    memories: dict[str, RunMemory] = field(default_factory=dict)
+
+    async def reconcile(self, uid: str) -> float | None:
+        """Do one turn; return when to look again if nothing happens, in seconds since the epoch.
+
+        Raises Conflict where the run has changed meanwhile, and Unavailable; the next turn begins anew.
+        """
+        run = self.cluster.cache.runs.get(uid)
+        if run is None:
+            self._forget(uid)
+            return None
+        if run.meta.deleting:
+            return await self._wind_down(run)
+        if is_at_rest(run):
+            return None
+        memory = self.memories.setdefault(uid, RunMemory())
+        plan = await self._plan(run, memory)
+        if isinstance(plan, Refusal):
+            return await self._refuse(run, plan, memory)
+        return await self._turn(run, plan, memory)
+
+    async def _turn(self, run: RunView, plan: Snapshot, memory: RunMemory) -> float | None:
+        """Look, decide, act, tell."""
+        look = self._look(run, plan, memory)
+        doomed = look.doomed()
+        if doomed:
+            return await self._end(look, doomed, memory)
+        ask_again_at = self._ask(look)
+        if await self._start(look, memory):
+            look = self._look(self.cluster.cache.runs.get(run.meta.uid, run), plan, memory)
+        await self._diagnose(look, memory)
+        tell_at = answers_awaited_until(look, memory)
+        if tell_at is not None:
+            return tell_at
+        flush_at = await self._save(look, memory)
+        await self._release(look)
+        return soonest(
+            look.decision.look_again_at,
+            ask_again_at,
+            flush_at,
+            memory.trouble_at + TROUBLE_SECONDS if memory.trouble is not None else None,
+            *(moment for sight in look.living() for moment in moments_of(sight, look.now)),
+        )
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def _look(self, run: RunView, snapshot: Snapshot, memory: RunMemory) -> Look:
+        now = self.clock()
+        if memory.records is None:
+            memory.records = records_of(run.status)
+        heard = {key: heard for key in memory.records if (heard := self.board.of((run.meta.uid, *key))) is not None}
+        children = self.cluster.cache.of_run(run.meta.uid)
+        sights = observe(run.meta.uid, memory.records, children, Surroundings(heard, memory.troubles), now)
+        memory.records = {key: sight.record for key, sight in sights.items()}
+        observed = Observed(
+            attempts=tuple(sight.as_attempt(now) for sight in sights.values()),
+            artifacts=known_artifacts(run.status, sights, snapshot, self.lookups.of(snapshot.storage).by_digest),
+            forgotten=forgotten_of(run.status),
+            since=asked_at(run),
+            suspend=bool(run.spec.get("suspend")),
+        )
+        return Look(run, snapshot, sights, decide(snapshot.plan, observed, now), now)
+
+    async def _plan(self, run: RunView, memory: RunMemory) -> Snapshot | Refusal:
+        """Return the run's plan: the one in hand, the one that is kept, or a new one."""
+        wanted = spec_digest(run)
+        known = memory.plan
+        if isinstance(known, Snapshot) and known.spec_digest == wanted:
+            return known
+        waiting = self.clock() < memory.refused_at + RETRY_SECONDS
+        if isinstance(known, Refusal) and known.generation == run.generation and (not known.retry or waiting):
+            return known
+        kept = known if isinstance(known, Snapshot) else await self._kept_plan(run)
+        if kept is not None and kept.spec_digest == wanted:
+            memory.plan = kept
+            return kept
+        settings = self.cluster.settings
+        made = await self.lookups.in_thread(lambda: plan_run(run, settings, kept))
+        if isinstance(made, Snapshot):
+            await self.cluster.kube.apply(CONFIG_MAPS, plan_config_map(run, made))
+        else:
+            memory.refused_at = self.clock()
+        memory.plan = made
+        return made
+
+    async def _kept_plan(self, run: RunView) -> Snapshot | None:
+        """Read the plan that an earlier operator kept. None: there was none."""
+        if run.status.plan_digest is None:
+            return None
+        try:
+            body = await self.cluster.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run))
+        except NotFound:
+            return None
+        return from_config_map(body, run)
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    async def _end(self, look: Look, doomed: Sequence[Sight], memory: RunMemory) -> float:
+        """Write down why attempts end, then delete them; everything else waits for the next turn."""
+        marked = {**look.sights, **{sight.key: sight for sight in doomed}}
+        memory.records = {key: sight.record for key, sight in marked.items()}
+        await self._save(replace(look, sights=marked), memory)
+        for sight in doomed:
+            await self.cluster.delete(sight)
+        return look.now
+
+    def _ask(self, look: Look) -> float | None:
+        """Ask the store what only it knows."""
+        uid = look.run.meta.uid
+        moments = [
+            self.lookups.ask(look.snapshot.storage, action.digest, lambda: self.wake(uid))
+            for action in look.actions(LookUp)
+        ]
+        return soonest(*moments)
+
+    async def _start(self, look: Look, memory: RunMemory) -> bool:
+        """Make the attempts that are due; return whether any was made."""
+        starts: list[Start] = look.actions(Start)
+        if memory.trouble is not None and look.now < memory.trouble_at + TROUBLE_SECONDS:
+            return False
+        memory.trouble = None
+        run = look.run
+        made = False
+        for action in starts:
+            if names.FINALIZER not in run.finalizers:
+                run = await self.cluster.hold(run)
+            artifacts = artifacts_of(look.decision.stages)
+            trouble = await self.cluster.start(run, look.snapshot, action, artifacts)
+            if trouble is not None:
+                memory.trouble, memory.trouble_at = trouble, look.now
+            made = made or trouble is None
+        return made or run is not look.run
+
+    async def _diagnose(self, look: Look, memory: RunMemory) -> None:
+        """Read the events of pods that wait without saying why."""
+        if look.now < memory.diagnosed_at + DIAGNOSE_SECONDS:
+            return
+        troubles = await self.cluster.diagnose(look.living(), look.now)
+        if troubles or memory.troubles:
+            memory.troubles, memory.diagnosed_at = troubles, look.now
+            self.wake(look.run.meta.uid)
+
+    async def _release(self, look: Look) -> None:
+        """Let go of a run of which nothing lives, and nothing will without somebody's doing."""
+        run = self.cluster.cache.runs.get(look.run.meta.uid)
+        if run is not None and look.decision.state is not RunState.PROGRESSING and not look.living():
+            await self.cluster.release(run)
+
+    async def _wind_down(self, run: RunView) -> float | None:
+        """Delete what a run that is being deleted has left, pods first; then let it go."""
+        memory = self.memories.setdefault(run.meta.uid, RunMemory())
+        records = records_of(run.status) if memory.records is None else memory.records
+        children = self.cluster.cache.of_run(run.meta.uid)
+        sights = observe(run.meta.uid, records, children, Surroundings(), self.clock())
+        standing = [sight for sight in sights.values() if sight.jobset is not None]
+        for sight in standing:
+            await self.cluster.delete(sight)
+        if not standing:
+            await self.cluster.release(run)
+        return None
+
+    def _forget(self, uid: str) -> None:
+        self.memories.pop(uid, None)
+        self.board.forget(uid)
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    async def _refuse(self, run: RunView, refusal: Refusal, memory: RunMemory) -> float | None:
+        await self._write(run, refused_status(refusal, run.status, self.clock()), memory)
+        return memory.refused_at + RETRY_SECONDS if refusal.retry else None
+
+    async def _save(self, look: Look, memory: RunMemory) -> float | None:
+        """Write the status if there is news; return when to write news that can wait."""
+        run = self.cluster.cache.runs.get(look.run.meta.uid, look.run)
+        answers = self.lookups.of(look.snapshot.storage)
+        scene = Scene(
+            snapshot=look.snapshot,
+            decision=look.decision,
+            sights=list(look.sights.values()),
+            previous=run.status,
+            generation=run.generation,
+            now=look.now,
+            suspend=bool(run.spec.get("suspend")),
+            trouble=memory.trouble,
+            store_trouble="" if answers.unreadable else answers.trouble,
+        )
+        self.board.forget(run.meta.uid, frozenset(sight.key for sight in look.living()))
+        return await self._write(run, working_status(scene), memory)
+
+    async def _write(self, run: RunView, status: TrainingRunStatus, memory: RunMemory) -> float | None:
+        body = as_json(status)
+        patch = merge_patch(run.status_raw, body)
+        if not patch:
+            return None
+        now = self.clock()
+        can_wait = not merge_patch(without_progress(run.status_raw), without_progress(body))
+        if can_wait and now < memory.saved_at + FLUSH_SECONDS:
+            return memory.saved_at + FLUSH_SECONDS
+        before = run.status
+        await self.cluster.patch_status(run, patch)
+        memory.saved_at = now
+        memory.records = records_of(status) | {
+            key: record for key, record in (memory.records or {}).items() if record.ended is None
+        }
+        self.announce(run, events_between(before, status))
+        return None
+
+
+# -- small pure things -------------------------------------------------------------------------------------------------
+
+
+def is_at_rest(run: RunView) -> bool:
+    """Tell whether a run is complete and nothing about it has changed since: it needs neither plan nor look."""
+    complete = any(
+        item.type is ConditionType.COMPLETE and item.status is ConditionStatus.TRUE for item in run.status.conditions
+    )
+    return complete and run.status.observed_generation == run.generation and names.FINALIZER not in run.finalizers
+
+
+def answers_awaited_until(look: Look, memory: RunMemory) -> float | None:
+    """Return until when the status is held back. None: it is told now."""
+    if not look.actions(LookUp):
+        memory.asking_since = None
+        return None
+    if memory.asking_since is None:
+        memory.asking_since = look.now
+    until = memory.asking_since + ANSWER_SECONDS
+    return until if look.now < until else None
+
+
+def asked_at(run: RunView) -> float:
+    """Return when the user asked for the run, or for one more try."""
+    try:
+        again = timestamp(run.annotations.get(ANNOTATION_RETRY))
+    except ValueError:
+        again = None
+    return max(run.meta.created, again or 0.0)
+
+
+def known_artifacts(
+    status: TrainingRunStatus,
+    sights: Mapping[AttemptKey, Sight],
+    snapshot: Snapshot,
+    answers: Mapping[str, Found | Missing],
+) -> dict[str, Found | Missing]:
+    """Return what is known of artifacts: from the status, from the store, and from pods that say they are done."""
+    from stagecoach_api.stores.lookup import artifact_uri
+
+    known: dict[str, Found | Missing] = dict(answers)
+    for stage in status.stages:
+        artifact = stage.artifact
+        if artifact is not None:
+            known[artifact.stage_digest] = Found(artifact.stage_digest, artifact.content_digest, artifact.uri)
+    for sight in sights.values():
+        record = sight.record
+        if record.ended is not None and record.cause is None and record.content_digest is not None:
+            uri = artifact_uri(snapshot.storage_uri, record.digest)
+            known[record.digest] = Found(record.digest, record.content_digest, uri)
+    return known
+
+
+def stopped(sight: Sight, stop: Stop) -> Sight:
+    """Return an attempt marked as asked to stop: the reason, and what its end is charged to."""
+    record = sight.record
+    if not record.stopping:
+        record = record.model_copy(update={"stopping": stop.reason[:512], "stop_cause": stop.cause})
+    return replace(sight, record=record, state=AttemptState.STOPPING, doomed=stop.reason)
+
+
+def moments_of(sight: Sight, now: float) -> list[float]:
+    """Return when time alone changes what is seen of a living attempt."""
+    moments = [] if sight.look_again_at is None else [sight.look_again_at]
+    waits = sight.jobset is not None and sight.waiting is not None and not sight.jobset.suspended
+    if waits and sight.jobset is not None:
+        # Its pods, or their absence, are asked about once they are stuck, and again and again while they are.
+        first = sight.jobset.meta.created + STUCK_SECONDS + 1.0
+        moments.append(first if first > now else now + DIAGNOSE_SECONDS)
+    return moments
+
+
+def soonest(*moments: float | None) -> float | None:
+    """Return the earliest of the moments that are given."""
+    return min((moment for moment in moments if moment is not None), default=None)

@@ -1,0 +1,324 @@
+"""Whole runs through the reconciler: an API server in memory, pods that end as they are told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from operator_makers import Ends, Operator, World, data_stage, drive
+
+from stagecoach_api import names
+from stagecoach_api.outcomes import Cause
+from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
+from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS
+
+CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    made = World(tmp_path)
+    made.input("a.txt")
+    return made
+
+
+def play(world: World, seconds: float = 3600.0) -> Operator:
+    """Let an operator work on everything there is until nothing more happens."""
+
+    async def scenario() -> Operator:
+        operator = Operator(world)
+        await drive(world, operator, seconds)
+        operator.die()
+        return operator
+
+    return asyncio.run(scenario())
+
+
+def states(world: World, name: str = "demo") -> list[StageState]:
+    return [stage.state for stage in world.status(name).stages]
+
+
+def test_three_stages_run_one_after_the_other(world: World) -> None:
+    world.submit(*CHAIN)
+    play(world)
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert world.condition(ConditionType.COMPLETE).reason is Reason.ALL_STAGES_FINISHED
+    summary = world.status().summary
+    assert summary is not None
+    assert (summary.state, summary.stage) == (RunState.COMPLETE, "3/3")
+    assert len(world.pods_made) == 3
+    assert world.run().finalizers == ()
+    told = json.loads(world.api.objects[CONFIG_MAPS.plural, "team", world.jobsets()[1]]["data"][names.STAGE_FILE])
+    assert told["inputs"]["stage:a"]["digest"] == world.stage("a").artifact.content_digest  # type: ignore[union-attr]
+
+
+def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
+    world.submit(*CHAIN)
+    play(world)
+    at = [place for place, what in enumerate(world.api.writes) if what.startswith("create jobsets")]
+    between = world.api.writes[at[0] + 2 : at[1] + 2]
+    assert [what.split(" ")[:2] for what in between if "running" not in what][-3:] == [
+        ["create", "configmaps"],
+        ["create", "jobsets"],
+        ["patch", "trainingruns/status"],
+    ]
+    assert world.api.reads == []
+
+
+def test_the_same_work_under_another_name_makes_no_pod(world: World) -> None:
+    world.submit(*CHAIN)
+    play(world)
+    world.pods_made.clear()
+    world.submit(*CHAIN, name="again")
+    play(world)
+    assert states(world, "again") == [StageState.CACHED] * 3
+    assert world.pods_made == []
+
+
+def test_an_error_of_the_user_is_not_tried_again(world: World) -> None:
+    world.ends["b"] = [Ends(64, "user", "data.sources[0]: no such field")]
+    world.submit(*CHAIN)
+    play(world)
+    assert states(world) == [StageState.SUCCEEDED, StageState.FAILED, StageState.SKIPPED]
+    failed = world.condition(ConditionType.FAILED)
+    assert (failed.status, failed.reason) == (ConditionStatus.TRUE, Reason.USER_ERROR)
+    for part in ("no such field", "pod r-demo-b", "node node-0", "exit code 64"):
+        assert part in failed.message
+    assert world.pods_made.count(world.stage("b").attempts[-1].name) == 1
+    assert world.run().finalizers == ()
+    assert all("-b-" not in name for name in world.jobsets()), "a failed attempt leaves no pods behind"
+
+
+@pytest.mark.parametrize(("failures", "state"), [(2, StageState.SUCCEEDED), (3, StageState.FAILED)])
+def test_infrastructure_is_tried_again_within_its_budget(world: World, failures: int, state: StageState) -> None:
+    world.ends["a"] = [Ends(-9, "infrastructure", "killed")] * failures
+    world.submit(data_stage("a", retries={"infrastructure": 2}))
+    play(world)
+    stage = world.stage("a")
+    assert stage.state is state
+    assert stage.restarts.infrastructure == failures
+    assert stage.attempt == 3
+    assert world.two_at_once == []
+
+
+def test_preemption_is_never_charged(world: World) -> None:
+    world.ends["a"] = [Ends(75, "preemption", "checkpoint saved", disruption="PreemptionByScheduler")] * 4
+    world.submit(data_stage("a", retries={"infrastructure": 0}))
+    play(world)
+    stage = world.stage("a")
+    assert stage.state is StageState.SUCCEEDED
+    assert (stage.restarts.preemption, stage.restarts.infrastructure) == (4, 0)
+    assert world.status().summary.restarts == 0  # type: ignore[union-attr]
+
+
+def test_a_history_stays_short_and_a_budget_does_not_forget(world: World) -> None:
+    world.ends["a"] = [Ends(-9, "infrastructure", "killed")] * 15
+    world.submit(data_stage("a", retries={"infrastructure": 12}))
+    play(world, 24 * 3600.0)
+    stage = world.stage("a")
+    assert (stage.state, stage.restarts.infrastructure, stage.attempt) == (StageState.FAILED, 13, 13)
+    assert [record.number for record in stage.attempts] == list(range(6, 14))
+    assert stage.forgotten is not None
+    assert stage.forgotten.infrastructure == 5
+
+
+def test_out_of_memory_is_named_with_a_remedy(world: World) -> None:
+    world.ends["a"] = [Ends(137, None, raw="Killed\n", reason="OOMKilled")]
+    world.submit(data_stage("a", retries={"infrastructure": 0}))
+    play(world)
+    message = world.condition(ConditionType.FAILED).message
+    assert "OOMKilled" in message
+    assert "resources.memory" in message
+
+
+def test_suspending_ends_the_attempt_and_resuming_goes_on_with_the_next(world: World) -> None:
+    world.holds.add("a")
+    world.submit(*CHAIN)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 30)
+        assert states(world) == [StageState.RUNNING, StageState.PENDING, StageState.PENDING]
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"suspend": True})
+        await drive(world, operator, 30)
+        assert world.jobsets() == []
+        assert world.condition(ConditionType.SUSPENDED).reason is Reason.SUSPENDED_BY_USER
+        assert world.status().summary.state is RunState.SUSPENDED  # type: ignore[union-attr]
+        assert world.run().finalizers == ()
+        world.holds.clear()
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"suspend": False})
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    stage = world.stage("a")
+    assert (stage.attempt, stage.restarts.preemption, stage.restarts.infrastructure) == (2, 1, 0)
+    assert world.two_at_once == []
+
+
+def test_deleting_a_run_waits_for_its_pods_and_leaves_nothing(world: World) -> None:
+    world.holds.add("b")
+    world.submit(*CHAIN)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 30)
+        world.api.remove(TRAINING_RUNS, "team", "demo")
+        assert world.api.all_of(TRAINING_RUNS), "the run waits for its attempt"
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert world.api.objects == {}
+
+
+def test_an_edit_runs_what_it_changes_and_nothing_else(world: World) -> None:
+    world.submit(*CHAIN)
+    play(world)
+    world.pods_made.clear()
+    edited = data_stage("b", "a")
+    edited["data"]["steps"] = [{"length": {"minCharacters": 3}}]
+    world.api.edit(TRAINING_RUNS, "team", "demo", spec={"stages": [CHAIN[0], edited, CHAIN[2]]})
+    play(world)
+    assert sorted(name[:8] for name in world.pods_made) == ["r-demo-b", "r-demo-c"]
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert world.status().observed_generation == 2
+
+
+def test_a_new_operator_with_new_code_does_not_run_a_run_again(world: World) -> None:
+    world.holds.add("c")
+    world.submit(*CHAIN)
+    play(world, 30)
+    world.settings = world.settings.model_copy(update={"trainer_code": "code-2", "trainer_image": "trainer:2"})
+    world.holds.clear()
+    play(world)
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert len(world.pods_made) == 3
+    images = {
+        job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["image"]
+        for job in world.api.all_of(JOBSETS)
+    }
+    assert images == {"trainer:1"}
+
+
+def test_several_nodes_are_one_gang_and_the_first_cause_is_told(world: World) -> None:
+    world.ends["a"] = [Ends(66, "user", "the loss is no number")]
+    world.submit(data_stage("a", resources={"nodes": 3}))
+    play(world)
+    assert len(world.pods_made) == 3
+    assert world.condition(ConditionType.FAILED).reason is Reason.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("waiting", "reason"),
+    [
+        ({"reason": "ImagePullBackOff", "message": "Back-off pulling image"}, Reason.IMAGE_UNAVAILABLE),
+        ({"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}, Reason.SECRET_MISSING),
+    ],
+)
+def test_what_a_pod_waits_for_is_told_and_ends_the_attempt_uncharged(
+    world: World, waiting: dict[str, str], reason: Reason
+) -> None:
+    world.waits["a"] = waiting
+    world.submit(data_stage("a"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 10)
+        progressing = world.condition(ConditionType.PROGRESSING)
+        assert progressing.reason is reason
+        assert waiting["message"] in progressing.message
+        await drive(world, operator, 400)
+        assert world.stage("a").restarts.preemption >= 1
+        world.waits.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    stage = world.stage("a")
+    assert stage.state is StageState.SUCCEEDED
+    assert (stage.restarts.user, stage.restarts.infrastructure) == (0, 0)
+    assert stage.attempts[0].cause is Cause.PREEMPTION
+
+
+def test_without_jobset_a_condition_says_so_and_the_run_goes_on_once_it_is_there(world: World) -> None:
+    world.api.unserved.add(JOBSETS.plural)
+    world.submit(data_stage("a"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 20)
+        progressing = world.condition(ConditionType.PROGRESSING)
+        assert (progressing.status, progressing.reason) == (ConditionStatus.FALSE, Reason.JOBSET_NOT_INSTALLED)
+        world.api.unserved.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED]
+
+
+def test_bad_runs_are_refused_with_all_problems_and_nothing_is_made(world: World) -> None:
+    world.submit(data_stage("a", "c"), data_stage("c", "a"), data_stage("d", "nobody"))
+    play(world)
+    accepted = world.condition(ConditionType.ACCEPTED)
+    assert (accepted.status, accepted.reason) == (ConditionStatus.FALSE, Reason.INVALID_SPEC)
+    assert "nobody" in accepted.message
+    assert "circle" in accepted.message
+    assert [key[0] for key in world.api.objects] == [TRAINING_RUNS.plural]
+
+
+def test_an_input_that_comes_later_is_found_later(world: World) -> None:
+    world.submit(data_stage("a", uri="late.txt"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 10)
+        assert world.condition(ConditionType.ACCEPTED).reason is Reason.INPUT_NOT_FOUND
+        world.input("late.txt")
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED]
+
+
+def test_an_image_that_is_not_allowed_is_refused(world: World) -> None:
+    world.settings = world.settings.model_copy(update={"allowed_images": ("good/*",)})
+    world.submit(data_stage("a", image=f"bad/image@sha256:{'0' * 64}"))
+    play(world)
+    accepted = world.condition(ConditionType.ACCEPTED)
+    assert accepted.reason is Reason.IMAGE_NOT_ALLOWED
+    assert "good/*" in accepted.message
+    assert world.api.all_of(PODS) == []
+
+
+def test_a_jobset_somebody_deletes_is_charged_to_infrastructure(world: World) -> None:
+    world.holds.add("a")
+    world.submit(data_stage("a"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 30)
+        world.api.remove(JOBSETS, "team", world.jobsets()[0])
+        world.holds.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    stage = world.stage("a")
+    assert (stage.state, stage.attempt) == (StageState.SUCCEEDED, 2)
+
+
+def test_events_say_each_thing_once(world: World) -> None:
+    world.ends["b"] = [Ends(-9, "infrastructure", "killed")]
+    world.submit(*CHAIN)
+    operator = play(world)
+    said = [str(event.reason) for event in operator.events]
+    assert said.count("StageStarted") == 4
+    assert said.count("StageSucceeded") == 3
+    assert said.count("AttemptFailed") == 1
+    assert said.count("Accepted") == said.count("Complete") == 1
