@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ STAGE_MODULES.update(data="stand_in", pretrain="stand_in")
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt in a folder of its own, with the code of its stage."""
+    """An attempt in a folder of its own, with the code of its stage; of several pods, one of them."""
 
     folder: Path
+    pod: Mapping[str, str] = field(default_factory=dict)
+    """What the environment of a pod says beside."""
 
     @property
     def work(self) -> Path:
@@ -67,6 +70,7 @@ class Attempt:
             "STAGECOACH_PROGRESS_FILE": str(self.progress),
             "STAGECOACH_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(self.folder / "site"), str(TESTS)]),
+            **self.pod,
         }
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -117,3 +121,16 @@ def make_attempt(
     )
     (attempt.work / "stage.json").write_text(json.dumps(stage.model_dump(mode="json")))
     return attempt
+
+
+def make_pods(folder: Path, code: str, num_nodes: int, port: int) -> list[Attempt]:
+    """Write an attempt at a training stage whose pods, of one rank each, are processes of this machine."""
+    pods = []
+    for index in range(num_nodes):
+        attempt = make_attempt(folder / f"pod-{index}", code, "pretrain")
+        stage = json.loads((attempt.work / "stage.json").read_text())
+        stage |= {"numNodes": num_nodes, "storageUri": str(folder / "pod-0" / "store")}
+        (attempt.work / "stage.json").write_text(json.dumps(stage))
+        meeting = {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+        pods.append(replace(attempt, pod={"PET_NNODES": str(num_nodes), "PET_NPROC_PER_NODE": "1", **meeting}))
+    return pods

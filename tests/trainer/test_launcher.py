@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stage_makers import DIGEST, Attempt, make_attempt
+from s3_makers import free_port
+from stage_makers import DIGEST, Attempt, make_attempt, make_pods
 
 from stagecoach_api.artifacts import Manifest, manifest_key
 from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode
@@ -190,6 +191,27 @@ def test_under_torchrun_the_rank_that_failed_first_is_named(tmp_path: Path) -> N
     attempt = make_attempt(tmp_path, ONE_RANK_FAILS, "pretrain", ranks=2)
     assert attempt.run() == ExitCode.USER_ERROR, attempt.log
     assert attempt.result.message == "rank 1 found a bad record in corpus.jsonl:7"
+
+
+@pytest.mark.timeout(300)
+def test_two_pods_make_what_two_ranks_of_one_machine_make(tmp_path: Path) -> None:
+    local = make_attempt(tmp_path / "local", TRAINS, "pretrain", ranks=2)
+    assert local.run() == 0, local.log
+    pods = make_pods(tmp_path / "pods", TRAINS, 2, free_port())
+    launchers = [pod.start() for pod in pods]
+    assert [launcher.wait(200) for launcher in launchers] == [0, 0], pods[0].log + pods[1].log
+    assert pods[0].result.content_digest == local.result.content_digest
+    assert pods[1].result.content_digest is None
+
+
+@pytest.mark.timeout(300)
+def test_the_pod_whose_rank_failed_names_the_failure_and_the_others_only_lost_it(tmp_path: Path) -> None:
+    pods = make_pods(tmp_path, ONE_RANK_FAILS, 2, free_port())
+    launchers = [pod.start() for pod in pods]
+    codes = [launcher.wait(200) for launcher in launchers]
+    assert codes[1] == ExitCode.USER_ERROR, pods[1].log
+    assert pods[1].result.message == "rank 1 found a bad record in corpus.jsonl:7"
+    assert pods[0].result.cause is Cause.INFRASTRUCTURE, pods[0].log
 
 
 def test_several_ranks_run_under_torchrun_and_one_does_not() -> None:
