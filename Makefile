@@ -7,6 +7,7 @@ UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+HELM ?= helm
 
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -15,7 +16,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 # Nothing here needs a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint generate verify bench lock clean cluster cluster-down
+.PHONY: help install demo test lint generate verify bench images chart lock clean cluster cluster-down
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,11 +50,13 @@ lint: install ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-generate: install ## write the generated files: CRD, JSON schema, field reference
+generate: install ## write the generated files: CRD, JSON schema, field reference, the chart's schema and README
 	$(BIN)/python -m stagecoach_api.generate
+	$(BIN)/python charts/generate.py
 
 verify: install ## check that the generated files are up to date
 	$(BIN)/python -m stagecoach_api.generate --check
+	$(BIN)/python charts/generate.py --check
 
 bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
 	$(BIN)/python -m bench
@@ -64,12 +67,22 @@ cluster: install ## bring up a real Kubernetes on this machine, for tests (root,
 cluster-down: install ## stop that Kubernetes and remove all of it but the built programs
 	@PYTHONPATH=tests $(BIN)/python -m cluster down
 
+images: ## build both images; options in IMAGES="--torch cpu", see python images/build.py --help
+	$(PYTHON) images/build.py $(IMAGES)
+
+chart: ## check the chart and pack it into dist/ (Helm in PATH, or HELM=path)
+	$(HELM) lint --strict charts/stagecoach
+	$(HELM) package --destination dist charts/stagecoach
+
 lock: $(UV) ## resolve pyproject.toml into the locks
 	$(UV) pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 		--output-file requirements.lock pyproject.toml
 	$(UV) pip compile --quiet --universal --python-version 3.11 --extra trainer --generate-hashes --no-header \
 		--constraint requirements.lock --no-annotate \
 		--output-file trainer/stagecoach_trainer/requirements.lock pyproject.toml
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra operator --generate-hashes --no-header \
+		--constraint requirements.lock --no-annotate \
+		--output-file images/operator/requirements.lock pyproject.toml
 
 clean: ## remove what the commands above made, artifacts of runs apart
 	rm -rf .venv .uv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,204 @@
+"""Writes what is made from a chart's values.yaml (values.schema.json, the table of README.md), or checks it.
+
+python charts/generate.py [--check]
+
+The comment above a value is its description. A comment's last line may be `Schema: {…}`, keywords of JSON Schema that
+its default does not show. A mapping without that line is a section: each of its members is a value with a comment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHART = Path(__file__).resolve().parent / "stagecoach"
+TABLE_BEGIN = "<!-- values: written by `make generate` from values.yaml -->"
+TABLE_END = "<!-- end of values -->"
+SCHEMA_MARK = "Schema:"
+
+Schema = dict[str, Any]
+
+DEFINITIONS: Schema = {
+    "quantities": {"type": "object", "additionalProperties": {"type": ["string", "number"]}},
+    "toleration": {
+        "type": "object",
+        "properties": {
+            "key": {"type": "string"},
+            "operator": {"enum": ["Exists", "Equal"]},
+            "value": {"type": "string"},
+            "effect": {"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+            "tolerationSeconds": {"type": "integer"},
+        },
+        "additionalProperties": False,
+    },
+}
+"""What `Schema:` lines refer to."""
+
+TYPES: dict[type, str] = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
+
+
+class ChartError(ValueError):
+    """values.yaml cannot be documented as it stands."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of the chart, or a section of them."""
+
+    path: tuple[str, ...]
+    description: str
+    default: Any
+    schema: Schema
+    """What the `Schema:` line says."""
+    members: tuple[Value, ...]
+    """Of a section; else none."""
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+def read_values(text: str) -> tuple[Value, ...]:
+    """Return the values of a values.yaml. Raises ChartError with all that lack a comment."""
+    root = yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ChartError("values.yaml: is no mapping; it must be one of values")
+    values = tuple(_members(root, text.splitlines(), ()))
+    bare = [value.name for value in every(values) if not value.description]
+    if bare:
+        raise ChartError(f"values.yaml: without a comment: {', '.join(bare)}; say above each what it does")
+    return values
+
+
+def every(values: Sequence[Value]) -> Iterator[Value]:
+    """Yield values and sections, the outer before the inner."""
+    for value in values:
+        yield value
+        yield from every(value.members)
+
+
+def _members(node: yaml.MappingNode, lines: Sequence[str], above: tuple[str, ...]) -> Iterator[Value]:
+    for key, content in node.value:
+        path = (*above, key.value)
+        description, schema = _comment(lines, key.start_mark.line)
+        section = isinstance(content, yaml.MappingNode) and bool(content.value) and not schema
+        members = tuple(_members(content, lines, path)) if section else ()
+        default = yaml.SafeLoader("").construct_document(content)
+        yield Value(path, description, default, schema, members)
+
+
+def _comment(lines: Sequence[str], at: int) -> tuple[str, Schema]:
+    """Return the comment that ends right above a line, and the keywords of its `Schema:` line."""
+    first = at
+    while first > 0 and lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    words = [line.lstrip().removeprefix("#").strip() for line in lines[first:at]]
+    schema: Schema = {}
+    if words and words[-1].startswith(SCHEMA_MARK):
+        schema = yaml.safe_load(words.pop().removeprefix(SCHEMA_MARK))
+    return " ".join(words), schema
+
+
+# -- the schema --------------------------------------------------------------------------------------------------------
+
+
+def schema_text(values: Sequence[Value]) -> str:
+    """Return values.schema.json: closed, so that a misspelt value is refused."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_section(values),
+        "$defs": DEFINITIONS,
+    }
+    # Helm hands it to a chart that is part of another one.
+    schema["properties"]["global"] = {"description": "Values of a chart around this one; not read.", "type": "object"}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _section(values: Sequence[Value]) -> Schema:
+    properties = {value.path[-1]: _schema(value) for value in values}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _schema(value: Value) -> Schema:
+    described: Schema = {"description": value.description}
+    if value.members:
+        return described | _section(value.members)
+    found = described | {"type": TYPES[type(value.default)]} | value.schema
+    if found["type"] == "object":
+        found.setdefault("additionalProperties", False)
+    return found | {"default": value.default}
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+def readme_text(readme: str, values: Sequence[Value]) -> str:
+    """Return the README with its table of values made anew. Raises ChartError where it has no place for one."""
+    head, begin, rest = readme.partition(TABLE_BEGIN)
+    _, end, tail = rest.partition(TABLE_END)
+    if not begin or not end:
+        raise ChartError(f"README.md: no place for the values: it must have a line `{TABLE_BEGIN}` and `{TABLE_END}`")
+    return f"{head}{begin}\n{_table(values)}{end}{tail}"
+
+
+def _table(values: Sequence[Value]) -> str:
+    rows = [f"| `{value.name}` | {_cell(value)} | {_default(value)} |\n" for value in every(values)]
+    return "| value | what it does | default |\n|---|---|---|\n" + "".join(rows)
+
+
+def _cell(value: Value) -> str:
+    return value.description.replace("|", "\\|")
+
+
+def _default(value: Value) -> str:
+    return "" if value.members else f"`{json.dumps(value.default)}`"
+
+
+# -- writing and checking ----------------------------------------------------------------------------------------------
+
+
+def wanted(chart: Path) -> dict[str, str]:
+    """Return the generated files' names and texts. Raises ChartError."""
+    values = read_values((chart / "values.yaml").read_text(encoding="utf-8"))
+    readme = (chart / "README.md").read_text(encoding="utf-8")
+    return {"values.schema.json": schema_text(values), "README.md": readme_text(readme, values)}
+
+
+def outdated(chart: Path) -> dict[str, str]:
+    """Return those of the generated files that are missing or not what the values say, with what they should be."""
+    return {name: text for name, text in wanted(chart).items() if _read(chart / name) != text}
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 1 where `--check` found an outdated file or the values cannot be documented."""
+    parser = argparse.ArgumentParser(prog="python charts/generate.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is outdated")
+    parser.add_argument("--chart", type=Path, default=CHART, help="folder of the chart (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        found = outdated(options.chart)
+    except ChartError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, text in found.items():
+        if options.check:
+            print(f"{options.chart / name} is outdated: run `make generate`", file=sys.stderr)
+        else:
+            (options.chart / name).write_text(text, encoding="utf-8")
+            print(f"wrote {options.chart / name}")
+    return 1 if options.check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

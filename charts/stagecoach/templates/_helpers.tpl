@@ -1,0 +1,85 @@
+{{/* Name of everything in the release: at most 40 characters, so that suffixes fit. */}}
+{{- define "stagecoach.name" -}}
+{{- $own := ternary .Release.Name (printf "%s-stagecoach" .Release.Name) (contains "stagecoach" .Release.Name) -}}
+{{- .Values.fullnameOverride | default $own | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Labels by which the operator's pods are found; they never change. */}}
+{{- define "stagecoach.selector" -}}
+app.kubernetes.io/name: stagecoach
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "stagecoach.labels" -}}
+{{ include "stagecoach.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{/* Reference of an image. Arguments: root, name, digest. */}}
+{{- define "stagecoach.image" -}}
+{{- $images := .root.Values.images -}}
+{{- if .digest -}}
+{{ printf "%s/%s@%s" $images.registry .name .digest }}
+{{- else -}}
+{{ printf "%s/%s:%s" $images.registry .name ($images.tag | default .root.Chart.AppVersion) }}
+{{- end -}}
+{{- end -}}
+
+{{- define "stagecoach.operatorImage" -}}
+{{ include "stagecoach.image" (dict "root" . "name" "operator" "digest" .Values.images.operatorDigest) }}
+{{- end -}}
+
+{{- define "stagecoach.trainerImage" -}}
+{{ .Values.stages.image | default (include "stagecoach.image" (dict "root" . "name" "trainer" "digest" .Values.images.trainerDigest)) }}
+{{- end -}}
+
+{{- define "stagecoach.certificateSecret" -}}
+{{ .Values.progress.certificateSecret | default (printf "%s-progress" (include "stagecoach.name" .)) }}
+{{- end -}}
+
+{{/* What the restricted Pod Security profile asks of a pod, and of a container. */}}
+{{- define "stagecoach.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "stagecoach.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* What the operator may do where runs are. */}}
+{{- define "stagecoach.rules" -}}
+- apiGroups: [stagecoach.dev]
+  resources: [trainingruns]
+  verbs: [get, list, watch, patch]
+- apiGroups: [stagecoach.dev]
+  resources: [trainingruns/status]
+  verbs: [patch]
+# Asked for by clusters that let only those block an owner's deletion who may finalize it.
+- apiGroups: [stagecoach.dev]
+  resources: [trainingruns/finalizers]
+  verbs: [update]
+- apiGroups: [jobset.x-k8s.io]
+  resources: [jobsets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [list, watch]
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list, watch]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}

@@ -1,0 +1,140 @@
+"""What the chart's hooks do, each in a pod with the operator's image and rights.
+
+python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS [--runs-namespace NAME]
+python -m stagecoach_operator.chart_hooks test --url URL [--runs-namespace NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable, Sequence
+
+from stagecoach_api.names import FINALIZER
+from stagecoach_operator.kube import PODS, TRAINING_RUNS, ApiServer, Body, Conflict, Kube, KubeError, NotFound, Resource
+from stagecoach_operator.settings import ENV_POD_NAMESPACE
+
+DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
+POLL_SECONDS = 1.0
+POLLS = 120
+"""How often an operator that was told to end is looked for; its pods have 30 seconds."""
+MAX_TRIES = 5
+"""How often a run that others change meanwhile is patched."""
+HTTP_TIMEOUT_SECONDS = 20
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class HookError(Exception):
+    """The hook could not do its work; the message says what is left to do."""
+
+
+async def uninstall(
+    kube: Kube, deployment: str, namespace: str, selector: str, runs_namespace: str | None, sleep: Sleep = asyncio.sleep
+) -> int:
+    """Stop the operator, then take its finalizer from all runs; return from how many.
+
+    In this order, since an operator that still works would put it back on runs that train. `namespace`: the operator's;
+    `runs_namespace`: the runs', None for all. Raises HookError, KubeError.
+    """
+    try:
+        await kube.patch(DEPLOYMENTS, namespace, deployment, {"spec": {"replicas": 0}}, subresource="scale")
+    except NotFound:
+        print(f"there is no deployment {deployment}")
+    await _until_gone(kube, namespace, selector, sleep)
+    try:
+        runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
+    except NotFound:
+        return 0  # its definition is gone, and so are they
+    held = [run for run in runs if FINALIZER in run["metadata"].get("finalizers", ())]
+    for run in held:
+        await _release(kube, run)
+    return len(held)
+
+
+async def _until_gone(kube: Kube, namespace: str, selector: str, sleep: Sleep) -> None:
+    for _ in range(POLLS):
+        if not (await kube.list(PODS, namespace, labels=selector)).items:
+            return
+        await sleep(POLL_SECONDS)
+    raise HookError(
+        f"pods `{selector}` in namespace {namespace} do not end: delete them, then uninstall again, or add --no-hooks"
+    )
+
+
+async def _release(kube: Kube, run: Body) -> None:
+    """Take the finalizer from a run that others may change or delete meanwhile."""
+    metadata = run["metadata"]
+    namespace, name = metadata["namespace"], metadata["name"]
+    with contextlib.suppress(NotFound):
+        for _ in range(MAX_TRIES):
+            kept = [finalizer for finalizer in metadata.get("finalizers", ()) if finalizer != FINALIZER]
+            seen = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+            try:
+                await kube.patch(TRAINING_RUNS, namespace, name, {"metadata": {"finalizers": kept, **seen}})
+            except Conflict:
+                metadata = (await kube.get(TRAINING_RUNS, namespace, name))["metadata"]
+            else:
+                return
+        raise HookError(f"run {namespace}/{name} changes all the time: remove its finalizer `{FINALIZER}` by hand")
+
+
+async def check(kube: Kube, url: str, runs_namespace: str | None) -> None:
+    """Check that an operator answers and that runs can be listed. Raises HookError, KubeError."""
+    try:
+        await asyncio.to_thread(_fetch, url)
+    except OSError as error:
+        raise HookError(f"{url}: {error}; look at the operator's pods and their logs") from error
+    runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
+    print(f"the operator is ready; {len(runs)} run(s) in {runs_namespace or 'all namespaces'}")
+
+
+def _fetch(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_SECONDS) as answer:  # noqa: S310 - the chart's own service
+        answer.read()
+
+
+async def _run(options: argparse.Namespace) -> None:
+    kube = await ApiServer.connect()
+    try:
+        if options.hook == "test":
+            await check(kube, options.url, options.runs_namespace)
+            return
+        namespace = os.environ[ENV_POD_NAMESPACE]
+        number = await uninstall(kube, options.deployment, namespace, options.selector, options.runs_namespace)
+        print(f"took the finalizer from {number} run(s)")
+    finally:
+        await kube.close()
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return what understands the arguments in the chart."""
+    parser = argparse.ArgumentParser(prog="python -m stagecoach_operator.chart_hooks", description=__doc__)
+    hooks = parser.add_subparsers(dest="hook", required=True)
+    hook = hooks.add_parser("uninstall", help="stop the operator, then take its finalizer from all runs")
+    hook.add_argument("--deployment", required=True, help="the operator's Deployment")
+    hook.add_argument("--selector", required=True, help="labels of its pods")
+    probe = hooks.add_parser("test", help="check that the operator is ready and runs can be listed")
+    probe.add_argument("--url", required=True, help="the operator's readiness probe")
+    for each in (hook, probe):
+        each.add_argument("--runs-namespace", help="namespace of the runs (default: all)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one hook; return the exit code."""
+    options = argument_parser().parse_args(arguments)
+    try:
+        asyncio.run(_run(options))
+    except (HookError, KubeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,488 @@
+"""The chart, rendered by Helm.
+
+After an intended change: STAGECOACH_GOLDEN=write python -m pytest tests/charts/test_chart.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import re
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from chart_makers import (
+    CHART,
+    NAMESPACE,
+    WITHOUT_DEFINITION,
+    Body,
+    merged,
+    nested,
+    of_kind,
+    pod_specs,
+    render,
+    rendered_text,
+    run_helm,
+    the,
+)
+
+from stagecoach_api import names
+from stagecoach_operator.chart_hooks import argument_parser
+from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAMESPACE, Settings
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "chart" / "default.yaml"
+ELSEWHERE = {"pod_name", "pod_namespace", "progress_ca", "trainer_code"}
+"""Settings that come from the pod's environment, and from files that other settings name."""
+
+OTHERWISE: dict[str, object] = {
+    "scope": "cluster",
+    "replicas": 1,
+    "fullnameOverride": "coach",
+    "crds.install": True,
+    "crds.keep": False,
+    "images.registry": "localhost/stagecoach",
+    "images.tag": "1.2.3",
+    "images.operatorDigest": "sha256:" + "a" * 64,
+    "images.trainerDigest": "sha256:" + "b" * 64,
+    "images.pullPolicy": "Never",
+    "images.pullSecrets": ["registry"],
+    "stages.image": "localhost/own@sha256:" + "c" * 64,
+    "stages.allowedImages": ["localhost/*"],
+    "stages.graceSeconds": 60,
+    "stages.userId": 1000,
+    "stages.groupId": 1001,
+    "stages.serviceAccount": "trainer",
+    "stages.workSizeLimit": "500Gi",
+    "storage.uri": "s3://models/runs",
+    "storage.inputs": "s3://models/inputs",
+    "storage.endpoint": "http://10.0.0.1:7070",
+    "storage.region": "eu-central-1",
+    "storage.credentialsSecret": "s3",
+    "progress.certificateSecret": "certificate",
+    "progress.tokenSeconds": 600,
+    "serviceAccountAnnotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/reader"},
+    "leaseSeconds": 5,
+    "apiTimeoutSeconds": 7.5,
+    "storeThreads": 2,
+    "resources": {"requests": {"cpu": 1, "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
+    "priorityClassName": "system-cluster-critical",
+    "nodeSelector": {"kubernetes.io/os": "linux"},
+    "tolerations": [{"key": "control-plane", "operator": "Exists", "effect": "NoSchedule"}],
+    "serviceMonitor.enabled": True,
+    "serviceMonitor.labels": {"release": "prometheus"},
+}
+"""For each value of the chart another one than its default."""
+NEEDS = {"crds.keep": {}, "serviceMonitor.labels": {"serviceMonitor": {"enabled": True}}}
+"""What must be given for a value to count, besides what all renderings are given."""
+
+
+def leaves(schema: Body, above: str = "") -> dict[str, Body]:
+    """Return the values of the chart by dotted path; the schema is made from values.yaml."""
+    found = {}
+    for name, part in schema["properties"].items():
+        path = f"{above}{name}"
+        if "default" in part:
+            found[path] = part
+        elif path != "global":
+            found |= leaves(part, f"{path}.")
+    return found
+
+
+SCHEMA = yaml.safe_load((CHART / "values.schema.json").read_text(encoding="utf-8"))
+
+
+def everything() -> Body:
+    """Return values in which each is another than its default, as far as one rendering can have them all."""
+    found: Body = {}
+    for path, value in OTHERWISE.items():
+        if path not in {"stages.image", "progress.certificateSecret"}:
+            found = merged(found, nested(path, value))
+    return merged(found, WITHOUT_DEFINITION)
+
+
+VARIANTS = {
+    "defaults": WITHOUT_DEFINITION,
+    "cluster scope": {"scope": "cluster", **WITHOUT_DEFINITION},
+    "everything else": everything(),
+}
+
+
+def without_what_changes(text: str) -> str:
+    """Return rendered text without certificates, which are new in each rendering."""
+    return re.sub(r"^(  (?:ca\.crt|tls\.crt|tls\.key)): \S+$", r"\1: <new>", text, flags=re.MULTILINE)
+
+
+def test_the_default_chart_is_the_golden_one() -> None:
+    text = without_what_changes(rendered_text(WITHOUT_DEFINITION))
+    if os.environ.get("STAGECOACH_GOLDEN") == "write":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_helm_finds_nothing_to_criticise() -> None:
+    done = run_helm("lint", str(CHART), "--strict")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def test_values_yaml_fits_a_screen_or_two() -> None:
+    assert len((CHART / "values.yaml").read_text(encoding="utf-8").splitlines()) < 150
+
+
+@pytest.fixture(scope="module")
+def default_text() -> str:
+    return without_what_changes(rendered_text(WITHOUT_DEFINITION))
+
+
+def test_another_value_is_known_for_each() -> None:
+    assert sorted(OTHERWISE) == sorted(leaves(SCHEMA))
+    assert {path for path, value in OTHERWISE.items() if leaves(SCHEMA)[path]["default"] == value} == {"crds.install"}
+
+
+@pytest.mark.parametrize("path", sorted(OTHERWISE))
+def test_every_value_changes_what_is_rendered(path: str, default_text: str) -> None:
+    about_definition = path.startswith("crds.")
+    base = NEEDS.get(path, WITHOUT_DEFINITION)
+    before = default_text if base is WITHOUT_DEFINITION else without_what_changes(rendered_text(base))
+    given = nested(path, OTHERWISE[path]) if about_definition else merged(base, nested(path, OTHERWISE[path]))
+    assert without_what_changes(rendered_text(given)) != before
+
+
+def closed(schema: Body) -> bool:
+    """Tell whether an object of a schema names its members, or types those that it does not name."""
+    more = schema.get("additionalProperties")
+    return more is False or (isinstance(more, dict) and "type" in more)
+
+
+def test_the_schema_is_closed_everywhere() -> None:
+    def objects(part: object, path: str) -> dict[str, Body]:
+        found = {}
+        if isinstance(part, dict):
+            if part.get("type") == "object" and path != "/properties/global":
+                found[path] = part
+            for name, inner in part.items():
+                found |= objects(inner, f"{path}/{name}")
+        return found
+
+    found = objects(SCHEMA, "")
+    assert len(found) > 8
+    assert [path for path, schema in found.items() if not closed(schema)] == []
+
+
+REFUSED = {
+    "an unknown value": {"replicaCount": 2},
+    "an unknown value in a section": {"storage": {"url": "s3://models"}},
+    "an unknown value in crds": {"crds": {"enabled": True}},
+    "an unknown scope": {"scope": "namespaced"},
+    "a text where a number stands": {"replicas": "two"},
+    "a fraction of a replica": {"replicas": 1.5},
+    "fewer than no replicas": {"replicas": -1},
+    "a name that is no name": {"fullnameOverride": "Stage_Coach"},
+    "a name without room for suffixes": {"fullnameOverride": "s" * 41},
+    "no registry": {"images": {"registry": ""}},
+    "a digest without its kind": {"images": {"operatorDigest": "a" * 64}},
+    "an unknown pull policy": {"images": {"pullPolicy": "Sometimes"}},
+    "pull secrets as objects": {"images": {"pullSecrets": [{"name": "registry"}]}},
+    "a custom image by tag": {"stages": {"image": "localhost/own:1"}},
+    "no time to save": {"stages": {"graceSeconds": 5}},
+    "the root user": {"stages": {"userId": 0}},
+    "storage on a node": {"storage": {"uri": "/var/lib/models"}},
+    "storage without its kind": {"storage": {"uri": "models/runs"}},
+    "a token that ends at once": {"progress": {"tokenSeconds": 60}},
+    "a Lease that is never missed": {"leaseSeconds": 0},
+    "no time for a call": {"apiTimeoutSeconds": 0},
+    "no threads": {"storeThreads": 0},
+    "an unknown kind of resources": {"resources": {"request": {"cpu": 1}}},
+    "a list as a quantity": {"resources": {"limits": {"cpu": [1]}}},
+    "a number as a label": {"nodeSelector": {"gpu": 1}},
+    "a toleration with a misspelt member": {"tolerations": [{"keys": "gpu"}]},
+    "an unknown taint effect": {"tolerations": [{"key": "gpu", "effect": "NoRun"}]},
+    "a text for a switch": {"serviceMonitor": {"enabled": "yes"}},
+}
+
+
+@pytest.mark.parametrize("values", REFUSED.values(), ids=REFUSED)
+def test_helm_refuses(values: Body) -> None:
+    done = run_helm("template", "stagecoach", str(CHART), values=values)
+    assert done.returncode != 0
+    assert next(iter(values)) in done.stderr
+
+
+# -- the operator's settings -------------------------------------------------------------------------------------------
+
+
+def settings_of(objects: list[Body]) -> Settings:
+    document = yaml.safe_load(the(objects, "ConfigMap")["data"][DEFAULT_FILE.name])
+    return Settings.model_validate(document)
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_the_operator_accepts_the_settings_it_is_given(values: Body) -> None:
+    settings = settings_of(render(values))
+    assert settings.namespace == (None if values.get("scope") == "cluster" else NAMESPACE)
+    assert settings.trainer_image.split("/")[-1].startswith("trainer")
+
+
+def test_every_setting_can_be_set_and_no_other() -> None:
+    image = {"stages": {"image": OTHERWISE["stages.image"]}}
+    given: set[str] = set()
+    for values in (*VARIANTS.values(), merged(everything(), image)):
+        given |= settings_of(render(values)).model_fields_set
+    assert given == set(Settings.model_fields) - ELSEWHERE
+
+
+def test_values_reach_the_settings_they_are_meant_for() -> None:
+    settings = settings_of(render(everything()))
+    assert settings.grace_seconds == 60
+    assert (settings.user_id, settings.group_id) == (1000, 1001)
+    assert settings.image_pull_secrets == ("registry",)
+    assert settings.allowed_images == ("localhost/*",)
+    assert settings.storage.uri == "s3://models/runs"
+    assert settings.storage.credentials is not None
+    assert settings.storage.credentials.secret_name == "s3"  # noqa: S105 - a name
+    assert (settings.lease_name, settings.lease_seconds) == ("coach", 5)
+    assert settings.api_timeout_seconds == 7.5
+
+
+def test_a_custom_trainer_image_counts_by_its_digest_and_the_built_one_by_its_code() -> None:
+    assert settings_of(render(WITHOUT_DEFINITION)).trainer_code_file is not None
+    custom = settings_of(render(merged(WITHOUT_DEFINITION, {"stages": {"image": OTHERWISE["stages.image"]}})))
+    assert custom.trainer_code_file is None
+    assert custom.code == "sha256:" + "c" * 64
+
+
+def test_new_settings_make_new_pods() -> None:
+    def annotations(values: Body) -> Body:
+        found: Body = the(render(merged(WITHOUT_DEFINITION, values)), "Deployment")
+        return found["spec"]["template"]["metadata"]["annotations"]  # type: ignore[no-any-return]
+
+    assert annotations({}) == annotations({})
+    assert annotations({"storeThreads": 3}) != annotations({})
+
+
+# -- the operator's pods -----------------------------------------------------------------------------------------------
+
+
+def volume_names(pod: Body) -> set[str]:
+    return {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_service_leads_to_the_ports_that_the_settings_name() -> None:
+    objects = render(WITHOUT_DEFINITION)
+    settings = settings_of(objects)
+    (container,) = the(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    listening = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert listening == {
+        "probes": settings.probe_port,
+        "progress": settings.progress_port,
+        "metrics": settings.metrics_port,
+    }
+    service = the(objects, "Service")
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(listening)
+    assert (
+        service["spec"]["selector"].items()
+        <= the(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    )
+    assert urlsplit(settings.progress_url or "").hostname == f"{service['metadata']['name']}.{NAMESPACE}.svc"
+
+
+def test_files_that_the_settings_name_are_mounted() -> None:
+    objects = render(everything())
+    settings = settings_of(objects)
+    pod = the(objects, "Deployment")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == volume_names(pod)
+    assert str(DEFAULT_FILE) in mounts
+    folder = str(Path(settings.progress_cert_file or "").parent)
+    assert mounts[folder] == "certificate"
+    assert {str(Path(file or "").parent) for file in (settings.progress_key_file, settings.progress_ca_file)} == {
+        folder
+    }
+    environment = {item["name"]: item for item in container["env"]}
+    assert {ENV_POD_NAME, ENV_POD_NAMESPACE} < set(environment)
+    assert mounts[environment[names.ENV_CREDENTIALS_DIR]["value"]] == "credentials"
+
+
+def test_no_secret_stands_in_environment_or_arguments() -> None:
+    for pod in pod_specs(render(everything())).values():
+        for container in pod["containers"]:
+            assert not any("secretKeyRef" in str(item) for item in container.get("env", ()))
+            assert "envFrom" not in container
+
+
+def unrestricted(pod: Body) -> list[str]:
+    """Return what a pod has against the restricted Pod Security profile, and against our stricter one."""
+    security = pod["securityContext"]
+    found = [] if security["runAsNonRoot"] and security["runAsUser"] > 0 else ["runs as root"]
+    found += [] if security["seccompProfile"] == {"type": "RuntimeDefault"} else ["has no seccomp profile"]
+    found += [f"uses {name}" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    found += [
+        f"mounts {v['name']}" for v in pod.get("volumes", ()) if not v.keys() & {"configMap", "secret", "emptyDir"}
+    ]
+    for container in pod["containers"]:
+        own = container["securityContext"]
+        expected = {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        found += [] if own == expected else [f"{container['name']} has {own}"]
+        found += [] if container["resources"].get("limits", {}).get("memory") else ["has no memory limit"]
+    return found
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_every_pod_passes_the_restricted_profile(values: Body) -> None:
+    pods = pod_specs(render(values))
+    assert len(pods) == 3
+    assert {name: unrestricted(pod) for name, pod in pods.items() if unrestricted(pod)} == {}
+
+
+def test_two_replicas_are_never_taken_away_at_once() -> None:
+    objects = render(WITHOUT_DEFINITION)
+    assert the(objects, "Deployment")["spec"]["replicas"] == 2
+    budget = the(objects, "PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"] == the(objects, "Deployment")["spec"]["selector"]
+
+
+# -- rights ------------------------------------------------------------------------------------------------------------
+
+MOST_RIGHTS = 25
+"""Pairs of verb and resource."""
+
+
+def rights(roles: list[Body]) -> list[tuple[str, str]]:
+    return [
+        (verb, resource)
+        for role in roles
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    ]
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_rights_are_few_and_none_is_on_secrets(values: Body) -> None:
+    objects = render(values)
+    found = rights(of_kind(objects, "Role", "ClusterRole"))
+    assert {resource for _, resource in found} & {"secrets", "*"} == set()
+    assert "*" not in {verb for verb, _ in found}
+    lasting = [
+        body for body in of_kind(objects, "Role", "ClusterRole") if "annotations" not in body["metadata"]
+    ]  # hooks have theirs for a moment
+    assert len(rights(lasting)) <= MOST_RIGHTS
+
+
+def test_rights_end_at_the_namespace_unless_the_scope_is_the_cluster() -> None:
+    assert of_kind(render(WITHOUT_DEFINITION), "ClusterRole", "ClusterRoleBinding") == []
+    wide = render({"scope": "cluster", **WITHOUT_DEFINITION})
+    assert len(of_kind(wide, "ClusterRole")) == 1
+    assert {resource for _, resource in rights(of_kind(wide, "Role"))} == {"leases", "deployments/scale", "pods"}
+
+
+def test_every_binding_binds_a_role_of_the_chart_to_the_operator() -> None:
+    for values in VARIANTS.values():
+        objects = render(values)
+        roles = {(role["kind"], role["metadata"]["name"]) for role in of_kind(objects, "Role", "ClusterRole")}
+        bound = of_kind(objects, "RoleBinding", "ClusterRoleBinding")
+        assert {(item["roleRef"]["kind"], item["roleRef"]["name"]) for item in bound} == roles
+        account = the(objects, "ServiceAccount")["metadata"]["name"]
+        assert all(item["subjects"][0]["name"] == account for item in bound)
+        assert all(pod["serviceAccountName"] == account for pod in pod_specs(objects).values())
+
+
+def test_the_lease_that_may_be_renewed_is_the_one_in_the_settings() -> None:
+    for values in VARIANTS.values():
+        objects = render(values)
+        named = [rule for rule in the(objects, "Role", "-lease")["rules"] if "resourceNames" in rule]
+        assert [rule["resourceNames"] for rule in named] == [[settings_of(objects).lease_name]]
+
+
+# -- the certificate ---------------------------------------------------------------------------------------------------
+
+
+def test_pods_that_trust_the_ca_reach_the_progress_server_by_its_name(tmp_path: Path) -> None:
+    objects = render(WITHOUT_DEFINITION)
+    for name, content in the(objects, "Secret")["data"].items():
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    client = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
+    host = urlsplit(settings_of(objects).progress_url or "").hostname
+
+    async def talk() -> None:
+        async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        listener = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=server)
+        async with listener:
+            port = listener.sockets[0].getsockname()[1]
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname=host)
+            writer.close()
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="other.training.svc")
+
+    asyncio.run(talk())
+
+
+def test_a_certificate_of_one_s_own_takes_the_place_of_the_chart_s() -> None:
+    objects = render(merged(WITHOUT_DEFINITION, {"progress": {"certificateSecret": "own"}}))
+    assert of_kind(objects, "Secret") == []
+    volumes = the(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    assert [volume["secret"]["secretName"] for volume in volumes if volume["name"] == "certificate"] == ["own"]
+
+
+# -- the definition, and what happens around a release's life ----------------------------------------------------------
+
+
+def test_the_definition_is_the_generated_one_and_is_kept() -> None:
+    (found,) = of_kind(render(), "CustomResourceDefinition")
+    assert found["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert found["metadata"].pop("labels")["app.kubernetes.io/managed-by"] == "Helm"
+    assert found == yaml.safe_load((CHART / "files" / "trainingruns.yaml").read_text(encoding="utf-8"))
+
+
+def test_helm_upgrades_the_definition_since_it_is_a_template() -> None:
+    assert not (CHART / "crds").exists()
+    assert of_kind(render(WITHOUT_DEFINITION), "CustomResourceDefinition") == []
+    (found,) = of_kind(render({"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "annotations" not in found["metadata"]
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_hooks_say_what_their_program_understands(values: Body) -> None:
+    pods = pod_specs(render(values))
+    hooks = {name: pod["containers"][0] for name, pod in pods.items() if not name.startswith("Deployment")}
+    assert len(hooks) == 2
+    watched = None if values.get("scope") == "cluster" else NAMESPACE
+    for container in hooks.values():
+        assert container["command"][1:] == ["-m", "stagecoach_operator.chart_hooks"]
+        assert argument_parser().parse_args(container["args"]).runs_namespace == watched
+
+
+def test_the_hook_before_a_deletion_finds_the_operator_s_pods() -> None:
+    objects = render(WITHOUT_DEFINITION)
+    options = argument_parser().parse_args(pod_specs(objects)["Job/stagecoach-uninstall"]["containers"][0]["args"])
+    deployment = the(objects, "Deployment")
+    assert options.deployment == deployment["metadata"]["name"]
+    selected = dict(pair.split("=") for pair in options.selector.split(","))
+    assert selected.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    assert not selected.items() <= the(objects, "Job")["spec"]["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize(
+    ("release", "name"), [("stagecoach", "stagecoach"), ("a", "a-stagecoach"), ("b" * 53, "b" * 40)]
+)
+def test_names_fit_whatever_the_release_is_called(release: str, name: str) -> None:
+    objects = render(WITHOUT_DEFINITION, release=release)
+    assert the(objects, "Deployment")["metadata"]["name"] == name
+    assert max(len(body["metadata"]["name"]) for body in objects) <= 63
