@@ -56,6 +56,7 @@ generate: install ## write the generated files: CRD, JSON schema, field referenc
 
 verify: install ## check that the generated files are up to date
 	$(BIN)/python -m stagecoach_api.generate --check
+	$(BIN)/python -m pytest -q tests/core/build/test_manifests_golden.py
 	$(BIN)/python charts/generate.py --check
 
 bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json

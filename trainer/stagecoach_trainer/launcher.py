@@ -55,6 +55,7 @@ class Launcher:
 
     def run(self) -> AttemptResult:
         """Run the attempt to its end."""
+        self._listen()  # first: in a container this is process 1, which SIGTERM passes by until it is listened to
         clear_outcomes(self._work)
         try:
             stage = json.loads(Path(self._environment[ENV_STAGE_FILE]).read_bytes())
@@ -62,7 +63,6 @@ class Launcher:
             command = worker_command(nodes, self._ranks, self._grace_seconds, self._environment)
         except (OSError, ValueError, KeyError) as error:
             return _unusable(error)
-        self._listen()
         child = subprocess.Popen(
             command,
             env=worker_environment(self._environment, self._ranks),

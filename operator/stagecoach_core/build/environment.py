@@ -34,6 +34,7 @@ def _places(attempt: StageAttempt) -> dict[str, str]:
         names.ENV_RESULT_FILE: names.TERMINATION_LOG,
         names.ENV_PROGRESS_FILE: f"{names.WORK_FOLDER}/{names.PROGRESS_FILE}",
         "HOME": names.DATA_MOUNT,  # libraries keep caches there, and the image's own is read-only
+        "USER": names.MANAGED_BY,  # libraries ask for a name, and the image need not know the number
     }
     if attempt.credentials is not None:
         found[names.ENV_CREDENTIALS_DIR] = names.CREDENTIALS_MOUNT

@@ -1,6 +1,7 @@
 """Whole manifests, compared letter by letter with `tests/golden/operator/`.
 
-After an intended change: STAGECOACH_GOLDEN=write python -m pytest tests/core/build/test_manifests_golden.py
+After an intended change `make generate` writes them anew; by itself:
+STAGECOACH_GOLDEN=write python -m pytest tests/core/build/test_manifests_golden.py
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def test_the_manifests_are_the_golden_ones(name: str) -> None:
     if os.environ.get("STAGECOACH_GOLDEN") == "write":
         path.write_text(text, encoding="utf-8")
     assert list(yaml.safe_load_all(text)) == made
-    assert text == path.read_text(encoding="utf-8"), "the manifests changed; the command above writes them anew"
+    assert text == path.read_text(encoding="utf-8"), "the manifests changed; if that is meant, `make generate`"
 
 
 def test_there_is_no_golden_file_without_a_case() -> None:
