@@ -27,6 +27,8 @@ CONTROL_PLANE_PROGRAMS = (
     *API_PROGRAMS,
     ("kubernetes", ("kube-controller-manager", "kube-scheduler")),
     ("helm", ("helm",)),
+    ("jobset", ()),  # for its chart
+    ("kueue", ()),
 )
 NODE_PROGRAMS = (
     *CONTROL_PLANE_PROGRAMS,

@@ -50,14 +50,14 @@ class Builder:
             if self._is_there(part, programs):
                 say(f"{part.name} {part.version}", "in the cache")
             else:
-                with self._alone():  # another may have built it in the meantime
+                with self._alone(part.label):  # another may have built it in the meantime
                     self._build_missing(part, programs)
 
     def build_source(self, name: str, source: Path, version: str) -> Path:
         """Build one Go file of this folder that needs no module, and return the program."""
         target = self._cache / "bin" / f"{name}-{version}" / name
         if not target.exists():
-            with self._alone(), timed(f"{name} {version}", "built"):
+            with self._alone(name), timed(f"{name} {version}", "built"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._go(
                     ["build", "-trimpath", "-ldflags", "-s -w", "-o", str(target), str(source)], source.parent, name
@@ -139,10 +139,11 @@ class Builder:
         return self._cache / "bin" / part.label
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the cache's lock: two builds side by side would write the same files."""
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with (self._cache / "lock").open("w") as lock:
+    def _alone(self, label: str) -> Iterator[None]:
+        """Hold the lock of a part: two builds of it side by side would write the same files."""
+        locks = self._cache / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / label).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
