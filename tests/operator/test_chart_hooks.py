@@ -1,0 +1,177 @@
+"""What the chart's hooks do: the operator stops first, then its finalizer goes, and nothing else of a run changes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from operator_makers import FakeApi
+
+from stagecoach_api.names import FINALIZER
+from stagecoach_operator.chart_hooks import DEPLOYMENTS, MAX_TRIES, POLLS, HookError, check, uninstall
+from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Forbidden, Resource
+
+SYSTEM, RESEARCH, OTHER = "system", "research", "other"
+LABELS = {"app.kubernetes.io/instance": "stagecoach", "app.kubernetes.io/component": "operator"}
+SELECTOR = ",".join(f"{name}={value}" for name, value in LABELS.items())
+
+
+class Installed(FakeApi):
+    """An API server with an operator on it, whose pods end some looks after it was scaled down."""
+
+    looks_until_gone = 2
+    scaled_to: int | None = None
+
+    async def patch(self, resource: Resource, namespace: str, name: str, patch: Body, subresource: str = "") -> Body:
+        if resource != DEPLOYMENTS:
+            return await super().patch(resource, namespace, name, patch, subresource)
+        assert (namespace, name, subresource) == (SYSTEM, "stagecoach", "scale")
+        self.writes.append("scale")
+        self.scaled_to = patch["spec"]["replicas"]
+        return {}
+
+    async def list(self, resource: Resource, namespace: str | None, labels: str = "", **others: Any) -> Any:
+        if resource == PODS and self.scaled_to == 0:
+            self.looks_until_gone -= 1
+            if self.looks_until_gone == 0:
+                self.remove(PODS, SYSTEM, "stagecoach-0")
+        return await super().list(resource, namespace, labels, **others)
+
+
+@pytest.fixture
+def api() -> Installed:
+    made = Installed(clock=lambda: 0.0)
+    pod = {"kind": "Pod", "metadata": {"name": "stagecoach-0", "namespace": SYSTEM, "labels": LABELS}}
+    made.add(PODS, pod)
+    for namespace, name, finalizers in (
+        (RESEARCH, "training", ["other.dev/keep", FINALIZER]),
+        (RESEARCH, "finished", []),
+        (OTHER, "far", [FINALIZER]),
+    ):
+        metadata = {"name": name, "namespace": namespace, "finalizers": finalizers}
+        made.add(TRAINING_RUNS, {"kind": "TrainingRun", "metadata": metadata, "spec": {}})
+    return made
+
+
+async def no_sleep(seconds: float) -> None:
+    del seconds
+
+
+def remove_finalizers(api: FakeApi, runs_namespace: str | None = RESEARCH) -> int:
+    return asyncio.run(uninstall(api, "stagecoach", SYSTEM, SELECTOR, runs_namespace, sleep=no_sleep))
+
+
+def finalizers(api: FakeApi) -> dict[str, list[str]]:
+    return {run["metadata"]["name"]: run["metadata"]["finalizers"] for run in api.all_of(TRAINING_RUNS)}
+
+
+def test_only_our_finalizer_goes_and_only_in_the_namespace_of_the_runs(api: Installed) -> None:
+    assert remove_finalizers(api) == 1
+    assert finalizers(api) == {"training": ["other.dev/keep"], "finished": [], "far": [FINALIZER]}
+
+
+def test_in_cluster_scope_it_goes_everywhere(api: Installed) -> None:
+    assert remove_finalizers(api, runs_namespace=None) == 2
+    assert finalizers(api) == {"training": ["other.dev/keep"], "finished": [], "far": []}
+
+
+def test_the_operator_has_ended_before_a_run_is_touched(api: Installed) -> None:
+    def no_pods(number: int, what: str) -> None:
+        assert api.all_of(PODS) == [], what
+
+    api.before_write = no_pods
+    remove_finalizers(api)
+    assert api.writes == ["scale", "patch trainingruns/object training"]
+
+
+def test_a_second_time_nothing_is_written_to_runs(api: Installed) -> None:
+    remove_finalizers(api)
+    api.writes.clear()
+    assert remove_finalizers(api) == 0
+    assert api.writes == ["scale"]
+
+
+def test_a_run_that_was_being_deleted_goes(api: Installed) -> None:
+    api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"finalizers": [FINALIZER]})
+    api.remove(TRAINING_RUNS, RESEARCH, "training")
+    remove_finalizers(api)
+    assert "training" not in finalizers(api)
+
+
+def test_a_run_that_changes_meanwhile_is_tried_again(api: Installed) -> None:
+    def change_once(number: int, what: str) -> None:
+        if "trainingruns" in what and not any("trainingruns" in write for write in api.writes):
+            api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"finalizers": [FINALIZER, "late.dev/keep"]})
+
+    api.before_write = change_once
+    assert remove_finalizers(api) == 1
+    assert finalizers(api)["training"] == ["late.dev/keep"]
+
+
+def test_a_run_that_never_stands_still_is_named(api: Installed) -> None:
+    def change_always(number: int, what: str) -> None:
+        if "trainingruns" in what:
+            api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"labels": {"n": str(number)}})
+
+    api.before_write = change_always
+    with pytest.raises(HookError, match=f"research/training changes all the time.*{FINALIZER}"):
+        remove_finalizers(api)
+    assert sum("trainingruns" in write for write in api.writes) == MAX_TRIES
+
+
+def test_pods_that_do_not_end_are_told_of(api: Installed) -> None:
+    api.looks_until_gone = POLLS + 1
+    with pytest.raises(HookError, match="do not end: delete them"):
+        remove_finalizers(api)
+    assert finalizers(api)["training"] == ["other.dev/keep", FINALIZER]
+
+
+def test_without_an_operator_or_without_the_definition_there_is_nothing_left_to_do(api: Installed) -> None:
+    api.unserved.add(TRAINING_RUNS.plural)
+    assert remove_finalizers(api) == 0
+    empty = FakeApi(clock=lambda: 0.0)  # its patch of a deployment says that there is none
+    assert remove_finalizers(empty) == 0
+
+
+# -- helm test ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    class Probe(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            del args
+
+    with HTTPServer(("127.0.0.1", 0), Probe) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/readyz"
+        server.shutdown()
+
+
+def test_a_ready_operator_passes(api: Installed, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(200) as url:
+        asyncio.run(check(api, url, RESEARCH))
+    assert capsys.readouterr().out == "the operator is ready; 2 run(s) in research\n"
+
+
+def test_an_operator_that_is_not_ready_fails(api: Installed) -> None:
+    with answering(503) as url, pytest.raises(HookError, match=r"503.*look at the operator's pods"):
+        asyncio.run(check(api, url, RESEARCH))
+
+
+def test_runs_that_may_not_be_listed_fail(api: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def forbidden(*args: object, **others: object) -> None:
+        raise Forbidden("trainingruns is forbidden")
+
+    monkeypatch.setattr(api, "list", forbidden)
+    with answering(200) as url, pytest.raises(Forbidden):
+        asyncio.run(check(api, url, RESEARCH))
