@@ -9,7 +9,13 @@ import sys
 from importlib.util import find_spec
 
 PACKAGES = ("stagecoach_api", "stagecoach_core", "stagecoach_operator")
-LATE = ("boto3.s3.transfer", "kopf", "kubernetes.aio.client", "kubernetes.aio.config")
+LATE = (
+    "boto3.s3.transfer",
+    "cryptography.hazmat.primitives.asymmetric.rsa",
+    "kopf",
+    "kubernetes.aio.client",
+    "kubernetes.aio.config",
+)
 """What the operator imports only when it runs."""
 UNWANTED = ("torch", "stagecoach_trainer", "stagecoach_cli")
 

@@ -30,7 +30,10 @@ from chart_makers import (
     the,
 )
 
+import stagecoach_operator
 from stagecoach_api import names
+from stagecoach_operator import chart_hooks, kube
+from stagecoach_operator.audit import WATCHED
 from stagecoach_operator.chart_hooks import argument_parser
 from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAMESPACE, Settings
 
@@ -379,6 +382,28 @@ def test_rights_are_few_and_none_is_on_secrets(values: Body) -> None:
         body for body in of_kind(objects, "Role", "ClusterRole") if "annotations" not in body["metadata"]
     ]  # hooks have theirs for a moment
     assert len(rights(lasting)) <= MOST_RIGHTS
+
+
+VERBS = {"apply": {"create", "patch"}, "replace": {"update"}}
+"""Methods of `Kube` that are not called like the verb they need."""
+
+
+def needed() -> set[tuple[str, str]]:
+    """Return the pairs of verb and resource that the operator's code needs."""
+    found = {(verb, resource.plural) for resource in WATCHED for verb in ("list", "watch")}
+    for file in Path(stagecoach_operator.__path__[0]).rglob("*.py"):
+        calls = re.findall(r"kube\.(\w+)\(\s*([A-Z_]+),([^\n]*)", file.read_text(encoding="utf-8"))
+        for method, name, rest in calls:
+            status = "/status" if '"status"' in rest else ""
+            plural = getattr(kube, name, chart_hooks.DEPLOYMENTS).plural
+            found |= {(verb, plural + status) for verb in VERBS.get(method, {method})}
+    return found
+
+
+def test_the_operator_may_do_what_its_code_does_and_no_more() -> None:
+    lasting = [role for role in of_kind(render(WITHOUT_DEFINITION), "Role") if "annotations" not in role["metadata"]]
+    # Not called by us: the API server asks whether we might, when an object of ours is to hold up its owner's deletion.
+    assert set(rights(lasting)) == needed() - {("patch", "deployments")} | {("update", "trainingruns/finalizers")}
 
 
 def test_rights_end_at_the_namespace_unless_the_scope_is_the_cluster() -> None:

@@ -69,7 +69,7 @@ capabilities: {drop: [ALL]}
   verbs: [update]
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create, patch, delete]
@@ -81,5 +81,5 @@ capabilities: {drop: [ALL]}
   verbs: [list, watch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [list, create]
 {{- end -}}
