@@ -195,7 +195,8 @@ def carry_out(arguments: argparse.Namespace) -> None:
         if arguments.command == "build":
             cluster.build()
             return
-        cluster.up()
+        with timed("the cluster", "ready"):
+            cluster.up()
         print("\n".join(cluster.describe()))
     elif arguments.command == "down":
         found = find_cluster(state)

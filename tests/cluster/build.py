@@ -45,13 +45,15 @@ class Builder:
 
         Raises ClusterError with the compiler's last words when one cannot be built.
         """
+        cached = 0
         for part_name, programs in wanted:
             part = self._versions.parts[part_name]
             if self._is_there(part, programs):
-                say(f"{part.name} {part.version}", "in the cache")
+                cached += len(programs)
             else:
                 with self._alone(part.label):  # another may have built it in the meantime
                     self._build_missing(part, programs)
+        say(f"{cached} of {sum(len(programs) for _, programs in wanted)} programs", "in the cache")
 
     def build_source(self, name: str, source: Path, version: str) -> Path:
         """Build one Go file of this folder that needs no module, and return the program."""
@@ -72,7 +74,7 @@ class Builder:
             workspace = self._prepare(part)
         for program in programs:
             if not self.program(part.name, program).exists():
-                with timed(f"{program} {part.version}", "built"):
+                with timed(f"{part.name} {part.version}: {program}", "built"):
                     self._build(part, program, workspace)
 
     def _prepare(self, part: Part) -> Path:
