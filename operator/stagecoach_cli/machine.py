@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.spec import Stage
-from stagecoach_core.quantities import num_cpus
+from stagecoach_core.quantities import asked_threads
 
 TRAINING_KINDS = frozenset({"pretrain", "sft"})
 """Kinds that run as several ranks."""
@@ -62,13 +62,12 @@ def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
 
 
 def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
-    """Return the CPU threads of each rank: its share of the cores, or of `resources.cpu` where that is less.
+    """Return the CPU threads of each rank: its share of the cores, or what it would have in a pod where that is less.
 
     Never a function of what else happens to run: the number of threads changes the last digits of a sum.
     """
-    asked = stage.resources.cpu
-    cores = machine.cores if asked is None else min(machine.cores, num_cpus(asked))
-    return max(1, cores // ranks)
+    share = max(1, machine.cores // ranks)
+    return min(share, asked_threads(stage.resources) or share)
 
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:

@@ -1,8 +1,10 @@
-"""Kubernetes quantities."""
+"""Kubernetes quantities, and what follows from them."""
 
 from __future__ import annotations
 
 from decimal import Decimal
+
+from stagecoach_api.spec import Resources
 
 _FACTORS = {
     "m": Decimal("0.001"),
@@ -29,3 +31,10 @@ def amount(quantity: str) -> Decimal:
 def num_cpus(quantity: str) -> int:
     """Return the whole CPUs of a quantity such as `4`, `1.5` or `500m`; rounded down."""
     return int(amount(quantity))
+
+
+def asked_threads(resources: Resources) -> int | None:
+    """Return the CPU threads that each rank has of a pod's CPUs, at least one. None: no CPUs are asked for."""
+    if resources.cpu is None:
+        return None
+    return max(1, num_cpus(resources.cpu) // resources.num_ranks_per_node)

@@ -52,6 +52,12 @@ def test_a_stage_that_asks_for_fewer_cpus_gets_fewer_threads(cpu: str, threads: 
     assert num_threads(stage(TRAINING, cpu=cpu), Machine(8), 1) == threads
 
 
+def test_ranks_of_several_pods_have_the_threads_they_would_have_there() -> None:
+    gang = stage(TRAINING, nodes=2, ranksPerNode=2, cpu="4")
+    assert num_threads(gang, Machine(16), 4) == 2
+    assert num_threads(gang, Machine(4), 4) == 1
+
+
 @pytest.mark.parametrize(
     ("machine", "kind", "running", "admitted"),
     [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.spec import Stage
 from stagecoach_core.build.naming import attempt_name
-from stagecoach_core.quantities import num_cpus
+from stagecoach_core.quantities import asked_threads
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,4 @@ class StageAttempt:
     @property
     def num_threads(self) -> int:
         """CPU threads of each rank: its share of the CPUs that are asked for; one where none are."""
-        cpu = self.stage.resources.cpu
-        return 1 if cpu is None else max(1, num_cpus(cpu) // self.told.ranks_per_node)
+        return asked_threads(self.stage.resources) or 1
