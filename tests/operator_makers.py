@@ -34,10 +34,12 @@ from stagecoach_operator.kube import (
     AlreadyExists,
     Body,
     Conflict,
+    KubeError,
     Listing,
     NotFound,
     NotServed,
     Resource,
+    Unavailable,
 )
 from stagecoach_operator.lookup import Lookups
 from stagecoach_operator.reconcile import Reconciler
@@ -617,8 +619,11 @@ class Operator:
             raise AssertionError(f"the operator never rests; its last writes: {self.world.api.writes[-8:]}")
         try:
             moment = await self.reconciler.reconcile(uid)
-        except Conflict:
-            moment = self.world.now
+        except Unavailable as error:
+            moment = self.world.now + (error.retry_after or 0.2)
+        except KubeError:
+            moment = self.world.now + 0.2
+        self.timers.pop(uid, None)
         if moment is not None:
             self.timers[uid] = moment
 

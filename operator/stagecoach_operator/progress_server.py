@@ -1,0 +1,149 @@
+"""Where stages report how far they are: the wire protocol of Kubeflow Trainer's KEP-2779, which HF's and TRL's trainers
+speak by themselves.
+
+POST /apis/stagecoach.dev/v1alpha1/namespaces/<namespace>/attempts/<attempt>/status
+{"trainerStatus": {"progressPercentage": 42, "estimatedRemainingSeconds": 90, "metrics": [{"name": …, "value": …}], …}}
+
+A pod may report only for its own attempt, and only while that lives. What it says stays in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from stagecoach_api.names import API_GROUP_VERSION, progress_audience
+from stagecoach_operator.board import Board, Key, Report
+from stagecoach_operator.tokens import InvalidToken, TokenVerifier
+from stagecoach_operator.watched import Cache, JobSetView, PodView
+
+MAX_BODY_BYTES = 64 * 1024
+MAX_METRICS = 256
+MAX_METRIC_CHARACTERS = 256
+SHORTEST_SECONDS = 1.0
+"""An attempt may report this often on average, and a few times at once; more is answered 429."""
+BURST = 5.0
+ROUTE = f"/apis/{API_GROUP_VERSION}/namespaces/{{namespace}}/attempts/{{attempt}}/status"
+
+# Metrics under these names are what our own trainer says beyond the protocol.
+ACTIVITY, DONE, TOTAL, UNIT = "activity", "done", "total", "unit"
+
+
+class BadReport(ValueError):
+    """The body is no report."""
+
+
+@dataclass
+class Allowance:
+    """How many reports an attempt may still make."""
+
+    left: float
+    at: float
+
+
+@dataclass
+class ProgressServer:
+    """Takes reports of attempts."""
+
+    cache: Cache
+    board: Board
+    verifier: TokenVerifier
+    wake: Callable[[str], None]
+    is_active: Callable[[], bool] = lambda: True
+    """Tells whether this replica is the one that works."""
+    clock: Callable[[], float] = time.time
+    _allowances: dict[str, Allowance] = field(default_factory=dict)
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.router.add_post(ROUTE, self.post)
+        return app
+
+    async def post(self, request: web.Request) -> web.Response:
+        """Take a report."""
+        if not self.is_active():
+            # The Service reaches every replica; a new connection may reach the one that works.
+            return _answer(503, "this replica is a stand-by; try again", {"Retry-After": "1", "Connection": "close"})
+        namespace, attempt = request.match_info["namespace"], request.match_info["attempt"]
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        try:
+            bearer = await self.verifier.verify(token, progress_audience(namespace, attempt))
+        except InvalidToken as error:
+            return _answer(401, f"token: {error}")
+        key = self._attempt_of(bearer.pod_uid, namespace, attempt)
+        if key is None or bearer.namespace != namespace:
+            return _answer(403, "the pod belongs to no living attempt of this name")
+        if not self._may_report(attempt):
+            return _answer(429, "too many reports", {"Retry-After": "5"})
+        try:
+            report = report_of(await request.read(), bearer.pod_uid, self.clock())
+        except BadReport as error:
+            return _answer(400, str(error))
+        self.board.post(key, report)
+        self.wake(key[0])
+        return web.json_response({"kind": "Status", "status": "Success"})
+
+    def _attempt_of(self, pod_uid: str, namespace: str, attempt: str) -> Key | None:
+        """Return the living attempt a pod belongs to. None: it belongs to none of this name."""
+        pod = self.cache.children.get(pod_uid)
+        if not isinstance(pod, PodView) or pod.meta.namespace != namespace or pod.has_ended:
+            return None
+        own = self.cache.of_run(pod.run_uid).jobsets
+        alive = any(item.meta.name == attempt and _is_of(item, pod) for item in own)
+        return (pod.run_uid, pod.stage, pod.number) if alive else None
+
+    def _may_report(self, attempt: str) -> bool:
+        now = self.clock()
+        before = self._allowances.get(attempt, Allowance(BURST, now))
+        left = min(BURST, before.left + (now - before.at) / SHORTEST_SECONDS)
+        self._allowances[attempt] = Allowance(max(0.0, left - 1.0) if left >= 1.0 else left, now)
+        if len(self._allowances) > 10_000:
+            self._allowances = {name: item for name, item in self._allowances.items() if now - item.at < 60.0}
+        return left >= 1.0
+
+
+def _is_of(jobset: JobSetView, pod: PodView) -> bool:
+    return (jobset.stage, jobset.number) == (pod.stage, pod.number)
+
+
+def _answer(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    body = {"kind": "Status", "status": "Failure", "code": status, "message": text}
+    return web.json_response(body, status=status, headers=headers)
+
+
+def report_of(body: bytes, pod_uid: str, now: float) -> Report:
+    """Return what a body reports. Raises BadReport."""
+    try:
+        told = json.loads(body)["trainerStatus"]
+        metrics = _metrics(told.get("metrics") or [])
+        remaining = told.get("estimatedRemainingSeconds")
+        percentage = told.get("progressPercentage")
+        return Report(
+            pod_uid=pod_uid,
+            time=now,
+            activity=metrics.pop(ACTIVITY, "")[:64],
+            done=float(metrics.pop(DONE, 0.0)),
+            total=_float(metrics.pop(TOTAL, None)),
+            unit=metrics.pop(UNIT, "")[:32],
+            percentage=None if percentage is None else max(0, min(100, int(percentage))),
+            remaining_seconds=None if remaining is None else max(0, min(10**9, int(remaining))),
+            metrics=metrics,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BadReport(f"`trainerStatus` as in KEP-2779 is expected: {type(error).__name__}") from error
+
+
+def _metrics(items: Any) -> dict[str, str]:
+    if not isinstance(items, list) or len(items) > MAX_METRICS:
+        raise BadReport(f"`metrics` must be a list of at most {MAX_METRICS}")
+    return {str(item["name"])[:MAX_METRIC_CHARACTERS]: str(item["value"])[:MAX_METRIC_CHARACTERS] for item in items}
+
+
+def _float(text: str | None) -> float | None:
+    number = None if text is None else float(text)
+    return number if number is None or 0.0 <= number <= 1e15 else None

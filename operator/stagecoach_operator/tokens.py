@@ -1,0 +1,141 @@
+"""Projected service account tokens, checked offline: signature, issuer, audience, time, and the pod they belong to.
+
+A TokenReview would be a call per report and a cluster-wide right. RFC 7519 and 7515; only the algorithms that API
+servers sign with, whatever else the token asks for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagecoach_operator.kube import Kube, KubeError
+
+KEYS_PATH = "/openid/v1/jwks"
+CONFIGURATION_PATH = "/.well-known/openid-configuration"
+REFRESH_SECONDS = 600.0
+SHORTEST_REFRESH_SECONDS = 10.0
+"""A key that is not known is looked for at most this often: anybody can send tokens that name one."""
+LEEWAY_SECONDS = 10.0
+MAX_TOKEN_CHARACTERS = 8192
+
+
+class InvalidToken(Exception):
+    """The token proves nothing."""
+
+
+@dataclass(frozen=True)
+class Bearer:
+    """Whom a token belongs to."""
+
+    namespace: str
+    pod_uid: str
+
+
+@dataclass
+class TokenVerifier:
+    """Checks tokens against the API server's public keys, which are fetched now and then."""
+
+    kube: Kube
+    clock: Callable[[], float] = time.time
+    _keys: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _issuer: str = ""
+    _fetched_at: float = float("-inf")
+
+    async def verify(self, token: str, audience: str) -> Bearer:
+        """Return whom the token belongs to. Raises InvalidToken."""
+        header, claims, signed, signature = taken_apart(token)
+        key = await self._key(str(header.get("kid", "")))
+        if not has_signed(key, str(header.get("alg", "")), signed, signature):
+            raise InvalidToken("the signature is wrong")
+        return bearer(claims, audience, self._issuer, self.clock())
+
+    async def _key(self, key_id: str) -> Mapping[str, Any]:
+        now = self.clock()
+        age = now - self._fetched_at
+        if age > REFRESH_SECONDS or (key_id not in self._keys and age > SHORTEST_REFRESH_SECONDS):
+            await self._fetch(now)
+        try:
+            return self._keys[key_id]
+        except KeyError:
+            raise InvalidToken("no key of the API server has signed it") from None
+
+    async def _fetch(self, now: float) -> None:
+        self._fetched_at = now
+        try:
+            configuration = await self.kube.read(CONFIGURATION_PATH)
+            keys = await self.kube.read(KEYS_PATH)
+        except KubeError as error:
+            if not self._keys:
+                raise InvalidToken(f"the API server's keys cannot be read: {error}") from error
+            return
+        self._issuer = str(configuration.get("issuer", ""))
+        self._keys = {str(key.get("kid", "")): key for key in keys.get("keys", ())}
+
+
+def taken_apart(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
+    """Return header, claims, signed bytes and signature. Raises InvalidToken."""
+    parts = token.split(".")
+    if len(token) > MAX_TOKEN_CHARACTERS or len(parts) != 3:
+        raise InvalidToken("it is no token")
+    try:
+        header, claims = (json.loads(_decoded(part)) for part in parts[:2])
+        signature = _decoded(parts[2])
+    except (ValueError, binascii.Error, RecursionError):
+        raise InvalidToken("it is no token") from None
+    if not isinstance(header, dict) or not isinstance(claims, dict):
+        raise InvalidToken("it is no token")
+    return header, claims, f"{parts[0]}.{parts[1]}".encode(), signature
+
+
+def _decoded(part: str) -> bytes:
+    return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+
+
+def bearer(claims: Mapping[str, Any], audience: str, issuer: str, now: float) -> Bearer:
+    """Return whom the claims speak of. Raises InvalidToken unless they hold for this audience now."""
+    audiences = claims.get("aud")
+    if audience not in (audiences if isinstance(audiences, list) else [audiences]):
+        raise InvalidToken("it is meant for somebody else")
+    if not issuer or claims.get("iss") != issuer:
+        raise InvalidToken("another issuer made it")
+    expires, begins = claims.get("exp"), claims.get("nbf", 0)
+    if not isinstance(expires, int | float) or now > expires + LEEWAY_SECONDS:
+        raise InvalidToken("it has expired")
+    if not isinstance(begins, int | float) or now < begins - LEEWAY_SECONDS:
+        raise InvalidToken("it is not valid yet")
+    bound = claims.get("kubernetes.io")
+    pod = bound.get("pod") if isinstance(bound, dict) else None
+    if not isinstance(bound, dict) or not isinstance(pod, dict) or not pod.get("uid"):
+        raise InvalidToken("it is bound to no pod")
+    return Bearer(str(bound.get("namespace", "")), str(pod["uid"]))
+
+
+def has_signed(key: Mapping[str, Any], algorithm: str, signed: bytes, signature: bytes) -> bool:
+    """Tell whether the owner of a JSON Web Key has signed these bytes."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    try:
+        if algorithm == "RS256" and key.get("kty") == "RSA":
+            numbers = rsa.RSAPublicNumbers(_number(key["e"]), _number(key["n"]))
+            numbers.public_key().verify(signature, signed, padding.PKCS1v15(), SHA256())
+            return True
+        if algorithm == "ES256" and key.get("kty") == "EC" and key.get("crv") == "P-256" and len(signature) == 64:
+            point = ec.EllipticCurvePublicNumbers(_number(key["x"]), _number(key["y"]), ec.SECP256R1())
+            halves = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
+            point.public_key().verify(utils.encode_dss_signature(*halves), signed, ec.ECDSA(SHA256()))
+            return True
+    except (InvalidSignature, KeyError, ValueError):
+        return False
+    return False
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(_decoded(text), "big")
