@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.settings is not None:
         environment[ENV_FILE] = options.settings
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it tells of every event of every object
     try:
         settings = load_settings(environment)
         code = settings.code

@@ -49,6 +49,7 @@ from stagecoach_operator.status import (
     Trouble,
     as_json,
     merge_patch,
+    milestones,
     refused_status,
     without_progress,
     working_status,
@@ -58,6 +59,8 @@ from stagecoach_operator.watched import RunView, timestamp
 
 log = logging.getLogger(__name__)
 
+MERGE_SECONDS = 1.0
+"""How long small changes, such as pods that begin to run, wait to be written together."""
 FLUSH_SECONDS = 10.0
 """How often progress alone is written to the status."""
 DIAGNOSE_SECONDS = 10.0
@@ -317,9 +320,11 @@ class Reconciler:
         if not patch:
             return None
         now = self.clock()
-        can_wait = not merge_patch(without_progress(run.status_raw), without_progress(body))
-        if can_wait and now < memory.saved_at + FLUSH_SECONDS:
-            return memory.saved_at + FLUSH_SECONDS
+        patience = 0.0 if milestones(status) != milestones(run.status) else MERGE_SECONDS
+        if not merge_patch(without_progress(run.status_raw), without_progress(body)):
+            patience = FLUSH_SECONDS
+        if now < memory.saved_at + patience:
+            return memory.saved_at + patience
         before = run.status
         await self.cluster.patch_status(run, patch)
         memory.saved_at = now

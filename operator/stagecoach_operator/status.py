@@ -381,6 +381,24 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return patch
 
 
+def milestones(status: TrainingRunStatus) -> object:
+    """Return what of a status is worth a write at once; the rest may wait for what comes with it."""
+    return (
+        status.observed_generation,
+        status.plan_digest,
+        [(item.type, item.status) for item in status.conditions],
+        [
+            (
+                stage.name,
+                stage.artifact,
+                stage.state in OVER,
+                [(item.number, item.ended, item.cause, item.stop_cause) for item in stage.attempts],
+            )
+            for stage in status.stages
+        ],
+    )
+
+
 def without_progress(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return a status (as JSON) without what changes with every report of an attempt."""
     kept = {**status, "summary": {**(status.get("summary") or {}), "progress": "", "eta": None}}
