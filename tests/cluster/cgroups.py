@@ -13,12 +13,14 @@ from cluster.processes import wait_until
 
 INHERITED = ("cpuset.cpus", "cpuset.mems")
 """Files that a new group of version 1 leaves empty, so that nothing may run in it."""
+SHIMS = "shims"
+"""Our group for containerd's shims, beside the kubelet's for pods."""
 EMPTY_SECONDS = 20
 
 
 def make() -> None:
-    """Make our group in every hierarchy: the kubelet refuses a root group that does not exist."""
-    for group in groups():
+    """Make our groups in every hierarchy: kubelet and shims refuse to start where theirs do not exist."""
+    for group in (folder for root in groups() for folder in (root, root / SHIMS)):
         group.mkdir(exist_ok=True)
         for name in INHERITED:
             file = group / name

@@ -193,7 +193,7 @@ runtime_type = "io.containerd.runc.v2"
 
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 Root = "{folder}/runc"
-ShimCgroup = "/{CGROUP}/shims"
+ShimCgroup = "/{CGROUP}/{cgroups.SHIMS}"
 """
 
 
