@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,17 +38,21 @@ def groups() -> list[Path]:
 def end_all() -> None:
     """Kill every process in our groups and remove the groups. Raises ClusterError when some process will not end."""
     ours = groups()
-    for pid in members(ours):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    wait_until(f"all processes in control groups {CGROUP} have ended", lambda: not any(members(ours)), EMPTY_SECONDS)
+    wait_until(f"all processes in control groups {CGROUP} have ended", lambda: not kill_members(ours), EMPTY_SECONDS)
     for group in ours:
         for folder in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
             folder.rmdir()
         if group.exists():
             group.rmdir()
+
+
+def kill_members(groups_to_empty: list[Path]) -> list[int]:
+    """Kill the processes that are in some groups now; return their pids."""
+    pids = list(members(groups_to_empty))
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
 
 
 def members(groups_to_search: list[Path]) -> Iterator[int]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from cluster.layout import Layout
-from cluster.processes import run
-from cluster.report import ClusterError
+from cluster.processes import succeeds, wait_until
 
 KERNEL = Path("/proc/sys")
+MOUNTS = Path("/proc/self/mounts")
+FREE_SECONDS = 20
 SETTINGS = (
     "net/ipv4/ip_forward",
     "net/ipv4/conf/all/route_localnet",
@@ -64,11 +66,17 @@ def remove_log_links(layout: Layout) -> None:
 
 def unmount_all(folder: Path) -> None:
     """Unmount everything below a folder, the deepest first. Raises ClusterError when something stays mounted."""
-    for mount in mounts_below(folder, Path("/proc/self/mounts").read_text()):
-        run(["umount", mount])
-    left = mounts_below(folder, Path("/proc/self/mounts").read_text())
-    if left:
-        raise ClusterError(f"still mounted: {', '.join(left)}; see who uses them with `fuser -vm`, then try again")
+    wait_until(
+        f"nothing is mounted below {folder} (`fuser -vm` says who uses it)", partial(unmount, folder), FREE_SECONDS
+    )
+
+
+def unmount(folder: Path) -> bool:
+    """Try to unmount everything below a folder; say whether nothing was left to do."""
+    mounts = mounts_below(folder, MOUNTS.read_text())
+    for mount in mounts:
+        succeeds(["umount", mount])  # a shim that ends may be faster
+    return not mounts
 
 
 def mounts_below(folder: Path, mounts: str) -> list[str]:

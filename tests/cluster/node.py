@@ -11,7 +11,7 @@ from cluster import cgroups, images, network
 from cluster.build import Builder
 from cluster.control_plane import ControlPlane, node_user
 from cluster.layout import BRIDGE, CGROUP, DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
-from cluster.processes import Processes, run, succeeds
+from cluster.processes import Processes, answers, run, succeeds
 from cluster.report import timed
 
 PAUSE_SOURCE = Path(__file__).with_name("pause.go")
@@ -41,7 +41,7 @@ class Node:
             self._start_containerd()
             pause = self._builder.build_source("pause", PAUSE_SOURCE, PAUSE_VERSION)
             self.load_program(PAUSE_IMAGE, pause, "/pause")
-        with timed("coredns", "started"):
+        with timed("coredns", "ready"):
             self._start_coredns()
         with timed("kube-proxy", "started"):
             self._processes.start("kube-proxy", self._proxy_command())
@@ -79,7 +79,7 @@ class Node:
         configuration = folder / "config.toml"
         configuration.write_text(containerd_configuration(folder, self._layout.containerd_socket))
         self._processes.start("containerd", ["containerd", "--config", configuration])
-        self._processes.wait_for("containerd", lambda: self._speaks(), READY_SECONDS)
+        self._processes.wait_for("containerd", self._speaks, READY_SECONDS)
 
     def _speaks(self) -> bool:
         return succeeds(["ctr", "--address", self._layout.containerd_socket, "--timeout", "2s", "version"])
@@ -159,6 +159,8 @@ class Node:
         corefile.write_text(corefile_text(self._layout, kubeconfig))
         command: list[str | Path] = [self._builder.program("coredns", "coredns"), "-conf", corefile]
         self._processes.start("coredns", command)
+        health = f"http://{LOOPBACK}:{self._layout.port('coredns-health')}/health"
+        self._processes.wait_for("coredns", lambda: answers(health), READY_SECONDS)
 
 
 def containerd_configuration(folder: Path, socket: Path) -> str:

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -143,3 +145,14 @@ def wait_until(what: str, ready: Callable[[], bool], seconds: float) -> None:
         if time.monotonic() > deadline:
             raise ClusterError(f"waited {seconds:.0f} s in vain until {what}")
         time.sleep(POLL_SECONDS)
+
+
+def answers(url: str) -> bool:
+    """Say whether anything speaks HTTP at a URL; a refusal is an answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - an address of ours
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False

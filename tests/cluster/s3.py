@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import configparser
 import secrets
-import urllib.error
-import urllib.request
 
 import boto3
 from cluster.build import Builder
 from cluster.layout import Layout
-from cluster.processes import Processes, Word
+from cluster.processes import Processes, Word, answers
 from cluster.report import timed
 
 REGION = "us-east-1"
@@ -56,14 +54,3 @@ def make_bucket(layout: Layout, access_key: str, secret_key: str) -> None:
     existing = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
     if BUCKET not in existing:
         client.create_bucket(Bucket=BUCKET)
-
-
-def answers(endpoint: str) -> bool:
-    """Say whether anything speaks HTTP there; a refusal is an answer."""
-    try:
-        with urllib.request.urlopen(endpoint, timeout=2):  # noqa: S310 - an address of ours
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
