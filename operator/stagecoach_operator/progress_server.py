@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import web
 
 from stagecoach_api.names import API_GROUP_VERSION, progress_audience
+from stagecoach_api.progress import METRIC_ACTIVITY, METRIC_DONE, METRIC_TOTAL, METRIC_UNIT
 from stagecoach_operator.board import Board, Key, Report
 from stagecoach_operator.tokens import InvalidToken, TokenVerifier
 from stagecoach_operator.watched import Cache, JobSetView, PodView
@@ -29,9 +30,6 @@ SHORTEST_SECONDS = 1.0
 """An attempt may report this often on average, and a few times at once; more is answered 429."""
 BURST = 5.0
 ROUTE = f"/apis/{API_GROUP_VERSION}/namespaces/{{namespace}}/attempts/{{attempt}}/status"
-
-# Metrics under these names are what our own trainer says beyond the protocol.
-ACTIVITY, DONE, TOTAL, UNIT = "activity", "done", "total", "unit"
 
 
 class BadReport(ValueError):
@@ -126,10 +124,10 @@ def report_of(body: bytes, pod_uid: str, now: float) -> Report:
         return Report(
             pod_uid=pod_uid,
             time=now,
-            activity=metrics.pop(ACTIVITY, "")[:64],
-            done=float(metrics.pop(DONE, 0.0)),
-            total=_float(metrics.pop(TOTAL, None)),
-            unit=metrics.pop(UNIT, "")[:32],
+            activity=metrics.pop(METRIC_ACTIVITY, "")[:64],
+            done=float(metrics.pop(METRIC_DONE, 0.0)),
+            total=_float(metrics.pop(METRIC_TOTAL, None)),
+            unit=metrics.pop(METRIC_UNIT, "")[:32],
             percentage=None if percentage is None else max(0, min(100, int(percentage))),
             remaining_seconds=None if remaining is None else max(0, min(10**9, int(remaining))),
             metrics=metrics,

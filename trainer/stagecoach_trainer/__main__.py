@@ -80,17 +80,20 @@ def _run(
     resolved: ResolvedStage, config: Model, environment: Mapping[str, str], stop: threading.Event, started: float
 ) -> str | None:
     from stagecoach_trainer.distributed import world_from
+    from stagecoach_trainer.progress import Reporter
     from stagecoach_trainer.run_stage import Attempt, run_stage
 
     progress_file = environment.get(ENV_PROGRESS_FILE)
+    world = world_from(environment)
     attempt = Attempt(
         resolved=resolved,
         config=config,
         work=Path(environment[ENV_WORK_DIR]),
         cache=Path(environment[ENV_CACHE_DIR]),
         progress_file=Path(progress_file) if progress_file else None,
-        world=world_from(environment),
+        world=world,
         started=started,
+        reporter=Reporter.from_environment(environment) if world.is_main else None,
     )
     return run_stage(attempt, stop)
 

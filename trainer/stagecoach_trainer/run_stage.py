@@ -20,7 +20,7 @@ from stagecoach_trainer.context import StageContext, StageOutcome, World
 from stagecoach_trainer.distributed import process_group
 from stagecoach_trainer.errors import GateFailed
 from stagecoach_trainer.models.safety import CONFIG, check_model_folder
-from stagecoach_trainer.progress import Progress
+from stagecoach_trainer.progress import Progress, Reporter
 from stagecoach_trainer.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.stages import STAGE_MODULES
 
@@ -41,6 +41,8 @@ class Attempt:
     world: World
     started: float
     """Seconds since the epoch."""
+    reporter: Reporter | None = None
+    """Tells the operator how far it is. None: there is no operator to be told."""
 
 
 def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
@@ -89,7 +91,7 @@ def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:
         work=attempt.work,
         cache=attempt.cache,
         world=attempt.world,
-        progress=Progress(attempt.progress_file if main else None),
+        progress=Progress(attempt.progress_file, reporter=attempt.reporter) if main else Progress(None),
         stop=stop,
     )
     if main:
