@@ -112,9 +112,9 @@ def _comment(lines: Sequence[str], at: int) -> tuple[str, Schema]:
 def schema_text(values: Sequence[Value]) -> str:
     """Return values.schema.json: closed, so that a misspelt value is refused."""
     schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": "http://json-schema.org/draft-07/schema#",  # the newest that every Helm 3 reads
         **_section(values),
-        "$defs": DEFINITIONS,
+        "definitions": DEFINITIONS,
     }
     # Helm hands it to a chart that is part of another one.
     schema["properties"]["global"] = {"description": "Values of a chart around this one; not read.", "type": "object"}
