@@ -145,6 +145,7 @@ class Node:
             "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
             "healthzBindAddress": f"{LOOPBACK}:{self._layout.port('kube-proxy-health')}",
             "metricsBindAddress": f"{LOOPBACK}:{self._layout.port('kube-proxy-metrics')}",
+            "nodePortAddresses": ["primary"],
             "iptables": {"localhostNodePorts": False},
         }
         file = self._layout.state / "kube-proxy.yaml"
