@@ -17,6 +17,9 @@ from stagecoach_operator.kube import LEASES, AlreadyExists, Body, Conflict, Kube
 
 log = logging.getLogger(__name__)
 
+GIVE_UP_AFTER = 0.6
+"""Share of the Lease's duration after which one that is not renewed counts as lost; a last call may take a third."""
+
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -58,17 +61,19 @@ class Lease:
     async def keep(self) -> None:
         """Renew the Lease until it is lost: another one has it, or it could not be renewed in time."""
         renewed_at = self.clock()
+        pause = self.pause_seconds
         while self.held:
-            await self.sleep(self.pause_seconds if renewed_at == self.answered_at else 1.0)
+            await self.sleep(pause)
+            pause = 1.0
             try:
-                await self._renew()
-                renewed_at = self.answered_at
+                await asyncio.wait_for(self._renew(), self.pause_seconds)
+                renewed_at, pause = self.answered_at, self.pause_seconds
             except Conflict:
                 await self._look_again()
-            except KubeError as error:
+            except (KubeError, TimeoutError) as error:
                 log.warning("lease %s could not be renewed: %s: %s", self.name, type(error).__name__, error)
             # Others wait for the whole of it: we must be gone before.
-            if self.held and self.clock() - renewed_at > self.seconds * 0.8:
+            if self.clock() - renewed_at > self.seconds * GIVE_UP_AFTER:
                 self.held = False
         log.error("lease %s is lost", self.name)
 

@@ -118,7 +118,7 @@ def report_of(body: bytes, pod_uid: str, now: float) -> Report:
     """Return what a body reports. Raises BadReport."""
     try:
         told = json.loads(body)["trainerStatus"]
-        metrics = _metrics(told.get("metrics") or [])
+        metrics = _metrics(told.get("metrics", []))
         remaining = told.get("estimatedRemainingSeconds")
         percentage = told.get("progressPercentage")
         return Report(
