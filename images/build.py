@@ -57,8 +57,10 @@ class Engine:
         """Return what an image takes on disk, in 10⁶ bytes."""
         if self.name == "buildah":
             size = json.loads(self._ask(["buildah", "images", "--json", image]))[0]["size"]
-            number, unit = re.fullmatch(r"([\d.]+)\s*(\w+)", size).groups()  # type: ignore[union-attr]
-            return float(number) * UNITS[unit] / 10**6
+            found = re.fullmatch(r"([\d.]+)\s*(\w+)", size)
+            if found is None or found[2] not in UNITS:
+                raise BuildError(f"buildah says that {image} takes `{size}`; a size such as `282 MB` was expected")
+            return float(found[1]) * UNITS[found[2]] / 10**6
         return int(self._ask([self.name, "image", "inspect", "--format", "{{.Size}}", image])) / 10**6
 
     def base_of(self, dockerfile: Path) -> str:

@@ -204,5 +204,16 @@ def test_what_cannot_be_done_is_told(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("said", "megabytes"), [("282 MB", 282), ("1.77 GB", 1770), ("512 kB", 0.512)])
+def test_sizes_are_read_as_buildah_says_them(
+    said: str, megabytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "buildah"
+    program.write_text(f"""#!/bin/sh\necho '[{{"size": "{said}"}}]'\n""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert build.Engine("buildah").megabytes("any") == pytest.approx(megabytes)
+
+
 def test_the_tag_is_the_one_that_the_chart_looks_for() -> None:
     assert build.parser().parse_args([]).tag == build.version() == "0.1.0"
