@@ -17,6 +17,7 @@ PREEMPTING = frozenset({"PreemptionByScheduler", "EvictionByEvictionAPI"})
 
 OOM_KILLED = "OOMKilled"
 MESSAGE_CHARACTERS = 1000
+DIGEST_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,18 @@ def _as_told(pod: PodView, end: ContainerEnd, result: AttemptResult) -> Word:
     return Word(
         cause=result.cause,
         message=message[:MESSAGE_CHARACTERS],
-        exit_code=result.exit_code,
-        content_digest=result.content_digest,
-        last_step=result.last_step,
+        exit_code=max(-256, min(256, result.exit_code)),
+        content_digest=result.content_digest if _is_digest(result.content_digest) else None,
+        last_step=result.last_step if result.last_step is not None and result.last_step >= 0 else None,
         pod=pod.meta.name,
         node=pod.node,
         at=end.finished,
     )
+
+
+def _is_digest(text: str | None) -> bool:
+    """Tell whether a result, which a custom image may write as it likes, names a digest."""
+    return text is not None and len(text) == DIGEST_LENGTH and set(text) <= set("0123456789abcdef")
 
 
 def _untold(pod: PodView, end: ContainerEnd | None) -> Word:

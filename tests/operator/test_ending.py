@@ -131,6 +131,12 @@ def test_without_pods_the_jobset_is_believed(hint: str) -> None:
     assert word.cause is (None if hint == "completed" else Cause.INFRASTRUCTURE)
 
 
+def test_what_a_strange_image_writes_does_no_harm() -> None:
+    word = word_of(ended(0, 0, contentDigest="no digest", lastStep=-5))
+    assert (word.content_digest, word.last_step) == (None, None)
+    assert word_of(ended(0, 100_000, cause="user")).exit_code == 256
+
+
 def test_a_word_names_pod_and_node_and_is_short() -> None:
     word = word_of(ended(0, 64, cause="user", message="x" * 2400))
     assert (word.pod, word.node) == ("a-0", "node-0")
