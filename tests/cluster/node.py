@@ -120,6 +120,9 @@ class Node:
             "clusterDNS": [layout.address],
             "clusterDomain": DOMAIN,
             "maxPods": MOST_PODS,
+            # JobSet and Kueue write their webhooks' certificates into Secrets that their own pods mount: they answer
+            # once the kubelet has looked at those pods again, by default after a minute or more.
+            "syncFrequency": "5s",
             "podLogsDir": str(layout.state / "pod-logs"),
             # A build machine's disk is often nearly full; nothing here may be evicted for that.
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
