@@ -330,6 +330,9 @@ TOMBSTONES = 20_000
 """UIDs of deleted objects that are remembered, so that a late answer about one does not bring it back."""
 
 
+MAX_EARLY = 2000
+
+
 @dataclass
 class Cache:
     """The newest of every watched object, from the watches and from the answers to our own writes."""
@@ -341,6 +344,8 @@ class Cache:
     _of_run: dict[str, set[str]] = field(default_factory=dict)
     _run_of_jobset: dict[str, str] = field(default_factory=dict)
     _gone: dict[str, None] = field(default_factory=dict)
+    _early: dict[str, WorkloadView] = field(default_factory=dict)
+    """Workloads of JobSets that are not known (yet, or because they are others'), by the JobSets' UID."""
 
     def put_run(self, view: RunView) -> bool:
         """Take a run in; return whether it is news."""
@@ -352,13 +357,28 @@ class Cache:
     def put(self, view: Child) -> str | None:
         """Take an object in; return the UID of the run it belongs to if it is news. None: it is not, or not ours."""
         run_uid = self.run_of(view)
+        if run_uid is None and isinstance(view, WorkloadView):
+            self._keep_early(view)
         if run_uid is None or not self._is_news(view.meta, self.children.get(view.meta.uid)):
             return None
         self.children[view.meta.uid] = view
         self._of_run.setdefault(run_uid, set()).add(view.meta.uid)
         if isinstance(view, JobSetView):
             self._run_of_jobset[view.meta.uid] = run_uid
+            early = self._early.pop(view.meta.uid, None)
+            if early is not None:
+                self.put(early)
         return run_uid
+
+    def _keep_early(self, view: WorkloadView) -> None:
+        """Keep a Workload that is heard of before its JobSet: two watches keep no order between them."""
+        if not view.jobset_uid or view.meta.uid in self._gone:
+            return
+        known = self._early.get(view.jobset_uid)
+        if known is None or self._is_news(view.meta, known):
+            self._early[view.jobset_uid] = view
+        while len(self._early) > MAX_EARLY:
+            del self._early[next(iter(self._early))]
 
     def remove(self, uid: str) -> str | None:
         """Forget a deleted object; return the UID of the run it belonged to (or was). None: it was not known."""
@@ -369,6 +389,7 @@ class Cache:
             return uid
         child = self.children.pop(uid, None)
         if child is None:
+            self._early = {key: view for key, view in self._early.items() if view.meta.uid != uid}
             return None
         run_uid = self.run_of(child)
         self._run_of_jobset.pop(uid, None)

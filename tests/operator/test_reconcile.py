@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from operator_makers import Ends, Operator, World, data_stage, drive
 
 from stagecoach_api import names
+from stagecoach_api.artifacts import Manifest
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
-from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS
+from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
+from stagecoach_api.stores.lookup import read_manifest
+from stagecoach_operator import lookup, planning
+from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 
 CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
 
@@ -322,3 +328,126 @@ def test_events_say_each_thing_once(world: World) -> None:
     assert said.count("StageSucceeded") == 3
     assert said.count("AttemptFailed") == 1
     assert said.count("Accepted") == said.count("Complete") == 1
+
+
+# -- queues ------------------------------------------------------------------------------------------------------------
+
+WAITS = "couldn't assign flavors to pod set w: insufficient unused quota for cpu in flavor default, 2 more needed"
+
+
+class Kueue:
+    """Holds every queued JobSet back until it is admitted, and takes it back when told to."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        world.api.watchers.append(self.hear)
+
+    def hear(self, resource: Resource, kind: str, body: Body) -> None:
+        if resource == JOBSETS and kind == "ADDED" and names.LABEL_QUEUE in body["metadata"]["labels"]:
+            name, uid = body["metadata"]["name"], body["metadata"]["uid"]
+            owner = {"kind": "JobSet", "uid": uid, "controller": True}
+            metadata = {"name": f"jobset-{name}", "namespace": "team", "ownerReferences": [owner]}
+            self.world.api.add(
+                WORKLOADS, {"kind": "Workload", "metadata": metadata, "status": self.says("False", WAITS)}
+            )
+            self.world.api.edit(JOBSETS, "team", name, spec={"suspend": True})
+
+    def says(self, reserved: str, message: str, *more: dict[str, str]) -> dict[str, Any]:
+        first = {"type": "QuotaReserved", "status": reserved, "reason": "Pending", "message": message}
+        return {"conditions": [first, *more]}
+
+    def admit(self, name: str) -> None:
+        self.world.api.edit(WORKLOADS, "team", f"jobset-{name}", status=self.says("True", "Quota reserved"))
+        self.world.api.edit(JOBSETS, "team", name, spec={"suspend": False})
+
+    def preempt(self, name: str) -> None:
+        evicted = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "Preempted by another"}
+        self.world.api.edit(
+            WORKLOADS, "team", f"jobset-{name}", status=self.says("False", "Preempted by another", evicted)
+        )
+        self.world.api.edit(JOBSETS, "team", name, spec={"suspend": True})
+        for pod in self.world.api.all_of(PODS):
+            pod["metadata"]["finalizers"] = ["kubelet"]
+            self.world.api.remove(PODS, "team", pod["metadata"]["name"])
+
+
+def test_a_queue_holds_an_attempt_back_and_takes_it_back_without_ending_it(world: World) -> None:
+    kueue = Kueue(world)
+    world.holds.add("a")
+    world.submit(data_stage("a", queue={"name": "research"}))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 20)
+        (name,) = world.jobsets()
+        reserved = world.condition(ConditionType.QUOTA_RESERVED)
+        assert (reserved.status, reserved.reason) == (ConditionStatus.FALSE, Reason.WAITING_FOR_QUOTA)
+        assert WAITS in reserved.message
+        assert world.stage("a").waiting_for == WAITS
+        kueue.admit(name)
+        await drive(world, operator, 20)
+        assert world.condition(ConditionType.QUOTA_RESERVED).reason is Reason.ADMITTED
+        assert states(world) == [StageState.RUNNING]
+        kueue.preempt(name)
+        await drive(world, operator, 20)
+        assert world.condition(ConditionType.QUOTA_RESERVED).reason is Reason.PREEMPTED
+        world.holds.clear()
+        kueue.admit(name)
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    stage = world.stage("a")
+    assert (stage.state, stage.attempt, stage.restarts.infrastructure) == (StageState.SUCCEEDED, 1, 0)
+    assert len(stage.attempts[0].incarnations) == 2
+    assert world.two_at_once == []
+
+
+# -- storage the operator may not read ---------------------------------------------------------------------------------
+
+
+class Unreadable:
+    """A store that lets only stages in."""
+
+    uri = "s3://closed"
+
+    def list(self, prefix: str = "") -> Iterator[StoreEntry]:
+        raise AccessDenied(prefix, "access is refused")
+
+    def read(self, key: str) -> bytes:
+        raise AccessDenied(key, "access is refused")
+
+
+def test_where_the_operator_may_not_read_the_pods_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "open_storage", lambda storage: Unreadable())
+    monkeypatch.setattr(lookup, "open_storage", lambda storage: Unreadable())
+    world.submit(*CHAIN)
+    play(world)
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert len(world.pods_made) == 3
+
+
+def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [True]
+
+    def read(store: Store, digest: str) -> Manifest:
+        if away[0]:
+            raise Unreachable(digest, "cannot be reached (connection refused)")
+        return read_manifest(store, digest)
+
+    monkeypatch.setattr(lookup, "read_manifest", read)
+    world.submit(data_stage("a"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 40)
+        progressing = world.condition(ConditionType.PROGRESSING)
+        assert (progressing.status, progressing.reason) == (ConditionStatus.FALSE, Reason.STORAGE_UNREACHABLE)
+        assert "connection refused" in progressing.message
+        assert world.pods_made == []
+        away[0] = False
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED]
