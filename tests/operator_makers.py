@@ -167,6 +167,10 @@ class FakeApi:
         """Change an object as somebody else would."""
         return self._merge(resource, (resource.plural, namespace, name), change)
 
+    def edit_spec(self, name: str, **change: Any) -> Body:
+        """Edit a run's spec."""
+        return self.edit(TRAINING_RUNS, NAMESPACE, name, spec=change)
+
     def remove(self, resource: Resource, namespace: str, name: str, foreground: bool = False) -> None:
         """Delete an object: at once, or, in the foreground or with finalizers, when nothing holds it any more."""
         key = (resource.plural, namespace, name)
@@ -628,6 +632,8 @@ class Operator:
             self.timers[uid] = moment
 
     async def _answers_came(self) -> bool:
+        """Wait for the store's threads: answers to questions, and pointers being written."""
+        await asyncio.gather(*self.reconciler._pointers._tasks)
         for _ in range(200):
             if self.due:
                 return True

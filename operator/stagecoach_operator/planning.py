@@ -101,11 +101,11 @@ def plan_run(  # noqa: PLR0911 - each refusal ends it
     if trouble:
         return refused(Reason.STORAGE_UNREACHABLE, trouble, retry=True)
     found = look_up(spec, storage)
-    failures = [error for error in found.values() if isinstance(error, StoreError)]
+    failures = {key: error for key, error in found.items() if isinstance(error, StoreError)}
     if failures:
-        gone = all(isinstance(error, NotFound) for error in failures)
+        gone = all(isinstance(error, NotFound) for error in failures.values())
         reason = Reason.INPUT_NOT_FOUND if gone else Reason.STORAGE_UNREACHABLE
-        return refused(reason, "\n".join(f"- {error}" for error in failures), retry=True)
+        return refused(reason, str(InvalidRun(input_problems(spec, failures))), retry=True)
     externals = {key: External(item.uri, item.digest) for key, item in found.items() if isinstance(item, ResolvedInput)}
     code, image = (settings.code, settings.trainer_image) if before is None else (before.plan.code, before.image)
     try:
@@ -186,6 +186,21 @@ def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | Sto
     """Return what lies at every external input, by `Reference.key`."""
     uris = {key: absolute(uri, storage.inputs or "") for key, uri in external_keys(run).items()}
     return find_inputs(uris, storage.endpoint, storage.region)
+
+
+def input_problems(run: TrainingRun, failures: Mapping[str, StoreError]) -> list[Problem]:
+    """Return a problem for every place of the run that names an input which cannot be read."""
+    return [
+        Problem(
+            path=f"spec.stages[{index}].{path}.uri",
+            value=reference.uri,
+            rule=f"cannot be read: {failures[reference.key].message}",
+            remedy="put it there, or correct the URI; it is looked for again",
+        )
+        for index, stage in enumerate(run.spec.stages)
+        for path, reference in stage.references()
+        if reference.uri is not None and reference.key in failures
+    ]
 
 
 # -- keeping -----------------------------------------------------------------------------------------------------------

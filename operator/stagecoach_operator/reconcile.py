@@ -44,6 +44,7 @@ from stagecoach_operator.planning import (
     plan_run,
     spec_digest,
 )
+from stagecoach_operator.pointers import Pointers
 from stagecoach_operator.status import (
     Scene,
     Trouble,
@@ -127,6 +128,9 @@ class Reconciler:
     clock: Callable[[], float] = time.time
     memories: dict[str, RunMemory] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._pointers = Pointers(self.lookups)
+
     async def reconcile(self, uid: str) -> float | None:
         """Do one turn; return when to look again if nothing happens, in seconds since the epoch.
 
@@ -160,6 +164,7 @@ class Reconciler:
         if tell_at is not None:
             return tell_at
         flush_at = await self._save(look, memory)
+        self._pointers.point(look.run, look.snapshot, look.decision.stages, look.now)
         await self._release(look)
         return soonest(
             look.decision.look_again_at,
@@ -289,6 +294,7 @@ class Reconciler:
     def _forget(self, uid: str) -> None:
         self.memories.pop(uid, None)
         self.board.forget(uid)
+        self._pointers.forget(uid)
 
     # -- telling -------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ import pytest
 from operator_makers import Ends, Operator, World, data_stage, drive
 
 from stagecoach_api import names
-from stagecoach_api.artifacts import Manifest
+from stagecoach_api.artifacts import Manifest, Pointer, pointer_key
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import read_manifest
-from stagecoach_operator import lookup, planning
+from stagecoach_operator import lookup, planning, pointers
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 
 CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
@@ -58,6 +58,15 @@ def test_three_stages_run_one_after_the_other(world: World) -> None:
     assert world.run().finalizers == ()
     told = json.loads(world.api.objects[CONFIG_MAPS.plural, "team", world.jobsets()[1]]["data"][names.STAGE_FILE])
     assert told["inputs"]["stage:a"]["digest"] == world.stage("a").artifact.content_digest  # type: ignore[union-attr]
+
+
+def test_finished_stages_are_found_by_name_in_the_store(world: World) -> None:
+    world.submit(*CHAIN)
+    play(world)
+    pointer = Pointer.model_validate_json(world.store.read(pointer_key("team", "demo", "b")))
+    artifact = world.stage("b").artifact
+    assert artifact is not None
+    assert (pointer.stage_digest, pointer.uri, pointer.kind) == (artifact.stage_digest, artifact.uri, "data")
 
 
 def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
@@ -417,10 +426,14 @@ class Unreadable:
     def read(self, key: str) -> bytes:
         raise AccessDenied(key, "access is refused")
 
+    def write(self, key: str, data: bytes) -> None:
+        raise AccessDenied(key, "access is refused")
+
 
 def test_where_the_operator_may_not_read_the_pods_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "open_storage", lambda storage: Unreadable())
     monkeypatch.setattr(lookup, "open_storage", lambda storage: Unreadable())
+    monkeypatch.setattr(pointers, "open_storage", lambda storage: Unreadable())
     world.submit(*CHAIN)
     play(world)
     assert states(world) == [StageState.SUCCEEDED] * 3
