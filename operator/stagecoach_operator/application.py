@@ -29,6 +29,7 @@ from stagecoach_operator.worker import Workers
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STUCK_SECONDS = 300.0
 """A turn that takes longer than this is stuck: a call to the API server ends after a tenth of it."""
 DEAF_SECONDS = 4 * AUDIT_SECONDS
@@ -102,20 +103,38 @@ class Application:
             await asyncio.gather(auditing, keeping, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Watch until told to stop. kopf takes SIGTERM and SIGINT itself."""
+        """Watch until told to stop."""
         import kopf
 
         from stagecoach_operator.handlers import make_registry, make_settings
 
         namespace = self.settings.namespace
-        await kopf.operator(
-            registry=make_registry(self.cache, self.workers.wake),
-            settings=make_settings(),
-            standalone=True,
-            clusterwide=namespace is None,
-            namespaces=[] if namespace is None else [namespace],
-            stop_flag=self.stop,
-        )
+        ready = asyncio.Event()
+        taking_over = asyncio.create_task(self._take_signals(ready), name="signals")
+        try:
+            await kopf.operator(
+                registry=make_registry(self.cache, self.workers.wake),
+                settings=make_settings(),
+                standalone=True,
+                clusterwide=namespace is None,
+                namespaces=[] if namespace is None else [namespace],
+                stop_flag=self.stop,
+                ready_flag=ready,
+            )
+        finally:
+            taking_over.cancel()
+
+    async def _take_signals(self, ready: asyncio.Event) -> None:
+        """Let turns under way end before kopf stops: it would cancel them, as it does with every task it finds."""
+        await ready.wait()
+        asked = asyncio.Event()
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, asked.set)
+        await asked.wait()
+        log.info("asked to stop")
+        await self.workers.close(CLOSING_SECONDS)
+        await self.poster.close()
+        self.stop.set()
 
     async def _keep(self) -> None:
         await self.lease.keep()
@@ -184,13 +203,12 @@ class Application:
     def _signals(self) -> Iterator[None]:
         """Take the wish to stop while kopf does not."""
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        for number in numbers:
+        for number in SIGNALS:
             loop.add_signal_handler(number, self.stop.set)
         try:
             yield
         finally:
-            for number in numbers:
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
 
     async def _until_stop(self, work: object) -> bool:
