@@ -288,7 +288,7 @@ class ApiServer:
         await self._write("DELETE", resource, resource.path(namespace, name), body)
 
     async def read(self, path: str) -> Any:
-        return await self._request("GET", path)
+        return await self._request("GET", path, accept="*/*")  # keys are `application/jwk-set+json`, and only that
 
     # -- one call ------------------------------------------------------------------------------------------------------
 
