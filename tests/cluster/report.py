@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOG_LINES_SHOWN = 20
+LOG_COLUMNS_SHOWN = 400
 
 
 class ClusterError(Exception):
@@ -32,4 +33,4 @@ def last_lines(log: Path) -> str:
     if not log.exists():
         return f"{log} was never written"
     lines = log.read_text(errors="replace").splitlines()
-    return "\n".join([f"the end of {log}:", *lines[-LOG_LINES_SHOWN:]])
+    return "\n".join([f"the end of {log}:", *(line[-LOG_COLUMNS_SHOWN:] for line in lines[-LOG_LINES_SHOWN:])])
