@@ -18,6 +18,7 @@ from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunSta
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import read_manifest
 from stagecoach_operator import lookup, planning, pointers
+from stagecoach_operator.board import Report
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 
 CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
@@ -88,6 +89,21 @@ def test_the_same_work_under_another_name_makes_no_pod(world: World) -> None:
     world.pods_made.clear()
     world.submit(*CHAIN, name="again")
     play(world)
+    assert states(world, "again") == [StageState.CACHED] * 3
+    assert world.pods_made == []
+
+
+def test_so_it_does_with_the_operator_that_has_seen_the_work_undone(world: World) -> None:
+    async def scenario() -> None:
+        operator = Operator(world)
+        world.submit(*CHAIN)
+        await drive(world, operator)
+        world.pods_made.clear()
+        world.submit(*CHAIN, name="again")
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
     assert states(world, "again") == [StageState.CACHED] * 3
     assert world.pods_made == []
 
@@ -464,3 +480,46 @@ def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeyp
 
     asyncio.run(scenario())
     assert states(world) == [StageState.SUCCEEDED]
+
+
+# -- attempts that take too long ---------------------------------------------------------------------------------------
+
+
+def test_who_falls_silent_is_restarted_and_charged_for_it(world: World) -> None:
+    world.holds.add("a")
+    uid = world.submit(data_stage("a"))
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 20)
+        pod_uid = world.api.all_of(PODS)[0]["metadata"]["uid"]
+        operator.reconciler.board.post((uid, "a", 1), Report(pod_uid=pod_uid, time=world.now, activity="train"))
+        operator.wake(uid)
+        await drive(world, operator, 500)
+        assert world.stage("a").attempt == 1, "silence up to ten minutes is no hang"
+        await drive(world, operator, 700)
+        assert world.stage("a").attempt == 2
+        world.holds.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    stage = world.stage("a")
+    assert (stage.state, stage.restarts.hang, stage.restarts.infrastructure) == (StageState.SUCCEEDED, 1, 0)
+    assert "no sign of life" in stage.attempts[0].message
+
+
+def test_who_never_reports_is_never_taken_for_hanging(world: World) -> None:
+    world.holds.add("a")
+    world.submit(data_stage("a"))
+    play(world, 24 * 3600.0)
+    assert world.stage("a").attempt == 1
+
+
+def test_an_attempt_that_runs_too_long_fails_by_its_own_limit(world: World) -> None:
+    world.holds.add("a")
+    world.submit(data_stage("a", timeoutSeconds=60))
+    play(world)
+    failed = world.condition(ConditionType.FAILED)
+    assert (failed.status, failed.reason) == (ConditionStatus.TRUE, Reason.TIMED_OUT)
+    assert "timeoutSeconds" in failed.message
