@@ -78,6 +78,8 @@ ANNOTATION_RETRY = f"{names.API_GROUP}/retry"
 class RunMemory:
     """What is kept of a run between two turns. All of it can be had again from the cluster and S3."""
 
+    begun: float
+    """When its first turn was, in seconds since the epoch."""
     plan: Snapshot | Refusal | None = None
     refused_at: float = 0.0
     records: dict[AttemptKey, AttemptStatus] | None = None
@@ -144,7 +146,7 @@ class Reconciler:
             return await self._wind_down(run)
         if is_at_rest(run):
             return None
-        memory = self.memories.setdefault(uid, RunMemory())
+        memory = self.memories.setdefault(uid, RunMemory(begun=self.clock()))
         plan = await self._plan(run, memory)
         if isinstance(plan, Refusal):
             return await self._refuse(run, plan, memory)
@@ -184,9 +186,10 @@ class Reconciler:
         children = self.cluster.cache.of_run(run.meta.uid)
         sights = observe(run.meta.uid, memory.records, children, Surroundings(heard, memory.troubles), now)
         memory.records = {key: sight.record for key, sight in sights.items()}
+        answers = recent(self.lookups.of(snapshot.storage).by_digest, memory.begun)
         observed = Observed(
             attempts=tuple(sight.as_attempt(now) for sight in sights.values()),
-            artifacts=known_artifacts(run.status, sights, snapshot, self.lookups.of(snapshot.storage).by_digest),
+            artifacts=known_artifacts(run.status, sights, snapshot, answers),
             forgotten=forgotten_of(run.status),
             since=asked_at(run),
             suspend=bool(run.spec.get("suspend")),
@@ -280,7 +283,7 @@ class Reconciler:
 
     async def _wind_down(self, run: RunView) -> float | None:
         """Delete what a run that is being deleted has left, pods first; then let it go."""
-        memory = self.memories.setdefault(run.meta.uid, RunMemory())
+        memory = self.memories.setdefault(run.meta.uid, RunMemory(begun=self.clock()))
         records = records_of(run.status) if memory.records is None else memory.records
         children = self.cluster.cache.of_run(run.meta.uid)
         sights = observe(run.meta.uid, records, children, Surroundings(), self.clock())
@@ -370,6 +373,12 @@ def asked_at(run: RunView) -> float:
     except ValueError:
         again = None
     return max(run.meta.created, again or 0.0)
+
+
+def recent(answers: Mapping[str, Found | Missing], begun: float) -> dict[str, Found | Missing]:
+    """Return the answers of the store that count for a run: what was missing before it began may have been made since,
+    by another run."""
+    return {digest: answer for digest, answer in answers.items() if isinstance(answer, Found) or answer.at >= begun}
 
 
 def known_artifacts(
