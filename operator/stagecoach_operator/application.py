@@ -109,12 +109,14 @@ class Application:
         from stagecoach_operator.handlers import make_registry, make_settings
 
         namespace = self.settings.namespace
+        identity: Any = self.lease.identity  # kopf would ask for the user's name, and the image need not know one
         ready = asyncio.Event()
         taking_over = asyncio.create_task(self._take_signals(ready), name="signals")
         try:
             await kopf.operator(
                 registry=make_registry(self.cache, self.workers.wake),
                 settings=make_settings(),
+                identity=identity,
                 standalone=True,
                 clusterwide=namespace is None,
                 namespaces=[] if namespace is None else [namespace],
