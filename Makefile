@@ -7,7 +7,6 @@ UV_VERSION := 0.13.9
 UV := .uv/bin/uv
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-HELM ?= helm
 
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -42,7 +41,7 @@ demo: install ## train a small Chinese LLaMA from raw text to a released model (
 	$(BIN)/stagecoach run examples/chinese-alpaca-tiny.yaml
 
 test: install ## the whole suite, without cluster or GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not go"
 
 lint: install ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -71,9 +70,8 @@ cluster-down: install ## stop that Kubernetes and remove all of it but the built
 images: ## build both images; options in IMAGES="--torch cpu", see python images/build.py --help
 	$(PYTHON) images/build.py $(IMAGES)
 
-chart: ## check the chart and pack it into dist/ (Helm in PATH, or HELM=path)
-	$(HELM) lint --strict charts/stagecoach
-	$(HELM) package --destination dist charts/stagecoach
+chart: install ## test the chart with Helm and a real API server, both built from Go modules once (Go 1.26)
+	$(BIN)/python -m pytest -q -m go tests/charts
 
 lock: $(UV) ## resolve pyproject.toml into the locks
 	$(UV) pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \

@@ -8,6 +8,7 @@ import logging
 import signal
 import ssl
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from aiohttp import web
 

@@ -37,6 +37,8 @@ from stagecoach_operator.audit import WATCHED
 from stagecoach_operator.chart_hooks import argument_parser
 from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAMESPACE, Settings
 
+pytestmark = pytest.mark.go
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "chart" / "default.yaml"
 ELSEWHERE = {"pod_name", "pod_namespace", "progress_ca", "trainer_code"}
 """Settings that come from the pod's environment, and from files that other settings name."""

@@ -1,0 +1,190 @@
+"""A release's life on a real API server: install, upgrade, rollback, uninstall, and what is left.
+
+No pods run here, so hooks are left out; what the hook before a deletion does is called as its pod would call it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chart_makers import CHART, RELEASE, ROOT, helm
+from cluster.__main__ import Cluster
+from cluster.layout import Kind, find_layout
+
+from stagecoach_api.names import FINALIZER
+
+pytestmark = pytest.mark.go
+
+FIRST_PORT = 29443
+NAMESPACE = "training"
+OWN = f"app.kubernetes.io/instance={RELEASE}"
+RUN = ROOT / "examples" / "chinese-alpaca-tiny.yaml"
+DEFINITION = "trainingruns.stagecoach.dev"
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"
+
+
+class Api:
+    """kubectl and Helm for one API server."""
+
+    def __init__(self, kubectl: Path, kubeconfig: Path) -> None:
+        self._kubectl = kubectl
+        # kubectl must not remember a definition that has come or gone since.
+        self.environment = os.environ | {"KUBECONFIG": str(kubeconfig), "KUBECACHEDIR": "/nonexistent"}
+
+    def kubectl(self, *arguments: str, fails: bool = False) -> str:
+        return self._run([str(self._kubectl), *arguments], fails)
+
+    def helm(self, *arguments: str, fails: bool = False) -> str:
+        return self._run([helm(), *arguments, "--namespace", NAMESPACE], fails)
+
+    def install(self, *settings: str) -> None:
+        """Install the chart, and wait until runs can be made."""
+        self.helm("install", RELEASE, str(CHART), "--no-hooks", *settings)
+        self.kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=60s")
+
+    def value(self, kind: str, name: str, path: str) -> str:
+        return self.kubectl("get", kind, name, "--namespace", NAMESPACE, "--output", f"jsonpath={{{path}}}")
+
+    def left(self) -> list[str]:
+        """Return the names of all objects that belong to the release, in every namespace."""
+        kinds = self.kubectl("api-resources", "--verbs=list", "--output=name").split()
+        return self.kubectl(
+            "get", ",".join(kinds), "--all-namespaces", f"--selector={OWN}", "--output=name", "--ignore-not-found"
+        ).split()
+
+    def _run(self, command: list[str], fails: bool) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode != 0) is fails, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout + (done.stderr if fails else "")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    layout = find_layout(Kind.API, state=tmp_path_factory.mktemp("api"), first_port=FIRST_PORT)
+    cluster = Cluster(layout)
+    cluster.up()
+    yield cluster
+    cluster.down()
+
+
+@pytest.fixture
+def api(cluster: Cluster) -> Iterator[Api]:
+    """An API server with an empty namespace and without the definition."""
+    found = Api(cluster._builder.program("kubernetes", "kubectl"), cluster.layout.kubeconfig)
+    found.kubectl("create", "namespace", NAMESPACE)
+    yield found
+    found.kubectl("delete", "crd", DEFINITION, "--ignore-not-found", "--timeout=60s")
+    names = [line.split()[0] for line in found.helm("list", "--short").splitlines()]
+    for name in names:
+        found.helm("uninstall", name, "--no-hooks")
+    # Without controllers a namespace never goes: it is finalized by hand.
+    found.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    body = json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}, "spec": {}})
+    subprocess.run(
+        [found._kubectl, "replace", "--raw", f"/api/v1/namespaces/{NAMESPACE}/finalize", "-f", "-"],
+        input=body,
+        text=True,
+        env=found.environment,
+        check=True,
+        capture_output=True,
+    )
+
+
+def description(api: Api) -> str:
+    return api.value("crd", DEFINITION, ".spec.versions[0].schema.openAPIV3Schema.description")
+
+
+def changed_chart(folder: Path) -> Path:
+    """Return a copy of the chart whose definition says something else."""
+    copy = Path(shutil.copytree(CHART, folder / "chart"))
+    file = copy / "files" / "trainingruns.yaml"
+    file.write_text(file.read_text().replace("A whole training pipeline.", "A newer description.", 1))
+    return copy
+
+
+def test_an_upgrade_brings_the_definition_along_and_keeps_the_certificate(api: Api, tmp_path: Path) -> None:
+    api.install()
+    certificate = api.value("secret", f"{RELEASE}-progress", ".data.tls\\.crt")
+    api.helm("upgrade", RELEASE, str(changed_chart(tmp_path)), "--no-hooks", "--set", "scope=cluster")
+    assert description(api) == "A newer description."
+    assert api.value("secret", f"{RELEASE}-progress", ".data.tls\\.crt") == certificate
+    assert f"clusterrole.rbac.authorization.k8s.io/{NAMESPACE}-{RELEASE}" in api.left()
+    api.helm("rollback", RELEASE, "1", "--no-hooks")
+    assert description(api) == "A whole training pipeline."
+    assert not any("clusterrole" in name for name in api.left())
+
+
+def test_an_uninstalled_release_leaves_definition_and_runs_and_nothing_else(api: Api) -> None:
+    api.install()
+    api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
+    api.helm("uninstall", RELEASE, "--no-hooks")
+    assert api.left() == [f"customresourcedefinition.apiextensions.k8s.io/{DEFINITION}"]
+    assert "chinese-alpaca-tiny" in api.kubectl("get", "trainingruns", "--namespace", NAMESPACE)
+    api.install()  # takes what it left over again
+
+
+def test_without_keeping_nothing_is_left(api: Api) -> None:
+    api.install("--set", "crds.keep=false")
+    api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
+    api.helm("uninstall", RELEASE, "--no-hooks")
+    api.kubectl("wait", "crd", DEFINITION, "--for=delete", "--timeout=60s")
+    assert api.left() == []
+
+
+def test_the_hook_before_a_deletion_lets_runs_go(api: Api) -> None:
+    api.install()
+    api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
+    patch = json.dumps({"metadata": {"finalizers": [FINALIZER, "example.com/other"]}})
+    api.kubectl("patch", "trainingrun", RUN.stem, "--namespace", NAMESPACE, "--type=merge", "--patch", patch)
+    command = [sys.executable, "-m", "stagecoach_operator.chart_hooks", "uninstall", f"--deployment={RELEASE}"]
+    command += [f"--selector={OWN},app.kubernetes.io/component=operator", f"--runs-namespace={NAMESPACE}"]
+    subprocess.run(command, env=api.environment | {"POD_NAMESPACE": NAMESPACE}, check=True, timeout=120)
+    assert api.value("trainingrun", RUN.stem, ".metadata.finalizers") == '["example.com/other"]'
+    assert api.value("deployment", RELEASE, ".spec.replicas") == "0"
+    unheld = json.dumps({"metadata": {"finalizers": []}})
+    api.kubectl("patch", "trainingrun", RUN.stem, "--namespace", NAMESPACE, "--type=merge", "--patch", unheld)
+
+
+@pytest.mark.parametrize(
+    ("what", "allowed"),
+    [
+        ("list trainingruns.stagecoach.dev", True),
+        ("patch trainingruns.stagecoach.dev --subresource=status", True),
+        ("create configmaps", True),
+        (f"update leases/{RELEASE}", True),
+        ("update leases/another", False),
+        ("get secrets", False),
+        ("create pods", False),
+        ("delete trainingruns.stagecoach.dev", False),
+        ("list nodes", False),
+        ("list trainingruns.stagecoach.dev --namespace=default", False),
+    ],
+)
+def test_the_api_server_lets_the_operator_do_its_work_only(api: Api, what: str, allowed: bool) -> None:
+    api.install()
+    namespace = [] if "--namespace" in what else [f"--namespace={NAMESPACE}"]
+    api.kubectl("auth", "can-i", *what.split(), *namespace, f"--as={ACCOUNT}", fails=not allowed)
+
+
+def test_pods_of_the_release_are_let_into_a_restricted_namespace(api: Api) -> None:
+    api.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    manifest = api.helm("template", RELEASE, str(CHART), "--show-only", "templates/hooks/test.yaml")
+    manifest = manifest.replace(f"serviceAccountName: {RELEASE}", "serviceAccountName: default")
+    done = subprocess.run(
+        [api._kubectl, "apply", "--dry-run=server", "--validate=strict", "--filename", "-"],
+        input=manifest,
+        text=True,
+        env=api.environment,
+        capture_output=True,
+        check=False,
+    )
+    assert "violates PodSecurity" not in done.stderr
+    shown = api.helm("install", RELEASE, str(CHART), "--no-hooks")
+    assert "would violate PodSecurity" not in shown
