@@ -70,8 +70,6 @@ ANSWER_SECONDS = 1.0
 """How long a status is held back for an answer of the store: mostly it is there at once, and saves a write."""
 TROUBLE_SECONDS = 15.0
 """How soon what the cluster refused is tried again."""
-ANNOTATION_RETRY = f"{names.API_GROUP}/retry"
-"""Time (RFC 3339) at which the user asked for one more try: failures before it are not charged."""
 
 
 @dataclass
@@ -369,7 +367,7 @@ def answers_awaited_until(look: Look, memory: RunMemory) -> float | None:
 def asked_at(run: RunView) -> float:
     """Return when the user asked for the run, or for one more try."""
     try:
-        again = timestamp(run.annotations.get(ANNOTATION_RETRY))
+        again = timestamp(run.annotations.get(names.ANNOTATION_RETRY))
     except ValueError:
         again = None
     return max(run.meta.created, again or 0.0)
