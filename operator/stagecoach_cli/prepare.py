@@ -14,7 +14,7 @@ from stagecoach_api.loading import LoadedRun, load_run
 from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.store import AccessDenied, Store, StoreError, Unreachable, open_store
-from stagecoach_api.stores.lookup import absolute
+from stagecoach_api.stores.lookup import absolute, input_problems
 from stagecoach_cli.artifacts import ask
 from stagecoach_cli.inputs import HashMemory, input_root, look_up, unknown_external
 from stagecoach_cli.workspace import Workspace
@@ -116,18 +116,7 @@ def open_run_store(loaded: LoadedRun, workspace: Workspace, storage: str | None)
 def missing_inputs(loaded: LoadedRun, failures: Mapping[str, StoreError]) -> list[Problem]:
     """Return a problem for every place of the run that names an input which was not found."""
     root = input_root(loaded.run, loaded.folder)
-    return [
-        Problem(
-            path=f"spec.stages[{index}].{path}.uri",
-            value=reference.uri,
-            rule=f"cannot be read: {failures[reference.key].message}",
-            remedy=f"relative inputs are looked for in {root}",
-            source=str(loaded.source or ""),
-        )
-        for index, stage in enumerate(loaded.run.spec.stages)
-        for path, reference in stage.references()
-        if reference.uri is not None and reference.key in failures
-    ]
+    return input_problems(loaded.run, failures, f"relative inputs are looked for in {root}", str(loaded.source or ""))
 
 
 def look_into_cache(

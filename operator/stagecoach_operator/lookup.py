@@ -77,9 +77,12 @@ class Lookups:
         """Do something that asks S3, among the same threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def forget(self, storage: Storage, digest: str) -> None:
-        """Drop an answer that may be out of date."""
-        self.of(storage).by_digest.pop(digest, None)
+    def store(self, storage: Storage) -> Store:
+        """Return the store, opened once. Opening takes a while: call it in a thread."""
+        key = store_key(storage)
+        if key not in self._stores:
+            self._stores[key] = open_storage(storage)
+        return self._stores[key]
 
     def close(self) -> None:
         for task in self._tasks:
@@ -103,10 +106,7 @@ class Lookups:
             on_answer()
 
     def _read(self, storage: Storage, digest: str, now: float) -> Found | Missing:
-        key = store_key(storage)
-        if key not in self._stores:
-            self._stores[key] = open_storage(storage)
-        store = self._stores[key]
+        store = self.store(storage)
         try:
             manifest = read_manifest(store, digest)
         except NotFound:

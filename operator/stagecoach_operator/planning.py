@@ -20,8 +20,9 @@ from stagecoach_api.spec import Stage, Storage, TrainingRun
 from stagecoach_api.status import Reason
 from stagecoach_api.store import AccessDenied, NotFound, Store, StoreError, open_store
 from stagecoach_api.stores.base import FolderLocation, parse_location
-from stagecoach_api.stores.lookup import absolute, find_inputs
+from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
 from stagecoach_api.validation import validate
+from stagecoach_core.build.labels import owner_reference
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.settings import Settings
@@ -29,6 +30,7 @@ from stagecoach_operator.watched import Raw, RunView
 
 PLAN_KEY = "plan.json"
 PROBE_KEY = ".stagecoach"
+INPUT_REMEDY = "put it there, or correct the URI; it is looked for again"
 MAX_PLAN_BYTES = 900_000
 """A ConfigMap holds 1 MiB."""
 
@@ -105,7 +107,7 @@ def plan_run(  # noqa: PLR0911 - each refusal ends it
     if failures:
         gone = all(isinstance(error, NotFound) for error in failures.values())
         reason = Reason.INPUT_NOT_FOUND if gone else Reason.STORAGE_UNREACHABLE
-        return refused(reason, str(InvalidRun(input_problems(spec, failures))), retry=True)
+        return refused(reason, str(InvalidRun(input_problems(spec, failures, INPUT_REMEDY))), retry=True)
     externals = {key: External(item.uri, item.digest) for key, item in found.items() if isinstance(item, ResolvedInput)}
     code, image = (settings.code, settings.trainer_image) if before is None else (before.plan.code, before.image)
     try:
@@ -188,21 +190,6 @@ def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | Sto
     return find_inputs(uris, storage.endpoint, storage.region)
 
 
-def input_problems(run: TrainingRun, failures: Mapping[str, StoreError]) -> list[Problem]:
-    """Return a problem for every place of the run that names an input which cannot be read."""
-    return [
-        Problem(
-            path=f"spec.stages[{index}].{path}.uri",
-            value=reference.uri,
-            rule=f"cannot be read: {failures[reference.key].message}",
-            remedy="put it there, or correct the URI; it is looked for again",
-        )
-        for index, stage in enumerate(run.spec.stages)
-        for path, reference in stage.references()
-        if reference.uri is not None and reference.key in failures
-    ]
-
-
 # -- keeping -----------------------------------------------------------------------------------------------------------
 
 
@@ -214,14 +201,6 @@ def plan_name(run: RunView) -> str:
 
 def plan_config_map(run: RunView, snapshot: Snapshot) -> dict[str, Any]:
     """Return the ConfigMap that keeps a run's plan; it goes with the run."""
-    owner = {
-        "apiVersion": names.API_GROUP_VERSION,
-        "kind": names.KIND,
-        "name": run.meta.name,
-        "uid": run.meta.uid,
-        "controller": True,
-        "blockOwnerDeletion": True,
-    }
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -233,7 +212,7 @@ def plan_config_map(run: RunView, snapshot: Snapshot) -> dict[str, Any]:
                 names.LABEL_RUN: run.meta.name,
                 names.LABEL_RUN_UID: run.meta.uid,
             },
-            "ownerReferences": [owner],
+            "ownerReferences": [owner_reference(run.meta.name, run.meta.uid)],
         },
         "data": {PLAN_KEY: json.dumps(to_json(snapshot), ensure_ascii=False)},
     }

@@ -15,7 +15,7 @@ from stagecoach_api.spec import Storage
 from stagecoach_api.store import AccessDenied, StoreError
 from stagecoach_core.values import StageState, StageView
 from stagecoach_operator.lookup import Lookups, StoreKey, store_key
-from stagecoach_operator.planning import Snapshot, open_storage
+from stagecoach_operator.planning import Snapshot
 from stagecoach_operator.watched import RunView
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Pointers:
         key = pointer_key(run.meta.namespace, run.meta.name, pointer.stage)
         data = pointer.model_dump_json(indent=1).encode()
         try:
-            await self.lookups.in_thread(lambda: open_storage(storage).write(key, data))
+            await self.lookups.in_thread(lambda: self.lookups.store(storage).write(key, data))
         except AccessDenied:
             self._closed.add(store_key(storage))
         except StoreError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, TrainingRunStatus
+from stagecoach_api.stores.lookup import artifact_uri
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.values import (
@@ -386,8 +387,6 @@ def known_artifacts(
     answers: Mapping[str, Found | Missing],
 ) -> dict[str, Found | Missing]:
     """Return what is known of artifacts: from the status, from the store, and from pods that say they are done."""
-    from stagecoach_api.stores.lookup import artifact_uri
-
     known: dict[str, Found | Missing] = dict(answers)
     for stage in status.stages:
         artifact = stage.artifact

@@ -17,7 +17,7 @@ from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import read_manifest
-from stagecoach_operator import lookup, planning, pointers
+from stagecoach_operator import lookup, planning
 from stagecoach_operator.board import Report
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 
@@ -449,7 +449,6 @@ class Unreadable:
 def test_where_the_operator_may_not_read_the_pods_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "open_storage", lambda storage: Unreadable())
     monkeypatch.setattr(lookup, "open_storage", lambda storage: Unreadable())
-    monkeypatch.setattr(pointers, "open_storage", lambda storage: Unreadable())
     world.submit(*CHAIN)
     play(world)
     assert states(world) == [StageState.SUCCEEDED] * 3

@@ -10,6 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stagecoach_api.artifacts import Manifest, ResolvedInput, manifest_key, output_prefix
+from stagecoach_api.problems import Problem
+from stagecoach_api.spec import TrainingRun
 from stagecoach_api.stores.base import (
     Corrupt,
     FolderLocation,
@@ -56,6 +58,27 @@ def find_inputs(
 
     with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="inputs") as pool:
         return dict(zip(uris, pool.map(find, uris.values()), strict=True))
+
+
+def input_problems(
+    run: TrainingRun, failures: Mapping[str, StoreError], remedy: str, source: str = ""
+) -> list[Problem]:
+    """Return a problem for every place of a run that names an input which was not found.
+
+    `failures`: by `Reference.key`. `source`: the run's file. Empty: it came from elsewhere.
+    """
+    return [
+        Problem(
+            path=f"spec.stages[{index}].{path}.uri",
+            value=reference.uri,
+            rule=f"cannot be read: {failures[reference.key].message}",
+            remedy=remedy,
+            source=source,
+        )
+        for index, stage in enumerate(run.spec.stages)
+        for path, reference in stage.references()
+        if reference.uri is not None and reference.key in failures
+    ]
 
 
 # -- artifacts ---------------------------------------------------------------------------------------------------------

@@ -31,17 +31,17 @@ def metadata(attempt: StageAttempt) -> dict[str, Any]:
         "namespace": attempt.told.namespace,
         "labels": labels_of(attempt),
         "annotations": annotations_of(attempt),
-        "ownerReferences": [owner_reference(attempt)],
+        "ownerReferences": [owner_reference(attempt.told.run, attempt.run_uid)],
     }
 
 
-def owner_reference(attempt: StageAttempt) -> dict[str, Any]:
+def owner_reference(run: str, run_uid: str) -> dict[str, Any]:
     """Return the reference to the run: when it is deleted, the garbage collector deletes what it owns."""
     return {
         "apiVersion": names.API_GROUP_VERSION,
         "kind": names.KIND,
-        "name": attempt.told.run,
-        "uid": attempt.run_uid,
+        "name": run,
+        "uid": run_uid,
         "controller": True,
         "blockOwnerDeletion": True,
     }
