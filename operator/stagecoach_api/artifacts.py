@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 from pydantic import Field, JsonValue
 
@@ -49,6 +51,44 @@ def checkpoint_name(step: int) -> str:
 def attempt_prefix(digest: str, attempt: int) -> str:
     """Folder of one attempt's logs and metrics; no part of the artifact's content."""
     return f"{artifact_prefix(digest)}/attempts/{attempt:04d}"
+
+
+def attempt_logs_prefix(digest: str, attempt: int) -> str:
+    """Folder of what the ranks of one attempt printed (`rank_log_name`), and of its metrics."""
+    return f"{attempt_prefix(digest, attempt)}/logs"
+
+
+def rank_log_name(rank: int, started: float) -> str:
+    """Name of the file that holds what one rank printed, e.g. `rank-00003.20261122T095244.125Z.log`.
+
+    `rank`: global rank. `started`: seconds since the epoch at which its node's launcher started; it tells apart the
+    incarnations of one attempt (Kueue stops an attempt's pods and starts new ones). Names of one rank sort by it.
+    """
+    seconds, milliseconds = divmod(round(started * 1000), 1000)
+    return f"rank-{rank:05d}.{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}.{milliseconds:03d}Z.log"
+
+
+class RankLog(NamedTuple):
+    """What the name of a rank's log says."""
+
+    rank: int
+    """Global rank."""
+
+    started: float
+    """Seconds since the epoch, to the millisecond, at which this incarnation of the rank's node started."""
+
+
+def parse_rank_log_name(name: str) -> RankLog | None:
+    """Read a name as `rank_log_name` makes them. None: it is no rank's log (a metrics file, say)."""
+    found = re.fullmatch(r"rank-(\d{5,})\.(\d{8}T\d{6})\.(\d{3})Z\.log", name, re.ASCII)
+    if found is None:
+        return None
+    rank, seconds, milliseconds = found.groups()
+    try:
+        started = datetime.strptime(seconds, "%Y%m%dT%H%M%S").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    return RankLog(int(rank), started.timestamp() + int(milliseconds) / 1000)
 
 
 def pointer_key(namespace: str, run: str, stage: str) -> str:
