@@ -15,7 +15,11 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 # Nothing here needs a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint generate verify bench images chart lock clean cluster cluster-down
+# How the end-to-end suite builds its images: without a registry, and for machines without a GPU.
+WHEELS := $(wildcard ../shared/wheels)
+E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
+
+.PHONY: help install demo test lint generate verify bench images chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,7 +45,7 @@ demo: install ## train a small Chinese LLaMA from raw text to a released model (
 	$(BIN)/stagecoach run examples/chinese-alpaca-tiny.yaml
 
 test: install ## the whole suite, without cluster or GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not go"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not go and not cluster"
 
 lint: install ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -60,6 +64,13 @@ verify: install ## check that the generated files are up to date
 
 bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
 	$(BIN)/python -m bench
+
+.PHONY: bench-operator
+bench-operator: install ## measure the time between two stages on the cluster of KUBECONFIG, or on the test cluster; writes bench/results/operator.json
+	@PYTHONPATH=tests $(BIN)/python -m bench.handover
+
+e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it (see make cluster)
+	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster tests/e2e_cluster
 
 cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
 	@PYTHONPATH=tests $(BIN)/python -m cluster up

@@ -103,7 +103,7 @@ def fill_local(wheels: Path | None, ca_file: Path | None) -> None:
     (LOCAL / CA_FILE).unlink(missing_ok=True)
     (LOCAL / WHEELS).mkdir(parents=True)
     for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
-        shutil.copyfile(wheel, LOCAL / WHEELS / wheel.name)
+        shutil.copy2(wheel, LOCAL / WHEELS / wheel.name)  # its time, too: engines that compare it see the same file
     if ca_file is not None:
         shutil.copyfile(ca_file, LOCAL / CA_FILE)
 

@@ -82,7 +82,7 @@ class Cluster:
         node = self._node(control_plane)
         node.start()
         installed.install(node)
-        s3.start(self.layout, self._builder, self._processes)
+        self.start_s3()
         kwok.start(self.layout, self._builder, self._processes, control_plane)
         installed.wait()
 
@@ -111,6 +111,14 @@ class Cluster:
         """Add pretended nodes of eight GPUs each."""
         kubectl = ControlPlane(self.layout, self._builder, self._processes).kubectl
         kubectl.apply([kwok.gpu_node(f"{product.lower()}-{index}", product) for index in range(count)])
+
+    def stop_s3(self) -> None:
+        """Stop the S3 server: for tests of what happens then."""
+        self._processes.stop(s3.PROCESS, grace_seconds=0.0)
+
+    def start_s3(self) -> None:
+        """Start the S3 server, or start it again with what it had stored."""
+        s3.start(self.layout, self._builder, self._processes)
 
     def describe(self) -> list[str]:
         """Return the shell's lines that let users of the cluster find it."""

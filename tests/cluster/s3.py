@@ -13,6 +13,7 @@ from cluster.report import timed
 
 REGION = "us-east-1"
 BUCKET = "models"
+PROCESS = "versitygw"
 READY_SECONDS = 30
 
 
@@ -27,8 +28,8 @@ def start(layout: Layout, builder: Builder, processes: Processes) -> None:
     command += ["--sidecar", folder / "sidecar", folder / "data"]  # also where the disk has no extended attributes
     environment = {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key}
     with timed("versitygw", "ready"):
-        processes.start("versitygw", command, environment)
-        processes.wait_for("versitygw", lambda: answers(layout.s3_endpoint), READY_SECONDS)
+        processes.start(PROCESS, command, environment)
+        processes.wait_for(PROCESS, lambda: answers(layout.s3_endpoint), READY_SECONDS)
         make_bucket(layout, access_key, secret_key)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stagecoach_api.training import Offload
+from stagecoach_trainer import garbage
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import Diverged, Interrupted, UserError
 from stagecoach_trainer.train.attention import short_attention
@@ -109,7 +110,7 @@ class Loop:
         if self._at.step == 0:
             self._at.before = self._before()
         gc.collect()
-        gc.freeze()  # libraries' objects live as long as the process: the collector need not look at them again
+        garbage.take_up()
         try:
             self._make_steps()
         finally:

@@ -1,0 +1,25 @@
+"""The end-to-end suite's fixtures: one installation for all of it, a namespace for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cluster_world import World, the_world
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """A real cluster with JobSet, Kueue and S3, and Stagecoach installed by Helm."""
+    with the_world() as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.s3.environment.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def namespace(world: World, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace named after the module, removed with all that is in it."""
+    name = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", "-")
+    with world.namespace(f"e2e-{name}") as made:
+        yield made

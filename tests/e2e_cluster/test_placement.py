@@ -1,0 +1,127 @@
+"""A100-shaped stages on the real scheduler, with pretended nodes: where pods go, all of them or none, and why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cluster.kwok import PRETENDED, gpu_node
+from cluster_world import Run, World, training_run
+
+pytestmark = pytest.mark.cluster
+
+A100, H100 = "NVIDIA-A100-SXM4-80GB", "NVIDIA-H100-80GB-HBM3"
+NODES = 16
+QUEUE = "research"
+ENDLESS = "registry.example.com/endless@sha256:" + "0" * 64
+"""Pods of this image run until somebody ends them, since nobody runs them really."""
+BRIEF = "registry.example.com/brief@sha256:" + "0" * 64
+MANY = 1000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nodes(world: World) -> Iterator[None]:
+    """Sixteen nodes of eight A100s, and as many of eight H100s."""
+    made = [gpu_node(f"{kind}-{index}", product) for kind, product in KINDS.items() for index in range(NODES)]
+    world.apply(*made)
+    yield
+    world.kubectl("delete", "nodes", *(node["metadata"]["name"] for node in made))
+
+
+KINDS = {"a100": A100, "h100": H100}
+
+
+@pytest.fixture(scope="module")
+def queue(world: World, namespace: str) -> Iterator[str]:
+    """A queue of Kueue with quota for fifteen of the nodes."""
+    world.apply(*queue_objects(namespace, QUEUE, gpus=(NODES - 1) * 8))
+    yield QUEUE
+    world.kubectl("delete", "clusterqueue", QUEUE, "--wait=false")
+
+
+def queue_objects(namespace: str, name: str, gpus: int) -> list[dict[str, Any]]:
+    kueue = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    resources = [{"name": "nvidia.com/gpu", "nominalQuota": gpus}, {"name": "cpu", "nominalQuota": 100_000}]
+    group = {
+        "coveredResources": ["nvidia.com/gpu", "cpu"],
+        "flavors": [{"name": "a100", "resources": resources}],
+    }
+    flavor = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
+    return [
+        {**kueue, "kind": "ResourceFlavor", "metadata": {"name": "a100"}, "spec": flavor},
+        {
+            **kueue,
+            "kind": "ClusterQueue",
+            "metadata": {"name": name},
+            "spec": {"namespaceSelector": {}, "resourceGroups": [group]},
+        },
+        {
+            **kueue,
+            "kind": "LocalQueue",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"clusterQueue": name},
+        },
+    ]
+
+
+def stage(name: str, nodes: int, image: str = ENDLESS, **resources: Any) -> dict[str, Any]:
+    """Return a stage whose pods no trainer runs: only where they go is looked at."""
+    return {
+        "name": name,
+        "image": image,
+        "resources": {"nodes": nodes, "gpusPerNode": 8, "gpuProduct": A100, "cpu": "8", **resources},
+        "pretrain": {
+            "model": {"uri": "data"},
+            "data": [{"uri": "data/english.jsonl.gz", "format": "text"}],
+            "sequenceLength": 128,
+            "batch": {"tokens": 128 * 8 * nodes, "microBatchRows": 1},
+            "budget": {"steps": 1},
+            "optimizer": {"learningRate": 1.0e-3},
+        },
+    }
+
+
+def placed(run: Run) -> list[str]:
+    """Return the node of every pod that has one."""
+    return [pod["spec"]["nodeName"] for pod in run.pods() if pod["spec"].get("nodeName")]
+
+
+def test_a_stage_of_16_nodes_gets_all_of_them_or_none(world: World, namespace: str, queue: str) -> None:
+    body = training_run(world, namespace, "sixteen", [{**stage("large", NODES), "queue": {"name": queue}}])
+    run = world.submit(body)
+    run.wait("it waits for quota", lambda: run.condition("QuotaReserved")["reason"] == "WaitingForQuota", 30)
+    said = run.condition("QuotaReserved")["message"]
+    assert re.search("insufficient.*nvidia.com/gpu", said), said  # Kueue's own words
+    assert run.pods() == []
+
+    world.apply(*queue_objects(namespace, queue, gpus=NODES * 8))
+    run.runs_stage("large", 120)
+    assert sorted(placed(run)) == sorted(f"a100-{index}" for index in range(NODES))
+    assert run.condition("QuotaReserved")["reason"] == "Admitted"
+    run.delete()
+    assert run.pods() == []
+
+
+def test_a_stage_that_fits_nowhere_says_why(world: World, namespace: str) -> None:
+    run = world.submit(training_run(world, namespace, "nowhere", [stage("large", 1, gpuProduct="NVIDIA-B200")]))
+    run.wait("it says why", lambda: run.condition("Progressing")["reason"] == "Unschedulable", 20)
+    assert "didn't match Pod's node affinity/selector" in run.condition("Progressing")["message"]
+    run.delete()
+
+
+def test_a_stage_of_a_thousand_pods_starts_and_ends(world: World, namespace: str) -> None:
+    many = stage("many", MANY, BRIEF, gpusPerNode=0, gpuProduct=None, cpu="1")
+    many["pods"] = {
+        "nodeSelector": {"nvidia.com/gpu.product": A100},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    }
+    run = world.submit(training_run(world, namespace, "thousand", [many]))
+    run.complete(420)
+    attempt = run.stage("many")["attempts"][-1]
+    assert attempt["runningSince"] is not None
+    assert attempt["number"] == 1
+    assert PRETENDED  # its pods ran on pretended nodes only
+    run.delete()
+    assert run.pods() == []

@@ -1,0 +1,133 @@
+"""Two runs and room for one stage: who has quota, who waits, who gives way, and what is lost by it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cluster_world import Run, World, corpus, training, training_run, vocabulary
+
+from stagecoach_api import names
+
+pytestmark = pytest.mark.cluster
+
+QUEUE = "narrow"
+STEPS = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def queue(world: World, namespace: str) -> Iterator[None]:
+    """Quota for one stage at a time: two CPUs, and every stage asks for as much. A higher priority preempts."""
+    kueue = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    flavors = [{"name": "any", "resources": [{"name": "cpu", "nominalQuota": "1"}]}]
+    world.apply(
+        {**kueue, "kind": "ResourceFlavor", "metadata": {"name": "any"}},
+        {
+            **kueue,
+            "kind": "ClusterQueue",
+            "metadata": {"name": QUEUE},
+            "spec": {
+                "namespaceSelector": {},
+                "resourceGroups": [{"coveredResources": ["cpu"], "flavors": flavors}],
+                "preemption": {"withinClusterQueue": "LowerPriority"},
+            },
+        },
+        {
+            **kueue,
+            "kind": "LocalQueue",
+            "metadata": {"name": QUEUE, "namespace": namespace},
+            "spec": {"clusterQueue": QUEUE},
+        },
+        *(
+            {**kueue, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
+            for name, value in {"low": 1, "high": 1000}.items()
+        ),
+    )
+    yield
+    world.kubectl("delete", "clusterqueue", QUEUE, "--wait=false")
+
+
+def queued(world: World, namespace: str, name: str, priority: str, steps: int = STEPS) -> dict[str, Any]:
+    """Return a run whose every stage takes the whole quota."""
+    stages = [
+        {**corpus(), "resources": {"cpu": "1"}},
+        {**vocabulary(), "resources": {"cpu": "1"}},
+        training("train", steps),
+    ]
+    defaults = {"resources": {"cpu": "500m"}, "queue": {"name": QUEUE, "priorityClass": priority}}
+    return training_run(world, namespace, name, stages, defaults=defaults)
+
+
+def reservations(world: World, namespace: str) -> list[str]:
+    """Return the runs whose stages hold quota now."""
+    holders = []
+    for workload in world.list("workloads.kueue.x-k8s.io", namespace):
+        conditions = {item["type"]: item["status"] for item in workload.get("status", {}).get("conditions", ())}
+        if conditions.get("QuotaReserved") == "True" and conditions.get("Finished") != "True":
+            holders.append(workload["metadata"]["ownerReferences"][0]["name"])
+    return holders
+
+
+def test_two_runs_take_turns_and_neither_holds_quota_it_does_not_use(world: World, namespace: str) -> None:
+    runs = [world.submit(queued(world, namespace, f"turn-{name}", "low", steps=10)) for name in ("a", "b")]
+    seen: set[str] = set()
+    deadline = time.monotonic() + 420
+    while not all(run.has("Complete") for run in runs):
+        assert time.monotonic() < deadline, "\n".join(run.described() for run in runs)
+        holders = reservations(world, namespace)
+        assert len(holders) <= 1
+        seen.update(holders)
+    assert len(seen) == 6  # each of the six stages had it once
+    finished = [[stage["finished"] for stage in run.status()["stages"]] for run in runs]
+    assert min(map(max, finished)) > max(map(min, finished))  # stage by stage, not run after run
+
+
+def test_a_suspended_stage_gives_its_quota_back_and_goes_on_from_its_last_step(world: World, namespace: str) -> None:
+    run = world.submit(queued(world, namespace, "pause", "low"))
+    run.reaches("train", 20, 240)
+    run.patch({"suspend": True})
+    run.wait("it is suspended", lambda: run.has("Suspended"), 120)
+    assert run.stage("train")["state"] == "Suspended"
+    assert run.pods() == []
+    assert reservations(world, namespace) == []
+    saved = run.saved_step("train")
+    stopped = run.stage("train")["attempts"][-1]
+    assert stopped["lastStep"] == saved >= 20
+
+    run.patch({"suspend": False})
+    run.complete(300)
+    assert started_from(run, "train", 2) == saved
+    assert run.stage("train")["restarts"].get("infrastructure", 0) == 0
+
+
+def started_from(run: Run, stage: str, attempt: int) -> int:
+    """Return the step after which an attempt went on, by the metrics it has stored: the first step it logged, less
+    one."""
+    import json
+
+    from stagecoach_api.artifacts import attempt_prefix
+
+    prefix = attempt_prefix(run.stage(stage)["digest"], attempt)
+    first = run.store().read(f"{prefix}/logs/metrics.jsonl").splitlines()[0]
+    return int(json.loads(first)["step"]) - 1
+
+
+def test_a_more_important_run_takes_the_quota_and_both_complete(world: World, namespace: str) -> None:
+    low = world.submit(queued(world, namespace, "modest", "low"))
+    low.reaches("train", 20, 240)
+    high = world.submit(queued(world, namespace, "urgent", "high", steps=10))
+    low.wait("it is preempted", lambda: low.condition("QuotaReserved")["reason"] == "Preempted", 60)
+    assert "reempted" in low.condition("QuotaReserved")["message"]
+    high.complete(240)
+    low.complete(300)
+    assert finished(high, "corpus") < finished(low, "train")
+    restarts = low.stage("train").get("restarts", {})
+    assert restarts.get("infrastructure", 0) == restarts.get("user", 0) == 0  # to give way is not charged
+    uids = {name: low.body()["metadata"]["uid"] for name in [names.LABEL_RUN_UID]}
+    assert world.list("workloads.kueue.x-k8s.io", namespace, uids) == []
+
+
+def finished(run: Run, stage: str) -> str:
+    return str(run.stage(stage)["finished"])

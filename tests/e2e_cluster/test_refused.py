@@ -1,0 +1,222 @@
+"""Broken resources: the API server itself refuses what can be seen in the resource, whether an operator runs or not;
+what only the operator can know stands in the status, all of it at once. Nothing else happens."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cluster_world import SYSTEM, World, corpus, training, training_run, vocabulary
+
+from stagecoach_api import names
+
+pytestmark = pytest.mark.cluster
+
+Spec = dict[str, Any]
+Change = Callable[[Spec], object]
+
+
+def sound(world: World, namespace: str, name: str) -> dict[str, Any]:
+    """Return a run that nothing is wrong with."""
+    return training_run(world, namespace, name, [corpus(), vocabulary(), training("train", 10)])
+
+
+def put(path: str, value: object) -> Change:
+    """Return a change that sets the field at a dotted path below `spec`; numbers are places in a list."""
+
+    def change(spec: Spec) -> None:
+        *parents, last = path.split(".")
+        found: Any = spec
+        for part in parents:
+            found = found[int(part)] if part.isdigit() else found.setdefault(part, {})
+        found[int(last) if last.isdigit() else last] = value
+
+    return change
+
+
+def drop(path: str) -> Change:
+    """Return a change that removes the field at a dotted path below `spec`."""
+
+    def change(spec: Spec) -> None:
+        *parents, last = path.split(".")
+        found: Any = spec
+        for part in parents:
+            found = found[int(part)] if part.isdigit() else found[part]
+        del found[last]
+
+    return change
+
+
+BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "a stage of no kind": (drop("stages.0.data"), ("spec.stages[0]", "give exactly one of `data`")),
+    "a stage of two kinds": (
+        put("stages.0.tokenizer", {"train": {"data": [{"stage": "corpus"}], "vocabSize": 1024}}),
+        ("spec.stages[0]", "or remove the rest"),
+    ),
+    "a kind that does not exist": (put("stages.0.pretrian", {}), ('unknown field "spec.stages[0].pretrian"',)),
+    "a field that does not exist": (put("stages.2.pretrain.sequenceLenght", 1), ("sequenceLenght", "unknown field")),
+    "no stages": (put("stages", []), ("spec.stages", "at least 1 items")),
+    "two stages of one name": (put("stages.1.name", "corpus"), ("spec.stages[1]", "Duplicate value")),
+    "a stage without a name": (drop("stages.1.name"), ("spec.stages[1].name", "Required value")),
+    "a name that is no name": (put("stages.1.name", "Übung 1"), ("spec.stages[1].name", "should match")),
+    "a number in words": (
+        put("stages.2.pretrain.sequenceLength", "many"),
+        ("sequenceLength", "must be of type integer"),
+    ),
+    "a learning rate below zero": (
+        put("stages.2.pretrain.optimizer.learningRate", -1.0),
+        ("optimizer.learningRate", "should be greater than"),
+    ),
+    "no learning rate": (drop("stages.2.pretrain.optimizer.learningRate"), ("learningRate", "Required value")),
+    "two budgets": (put("stages.2.pretrain.budget.tokens", 10), ("budget", "give exactly one of `tokens`")),
+    "no budget": (put("stages.2.pretrain.budget", {}), ("pretrain.budget", "give exactly one of `tokens`")),
+    "a batch in tokens and in samples": (
+        put("stages.2.pretrain.batch.samples", 8),
+        ("pretrain.batch", "give exactly one of `tokens`, `samples`"),
+    ),
+    "an input from nowhere": (
+        put("stages.2.pretrain.data.0", {"name": "en"}),
+        ("data[0]", "exactly one of `stage`, `uri`"),
+    ),
+    "an input from two places": (
+        put("stages.2.pretrain.data.0.uri", "s3://models/x"),
+        ("data[0]", "exactly one of `stage`, `uri`"),
+    ),
+    "heads that do not divide the model": (
+        put("stages.2.pretrain.architecture.numHeads", 5),
+        ("architecture", "`hiddenSize` must be divisible by `numHeads`"),
+    ),
+    "an architecture without vocabulary": (
+        drop("stages.2.pretrain.tokenizer"),
+        ("`architecture` needs a `tokenizer`", "give one"),
+    ),
+    "a model and an architecture": (
+        put("stages.2.pretrain.model", {"stage": "corpus"}),
+        ("pretrain", "give exactly one of `model`, `architecture`"),
+    ),
+    "offload without sharding": (
+        put("stages.2.pretrain.sharding", {"offloadOptimizer": "cpu"}),
+        ("sharding", "`offloadOptimizer: cpu` needs `zero` of 1 or more"),
+    ),
+    "a word that is none of the allowed": (
+        put("stages.2.pretrain.precision", "fp8"),
+        ("precision", 'supported values: "bf16", "fp32"'),
+    ),
+    "a vocabulary of nothing": (
+        put("stages.1.tokenizer", {}),
+        ("tokenizer", "give at least one of `train`, `merge` and"),
+    ),
+    "topology required and preferred": (
+        put("stages.2.queue", {"name": "q", "requiredTopology": "rack", "preferredTopology": "block"}),
+        ("queue", "exclude each other: give at most one"),
+    ),
+    "a negative number of nodes": (
+        put("stages.2.resources.nodes", -2),
+        ("resources.nodes", "greater than or equal to 1"),
+    ),
+    "an image without a digest": (put("stages.2.image", "trainer:latest"), ("spec.stages[2].image", "should match")),
+    "a spec that is a list": (lambda spec: spec.clear(), ("spec", "Required value")),
+}
+
+
+@pytest.mark.parametrize("what", BY_THE_API_SERVER)
+def test_the_api_server_refuses(what: str, world: World, namespace: str) -> None:
+    change, texts = BY_THE_API_SERVER[what]
+    body = sound(world, namespace, "broken")
+    change(body["spec"])
+    done = world.tries("kubectl", "create", "--filename", "-", given=body)
+    assert done.returncode != 0, done.stdout
+    assert [text for text in texts if text not in done.stderr] == [], done.stderr
+    assert world.list(names.PLURAL, namespace) == []
+
+
+BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
+    "a cycle": (
+        put("stages.0.after", ["train"]),
+        "InvalidSpec",
+        ("cycle", "corpus", "vocabulary", "train"),
+    ),
+    "a stage that does not exist": (
+        put("stages.2.pretrain.tokenizer", {"stage": "vocabluary"}),
+        "InvalidSpec",
+        ("spec.stages[2].pretrain.tokenizer.stage", "vocabluary", "vocabulary"),
+    ),
+    "several mistakes at once": (
+        lambda spec: [
+            put("stages.0.after", ["nobody"])(spec),
+            put("stages.2.pretrain.tokenizer", {"stage": "no"})(spec),
+        ],
+        "InvalidSpec",
+        ("spec.stages[0].after", "nobody", "spec.stages[2].pretrain.tokenizer.stage", "2 problems"),
+    ),
+    "a bucket that does not exist": (
+        put("storage.uri", "s3://no-such-bucket/x"),
+        "StorageUnreachable",
+        ("spec.storage.uri", "no-such-bucket"),
+    ),
+    "a server that does not answer": (
+        put("storage.endpoint", "http://127.0.0.1:9"),
+        "StorageUnreachable",
+        ("127.0.0.1:9",),
+    ),
+    "an input that is not there": (
+        put("stages.0.data.sources.0.uri", "data/gone.jsonl.gz"),
+        "InputNotFound",
+        ("spec.stages[0].data.sources[0].uri", "data/gone.jsonl.gz"),
+    ),
+    "a folder of somebody's laptop": (
+        put("stages.0.data.sources.0.uri", "/home/me/data.jsonl"),
+        "InvalidSpec",
+        ("spec.stages[0].data.sources[0].uri", "pods do not see a folder of your machine"),
+    ),
+    "no storage": (drop("storage.uri"), "InvalidSpec", ("spec.storage.uri", "s3://bucket/prefix")),
+    "an image that is not allowed": (
+        put("stages.2.image", "elsewhere.example.com/trainer@sha256:" + "2" * 64),
+        "ImageNotAllowed",
+        ("spec.stages[2].image", "elsewhere.example.com", "must be an allowed image"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BY_THE_OPERATOR)
+def test_the_operator_says_what_only_it_can_know(what: str, world: World, namespace: str) -> None:
+    change, reason, texts = BY_THE_OPERATOR[what]
+    body = sound(world, namespace, "unsound")
+    change(body["spec"])
+    run = world.submit(body)
+    try:
+        run.wait(
+            "it is refused",
+            lambda: run.condition("Accepted")["status"] == "False" or refusal(run)["status"] == "False",
+            60,
+        )
+        found = refusal(run)
+        assert found["reason"] == reason, found
+        assert [text for text in texts if text not in found["message"]] == [], found["message"]
+        for kind in ("jobsets", "pods", "configmaps"):
+            assert world.list(kind, namespace, {names.LABEL_RUN: "unsound"}) == [], kind
+    finally:
+        run.delete()
+
+
+def refusal(run: Any) -> dict[str, Any]:
+    """Return the condition that is false for a reason of its own: Accepted, or Planned where that is true."""
+    accepted: dict[str, Any] = run.condition("Accepted")
+    planned: dict[str, Any] = run.condition("Planned")
+    return accepted if accepted["status"] == "False" else planned
+
+
+def test_what_the_api_server_refuses_it_refuses_without_an_operator(world: World, namespace: str) -> None:
+    world.kubectl("scale", "deployment/stagecoach", f"-n{SYSTEM}", "--replicas=0")
+    try:
+        body = copy.deepcopy(sound(world, namespace, "broken"))
+        put("stages.2.pretrain.budget", {})(body["spec"])
+        done = world.tries("kubectl", "create", "--filename", "-", given=json.loads(json.dumps(body)))
+        assert done.returncode != 0
+        assert "give exactly one of `tokens`" in done.stderr
+    finally:
+        world.kubectl("scale", "deployment/stagecoach", f"-n{SYSTEM}", "--replicas=2")
+        world.kubectl("rollout", "status", "deployment/stagecoach", f"-n{SYSTEM}", "--timeout=120s")
