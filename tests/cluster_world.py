@@ -10,6 +10,8 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from stagecoach_api.store import Store, open_store
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "charts" / "stagecoach"
 RELEASE = "stagecoach"
-SYSTEM = "stagecoach-system"
+SYSTEM = "training"
 SECRET = "s3"  # noqa: S105  # a name
 LOCAL_REGISTRY = "localhost/stagecoach"
 ENV_ENDPOINT = "STAGECOACH_TEST_S3_ENDPOINT"
@@ -64,7 +66,11 @@ class S3:
     @property
     def environment(self) -> dict[str, str]:
         """Return what makes the AWS SDK, and so the command line, use it."""
-        return {"AWS_SHARED_CREDENTIALS_FILE": str(self.credentials), "AWS_DEFAULT_REGION": REGION}
+        return {
+            "AWS_SHARED_CREDENTIALS_FILE": str(self.credentials),
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }
 
     def uri(self, prefix: str) -> str:
         return f"s3://{self.bucket}/{prefix}"
@@ -74,17 +80,18 @@ class S3:
 
     def upload(self, folder: Path, prefix: str) -> None:
         """Copy a folder, as `aws s3 cp --recursive` does."""
-        access, secret = self.keys
-        client = boto3.client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=access,
-            aws_secret_access_key=secret,
-            region_name=REGION,
-        )
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                client.upload_file(str(path), self.bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
+                self._bucket.upload_file(str(path), f"{prefix}/{path.relative_to(folder).as_posix()}")
+
+    def empty(self, prefix: str) -> None:
+        """Delete everything below a prefix."""
+        self._bucket.objects.filter(Prefix=f"{prefix}/").delete()
+
+    @property
+    def _bucket(self) -> Any:
+        session = boto3.session.Session(*self.keys, region_name=REGION)
+        return session.resource("s3", endpoint_url=self.endpoint).Bucket(self.bucket)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class World:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = os.pathsep.join([*map(str, self.programs), os.environ.get("PATH", "")])
+        path = os.pathsep.join(map(str, [*self.programs, Path(sys.executable).parent, os.environ.get("PATH", "")]))
         return {**os.environ, **self.s3.environment, "PATH": path, "KUBECONFIG": str(self.kubeconfig)}
 
     # -- programs ------------------------------------------------------------------------------------------------------
@@ -109,6 +116,12 @@ class World:
         """Run kubectl. `given`: JSON on its standard input. Raises ClusterError with what it said."""
         text = None if given is None else json.dumps(given)
         return run_program(["kubectl", *arguments], given=text, environment=self.environment)
+
+    def run(self, command: Sequence[str], cwd: Path | None = None) -> str:
+        """Run a command that must succeed; return what it printed."""
+        done = self.tries(*command, cwd=cwd)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout
 
     def tries(self, *command: str, given: object = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command that may fail."""
@@ -119,9 +132,7 @@ class World:
 
     def stagecoach(self, *arguments: str, cwd: Path | None = None) -> str:
         """Run our own command line."""
-        done = self.tries(sys.executable, "-m", "stagecoach_cli", *arguments, cwd=cwd)
-        assert done.returncode == 0, f"stagecoach {' '.join(arguments)}: {done.stdout}{done.stderr}"
-        return done.stdout
+        return self.run(["stagecoach", *arguments], cwd)
 
     def helm(self, *arguments: str) -> str:
         return run_program(["helm", *arguments], environment=self.environment)
@@ -145,11 +156,7 @@ class World:
     @contextmanager
     def namespace(self, name: str) -> Iterator[str]:
         """Make a namespace for runs, restricted as production's are, with the key to S3; remove it afterwards."""
-        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-        self.apply(
-            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}},
-            secret_of(self.s3, name),
-        )
+        self.apply(namespace_of(name), secret_of(self.s3, name))
         try:
             yield name
         finally:
@@ -272,6 +279,12 @@ def _in(namespace: str) -> tuple[str, ...]:
 # -- makers ------------------------------------------------------------------------------------------------------------
 
 
+def namespace_of(name: str) -> Body:
+    """Return a namespace that admits restricted pods only, as production's do."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+
+
 def secret_of(s3: S3, namespace: str) -> Body:
     access, secret = s3.keys
     return {
@@ -365,28 +378,52 @@ def _is_test_cluster(kubeconfig: Path) -> bool:
 
 @contextmanager
 def installed(world: World) -> Iterator[World]:
-    """Build the images if they are nowhere, install the chart, upload the examples' data."""
+    """Build the images if they are nowhere, upload the examples' data, install the chart as the README says."""
     registry = os.environ.get(ENV_REGISTRY) or provide_images(world)
+    leave(world)
+    for prefix in ("demo", "e2e"):  # what an earlier suite left
+        world.s3.empty(prefix)
     world.s3.upload(ROOT / "examples" / "data", "inputs/data")
-    world.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM}}, secret_of(world.s3, SYSTEM))
-    values = {
+    world.apply(namespace_of(SYSTEM), secret_of(world.s3, SYSTEM))
+    values = ROOT / "build" / "e2e-values.json"
+    values.parent.mkdir(exist_ok=True)
+    values.write_text(json.dumps(values_of(world.s3, registry)))
+    (command,) = readme_commands("helm install")
+    world.run([str(values) if word == "values.yaml" else word for word in command], cwd=ROOT)
+    yield world
+    leave(world)
+
+
+def values_of(s3: S3, registry: str) -> Body:
+    """Return the chart's values: one operator for all namespaces, and storage for runs that name none."""
+    return {
         "scope": "cluster",
         "images": {"registry": registry, "pullPolicy": "IfNotPresent"},
-        "storage": {"credentialsSecret": SECRET, "endpoint": world.s3.endpoint, "region": REGION},
+        "storage": {
+            "uri": s3.uri("demo"),
+            "inputs": s3.uri("inputs"),
+            "endpoint": s3.endpoint,
+            "region": REGION,
+            "credentialsSecret": SECRET,
+        },
         "stages": {"graceSeconds": 60, "allowedImages": ["registry.example.com/*", "registry.invalid/*"]},
     }
-    file = ROOT / "build" / "e2e-values.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(values))
-    world.helm(
-        "upgrade", "--install", RELEASE, str(CHART), f"--namespace={SYSTEM}", f"--values={file}", "--wait",
-        "--timeout=5m",
-    )  # fmt: skip
-    try:
-        yield world
-    finally:
+
+
+def leave(world: World) -> None:
+    """Remove Stagecoach from the cluster, if it is there."""
+    if RELEASE in world.helm("list", "--short", f"--namespace={SYSTEM}").split():
+        world.kubectl("delete", names.PLURAL, "--all", f"--namespace={SYSTEM}", "--timeout=180s")
         world.helm("uninstall", RELEASE, f"--namespace={SYSTEM}", "--wait", "--timeout=5m")
-        world.kubectl("delete", "namespace", SYSTEM, "--timeout=120s")
+    world.kubectl("delete", "namespace", SYSTEM, "--ignore-not-found", "--timeout=180s")
+
+
+def readme_commands(beginning: str) -> list[list[str]]:
+    """Return the commands of the README's part on clusters that begin so, as words."""
+    part = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## On a cluster\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(beginning)]
 
 
 def provide_images(world: World) -> str:

@@ -8,12 +8,12 @@ from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV_STATE = "STAGECOACH_CLUSTER_STATE"
 ENV_CACHE = "STAGECOACH_CLUSTER_CACHE"
 DEFAULT_STATE = Path("/var/tmp/stagecoach-cluster")  # noqa: S108 - made with mode 0700, see `Layout.make`
 """Short, since the paths of Unix sockets below it may have 107 characters."""
-DEFAULT_CACHE = ROOT / "build" / "cluster"
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagecoach" / "cluster"
+"""One for all checkouts: programs lie in folders named after their versions."""
 FIRST_PORT = 26443
 
 POD_NETWORK = IPv4Network("10.213.0.0/24")

@@ -68,10 +68,11 @@ def queue_objects(namespace: str, name: str, gpus: int) -> list[dict[str, Any]]:
 
 def stage(name: str, nodes: int, image: str = ENDLESS, **resources: Any) -> dict[str, Any]:
     """Return a stage whose pods no trainer runs: only where they go is looked at."""
+    asked = {"nodes": nodes, "gpusPerNode": 8, "gpuProduct": A100, "cpu": "8", **resources}
     return {
         "name": name,
         "image": image,
-        "resources": {"nodes": nodes, "gpusPerNode": 8, "gpuProduct": A100, "cpu": "8", **resources},
+        "resources": {field: value for field, value in asked.items() if value is not None},
         "pretrain": {
             "model": {"uri": "data"},
             "data": [{"uri": "data/english.jsonl.gz", "format": "text"}],
