@@ -18,24 +18,21 @@ STAGES = (
     "pod/fast/pod-delete.yaml",
 )
 """What happens to pretended nodes and pods, from the module: nodes are Ready, pods run and are deleted at once."""
-POD_END = Path(__file__).with_name("pretended-pod-end.yaml")
+PODS = Path(__file__).with_name("pretended-pods.yaml")
 PRETENDED = "kwok.x-k8s.io/node"
 READY_SECONDS = 60
 GPUS_PER_NODE = 8
-PARALLEL_PODS = 32
-"""Pods whose state is changed at the same time: with KWOK's 4, a thousand of them take two minutes."""
 POD_NETWORK = "10.216.0.1/16"
 """Addresses given to pretended pods: nothing answers there."""
 
 
 def start(layout: Layout, builder: Builder, processes: Processes, control_plane: ControlPlane) -> None:
     """Start KWOK for nodes that carry its annotation; there are none at first."""
-    stages = [*(builder.folder("kwok", "stages") / stage for stage in STAGES), POD_END]
+    stages = [*(builder.folder("kwok", "stages") / stage for stage in STAGES), PODS]
     command: list[str | Path] = [builder.program("kwok", "kwok"), f"--kubeconfig={layout.kubeconfig}"]
     command += ["--manage-all-nodes=false", f"--manage-nodes-with-annotation-selector={PRETENDED}=fake"]
     command += [f"--server-address={LOOPBACK}:{layout.port('kwok')}", f"--cidr={POD_NETWORK}"]
-    command += [f"--pod-play-stage-parallelism={PARALLEL_PODS}", "--node-lease-duration-seconds=40"]
-    command += [f"--config={','.join(map(str, stages))}"]
+    command += ["--node-lease-duration-seconds=40", f"--config={','.join(map(str, stages))}"]
     kubectl = control_plane.kubectl
     with timed("kwok", "ready"):
         processes.start("kwok", command)
