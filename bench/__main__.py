@@ -47,13 +47,13 @@ def use_all_threads() -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
 
 
-def table(found: list[Figure]) -> Table:
-    """Return the figures for people."""
-    shown = Table("what", "unit", "ours", "Trainer", "ratio", "goal", "")
+def table(found: list[Figure], peer: str = "Trainer") -> Table:
+    """Return the figures for people. `peer`: what ours is measured beside."""
+    shown = Table("what", "unit", "ours", peer, "ratio", "goal", "")
     for figure in found:
-        peer, ratio = _number(figure.peer), _number(figure.ratio)
+        theirs, ratio = _number(figure.peer), _number(figure.ratio)
         mark = "[green]met[/]" if figure.met else "[red]missed[/]"
-        shown.add_row(figure.name, figure.unit, _number(figure.ours), peer, ratio, figure.goal, mark)
+        shown.add_row(figure.name, figure.unit, _number(figure.ours), theirs, ratio, figure.goal, mark)
     return shown
 
 

@@ -1,0 +1,270 @@
+"""Where the bench runs: a cluster, a namespace of its own, pretended nodes, a folder in S3, and the operator.
+
+The operator is a process of this machine, from this checkout, with the service account and the rights that the chart
+gives it: so its calls can be told apart in the audit log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cluster.__main__ import Cluster, find_cluster
+from cluster.kubectl import Helm, Kubectl
+from cluster.kwok import gpu_node
+from cluster.layout import Kind, find_layout
+from cluster.s3 import BUCKET, REGION
+from kubernetes import config
+
+from bench.measuring import ROOT
+from stagecoach_api import names
+from stagecoach_api.store import Store, open_store
+
+CHART = ROOT / "charts" / "stagecoach"
+RELEASE = "stagecoach"
+DEFINITION = f"trainingruns.{names.API_GROUP}"
+RIGHTS = ("operator/serviceaccount", "rbac/runs", "rbac/lease")
+NUM_NODES = 2
+IMAGE = f"pretended@sha256:{'0' * 64}"
+"""Of the stages' pods, which are never really run."""
+INPUT = "text.txt"
+PORTS = ("probePort", "metricsPort", "progressPort")
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+LOG_CHARACTERS = 3000
+ENV_ENDPOINT = "STAGECOACH_TEST_S3_ENDPOINT"
+ENV_CREDENTIALS = "STAGECOACH_TEST_S3_CREDENTIALS"
+"""A file in the form of AWS's shared credentials."""
+PLAIN_ENVIRONMENT = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cluster that is ready for chains."""
+
+    kubectl: Kubectl
+    api: Any
+    """The official client's `ApiClient`, as the administrator."""
+    namespace: str
+    product: str
+    """GPU product of the pretended nodes: only the bench's pods go there."""
+    storage: str
+    """URI of the folder in S3 for all of this."""
+    endpoint: str
+    user: str
+    """As whom the operator calls the API server."""
+    audit_log: Path | None
+    """The API server's. None: it is not on this machine."""
+
+    def run_storage(self, run: str) -> dict[str, Any]:
+        """Return a run's `spec.storage`: a folder of its own, so that nothing is found finished."""
+        inputs = f"{self.storage}/inputs"
+        return {"uri": f"{self.storage}/{run}", "inputs": inputs, "endpoint": self.endpoint, "region": REGION}
+
+
+def prepare(stack: ExitStack) -> Place:
+    """Make everything that is needed; `stack` takes it away again, the last first."""
+    lead_to_cluster()
+    kubeconfig = Path(os.environ["KUBECONFIG"])
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    kubectl = Kubectl(program("kubectl"), kubeconfig)
+    helm = Helm(program("helm"), kubeconfig, folder)
+    namespace = f"stagecoach-bench-{secrets.token_hex(3)}"
+    product = f"Pretended-{namespace}"
+    define_runs(kubectl, helm, stack)
+    kubectl("create", "namespace", namespace)
+    stack.callback(kubectl, "delete", "namespace", namespace, "--timeout=120s")
+    kubectl.apply(rendered(helm, namespace, RIGHTS))
+    add_nodes(kubectl, namespace, product, stack)
+    storage = f"s3://{BUCKET}/{namespace}"
+    endpoint = make_storage(storage, stack)
+    start_operator(kubectl, folder, namespace, stack)
+    stack.callback(remove_runs, kubectl, namespace)
+    audit_log = kubeconfig.with_name("audit.log")
+    return Place(
+        kubectl=kubectl,
+        api=config.new_client_from_config(str(kubeconfig)),
+        namespace=namespace,
+        product=product,
+        storage=storage,
+        endpoint=endpoint,
+        user=f"system:serviceaccount:{namespace}:{RELEASE}",
+        audit_log=audit_log if audit_log.exists() else None,
+    )
+
+
+# -- the cluster -------------------------------------------------------------------------------------------------------
+
+
+def lead_to_cluster() -> None:
+    """Set the variables that lead to the cluster: KUBECONFIG's if that is set, else the test cluster, brought up."""
+    if "KUBECONFIG" not in os.environ:
+        cluster = find_cluster(None)
+        if cluster is None:
+            cluster = Cluster(find_layout(Kind.NODE))
+            cluster.up()
+        for line in cluster.describe():
+            name, _, value = line.removeprefix("export ").partition("=")
+            os.environ[name] = value.replace("$PATH", os.environ["PATH"])
+    missing = [name for name in (ENV_ENDPOINT, ENV_CREDENTIALS) if name not in os.environ]
+    if missing:
+        raise RuntimeError(f"the operator needs an S3 server with a bucket `{BUCKET}`: set {' and '.join(missing)}")
+    os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ[ENV_CREDENTIALS]
+
+
+def program(name: str) -> Path:
+    """Return where a program is. Raises RuntimeError when it is not in PATH."""
+    found = shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} is not in PATH; `PYTHONPATH=tests python -m cluster env` says where the test's is")
+    return Path(found)
+
+
+def rendered(helm: Helm, namespace: str, templates: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the objects of some of the chart's templates."""
+    shown = [word for template in templates for word in ("--show-only", f"templates/{template}.yaml")]
+    text = helm("template", RELEASE, CHART, "--namespace", namespace, *shown)
+    return [body for body in yaml.safe_load_all(text) if body]
+
+
+def define_runs(kubectl: Kubectl, helm: Helm, stack: ExitStack) -> None:
+    """Install the definition of TrainingRun if there is none; one that was installed here goes with its last run."""
+    if kubectl.succeeds("get", "crd", DEFINITION):
+        return
+    kubectl.apply(rendered(helm, "default", ("crd",)))
+    stack.callback(undefine_runs, kubectl)
+    kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=60s")
+
+
+def undefine_runs(kubectl: Kubectl) -> None:
+    if not kubectl("get", DEFINITION, "--all-namespaces", "--output=name").strip():
+        kubectl("delete", "crd", DEFINITION, "--timeout=60s")
+
+
+def add_nodes(kubectl: Kubectl, namespace: str, product: str, stack: ExitStack) -> None:
+    """Add pretended nodes for the bench's pods alone. Raises ClusterError where no KWOK makes them ready."""
+    nodes = [f"{namespace}-{index}" for index in range(NUM_NODES)]
+    kubectl.apply([gpu_node(name, product) for name in nodes])
+    for name in nodes:
+        stack.callback(kubectl, "delete", "node", name)
+    kubectl("wait", "--for=condition=Ready", "--timeout=60s", *(f"node/{name}" for name in nodes))
+
+
+def make_storage(uri: str, stack: ExitStack) -> str:
+    """Put the chain's input into S3; return the server's endpoint."""
+    endpoint = os.environ[ENV_ENDPOINT]
+    store = open_store(uri, endpoint, REGION)
+    store.write(f"inputs/{INPUT}", b"text\n")
+    stack.callback(empty, store)
+    return endpoint
+
+
+def empty(store: Store) -> None:
+    for entry in list(store.list()):
+        store.delete(entry.key)
+
+
+def remove_runs(kubectl: Kubectl, namespace: str) -> None:
+    """Delete the runs while the operator lives; take its finalizer off those it did not let go."""
+    where = f"--namespace={namespace}"
+    if kubectl.succeeds("delete", DEFINITION, "--all", where, "--timeout=60s"):
+        return
+    for run in kubectl("get", DEFINITION, where, "--output=name").split():
+        kubectl("patch", run, where, "--type=merge", '--patch={"metadata":{"finalizers":null}}')
+
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+
+def start_operator(kubectl: Kubectl, folder: Path, namespace: str, stack: ExitStack) -> None:
+    """Start the operator for one namespace, and wait until it leads."""
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    # The Lease has the name that the chart's Role allows.
+    settings = {"namespace": namespace, "leaseName": RELEASE, "trainerImage": IMAGE, **ports}
+    file, kubeconfig, log = folder / "settings.yaml", folder / "kubeconfig", folder / "operator.log"
+    file.write_text(json.dumps(settings))
+    kubeconfig.touch(mode=0o600)
+    kubeconfig.write_text(json.dumps(account_config(kubectl, namespace)))
+    environment = {name: os.environ[name] for name in PLAIN_ENVIRONMENT if name in os.environ}
+    environment |= {
+        "KUBECONFIG": str(kubeconfig),
+        "AWS_SHARED_CREDENTIALS_FILE": os.environ[ENV_CREDENTIALS],
+        "POD_NAME": "bench",
+        "POD_NAMESPACE": namespace,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "stagecoach_operator", "--settings", str(file)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    stack.callback(stop, process)
+    stack.push(lambda kind, *_: None if kind is None else print(log.read_text()[-LOG_CHARACTERS:], file=sys.stderr))
+    wait_for_leader(process, f"http://127.0.0.1:{ports['metricsPort']}/metrics")
+
+
+def account_config(kubectl: Kubectl, namespace: str) -> dict[str, Any]:
+    """Return a kubeconfig for the operator's service account."""
+    view = json.loads(kubectl("config", "view", "--raw", "--minify", "--flatten", "--output=json"))
+    token = kubectl("create", "token", RELEASE, f"--namespace={namespace}", "--duration=4h").strip()
+    cluster = view["clusters"][0]["cluster"]
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "cluster", "cluster": cluster}],
+        "users": [{"name": "operator", "user": {"token": token}}],
+        "contexts": [{"name": "operator", "context": {"cluster": "cluster", "user": "operator"}}],
+        "current-context": "operator",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+
+
+def wait_for_leader(process: subprocess.Popen[bytes], url: str) -> None:
+    """Wait until the operator holds its Lease. Raises RuntimeError when it ends or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while "stagecoach_leader 1" not in fetched(url):
+        if process.poll() is not None:
+            raise RuntimeError(f"the operator ended with exit code {process.returncode}; its log ends above")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the operator did not get its Lease within {START_SECONDS:.0f} s; its log ends above")
+        time.sleep(0.2)
+
+
+def fetched(url: str) -> str:
+    """Return what lies at a URL of this machine. Empty: nothing answers yet."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - an address of ours
+            return str(answer.read().decode())
+    except (urllib.error.URLError, OSError):
+        return ""
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
