@@ -234,6 +234,10 @@ class RunSpec(Model):
     suspend: bool = False
     """Stop at the next checkpoint and give up all resources; false goes on from there. Default: false."""
 
+    cancel: bool = False
+    """End everything that runs and start nothing more; finished stages and saved checkpoints stay. It goes before
+    `suspend`; false takes it back, and the run goes on from its checkpoints. Default: false."""
+
     defaults: StageSettings = StageSettings()
     """What stages inherit. Default: nothing is set."""
 

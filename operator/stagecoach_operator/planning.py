@@ -1,6 +1,6 @@
 """From a run's spec to its plan, which is kept beside the run: neither a new operator nor a new image re-runs it.
 
-A plan is made anew when the spec is edited, and only then; to suspend a run is no edit of what it computes.
+A plan is made anew when the spec is edited, and only then; to suspend or cancel a run is no edit of what it computes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from stagecoach_operator.watched import Raw, RunView
 
 PLAN_KEY = "plan.json"
 PROBE_KEY = ".stagecoach"
+NO_EDIT = frozenset({"suspend", "cancel"})
+"""Fields of a spec that say whether it is worked on, and nothing of what is computed."""
 INPUT_REMEDY = "put it there, or correct the URI; it is looked for again"
 MAX_PLAN_BYTES = 900_000
 """A ConfigMap holds 1 MiB."""
@@ -48,7 +50,7 @@ class Snapshot:
     image: str
     """The operator's trainer image when the plan was made: it belongs to `plan.code`."""
     spec_digest: str
-    """Digest of the spec it was made of, `suspend` apart: while that is the same, so is the plan."""
+    """Digest of the spec it was made of, `NO_EDIT` apart: while that is the same, so is the plan."""
 
     @property
     def storage_uri(self) -> str:
@@ -75,7 +77,7 @@ class Refusal:
 
 def spec_digest(run: RunView) -> str:
     """Return the digest of everything in a spec that a plan rests on."""
-    return digest_of({key: value for key, value in run.spec.items() if key != "suspend"})
+    return digest_of({key: value for key, value in run.spec.items() if key not in NO_EDIT})
 
 
 def plan_run(  # noqa: PLR0911 - each refusal ends it

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stagecoach_api import names
-from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, TrainingRunStatus
+from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_api.stores.lookup import artifact_uri
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
@@ -69,6 +69,9 @@ DIAGNOSE_SECONDS = 10.0
 """How often the events of a stuck pod are read."""
 ANSWER_SECONDS = 1.0
 """How long a status is held back for an answer of the store: mostly it is there at once, and saves a write."""
+PODS_SECONDS = 2.0
+"""How long a status is held back for the pods of attempts that were just made: mostly they run soon, and that saves a
+write. What ended before is in S3 and in its pods meanwhile."""
 TROUBLE_SECONDS = 15.0
 """How soon what the cluster refused is tried again."""
 
@@ -90,6 +93,8 @@ class RunMemory:
     saved_at: float = 0.0
     asking_since: float | None = None
     """Since when answers of the store are awaited. None: none are."""
+    made_at: float = 0.0
+    """When attempts were last made."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,10 @@ class Reconciler:
             return await self._end(look, doomed, memory)
         ask_again_at = self._ask(look)
         if await self._start(look, memory):
+            memory.made_at = self.clock()
             look = self._look(self.cluster.cache.runs.get(run.meta.uid, run), plan, memory)
         await self._diagnose(look, memory)
-        tell_at = answers_awaited_until(look, memory)
+        tell_at = answers_awaited_until(look, memory) or pods_awaited_until(look, memory)
         if tell_at is not None:
             return tell_at
         flush_at = await self._save(look, memory)
@@ -192,6 +198,7 @@ class Reconciler:
             forgotten=forgotten_of(run.status),
             since=asked_at(run),
             suspend=bool(run.spec.get("suspend")),
+            cancel=bool(run.spec.get("cancel")),
         )
         return Look(run, snapshot, sights, decide(snapshot.plan, observed, now), now)
 
@@ -363,6 +370,15 @@ def answers_awaited_until(look: Look, memory: RunMemory) -> float | None:
         memory.asking_since = look.now
     until = memory.asking_since + ANSWER_SECONDS
     return until if look.now < until else None
+
+
+def pods_awaited_until(look: Look, memory: RunMemory) -> float | None:
+    """Return until when the status is held back for pods to run. None: it is told now, as is all that is amiss."""
+    until = memory.made_at + PODS_SECONDS
+    waits = [sight.waiting.reason for sight in look.living() if sight.waiting is not None]
+    soon = bool(waits) and all(reason is Reason.WAITING_FOR_PODS for reason in waits) and memory.trouble is None
+    accepted = look.run.status.observed_generation == look.run.generation
+    return until if soon and accepted and look.now < until else None
 
 
 def asked_at(run: RunView) -> float:

@@ -59,10 +59,10 @@ def test_a_plan_of_another_run_or_a_damaged_one_is_none(world: World) -> None:
     assert from_config_map({**body, "data": {}}, world.run()) is None
 
 
-def test_to_suspend_is_no_edit_and_anything_else_is(world: World) -> None:
+def test_to_suspend_or_cancel_is_no_edit_and_anything_else_is(world: World) -> None:
     world.submit(data_stage("a"))
     before = spec_digest(world.run())
-    world.api.edit_spec("demo", suspend=True)
+    world.api.edit_spec("demo", suspend=True, cancel=True)
     assert spec_digest(world.run()) == before
     world.api.edit_spec("demo", seed=1)
     assert spec_digest(world.run()) != before

@@ -190,6 +190,65 @@ def test_suspending_ends_the_attempt_and_resuming_goes_on_with_the_next(world: W
     assert world.two_at_once == []
 
 
+def test_a_cancelled_run_ends_what_runs_and_goes_on_when_that_is_taken_back(world: World) -> None:
+    world.holds.add("b")
+    world.submit(*CHAIN)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 60)
+        assert states(world) == [StageState.SUCCEEDED, StageState.RUNNING, StageState.PENDING]
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"cancel": True, "suspend": True})
+        await drive(world, operator, 60)
+        assert states(world) == [StageState.SUCCEEDED, StageState.CANCELLED, StageState.CANCELLED]
+        assert [name for name in world.jobsets() if "-a-" not in name] == []
+        assert world.run().finalizers == ()
+        told = {item.type: (item.status.value, item.reason) for item in world.status().conditions}
+        assert told[ConditionType.FAILED] == ("True", Reason.CANCELLED)
+        assert told[ConditionType.PROGRESSING] == ("False", Reason.NOTHING_TO_DO)
+        assert told[ConditionType.COMPLETE] == ("False", Reason.STAGES_UNFINISHED)
+        assert world.status().summary.state is RunState.CANCELLED  # type: ignore[union-attr]
+        made = list(world.pods_made)
+        world.holds.clear()
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"cancel": False})
+        await drive(world, operator, 60)
+        assert world.status().summary.state is RunState.SUSPENDED  # type: ignore[union-attr]
+        assert world.pods_made == made
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"suspend": False})
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert world.condition(ConditionType.FAILED).status.value == "False"
+    stage = world.stage("b")
+    assert (stage.attempt, stage.restarts.preemption, stage.restarts.infrastructure) == (2, 1, 0)
+    assert world.two_at_once == []
+
+
+def test_a_run_that_is_submitted_cancelled_starts_nothing(world: World) -> None:
+    world.submit(*CHAIN, cancel=True)
+    play(world)
+    assert states(world) == [StageState.CANCELLED] * 3
+    assert world.pods_made == []
+
+
+def test_cancelling_a_failed_run_leaves_it_failed(world: World) -> None:
+    world.ends["a"] = [Ends(64, "user", "bad data")]
+    world.submit(*CHAIN)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator)
+        world.api.edit(TRAINING_RUNS, "team", "demo", spec={"cancel": True})
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert world.condition(ConditionType.FAILED).reason is Reason.USER_ERROR
+    assert world.status().observed_generation == 2
+
+
 def test_deleting_a_run_waits_for_its_pods_and_leaves_nothing(world: World) -> None:
     world.holds.add("b")
     world.submit(*CHAIN)

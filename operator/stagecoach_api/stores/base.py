@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -63,6 +63,9 @@ class StoreEntry:
     checksum: str
     """`sha256:…` of a local file (only `list_external` computes it; a folder store's own `list` leaves it empty, since
     it would have to read every byte), `etag:…` on S3."""
+
+    modified: float = field(default=0.0, compare=False)
+    """When it was written, in seconds since the epoch; 0 where `list_external` does not tell."""
 
 
 class Store(Protocol):

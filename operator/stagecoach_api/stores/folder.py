@@ -57,7 +57,8 @@ class FolderStore:
         for key in keys:
             # A file may go between the walk and here (another run deletes its checkpoints): it is no longer listed.
             with contextlib.suppress(FileNotFoundError):
-                yield StoreEntry(key, (self._root / key).stat().st_size, "")
+                stat = (self._root / key).stat()
+                yield StoreEntry(key, stat.st_size, "", stat.st_mtime)
 
     def exists(self, key: str) -> bool:
         with translated(key):

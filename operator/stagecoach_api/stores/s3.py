@@ -107,7 +107,8 @@ class S3Store:
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(root)
                 if key and not key.endswith("/"):  # consoles make empty objects to show folders
-                    yield StoreEntry(key, item["Size"], "etag:" + item["ETag"].strip('"'))
+                    tag = "etag:" + item["ETag"].strip('"')
+                    yield StoreEntry(key, item["Size"], tag, item["LastModified"].timestamp())
             following = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or following in (None, token):
                 return
