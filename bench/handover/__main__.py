@@ -15,7 +15,7 @@ from bench.handover.chains import NUM_HANDOVERS, Ours, Peer, Round
 from bench.handover.place import prepare
 from bench.measuring import Figure, Goal, alone, alternate
 
-ROUNDS = 6
+ROUNDS = 5
 """Chains of each side; every one has `NUM_HANDOVERS` hand-overs."""
 MILLISECONDS = Goal("≤", 150)
 WRITES = Goal("≤", 3)

@@ -71,16 +71,43 @@ def test_finished_stages_are_found_by_name_in_the_store(world: World) -> None:
 
 
 def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
+    world.holds |= {"a", "b"}
     world.submit(*CHAIN)
-    play(world)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        for stage in ("a", "b"):
+            await drive(world, operator, 30)
+            world.holds.remove(stage)
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
     at = [place for place, what in enumerate(world.api.writes) if what.startswith("create jobsets")]
-    between = world.api.writes[at[0] + 2 : at[1] + 2]
-    assert [what.split(" ")[:2] for what in between if "running" not in what][-3:] == [
+    between = world.api.writes[at[1] + 1 : at[2] + 1]
+    assert [what.split(" ")[:2] for what in between] == [
+        ["patch", "trainingruns/status"],
         ["create", "configmaps"],
         ["create", "jobsets"],
-        ["patch", "trainingruns/status"],
     ]
     assert world.api.reads == []
+
+
+def test_pods_that_do_not_run_soon_do_not_hold_the_status_back(world: World) -> None:
+    world.waits["b"] = {"reason": "ContainerCreating"}
+    world.submit(*CHAIN)
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 6)
+        assert states(world) == [StageState.SUCCEEDED, StageState.PENDING, StageState.PENDING]
+        assert world.stage("b").waiting_for == "0 of 1 pods run"
+        world.waits.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert states(world) == [StageState.SUCCEEDED] * 3
 
 
 def test_the_same_work_under_another_name_makes_no_pod(world: World) -> None:
