@@ -40,8 +40,8 @@ DEFINITION = f"trainingruns.{names.API_GROUP}"
 RIGHTS = ("operator/serviceaccount", "rbac/runs", "rbac/lease")
 NUM_NODES = 2
 IMAGE = f"pretended/runs-2s@sha256:{'0' * 64}"
-"""Of the stages' pods: KWOK ends them after two seconds (tests/cluster/pretended-pods.yaml). The Job controller looks at
-a Job once a second: pods that end sooner would flatter the chain that waits for it."""
+"""Of the stages' pods: KWOK ends them after two seconds (tests/cluster/pretended-pods.yaml). The Job controller looks
+at a Job once a second: pods that end sooner would flatter the chain that waits for it."""
 INPUT = "text.txt"
 PORTS = ("probePort", "metricsPort", "progressPort")
 START_SECONDS = 60.0
