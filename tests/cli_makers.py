@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from stagecoach_cli.prepare import Prepared, prepare
 from stagecoach_cli.view import Snapshot
 from stagecoach_cli.workspace import RunRecord, Workspace
 from stagecoach_core.policies.selection import starting_from, until
+
+Cli = Callable[..., tuple[int, str]]
+"""The command line: arguments in; exit code and output out."""
 
 DRIVE = Path(__file__).parent / "cli" / "drive.py"
 FAKE_LAUNCHER = Path(__file__).parent / "cli" / "fake_launcher.py"

@@ -63,6 +63,8 @@ class Driver:
     view: View
     interrupts: Callable[[], int] = lambda: 0
     """How often the user has asked to stop."""
+    cancelled: Callable[[], bool] = lambda: False
+    """Whether the user has asked to end the run."""
     clock: Callable[[], float] = time.time
 
     _since: float = 0.0
@@ -127,6 +129,7 @@ class Driver:
             artifacts=dict(self._answers),
             since=self._since,
             suspend=self.job.suspend or self.interrupts() > 0,
+            cancel=self.job.cancel or self.cancelled(),
             selected=self.job.selected,
             forced=self.job.forced,
             forced_since=self._since,

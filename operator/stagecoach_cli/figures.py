@@ -32,6 +32,14 @@ def quantity(value: float) -> str:
     return f"{value:.3g}" if value != int(value) else str(int(value))
 
 
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in three significant digits: `812 B`, `12.3 kB`, `4.2 MB`, `1.5 GB`, `2 TB`."""
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if num_bytes >= THOUSAND**power * 0.9995:
+            return f"{num_bytes / THOUSAND**power:.3g} {unit}"
+    return f"{int(num_bytes)} B"
+
+
 def metric(value: float) -> str:
     """Return a measured value in four significant digits, large ones as counts."""
     if value != value or abs(value) >= 10_000:  # noqa: PLR0124  # not a number

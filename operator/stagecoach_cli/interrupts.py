@@ -1,4 +1,7 @@
-"""Ctrl-C and its kin, counted: the first asks for a clean stop, the second ends everything at once."""
+"""Ctrl-C and its kin, counted: the first asks for a clean stop, the second ends everything at once.
+
+`stagecoach suspend` and `stagecoach cancel` ask from another process. However often they ask, it is a clean stop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SUSPEND = signal.SIGUSR1
+CANCEL = signal.SIGUSR2
 
 
 class Interrupts:
@@ -14,10 +19,12 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
+        self.cancelled = False
+        """Whether the run is not to go on."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in SIGNALS:
+        for number in (*SIGNALS, SUSPEND, CANCEL):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -26,5 +33,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Only a number: a handler runs between any two instructions, where no lock may be taken.
-        self.count += 1
+        # Only numbers: a handler runs between any two instructions, where no lock may be taken.
+        if number == CANCEL:
+            self.cancelled = True
+        if number in SIGNALS:
+            self.count += 1
+        else:
+            self.count = max(self.count, 1)

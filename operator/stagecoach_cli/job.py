@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stagecoach_api.store import Store
 from stagecoach_cli.machine import Machine, num_ranks
-from stagecoach_cli.workspace import RunFolder, Workspace
+from stagecoach_cli.workspace import Invocation, RunFolder, Workspace
 from stagecoach_core.values import Plan
 
 LAUNCHER = (sys.executable, "-m", "stagecoach_trainer.launcher")
@@ -37,8 +37,11 @@ class Job:
     """Ranks of training stages. None: what their resources say, as far as the machine goes."""
     suspend: bool = False
     """The run itself says that it is to stop (`spec.suspend`)."""
+    cancel: bool = False
+    """The run itself says that it is to end (`spec.cancel`)."""
     selected: frozenset[str] | None = None
     forced: frozenset[str] = frozenset()
+    invocation: Invocation = field(default_factory=Invocation)
     launcher: tuple[str, ...] = LAUNCHER
     poll_seconds: float = POLL_SECONDS
     grace_seconds: float = GRACE_SECONDS

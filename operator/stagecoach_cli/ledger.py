@@ -42,6 +42,7 @@ class Ledger:
             storage_uri=self.job.store.uri,
             storage_endpoint=self.job.storage_endpoint,
             storage_region=self.job.storage_region,
+            invocation=self.job.invocation,
             state=decision.state,
             message=decision.message,
             updated=0.0,

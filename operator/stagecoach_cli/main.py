@@ -17,8 +17,12 @@ COMMANDS = {
     "run": "stagecoach_cli.commands.run",
     "plan": "stagecoach_cli.commands.plan",
     "validate": "stagecoach_cli.commands.validate",
+    "submit": "stagecoach_cli.commands.submit",
     "status": "stagecoach_cli.commands.status",
     "logs": "stagecoach_cli.commands.logs",
+    "suspend": "stagecoach_cli.commands.suspend",
+    "resume": "stagecoach_cli.commands.resume",
+    "cancel": "stagecoach_cli.commands.cancel",
     "render": "stagecoach_cli.commands.render",
     "artifacts": "stagecoach_cli.commands.artifacts",
     "version": "stagecoach_cli.commands.version",
@@ -43,7 +47,10 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
-    """Train language models stage by stage from one file.
+    """Train language models stage by stage from one file, on this machine (`run`) or on a cluster (`submit`).
+
+    The other commands speak to both: where this folder's workspace (.stagecoach) has a run by the given name, and
+    neither --namespace nor --context is given, that run is meant, else the cluster's.
 
     Exit codes: 0 done, 1 the run failed, 2 the input is invalid, 130 interrupted.
     """

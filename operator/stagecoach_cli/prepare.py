@@ -74,16 +74,16 @@ def _may_exist(error: StoreError) -> bool:
     return isinstance(error, AccessDenied | Unreachable)
 
 
-def check(file: Path, overrides: Sequence[str] = ()) -> LoadedRun:
+def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> LoadedRun:
     """Load a run and check that its graph is one and that its local inputs exist; their bytes are not read.
 
-    Raises InvalidRun with all problems.
+    `inputs`: whether inputs are looked for on this machine. Raises InvalidRun with all problems.
     """
     loaded = load_run(file, overrides)
     root = input_root(loaded.run, loaded.folder)
 
     def is_local(uri: str) -> bool:
-        return not absolute(uri, root).startswith("s3:")
+        return inputs and not absolute(uri, root).startswith("s3:")
 
     lookup = look_up(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
     problems = missing_inputs(loaded, lookup.failures)

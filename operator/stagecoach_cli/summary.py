@@ -13,7 +13,7 @@ from stagecoach_api.store import Store, StoreError
 from stagecoach_cli.figures import duration, metric, quantity, short
 from stagecoach_cli.machine import TRAINING_KINDS
 from stagecoach_cli.tail import last_lines
-from stagecoach_cli.view import FINISHED, Snapshot, StageRow
+from stagecoach_cli.view import FINISHED, Snapshot, StageRow, causes
 from stagecoach_core.values import StageState
 
 if TYPE_CHECKING:
@@ -210,15 +210,11 @@ def print_failures(console: Console, snapshot: Snapshot) -> None:
     for row in snapshot.rows:
         if row.view.state is not StageState.FAILED:
             continue
-        console.print(Text(f"\n{row.name} failed{_causes(row)}", style="bold red"))
+        why = causes(row)
+        console.print(Text(f"\n{row.name} failed" + (f" ({why})" if why else ""), style="bold red"))
         console.print(Text(f"  {_indented(row.view.message, '  ')}"), soft_wrap=True)
         if row.log is None:
             continue
         console.print(Text(f"  log: {row.log}", style="dim"), soft_wrap=True)
         for line in last_lines(row.log, FAILURE_LINES):
             console.print(Text(f"  | {line}", style="dim"), soft_wrap=True)
-
-
-def _causes(row: StageRow) -> str:
-    causes = [f"{cause.value} × {count}" for cause, count in row.view.restarts.items() if count]
-    return f" ({', '.join(causes)})" if causes else ""

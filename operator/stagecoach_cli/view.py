@@ -61,6 +61,8 @@ class StageRow:
     """How long the finished work took. None: it is not finished, or not known."""
     ranks: int = 1
     log: Path | None = None
+    eta: float | None = None
+    """When its work will probably be done, seconds since the epoch. None: not known."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,14 @@ class SilentView:
 
 def describe(row: StageRow) -> str:
     """Return what is to be said of a stage beside its name and bar."""
-    return _DESCRIPTIONS.get(row.view.state, _describe_end)(row)
+    said = _DESCRIPTIONS.get(row.view.state, _describe_end)(row)
+    restarts = row.view.restarts if row.view.state not in ENDED else {}  # of a failure they are told with its cause
+    return f"{said}  restarted: {causes(row)}" if any(restarts.values()) else said
+
+
+def causes(row: StageRow) -> str:
+    """Return how often attempts failed, by cause: `infrastructure × 2, hang × 1`. Empty: none did."""
+    return ", ".join(f"{cause.value} × {count}" for cause, count in row.view.restarts.items() if count)
 
 
 def _describe_finished(row: StageRow) -> str:
@@ -118,7 +127,10 @@ def _describe_finished(row: StageRow) -> str:
 
 
 def _describe_running(row: StageRow) -> str:
-    return "starts" if row.progress is None else describe_progress(row.progress)
+    if row.progress is None:
+        return "starts"
+    left = "" if row.eta is None else f"  {duration(max(0.0, row.eta - row.progress.time))} left"
+    return f"{describe_progress(row.progress)}{left}"
 
 
 def _describe_waiting(row: StageRow) -> str:

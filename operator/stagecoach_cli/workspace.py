@@ -41,6 +41,10 @@ class WorkspaceError(Exception):
     """The workspace cannot be used; the message says which file and what to do."""
 
 
+class UnknownRun(WorkspaceError):
+    """There is no such run."""
+
+
 class RunLocked(WorkspaceError):
     """Another driver works on this run."""
 
@@ -86,6 +90,15 @@ class StageRecord(Model):
     message: str = ""
 
 
+class Invocation(Model):
+    """How the work on a run was asked for, beside its file: what `stagecoach resume` says again."""
+
+    overrides: tuple[str, ...] = ()
+    storage: str | None = None
+    until: str | None = None
+    nproc: int | None = None
+
+
 class RunRecord(Model):
     """What is remembered of a run: `state.json`."""
 
@@ -96,6 +109,7 @@ class RunRecord(Model):
     storage_uri: str
     storage_endpoint: str | None = None
     storage_region: str | None = None
+    invocation: Invocation = Invocation()
     state: RunState = RunState.PROGRESSING
     message: str = ""
     updated: float
@@ -141,6 +155,11 @@ class RunFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """`NAMESPACE/RUN`."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
     def state_file(self) -> Path:
         return self.path / STATE_FILE
 
@@ -176,6 +195,16 @@ class RunFolder:
                 yield
             finally:
                 file.truncate(0)
+
+    @property
+    def driver(self) -> int | None:
+        """Process id of the driver that works on the run now. None: none does, or it has only just begun."""
+        if not self.is_locked:
+            return None
+        try:
+            return int(json.loads(self.lock_file.read_text(encoding="utf-8"))["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def is_locked(self) -> bool:
@@ -251,15 +280,23 @@ class Workspace:
         return [RunFolder(path.parent) for path in sorted(self.runs.glob(f"*/*/{STATE_FILE}"))]
 
     def find(self, name: str) -> RunFolder:
-        """Return the run called `RUN` or `NAMESPACE/RUN`. Raises WorkspaceError, naming the known ones, for none."""
+        """Return the run called `RUN` or `NAMESPACE/RUN`.
+
+        Raises UnknownRun, naming the known ones, for none, and WorkspaceError for several.
+        """
         known = self.known_runs()
         found = [run for run in known if name in (run.path.name, f"{run.path.parent.name}/{run.path.name}")]
         if len(found) == 1:
             return found[0]
-        names = ", ".join(f"{run.path.parent.name}/{run.path.name}" for run in (found or known)) or "none"
         if found:
+            names = ", ".join(run.name for run in found)
             raise WorkspaceError(f"run `{name}` is in several namespaces; give one of {names}")
-        raise WorkspaceError(f"no run `{name}` in {self.runs}; known runs: {names}")
+        raise UnknownRun(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """Return what there is to say of a run that is not here."""
+        names = ", ".join(run.name for run in self.known_runs()) or "none"
+        return f"no run `{name}` in {self.runs}; known runs: {names}"
 
     def prepare(self) -> None:
         """Make the folder, and keep git out of it. Raises OSError where it cannot be written."""

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cli_makers import Bench, chain, data_stage
+from cli_makers import Bench, Cli, chain, data_stage
 
 from stagecoach_api.artifacts import ResolvedStage
-from stagecoach_cli.main import call
 from stagecoach_core.values import RunState, StageState
-
-Cli = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def cli(capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
-    """Call the command line in this process; returns exit code and everything it wrote."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        capfdbinary.readouterr()
-        code = call(arguments)
-        written = capfdbinary.readouterr()
-        return code, (written.out + written.err).decode()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,27 @@ storage_option = click.option(
     help="Where artifacts lie: s3://… or a folder. Default: the run's own, else .stagecoach/store.",
 )
 
+endpoint_option = click.option("--endpoint", metavar="URL", help="S3 endpoint. Default: the run's, else the AWS SDK's.")
+
+WHICH_WORLD = """A run of this folder (.stagecoach) is meant where there is one by that name and neither --namespace nor
+    --context is given; else the cluster's: that of KUBECONFIG, ~/.kube/config, or the pod this runs in."""
+"""The one rule, in every command's help; `worlds.py` follows it."""
+
+
+def cluster_options(command: Command) -> Command:
+    """Give a command the options that choose a cluster: `context` and `namespace`."""
+    command = click.option("--context", metavar="NAME", help="Context of the kubeconfig. Default: its current one.")(
+        command
+    )
+    return click.option(
+        "--namespace", "-n", metavar="NAME", help="Namespace on the cluster. Default: the context's, else default."
+    )(command)
+
+
+def wait_option(until: str) -> Callable[[Command], Command]:
+    """Return the option `--wait`, which waits until what the words say."""
+    return click.option("--wait", is_flag=True, help=f"Wait until {until}.")
+
 
 class Failure(click.ClickException):
     """Ends a command with a message: something did not work."""
@@ -58,6 +79,7 @@ def explained() -> Iterator[None]:
     from stagecoach_api.problems import InvalidRun
     from stagecoach_api.store import StoreError
     from stagecoach_cli.artifacts import UnknownArtifact
+    from stagecoach_cli.cluster_api import ClusterError, Unusable
     from stagecoach_cli.workspace import RunLocked, WorkspaceError
     from stagecoach_core.plan import PlanError
     from stagecoach_core.policies.selection import UnknownStage
@@ -66,9 +88,9 @@ def explained() -> Iterator[None]:
         yield
     except RunLocked as error:
         raise Failure(str(error)) from error
-    except (InvalidRun, PlanError, UnknownStage, UnknownArtifact, WorkspaceError) as error:
+    except (InvalidRun, PlanError, UnknownStage, UnknownArtifact, Unusable, WorkspaceError) as error:
         raise InvalidInput(str(error)) from error
-    except (StoreError, ModuleNotFoundError) as error:
+    except (ClusterError, StoreError, ModuleNotFoundError) as error:
         raise Failure(str(error)) from error
     except OSError as error:
         if error.errno == errno.EPIPE:
@@ -84,6 +106,11 @@ def _os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{said}; run stagecoach in a folder you may write to"
     return said
+
+
+def say(text: str) -> None:
+    """Tell something that is not the command's output."""
+    click.echo(text, err=True)
 
 
 def console(plain_width: int = PLAIN_WIDTH) -> Console:

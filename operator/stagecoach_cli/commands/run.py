@@ -41,18 +41,24 @@ def command(
 ) -> int:
     """Work on a run: every stage that is not finished, in order, side by side where this machine has room.
 
-    Finished stages are taken from the cache. Ctrl-C stops at a checkpoint; the same command goes on from there.
+    Finished stages are taken from the cache. Ctrl-C (or `stagecoach suspend` elsewhere) stops at a checkpoint; the same
+    command, or `stagecoach resume`, goes on from there.
     """
     with explained():
+        from dataclasses import replace
+
         from stagecoach_cli.prepare import prepare
-        from stagecoach_cli.workspace import here
+        from stagecoach_cli.workspace import Invocation, here
 
         workspace = here()
         workspace.prepare()
         prepared = prepare(file, workspace, overrides, storage)
         check_trainer()
         with workspace.run(prepared.plan.namespace, prepared.plan.run).lock():
-            return work(make_job(prepared, file, until, start, nproc))
+            job = make_job(prepared, file, until, start, nproc)
+            return work(
+                replace(job, invocation=Invocation(overrides=overrides, storage=storage, until=until, nproc=nproc))
+            )
 
 
 def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
@@ -73,6 +79,7 @@ def make_job(prepared: Prepared, file: Path, until: str | None, start: str | Non
         storage_region=prepared.run.spec.storage.region,
         nproc=nproc,
         suspend=prepared.run.spec.suspend,
+        cancel=prepared.run.spec.cancel,
         selected=None if until is None else selected_until(prepared.plan, until),
         forced=frozenset() if start is None else starting_from(prepared.plan, start),
     )
@@ -88,7 +95,7 @@ def work(job: Job) -> int:
     view = open_view(out)
     with Interrupts() as interrupts:
         try:
-            outcome = Driver(job, view, lambda: interrupts.count).run()
+            outcome = Driver(job, view, lambda: interrupts.count, lambda: interrupts.cancelled).run()
         finally:
             view.close()
     return report(out, job, outcome)
@@ -105,6 +112,9 @@ def report(out: Console, job: Job, outcome: Outcome) -> int:
             "`spec.suspend` is true; set it to false to go on" if job.suspend else "the same command goes on from here"
         )
         out.print(f"interrupted; {why}", highlight=False)
+        return EXIT_INTERRUPTED
+    if state is RunState.CANCELLED:
+        out.print("cancelled" + ("; `spec.cancel` is true" if job.cancel else ""), highlight=False)
         return EXIT_INTERRUPTED
     print_summary(out, outcome.snapshot, outcome.manifests, job.store)
     if state is RunState.COMPLETE:

@@ -1,4 +1,4 @@
-"""`stagecoach status`: how runs stand, from what their driver wrote down."""
+"""`stagecoach status`: how runs stand; of this folder from what their driver wrote down, of a cluster from its API."""
 
 from __future__ import annotations
 
@@ -6,37 +6,84 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.options import console, explained
+from stagecoach_cli.commands.options import WHICH_WORLD, cluster_options, console, explained
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    from stagecoach_cli.cluster_api import Body, ClusterChoice
+    from stagecoach_cli.cluster_run import ClusterRun
     from stagecoach_cli.view import Snapshot
     from stagecoach_cli.workspace import RunFolder, RunRecord
 
+WATCH_SECONDS = 1.0
+LONG_WAIT = 60
+"""What a stage waits for is told below the table too where it has more characters: the table may cut it."""
 
-@click.command("status")
+
+@click.command(
+    "status",
+    help=f"""Show how a run's stages stand; without RUN, all runs of this folder, else all of the cluster's namespace.
+
+    Of a cluster's run every condition that is not as it should be is told below the table, word for word.
+
+    {WHICH_WORLD}""",
+)
 @click.argument("run", required=False)
-def command(run: str | None) -> None:
-    """Show how a run's stages stand; without RUN, all runs of this folder."""
+@cluster_options
+@click.option("--watch", "-w", is_flag=True, help="Go on showing it until the run is over.")
+def command(run: str | None, context: str | None, namespace: str | None, watch: bool) -> None:
     with explained():
-        from stagecoach_cli.summary import print_failures
-        from stagecoach_cli.view import render_rows
-        from stagecoach_cli.workspace import here
+        from stagecoach_cli.cluster_api import ClusterChoice
+        from stagecoach_cli.worlds import local_run
 
+        choice = ClusterChoice(context, namespace)
         out = console()
         if run is None:
-            known = here().known_runs()
-            out.print(runs_table(known) if known else f"no runs in {here().root}")
+            show_all(out, choice)
             return
-        folder = here().find(run)
-        record = folder.load()
-        if record is None:
-            return
-        snapshot = snapshot_of(folder, record)
-        out.print(headline(folder, record), highlight=False, markup=False, soft_wrap=True)
-        out.print(render_rows(snapshot, out.width, out.options.ascii_only))
-        print_failures(out, snapshot)
+        folder = local_run(run, choice)
+        if folder is None:
+            show_cluster(out, run, choice, watch)
+        elif watch:
+            watch_local(out, folder)
+        else:
+            show_local(out, folder)
+
+
+# -- of this folder ----------------------------------------------------------------------------------------------------
+
+
+def show_local(out: Console, folder: RunFolder) -> None:
+    from stagecoach_cli.summary import print_failures
+    from stagecoach_cli.view import render_rows
+
+    record = folder.load()
+    if record is None:
+        return
+    snapshot = snapshot_of(folder, record)
+    out.print(headline(folder, record), highlight=False, markup=False, soft_wrap=True)
+    out.print(render_rows(snapshot, out.width, out.options.ascii_only))
+    print_failures(out, snapshot)
+
+
+def watch_local(out: Console, folder: RunFolder) -> None:
+    """Show the run until no driver works on it."""
+    import time
+
+    from stagecoach_cli.view import open_view
+
+    view = open_view(out)
+    try:
+        while folder.is_locked:
+            record = folder.load()
+            if record is not None:
+                view.show(snapshot_of(folder, record))
+            time.sleep(WATCH_SECONDS)
+    finally:
+        view.close()
+    show_local(out, folder)
 
 
 def headline(folder: RunFolder, record: RunRecord) -> str:
@@ -94,6 +141,74 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
     return Snapshot(record.run, record.storage_uri, record.state, time.time(), tuple(rows), record.message)
 
 
+# -- of a cluster ------------------------------------------------------------------------------------------------------
+
+
+def show_cluster(out: Console, name: str, choice: ClusterChoice, watch: bool) -> None:
+    from stagecoach_cli.cluster_run import cluster_run
+    from stagecoach_cli.view import open_view
+    from stagecoach_cli.watching import watch as watch_run
+    from stagecoach_cli.worlds import cluster_of
+
+    api, name = cluster_of(name, choice)
+    if not watch:
+        print_cluster(out, cluster_run(api.run(name)))
+        return
+    view = open_view(out)
+    try:
+        run = watch_run(api, name, lambda item: item.is_over, view)
+    finally:
+        view.close()
+    print_cluster(out, run)
+
+
+def print_cluster(out: Console, run: ClusterRun) -> None:
+    """Print a cluster's run: state, stages, what is out of order, failures."""
+    import time
+
+    from stagecoach_cli.cluster_run import snapshot_of, troubles_of
+    from stagecoach_cli.summary import print_failures
+    from stagecoach_cli.view import render_rows
+
+    snapshot = snapshot_of(run, time.time())
+    state = run.state.value.lower() if run.refusal is None else "not accepted"
+    out.print(f"{run.title}: {state}  {snapshot.storage}".rstrip(), highlight=False, markup=False, soft_wrap=True)
+    out.print(render_rows(snapshot, out.width, out.options.ascii_only))
+    troubles = troubles_of(run)
+    waits = [(row.name, row.view.waiting_for) for row in snapshot.rows]
+    untold = [item for item in waits if len(item[1]) > LONG_WAIT and not any(item[1] in line for line in troubles)]
+    for line in [*(f"{name} waits for {words}" for name, words in untold), *troubles]:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_failures(out, snapshot)
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def show_all(out: Console, choice: ClusterChoice) -> None:
+    """Print the runs of this folder; where there are none, or a cluster is asked for, the cluster's."""
+    from stagecoach_cli.cluster_api import NotConfigured, connect
+    from stagecoach_cli.workspace import here
+
+    known = [] if choice.is_given else here().known_runs()
+    if known:
+        out.print(runs_table(known))
+        return
+    nothing = f"no runs in {here().root}"
+    try:
+        api = connect(choice)
+    except NotConfigured:
+        if choice.is_given:
+            raise
+        out.print(nothing)
+        return
+    runs = api.runs()
+    if runs:
+        out.print(cluster_table(runs))
+        return
+    out.print(("" if choice.is_given else f"{nothing}, and ") + f"no runs in namespace {api.namespace} of {api.server}")
+
+
 def runs_table(folders: list[RunFolder]) -> Table:
     """Return one row for each run of the workspace, the newest last."""
     import time
@@ -110,4 +225,19 @@ def runs_table(folders: list[RunFolder]) -> Table:
         name = f"{record.namespace}/{record.run}"
         state = state_word(folder, record).split(" (")[0]
         table.add_row(name, state, f"{finished}/{len(record.stages)}", updated, record.file)
+    return table
+
+
+def cluster_table(bodies: list[Body]) -> Table:
+    """Return one row for each run of a cluster, the newest last."""
+    from stagecoach_cli.cluster_run import cluster_run
+    from stagecoach_cli.summary import empty_table
+
+    table = empty_table("Run", "State", "Stage", ">Progress", ">Restarts", "Created")
+    for body in sorted(bodies, key=lambda item: str(item["metadata"].get("creationTimestamp", ""))):
+        run = cluster_run(body)
+        summary = run.status.summary
+        state = run.state.value.lower() if run.refusal is None else "not accepted"
+        told = ("", "", "") if summary is None else (summary.stage, summary.progress, str(summary.restarts))
+        table.add_row(run.title, state, *told, str(body["metadata"].get("creationTimestamp", "")))
     return table

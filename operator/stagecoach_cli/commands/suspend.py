@@ -1,0 +1,68 @@
+"""`stagecoach suspend`: stop a run at its next checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stagecoach_cli.commands.options import WHICH_WORLD, cluster_options, explained, say, wait_option
+
+if TYPE_CHECKING:
+    from stagecoach_cli.cluster_api import ClusterChoice
+    from stagecoach_cli.workspace import RunFolder
+
+
+@click.command(
+    "suspend",
+    help=f"""Stop a run at its next checkpoint; it gives up all it holds. `stagecoach resume` goes on from there.
+
+    On a cluster this sets `spec.suspend`. Here it asks the process that works on the run, as Ctrl-C does.
+
+    {WHICH_WORLD}""",
+)
+@click.argument("run")
+@cluster_options
+@wait_option("nothing of it runs any more")
+def command(run: str, context: str | None, namespace: str | None, wait: bool) -> None:
+    with explained():
+        from stagecoach_cli.cluster_api import ClusterChoice
+        from stagecoach_cli.worlds import local_run
+
+        choice = ClusterChoice(context, namespace)
+        folder = local_run(run, choice)
+        if folder is None:
+            suspend_on_cluster(run, choice, wait)
+        else:
+            suspend_here(folder, wait)
+
+
+def suspend_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
+    from stagecoach_api.status import ConditionType
+    from stagecoach_cli.cluster_run import cluster_run
+    from stagecoach_cli.watching import watch_quietly
+    from stagecoach_cli.worlds import cluster_of
+
+    api, name = cluster_of(name, choice)
+    api.run(name)  # of an unknown one it says which there are
+    run = cluster_run(api.patch_run(name, {"spec": {"suspend": True}}))
+    click.echo(f"{run.title}: asked to stop at a checkpoint; `stagecoach resume {run.title}` goes on")
+    if wait:
+        run = watch_quietly(api, name, lambda item: item.holds(ConditionType.SUSPENDED) or item.is_over, say)
+        condition = run.condition(ConditionType.SUSPENDED)
+        steps = "" if condition is None or not condition.message else f"; {condition.message}"
+        click.echo(f"{run.title}: {run.state.value.lower()}{steps}")
+
+
+def suspend_here(folder: RunFolder, wait: bool) -> None:
+    from stagecoach_cli.interrupts import SUSPEND
+    from stagecoach_cli.local_verbs import ask_driver, wait_for_driver
+
+    driver = ask_driver(folder, SUSPEND)
+    if driver is None:
+        click.echo(f"{folder.name}: nothing works on it; `stagecoach resume {folder.name}` goes on")
+        return
+    click.echo(f"{folder.name}: process {driver} asked to stop at a checkpoint")
+    if wait:
+        wait_for_driver(folder)
+        click.echo(f"{folder.name}: stopped; `stagecoach resume {folder.name}` goes on")

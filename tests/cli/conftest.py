@@ -1,0 +1,43 @@
+"""Fixtures of the command line's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_makers import Cli
+from cluster_api_makers import FakeCluster
+
+from stagecoach_cli.main import call
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test see a cluster of the machine it runs on."""
+    monkeypatch.setenv("KUBECONFIG", "/nonexistent/kubeconfig")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+
+@pytest.fixture
+def cli(capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
+    """Call the command line in this process; returns exit code and everything it wrote."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfdbinary.readouterr()
+        code = call(arguments)
+        written = capfdbinary.readouterr()
+        return code, (written.out + written.err).decode()
+
+    return run
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
+    """An API server that KUBECONFIG names, in an empty folder of its own."""
+    made = FakeCluster()
+    made.start()
+    monkeypatch.setenv("KUBECONFIG", str(made.write_kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.chdir(tmp_path)
+    yield made
+    made.stop()
