@@ -13,10 +13,12 @@ from train_makers import context
 from stagecoach_api.artifacts import (
     Manifest,
     StoredObject,
+    attempt_logs_prefix,
     attempt_prefix,
     checkpoint_prefix,
     content_digest,
     manifest_key,
+    rank_log_name,
 )
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
@@ -105,6 +107,15 @@ def test_logs_lie_with_the_attempt_and_not_in_the_artifact(stage: StageContext) 
     assert stage.store.read(f"{prefix}/logs/metrics.jsonl") == b"{}\n"
     assert json.loads(stage.store.read(f"{prefix}/attempt.json"))["attempt"] == 1
     assert all("metrics" not in item.path for item in read_manifest(stage).objects)
+
+
+def test_what_the_ranks_printed_is_left_to_the_launcher(stage: StageContext) -> None:
+    (stage.work / "logs" / "tensorboard").mkdir(parents=True)
+    (stage.work / "logs" / rank_log_name(0, time.time())).write_text("half a line")
+    (stage.work / "logs" / "tensorboard" / "events").write_bytes(b"\0")
+    upload_attempt(stage, time.time())
+    logs = attempt_logs_prefix(stage.resolved.digest, 1)
+    assert [entry.key for entry in stage.store.list(logs)] == [f"{logs}/tensorboard/events"]
 
 
 def test_the_processor_is_named_with_what_tells_its_kernels_apart(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
-import gc
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -38,16 +37,15 @@ from stagecoach_api.outcomes import AttemptResult, ExitCode
 from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
 from stagecoach_api.training import Training
+from stagecoach_trainer import garbage
 from stagecoach_trainer.attempt_files import announce
 from stagecoach_trainer.errors import Interrupted, StageError, UserError
 from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, failure, write_outcome
+from stagecoach_trainer.rank_pipes import print_into_log, print_into_pipe
 
 log = logging.getLogger("stagecoach")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-ALLOCATIONS_PER_COLLECTION = 100_000
-"""Objects made between two looks of the garbage collector. With Python's 700 it takes a sixth of the time of importing
-torch and transformers, whose objects all stay."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left, the user's share of it used up, or a limit on the size of files."""
 
@@ -55,17 +53,17 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(environment: Mapping[str, str] = os.environ) -> int:
     """Run one rank of the stage that `environment` names; return its exit code."""
     started = time.time()
-    gc.set_threshold(ALLOCATIONS_PER_COLLECTION, *gc.get_threshold()[1:])
+    garbage.put_off()
     pin_threads(environment)
-    rank = int(environment.get("RANK", "0"))
+    rank, work = int(environment.get("RANK", "0")), Path(environment[ENV_WORK_DIR])
+    print_into_pipe(work, rank)
     start_logging(rank)
-    work = Path(environment[ENV_WORK_DIR])
     announce(work, rank)
     stop = threading.Event()
     resolved: ResolvedStage | None = None
     try:
         resolved, config = read_stage(Path(environment[ENV_STAGE_FILE]))
-        handle_signals(stop, graceful=isinstance(config, Training))
+        handle_signals(stop, lambda: print_into_log(work, rank), graceful=isinstance(config, Training))
         digest = _run(resolved, config, environment, stop, started)
         outcome = WorkerOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:
@@ -140,11 +138,12 @@ def _problems(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
 
 
-def handle_signals(stop: threading.Event, graceful: bool) -> None:
+def handle_signals(stop: threading.Event, on_orphaned: Callable[[], None], graceful: bool) -> None:
     """Take SIGTERM and SIGINT as the wish to stop, and so the end of standard input where that is a pipe (whoever
     held the other end is gone).
 
-    `graceful`: only set the flag, which the training loop looks at; else end where the stage is.
+    `on_orphaned`: called in the latter case, before anything else. `graceful`: only set the flag, which the training
+    loop looks at; else end where the stage is.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -157,7 +156,7 @@ def handle_signals(stop: threading.Event, graceful: bool) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     if stdin_is_pipe():
-        threading.Thread(target=_stop_at_end_of_stdin, name="stdin", daemon=True).start()
+        threading.Thread(target=_stop_at_end_of_stdin, args=(on_orphaned,), name="stdin", daemon=True).start()
 
 
 def stdin_is_pipe() -> bool:
@@ -167,9 +166,10 @@ def stdin_is_pipe() -> bool:
         return False
 
 
-def _stop_at_end_of_stdin() -> None:
+def _stop_at_end_of_stdin(on_orphaned: Callable[[], None]) -> None:
     while os.read(0, 4096):
         pass
+    on_orphaned()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -225,7 +225,7 @@ def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -
     """Return the step of the newest complete checkpoint on this machine."""
     if resolved is None:
         return None
-    from stagecoach_trainer.run_stage import open_run_store
+    from stagecoach_trainer.run_store import open_run_store
     from stagecoach_trainer.train.places import checkpoints_home, complete_steps
 
     try:

@@ -1,6 +1,7 @@
 """Files of one attempt that launcher and workers share. Imports nothing heavy: the launcher starts its workers first.
 
-`<work>/outcomes/rank-00000.json` holds how one worker ended, `rank-00000.pid` its process id.
+`<work>/outcomes/rank-00000.json` holds how one worker ended, `rank-00000.pid` its process id; `<work>/logs` holds
+metrics, and what each rank printed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from pathlib import Path
 
 def outcomes_folder(work: Path) -> Path:
     return work / "outcomes"
+
+
+def logs_folder(work: Path) -> Path:
+    return work / "logs"
 
 
 def clear_outcomes(work: Path) -> None:

@@ -20,13 +20,16 @@ from stagecoach_api.artifacts import (
     Parent,
     ResolvedStage,
     StoredObject,
+    attempt_logs_prefix,
     attempt_prefix,
     canonical_json,
     content_digest,
     manifest_key,
     output_prefix,
+    parse_rank_log_name,
 )
 from stagecoach_api.names import ENV_THREADS
+from stagecoach_trainer.attempt_files import logs_folder
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.train.places import delete_checkpoints
@@ -61,12 +64,17 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> str
     return Manifest.model_validate_json(store.read(key)).content_digest
 
 
-def upload_folder(context: StageContext, folder: Path, prefix: str, replace: bool = True) -> list[StoredObject]:
-    """Upload all files of a folder below `prefix`; with `replace`, what lay there before is deleted first."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if replace:
-        context.store.delete(prefix)
+def upload_folder(context: StageContext, folder: Path, prefix: str) -> list[StoredObject]:
+    """Upload all files of a folder below `prefix`; what lay there before is deleted first."""
+    context.store.delete(prefix)
+    return _upload_files(context, folder, _files_below(folder), prefix)
 
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _upload_files(context: StageContext, folder: Path, files: list[Path], prefix: str) -> list[StoredObject]:
     def upload(path: Path) -> StoredObject:
         name = path.relative_to(folder).as_posix()
         stored = context.store.upload(path, f"{prefix}/{name}")
@@ -81,13 +89,13 @@ def upload_folder(context: StageContext, folder: Path, prefix: str, replace: boo
 
 
 def upload_attempt(context: StageContext, started: float) -> None:
-    """Upload logs and metrics of this attempt, and how long it took; they are no part of the artifact."""
-    prefix = attempt_prefix(context.resolved.digest, context.resolved.attempt)
-    logs = context.work / "logs"
-    if logs.is_dir():
-        upload_folder(context, logs, f"{prefix}/logs", replace=False)
-    about = {"attempt": context.resolved.attempt, "seconds": round(time.time() - started, 3)}
-    context.store.write(f"{prefix}/{ATTEMPT_FILE}", canonical_json(about))
+    """Upload metrics of this attempt, and how long it took; they are no part of the artifact. What the ranks printed
+    lies in the same folder and is the launcher's to store."""
+    digest, attempt, logs = context.resolved.digest, context.resolved.attempt, logs_folder(context.work)
+    files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
+    _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
+    about = {"attempt": attempt, "seconds": round(time.time() - started, 3)}
+    context.store.write(f"{attempt_prefix(digest, attempt)}/{ATTEMPT_FILE}", canonical_json(about))
 
 
 def environment(resolved: ResolvedStage) -> dict[str, JsonValue]:

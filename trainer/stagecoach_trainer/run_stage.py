@@ -13,15 +13,19 @@ from pathlib import Path
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.base import Model
 from stagecoach_api.references import Reference
-from stagecoach_api.store import Store, StoreError, open_store
+from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.training import Offload, Training
+from stagecoach_trainer import garbage
+from stagecoach_trainer.attempt_files import logs_folder
 from stagecoach_trainer.context import StageContext, StageOutcome, World
 from stagecoach_trainer.distributed import process_group
 from stagecoach_trainer.errors import GateFailed
+from stagecoach_trainer.models.lean import leave_out_scipy
 from stagecoach_trainer.models.safety import CONFIG, check_model_folder
 from stagecoach_trainer.progress import Progress, Reporter
 from stagecoach_trainer.publish import publish, upload_attempt, upload_folder
+from stagecoach_trainer.run_store import open_run_store
 from stagecoach_trainer.stages import STAGE_MODULES
 
 log = logging.getLogger(__name__)
@@ -55,7 +59,11 @@ def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
     if not trains and not attempt.world.is_main:
         return None  # only training is shared out over ranks
     refuse_early(attempt.config, context)
+    if trains:
+        leave_out_scipy()
     run = load_stage(attempt.resolved.kind)
+    if not trains:
+        garbage.take_up()  # training still has its model to import
     try:
         with process_group(attempt.world if trains else World(), alone=_offloads(attempt.config)):
             outcome = run(attempt.config, context)
@@ -97,14 +105,9 @@ def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:
     if main:
         shutil.rmtree(context.output, ignore_errors=True)
         context.output.mkdir(parents=True)
-        (context.work / "logs").mkdir(parents=True, exist_ok=True)
+        logs_folder(context.work).mkdir(parents=True, exist_ok=True)
     context.cache.mkdir(parents=True, exist_ok=True)
     return context
-
-
-def open_run_store(resolved: ResolvedStage) -> Store:
-    """Open the store the run's artifacts lie in."""
-    return open_store(resolved.storage_uri, endpoint=resolved.storage_endpoint, region=resolved.storage_region)
 
 
 def load_stage(kind: str) -> StageFunction:
@@ -129,10 +132,10 @@ def _keep_report(context: StageContext) -> None:
 
 
 def _keep_logs(context: StageContext, started: float) -> None:
-    """Store logs and metrics; failing to do so must not hide how the stage itself ended."""
+    """Store metrics and the like; failing to do so must not hide how the stage itself ended."""
     if not context.world.is_main:
         return
     try:
         upload_attempt(context, started)
     except (StoreError, OSError) as error:
-        log.warning("logs of this attempt could not be stored: %s", error)
+        log.warning("metrics of this attempt could not be stored: %s", error)
