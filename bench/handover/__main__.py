@@ -64,6 +64,8 @@ def figures(ours: Sequence[Round], peer: Sequence[Round]) -> list[Figure]:
         reads = [calls.reads / NUM_HANDOVERS for calls in counted]
         found.append(alone("writes per transition", "calls", writes, WRITES))
         found.append(alone("reads per transition", "calls", reads, READS))
+        whole = 60 * sum(calls.whole_lists for calls in counted) / sum(calls.seconds for calls in counted)
+        found.append(Figure("lists of whole kinds, whatever goes on", "calls/min", whole, None, None, "–", True))
     return found
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 READS = frozenset({"get", "list"})
@@ -24,14 +27,20 @@ class Call:
     verb: str
     resource: str
     """Plural, with `/status` where that was written."""
+    whole: bool = False
+    """It lists all objects of a kind. The operator does so once a minute, whatever goes on: to see whether its watches
+    hear."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How many of each."""
+    """How many of each, over some time."""
 
     writes: int
     reads: int
+    """Those of whole kinds apart."""
+    whole_lists: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,34 +59,33 @@ class AuditLog:
         with self.file.open("rb") as log:
             log.seek(mark if mark <= self.mark() else 0)  # a full log is put aside, and a new one begun
             entries = [json.loads(line) for line in log if line.endswith(b"\n") and self.user.encode() in line]
-        calls = [
-            Call(entry["requestReceivedTimestamp"], entry["verb"], _resource(entry))
-            for entry in entries
-            if entry["user"]["username"] == self.user and entry["stage"] == COMPLETE
-        ]
+        calls = [_call(item) for item in entries if item["user"]["username"] == self.user and item["stage"] == COMPLETE]
         return sorted((call for call in calls if call.resource not in APART), key=lambda call: call.at)
 
 
-def _resource(entry: dict[str, dict[str, str]]) -> str:
+def _call(entry: dict[str, Any]) -> Call:
     reference = entry.get("objectRef") or {}
     parts = [reference.get("resource", ""), reference.get("subresource", "")]
-    return "/".join(part for part in parts if part)
+    whole = entry["verb"] == "list" and "fieldSelector" not in entry["requestURI"]
+    return Call(entry["requestReceivedTimestamp"], entry["verb"], "/".join(part for part in parts if part), whole)
 
 
-def handover_calls(calls: list[Call], num_stages: int) -> Calls:
-    """Return the calls of all hand-overs of a chain: what follows the first stage's start, up to the last one's.
+def handover_calls(calls: Sequence[Call], begin: float, end: float, num_handovers: int) -> Calls:
+    """Return the calls of all hand-overs of a chain: from the end of its first stage's pod to that of its last one's.
 
-    A start is told when the status is written after the JobSet. Raises RuntimeError where JobSets are missing.
+    `begin`, `end`: seconds since the epoch. Raises RuntimeError where the log lacks JobSets.
     """
-    starts = [place for place, call in enumerate(calls) if (call.verb, call.resource) == ("create", "jobsets")]
-    if len(starts) != num_stages:
-        raise RuntimeError(f"the audit log tells of {len(starts)} new JobSets; the chain has {num_stages} stages")
-    begin, end = (_told_after(calls, place) for place in (starts[0], starts[-1]))
-    between = calls[begin + 1 : end + 1]
-    return Calls(sum(call.verb in WRITES for call in between), sum(call.verb in READS for call in between))
-
-
-def _told_after(calls: list[Call], start: int) -> int:
-    return next(
-        place for place, call in enumerate(calls) if place > start and call.resource.endswith("trainingruns/status")
+    between = [call for call in calls if _stamp(begin) <= call.at < _stamp(end)]
+    made = sum((call.verb, call.resource) == ("create", "jobsets") for call in between)
+    if made != num_handovers:
+        raise RuntimeError(f"the audit log tells of {made} new JobSets for {num_handovers} hand-overs")
+    return Calls(
+        writes=sum(call.verb in WRITES for call in between),
+        reads=sum(call.verb in READS and not call.whole for call in between),
+        whole_lists=sum(call.whole for call in between),
+        seconds=end - begin,
     )
+
+
+def _stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -60,10 +60,14 @@ class Ours:
         name, where = f"ours-{number}", f"--namespace={self._place.namespace}"
         mark = 0 if self._audit is None else self._audit.mark()
         self._objects.create_namespaced_custom_object(*RUNS, self._place.namespace, names.PLURAL, self._body(name))
-        self.watch.wait_for_end((name, stage_name(NUM_STAGES - 1)), CHAIN_SECONDS)
+        first, last = ((name, stage_name(index)) for index in (0, NUM_STAGES - 1))
+        self.watch.wait_for_end(last, CHAIN_SECONDS)
         run = f"{DEFINITION}/{name}"
         self._place.kubectl("wait", run, where, "--for=condition=Complete", "--timeout=60s")
-        calls = None if self._audit is None else handover_calls(self._audit.since(mark), NUM_STAGES)
+        calls = None
+        if self._audit is not None:
+            begin, end = self.watch.end_of(first), self.watch.end_of(last)
+            calls = handover_calls(self._audit.since(mark), begin, end, NUM_HANDOVERS)
         self.jobset_spec = self._a_jobset(name)["spec"]
         self._place.kubectl("delete", run, where, "--timeout=60s")
         self.watch.wait_until_gone(GONE_SECONDS)

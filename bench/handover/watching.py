@@ -53,6 +53,11 @@ class PodWatch:
         with self._changed:
             return 1000 * (self._created[after] - self._ended[before])
 
+    def end_of(self, stage: StageOfRun) -> float:
+        """Return when the last pod of a stage was seen to have succeeded, in seconds since the epoch."""
+        with self._changed:
+            return self._ended[stage] + time.time() - time.monotonic()
+
     def wait_for_end(self, stage: StageOfRun, seconds: float) -> None:
         """Wait until a stage's pod has succeeded. Raises RuntimeError when it fails or takes too long."""
         self._wait(f"the pod of {'/'.join(stage)} succeeds", lambda: stage in self._ended, seconds)

@@ -10,13 +10,14 @@ import pytest
 from bench.handover.calls import AuditLog, Call, Calls, handover_calls
 
 USER = "system:serviceaccount:team:stagecoach"
-BEGIN = (("patch", "configmaps"), ("patch", "trainingruns"))
+MIDNIGHT = 1_767_225_600.0
+"""2026-01-01T00:00:00Z."""
 START = (("create", "configmaps"), ("create", "jobsets"), ("patch", "trainingruns/status"))
-END = (("patch", "trainingruns/status"), ("patch", "trainingruns"))
 
 
-def calls(*each: tuple[str, str]) -> list[Call]:
-    return [Call(f"2026-01-01T00:00:{place:02}.000000Z", *what) for place, what in enumerate(each)]
+def calls(*each: tuple[str, str], whole: bool = False) -> list[Call]:
+    """Return one call a second, from midnight on."""
+    return [Call(f"2026-01-01T00:00:{place:02}.000000Z", *what, whole) for place, what in enumerate(each)]
 
 
 def entry(second: int, verb: str, resource: str, **more: Any) -> str:
@@ -25,23 +26,26 @@ def entry(second: int, verb: str, resource: str, **more: Any) -> str:
         "verb": verb,
         "user": {"username": USER},
         "objectRef": {"resource": resource},
+        "requestURI": f"/api/v1/{resource}?limit=500",
         "requestReceivedTimestamp": f"2026-01-01T00:00:{second:02}.000000Z",
     }
     return json.dumps(known | more) + "\n"
 
 
-def test_what_a_run_begins_and_ends_with_belongs_to_no_hand_over() -> None:
-    assert handover_calls(calls(*BEGIN, *START, *START, *START, *END), 3) == Calls(writes=6, reads=0)
+def test_calls_before_the_first_end_and_after_the_last_belong_to_no_hand_over() -> None:
+    log = calls(*START, *START, *START, ("patch", "trainingruns"))
+    assert handover_calls(log, MIDNIGHT + 2.5, MIDNIGHT + 8.5, 2) == Calls(6, 0, 0, 6.0)
 
 
-def test_every_call_between_two_starts_counts_but_watches() -> None:
+def test_every_call_between_counts_but_watches_and_lists_of_whole_kinds() -> None:
     between = (("get", "configmaps"), ("patch", "trainingruns/status"), ("watch", "pods"), ("list", "pods"))
-    assert handover_calls(calls(*START, *between, *START), 2) == Calls(writes=4, reads=2)
+    log = [*calls(*START, *between), *calls(("list", "pods"), ("list", "jobsets"), whole=True)]
+    assert handover_calls(log, MIDNIGHT, MIDNIGHT + 60, 1) == Calls(4, 2, 2, 60.0)
 
 
 def test_a_log_that_lacks_a_jobset_is_not_counted() -> None:
-    with pytest.raises(RuntimeError, match="2 new JobSets; the chain has 3 stages"):
-        handover_calls(calls(*START, *START), 3)
+    with pytest.raises(RuntimeError, match="2 new JobSets for 3 hand-overs"):
+        handover_calls(calls(*START, *START), MIDNIGHT, MIDNIGHT + 60, 3)
 
 
 def test_the_log_is_read_from_a_mark_on_for_one_user_in_the_order_of_arrival(tmp_path: Path) -> None:
@@ -56,10 +60,14 @@ def test_the_log_is_read_from_a_mark_on_for_one_user_in_the_order_of_arrival(tmp
         entry(5, "create", "events"),
         entry(6, "update", "leases"),
         entry(7, "watch", "pods", stage="ResponseStarted"),
+        entry(8, "list", "pods"),
+        entry(9, "list", "pods", requestURI="/api/v1/pods?fieldSelector=x"),
     ]
     with log.file.open("a") as file:
         file.writelines(lines)
-    assert [(call.verb, call.resource) for call in log.since(mark)] == [
-        ("create", "jobsets"),
-        ("patch", "trainingruns/status"),
+    assert [(call.verb, call.resource, call.whole) for call in log.since(mark)] == [
+        ("create", "jobsets", False),
+        ("patch", "trainingruns/status", False),
+        ("list", "pods", True),
+        ("list", "pods", False),
     ]
