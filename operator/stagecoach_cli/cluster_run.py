@@ -27,7 +27,7 @@ from stagecoach_api.status import (
 )
 from stagecoach_cli.artifacts import split_uri
 from stagecoach_cli.cluster_api import Body, ClusterError
-from stagecoach_cli.view import LIVING, Snapshot, StageRow
+from stagecoach_cli.view import Snapshot, StageRow
 from stagecoach_core.values import Found, RunState, StageState, StageView
 
 HEALTHY = frozenset({Reason.STAGES_RUNNING, Reason.NOTHING_TO_DO})
@@ -292,9 +292,3 @@ def _is_trouble(condition: Condition, run: ClusterRun) -> bool:
             return holds
         case _:
             return False
-
-
-def waiting_word(run: ClusterRun, stage: str) -> str:
-    """Return what a stage waits for. Empty: nothing, or it works."""
-    found = next((item for item in run.status.stages if item.name == stage), None)
-    return "" if found is None or found.state in LIVING else found.waiting_for

@@ -1,12 +1,13 @@
-"""Which run is meant: one of this folder's workspace, or one of a cluster. The one rule for every command."""
+"""Which run is meant: one of this folder's workspace, or one of a cluster.
+
+The one rule, as `commands.options.WHICH_WORLD` tells it: a run of this folder is meant where there is one by that name
+and no cluster is chosen on the command line; else the cluster's.
+"""
 
 from __future__ import annotations
 
-from stagecoach_cli.cluster_api import ClusterApi, ClusterChoice, ClusterError, NotConfigured, UnknownObject, connect
+from stagecoach_cli.cluster_api import ClusterApi, ClusterChoice, NotConfigured, UnknownObject, connect
 from stagecoach_cli.workspace import RunFolder, UnknownRun, here
-
-RULE = """A run of this folder's workspace (.stagecoach) is meant where there is one by that name and neither
---namespace nor --context is given; else the cluster's: that of KUBECONFIG, ~/.kube/config, or the pod this runs in."""
 
 
 def local_run(name: str, choice: ClusterChoice) -> RunFolder | None:
@@ -36,10 +37,3 @@ def cluster_of(name: str, choice: ClusterChoice) -> tuple[ClusterApi, str]:
     if choice.namespace not in (None, namespace):
         raise UnknownObject(f"`{name}` is in another namespace than --namespace {choice.namespace}; give one of them")
     return api.at(namespace), run
-
-
-def explain_both(name: str, choice: ClusterChoice, error: ClusterError) -> ClusterError:
-    """Return the cluster's error, with what this folder has where a run of it may have been meant."""
-    if choice.is_given or not here().known_runs():
-        return error
-    return type(error)(f"{error}\n{here().unknown(name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ from cli_makers import Cli
 from cluster_api_makers import FakeCluster, failed_status, stage_status, status_of
 from s3_makers import S3Server, make_bucket
 
-from stagecoach_api.artifacts import attempt_logs_prefix, rank_log_name
+from stagecoach_api.artifacts import (
+    Manifest,
+    StoredObject,
+    attempt_logs_prefix,
+    content_digest,
+    manifest_key,
+    output_prefix,
+    rank_log_name,
+)
 from stagecoach_api.status import StageState, StageStatus
 from stagecoach_api.store import Store, open_store
 from stagecoach_cli.stored_logs import stored_logs
@@ -208,3 +217,33 @@ def test_following_waits_for_an_attempt_to_come_unless_the_run_is_over(
     assert output.count("has not begun yet; waiting") == 1
     cluster.set_status(failed_status(1))
     assert cli("logs", "demo", "-f")[0] == 2
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_of_a_clusters_run_is_fetched_by_its_name(cluster: FakeCluster, store: Store, cli: Cli) -> None:
+    item = StoredObject(path="model", size=7, sha256=hashlib.sha256(b"weights").hexdigest())
+    store.write(f"{output_prefix(DIGEST)}/model", b"weights")
+    manifest = Manifest(
+        stage_digest=DIGEST,
+        content_digest=content_digest([item]),
+        kind="sft",
+        objects=(item,),
+        config={},
+        code="test",
+        seed=0,
+        created=T0,
+    )
+    store.write(manifest_key(DIGEST), manifest.model_dump_json().encode())
+    made = {"uri": f"{store.uri}/{output_prefix(DIGEST)}", "stageDigest": DIGEST, "contentDigest": DIGEST}
+    cluster.add_run(stage_status(state=StageState.SUCCEEDED, artifact=made), spec=spec(store))
+    for index, arguments in enumerate((["demo/sft"], ["team/demo/sft"], ["demo/sft", "-n", "team"])):
+        code, output = cli("artifacts", "get", arguments[0], f"copy-{index}", *arguments[1:])
+        assert (code, Path(f"copy-{index}/model").read_bytes()) == (0, b"weights"), output
+    assert cli("artifacts", "verify", "demo/sft")[0] == 0
+    code, output = cli("artifacts", "get", "gone/sft", "copy")
+    assert (code, "no run `gone` in namespace `team`; there are: demo" in output) == (2, True)
+    cluster.add_run(spec={"stages": []})
+    code, output = cli("artifacts", "get", "demo/sft", "copy")
+    assert (code, "name that by --storage" in output) == (1, True)

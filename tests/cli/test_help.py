@@ -11,11 +11,12 @@ from cli_makers import Bench, chain
 
 from stagecoach_cli.main import COMMANDS
 
-HEAVY = ("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "stagecoach_api.spec")
+HEAVY = ("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "kubernetes", "urllib3")
+HEAVY += ("stagecoach_api.spec",)
 COMMAND_LINES = [
     [],
     *[[name] for name in COMMANDS],
-    *[["artifacts", name] for name in ("ls", "get", "verify", "lineage")],
+    *[["artifacts", name] for name in ("ls", "get", "verify", "lineage", "gc")],
 ]
 SCRIPT = """
 import sys

@@ -8,25 +8,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stagecoach_cli.commands.garbage import collect_garbage
 from stagecoach_cli.commands.options import (
     Failure,
     cluster_options,
     console,
     endpoint_option,
     explained,
-    say,
     storage_option,
 )
 from stagecoach_cli.main import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from rich.tree import Tree
 
     from stagecoach_api.store import Store
     from stagecoach_cli.artifacts import Ancestor
     from stagecoach_cli.cluster_api import ClusterChoice
-    from stagecoach_cli.garbage import StoredArtifact
 
 WIDE = 1000
 """Columns of a listing that nobody's terminal limits: a URI stays in one piece."""
@@ -37,22 +35,29 @@ def command() -> None:
     """List, fetch, verify and trace what runs have made; delete what nothing needs.
 
     An artifact is named RUN/STAGE, NAMESPACE/RUN/STAGE, by its digest (or the digest's first digits), or by its URI.
-    Without --storage it is looked for where the run of this folder keeps its artifacts, else in .stagecoach/store.
+    Without --storage it is looked for where the run of this folder keeps its artifacts, else in .stagecoach/store, else
+    where the cluster's run of that name keeps them (at once where --namespace or --context is given).
     """
+
+
+command.add_command(collect_garbage)
 
 
 @command.command("ls")
 @click.argument("what", metavar="[FILE|RUN]", required=False)
 @storage_option
 @endpoint_option
-def list_artifacts(what: str | None, storage: str | None, endpoint: str | None) -> None:
+@cluster_options
+def list_artifacts(
+    what: str | None, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
+) -> None:
     """List the artifacts of a run, given by its file or its name; without either, of all runs in the storage."""
     with explained():
         from stagecoach_cli.artifacts import pointers
         from stagecoach_cli.figures import short
         from stagecoach_cli.summary import empty_table, print_titled
 
-        place = place_of_run(what, storage, endpoint)
+        place = place_of_run(what, storage, endpoint, chosen(context, namespace))
         table = empty_table("Run/stage", "Kind", "Digest", "Content", "URI")
         found = pointers(place.store, place.name)
         for item in found:
@@ -69,13 +74,21 @@ def list_artifacts(what: str | None, storage: str | None, endpoint: str | None) 
 @click.argument("destination", type=click.Path(path_type=Path))
 @storage_option
 @endpoint_option
-def get(artifact: str, destination: Path, storage: str | None, endpoint: str | None) -> None:
+@cluster_options
+def get(
+    artifact: str,
+    destination: Path,
+    storage: str | None,
+    endpoint: str | None,
+    context: str | None,
+    namespace: str | None,
+) -> None:
     """Copy an artifact's files to a new folder; every byte is checked against its manifest."""
     with explained():
         from stagecoach_cli.artifacts import fetch, find
         from stagecoach_cli.figures import quantity
 
-        place = place_of_artifact(artifact, storage, endpoint)
+        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
         count = size = 0
         for item, path in fetch(place.store, find(place.store, place.name or artifact), destination):
             count, size = count + 1, size + item.size
@@ -87,14 +100,15 @@ def get(artifact: str, destination: Path, storage: str | None, endpoint: str | N
 @click.argument("artifact")
 @storage_option
 @endpoint_option
-def verify(artifact: str, storage: str | None, endpoint: str | None) -> int:
+@cluster_options
+def verify(artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None) -> int:
     """Hash everything again that an artifact's lineage names; name every object whose bytes have changed."""
     with explained():
         from stagecoach_cli.artifacts import find
         from stagecoach_cli.artifacts import verify as verify_lineage
         from stagecoach_cli.figures import quantity
 
-        place = place_of_artifact(artifact, storage, endpoint)
+        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
         digest = find(place.store, place.name or artifact)
         faults = 0
         for checked in verify_lineage(place.store, digest, artifact, place.endpoint, place.region):
@@ -118,13 +132,16 @@ def verify(artifact: str, storage: str | None, endpoint: str | None) -> int:
 @click.argument("artifact")
 @storage_option
 @endpoint_option
-def lineage(artifact: str, storage: str | None, endpoint: str | None) -> None:
+@cluster_options
+def lineage(
+    artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
+) -> None:
     """Draw what an artifact was made from."""
     with explained():
         from stagecoach_cli.artifacts import find
         from stagecoach_cli.artifacts import lineage as trace
 
-        place = place_of_artifact(artifact, storage, endpoint)
+        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
         root = trace(place.store, find(place.store, place.name or artifact), artifact)
         console().print(lineage_tree(root), soft_wrap=True)
 
@@ -166,121 +183,6 @@ def describe(item: Ancestor) -> str:
     return escape(f"{name}  {manifest.kind} {short(item.stage_digest)}{tokens}{time}")
 
 
-# -- what nothing needs ------------------------------------------------------------------------------------------------
-
-
-@command.command("gc")
-@storage_option
-@endpoint_option
-@click.option(
-    "--older-than",
-    type=click.FloatRange(min=0.0),
-    default=1.0,
-    show_default=True,
-    metavar="DAYS",
-    help="What has an object that is younger stays: somebody may be at work on it.",
-)
-@click.option("--delete", is_flag=True, help="Delete them. Without it they are only listed.")
-@cluster_options
-@click.option("--no-cluster", is_flag=True, help="Ask no cluster which artifacts its runs have in use.")
-def collect_garbage(
-    storage: str | None,
-    endpoint: str | None,
-    older_than: float,
-    delete: bool,
-    context: str | None,
-    namespace: str | None,
-    no_cluster: bool,
-) -> None:
-    """List the artifacts that nothing needs, and with --delete delete them.
-
-    Needed is what a pointer names (runs/ in the storage), what a run of this folder or of the cluster has in use,
-    what is young, and everything these were made from. The cluster is asked where the storage is S3: all its
-    namespaces, or the one given. Delete nothing while another run is being submitted that might take it from the cache.
-    """
-    with explained():
-        import time
-
-        from stagecoach_cli.cluster_api import ClusterChoice
-        from stagecoach_cli.figures import DAY, size
-        from stagecoach_cli.garbage import delete as delete_artifacts
-        from stagecoach_cli.garbage import pointed, survey, unneeded
-        from stagecoach_cli.summary import print_titled
-
-        store = place(None, None, storage, endpoint).store
-        choice = ClusterChoice(context, namespace)
-        found = survey(store)  # before the roots: what becomes one meanwhile is seen
-        roots = pointed(store) | used_here()
-        if not no_cluster and (choice.is_given or store.local_path("artifacts") is None):
-            roots |= used_on_cluster(choice, delete)
-        now = time.time()
-        garbage = unneeded(found, roots, now - older_than * DAY)
-        total = f"{len(garbage)} of {len(found)} artifacts, {size(sum(item.size for item in garbage))}"
-        if not garbage:
-            click.echo(f"nothing to delete among {len(found)} artifacts in {store.uri}")
-            return
-        print_titled(console(WIDE), store.uri, garbage_table(garbage, now))
-        if not delete:
-            click.echo(f"{total} could be deleted; --delete does it")
-            return
-        for item in delete_artifacts(store, garbage):
-            say(f"deleted {item.digest}")
-        click.echo(f"{total} deleted")
-
-
-def garbage_table(garbage: list[StoredArtifact], now: float) -> Table:
-    """Return one row for each artifact, the oldest first."""
-    from stagecoach_cli.figures import duration, size
-    from stagecoach_cli.summary import empty_table
-
-    table = empty_table("Digest", "Kind", ">Objects", ">Size", ">Age")
-    for item in garbage:
-        kind = item.kind or "unfinished"
-        table.add_row(item.digest, kind, str(item.num_objects), size(item.size), duration(max(0.0, now - item.newest)))
-    return table
-
-
-def used_here() -> set[str]:
-    """Return the stage digests that runs of this folder have in use."""
-    from stagecoach_cli.garbage import digests_of_record
-    from stagecoach_cli.workspace import here
-
-    records = [record for run in here().known_runs() if (record := run.load()) is not None]
-    return {digest for record in records for digest in digests_of_record(record)}
-
-
-def used_on_cluster(choice: ClusterChoice, must_know: bool) -> set[str]:
-    """Return the stage digests that a cluster's runs have in use; none where no cluster is configured.
-
-    `must_know`: something is to be deleted, so a cluster that does not tell is an error. Raises Failure.
-    """
-    from stagecoach_cli.cluster_api import ClusterError, NotConfigured, NotInstalled, connect
-    from stagecoach_cli.cluster_run import digests_in_use
-
-    try:
-        api = connect(choice)
-    except NotConfigured as error:
-        if choice.is_given:
-            raise
-        say(f"no cluster was asked which artifacts its runs have in use ({error})")
-        return set()
-    try:
-        bodies = api.runs(everywhere=choice.namespace is None)
-        return {digest for body in bodies for digest in digests_in_use(body)}
-    except NotInstalled:
-        return set()
-    except ClusterError as error:
-        advice = (
-            "give --namespace for one namespace's runs, or --no-cluster if none of the cluster's runs uses this storage"
-        )
-        if must_know:
-            raise Failure(
-                f"the cluster does not tell which artifacts are in use, so none is deleted: {error}\n{advice}"
-            ) from error
-        say(f"the cluster does not tell which artifacts are in use: {error}\n{advice}")
-        return set()
-
-
 # -- which store -------------------------------------------------------------------------------------------------------
 
 
@@ -295,8 +197,14 @@ class Place:
     region: str | None = None
 
 
-def place_of_run(what: str | None, storage: str | None, endpoint: str | None) -> Place:
-    """Return the store of a run given by its file or its name. Raises InvalidRun, WorkspaceError."""
+def chosen(context: str | None, namespace: str | None) -> ClusterChoice:
+    from stagecoach_cli.cluster_api import ClusterChoice
+
+    return ClusterChoice(context, namespace)
+
+
+def place_of_run(what: str | None, storage: str | None, endpoint: str | None, choice: ClusterChoice) -> Place:
+    """Return the store of a run given by its file or its name. Raises InvalidRun, WorkspaceError, ClusterError."""
     from stagecoach_api.loading import load_run
     from stagecoach_cli.prepare import open_run_store
     from stagecoach_cli.workspace import here
@@ -306,33 +214,69 @@ def place_of_run(what: str | None, storage: str | None, endpoint: str | None) ->
         settings = loaded.run.spec.storage
         name = f"{loaded.run.metadata.namespace}/{loaded.run.metadata.name}"
         return Place(open_run_store(loaded, here(), storage), name, endpoint or settings.endpoint, settings.region)
-    return place(what, what, storage, endpoint)
+    return place(what, what, storage, endpoint, choice)
 
 
-def place_of_artifact(artifact: str, storage: str | None, endpoint: str | None) -> Place:
+def place_of_artifact(artifact: str, storage: str | None, endpoint: str | None, choice: ClusterChoice) -> Place:
     """Return the store of an artifact given by URI, by RUN/STAGE or by digest."""
     from stagecoach_cli.artifacts import split_uri
 
     parts = split_uri(artifact)
     if parts is not None:
-        return place(None, parts[1], storage or parts[0], endpoint)
+        return place(None, parts[1], storage or parts[0], endpoint, choice)
     run = artifact.rpartition("/")[0] or None
-    return place(run, artifact, storage, endpoint)
+    return place(run, artifact, storage, endpoint, choice)
 
 
-def place(run: str | None, name: str | None, storage: str | None, endpoint: str | None) -> Place:
-    """Return `storage` if given, else where the named run of this workspace keeps its artifacts, else the default."""
+def place(run: str | None, name: str | None, storage: str | None, endpoint: str | None, choice: ClusterChoice) -> Place:
+    """Return `storage` if given, else where the named run of this workspace keeps its artifacts, else the default where
+    that knows the run, else where the cluster's run keeps them."""
     from stagecoach_api.store import open_store
-    from stagecoach_cli.workspace import WorkspaceError, here
+    from stagecoach_cli.artifacts import pointers
+    from stagecoach_cli.workspace import here
+    from stagecoach_cli.worlds import local_run
 
-    record = None
-    if storage is None and run is not None:
-        try:
-            record = here().find(run).load()
-        except WorkspaceError:
-            record = None  # runs of other folders may lie in the default storage, too
+    if storage is not None:
+        return Place(open_store(storage, endpoint), name, endpoint)
+    folder = None if run is None else local_run(run, choice)
+    record = None if folder is None else folder.load()
     if record is not None:
         endpoint, region = endpoint or record.storage_endpoint, record.storage_region
         return Place(open_store(record.storage_uri, endpoint, region), name, endpoint, region)
-    uri = str(here().default_storage) if storage is None else storage
-    return Place(open_store(uri, endpoint), name, endpoint)
+    default = open_store(str(here().default_storage), endpoint)
+    if run is None or (not choice.is_given and pointers(default, run)):  # runs without a record may lie there, too
+        return Place(default, name, endpoint)
+    return place_on_cluster(run, name, endpoint, choice) or Place(default, name, endpoint)
+
+
+def place_on_cluster(run: str, name: str | None, endpoint: str | None, choice: ClusterChoice) -> Place | None:
+    """Return where a cluster's run keeps its artifacts; None where no cluster is configured.
+
+    An artifact goes by its digest then, which the run's status names even where no pointers could be written.
+    """
+    from stagecoach_api.store import open_store
+    from stagecoach_cli.cluster_api import NotConfigured
+    from stagecoach_cli.cluster_run import cluster_run
+    from stagecoach_cli.workspace import UnknownRun
+    from stagecoach_cli.worlds import cluster_of
+
+    try:
+        api, own_name = cluster_of(run, choice)
+    except (NotConfigured, UnknownRun):
+        if choice.is_given:
+            raise
+        return None
+    found = cluster_run(api.run(own_name))
+    settings = found.storage
+    if settings is None or settings.uri is None:
+        raise Failure(f"{found.title} has made nothing yet in the operator's storage; name that by --storage")
+    endpoint = endpoint or settings.endpoint
+    stage = (name or "").removeprefix(run).strip("/")
+    made = next((item.artifact for item in found.status.stages if item.name == stage), None)
+    known = f"{found.title}/{stage}" if stage else found.title
+    return Place(
+        store=open_store(settings.uri, endpoint, settings.region),
+        name=known if made is None else made.stage_digest,
+        endpoint=endpoint,
+        region=settings.region,
+    )
