@@ -103,7 +103,7 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "a word that is none of the allowed": (
         put("stages.2.pretrain.precision", "fp8"),
-        ("precision", 'supported values: "bf16", "fp32"'),
+        ("precision", 'supported values: "bf16", "fp16", "fp32"'),
     ),
     "a vocabulary of nothing": (
         put("stages.1.tokenizer", {}),
@@ -117,8 +117,7 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
         put("stages.2.resources.nodes", -2),
         ("resources.nodes", "greater than or equal to 1"),
     ),
-    "an image without a digest": (put("stages.2.image", "trainer:latest"), ("spec.stages[2].image", "should match")),
-    "a spec that is a list": (lambda spec: spec.clear(), ("spec", "Required value")),
+    "an empty spec": (lambda spec: spec.clear(), ("spec.stages", "Required value")),
 }
 
 
@@ -137,7 +136,7 @@ BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a cycle": (
         put("stages.0.after", ["train"]),
         "InvalidSpec",
-        ("cycle", "corpus", "vocabulary", "train"),
+        ("spec.stages[0].after[0]", "in a circle: corpus -> vocabulary -> train -> corpus"),
     ),
     "a stage that does not exist": (
         put("stages.2.pretrain.tokenizer", {"stage": "vocabluary"}),
@@ -172,7 +171,11 @@ BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
         "InvalidSpec",
         ("spec.stages[0].data.sources[0].uri", "pods do not see a folder of your machine"),
     ),
-    "no storage": (drop("storage.uri"), "InvalidSpec", ("spec.storage.uri", "s3://bucket/prefix")),
+    "an image without a digest": (
+        put("stages.2.image", "registry.example.com/trainer:latest"),
+        "InvalidSpec",
+        ("spec.stages[2].image", "name@sha256:"),
+    ),
     "an image that is not allowed": (
         put("stages.2.image", "elsewhere.example.com/trainer@sha256:" + "2" * 64),
         "ImageNotAllowed",
