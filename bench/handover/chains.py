@@ -49,7 +49,7 @@ class Ours:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._objects = CustomObjectsApi(place.api)
+        self._objects: Any = CustomObjectsApi(place.api)
         self._audit = None if place.audit_log is None else AuditLog(place.audit_log, place.user)
         self.watch = PodWatch(place)
         self.jobset_spec: Body = {}
@@ -103,7 +103,7 @@ class Peer:
     def __init__(self, place: Place, ours: Ours) -> None:
         self._place = place
         self._ours = ours
-        self._objects = CustomObjectsApi(place.api)
+        self._objects: Any = CustomObjectsApi(place.api)
 
     def run(self, number: int) -> Round:
         """Work one chain of JobSets off. The first round of ours must have been: its pods are taken."""

@@ -98,7 +98,7 @@ def prepare(stack: ExitStack) -> Place:
     audit_log = kubeconfig.with_name("audit.log")
     return Place(
         kubectl=kubectl,
-        api=config.new_client_from_config(str(kubeconfig)),
+        api=config.new_client_from_config(str(kubeconfig)),  # type: ignore[no-untyped-call]
         namespace=namespace,
         product=product,
         storage=storage,
