@@ -60,7 +60,7 @@ class ConditionType(StrEnum):
     COMPLETE = "Complete"
     """Every stage is finished."""
     FAILED = "Failed"
-    """A stage failed for good."""
+    """A stage failed for good, or the run is cancelled."""
 
 
 class ConditionStatus(StrEnum):

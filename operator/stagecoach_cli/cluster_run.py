@@ -37,7 +37,7 @@ _DIGEST = re.compile(r"artifacts/([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
-class Attempt:
+class ClusterAttempt:
     """One attempt of a cluster's run: where its pods and its logs are found."""
 
     stage: str
@@ -130,12 +130,12 @@ class ClusterRun:
     def ranks_per_pod(self, stage: str) -> int:
         return self.resource(stage, "gpusPerNode") or self.resource(stage, "ranksPerNode") or 1
 
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[ClusterAttempt]:
         """Return the attempts that are remembered, in the order of their start."""
         found = [_attempt(stage.name, record) for stage in self.status.stages for record in stage.attempts]
         return sorted(found, key=lambda item: (item.started, item.stage, item.number))
 
-    def selector(self, attempt: Attempt) -> str:
+    def selector(self, attempt: ClusterAttempt) -> str:
         """Return the label selector of an attempt's pods."""
         labels = {
             names.LABEL_RUN_UID: self.uid,
@@ -168,8 +168,8 @@ def cluster_run(body: Body) -> ClusterRun:
     )
 
 
-def _attempt(stage: str, record: AttemptStatus) -> Attempt:
-    return Attempt(stage, record.number, record.digest, record.started.timestamp(), record.ended is not None)
+def _attempt(stage: str, record: AttemptStatus) -> ClusterAttempt:
+    return ClusterAttempt(stage, record.number, record.digest, record.started.timestamp(), record.ended is not None)
 
 
 def digests_in_use(body: Body) -> set[str]:

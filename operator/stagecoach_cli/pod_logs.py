@@ -133,12 +133,12 @@ class Follower:
 
     _threads: dict[str, threading.Thread] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _error: ClusterError | None = None
+    _error: ClusterError | OSError | None = None
     _away: bool = False
     _told_many: bool = False
 
     def follow(self) -> int:
-        """Return how many pods' logs were seen. Raises ClusterError that time does not heal."""
+        """Return how many pods' logs were seen. Raises ClusterError that time does not heal, and OSError of `write`."""
         over_since: float | None = None
         while True:
             try:
@@ -189,7 +189,7 @@ class Follower:
             log.copy()
         except UnknownObject:
             return  # it has been deleted, with its log
-        except ClusterError as error:
+        except (ClusterError, OSError) as error:  # an OSError: nobody reads what is written any more
             self._error = error
 
     def _say(self, pod: PodSight, text: str) -> None:

@@ -112,7 +112,7 @@ def test_conflicts_are_taken_over_only_on_demand(bench: Bench, cluster: FakeClus
                 1, Reason.USER_ERROR, "bad", stage_status(state=StageState.FAILED, message="data.jsonl:3: bad")
             ),
             1,
-            "data.jsonl:3: bad",
+            "data.jsonl:3: bad\nteam/tiny: failed; `stagecoach resume team/tiny` tries once more",
             id="failed",
         ),
         pytest.param(failed_status(1, Reason.CANCELLED, "cancelled"), 130, "team/tiny: cancelled", id="cancelled"),

@@ -164,6 +164,17 @@ def test_a_refusal_ends_the_following_with_its_words(cluster: FakeCluster, api: 
     assert isinstance(reader.trouble, Forbidden)
 
 
+def test_a_closed_output_ends_the_following(cluster: FakeCluster, api: ClusterApi) -> None:
+    cluster.add_pod().print("text")
+
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    follower = Follower(api, PodChoice(SELECTOR, 1, 1), lambda: False, print, write, look_seconds=0.02)
+    with pytest.raises(BrokenPipeError):
+        follower.follow()
+
+
 @pytest.mark.parametrize(
     ("choice", "index", "text", "shown"),
     [

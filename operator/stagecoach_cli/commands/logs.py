@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stagecoach_cli.cluster_api import ClusterChoice
-    from stagecoach_cli.cluster_run import Attempt, ClusterRun
+    from stagecoach_cli.cluster_run import ClusterAttempt, ClusterRun
     from stagecoach_cli.workspace import AttemptRecord, RunFolder
 
 POLL_SECONDS = 0.3
@@ -120,7 +120,7 @@ def words_for(stage: str | None, number: int | None) -> str:
     return f"attempt {number} of {stage}" if number else f"attempt of {stage}" if stage else "attempt"
 
 
-def listed(attempts: Iterable[AttemptRecord | Attempt]) -> str:
+def listed(attempts: Iterable[AttemptRecord | ClusterAttempt]) -> str:
     return ", ".join(f"{item.stage} {item.number}" for item in attempts)
 
 
@@ -175,7 +175,7 @@ class ClusterLogs:
 
         return cluster_run(self._api.run(self._name))
 
-    def _await(self, stage: str | None, number: int | None, follow: bool) -> tuple[ClusterRun, Attempt]:
+    def _await(self, stage: str | None, number: int | None, follow: bool) -> tuple[ClusterRun, ClusterAttempt]:
         """Return the attempt that is meant; with `follow` one that has yet to come is waited for."""
         said = ""
         while True:
@@ -192,12 +192,12 @@ class ClusterLogs:
                 said = waiting
             time.sleep(CLUSTER_POLL_SECONDS)
 
-    def _check_rank(self, run: ClusterRun, attempt: Attempt) -> None:
+    def _check_rank(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         ranks = run.num_pods(attempt.stage) * run.ranks_per_pod(attempt.stage)
         if self._rank is not None and self._rank >= ranks:
             raise InvalidInput(f"--rank {self._rank}: {attempt.stage} has {ranks} rank{'s' * (ranks > 1)}, from 0 on")
 
-    def _is_over(self, attempt: Attempt) -> bool:
+    def _is_over(self, attempt: ClusterAttempt) -> bool:
         """Whether the attempt has ended, or is no longer remembered."""
         from stagecoach_cli.cluster_api import UnknownObject
 
@@ -207,7 +207,7 @@ class ClusterLogs:
             return True  # the run is gone, its pods go
         return all(item.ended for item in known if (item.stage, item.number) == (attempt.stage, attempt.number))
 
-    def _print_stored(self, run: ClusterRun, attempt: Attempt) -> None:
+    def _print_stored(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         from stagecoach_api.store import open_store
         from stagecoach_cli.pod_logs import write_line
         from stagecoach_cli.stored_logs import copy_stored, stored_logs
@@ -230,12 +230,12 @@ class ClusterLogs:
         copy_stored(store, logs, write_line, say)
 
 
-def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> Attempt | None:
+def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> ClusterAttempt | None:
     """Return the newest of the attempts that are meant; None where there is none.
 
     One that the status has no more room for is found by its stage's present digest.
     """
-    from stagecoach_cli.cluster_run import Attempt
+    from stagecoach_cli.cluster_run import ClusterAttempt
 
     attempts = run.attempts()
     chosen = [item for item in attempts if stage in (None, item.stage) and number in (None, item.number)]
@@ -247,4 +247,4 @@ def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> At
     first = told.attempts[0]
     if number >= first.number:
         return None
-    return Attempt(told.name, number, told.forgotten.digest, first.started.timestamp(), ended=True)
+    return ClusterAttempt(told.name, number, told.forgotten.digest, first.started.timestamp(), ended=True)

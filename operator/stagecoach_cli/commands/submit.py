@@ -94,8 +94,9 @@ def follow(api: ClusterApi, name: str) -> int:
     for line in troubles_of(run):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     print_failures(out, snapshot_of(run, time.time()))
-    out.print(f"{run.title}: {run.state.value.lower()}", highlight=False, markup=False, soft_wrap=True)
     code = exit_code(run)
+    hint = f"; `stagecoach resume {run.title}` tries once more" if code == EXIT_FAILED else ""
+    out.print(f"{run.title}: {run.state.value.lower()}{hint}", highlight=False, markup=False, soft_wrap=True)
     return EXIT_FAILED if code is None else code
 
 
