@@ -60,6 +60,7 @@ class ClusterRun:
     spec: Mapping[str, Any]
     """As the API server has it."""
     status: TrainingRunStatus
+    deleting: bool = False
 
     @property
     def title(self) -> str:
@@ -165,6 +166,7 @@ def cluster_run(body: Body) -> ClusterRun:
         generation=int(metadata.get("generation", 0)),
         spec=body.get("spec") or {},
         status=status,
+        deleting="deletionTimestamp" in metadata,
     )
 
 
@@ -266,6 +268,8 @@ def _seconds(started: datetime | None, finished: datetime | None) -> float | Non
 def troubles_of(run: ClusterRun) -> list[str]:
     """Return what people must know beside the table, a line each: conditions that are not as they should be, in their
     own words."""
+    if run.deleting:
+        return ["it is being deleted, and goes when its pods have ended"]
     if not run.status.conditions:
         return ["no operator has looked at it yet; does one watch this namespace?"]
     lines = [] if run.is_seen else ["the operator has not seen the newest edit yet"]

@@ -123,6 +123,11 @@ def test_what_was_said_of_an_older_spec_does_not_hold() -> None:
     assert run_of(status=suspended_status(2), generation=2).holds(ConditionType.SUSPENDED)
 
 
+def test_a_run_that_is_being_deleted_says_so() -> None:
+    run = run_of(stage_status(), generation=2, deletionTimestamp="2026-11-22T10:00:00Z")
+    assert troubles_of(run) == ["it is being deleted, and goes when its pods have ended"]
+
+
 def test_a_cancelled_run_is_over_and_no_other_failure_is_a_cancellation() -> None:
     cancelled = run_of(status=failed_status(1, Reason.CANCELLED, "cancelled"))
     failed = run_of(status=failed_status(1))
