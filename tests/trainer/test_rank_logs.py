@@ -140,7 +140,7 @@ def test_a_slow_reader_delays_nobody_and_is_told_what_it_missed(pipe: list[int])
     began = time.monotonic()
     for number in range(1000):
         output.put(b"%05d " % number * 200)  # 1.2 MB, of which the pipe holds 64 KiB
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     read = bytearray()
     reader = threading.Thread(target=lambda: read.extend(b"".join(iter(lambda: os.read(pipe[0], 65536), b""))))
     reader.start()
