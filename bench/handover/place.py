@@ -86,6 +86,7 @@ def prepare(stack: ExitStack) -> Place:
     helm = Helm(program("helm"), kubeconfig, folder)
     namespace = f"stagecoach-bench-{secrets.token_hex(3)}"
     product = f"Pretended-{namespace}"
+    refuse_company(kubectl)
     define_runs(kubectl, helm, stack)
     kubectl("create", "namespace", namespace)
     stack.callback(kubectl, "delete", "namespace", namespace, "--timeout=120s")
@@ -133,6 +134,13 @@ def program(name: str) -> Path:
     if found is None:
         raise RuntimeError(f"{name} is not in PATH; `PYTHONPATH=tests python -m cluster env` says where the test's is")
     return Path(found)
+
+
+def refuse_company(kubectl: Kubectl) -> None:
+    """Raise RuntimeError where an operator of every namespace is installed: two would work on the same runs."""
+    found = kubectl("get", "clusterroles", f"--selector=app.kubernetes.io/name={RELEASE}", "--output=name").split()
+    if found:
+        raise RuntimeError(f"an operator works on the runs of every namespace ({found[0]}); uninstall it before")
 
 
 def rendered(helm: Helm, namespace: str, templates: tuple[str, ...]) -> list[dict[str, Any]]:
