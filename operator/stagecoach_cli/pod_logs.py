@@ -19,6 +19,7 @@ PATIENCE_SECONDS = 30.0
 MAX_FOLLOWED = 100
 """Pods that are followed at once, one thread each."""
 
+ON_ITS_WAY = frozenset({"ContainerCreating", "PodInitializing"})
 RANK_MARK = "[rank "
 
 
@@ -49,6 +50,14 @@ def pod_sight(body: Body) -> PodSight:
     states = {item.get("name"): item.get("state") or {} for item in status.get("containerStatuses") or ()}
     state = states.get(names.TRAINER_CONTAINER, {})
     waiting = state.get("waiting") or {}
+    unscheduled = next(
+        (
+            item.get("message") or ""
+            for item in status.get("conditions") or ()
+            if (item.get("type"), item.get("status")) == ("PodScheduled", "False")
+        ),
+        "",
+    )
     return PodSight(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -56,7 +65,7 @@ def pod_sight(body: Body) -> PodSight:
         created=metadata.get("creationTimestamp") or "",
         has_started="running" in state or "terminated" in state,
         has_ended="terminated" in state or status.get("phase") in ("Succeeded", "Failed"),
-        waiting=": ".join(str(waiting[key]) for key in ("reason", "message") if waiting.get(key)),
+        waiting=": ".join(str(waiting[key]) for key in ("reason", "message") if waiting.get(key)) or unscheduled,
     )
 
 
@@ -136,6 +145,7 @@ class Follower:
     _error: ClusterError | OSError | None = None
     _away: bool = False
     _told_many: bool = False
+    _waiting: dict[str, str] = field(default_factory=dict)
 
     def follow(self) -> int:
         """Return how many pods' logs were seen. Raises ClusterError that time does not heal, and OSError of `write`."""
@@ -158,7 +168,10 @@ class Follower:
 
     def _look(self) -> None:
         for pod in self.choice.find(self.api):
-            if pod.uid in self._threads or not pod.has_started:
+            if not pod.has_started:
+                self._tell_waiting(pod)
+                continue
+            if pod.uid in self._threads:
                 continue
             if len(self._living()) >= MAX_FOLLOWED:
                 self._tell_many()
@@ -169,6 +182,12 @@ class Follower:
 
     def _living(self) -> list[threading.Thread]:
         return [thread for thread in self._threads.values() if thread.is_alive()]
+
+    def _tell_waiting(self, pod: PodSight) -> None:
+        """Say why a pod does not start, unless it is only on its way."""
+        if pod.waiting and pod.waiting not in ON_ITS_WAY and self._waiting.get(pod.uid) != pod.waiting:
+            self._waiting[pod.uid] = pod.waiting
+            self.tell(f"{pod.name} has not started: {pod.waiting}")
 
     def _tell_many(self) -> None:
         if not self._told_many:

@@ -116,11 +116,16 @@ def test_pods_that_take_the_place_of_others_are_followed_and_gone_ones_forgotten
 
 def test_pods_are_waited_for_until_they_start(cluster: FakeCluster, api: ClusterApi) -> None:
     pod = cluster.add_pod(waiting={"reason": "ContainerCreating"})
+    name = pod.body["metadata"]["name"]
     reader = Reader(api, PodChoice(SELECTOR, 1, 1))
     reader.wait_for(lambda: any("pods?" in request for request in cluster.requests))
+    assert reader.told == []
+    pod.state["waiting"]["reason"] = "ErrImagePull"
+    reader.wait_for(lambda: reader.told == [f"{name} has not started: ErrImagePull"])
     pod.print("at last")
     pod.body["status"]["containerStatuses"][0]["state"] = {"running": {}}
     reader.wait_for(lambda: reader.lines == ["at last"])
+    assert len(reader.told) == 1
     pod.end()
     reader.finish()
 
@@ -206,3 +211,7 @@ def test_a_pod_says_why_it_has_not_started(cluster: FakeCluster) -> None:
     waiting = {"reason": "ImagePullBackOff", "message": "not found"}
     sight = pod_sight(cluster.add_pod(waiting=waiting).body)
     assert (sight.has_started, sight.has_ended, sight.waiting) == (False, False, "ImagePullBackOff: not found")
+    pending = cluster.add_pod().body
+    scheduled = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
+    pending["status"] = {"phase": "Pending", "conditions": [scheduled]}
+    assert pod_sight(pending).waiting == "0/1 nodes are available"
