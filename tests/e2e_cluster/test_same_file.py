@@ -26,11 +26,12 @@ SHORT = {
     "embeddings.pretrain.budget.tokens": 20480,
     "pretrain.pretrain.budget.tokens": 40960,
     "pretrain.resources.nodes": 2,
+    "pretrain.resources.cpu": "500m",
     "sft.sft.budget.steps": 20,
     "score.evaluate.gates[0].atLeast": 0,
 }
 """The example with a tenth of its steps, too few to answer well, so the gate is opened; and with one stage on two pods,
-which are two ranks on a laptop."""
+which are two ranks on a laptop; each with one thread, as before, and half a CPU, so that both fit on a small node."""
 SECONDS_FROM_CACHE = 10.0
 
 

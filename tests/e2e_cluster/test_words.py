@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_world import SECRET, Run, World, corpus, training, training_run, vocabulary
+from cluster_world import RELEASE, SECRET, SYSTEM, Run, World, corpus, training, training_run, vocabulary
 
 from stagecoach_api import names
 
@@ -89,6 +89,6 @@ def test_no_key_to_s3_is_written_anywhere(world: World, namespace: str) -> None:
     told = [world.kubectl("logs", pod, f"-n{namespace}")]
     told += [world.kubectl("get", kind, f"-n{namespace}", "--output=json") for kind in ("pods", "jobsets", "events")]
     told += [world.kubectl("get", kind, f"-n{namespace}", "--output=json") for kind in ("configmaps", names.PLURAL)]
-    told.append(world.kubectl("logs", "-nstagecoach-system", "deployment/stagecoach", "--all-pods=true"))
+    told.append(world.kubectl("logs", f"-n{SYSTEM}", f"deployment/{RELEASE}", "--all-pods=true"))
     assert [text for text in told if access in text or secret in text] == []
     assert SECRET in told[1]  # the Secret is named, and only named
