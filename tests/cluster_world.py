@@ -430,6 +430,7 @@ def provide_images(world: World) -> str:
     """Build both images of this checkout and give them to the test cluster's node; return their registry."""
     if world.own is None:
         raise AssertionError(f"set {ENV_REGISTRY} to where your cluster finds the images that `make images` builds")
+    world.own.provide_builders()
     archives = ROOT / "build" / "images" / "archives"
     options = os.environ.get(ENV_IMAGES, "").split()
     script = str(ROOT / "images" / "build.py")

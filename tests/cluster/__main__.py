@@ -60,7 +60,7 @@ class Cluster:
         """Bring up what is not up. Raises ClusterError when a cluster of another kind or version runs."""
         if self.layout.with_node:
             packages.require_root()
-            packages.ensure(self._versions)
+            packages.ensure(self._versions, "node")
         self.layout.make()
         self._check_same()
         self.build()
@@ -99,6 +99,10 @@ class Cluster:
             with timed("containers, mounts and network", "removed"):
                 self._remove_node()
         shutil.rmtree(self.layout.state)
+
+    def provide_builders(self) -> None:
+        """Install what building images takes."""
+        packages.ensure(self._versions, "images")
 
     def load(self, archives: list[Path]) -> None:
         """Give the node the images of some archives."""

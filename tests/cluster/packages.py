@@ -1,4 +1,4 @@
-"""Debian packages that a node needs: installed where that is possible, else named."""
+"""Debian packages that a node and the building of images need: installed where that is possible, else named."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from cluster.report import ClusterError, say, timed
 from cluster.versions import Versions
 
 
-def ensure(versions: Versions) -> None:
-    """Install what is missing. Raises ClusterError with the command to run where we cannot (no root, no apt-get)."""
-    missing = [package for package, file in versions.debian.items() if not file.exists()]
+def ensure(versions: Versions, need: str) -> None:
+    """Install what is missing of what `need`, node or images, asks for.
+
+    Raises ClusterError with the command to run where we cannot (no root, no apt-get).
+    """
+    missing = [package for package, file in versions.debian[need].items() if not file.exists()]
     if not missing:
-        say("packages of the node", "installed")
+        say(f"packages for {need}", "installed")
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise ClusterError(
-            f"a node needs {', '.join(missing)}: run `sudo {' '.join(install)}` (Debian, Ubuntu), or bring up a "
-            "control plane alone with `--no-node`"
+            f"{need}: {', '.join(missing)} must be installed: run `sudo {' '.join(install)}` (Debian, Ubuntu), or "
+            "bring up a control plane alone with `--no-node`"
         )
-    with timed(f"{len(missing)} packages of the node", "installed"):
+    with timed(f"{len(missing)} packages for {need}", "installed"):
         run(["apt-get", "update", "--quiet"])
         run(install, environment={"DEBIAN_FRONTEND": "noninteractive"})
 

@@ -40,8 +40,8 @@ class Versions:
 
     go_at_least: str
     parts: Mapping[str, Part]
-    debian: Mapping[str, Path]
-    """Debian packages that a node needs, each with a file that is there once it is installed."""
+    debian: Mapping[str, Mapping[str, Path]]
+    """Debian packages by what needs them, `node` or `images`; each with a file that is there once it is installed."""
 
     @property
     def labels(self) -> list[str]:
@@ -53,5 +53,5 @@ def read_versions(file: Path = VERSIONS_FILE) -> Versions:
     """Return what the file pins. Raises TypeError when a part lacks a field or has an unknown one."""
     table = tomllib.loads(file.read_text())
     parts = {name: Part(name=name, **fields) for name, fields in table["part"].items()}
-    debian = {name: Path(path) for name, path in table["debian"].items()}
+    debian = {need: {name: Path(file) for name, file in found.items()} for need, found in table["debian"].items()}
     return Versions(go_at_least=table["go"]["at_least"], parts=parts, debian=debian)
