@@ -82,7 +82,10 @@ class RunMemory:
 
     begun: float
     """When its first turn was, in seconds since the epoch."""
-    plan: Snapshot | Refusal | None = None
+    plan: Snapshot | None = None
+    """The newest that was accepted. None: none was, or it has not been read yet."""
+    refusal: Refusal | None = None
+    """Why the spec as it stands is not accepted. None: it is."""
     refused_at: float = 0.0
     records: dict[AttemptKey, AttemptStatus] | None = None
     """None: the status has not been read yet."""
@@ -178,6 +181,7 @@ class Reconciler:
             ask_again_at,
             flush_at,
             memory.trouble_at + TROUBLE_SECONDS if memory.trouble is not None else None,
+            ask_refused_again_at(memory),
             *(moment for sight in look.living() for moment in moments_of(sight, look.now)),
         )
 
@@ -203,25 +207,26 @@ class Reconciler:
         return Look(run, snapshot, sights, decide(snapshot.plan, observed, now), now)
 
     async def _plan(self, run: RunView, memory: RunMemory) -> Snapshot | Refusal:
-        """Return the run's plan: the one in hand, the one that is kept, or a new one."""
-        wanted = spec_digest(run)
-        known = memory.plan
-        if isinstance(known, Snapshot) and known.spec_digest == wanted:
-            return known
-        waiting = self.clock() < memory.refused_at + RETRY_SECONDS
-        if isinstance(known, Refusal) and known.generation == run.generation and (not known.retry or waiting):
-            return known
-        kept = known if isinstance(known, Snapshot) else await self._kept_plan(run)
-        if kept is not None and kept.spec_digest == wanted:
-            memory.plan = kept
-            return kept
-        settings = self.cluster.settings
-        made = await self.lookups.in_thread(lambda: plan_run(run, settings, kept))
+        """Return the run's plan: the one in hand, the one that is kept, or a new one. While an edit is refused, the
+        plan before it stands: what runs is looked after, and nothing of it is lost."""
+        if memory.plan is None:
+            memory.plan = await self._kept_plan(run)
+        if memory.plan is not None and memory.plan.spec_digest == spec_digest(run):
+            memory.refusal = None
+            return memory.plan
+        if memory.refusal is not None and is_still_refused(run, memory, self.clock()):
+            return memory.plan or memory.refusal
+        made = await self._plan_anew(run, memory)
+        return memory.plan or made
+
+    async def _plan_anew(self, run: RunView, memory: RunMemory) -> Snapshot | Refusal:
+        settings, before = self.cluster.settings, memory.plan
+        made = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
         if isinstance(made, Snapshot):
             await self.cluster.kube.apply(CONFIG_MAPS, plan_config_map(run, made))
+            memory.plan, memory.refusal = made, None
         else:
-            memory.refused_at = self.clock()
-        memory.plan = made
+            memory.refusal, memory.refused_at = made, self.clock()
         return made
 
     async def _kept_plan(self, run: RunView) -> Snapshot | None:
@@ -309,7 +314,7 @@ class Reconciler:
 
     async def _refuse(self, run: RunView, refusal: Refusal, memory: RunMemory) -> float | None:
         await self._write(run, refused_status(refusal, run.status, self.clock()), memory)
-        return memory.refused_at + RETRY_SECONDS if refusal.retry else None
+        return ask_refused_again_at(memory)
 
     async def _save(self, look: Look, memory: RunMemory) -> float | None:
         """Write the status if there is news; return when to write news that can wait."""
@@ -323,6 +328,7 @@ class Reconciler:
             generation=run.generation,
             now=look.now,
             suspend=bool(run.spec.get("suspend")),
+            refusal=memory.refusal,
             trouble=memory.trouble,
             store_trouble="" if answers.unreadable else answers.trouble,
         )
@@ -355,10 +361,23 @@ class Reconciler:
 
 def is_at_rest(run: RunView) -> bool:
     """Tell whether a run is complete and nothing about it has changed since: it needs neither plan nor look."""
-    complete = any(
-        item.type is ConditionType.COMPLETE and item.status is ConditionStatus.TRUE for item in run.status.conditions
-    )
+    holds = {item.type for item in run.status.conditions if item.status is ConditionStatus.TRUE}
+    complete = {ConditionType.ACCEPTED, ConditionType.COMPLETE} <= holds
     return complete and run.status.observed_generation == run.generation and names.FINALIZER not in run.finalizers
+
+
+def is_still_refused(run: RunView, memory: RunMemory, now: float) -> bool:
+    """Tell whether the spec as it stands has been refused, and it is too early to try again."""
+    if memory.refusal is None or memory.refusal.generation != run.generation:
+        return False
+    again_at = ask_refused_again_at(memory)
+    return again_at is None or now < again_at
+
+
+def ask_refused_again_at(memory: RunMemory) -> float | None:
+    """Return when a spec is looked at again that was refused for something outside of it. None: not by itself."""
+    retries = memory.refusal is not None and memory.refusal.retry
+    return memory.refused_at + RETRY_SECONDS if retries else None
 
 
 def answers_awaited_until(look: Look, memory: RunMemory) -> float | None:

@@ -57,6 +57,8 @@ class Scene:
     generation: int
     now: float
     suspend: bool = False
+    refusal: Refusal | None = None
+    """Why an edit of the spec is not accepted: `snapshot` is of the spec before. None: it is of the spec as it is."""
     trouble: Trouble | None = None
     """None: everything decided could be done."""
     store_trouble: str = ""
@@ -73,8 +75,8 @@ def working_status(scene: Scene) -> TrainingRunStatus:
     """Return the status of a run that has been accepted."""
     stages = tuple(stage_status(name, view, scene) for name, view in in_spec_order(scene).items())
     statements = {
-        ConditionType.ACCEPTED: (TRUE, Reason.VALID, ""),
-        ConditionType.PLANNED: (TRUE, Reason.GRAPH_RESOLVED, f"{len(stages)} stages, every input found"),
+        ConditionType.ACCEPTED: accepted(scene),
+        ConditionType.PLANNED: planned(scene, stages),
         ConditionType.QUOTA_RESERVED: quota(scene),
         ConditionType.PROGRESSING: progressing(scene, stages),
         ConditionType.SUSPENDED: suspended(scene),
@@ -107,6 +109,19 @@ def refused_status(refusal: Refusal, previous: TrainingRunStatus, now: float) ->
             "summary": Summary(state=RunState.FAILED, stage=str(refusal.reason)),
         }
     )
+
+
+def accepted(scene: Scene) -> Statement:
+    if scene.refusal is None:
+        return TRUE, Reason.VALID, ""
+    message = f"the run goes on as it was before this edit: {scene.refusal.message}"
+    return FALSE, scene.refusal.reason, message[:MESSAGE_CHARACTERS]
+
+
+def planned(scene: Scene, stages: Sequence[StageStatus]) -> Statement:
+    if scene.refusal is None:
+        return TRUE, Reason.GRAPH_RESOLVED, f"{len(stages)} stages, every input found"
+    return FALSE, Reason.RE_PLANNING, "the edit is not accepted; the plan before it stands"
 
 
 def in_spec_order(scene: Scene) -> Mapping[str, StageView]:

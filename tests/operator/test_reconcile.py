@@ -305,6 +305,29 @@ def test_an_edit_runs_what_it_changes_and_nothing_else(world: World) -> None:
     assert world.status().observed_generation == 2
 
 
+def test_a_refused_edit_lets_the_run_go_on_as_it_was(world: World) -> None:
+    world.holds.add("a")
+    world.submit(*CHAIN)
+    play(world, 30)
+    wrong = [CHAIN[0], data_stage("b", "nobody"), CHAIN[2]]
+    world.api.edit(TRAINING_RUNS, "team", "demo", spec={"stages": wrong})
+    play(world, 30)
+    accepted = world.condition(ConditionType.ACCEPTED)
+    assert (accepted.status, accepted.reason) == (ConditionStatus.FALSE, Reason.INVALID_SPEC)
+    assert "nobody" in accepted.message
+    assert states(world)[0] is StageState.RUNNING
+    world.holds.clear()
+    play(world)  # another operator, which has only what is kept
+    assert states(world) == [StageState.SUCCEEDED] * 3
+    assert len(world.pods_made) == 3
+    assert world.condition(ConditionType.ACCEPTED).status is ConditionStatus.FALSE
+
+    world.api.edit(TRAINING_RUNS, "team", "demo", spec={"stages": CHAIN})
+    play(world)
+    assert world.condition(ConditionType.ACCEPTED).status is ConditionStatus.TRUE
+    assert len(world.pods_made) == 3
+
+
 def test_a_new_operator_with_new_code_does_not_run_a_run_again(world: World) -> None:
     world.holds.add("c")
     world.submit(*CHAIN)
