@@ -68,6 +68,14 @@ def rank_log_name(rank: int, started: float) -> str:
     return f"rank-{rank:05d}.{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}.{milliseconds:03d}Z.log"
 
 
+RANK_MARK = "[rank "
+
+
+def rank_mark(rank: int) -> str:
+    """Return what stands before each line of a rank where several are shown together."""
+    return f"{RANK_MARK}{rank}] "
+
+
 class RankLog(NamedTuple):
     """What the name of a rank's log says."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecoach_api import names
+from stagecoach_api.artifacts import RANK_MARK, rank_mark
 from stagecoach_cli.cluster_api import Body, ClusterApi, ClusterError, UnknownObject, Unreachable, Unusable
 
 LOOK_SECONDS = 1.0
@@ -20,12 +21,6 @@ MAX_FOLLOWED = 100
 """Pods that are followed at once, one thread each."""
 
 ON_ITS_WAY = frozenset({"ContainerCreating", "PodInitializing"})
-RANK_MARK = "[rank "
-
-
-def rank_mark(rank: int) -> str:
-    """Return what stands before each line of a rank where there are several; as the launcher writes it, too."""
-    return f"{RANK_MARK}{rank}] "
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stagecoach_api.artifacts import RankLog, attempt_logs_prefix, parse_rank_log_name
+from stagecoach_api.artifacts import RankLog, attempt_logs_prefix, parse_rank_log_name, rank_mark
 from stagecoach_api.store import Store
-from stagecoach_cli.pod_logs import rank_mark
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from stagecoach_api.artifacts import rank_log_name
+from stagecoach_api.artifacts import rank_log_name, rank_mark
 from stagecoach_trainer.attempt_files import logs_folder
 from stagecoach_trainer.log_uploads import LogUploads
 from stagecoach_trainer.rank_pipes import RankPipe, close_pipes
@@ -58,7 +58,7 @@ class RankLogs:
             RankSink(
                 LogFile(folder / rank_log_name(pipe.rank, started)),
                 self._output,
-                Lines(f"[rank {pipe.rank}] ".encode()) if len(pipes) > 1 else None,
+                Lines(rank_mark(pipe.rank).encode()) if len(pipes) > 1 else None,
             )
             for pipe in pipes
         ]
