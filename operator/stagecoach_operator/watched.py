@@ -342,6 +342,8 @@ class Cache:
     children: dict[str, Child] = field(default_factory=dict)
     """By UID."""
     _of_run: dict[str, set[str]] = field(default_factory=dict)
+    _run_of: dict[str, str] = field(default_factory=dict)
+    """UID of the run by that of the object; a Workload outlives the JobSet through which it was found."""
     _run_of_jobset: dict[str, str] = field(default_factory=dict)
     _gone: dict[str, None] = field(default_factory=dict)
     _early: dict[str, WorkloadView] = field(default_factory=dict)
@@ -363,6 +365,7 @@ class Cache:
             return None
         self.children[view.meta.uid] = view
         self._of_run.setdefault(run_uid, set()).add(view.meta.uid)
+        self._run_of[view.meta.uid] = run_uid
         if isinstance(view, JobSetView):
             self._run_of_jobset[view.meta.uid] = run_uid
             early = self._early.pop(view.meta.uid, None)
@@ -391,12 +394,11 @@ class Cache:
         if child is None:
             self._early = {key: view for key, view in self._early.items() if view.meta.uid != uid}
             return None
-        run_uid = self.run_of(child)
         self._run_of_jobset.pop(uid, None)
-        members = self._of_run.get(run_uid or "", set())
-        members.discard(uid)
-        if not members:
-            self._of_run.pop(run_uid or "", None)
+        run_uid = self._run_of.pop(uid)
+        self._of_run[run_uid].discard(uid)
+        if not self._of_run[run_uid]:
+            del self._of_run[run_uid]
         return run_uid
 
     def mark_deleting(self, uid: str) -> None:

@@ -25,6 +25,7 @@ from stagecoach_operator.kube import (
 )
 from stagecoach_operator.watched import (
     Cache,
+    Children,
     RunView,
     is_newer,
     jobset_view,
@@ -167,6 +168,15 @@ def test_a_workload_may_be_heard_of_before_its_jobset() -> None:
     cache.remove("uid-other")
     cache.remove("uid-workload")
     assert cache.of_run(RUN).workloads == {}
+
+
+def test_a_workload_may_go_after_its_jobset() -> None:
+    cache = Cache()
+    cache.put(jobset())
+    cache.put(workload())
+    cache.remove("uid-a-1")
+    assert cache.remove("uid-workload") == RUN
+    assert cache.of_run(RUN) == Children()
 
 
 def test_objects_of_others_are_not_kept() -> None:
