@@ -22,7 +22,7 @@ E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if 
 .PHONY: help install demo test lint generate verify bench images chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up .venv from the lock (Python 3.11+, a C++ compiler)
 
@@ -66,10 +66,10 @@ bench: install ## measure ours against transformers' Trainer, side by side; writ
 	$(BIN)/python -m bench
 
 .PHONY: bench-operator
-bench-operator: install ## measure the time between two stages on the cluster of KUBECONFIG, or on the test cluster; writes bench/results/operator.json
+bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@PYTHONPATH=tests $(BIN)/python -m bench.handover
 
-e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it (see make cluster)
+e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it
 	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster tests/e2e_cluster
 
 cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)

@@ -38,6 +38,8 @@ CHART = ROOT / "charts" / "stagecoach"
 RELEASE = "stagecoach"
 SYSTEM = "training"
 SECRET = "s3"  # noqa: S105  # a name
+EXAMPLES = "demo"
+"""Where runs keep artifacts that name no storage, in the bucket that the README names."""
 LOCAL_REGISTRY = "localhost/stagecoach"
 ENV_ENDPOINT = "STAGECOACH_TEST_S3_ENDPOINT"
 ENV_CREDENTIALS = "STAGECOACH_TEST_S3_CREDENTIALS"
@@ -250,8 +252,9 @@ class Run:
         return max((int(key.removeprefix(prefix).split("/")[0].removeprefix("step-")) for key in keys), default=-1)
 
     def store(self) -> Store:
-        storage = self.body()["spec"]["storage"]
-        return open_store(storage["uri"], storage["endpoint"], REGION)
+        """Return the run's storage: its own, else the one that the chart was installed with."""
+        storage = self.body()["spec"].get("storage", {})
+        return open_store(storage.get("uri", self.world.s3.uri(EXAMPLES)), self.world.s3.endpoint, REGION)
 
     def manifest(self, stage: str) -> Manifest:
         """Return the manifest of what a stage has made."""
@@ -381,7 +384,7 @@ def installed(world: World) -> Iterator[World]:
     """Build the images if they are nowhere, upload the examples' data, install the chart as the README says."""
     registry = os.environ.get(ENV_REGISTRY) or provide_images(world)
     leave(world)
-    for prefix in ("demo", "e2e"):  # what an earlier suite left
+    for prefix in (EXAMPLES, "e2e"):  # what an earlier suite left
         world.s3.empty(prefix)
     world.s3.upload(ROOT / "examples" / "data", "inputs/data")
     world.apply(namespace_of(SYSTEM), secret_of(world.s3, SYSTEM))
@@ -400,7 +403,7 @@ def values_of(s3: S3, registry: str) -> Body:
         "scope": "cluster",
         "images": {"registry": registry, "pullPolicy": "IfNotPresent"},
         "storage": {
-            "uri": s3.uri("demo"),
+            "uri": s3.uri(EXAMPLES),
             "inputs": s3.uri("inputs"),
             "endpoint": s3.endpoint,
             "region": REGION,

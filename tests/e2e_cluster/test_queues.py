@@ -95,7 +95,7 @@ def test_a_suspended_stage_gives_its_quota_back_and_goes_on_from_its_last_step(
     run.reaches("train", 20, 240)
     world.stagecoach("suspend", "--namespace", namespace, "pause", "--wait")
     assert run.stage("train")["state"] == "Suspended"
-    assert run.pods() == []
+    assert run.pods("train") == []
     assert reservations(world, namespace) == []
     saved = run.saved_step("train")
     stopped = run.stage("train")["attempts"][-1]
@@ -116,8 +116,7 @@ def test_a_more_important_run_takes_the_quota_and_both_complete(world: World, na
     low = world.submit(queued(world, namespace, "modest", "low"))
     low.reaches("train", 20, 240)
     high = world.submit(queued(world, namespace, "urgent", "high", steps=10))
-    low.wait("it is preempted", lambda: low.condition("QuotaReserved")["reason"] == "Preempted", 60)
-    assert "reempted" in low.condition("QuotaReserved")["message"]
+    low.wait("it is preempted", lambda: low.has("QuotaReserved", "Preempted"), 60)
     high.complete(240)
     low.complete(300)
     assert finished(high, "corpus") < finished(low, "train")
