@@ -24,6 +24,7 @@ from stagecoach_trainer.outcomes import (
     failure,
     read_outcomes,
     serialise,
+    torchrun_deaths,
 )
 
 WRITES = """
@@ -236,18 +237,33 @@ def test_the_first_failure_that_names_itself_is_the_reason() -> None:
         1: outcome(64, True, 2.0, "bad data"),
         2: outcome(66, True, 3.0, "loss is nan"),
     }
-    assert combine(outcomes, 3, 1).message == "bad data"
+    assert combine(outcomes, range(3), 1).message == "bad data"
 
 
 def test_a_rank_that_left_no_word_explains_failures_that_cannot_name_themselves() -> None:
     outcomes = {0: outcome(1, False, 1.0, "connection closed by peer")}
-    assert "rank 1 ended without a word" in combine(outcomes, 2, 1).message
+    assert "rank 1 ended without a word" in combine(outcomes, range(2), 1).message
+
+
+def test_torchrun_tells_what_its_workers_died_of() -> None:
+    text = b"""
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_11:00:00
+  host      : pod-1
+  rank      : 1 (local_rank: 0)
+  exitcode  : -9 (pid: 42)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 42
+"""
+    assert torchrun_deaths(text) == {42: -9}
+    assert torchrun_deaths(b"exit") == {}
 
 
 def test_workers_that_are_all_done_are_done() -> None:
     done = WorkerOutcome(AttemptResult(exit_code=0, content_digest="ab"), True, 1.0)
     other = WorkerOutcome(AttemptResult(exit_code=0), True, 0.5)
-    assert combine({0: done, 1: other}, 2, 0).content_digest == "ab"
+    assert combine({0: done, 1: other}, range(2), 0).content_digest == "ab"
 
 
 def test_a_long_message_is_cut_in_the_middle_to_what_a_pod_may_say() -> None:

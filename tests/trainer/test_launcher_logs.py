@@ -32,6 +32,14 @@ def run(config, context):
     (context.output / "report.json").write_text("{}")
     return StageOutcome()
 """
+LOSES_ITS_PEER = """
+import os
+def run(config, context):
+    if context.world.rank == 1:
+        os.kill(os.getpid(), 9)
+    context.stop.wait(60)
+    raise RuntimeError("connection closed by peer")
+"""
 DIES = """
 import ctypes, os, signal
 def run(config, context):
@@ -156,6 +164,14 @@ def test_under_torchrun_each_rank_has_a_log_and_the_killed_ones_last_words_are_k
     assert "rank 1" not in logs[0].split("the last words")[0]
     assert "[rank 1] the last words of rank 1\n" in attempt.log
     assert not list((attempt.work / "outcomes").glob("*.pipe"))
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_killed_under_torchrun_is_named_with_its_signal(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, LOSES_ITS_PEER, "pretrain", ranks=2)
+    attempt.run()
+    assert "rank 1 was killed by signal 9 (SIGKILL)" in attempt.result.message
+    assert (attempt.result.exit_code, attempt.result.cause) == (-9, Cause.INFRASTRUCTURE)
 
 
 @pytest.mark.timeout(300)

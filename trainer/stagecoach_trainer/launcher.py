@@ -79,7 +79,10 @@ class Launcher:
         code = self._wait(child)
         if code < 0 and nodes * ranks > 1:  # torchrun was killed, so nobody has ended its workers
             self._kill(announced_pids(self._work).values())
-        result = combine(read_outcomes(self._work), ranks if nodes == 1 else 0, code)
+        outcomes, own = read_outcomes(self._work), range(first, first + ranks)
+        if nodes * ranks > 1 and code > 0:
+            code = self._death_of([rank for rank in own if rank not in outcomes]) or code
+        result = combine(outcomes, own, code)
         return result if self._stop_at is None else _as_stopped(result)
 
     def finish(self) -> None:
@@ -114,6 +117,15 @@ class Launcher:
         self._logs = RankLogs(pipes, self._work, stage, started)
         if len(pipes) < ranks:
             self._logs.say(f"no named pipes in {self._work}: all ranks print into the log of rank {pipes[0].rank}")
+
+    def _death_of(self, ranks: Sequence[int]) -> int:
+        """Return the exit code with which one of these ranks died, as torchrun tells it. 0: it does not."""
+        from stagecoach_trainer.outcomes import torchrun_deaths
+
+        if self._logs is None or not ranks:
+            return 0
+        deaths, pids = torchrun_deaths(self._logs.drain()), announced_pids(self._work)
+        return next((deaths[pids[rank]] for rank in ranks if pids.get(rank) in deaths), 0)
 
     def _listen(self) -> None:
         signal.signal(signal.SIGTERM, self.request_stop)

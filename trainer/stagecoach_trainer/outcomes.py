@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +47,9 @@ def read_outcomes(work: Path) -> dict[int, WorkerOutcome]:
     return outcomes
 
 
-def combine(outcomes: dict[int, WorkerOutcome], num_ranks: int, exit_code: int) -> AttemptResult:
-    """Return the attempt's result from what its workers left and the exit code of the process that held them.
+def combine(outcomes: dict[int, WorkerOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
+    """Return the attempt's result from what the workers of these ranks left and the exit code of the process that held
+    them.
 
     One rank's failure brings the others down, so the first failure that names itself is the reason; a rank that left
     no word died of a signal, which explains failures that could not name themselves.
@@ -55,7 +58,7 @@ def combine(outcomes: dict[int, WorkerOutcome], num_ranks: int, exit_code: int) 
     named = [outcome for outcome in failures if outcome.named]
     if named:
         return min(named, key=lambda outcome: outcome.time).result
-    silent = sorted(set(range(num_ranks)) - set(outcomes))
+    silent = sorted(set(ranks) - set(outcomes))
     if exit_code != ExitCode.DONE and (silent or not failures):
         return _without_a_word(silent, exit_code)
     if failures:
@@ -63,6 +66,15 @@ def combine(outcomes: dict[int, WorkerOutcome], num_ranks: int, exit_code: int) 
     if silent or not outcomes:
         return _without_a_word(silent, GENERIC_FAILURE)
     return outcomes[min(outcomes)].result
+
+
+def torchrun_deaths(text: bytes) -> dict[int, int]:
+    """Return the exit codes of dead workers by process id, from what torchrun says of them at its end: its own code is
+    1 whatever they died of."""
+    return {int(pid): int(code) for code, pid in _DEATH.findall(text)}
+
+
+_DEATH = re.compile(rb"^\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 
 
 def _without_a_word(silent: list[int], exit_code: int) -> AttemptResult:

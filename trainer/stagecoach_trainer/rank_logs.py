@@ -35,6 +35,8 @@ MAX_LINE_BYTES = 1 << 16
 """A longer line of one of several ranks is passed on in pieces."""
 MAX_WAITING_BYTES = 4 << 20
 """What the launcher holds for a slow reader of its output."""
+LAST_BYTES = 1 << 16
+"""In which torchrun's account of dead workers is looked for: it is the last that it says."""
 DRAIN_SECONDS = 2.0
 """How long the pipes of ended workers are read on: a process they left behind may hold them open."""
 OUTPUT_SECONDS = 2.0
@@ -54,6 +56,7 @@ class RankLogs:
         self._work = work
         self._pipes = pipes
         self._output = output or Output()
+        self._drained = False
         self._sinks = [
             RankSink(
                 LogFile(folder / rank_log_name(pipe.rank, started)),
@@ -70,11 +73,18 @@ class RankLogs:
         """Print a line of the launcher's own."""
         self._output.put(f"[launcher] {message}\n".encode())
 
+    def drain(self) -> bytes:
+        """Read what the ended workers have printed; return the last of the first rank's log."""
+        if not self._drained:
+            self._drained = True
+            close_pipes(self._work, self._pipes)
+            self._copier.join(DRAIN_SECONDS)
+        return self._sinks[0].log.content()[1][-LAST_BYTES:]
+
     def finish(self, seconds: float) -> None:
         """Read what the ended workers have printed, and store it; give up after about `seconds`."""
         deadline = time.monotonic() + seconds
-        close_pipes(self._work, self._pipes)
-        self._copier.join(DRAIN_SECONDS)
+        self.drain()
         self._uploads.finish(deadline - time.monotonic())
         self._output.finish(OUTPUT_SECONDS)
 
