@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, cause_of_exit
 from stagecoach_operator.watched import ContainerEnd, JobSetView, PodView
@@ -77,6 +77,9 @@ def _failed(pod: PodView) -> bool:
 def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetView, now: float) -> Verdict:
     words = [word_of(pod) for pod in failed]
     best = min(words, key=lambda word: (_explains(word), word.at))
+    if jobset.meta.deleting:  # why is known to whoever deletes it, and its pods are gone in a moment
+        saved = max((word.last_step for word in words if word.last_step is not None), default=None)
+        return Verdict(replace(best, last_step=saved))
     complete = len({pod.index for pod in pods if pod.has_ended}) >= jobset.num_pods
     deleted = all(pod.meta.deleting for pod in failed)  # perhaps by a queue that is just taking the attempt back
     if _explains(best) == 0 or jobset.failed or (complete and not deleted):

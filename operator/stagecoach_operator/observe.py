@@ -181,8 +181,11 @@ def _if_standing(jobset: JobSetView | None, reason: str) -> str:
 def _brought_up_to_date(record: AttemptStatus, word: Word | None, pods: tuple[PodView, ...]) -> AttemptStatus:
     """Take over what the pods say. The first explanation of a failure stays: its siblings' only follow from it."""
     record = record.model_copy(update={"incarnations": _incarnations(record, pods)})
-    if word is None or (record.exit_code is not None and word.cause is not None):
+    if word is None:
         return record
+    if record.exit_code is not None and word.cause is not None:
+        saved = max((step for step in (record.last_step, word.last_step) if step is not None), default=None)
+        return record.model_copy(update={"last_step": saved})
     return record.model_copy(
         update={
             "cause": word.cause,

@@ -126,4 +126,4 @@ def test_a_stage_of_a_thousand_pods_starts_and_ends(world: World, namespace: str
     run.wait("every pod has ended", lambda: succeeded() == MANY, 240)
     assert {node.partition("-")[0] for node in placed(run)} == {"a100"}
     run.delete()
-    assert run.pods() == []
+    run.wait("its pods are gone", lambda: run.pods() == [], 120)

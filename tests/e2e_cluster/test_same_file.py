@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import yaml
 from cluster_world import ROOT, SYSTEM, Run, World, readme_commands
 
 from stagecoach_api import names
+from stagecoach_api.artifacts import Pointer
 from stagecoach_api.loading import load_run
 
 pytestmark = pytest.mark.cluster
@@ -97,4 +97,4 @@ def local_contents(world: World, folder: Path) -> dict[str, str]:
     (folder / "examples" / "data").symlink_to(ROOT / "examples" / "data")
     world.stagecoach("run", str(folder / "examples" / f"{NAME}.yaml"), cwd=folder)
     pointers = (folder / ".stagecoach" / "store" / "runs" / "default" / NAME).glob("*.json")
-    return {path.stem: json.loads(path.read_text())["content_digest"] for path in pointers}
+    return {path.stem: Pointer.model_validate_json(path.read_bytes()).content_digest for path in pointers}

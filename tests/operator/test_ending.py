@@ -116,6 +116,17 @@ def test_siblings_are_waited_for_before_a_nameless_end_is_believed() -> None:
     assert verdict_of([early, ended(1, 1, cause="infrastructure")], jobset(2), NOW).word is not None, "all have ended"
 
 
+def test_what_pods_saved_is_heard_while_their_jobset_is_deleted() -> None:
+    deleting = replace(jobset(2), meta=replace(jobset(2).meta, deleting=True))
+    pods = [
+        ended(1, 75, at=NOW, cause="preemption", lastStep=20),
+        ended(0, 75, at=NOW, cause="preemption", lastStep=30),
+    ]
+    word = verdict_of(pods, deleting, NOW).word
+    assert word is not None
+    assert (word.cause, word.last_step) == (Cause.PREEMPTION, 30)
+
+
 def test_a_queue_that_takes_an_attempt_back_does_not_end_it() -> None:
     deleted = ended(0, 75, cause="preemption")
     deleted = replace(deleted, meta=replace(deleted.meta, deleting=True))
