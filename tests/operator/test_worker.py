@@ -98,13 +98,12 @@ def test_a_failed_turn_is_taken_again_ever_later(error: Exception, monkeypatch: 
 
         workers = Workers(turn)
         workers.wake("a")
-        for _ in range(60):
+        while len(turns) < 5:
             workers.wake("a")  # events keep coming: they must not storm the API server
             await asyncio.sleep(0.01)
         pauses = [later - earlier for earlier, later in pairwise(turns[:5])]
-        assert pauses == sorted(pauses)
-        assert pauses[0] >= 0.02
-        assert sum(pauses) >= 0.02 + 0.04 + 0.08 + 0.16
+        least = (0.02, 0.04, 0.08, 0.16)
+        assert all(pause > wanted - 0.001 for pause, wanted in zip(pauses, least, strict=True)), pauses
 
     run(scenario)
 

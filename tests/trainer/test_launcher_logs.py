@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -239,6 +240,14 @@ def test_a_worker_does_not_wait_for_the_reader_of_its_launchers_output(tmp_path:
     assert [line[5:11] for line in lines] == [f"{number:06d}" for number in range(200_000)]
 
 
+def read_to(stream: IO[bytes], last: bytes) -> bytes:
+    """Read lines up to the one that ends so."""
+    lines = [next(stream)]
+    while not lines[-1].endswith(last):
+        lines.append(next(stream))
+    return b"".join(lines)
+
+
 def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_goes_on(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, FILLS_THE_DISK)
     with subprocess.Popen(
@@ -253,10 +262,11 @@ def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_goes_on(tmp_path: Pat
         process.rlimit(psutil.RLIMIT_FSIZE, (8192, unlimited))  # a file that may not grow: the same to who writes
         (attempt.work / "full").touch()
         wait_for(attempt.work / "printed")
-        time.sleep(0.3)
+        assert launcher.stdout is not None
+        shown = read_to(launcher.stdout, b"while full 001999\n")  # what is shown has been offered to the log before
         process.rlimit(psutil.RLIMIT_FSIZE, (unlimited, unlimited))
         (attempt.work / "room").touch()
-        output = launcher.communicate()[0].decode()
+        output = (shown + launcher.communicate()[0]).decode()
         assert launcher.returncode == 0, output
     log = stored_logs(attempt)[0]
     assert "while full 001999\n" not in log
