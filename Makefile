@@ -70,7 +70,7 @@ bench-operator: install ## measure the time between two stages on a cluster; wri
 	@PYTHONPATH=tests $(BIN)/python -m bench.handover
 
 e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it
-	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster tests/e2e_cluster
+	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster --timeout 1800 --durations 5 tests/e2e_cluster
 
 cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
 	@PYTHONPATH=tests $(BIN)/python -m cluster up
