@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 WHEELS := $(wildcard ../shared/wheels)
 E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
 
-.PHONY: help install demo test lint generate verify bench images chart lock clean cluster cluster-down e2e
+.PHONY: help install demo test lint generate verify bench bench-operator images chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,7 +65,6 @@ verify: install ## check that the generated files are up to date
 bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
 	$(BIN)/python -m bench
 
-.PHONY: bench-operator
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@PYTHONPATH=tests $(BIN)/python -m bench.handover
 

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from stagecoach_api import names
+from stagecoach_api.answers import status_object
 
 Body = dict[str, Any]
 """A JSON object as the API server has it."""
@@ -85,7 +86,7 @@ class UnknownObject(Unusable):
 
 def error_of(status: int, text: str, server: str) -> ClusterError:
     """Return the error that an answer of 400 or above stands for."""
-    answer = _status_object(text)
+    answer = status_object(text)
     said = str(answer.get("message") or text.strip()[:500] or f"status {status}")
     if status == 401:
         return Forbidden(f"{server} does not know who you are ({said}); log in again, or choose another --context")
@@ -98,14 +99,6 @@ def error_of(status: int, text: str, server: str) -> ClusterError:
     if status in (408, 429) or status >= 500:
         return Unreachable(f"{server} answers {status}: {said}; try again")
     return Unusable(said)
-
-
-def _status_object(text: str) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) and answer.get("kind") == "Status" else {}
 
 
 # -- finding the cluster -----------------------------------------------------------------------------------------------

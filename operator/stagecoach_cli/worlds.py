@@ -7,6 +7,7 @@ and no cluster is chosen on the command line; else the cluster's.
 from __future__ import annotations
 
 from stagecoach_cli.cluster_api import ClusterApi, ClusterChoice, NotConfigured, UnknownObject, connect
+from stagecoach_cli.cluster_run import ClusterRun, cluster_run
 from stagecoach_cli.workspace import RunFolder, UnknownRun, here
 
 
@@ -18,6 +19,13 @@ def local_run(name: str, choice: ClusterChoice) -> RunFolder | None:
         return here().find(name)
     except UnknownRun:
         return None
+
+
+def ask_cluster(name: str, choice: ClusterChoice, wish: str) -> tuple[ClusterApi, ClusterRun]:
+    """Set a field of the spec of a cluster's run, such as `suspend`; return the cluster, and the run as it is then."""
+    api, name = cluster_of(name, choice)
+    api.run(name)  # of an unknown one it says which there are
+    return api, cluster_run(api.patch_run(name, {"spec": {wish: True}}))
 
 
 def cluster_of(name: str, choice: ClusterChoice) -> tuple[ClusterApi, str]:

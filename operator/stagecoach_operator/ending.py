@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, cause_of_exit
@@ -78,14 +78,18 @@ def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetV
     words = [word_of(pod) for pod in failed]
     best = min(words, key=lambda word: (_explains(word), word.at))
     if jobset.meta.deleting:  # why is known to whoever deletes it, and its pods are gone in a moment
-        saved = max((word.last_step for word in words if word.last_step is not None), default=None)
-        return Verdict(replace(best, last_step=saved))
+        return Verdict(replace(best, last_step=newest_step(word.last_step for word in words)))
     complete = len({pod.index for pod in pods if pod.has_ended}) >= jobset.num_pods
     deleted = all(pod.meta.deleting for pod in failed)  # perhaps by a queue that is just taking the attempt back
     if _explains(best) == 0 or jobset.failed or (complete and not deleted):
         return Verdict(best)
     settled = min(min(word.at for word in words) or now, now) + SETTLE_SECONDS
     return Verdict(best) if now >= settled else Verdict(look_again_at=settled)
+
+
+def newest_step(steps: Iterable[int | None]) -> int | None:
+    """Return the newest of the steps that are known. None: none is."""
+    return max((step for step in steps if step is not None), default=None)
 
 
 def _explains(word: Word) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
 from stagecoach_api import names
+from stagecoach_api.answers import status_object
 
 Body = dict[str, Any]
 """A JSON object as the API server has it."""
@@ -73,7 +74,7 @@ class Unavailable(KubeError):
 
 def error_of(status: int, text: str, retry_after: str | None = None) -> KubeError:
     """Return the error that an answer of 400 or above stands for."""
-    answer = _status_object(text)
+    answer = status_object(text)
     message = str(answer.get("message") or text[:500] or f"status {status}")
     reason = answer.get("reason")
     if status == 404:
@@ -88,14 +89,6 @@ def error_of(status: int, text: str, retry_after: str | None = None) -> KubeErro
         seconds = retry_after if retry_after and retry_after.isdigit() else None
         return Unavailable(f"{status}: {message}", None if seconds is None else float(seconds))
     return Invalid(message)
-
-
-def _status_object(text: str) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) and answer.get("kind") == "Status" else {}
 
 
 # -- resources ---------------------------------------------------------------------------------------------------------

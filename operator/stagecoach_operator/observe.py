@@ -15,7 +15,7 @@ from stagecoach_api.status import AttemptStatus, Incarnation
 from stagecoach_core.policies.ending import cause_of_end
 from stagecoach_core.values import Attempt, AttemptState
 from stagecoach_operator.board import Heard
-from stagecoach_operator.ending import Verdict, Word, verdict_of
+from stagecoach_operator.ending import Verdict, Word, newest_step, verdict_of
 from stagecoach_operator.waiting import Waiting, waiting_for
 from stagecoach_operator.watched import Children, JobSetView, PodView, WorkloadView
 
@@ -184,8 +184,7 @@ def _brought_up_to_date(record: AttemptStatus, word: Word | None, pods: tuple[Po
     if word is None:
         return record
     if record.exit_code is not None and word.cause is not None:
-        saved = max((step for step in (record.last_step, word.last_step) if step is not None), default=None)
-        return record.model_copy(update={"last_step": saved})
+        return record.model_copy(update={"last_step": newest_step((record.last_step, word.last_step))})
     return record.model_copy(
         update={
             "cause": word.cause,

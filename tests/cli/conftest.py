@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from cli_makers import Cli
 from cluster_api_makers import FakeCluster
+from s3_makers import S3Server, make_bucket
 
+from stagecoach_api.store import Store, open_store
 from stagecoach_cli.main import call
+
+BUCKET = "cli"
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +45,17 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClu
     monkeypatch.chdir(tmp_path)
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(s3_server: S3Server) -> str:
+    make_bucket(s3_server.endpoint, BUCKET)
+    return s3_server.endpoint
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of either kind."""
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    return open_store(f"s3://{BUCKET}/{tmp_path.name}", request.getfixturevalue("s3_endpoint"))

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.artifacts import (
     Manifest,
@@ -19,25 +18,11 @@ from stagecoach_api.artifacts import (
     output_prefix,
     pointer_key,
 )
-from stagecoach_api.store import Corrupt, Store, open_store
+from stagecoach_api.store import Corrupt, Store
 from stagecoach_api.stores.lookup import artifact_uri
 from stagecoach_cli.artifacts import UnknownArtifact, fetch, find, flatten, lineage, split_uri, verify
 
-BUCKET = "cli-artifacts"
 BASE, TUNED = "a" * 64, "b" * 64
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint(s3_server: S3Server) -> str:
-    make_bucket(s3_server.endpoint, BUCKET)
-    return s3_server.endpoint
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    return open_store(f"s3://{BUCKET}/{tmp_path.name}", request.getfixturevalue("s3_endpoint"))
 
 
 def publish(

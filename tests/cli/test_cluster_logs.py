@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from cli_makers import Cli
 from cluster_api_makers import FakeCluster, failed_status, stage_status, status_of
-from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.artifacts import (
     Manifest,
@@ -21,25 +20,11 @@ from stagecoach_api.artifacts import (
     rank_log_name,
 )
 from stagecoach_api.status import StageState, StageStatus
-from stagecoach_api.store import Store, open_store
+from stagecoach_api.store import Store
 from stagecoach_cli.stored_logs import stored_logs
 
-BUCKET = "cli-logs"
 DIGEST = "a" * 64
 T0 = 1_795_341_600.0
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint(s3_server: S3Server) -> str:
-    make_bucket(s3_server.endpoint, BUCKET)
-    return s3_server.endpoint
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    return open_store(f"s3://{BUCKET}/{tmp_path.name}", request.getfixturevalue("s3_endpoint"))
 
 
 def keep(store: Store, rank: int, text: str, started: float = T0, attempt: int = 1) -> None:

@@ -13,7 +13,6 @@ from cli_makers import Bench, Cli, chain
 from cluster_api_makers import NAMESPACE, FakeCluster, stage_status
 from hypothesis import given
 from hypothesis import strategies as st
-from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.artifacts import (
     Manifest,
@@ -27,7 +26,7 @@ from stagecoach_api.artifacts import (
     output_prefix,
     pointer_key,
 )
-from stagecoach_api.store import Corrupt, Store, StoreEntry, open_store
+from stagecoach_api.store import Corrupt, Store, StoreEntry
 from stagecoach_cli.figures import size
 from stagecoach_cli.garbage import (
     StoredArtifact,
@@ -41,7 +40,6 @@ from stagecoach_cli.garbage import (
     unneeded,
 )
 
-BUCKET = "cli-garbage"
 NOW = 1_800_000_000.0
 DAY = 86_400.0
 KEPT, PARENT, OLD, YOUNG, HALF = (letter * 64 for letter in "abcde")
@@ -118,19 +116,6 @@ def test_only_artifacts_are_collected_and_their_newest_object_counts() -> None:
 
 
 # -- how they go -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint(s3_server: S3Server) -> str:
-    make_bucket(s3_server.endpoint, BUCKET)
-    return s3_server.endpoint
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    return open_store(f"s3://{BUCKET}/{tmp_path.name}", request.getfixturevalue("s3_endpoint"))
 
 
 def publish(store: Store, digest: str, *parents: Parent) -> None:

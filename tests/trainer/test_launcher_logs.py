@@ -225,19 +225,24 @@ def test_a_worker_whose_launcher_is_killed_ends_its_log_itself(tmp_path: Path) -
 @pytest.mark.parametrize("reader", ["never reads", "goes away"])
 def test_a_worker_does_not_wait_for_the_reader_of_its_launchers_output(tmp_path: Path, reader: str) -> None:
     attempt = make_attempt(tmp_path, FLOOD)
-    with subprocess.Popen(
-        [sys.executable, "-m", "stagecoach_trainer.launcher"],
-        env=attempt.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as launcher:
+    with launched_to_a_reader(attempt) as launcher:
         assert launcher.stdout is not None
         if reader == "goes away":
             launcher.stdout.close()
         assert launcher.wait(120) == 0
     lines = [line for line in stored_logs(attempt)[0].splitlines() if line.startswith("line ")]
     assert [line[5:11] for line in lines] == [f"{number:06d}" for number in range(200_000)]
+
+
+def launched_to_a_reader(attempt: Attempt) -> subprocess.Popen[bytes]:
+    """Start the launcher, what it prints going into a pipe of ours."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stagecoach_trainer.launcher"],
+        env=attempt.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def read_to(stream: IO[bytes], last: bytes) -> bytes:
@@ -250,13 +255,7 @@ def read_to(stream: IO[bytes], last: bytes) -> bytes:
 
 def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_goes_on(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, FILLS_THE_DISK)
-    with subprocess.Popen(
-        [sys.executable, "-m", "stagecoach_trainer.launcher"],
-        env=attempt.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as launcher:
+    with launched_to_a_reader(attempt) as launcher:
         wait_for(attempt.work / "begun")
         process, unlimited = psutil.Process(launcher.pid), psutil.RLIM_INFINITY
         process.rlimit(psutil.RLIMIT_FSIZE, (8192, unlimited))  # a file that may not grow: the same to who writes

@@ -39,16 +39,13 @@ def command(run: str, context: str | None, namespace: str | None, wait: bool) ->
 
 
 def cancel_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
-    from stagecoach_cli.cluster_run import cluster_run
     from stagecoach_cli.watching import watch_quietly
-    from stagecoach_cli.worlds import cluster_of
+    from stagecoach_cli.worlds import ask_cluster
 
-    api, name = cluster_of(name, choice)
-    api.run(name)  # of an unknown one it says which there are
-    run = cluster_run(api.patch_run(name, {"spec": {"cancel": True}}))
+    api, run = ask_cluster(name, choice, "cancel")
     click.echo(f"{run.title}: asked to end; saved checkpoints stay")
     if wait:
-        run = watch_quietly(api, name, lambda item: item.is_over, say)
+        run = watch_quietly(api, run.name, lambda item: item.is_over, say)
         click.echo(f"{run.title}: {run.state.value.lower()}")
 
 

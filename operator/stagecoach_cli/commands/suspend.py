@@ -39,16 +39,13 @@ def command(run: str, context: str | None, namespace: str | None, wait: bool) ->
 
 def suspend_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
     from stagecoach_api.status import ConditionType
-    from stagecoach_cli.cluster_run import cluster_run
     from stagecoach_cli.watching import watch_quietly
-    from stagecoach_cli.worlds import cluster_of
+    from stagecoach_cli.worlds import ask_cluster
 
-    api, name = cluster_of(name, choice)
-    api.run(name)  # of an unknown one it says which there are
-    run = cluster_run(api.patch_run(name, {"spec": {"suspend": True}}))
+    api, run = ask_cluster(name, choice, "suspend")
     click.echo(f"{run.title}: asked to stop at a checkpoint; `stagecoach resume {run.title}` goes on")
     if wait:
-        run = watch_quietly(api, name, lambda item: item.holds(ConditionType.SUSPENDED) or item.is_over, say)
+        run = watch_quietly(api, run.name, lambda item: item.holds(ConditionType.SUSPENDED) or item.is_over, say)
         condition = run.condition(ConditionType.SUSPENDED)
         steps = "" if condition is None or not condition.message else f"; {condition.message}"
         click.echo(f"{run.title}: {run.state.value.lower()}{steps}")
