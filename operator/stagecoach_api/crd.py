@@ -16,11 +16,14 @@ from stagecoach_api.base import Model
 from stagecoach_api.fields import fields_of, shape_of, walk_models
 from stagecoach_api.pods import Pods, Toleration, Volume
 from stagecoach_api.references import Reference
+from stagecoach_api.rewards import REWARD_MEMBERS, PropositionReward, RewardTerm
 from stagecoach_api.spec import Metadata, Queue, RunSpec, Stage, TrainingRun
-from stagecoach_api.stages import STAGE_KINDS, PretrainStage, TokenizerStage
+from stagecoach_api.stages import STAGE_KINDS, PpoStage, PretrainStage, TokenizerStage
 from stagecoach_api.stages.data import DataStep, Match
+from stagecoach_api.stages.dpo import DirectLoss
 from stagecoach_api.stages.evaluate import Gate, LmEvalTask
 from stagecoach_api.stages.pretrain import Architecture
+from stagecoach_api.stages.reward_model import PreferenceLoss
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.status import TrainingRunStatus
 from stagecoach_api.training import Batch, Budget, Sharding, Trainable
@@ -38,6 +41,9 @@ EXACTLY_ONE: dict[type[Model], tuple[str, ...]] = {
     Match: ("keep", "drop"),
     LmEvalTask: ("task", "uri"),
     PretrainStage: ("model", "architecture"),
+    RewardTerm: tuple(REWARD_MEMBERS),
+    PreferenceLoss: ("pair", "ranked", "focal"),
+    DirectLoss: ("sigmoid", "ipo", "kto"),
     Volume: ("claimName", "configMapName", "secretName"),
 }
 
@@ -102,6 +108,21 @@ CEL_RULES: dict[type[Model], tuple[CelRule, ...]] = {
             "`jinja` belongs to `name: custom`, and only to it: give both or neither",
         ),
     ),
+    PropositionReward: (
+        CelRule(
+            "has(self.fit) || self.propositions.all(item, has(item.weight))",
+            "weights come from somewhere: give `fit`, or a `weight` to every proposition",
+        ),
+    ),
+    PpoStage: (
+        CelRule(
+            "has(self.batch.samples)", "`batch.samples` says how many answers an update has: give it, not `tokens`"
+        ),
+        CelRule(
+            "!has(self.budget) || !has(self.budget.tokens)",
+            "`budget` counts updates or passes over the prompts: give `steps` or `epochs`, not `tokens`",
+        ),
+    ),
     Gate: (CelRule("has(self.atLeast) || has(self.atMost)", "a gate needs a limit: give `atLeast`, `atMost` or both"),),
     TokenizerStage: (
         CelRule(
@@ -152,6 +173,8 @@ LIST_KEYS: dict[tuple[str, str], str] = {
 _KEPT = frozenset({"type", "format", "enum", "required", "pattern"}) | {
     f"{bound}{measure}" for bound in ("min", "max") for measure in ("imum", "Length", "Items", "Properties")
 }
+_EXCLUSIVE = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
+"""A number in JSON Schema; in a structural schema a truth value beside the bound."""
 _DROPPED = frozenset({"default", "title"})
 """`title` as a keyword; a property may have that name."""
 _FORMATS = {"integer": "int64", "number": "double"}
@@ -195,6 +218,8 @@ class _Converter:
                 found[keyword] = value
             elif keyword == "const":
                 found["enum"] = [value]
+            elif keyword in _EXCLUSIVE:
+                found |= {_EXCLUSIVE[keyword]: value, keyword: True}
             elif keyword == "items":
                 found["items"] = self._node(value)
             elif keyword == "additionalProperties":

@@ -24,6 +24,14 @@ class Format(StrEnum):
     ALPACA = "alpaca"
     SHAREGPT = "sharegpt"
     MESSAGES = "messages"
+    PAIRS = "pairs"
+    COMPARISON = "comparison"
+    RANKED = "ranked"
+    LABELS = "labels"
+
+
+PREFERENCE_FORMATS = frozenset({Format.PAIRS, Format.COMPARISON, Format.RANKED, Format.LABELS})
+"""Layouts of records that say which answer people prefer."""
 
 
 class Reference(Model):
@@ -64,6 +72,25 @@ class FieldMapping(Model):
 
     messages: Identifier | None = None
     """Field that holds the turns. None: `conversations` for `sharegpt`, `messages` for `messages`."""
+
+    prompt: Identifier | None = None
+    """Field with what answers reply to, text or turns, in a preference record. None: `prompt`, `conversations`,
+    `messages`, `question` or `instruction`, whichever is there; `user_input` for `comparison`."""
+
+    chosen: Identifier | None = None
+    """Field of the preferred answer. None: `chosen`; `completion_a` for `comparison`."""
+
+    rejected: Identifier | None = None
+    """Field of the other answer. None: `rejected`; `completion_b` for `comparison`."""
+
+    answers: Identifier | None = None
+    """Field with the list of a `ranked` record's answers. None: `answers`."""
+
+    completion: Identifier | None = None
+    """Field of a `labels` record's answer. None: `completion`."""
+
+    label: Identifier | None = None
+    """Field that says whether a `labels` record's answer is a good one. None: `label`."""
 
 
 class RecordSource(Reference):

@@ -13,9 +13,12 @@ from stagecoach_api.references import Reference
 from stagecoach_api.stages import (
     STAGE_KINDS,
     DataStage,
+    DpoStage,
     EvaluateStage,
     ExportStage,
+    PpoStage,
     PretrainStage,
+    RewardModelStage,
     SftStage,
     TokenizerStage,
 )
@@ -169,6 +172,15 @@ class Stage(StageSettings):
     sft: SftStage | None = None
     """Supervised fine-tuning. None: the stage is of another kind."""
 
+    reward_model: RewardModelStage | None = None
+    """Learn from preferences what an answer is worth. None: the stage is of another kind."""
+
+    ppo: PpoStage | None = None
+    """Reinforcement learning from a reward. None: the stage is of another kind."""
+
+    dpo: DpoStage | None = None
+    """Learn from preferences directly. None: the stage is of another kind."""
+
     evaluate: EvaluateStage | None = None
     """Measure a model. None: the stage is of another kind."""
 
@@ -177,7 +189,7 @@ class Stage(StageSettings):
 
     @model_validator(mode="after")
     def _exactly_one_kind(self) -> Stage:
-        given = [kind for kind in STAGE_KINDS if getattr(self, kind) is not None]
+        given = list(self._given_kinds())
         if len(given) != 1:
             kinds = ", ".join(STAGE_KINDS)
             raise ValueError(f"a stage is exactly one of {kinds}; this one is {' and '.join(given) or 'none of them'}")
@@ -185,12 +197,19 @@ class Stage(StageSettings):
 
     @property
     def kind(self) -> str:
-        return next(kind for kind in STAGE_KINDS if getattr(self, kind) is not None)
+        return next(self._given_kinds())
+
+    def _given_kinds(self) -> Iterator[str]:
+        for name, field in type(self).model_fields.items():
+            if field.alias in STAGE_KINDS and getattr(self, name) is not None:
+                yield str(field.alias)
 
     @property
     def config(self) -> Model:
         """The member of this stage's kind."""
-        config: Model = getattr(self, self.kind)
+        config: Model = next(
+            getattr(self, name) for name, field in type(self).model_fields.items() if field.alias == self.kind
+        )
         return config
 
     def references(self) -> Iterator[tuple[str, Reference]]:

@@ -284,13 +284,7 @@ class HeldOut(Model):
 
 
 class Training(Model):
-    """What `pretrain` and `sft` have in common."""
-
-    tokenizer: Reference | None = None
-    """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. None: the model's own."""
-
-    resize: Resize = Resize()
-    """What new rows start as where the vocabulary is larger than the model's. Default: the mean of old rows."""
+    """What all kinds of training have in common: the data, what learns, for how long, with which step."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
     """Sets to train on, mixed exactly by weight."""
@@ -322,12 +316,6 @@ class Training(Model):
     sharding: Sharding = Sharding()
     """ZeRO stage and offload. Default: none of either."""
 
-    held_out: HeldOut = HeldOut()
-    """Measurement before, during and after training. Default: none."""
-
-    early_stop: EarlyStop | None = None
-    """End when a held-out loss no longer falls. None: the budget alone ends training."""
-
     checkpoints: Checkpoints = Checkpoints()
     """When the training state is saved. Default: ten times, and the newest two are kept."""
 
@@ -337,3 +325,23 @@ class Training(Model):
 
     attention_dropout: Fraction = 0.0
     """Dropout probability of the attention weights while training. Default: 0."""
+
+
+class MeasuredTraining(Training):
+    """Training that measures held-out sets as it goes, and may end by what it finds."""
+
+    held_out: HeldOut = HeldOut()
+    """Measurement before, during and after training. Default: none."""
+
+    early_stop: EarlyStop | None = None
+    """End when a held-out loss no longer falls. None: the budget alone ends training."""
+
+
+class TextTraining(MeasuredTraining):
+    """What `pretrain` and `sft` have in common: they may grow the vocabulary."""
+
+    tokenizer: Reference | None = None
+    """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. None: the model's own."""
+
+    resize: Resize = Resize()
+    """What new rows start as where the vocabulary is larger than the model's. Default: the mean of old rows."""

@@ -11,7 +11,7 @@ from stagecoach_api.problems import suggest
 from stagecoach_api.references import Format, RecordSource
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs, walk
 from stagecoach_api.stages import DataStage, EvaluateStage, TokenizerStage
-from stagecoach_api.training import Training
+from stagecoach_api.training import MeasuredTraining, Training
 
 URI_FIELDS = frozenset({"uri", "inputs", "charactersFrom"})
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -100,13 +100,14 @@ def _lists_of_sets(stage: DraftStage) -> Iterator[tuple[tuple[str, ...], Sequenc
     config = stage.config
     if isinstance(config, Training):
         yield ("data",), config.data
-        yield ("heldOut", "sets"), config.held_out.sets
     elif isinstance(config, DataStage):
         yield ("sources",), config.sources
     elif isinstance(config, TokenizerStage):
         yield ("measureOn",), config.measure_on
     elif isinstance(config, EvaluateStage):
         yield ("heldOut",), config.held_out
+    if isinstance(config, MeasuredTraining):
+        yield ("heldOut", "sets"), config.held_out.sets
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -137,9 +138,10 @@ def some_source_is_written(draft: Draft) -> Iterator[Fault]:
 
 
 def an_evaluation_measures_something(draft: Draft) -> Iterator[Fault]:
+    measured = "give one of `heldOut`, `exactMatch`, `rewards`, `samples`, `lmEval`"
     for stage, config in configs(draft, EvaluateStage):
-        if not (config.held_out or config.samples or config.exact_match or config.lm_eval):
-            yield Fault(stage.at(), [], "measures nothing", "give one of `heldOut`, `exactMatch`, `samples`, `lmEval`")
+        if not (config.held_out or config.samples or config.exact_match or config.rewards or config.lm_eval):
+            yield Fault(stage.at(), [], "measures nothing", measured)
 
 
 def exact_match_names_are_unique(draft: Draft) -> Iterator[Fault]:

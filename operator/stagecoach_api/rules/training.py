@@ -10,7 +10,7 @@ from stagecoach_api.problems import suggest
 from stagecoach_api.references import Format, RecordSource, Reference, Split
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
 from stagecoach_api.stages import PretrainStage, SftStage
-from stagecoach_api.training import Rows, ScheduleName, Training
+from stagecoach_api.training import MeasuredTraining, Rows, ScheduleName, Training
 
 EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
 
@@ -209,7 +209,7 @@ def _step_tokens(config: Training, batch_tokens: int | None, sequence_length: in
 
 
 def early_stop_watches_a_held_out_set(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, Training):
+    for stage, config in configs(draft, MeasuredTraining):
         if config.early_stop is None:
             continue
         names = [source.name for source in config.held_out.sets]
@@ -231,7 +231,7 @@ def early_stop_watches_a_held_out_set(draft: Draft) -> Iterator[Fault]:
 
 
 def held_out_text_is_not_trained_on(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, Training):
+    for stage, config in configs(draft, MeasuredTraining):
         trained = {_part(source) for source in config.data}
         for index, held_out in enumerate(config.held_out.sets):
             if _part(held_out) in trained:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from stagecoach_api.base import Model
 from stagecoach_api.stages.data import DataStage
+from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_api.stages.export import ExportStage
+from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.stages.pretrain import PretrainStage
+from stagecoach_api.stages.reward_model import RewardModelStage
 from stagecoach_api.stages.sft import SftStage
 from stagecoach_api.stages.tokenizer import TokenizerStage
 
@@ -15,6 +18,9 @@ STAGE_KINDS: dict[str, type[Model]] = {
     "tokenizer": TokenizerStage,
     "pretrain": PretrainStage,
     "sft": SftStage,
+    "rewardModel": RewardModelStage,
+    "ppo": PpoStage,
+    "dpo": DpoStage,
     "evaluate": EvaluateStage,
     "export": ExportStage,
 }
@@ -22,9 +28,12 @@ STAGE_KINDS: dict[str, type[Model]] = {
 __all__ = [
     "STAGE_KINDS",
     "DataStage",
+    "DpoStage",
     "EvaluateStage",
     "ExportStage",
+    "PpoStage",
     "PretrainStage",
+    "RewardModelStage",
     "SftStage",
     "TokenizerStage",
 ]

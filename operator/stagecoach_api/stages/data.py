@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, Pattern, Weight
 from stagecoach_api.references import RecordSource
+from stagecoach_api.scripts import Script
 from stagecoach_api.training import require_exactly_one
 
 
@@ -68,14 +69,6 @@ class Match(Model):
     def _one(self) -> Match:
         require_exactly_one(self, "keep", "drop")
         return self
-
-
-class Script(StrEnum):
-    """Sets of characters."""
-
-    CJK = "cjk"
-    LATIN = "latin"
-    ALPHANUMERIC = "alphanumeric"
 
 
 class CharacterShare(Model):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, Uri
 from stagecoach_api.references import NamedSource, Reference
+from stagecoach_api.rewards import RewardTerms
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import Precision, require_exactly_one
 
@@ -54,6 +55,39 @@ class ExactMatch(Model):
 
     generation: Generation = Generation()
     """How the answers are generated. Default: greedy, 64 new tokens."""
+
+
+class Rival(Model):
+    """Another model that answers the same prompts."""
+
+    name: Identifier
+    """What the report calls it."""
+
+    model: Reference
+    """A stage's artifact or a Hugging Face folder."""
+
+
+class RewardTask(Model):
+    """What the model's answers are worth, and how often they beat those of other models."""
+
+    name: Identifier
+    """Metrics are `<name>.reward`, `<name>.reward.<rival>` and `<name>.winRate.<rival>` (a tie is half a win)."""
+
+    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    on: Annotated[NamedSource, Field(alias="data")]
+    """Prompts; a last answer in them is left out."""
+
+    max_samples: Count = 200
+    """Prompts that are answered. Default: 200."""
+
+    generation: Generation = Generation()
+    """How all models answer. Default: greedy, 64 new tokens."""
+
+    rewards: RewardTerms
+    """What an answer is worth: the sum of these."""
+
+    rivals: Annotated[tuple[Rival, ...], Field(max_length=8)] = ()
+    """Models to compare with. Default: none."""
 
 
 class LmEvalTask(Model):
@@ -126,6 +160,9 @@ class EvaluateStage(Model):
 
     exact_match: Annotated[tuple[ExactMatch, ...], Field(max_length=32)] = ()
     """Tasks with one right answer. Default: none."""
+
+    rewards: Annotated[tuple[RewardTask, ...], Field(max_length=8)] = ()
+    """Comparisons by reward. Default: none."""
 
     lm_eval: Annotated[tuple[LmEvalTask, ...], Field(max_length=64)] = ()
     """Tasks of the LM evaluation harness. Default: none."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Identifier, Model, Weight
 from stagecoach_api.references import Reference
-from stagecoach_api.training import Training, require_exactly_one
+from stagecoach_api.training import TextTraining, require_exactly_one
 
 
 class Architecture(Model):
@@ -110,7 +110,7 @@ class Phase(Model):
     """Base of the rotary position embedding from this phase on (InternLM2: 50,000, then 1,000,000). None: as before."""
 
 
-class PretrainStage(Training):
+class PretrainStage(TextTraining):
     """Next-token training on text."""
 
     model: Reference | None = None

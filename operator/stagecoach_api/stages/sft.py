@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from stagecoach_api.base import LongText, Model
+from stagecoach_api.base import Fraction, LongText, Model, ShortText
 from stagecoach_api.references import Reference
-from stagecoach_api.training import Training
+from stagecoach_api.training import TextTraining
 
 
 class TemplateName(StrEnum):
@@ -82,7 +82,44 @@ class TooLong(StrEnum):
     FAIL = "fail"
 
 
-class SftStage(Training):
+class HindsightMode(StrEnum):
+    """What becomes of ranked answers."""
+
+    CHAIN = "chain"
+    BEST = "best"
+
+
+class Feedback(Model):
+    """Words in front of an answer that say how good it is."""
+
+    good: ShortText
+    """In front of the best answer, such as `A helpful answer:`."""
+
+    bad: ShortText
+    """In front of the others, such as `An unhelpful answer:`."""
+
+
+class Hindsight(Model):
+    """Learn from ranked answers by imitation (chain of hindsight, arXiv 2302.02676; fine-tuning on the best answer)."""
+
+    mode: HindsightMode = HindsightMode.CHAIN
+    """`chain`: prompt, then feedback words and answers from the worst to the best in one sequence, with loss on the
+    answers only; `best`: the best answer alone, as in plain fine-tuning. Default: chain."""
+
+    feedback: Annotated[tuple[Feedback, ...], Field(min_length=1, max_length=64)] = (
+        Feedback(good="A helpful answer:", bad="An unhelpful answer:"),
+        Feedback(good="A good answer:", bad="A bad answer:"),
+        Feedback(good="Better:", bad="Worse:"),
+    )
+    """`chain` only: words to choose from at random, once a record. A served model is asked with the `good` words.
+    Default: three English pairs."""
+
+    max_masked_share: Fraction = 0.05
+    """`chain` only: each row hides a random share of its tokens, from 0 to this, so that the model cannot copy the
+    answer in front. Default: 0.05."""
+
+
+class SftStage(TextTraining):
     """Supervised fine-tuning."""
 
     model: Reference
@@ -100,3 +137,7 @@ class SftStage(Training):
     too_long: TooLong = TooLong.DROP
     """`split` between turns into several samples (the system prompt stays in front of each), `drop` and count, `cut` at
     the end and count, or `fail` and name the record. Default: drop."""
+
+    hindsight: Hindsight | None = None
+    """What becomes of preference records (`pairs`, `comparison`, `ranked`) in `data`; conversations and text beside
+    them are trained on as ever, text being the regulariser. None: `data` has no preference records."""

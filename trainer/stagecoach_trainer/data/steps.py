@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from stagecoach_api.scripts import Script
 from stagecoach_api.stages.data import (
     CharacterShare,
     DataStep,
@@ -22,7 +23,6 @@ from stagecoach_api.stages.data import (
     Match,
     Normalize,
     Repetition,
-    Script,
     UnicodeForm,
 )
 from stagecoach_trainer.data.formats import Record

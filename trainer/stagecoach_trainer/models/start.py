@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.pretrain import Architecture, RopeScaling, RopeScalingName
-from stagecoach_api.training import NewRows, Training
+from stagecoach_api.training import NewRows, TextTraining
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base
@@ -53,7 +53,7 @@ def start_from_nothing(context: StageContext, shape: Architecture, tokenizer: Re
 
 
 def start_from_model(
-    context: StageContext, config: Training, model: Reference, change_config: ConfigChange | None = None
+    context: StageContext, config: TextTraining, model: Reference, change_config: ConfigChange | None = None
 ) -> Start:
     """Return the model that `model` names, grown to the stage's `tokenizer` where that is larger.
 

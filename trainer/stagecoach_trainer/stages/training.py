@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
-from stagecoach_api.training import Training
+from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.start import Start, save_result
@@ -32,7 +32,7 @@ class Prepared:
     warnings: tuple[str, ...] = ()
 
 
-def check_before_loading(config: Training, from_nothing: bool) -> None:
+def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
     """Raise UserError for settings that cannot work, before anything large is read."""
     names = [source.label for source in config.data]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -44,7 +44,7 @@ def check_before_loading(config: Training, from_nothing: bool) -> None:
         raise UserError("trainable.lora: an adapter needs a `model` to sit on; an `architecture` is trained in full")
 
 
-def train_and_save(config: Training, context: StageContext, prepared: Prepared) -> StageOutcome:
+def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Prepared) -> StageOutcome:
     """Train, write the result and the report to the output, and return what the stage says of itself."""
     from stagecoach_trainer.train.loop import train
 

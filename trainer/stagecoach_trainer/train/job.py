@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stagecoach_api.training import Training
+from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.train.rows import Row, StepPlan
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class TrainingJob:
     """A causal language model (or a PEFT model around one) on the CPU, weights in fp32, `requires_grad` set to what is
     trained, vocabulary already resized. `train` moves and casts it."""
 
-    config: Training
+    config: MeasuredTraining
     steps: StepPlan
     held_out: tuple[HeldOutSet, ...] = ()
 

@@ -1,0 +1,212 @@
+"""`ppo`: reinforcement learning from a reward (arXiv 1707.06347, 2203.02155), with guards."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from stagecoach_api.base import Count, Fraction, Model, NonNegativeCount
+from stagecoach_api.references import Reference, WeightedSource
+from stagecoach_api.rewards import RewardTerms
+from stagecoach_api.stages.sft import Template
+from stagecoach_api.training import Optimizer, Training
+
+
+class RolloutEngine(StrEnum):
+    """Who generates the answers."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+class Rollout(Model):
+    """How the policy answers while it learns."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+    """Longest answer, in tokens. Prompt and answer together must fit `sequenceLength`. Default: 128."""
+
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    """Sampling temperature; log-probabilities are those at this temperature. Default: 1."""
+
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of probability mass that is sampled from. Default: 1."""
+
+    engine: RolloutEngine = RolloutEngine.TRANSFORMERS
+    """`transformers`: batched generation with a key-value cache from a copy of the policy, refreshed once an update;
+    `vllm`: vLLM, where the image has it. Default: transformers."""
+
+    batch_rows: Annotated[int, Field(ge=1, le=65536)] = 64
+    """Answers generated at once on a rank. Default: 64."""
+
+    missing_end_reward: float | None = None
+    """Reward of an answer that did not end by itself, in place of all terms. None: it is judged like any other."""
+
+
+class Critic(Model):
+    """The model that predicts how the reward will come out."""
+
+    model: Reference | None = None
+    """What it starts from: a reward model. None: the first reward model among `rewards`, else the policy's own
+    weights with a new head."""
+
+    warmup_updates: NonNegativeCount = 0
+    """First updates in which only the critic learns and the policy is frozen (COOL: 50). Default: 0."""
+
+    optimizer: Optimizer | None = None
+    """AdamW's settings. None: the policy's."""
+
+    clip: Annotated[float, Field(gt=0.0, le=1e6)] | None = 0.2
+    """By how much a prediction may move in one update before its loss stops falling. Default: 0.2. None: any distance
+    (COOL)."""
+
+
+class KlControl(Model):
+    """The price of leaving the reference: `coefficient` · log(policy / reference) is taken off the reward of every
+    token."""
+
+    coefficient: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.02
+    """The price, at the beginning where it is adaptive. Default: 0.02 (InstructGPT)."""
+
+    target: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    """KL per answer, in nats, that the coefficient is steered to (arXiv 1909.08593). None: the coefficient is fixed."""
+
+    horizon: Count = 10000
+    """Answers over which the steering works. Default: 10,000."""
+
+
+class PolicyLoss(Model):
+    """The clipped objective and its advantages."""
+
+    clip: Annotated[float, Field(gt=0.0, le=10.0)] = 0.2
+    """By how much a token's probability ratio may leave 1 before it stops counting. Default: 0.2."""
+
+    gamma: Fraction = 1.0
+    """Discount per token. Default: 1 (InstructGPT: none)."""
+
+    gae_lambda: Fraction = 0.95
+    """Generalised advantage estimation (arXiv 1506.02438). Default: 0.95. COOL: 0.99."""
+
+    inner_epochs: Annotated[int, Field(ge=1, le=100)] = 1
+    """Passes over the answers of one update. Default: 1."""
+
+    mini_batch_samples: Count | None = None
+    """Answers of one optimiser step. None: all of the update."""
+
+    normalize_advantages: bool = True
+    """Shift and scale the update's advantages to mean 0 and deviation 1. Default: true. COOL: false."""
+
+    entropy_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Bonus per nat of entropy. Default: 0."""
+
+
+class PretrainingMix(Model):
+    """PPO-ptx: next-token training beside the reward, against forgetting."""
+
+    data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
+    """Text, or conversations (then every token counts)."""
+
+    weight: Annotated[float, Field(ge=0.0, le=1e6)]
+    """Weight of the mean loss per token (InstructGPT: 27.8; COOL: 0.5)."""
+
+    rows_per_step: Count = 8
+    """Rows of `sequenceLength` tokens beside each optimiser step. Default: 8."""
+
+
+class GuardAction(StrEnum):
+    """What happens when a guard is broken."""
+
+    STOP = "stop"
+    ROLL_BACK = "rollBack"
+
+
+class Guards(Model):
+    """Signs that training goes wrong. Each None switches the guard off. A reward that is no number stops the stage
+    always."""
+
+    min_kl: float | None = -1.0
+    """Lowest mean KL per answer, in nats; a true one is never below 0 but for noise (trl#417). Default: -1."""
+
+    max_kl: float | None = None
+    """Highest mean KL per answer, in nats. Default: None."""
+
+    min_entropy: float | None = 0.0001
+    """Lowest mean entropy per token, in nats: below it the policy says one thing only. Default: 0.0001."""
+
+    min_ended_share: float | None = 0.05
+    """Lowest share of answers that end by themselves. Default: 0.05."""
+
+    max_length_factor: float | None = 4.0
+    """Highest mean length as a multiple of that of the first update. Default: 4."""
+
+    min_length_factor: float | None = 0.1
+    """Lowest mean length as a multiple of that of the first update. Default: 0.1."""
+
+    max_abs_reward: float | None = 1000.0
+    """Highest absolute reward of a single answer. Default: 1,000."""
+
+    min_reward_deviation: float | None = 0.0
+    """The rewards' standard deviation must be above it: constant rewards teach nothing. Default: 0."""
+
+    max_value_loss: float | None = 1000.0
+    """Highest loss of the critic. Default: 1,000."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Updates in a row that a sign must last. Default: 3."""
+
+    action: GuardAction = GuardAction.STOP
+    """`stop` fails the stage, with the reason; `rollBack` goes back to the last checkpoint, with other random numbers
+    and half the learning rate, up to `maxRollbacks` times. Default: stop."""
+
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 2
+    """Rollbacks after which a guard stops the stage. Default: 2."""
+
+
+class PpoStage(Training):
+    """Train a policy by a reward. `data` are prompts (a last answer in them is left out); `batch.samples` are the
+    answers of one update; `budget.steps` counts updates, `epochs` passes over the prompts."""
+
+    model: Reference
+    """The policy to start from, usually an `sft` stage's."""
+
+    reference: Reference | None = None
+    """The model the policy is held to. None: `model`; under LoRA it is the base below the adapter, kept only once."""
+
+    template: Template | None = None
+    """How a conversation becomes text. None: the chat template of the model's tokenizer."""
+
+    rewards: RewardTerms
+    """What an answer is worth: the sum of these."""
+
+    critic: Critic = Critic()
+    """The critic. Default: every field's own."""
+
+    rollout: Rollout = Rollout()
+    """How answers are made. Default: every field's own."""
+
+    policy: PolicyLoss = PolicyLoss()
+    """The objective. Default: every field's own."""
+
+    kl: KlControl = KlControl()
+    """The price of leaving the reference. Default: fixed, 0.02."""
+
+    pretraining: PretrainingMix | None = None
+    """Next-token training beside it (PPO-ptx). None: none."""
+
+    guards: Guards = Guards()
+    """Signs of failure. Default: every field's own."""
+
+    pool_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 1 << 30
+    """Memory that the answers of an update may take, in bytes; more is written to disk. Default: 1 GiB."""
+
+    @model_validator(mode="after")
+    def _counts_samples(self) -> PpoStage:
+        if self.batch.samples is None:
+            raise ValueError("`batch.samples` says how many answers an update has; give it instead of `tokens`")
+        if self.budget.tokens is not None:
+            raise ValueError("`budget` counts updates (`steps`) or passes over the prompts (`epochs`), not tokens")
+        mini = self.policy.mini_batch_samples
+        if mini is not None and self.batch.samples % mini:
+            raise ValueError(f"`policy.miniBatchSamples` ({mini}) must divide `batch.samples` ({self.batch.samples})")
+        return self

@@ -1,0 +1,126 @@
+"""`rewardModel`: learn from preferences what an answer is worth."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from stagecoach_api.base import Identifier, LongText, Model
+from stagecoach_api.references import NamedSource, Reference, WeightedSource
+from stagecoach_api.stages.sft import Template
+from stagecoach_api.training import HeldOut, MeasuredTraining, require_exactly_one
+
+
+class DomainSource(WeightedSource):
+    """Preferences to train on."""
+
+    domain: Identifier | None = None
+    """What the preferences are about: chooses the system prompt in `domains`, and the row of the report. None: of no
+    domain."""
+
+
+class DomainNamedSource(NamedSource):
+    """Preferences with a name, to measure on."""
+
+    domain: Identifier | None = None
+    """What the preferences are about, as in `data`. None: of no domain."""
+
+
+class DomainHeldOut(HeldOut):
+    """Measurement on held-out preferences."""
+
+    sets: Annotated[tuple[DomainNamedSource, ...], Field(max_length=16)] = ()
+    """Sets whose loss, accuracy, margin and calibration are measured. Default: none."""
+
+
+class Domain(Model):
+    """A system prompt that tells the reward model which preferences count (InternLM2's COOL, arXiv 2403.17297)."""
+
+    name: Identifier
+    """The domain."""
+
+    system: LongText
+    """The system prompt in front of every conversation of the domain. Only the reward model sees it, never a policy."""
+
+
+class PairLoss(Model):
+    """Bradley-Terry: -log σ(r_w - r_l - margin), every pair for itself."""
+
+    margin: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """By how much the better answer should lead, before the sigmoid. Default: 0."""
+
+    centering: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Weight of (r_w + r_l)², which keeps rewards around 0 (arXiv 2312.09244). Default: 0."""
+
+
+class RankedLoss(Model):
+    """InstructGPT (arXiv 2203.02155): the mean over all pairs of a prompt's answers, which stay in one micro-batch, so
+    that a prompt counts once however many answers it has."""
+
+
+class FocalLoss(Model):
+    """COOL (arXiv 2403.17297): -(1 - 2 max(0, P - ½))^gamma · log P with P = σ(r_w - r_l), and a barrier that keeps
+    rewards inside the limits."""
+
+    gamma: Annotated[float, Field(ge=0.0, le=10.0)] = 2.0
+    """How fast easy pairs lose their weight. Default: 2."""
+
+    barrier: Annotated[float, Field(ge=0.0, le=100.0)] = 0.02
+    """Weight of -(log(x + limit) + log(limit - x)). Default: 0.02."""
+
+    limit: Annotated[float, Field(gt=0.0, le=1000.0)] = 5.0
+    """Rewards stay inside (-limit, limit). Default: 5."""
+
+
+class PreferenceLoss(Model):
+    """What a reward model minimises. Exactly one member."""
+
+    pair: PairLoss | None = None
+    """Bradley-Terry. None: another member is given."""
+
+    ranked: RankedLoss | None = None
+    """InstructGPT's K-ranked loss. None: another member is given."""
+
+    focal: FocalLoss | None = None
+    """COOL's focal ranking loss with a barrier. None: another member is given."""
+
+    @model_validator(mode="after")
+    def _one(self) -> PreferenceLoss:
+        require_exactly_one(self, "pair", "ranked", "focal")
+        return self
+
+
+class BiasOn(StrEnum):
+    """Answers whose mean reward the bias makes 0."""
+
+    NONE = "none"
+    CHOSEN = "chosen"
+    ALL = "all"
+
+
+class RewardModelStage(MeasuredTraining):
+    """Train a model to score answers. `budget` and `batch` count prompts with all their answers."""
+
+    model: Reference
+    """Model to start from, usually an `sft` stage's; its head is replaced by a linear one on the last token."""
+
+    data: Annotated[tuple[DomainSource, ...], Field(min_length=1, max_length=64)]
+    """Preferences to train on, mixed exactly by weight: pairs, comparisons or ranked answers."""
+
+    held_out: DomainHeldOut = DomainHeldOut()
+    """Measurement before, during and after training. Default: none."""
+
+    template: Template | None = None
+    """How a conversation becomes text. None: the chat template of the model's tokenizer."""
+
+    loss: PreferenceLoss = PreferenceLoss(ranked=RankedLoss())
+    """What is minimised. Default: ranked."""
+
+    domains: Annotated[tuple[Domain, ...], Field(max_length=64)] = ()
+    """System prompts by domain. Default: none."""
+
+    normalize_bias: BiasOn = BiasOn.CHOSEN
+    """After training the head's bias is set so that these answers of the training set have the mean reward 0, as
+    InstructGPT does before PPO. Default: chosen."""
