@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
 from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.data.answers import canonical_preferences
 from stagecoach_trainer.data.files import Layout, layout_of, read_values
-from stagecoach_trainer.data.formats import Parse, Record, RecordError, Turn, detect_format, parser_for
+from stagecoach_trainer.data.formats import Answer, Parse, Record, RecordError, Turn, detect_format, parser_for
 from stagecoach_trainer.errors import UserError
 
 __all__ = [
     "INDEX",
+    "PREFERENCES",
+    "Answer",
     "Malformed",
     "Record",
     "Role",
@@ -25,10 +28,15 @@ __all__ = [
     "read_raw_records",
     "read_records",
     "record_to_json",
+    "require_no_answers",
+    "sort_of",
 ]
 
 INDEX = "index.json"
 """A `data` artifact's table of contents."""
+
+PREFERENCES = "preferences"
+"""What the index calls records with answers that people compared; the others are `text` and `conversation`."""
 
 
 class Fetches(Protocol):
@@ -85,7 +93,33 @@ def record_to_json(record: Record) -> dict[str, Any]:
             message["input"] = turn.input
         messages.append(message)
     tools = {} if record.tools is None else {"tools": record.tools}
-    return {"messages": messages, **tools, "source": record.source}
+    answers = {"answers": [_answer_to_json(answer) for answer in record.answers]} if record.answers else {}
+    return {"messages": messages, **answers, **tools, "source": record.source}
+
+
+def _answer_to_json(answer: Answer) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"rank": answer.rank} if answer.rank is not None else {"liked": answer.liked}
+    return {"content": answer.content, **verdict}
+
+
+def sort_of(record: Record) -> str:
+    """Return what sort of record it is, in the words of a `data` artifact's index."""
+    if record.is_text:
+        return "text"
+    return PREFERENCES if record.answers else "conversation"
+
+
+def require_no_answers(record: Record) -> Record:
+    """Return a record that is a conversation or text.
+
+    Raises UserError for a preference record: read as a conversation it would be a question without an answer.
+    """
+    if record.answers:
+        raise UserError(
+            f"{record.where}: a preference record, a prompt with {len(record.answers)} answers, where a conversation "
+            "is expected; train on it in a `rewardModel` or `dpo` stage, or in `sft` with `hindsight`"
+        )
+    return record
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -106,8 +140,7 @@ def _read_artifact(folder: Path, source: RecordSource) -> Iterator[Record | Malf
     if not split or not split["records"]:
         advice = "; set `heldOutShare` in the `data` stage" if source.split is Split.HELD_OUT else ""
         raise UserError(f"{source.key}: the data set has no records in its split `{source.split.value}`{advice}")
-    format_ = Format.TEXT if index["format"] == "text" else Format.MESSAGES
-    parse = parser_for(format_, FieldMapping(), {})
+    parse = _artifact_parser(index["format"])
     for shard in split["shards"]:
         name = shard["path"]
         for raw in read_values(folder / name, f"{source.label}/{name}", Layout.LINES):
@@ -115,6 +148,12 @@ def _read_artifact(folder: Path, source: RecordSource) -> Iterator[Record | Malf
             if isinstance(found, Record):
                 found = replace(found, source=str(raw.value.get("source", source.label)))
             yield found
+
+
+def _artifact_parser(sort: str) -> Parse:
+    if sort == PREFERENCES:
+        return canonical_preferences
+    return parser_for(Format.TEXT if sort == "text" else Format.MESSAGES, FieldMapping(), {})
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,15 @@ def content_hash(record: Record, key: bytes = b"") -> bytes:
         # \x1c and \x1d (file and group separator) keep "a" + "bc" and "ab" + "c" apart.
         hasher.update(f"{turn.role.value}\x1d{turn.content.strip()}\x1d{turn.input.strip()}\x1c".encode())
     hasher.update((record.tools or "").encode())
+    for answer in record.answers:
+        verdict = answer.rank if answer.rank is not None else answer.liked
+        hasher.update(f"\x1c{verdict}\x1d{answer.content.strip()}".encode())
     return hasher.digest()
+
+
+def prompt_hash(record: Record, key: bytes = b"") -> bytes:
+    """Like `content_hash`, the answers of a preference record apart: equal for all records with the same prompt."""
+    return content_hash(replace(record, answers=()) if record.answers else record, key)
 
 
 class NormalizeStep:
@@ -104,7 +112,10 @@ class NormalizeStep:
         turns = tuple(
             replace(turn, content=self.clean(turn.content), input=self.clean(turn.input)) for turn in record.messages
         )
-        return record if turns == record.messages else replace(record, messages=turns)
+        answers = tuple(replace(answer, content=self.clean(answer.content)) for answer in record.answers)
+        if (turns, answers) == (record.messages, record.answers):
+            return record
+        return replace(record, messages=turns, answers=answers)
 
     def clean(self, text: str) -> str:
         """Return the text in the form asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
@@ -13,9 +13,9 @@ from stagecoach_api.stages.data import DataSource, DataStage, Order
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.data.formats import Record
 from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
-from stagecoach_trainer.data.records import INDEX, Malformed, read_path
+from stagecoach_trainer.data.records import INDEX, Malformed, read_path, sort_of
 from stagecoach_trainer.data.shards import RecordSink, ShardWriter, ShufflingWriter, split_index
-from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
+from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash, prompt_hash
 from stagecoach_trainer.errors import Interrupted, UserError
 
 RECORDS_PER_HEARTBEAT = 512
@@ -90,7 +90,7 @@ class _Work:
     """The first `MAX_LISTED`."""
 
     format: str = ""
-    """`text` or `conversation`."""
+    """`text`, `conversation` or `preferences`."""
 
     num_read: int = 0
 
@@ -105,8 +105,7 @@ class _Work:
                     self.malformed.append(found)
                 continue
             self._check_format(found, label)
-            record = Record(found.text, found.messages, found.tools, label, found.where)
-            self._take_record(record, source.weight, funnel)
+            self._take_record(replace(found, source=label), source.weight, funnel)
 
     def _watched(self, records: Iterator[Record | Malformed]) -> Iterator[Record | Malformed]:
         """Beat the heart and obey the stop flag while reading."""
@@ -126,7 +125,8 @@ class _Work:
                 funnel.dropped[result.reason] += 1
                 return
             record = result
-        if _draw(record, f"split:{self.context.seed}") < self.config.held_out_share:
+        # By the prompt: a prompt's other answers must not be trained on where some are held out.
+        if _draw(prompt_hash(record, f"split:{self.context.seed}".encode())) < self.config.held_out_share:
             self.sinks[Split.HELD_OUT].add(record)
             funnel.held_out += 1
         else:
@@ -141,7 +141,7 @@ class _Work:
         funnel.characters += len(record.content)
 
     def _check_format(self, record: Record, label: str) -> None:
-        found = "text" if record.is_text else "conversation"
+        found = sort_of(record)
         if self.format and found != self.format:
             raise UserError(
                 f"{record.where}: source {label} gives a {found} record, those before are {self.format} records; "
@@ -173,15 +173,15 @@ class _Work:
             )
 
 
-def _draw(record: Record, key: str) -> float:
-    """Draw a number in [0, 1) by a record's content: the same for equal text."""
-    return int.from_bytes(content_hash(record, key.encode())[:7], "big") / (1 << 56)
+def _draw(hash_: bytes) -> float:
+    """Make a number in [0, 1) of a hash: the same for equal text."""
+    return int.from_bytes(hash_[:7], "big") / (1 << 56)
 
 
 def _copies(record: Record, weight: float, seed: int) -> int:
     whole = int(weight)
     part = weight - whole
-    return whole + (part > 0 and _draw(record, f"weight:{seed}") < part)
+    return whole + (part > 0 and _draw(content_hash(record, f"weight:{seed}".encode())) < part)
 
 
 def _why_empty(whole: Funnel, labels: list[str]) -> str:

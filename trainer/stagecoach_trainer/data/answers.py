@@ -1,0 +1,303 @@
+"""Raw values to preference records: a prompt, and answers to it that people compared.
+
+Whatever the layout, ranked answers come out the best first, with ranks from 1 on; equal ranks are ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stagecoach_api.references import FieldMapping, Format
+from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.data.turns import (
+    MESSAGES_TURNS,
+    Answer,
+    Parse,
+    Record,
+    RecordError,
+    Turn,
+    describe,
+    list_of_turns,
+    optional_string_of,
+    string_of,
+    tools_of,
+    turn_keys_of,
+    turns_of,
+)
+
+PROMPT_FIELDS = ("prompt", "conversations", "messages", "question", "instruction")
+"""Where the prompt of a preference record is looked for, in this order."""
+
+MIN_ANSWERS, MAX_ANSWERS = 2, 64
+
+VERDICT_FIELDS = ("preferred", "preference", "better", "winner", "choice", "label")
+"""Fields in which a comparison may say which answer is the better one."""
+
+LOWER_IS_BETTER = {"score": False, "rank": True}
+"""Figures with which a comparison may judge its answers, as `score_a` and `score_b`."""
+
+TIE_WORDS = frozenset({"tie", "equal", "same", "both"})
+LIKED_WORDS = {"good": True, "bad": False}
+
+
+def detect_preferences(value: Mapping[str, Any], fields: FieldMapping) -> Format | None:
+    """Tell the layout of a preference source from its first record. None: it is no preference record."""
+    if "completion_a" in value and "completion_b" in value:
+        return Format.COMPARISON
+    if (fields.chosen or "chosen") in value and (fields.rejected or "rejected") in value:
+        return Format.PAIRS
+    answers = value.get(fields.answers or "answers")
+    if isinstance(answers, list) and len(answers) >= MIN_ANSWERS and _prompt_field(value, fields.prompt) is not None:
+        return Format.RANKED
+    if (fields.completion or "completion") in value and (fields.label or "label") in value:
+        return Format.LABELS
+    return None
+
+
+def preference_parser(format_: Format, fields: FieldMapping) -> Parse:
+    """Return the parser of one source of preferences. `fields`: names that differ from the layout's own."""
+    match format_:
+        case Format.PAIRS:
+            return lambda value: _pair(value, fields)
+        case Format.COMPARISON:
+            return lambda value: _comparison(value, fields)
+        case Format.RANKED:
+            return lambda value: _ranked(value, fields)
+        case Format.LABELS:
+            return lambda value: _label(value, fields)
+        case _:
+            raise ValueError(f"{format_} is no layout of preferences")
+
+
+def canonical_preferences(value: Mapping[str, Any]) -> Record:
+    """Read a preference record as a `data` artifact holds it. Raises RecordError."""
+    turns = list_of_turns(value.get("messages"), "messages", MESSAGES_TURNS)
+    answers = _items(value, "answers")
+    found = []
+    for index, item in enumerate(answers):
+        if not isinstance(item, Mapping):
+            raise RecordError(f"`answers[{index}]` must be an object, got {type(item).__name__}")
+        rank, liked = item.get("rank"), item.get("liked")
+        if not ((isinstance(rank, int) and liked is None) or (isinstance(liked, bool) and rank is None)):
+            raise RecordError(f"`answers[{index}]` must have a `rank`, a whole number, or `liked`, true or false")
+        found.append(Answer(string_of(item, "content"), rank, liked))
+    return Record(messages=tuple(turns), tools=tools_of(value), answers=tuple(found))
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def _pair(value: Mapping[str, Any], fields: FieldMapping) -> Record:
+    names = (fields.chosen or "chosen", fields.rejected or "rejected")
+    prompt = _optional_prompt(value, fields.prompt)
+    if prompt is None:
+        prompt, answers = _pair_without_prompt(value, names, fields)
+    else:
+        answers = [_answer(value, name, prompt) for name in names]
+    return _record(value, prompt, [Answer(answers[0], rank=1), Answer(answers[1], rank=2)])
+
+
+def _pair_without_prompt(
+    value: Mapping[str, Any], names: tuple[str, str], fields: FieldMapping
+) -> tuple[list[Turn], list[str]]:
+    """Return the turns two conversations begin with and the answers they end with, as sets of the HH kind have them."""
+    if not all(isinstance(value.get(name), list) for name in names):
+        _required_prompt(value, fields.prompt)
+    chosen, rejected = ([*_system(value), *_turns(value, name)] for name in names)
+    if chosen[:-1] != rejected[:-1]:
+        raise RecordError(
+            f"`{names[0]}` and `{names[1]}` must be the same conversation up to their last turns; give the prompt "
+            "apart, as `prompt`"
+        )
+    return chosen[:-1], [_spoken(turns[-1:], name) for turns, name in zip((chosen, rejected), names, strict=True)]
+
+
+def _comparison(value: Mapping[str, Any], fields: FieldMapping) -> Record:
+    """HuangDi's layout, where `completion_a` is the better one: what a record says besides must agree."""
+    names = (fields.chosen or "completion_a", fields.rejected or "completion_b")
+    prompt = _required_prompt(value, fields.prompt or "user_input")
+    better, other = (_answer(value, name, prompt) for name in names)
+    is_tie = _says_tie(value, names, (better, other), fields.label)
+    return _record(value, prompt, [Answer(better, rank=1), Answer(other, rank=1 if is_tie else 2)])
+
+
+def _ranked(value: Mapping[str, Any], fields: FieldMapping) -> Record:
+    name = fields.answers or "answers"
+    items = _items(value, name)
+    if not MIN_ANSWERS <= len(items) <= MAX_ANSWERS:
+        raise RecordError(f"`{name}` must have {MIN_ANSWERS} to {MAX_ANSWERS} answers, got {len(items)}")
+    if all(isinstance(item, str) for item in items):
+        found = [Answer(string_of({name: item}, name), rank) for rank, item in enumerate(items, 1)]
+    else:
+        found = _ranked_objects(items, name)
+    return _record(value, _required_prompt(value, fields.prompt), found)
+
+
+def _ranked_objects(items: Sequence[Any], name: str) -> list[Answer]:
+    """Return answers with a `rank` (1 is best) or a `score` (higher is better) each, the best first."""
+    if not all(isinstance(item, Mapping) for item in items):
+        raise RecordError(f"`{name}` must be all strings, the best first, or all objects with `rank` or `score`")
+    key = "rank" if all("rank" in item for item in items) else "score"
+    marks = []
+    for index, item in enumerate(items):
+        mark = _number(item.get(key))
+        if mark is None or (key == "rank" and (mark < 1 or mark != int(mark))):
+            allowed = "whole numbers from 1 on as `rank`, or numbers as `score`"
+            raise RecordError(
+                f"`{name}[{index}]`: every answer of a record needs one of {allowed}, got {item.get(key)!r}"
+            )
+        marks.append(mark if key == "rank" else -mark)
+    contents = [_content(item, f"{name}[{index}]") for index, item in enumerate(items)]
+    places = {mark: place for place, mark in enumerate(sorted(set(marks)), 1)}
+    ranked = [Answer(content, rank=places[mark]) for content, mark in zip(contents, marks, strict=True)]
+    return sorted(ranked, key=lambda answer: answer.rank or 0)
+
+
+def _label(value: Mapping[str, Any], fields: FieldMapping) -> Record:
+    name = fields.label or "label"
+    said = value.get(name)
+    liked = LIKED_WORDS.get(said.strip().lower()) if isinstance(said, str) else None
+    if isinstance(said, int | float) and said in (0, 1):  # True and False are numbers too
+        liked = bool(said)
+    if liked is None:
+        got = repr(said) if name in value else describe(value, name)
+        raise RecordError(f'`{name}` must be true or false, 1 or 0, "good" or "bad", got {got}')
+    prompt = _required_prompt(value, fields.prompt)
+    return _record(value, prompt, [Answer(_answer(value, fields.completion or "completion", prompt), liked=liked)])
+
+
+def _record(value: Mapping[str, Any], prompt: Sequence[Turn], answers: Sequence[Answer]) -> Record:
+    if not prompt:
+        raise RecordError("the prompt has no turn, so there is nothing that the answers reply to")
+    if prompt[-1].role is Role.ASSISTANT:
+        raise RecordError(
+            "the prompt ends with a turn of the assistant, and the answers would follow it; end it with the user's turn"
+        )
+    return Record(messages=tuple(prompt), tools=tools_of(value), answers=tuple(answers))
+
+
+# -- what a comparison says of itself ----------------------------------------------------------------------------------
+
+
+def _says_tie(value: Mapping[str, Any], names: tuple[str, str], answers: tuple[str, str], verdict: str | None) -> bool:
+    """Return whether the record calls its two answers equally good.
+
+    Raises RecordError where it calls the second one better, or says what cannot be understood: never a silent swap.
+    """
+    tie = False
+    for name in (verdict,) if verdict else VERDICT_FIELDS:
+        said = value.get(name)
+        if said is None or said in (names[0], answers[0]) or _is_word(said, {"a"}):
+            continue
+        if not _is_word(said, TIE_WORDS):
+            raise RecordError(_disagrees(names, f"`{name}` is {said!r}"))
+        tie = True
+    for figure, lower_is_better in LOWER_IS_BETTER.items():
+        first, second = (_number(value.get(f"{figure}_{letter}")) for letter in "ab")
+        if first is None or second is None:
+            continue
+        if first != second and (first < second) != lower_is_better:
+            raise RecordError(_disagrees(names, f"`{figure}_a` is {first:g} and `{figure}_b` {second:g}"))
+        tie = tie or first == second
+    return tie
+
+
+def _is_word(said: Any, words: frozenset[str] | set[str]) -> bool:
+    return isinstance(said, str) and said.strip().lower() in words
+
+
+def _disagrees(names: tuple[str, str], said: str) -> str:
+    return (
+        f"`{names[0]}` must be the preferred answer, but {said}; swap the two answers in the data, or name the "
+        "preferred one's field in `fields.chosen`"
+    )
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _prompt_field(value: Mapping[str, Any], name: str | None) -> str | None:
+    return next((field for field in ((name,) if name else PROMPT_FIELDS) if value.get(field) is not None), None)
+
+
+def _required_prompt(value: Mapping[str, Any], name: str | None) -> list[Turn]:
+    found = _optional_prompt(value, name)
+    if found is None:
+        allowed = f"`{name}`" if name else ", ".join(f"`{field}`" for field in PROMPT_FIELDS)
+        there = ", ".join(sorted(map(str, value))) or "none"
+        raise RecordError(f"there is no prompt: it is looked for under {allowed} (there are: {there})")
+    return found
+
+
+def _optional_prompt(value: Mapping[str, Any], name: str | None) -> list[Turn] | None:
+    """Return the turns in front of the answers. None: the value has no field for them."""
+    field = _prompt_field(value, name)
+    if field is None:
+        return None
+    if isinstance(value[field], str):
+        more = (optional_string_of(value, "input") or "") if field == "instruction" else ""
+        return [*_system(value), Turn(Role.USER, string_of(value, field), more)]
+    if not isinstance(value[field], list):
+        raise RecordError(f"`{field}` must be a string or a list of turns, got {describe(value, field)}")
+    return [*_system(value), *_turns(value, field)]
+
+
+def _system(value: Mapping[str, Any]) -> list[Turn]:
+    system = optional_string_of(value, "system")
+    return [Turn(Role.SYSTEM, system)] if system else []
+
+
+def _turns(value: Mapping[str, Any], name: str) -> list[Turn]:
+    items = value[name]
+    return list_of_turns(items, name, turn_keys_of(items[0] if items else None))
+
+
+def _answer(value: Mapping[str, Any], name: str, prompt: Sequence[Turn]) -> str:
+    """Return an answer: a string, a turn, or turns that may repeat the prompt in front of it."""
+    found = value.get(name)
+    if isinstance(found, str):
+        return string_of(value, name)
+    if isinstance(found, Mapping):
+        try:
+            return _spoken(turns_of(found, turn_keys_of(found)), name)
+        except RecordError as error:
+            raise RecordError(f"`{name}`: {error}") from error
+    if not isinstance(found, list):
+        raise RecordError(f"`{name}` must be a string, a turn or a list of turns, got {describe(value, name)}")
+    turns = _turns(value, name)
+    for front in (list(prompt), [turn for turn in prompt if turn.role is not Role.SYSTEM]):
+        if len(turns) > len(front) and turns[: len(front)] == front:
+            return _spoken(turns[len(front) :], name)
+    return _spoken(turns, name)
+
+
+def _spoken(turns: Sequence[Turn], name: str) -> str:
+    """Return what the one turn of the assistant says."""
+    if len(turns) != 1 or turns[0].role is not Role.ASSISTANT:
+        roles = ", ".join(turn.role.value for turn in turns) or "none"
+        raise RecordError(f"`{name}` must end in one turn of the assistant behind the prompt, got turns of: {roles}")
+    return turns[0].content
+
+
+def _content(item: Mapping[str, Any], where: str) -> str:
+    name = next((field for field in ("content", "text", "answer", "value") if field in item), "content")
+    try:
+        return string_of(item, name)
+    except RecordError as error:
+        raise RecordError(f"`{where}`: {error}") from error
+
+
+def _items(value: Mapping[str, Any], name: str) -> list[Any]:
+    items = value.get(name)
+    if not isinstance(items, list):
+        raise RecordError(f"`{name}` must be a list of answers, got {describe(value, name)}")
+    return items
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number; None for anything else, truth values too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
