@@ -25,6 +25,8 @@ ENV_THREADS = "STAGECOACH_THREADS"
 """CPU threads of each rank. Always pinned: the number changes the last digits of a sum."""
 ENV_CREDENTIALS_DIR = "STAGECOACH_CREDENTIALS_DIR"
 """Folder with S3 credentials, one file each (`ACCESS_KEY_FILE`, `SECRET_KEY_FILE`). Unset: the AWS SDK's own chain."""
+ENV_ENDPOINT_KEYS = "STAGECOACH_ENDPOINT_KEYS"
+"""Folder with the keys of endpoints: one folder per Secret, in it `ENDPOINT_KEY_FILE`."""
 
 # Where the gang of a stage of several pods meets: torchrun's own names, which the launcher passes on.
 ENV_NUM_NODES = "PET_NNODES"
@@ -61,6 +63,10 @@ CREDENTIALS_MOUNT = "/var/run/secrets/stagecoach/credentials"
 ACCESS_KEY_FILE = "accessKeyId"
 """Key of the credentials' Secret, and so the file's name."""
 SECRET_KEY_FILE = "secretAccessKey"  # noqa: S105  # the name of a file
+ENDPOINT_KEYS_MOUNT = "/var/run/secrets/stagecoach/endpoints"
+"""Keys of endpoints: below it one folder per Secret, called as the Secret is."""
+ENDPOINT_KEY_FILE = "apiKey"
+"""Key of an endpoint's Secret, and so the file's name."""
 TOKEN_MOUNT = "/var/run/secrets/stagecoach/progress"  # noqa: S105  # a path
 TOKEN_FILE = "token"  # noqa: S105  # the name of a file
 TERMINATION_LOG = "/dev/termination-log"

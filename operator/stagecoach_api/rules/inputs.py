@@ -182,7 +182,7 @@ def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
                 )
             elif metric.endswith(".exactMatch") and not config.lm_eval and metric not in tasks:
                 yield Fault(path, metric, "must name a task in `exactMatch`", suggest(metric, tasks))
-            elif not (sets or tasks or config.lm_eval):
+            elif not (sets or tasks or config.rewards or config.lm_eval):
                 yield Fault(path, metric, "nothing is measured that a gate could watch", "measure it, or take it out")
 
 

@@ -38,6 +38,8 @@ def _places(attempt: StageAttempt) -> dict[str, str]:
     }
     if attempt.credentials is not None:
         found[names.ENV_CREDENTIALS_DIR] = names.CREDENTIALS_MOUNT
+    if attempt.endpoint_secrets:
+        found[names.ENV_ENDPOINT_KEYS] = names.ENDPOINT_KEYS_MOUNT
     return found
 
 

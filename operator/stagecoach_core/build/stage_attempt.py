@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.base import Model
+from stagecoach_api.rewards import EndpointCredentials
 from stagecoach_api.spec import Stage
 from stagecoach_core.build.naming import attempt_name
 from stagecoach_core.quantities import asked_threads
@@ -32,3 +36,20 @@ class StageAttempt:
     def num_threads(self) -> int:
         """CPU threads of each rank: its share of the CPUs that are asked for; one where none are."""
         return asked_threads(self.stage.resources) or 1
+
+    @property
+    def endpoint_secrets(self) -> tuple[str, ...]:
+        """Secrets with the keys of the endpoints that the stage asks, each once, sorted."""
+        return tuple(sorted({found.secret_name for found in _endpoint_credentials(self.stage.config)}))
+
+
+def _endpoint_credentials(value: Any) -> Iterator[EndpointCredentials]:
+    """Yield what stands anywhere below a configuration."""
+    if isinstance(value, EndpointCredentials):
+        yield value
+    elif isinstance(value, Model):
+        for _, member in value:
+            yield from _endpoint_credentials(member)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _endpoint_credentials(item)

@@ -62,6 +62,7 @@ def mounts(attempt: StageAttempt, settings: BuildSettings) -> list[Mount]:
     ]
     if attempt.credentials is not None:
         found.append(_credentials(attempt.credentials))
+    found += [_endpoint_key(index, secret) for index, secret in enumerate(attempt.endpoint_secrets)]
     if settings.progress_url is not None:
         found.append(_token(attempt, settings.progress_token_seconds))
     return found + [_own(volume) for volume in attempt.stage.pods.volumes or ()]
@@ -72,6 +73,13 @@ def _credentials(secret: str) -> Mount:
     items = [{"key": key, "path": key} for key in (names.ACCESS_KEY_FILE, names.SECRET_KEY_FILE)]
     source = {"secret": {"secretName": secret, "defaultMode": SECRET_MODE, "items": items}}
     return Mount("credentials", names.CREDENTIALS_MOUNT, source, read_only=True)
+
+
+def _endpoint_key(index: int, secret: str) -> Mount:
+    """The key of an endpoint. The volume is numbered: a Secret's name may be as long as a volume's may."""
+    items = [{"key": names.ENDPOINT_KEY_FILE, "path": names.ENDPOINT_KEY_FILE}]
+    source = {"secret": {"secretName": secret, "defaultMode": SECRET_MODE, "items": items}}
+    return Mount(f"endpoint-key-{index}", f"{names.ENDPOINT_KEYS_MOUNT}/{secret}", source, read_only=True)
 
 
 def _token(attempt: StageAttempt, seconds: int) -> Mount:

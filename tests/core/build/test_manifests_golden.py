@@ -13,6 +13,7 @@ import pytest
 import yaml
 from build_makers import A100, REPORTING, make_attempt
 from core_makers import data_stage, sft_stage
+from reward_makers import evaluate_stage, feedback_term
 
 from stagecoach_cli.manifests import as_yaml
 from stagecoach_core.build.configmap import config_map
@@ -22,6 +23,7 @@ from stagecoach_core.build.stage_attempt import StageAttempt
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "operator"
 
+KEY = {"secret": "judge-key"}
 CASES: dict[str, tuple[StageAttempt, BuildSettings]] = {
     "one-pod": (
         make_attempt(
@@ -49,6 +51,10 @@ CASES: dict[str, tuple[StageAttempt, BuildSettings]] = {
             },
         ),
         REPORTING,
+    ),
+    "judged-by-endpoint": (
+        make_attempt(stage=evaluate_stage(feedback_term(**KEY), {"name": "short", "expression": "1"})),
+        BuildSettings(),
     ),
     "a100-gang": (
         make_attempt(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from build_makers import A100, REPORTING, UID, make_attempt, unknown_fields
 from core_makers import data_stage
+from reward_makers import evaluate_stage, feedback_term
 
 from stagecoach_api import names
 from stagecoach_core.build.configmap import config_map
@@ -249,6 +250,31 @@ def test_credentials_are_files_and_nowhere_in_the_environment() -> None:
     assert "secretKeyRef" not in str(pod_of(attempt))
     assert "s3-access" not in str(container_of(attempt))
     assert "secret" not in str(pod_of(make_attempt())["volumes"])
+
+
+def test_keys_of_endpoints_are_files_below_the_folder_that_the_environment_names() -> None:
+    terms = [
+        feedback_term(secret=name) | {"name": f"t{index}"} for index, name in enumerate(("b-key", "a-key", "b-key"))
+    ]
+    attempt = make_attempt(stage=evaluate_stage(*terms, feedback_term()), storage=SECRET)
+    container, environment = container_of(attempt), environment_of(attempt)
+    secrets = {item["name"]: item["secret"] for item in pod_of(attempt)["volumes"] if "secret" in item}
+    mounts = {item["name"]: item for item in container["volumeMounts"] if item["name"].startswith("endpoint-key-")}
+    assert [secrets[name]["secretName"] for name in mounts] == ["a-key", "b-key"]
+    for name, mount in mounts.items():
+        assert mount["mountPath"] == f"{environment[names.ENV_ENDPOINT_KEYS]}/{secrets[name]['secretName']}"
+        assert mount["readOnly"] is True
+        assert secrets[name]["items"] == [{"key": "apiKey", "path": "apiKey"}]
+        assert secrets[name]["defaultMode"] == 0o440
+    assert "a-key" not in str(container["env"])
+    assert violations_of_restricted(pod_of(attempt)) == []
+    assert list(unknown_fields(job_template(attempt, SETTINGS), "V1JobTemplateSpec")) == []
+
+
+def test_a_stage_that_asks_no_endpoint_has_no_keys() -> None:
+    for attempt in (make_attempt(), make_attempt(stage=evaluate_stage(feedback_term()))):
+        assert names.ENV_ENDPOINT_KEYS not in environment_of(attempt)
+        assert "endpoint-key" not in str(pod_of(attempt))
 
 
 # -- resources and placement -------------------------------------------------------------------------------------------
