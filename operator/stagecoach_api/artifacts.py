@@ -268,6 +268,17 @@ class ResolvedStage(Model):
     ranks_per_node: int = 1
 
 
+class RewardCard(Model):
+    """What a reward model's folder says beside its weights."""
+
+    bias: float = 0.0
+    """Added to what the linear head says. transformers' sequence classifiers of decoders have a head without a bias, so
+    it stands here; differences between two rewards do not need it."""
+
+    domains: dict[str, str] = Field(default_factory=dict)
+    """System prompt by domain, as it was trained with."""
+
+
 class ModelCard(Model):
     """`stagecoach.json` in the output of a stage that makes a model: what is needed to load it again."""
 
@@ -288,3 +299,6 @@ class ModelCard(Model):
     old_rows: int | None = Field(default=None, ge=0)
     """Rows the embedding had before the vocabulary last grew; those from here on are the new rows that later stages
     may train. None: it never grew."""
+
+    reward: RewardCard | None = None
+    """It is a reward model, a sequence classifier of one label. None: it is a language model."""

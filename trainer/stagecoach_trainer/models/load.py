@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ConfigChange = Callable[["PreTrainedConfig"], None]
+
+
+class Head(StrEnum):
+    """What sits on a model's body, by transformers' class that loads it."""
+
+    LANGUAGE_MODEL = "AutoModelForCausalLM"
+    CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ def load_model(
     path = context.fetch_resolved(found)
     require_folder(path)
     card = read_card(path)
+    if card.reward is not None:
+        raise UserError(f"{path}: it is a reward model, which scores answers; a language model is needed here")
     if card.adapter:
         return _load_adapter(context, found, path, card, dtype, merge, change_config)
     if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
@@ -83,7 +93,7 @@ def load_model(
             f"{path}: a PEFT adapter without {CARD}, so its base is unknown here; merge it into its base first (PEFT)"
         )
     model = load_folder(path, dtype, change_config)
-    tokenizer = _own_tokenizer(path)
+    tokenizer = own_tokenizer(path)
     if tokenizer is not None:
         check_sizes(model, tokenizer, str(path))
     return LoadedModel(model, tokenizer, card, path, found)
@@ -99,12 +109,18 @@ def read_card(path: Path) -> ModelCard:
         raise UserError(f"{path / CARD}: {error}") from error
 
 
-def load_folder(path: Path, dtype: torch.dtype = torch.float32, change_config: ConfigChange | None = None) -> Any:
+def load_folder(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    change_config: ConfigChange | None = None,
+    head: Head = Head.LANGUAGE_MODEL,
+) -> Any:
     """Load a whole model from a folder in Hugging Face layout: safetensors only, every weight present, none left over.
 
     Raises UserError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     check_model_folder(path)
     try:
@@ -114,7 +130,7 @@ def load_folder(path: Path, dtype: torch.dtype = torch.float32, change_config: C
     if change_config is not None:
         change_config(config)
     try:
-        loader: Any = AutoModelForCausalLM
+        loader: Any = getattr(transformers, head.value)
         model, report = loader.from_pretrained(
             str(path),
             config=config,
@@ -141,7 +157,8 @@ def _check_loaded(path: Path, report: dict[str, Any]) -> None:
             )
 
 
-def _own_tokenizer(path: Path) -> Any | None:
+def own_tokenizer(path: Path) -> Any | None:
+    """Return the vocabulary in a model's folder. None: it has none."""
     if any((path / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
         return load_tokenizer(path)
     return None

@@ -152,6 +152,10 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if not model.can_generate():  # a classifier has no such settings
+        for name, value in (ids | {"pad_token_id": _padding_of(tokenizer)}).items():
+            setattr(model.config, name, value)
+        return
     for config in (model.config, model.generation_config):
         for name, value in ids.items():
             setattr(config, name, value)
@@ -161,6 +165,13 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
         model.generation_config.validate(strict=True)
     except ValueError:  # some published models set a temperature without sampling; transformers refuses to write that
         model.generation_config.do_sample = True
+
+
+def _padding_of(tokenizer: Any) -> int | None:
+    """Return the token that a sequence classifier knows padding by. transformers takes the reward at the last token
+    that is not padding, so it must be another than the end token."""
+    choices = (tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return next((token for token in choices if token is not None and token != tokenizer.eos_token_id), None)
 
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -198,7 +209,8 @@ def _write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> 
         model.config.save_pretrained(output)
     finally:
         model.config.dtype = before
-    model.generation_config.save_pretrained(output)
+    if model.can_generate():
+        model.generation_config.save_pretrained(output)
 
 
 def _require_sound(state: Mapping[str, torch.Tensor], what: str) -> None:

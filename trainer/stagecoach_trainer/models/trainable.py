@@ -204,8 +204,11 @@ def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) ->
         notes.append(f"{len(new_rows)} new rows of {', '.join(rows)}")
     if lora.modules_to_save:
         notes.append(f"{', '.join(lora.modules_to_save)} in full: every row is trained, old ones too")
+    classifies = model.get_output_embeddings() is None
+    if classifies:
+        notes.append("the reward head in full")
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # PEFT trains and saves a classifier's head by itself
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,

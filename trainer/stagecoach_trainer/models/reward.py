@@ -1,0 +1,296 @@
+"""Reward models: a decoder with a linear head of one label on the last token of a conversation.
+
+On disk they are transformers' sequence classifiers (`LlamaForSequenceClassification`) or PEFT adapters with a trained
+`score`; what those formats have no place for, the bias and the domains' system prompts, stands in the model card.
+
+B sequences, T tokens of the longest, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stagecoach_api.artifacts import ModelCard, ResolvedInput
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.data.records import Record, Turn
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.load import (
+    Head,
+    load_folder,
+    load_model,
+    locate_base,
+    own_tokenizer,
+    put_on,
+    read_card,
+)
+from stagecoach_trainer.models.resize import check_sizes, num_rows
+from stagecoach_trainer.models.safety import ADAPTER_CONFIG, CONFIG, check_adapter_folder, read_json, require_folder
+from stagecoach_trainer.samples.conversation import ConversationEncoder
+from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.text.templates import Message, Renderer
+from stagecoach_trainer.train.causal import causal_model
+
+HEAD = "score"
+"""Name of the linear head, as transformers has it."""
+
+PADDING = 0
+"""Stands behind the end of short sequences, where causal attention never looks. Any id would do."""
+
+NO_LIMIT = 1 << 40
+"""Tokens: a conversation to be scored is never cut."""
+
+Conversation = tuple[Sequence[Message], str]
+"""The turns so far, and the answer to be scored."""
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def make_reward_model(causal: Any, seed: int) -> Any:
+    """Return a sequence classifier of one label with the body of a language model, which it shares, and a new head:
+    normal with deviation 1/√(D + 1) (as arXiv 2009.01325), a pure function of the seed.
+
+    Raises UserError for an architecture that transformers has no such classifier of.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    maker: Any = AutoModelForSequenceClassification
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model: Any = maker.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{type(causal).__name__}: transformers has no sequence classifier of this kind") from error
+    prefix = model.base_model_prefix
+    if not isinstance(getattr(model, HEAD, None), nn.Linear) or not hasattr(causal, prefix):
+        raise UserError(f"{type(causal).__name__}: only decoders such as LLaMA can become reward models")
+    setattr(model, prefix, getattr(causal, prefix))
+    model.score = _new_head(int(config.hidden_size), seed, causal.dtype)
+    return model.train(causal.training)
+
+
+def _new_head(width: int, seed: int, dtype: torch.dtype) -> nn.Linear:
+    head = nn.Linear(width, 1, bias=False, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, width, generator=generator) / math.sqrt(width + 1)
+    head.weight = nn.Parameter(weight.to(dtype))
+    return head
+
+
+def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor) -> Tensor:
+    """Return what the head says at position `last` [B] of each row of `tokens` [B, T], padded on the right: fp32 [B].
+
+    `model`: a reward model, or a PEFT model around one. No mask is needed: attention is causal, and padding comes
+    behind what is looked at.
+    """
+    classifier = causal_model(model)
+    decoder = getattr(classifier, classifier.base_model_prefix)
+    hidden = decoder(input_ids=tokens, attention_mask=None, use_cache=False).last_hidden_state
+    return score_states(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def score_states(model: nn.Module, states: Tensor) -> Tensor:
+    """Return what the head says of hidden states [B, D]: fp32 [B]."""
+    head: nn.Module = causal_model(model).score
+    dtype = next(head.parameters()).dtype
+    with torch.autocast(states.device.type, enabled=False):
+        rewards: Tensor = head(states.to(dtype)).float().squeeze(-1)
+    return rewards
+
+
+def pad_right(sequences: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, T], padded on the right, and the position of each sequence's last token [B]."""
+    tokens = np.full((len(sequences), max(len(ids) for ids in sequences)), PADDING, np.int64)
+    for index, ids in enumerate(sequences):
+        tokens[index, : len(ids)] = ids
+    last = np.array([len(ids) - 1 for ids in sequences], np.int64)
+    return torch.from_numpy(tokens), torch.from_numpy(last)
+
+
+# -- scoring -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model that is ready to score."""
+
+    model: Any
+    """The sequence classifier, on its device."""
+
+    tokenizer: Any
+    """Its vocabulary, with the chat template it was trained with."""
+
+    bias: float = 0.0
+    """Added to every reward."""
+
+    domains: Mapping[str, str] = field(default_factory=dict)
+    """System prompt by domain."""
+
+    def score_texts(
+        self, conversations: Sequence[Conversation], batch_rows: int, domain: str | None = None
+    ) -> list[float]:
+        """Return the reward of each answer. Raises UserError as `encode` does."""
+        return self.score_ids(self.encode(conversations, domain), batch_rows)
+
+    def score_ids(self, sequences: Sequence[npt.NDArray[np.int32]], batch_rows: int) -> list[float]:
+        """Return the reward of each sequence of this model's token ids: prompt, answer and end token.
+
+        Raises UserError for an empty sequence, and for ids the model does not have.
+        """
+        self._check_ids(sequences)
+        order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+        rewards = [0.0] * len(sequences)
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_rows):
+                chosen = order[start : start + batch_rows]
+                tokens, last = pad_right([sequences[index] for index in chosen])
+                found = last_rewards(self.model, tokens.to(device), last.to(device)).double().cpu()
+                for index, reward in zip(chosen, found.tolist(), strict=True):
+                    rewards[index] = reward + self.bias
+        return rewards
+
+    def _check_ids(self, sequences: Sequence[npt.NDArray[np.int32]]) -> None:
+        rows = num_rows(self.model)
+        for index, ids in enumerate(sequences):
+            if len(ids) == 0:
+                raise UserError(f"sequence {index} to be scored has no tokens")
+            if int(np.max(ids)) >= rows or int(np.min(ids)) < 0:
+                raise UserError(
+                    f"sequence {index} to be scored has token {int(np.max(ids))}, and the reward model has {rows} "
+                    "rows: it has another vocabulary; score texts, not tokens"
+                )
+
+    def encode(self, conversations: Sequence[Conversation], domain: str | None = None) -> list[npt.NDArray[np.int32]]:
+        """Return the token ids of each conversation with its answer and the end token, as in training: the prompt by
+        the chat template, the system prompt of `domain` in front.
+
+        Raises UserError for an unknown domain, and where the template cannot render a conversation.
+        """
+        system = self._system(domain)
+        records = [_record(messages, answer, system, index) for index, (messages, answer) in enumerate(conversations)]
+        loss = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
+        encoder = ConversationEncoder(
+            Encoder(self.tokenizer), Renderer(self.tokenizer), loss, TooLong.FAIL, sequence_length=NO_LIMIT
+        )
+        return [sample.ids for sample in encoder.encode(records)]
+
+    def _system(self, domain: str | None) -> str | None:
+        if domain is None:
+            return None
+        if domain not in self.domains:
+            known = ", ".join(sorted(self.domains)) or "none"
+            raise UserError(f"the reward model knows no domain {domain!r}; its domains are: {known}")
+        return self.domains[domain]
+
+    def require_vocabulary_of(self, tokenizer: Any, where: str) -> None:
+        """Raise UserError unless `tokenizer` gives every token the id it has here."""
+        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
+        if odd:
+            raise UserError(
+                f"{where}: the reward model has another vocabulary: {len(ours)} tokens against {len(theirs)}, and "
+                f"{len(odd)} of them differ, such as {odd[0]!r}; train it from the same model"
+            )
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Return a conversation with `system` in front; where it has a system prompt of its own, that one follows."""
+    if system is None:
+        return list(messages)
+    first = messages[0] if messages else None
+    if first is not None and first["role"] == Role.SYSTEM.value:
+        return [{**first, "content": f"{system}\n\n{first['content']}"}, *messages[1:]]
+    return [{"role": Role.SYSTEM.value, "content": system}, *messages]
+
+
+def _record(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Record:
+    where = f"conversation {index} to be scored"
+    if not messages:
+        raise UserError(f"{where}: nothing stands in front of the answer")
+    turns = [
+        Turn(Role(message["role"]), str(message["content"]), str(message.get("input", "")))
+        for message in with_system(messages, system)
+    ]
+    return Record(messages=(*turns, Turn(Role.ASSISTANT, answer)), where=where)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_reward_model(
+    context: StageContext, source: Reference | ResolvedInput, dtype: torch.dtype, device: torch.device
+) -> RewardModel:
+    """Load a `rewardModel` artifact, its adapter merged into its base, or a Hugging Face folder with a sequence
+    classifier of one label. The body is in `dtype`, the head in fp32.
+
+    Raises UserError for anything else (a language model, several labels, no vocabulary), and as `load_model` does.
+    """
+    found = context.input(source) if isinstance(source, Reference) else source
+    path = context.fetch_resolved(found)
+    require_folder(path)
+    card = read_card(path)
+    model = _load_adapter(context, found, path, card) if card.adapter else _load_whole(path)
+    tokenizer = own_tokenizer(path)
+    if tokenizer is None:
+        raise UserError(f"{path}: the reward model's folder has no vocabulary, so no text can be scored; put it there")
+    check_sizes(model, tokenizer, str(path))
+    if tokenizer.chat_template is None:
+        raise UserError(f"{path}: the reward model's vocabulary has no chat template, so no conversation can be scored")
+    _place(model, dtype, device)
+    if card.reward is None:
+        return RewardModel(model, tokenizer)
+    return RewardModel(model, tokenizer, card.reward.bias, card.reward.domains)
+
+
+def _load_whole(path: Path) -> Any:
+    if not (path / CONFIG).is_file() and (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path}: a PEFT adapter without a card, so its base is unknown here; merge it first (PEFT)")
+    config = read_json(path / CONFIG)
+    kinds = [str(kind) for kind in config.get("architectures") or ()]
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(
+            f"{path}: {', '.join(kinds) or 'a model of no stated architecture'} is no reward model; a `rewardModel` "
+            "stage makes one, or give a sequence classifier of one label"
+        )
+    model = load_folder(path, head=Head.CLASSIFIER)
+    labels = int(model.config.num_labels)
+    if labels != 1:
+        raise UserError(f"{path}: a classifier of {labels} labels; a reward model has one")
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        raise UserError(f"{path}: {', '.join(kinds)} has no linear head `{HEAD}` on a decoder, as LLaMA's has")
+    return model
+
+
+def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card: ModelCard) -> Any:
+    """Return the base with a new head, and on it the adapter, which brings the head it was trained with."""
+    weights = check_adapter_folder(path)
+    if card.reward is None or card.base is None:
+        raise UserError(f"{path}: an adapter of a language model is no reward model; a `rewardModel` stage makes one")
+    base = load_model(context, locate_base(card.base, found, context.resolved.storage_uri))
+    model = put_on(make_reward_model(base.model, seed=0), path, weights, trainable=False)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def _place(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Move a model; buffers keep their format, as rotary frequencies in bf16 would turn far positions by wrong
+    angles."""
+    head = {id(parameter) for parameter in model.score.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(device, torch.float32 if id(parameter) in head else dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    model.eval()
