@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Record, require_no_answers
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.samples.encoding import Encoder, Ids
 from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of, parse_tools
@@ -76,17 +76,21 @@ class ConversationEncoder:
     def encode(self, records: Iterable[Record]) -> Iterator[Sample]:
         """Yield the samples of `records`, in their order.
 
-        Raises UserError naming the record that the template cannot render, or, under `tooLong: fail`, that is too long.
+        Raises UserError naming the record that the template cannot render, that compares answers, or, under
+        `tooLong: fail`, that is too long.
         """
         remaining = iter(records)
         while batch := list(islice(remaining, BATCH_RECORDS)):
             self.counts["records"] += len(batch)
-            conversations = [self._conversation(record) for record in batch if record.text is None]
-            chains = iter(self._chains(conversations))
-            texts = iter(self._encoder.documents([record.text for record in batch if record.text is not None]))
-            for record in batch:
-                found = self._text(record, next(texts)) if record.text is not None else next(chains)
+            for found in self._encode_batch(batch):
                 yield from self._count(found)
+
+    def _encode_batch(self, batch: Sequence[Record]) -> list[list[Sample]]:
+        """Return the samples of each record that is not dropped."""
+        conversations = [conversation_of(require_no_answers(record)) for record in batch if record.text is None]
+        chains = iter(self._chains(conversations))
+        texts = iter(self._encoder.documents([record.text for record in batch if record.text is not None]))
+        return [self._text(record, next(texts)) if record.text is not None else next(chains) for record in batch]
 
     def _count(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -115,14 +119,6 @@ class ConversationEncoder:
         return self._shorten([sample], record.where)
 
     # -- conversations -------------------------------------------------------------------------------------------------
-
-    def _conversation(self, record: Record) -> Conversation:
-        try:
-            tools = parse_tools(record.tools) or []
-        except UserError as error:
-            raise UserError(f"{record.where}: {error}") from error
-        messages = tuple(message_of(Role(turn.role.value), turn.content, turn.input) for turn in record.messages)
-        return Conversation(messages, tuple(tools), record.where)
 
     def _chains(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
         """Return the samples of each conversation, none longer than a row."""
@@ -266,6 +262,16 @@ class ConversationEncoder:
             trained = np.concatenate([mask, np.ones(len(answer), np.bool_)])
             samples.append(Sample(ids, trained, characters + len(turn.content)))
         return samples
+
+
+def conversation_of(record: Record) -> Conversation:
+    """Return a record's turns in the form templates read. Raises UserError for tools that are none."""
+    try:
+        tools = parse_tools(record.tools) or []
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from error
+    messages = tuple(message_of(Role(turn.role.value), turn.content, turn.input) for turn in record.messages)
+    return Conversation(messages, tuple(tools), record.where)
 
 
 def document(encoder: Encoder, ids: Ids) -> Ids:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from stagecoach_api.references import NamedSource, RecordSource
-from stagecoach_api.stages.sft import Loss, TooLong
+from stagecoach_api.stages.sft import Hindsight, HindsightMode, Loss, TooLong
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.data.records import Record, read_records
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, document
 from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, HindsightEncoder
 from stagecoach_trainer.samples.rows import pack_rows, row_of
 from stagecoach_trainer.samples.tokens import ShardWriter, TokenShard, token_shard
 from stagecoach_trainer.text.templates import Renderer
@@ -35,7 +36,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
+def source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
     """Return what a source's records depend on; not where it lies, nor its name."""
     chosen = source.model_dump(mode="json", include={"split", "format", "fields", "max_samples"})
     return {"input": context.input(source).digest, "source": chosen}
@@ -49,7 +50,7 @@ def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> T
 
     Raises UserError for conversations and for a set without text.
     """
-    key = {"kind": "text", **_source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
+    key = {"kind": "text", **source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
 
     def build(writer: ShardWriter) -> Mapping[str, int]:
         return _write_documents(read_records(context, source), Encoder(tokenizer), writer)
@@ -73,22 +74,32 @@ def _write_documents(records: Iterable[Record], encoder: Encoder, writer: ShardW
 
 
 def conversation_shard(
-    context: StageContext, source: RecordSource, tokenizer: Any, loss: Loss, too_long: TooLong, sequence_length: int
+    context: StageContext,
+    source: RecordSource,
+    tokenizer: Any,
+    loss: Loss,
+    too_long: TooLong,
+    sequence_length: int,
+    hindsight: Hindsight | None = None,
 ) -> TokenShard:
     """Return the conversations of a set as samples of at most `sequence_length` tokens, with the mask of what the model
-    must say. The tokenizer carries the chat template. Raises UserError naming a record that cannot be rendered."""
+    must say. The tokenizer carries the chat template. `hindsight`: what becomes of preference records.
+
+    Raises UserError naming a record that cannot be rendered, or, without `hindsight`, one that compares answers.
+    """
     key = {
         "kind": "conversation",
-        **_source_key(context, source),
+        **source_key(context, source),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": tokenizer.chat_template,
         "loss": loss.model_dump(mode="json"),
         "tooLong": too_long.value,
         "sequenceLength": sequence_length,
+        **_hindsight_key(hindsight, context.seed),
     }
 
     def build(writer: ShardWriter) -> Mapping[str, int]:
-        encoder = ConversationEncoder(Encoder(tokenizer), Renderer(tokenizer), loss, too_long, sequence_length)
+        encoder = _encoder_of(tokenizer, loss, too_long, sequence_length, hindsight, context.seed)
         for sample in encoder.encode(read_records(context, source)):
             writer.add(sample.ids, sample.trained)
         return encoder.counts
@@ -96,10 +107,27 @@ def conversation_shard(
     return token_shard(context, key, f"tokenise {source.label}", build)
 
 
+def _hindsight_key(hindsight: Hindsight | None, seed: int) -> dict[str, Any]:
+    """Return what the samples of preference records depend on; hidden tokens are hidden later."""
+    if hindsight is None:
+        return {}
+    if hindsight.mode is HindsightMode.BEST:
+        return {"hindsight": {"mode": hindsight.mode.value}}
+    words = hindsight.model_dump(mode="json", include={"mode", "feedback"})
+    return {"hindsight": {**words, "seed": seed}}
+
+
+def _encoder_of(
+    tokenizer: Any, loss: Loss, too_long: TooLong, sequence_length: int, hindsight: Hindsight | None, seed: int
+) -> ConversationEncoder:
+    parts = (Encoder(tokenizer), Renderer(tokenizer), loss, too_long, sequence_length)
+    return ConversationEncoder(*parts) if hindsight is None else HindsightEncoder(*parts, hindsight, seed)
+
+
 def check_losses(counts: Mapping[str, Mapping[str, int]], largest_share: float) -> None:
     """Raise UserError where more samples than `maxDroppedShare` were dropped, cut or left without loss, or none is
     left. `counts`: by data set."""
-    lost = sum(found.get(name, 0) for found in counts.values() for name in LOSSES)
+    lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOSSES, SAME_ANSWERS))
     kept = sum(found.get("samples", 0) for found in counts.values())
     cut = sum(found.get("cut", 0) for found in counts.values())
     reasons = "; ".join(f"{name}: {describe_losses(found)}" for name, found in counts.items())
@@ -115,7 +143,7 @@ def check_losses(counts: Mapping[str, Mapping[str, int]], largest_share: float) 
 
 def describe_losses(counts: Mapping[str, int]) -> str:
     """Return the counts that matter where samples were lost, for people."""
-    names = ("records", "samples", *LOSSES, "splitRecords", "extraSamples")
+    names = ("records", "samples", *LOSSES, "splitRecords", "extraSamples", *COUNTS)
     return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
 
 
@@ -176,10 +204,17 @@ def _pieces(ids: Ids, sequence_length: int) -> Iterator[Row]:
 
 
 def conversation_held_out(
-    context: StageContext, source: NamedSource, tokenizer: Any, loss: Loss, sequence_length: int, max_tokens: int
+    context: StageContext,
+    source: NamedSource,
+    tokenizer: Any,
+    loss: Loss,
+    sequence_length: int,
+    max_tokens: int,
+    hindsight: Hindsight | None = None,
 ) -> HeldOutSet:
-    """Return a conversation set to measure on: the tokens that the model must say; what is too long is left out."""
-    encoder = ConversationEncoder(Encoder(tokenizer), Renderer(tokenizer), loss, TooLong.DROP, sequence_length)
+    """Return a conversation set to measure on: the tokens that the model must say; what is too long is left out.
+    Preference records are measured in the form `hindsight` trains on, with nothing hidden."""
+    encoder = _encoder_of(tokenizer, loss, TooLong.DROP, sequence_length, hindsight, context.seed)
     rows: list[Row] = []
     left, characters = max_tokens, 0
     for sample in encoder.encode(read_records(context, source)):

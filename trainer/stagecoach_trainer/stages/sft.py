@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from stagecoach_api.references import NamedSource
-from stagecoach_api.stages.sft import SftStage
+from stagecoach_api.stages.sft import HindsightMode, SftStage
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.models.start import position_change, start_from_model
-from stagecoach_trainer.samples.plan import Planner, phase_settings
+from stagecoach_trainer.samples.hiding import Hiding, filler_of, hidden_share, hide_in
+from stagecoach_trainer.samples.hindsight import COUNTS
+from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
 from stagecoach_trainer.samples.sources import (
     check_losses,
     conversation_held_out,
@@ -16,13 +19,16 @@ from stagecoach_trainer.samples.sources import (
     is_conversation,
     text_held_out,
 )
+from stagecoach_trainer.samples.tokens import TokenShard
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 from stagecoach_trainer.text.templates import apply_template
 from stagecoach_trainer.train.job import HeldOutSet
 
 
 def run(config: SftStage, context: StageContext) -> StageOutcome:
-    """Train on conversations; the output is a model folder or a PEFT adapter, its tokenizer with the chat template.
+    """Train on conversations, and on ranked answers as `hindsight` says.
+
+    The output is a model folder or a PEFT adapter, its tokenizer with the chat template.
 
     Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
     """
@@ -32,19 +38,40 @@ def run(config: SftStage, context: StageContext) -> StageOutcome:
     warnings = apply_template(start.tokenizer, config.template)
     shards = {
         source.label: conversation_shard(
-            context, source, start.tokenizer, config.loss, config.too_long, config.sequence_length
+            context, source, start.tokenizer, config.loss, config.too_long, config.sequence_length, config.hindsight
         )
         for source in config.data
     }
     check_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = Planner(shards, context.seed, config.packing).plan(settings, config.schedule, config.optimizer.learning_rate)
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
-    return train_and_save(config, context, Prepared(start, shards, plan, held_out, tuple(warnings)))
+    plan, figures = _hide(config, context, plan, start.tokenizer)
+    warnings += _unused_hindsight(config, shards)
+    return train_and_save(config, context, Prepared(start, shards, plan, held_out, tuple(warnings), figures))
+
+
+def _hide(
+    config: SftStage, context: StageContext, plan: MixedPlan, tokenizer: Any
+) -> tuple[MixedPlan, Mapping[str, float]]:
+    """Return the plan with some input tokens hidden in all its rows, where `hindsight` makes chains; and the share."""
+    hindsight = config.hindsight
+    if hindsight is None or hindsight.mode is not HindsightMode.CHAIN or not hindsight.max_masked_share:
+        return plan, {}
+    hiding = Hiding(hindsight.max_masked_share, filler_of(tokenizer), context.seed)
+    hidden = MixedPlan(hide_in(plan.phases, hiding), config.schedule, config.optimizer.learning_rate)
+    return hidden, {"hindsight.hiddenShare": hidden_share(plan, hiding)}
+
+
+def _unused_hindsight(config: SftStage, shards: Mapping[str, TokenShard]) -> list[str]:
+    """Return a warning where ranked answers were meant and there are none."""
+    if config.hindsight is None or any(shard.counts.get(name) for shard in shards.values() for name in COUNTS):
+        return []
+    return ["`hindsight` is set, but no data set has preference records (`pairs`, `comparison` or `ranked`)"]
 
 
 def _held_out(config: SftStage, context: StageContext, source: NamedSource, tokenizer: Any) -> HeldOutSet:
     """Return a set to measure on: text as documents, conversations on what the model must say."""
     length, most = config.sequence_length, config.held_out.max_tokens
     if is_conversation(context, source):
-        return conversation_held_out(context, source, tokenizer, config.loss, length, most)
+        return conversation_held_out(context, source, tokenizer, config.loss, length, most, config.hindsight)
     return text_held_out(context, source, tokenizer, length, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
@@ -13,6 +13,7 @@ from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.start import Start, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
 from stagecoach_trainer.samples.sources import LOSSES
 from stagecoach_trainer.samples.tokens import TokenShard
@@ -30,6 +31,8 @@ class Prepared:
     plan: MixedPlan
     held_out: tuple[HeldOutSet, ...]
     warnings: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the data, known before training."""
 
 
 def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
@@ -53,7 +56,7 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
     parameters = count_parameters(trained.model)
     job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out)
     result = train(job, context)
-    metrics = dict(result.metrics) | {"packing.usefulShare": useful_share(prepared.plan)}
+    metrics = dict(result.metrics) | {"packing.usefulShare": useful_share(prepared.plan)} | dict(prepared.figures)
     if context.world.is_main:
         context.progress.report("save")
         save_result(context, start, trained)
@@ -116,6 +119,16 @@ def _phase_report(phase: PlannedPhase, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _ranked_lines(data: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return what became of the ranked answers of each data set that has some."""
+    found = {
+        name: [f"{count} {counts[count]:,}" for count in COUNTS if counts.get(count)] for name, counts in data.items()
+    }
+    return [
+        line for name, said in found.items() if said for line in ("", f"Ranked answers of {name}: {', '.join(said)}.")
+    ]
+
+
 def write_report(context: StageContext, report: Mapping[str, Any]) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
     (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
@@ -138,6 +151,7 @@ def report_text(kind: str, report: Mapping[str, Any]) -> str:
     for name, counts in report["data"].items():
         cells = (f"{counts.get(column, 0):,}" for column in ("records", "samples", "tokens", *LOSSES))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += _ranked_lines(report["data"])
     lines += ["", "| metric | value |", "|---|---:|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
     lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]

@@ -1,0 +1,302 @@
+"""Ranked answers as samples for `sft`: chains of hindsight, or the best answer alone.
+
+A chain (arXiv 2302.02676) is one sequence: the prompt as served, then, from the worst answer to the best, feedback
+words and the answer. Loss lies on the answers, and on what ends the best one; never on the prompt or the feedback:
+
+    prompt | bad words ⏎ | worst answer | ⏎ bad words ⏎ | … | ⏎ good words ⏎ | best answer end
+           |  no loss    |  loss        |  no loss      |   |  no loss       | loss
+
+A served model is asked with the good words directly behind its prompt, which no chain of several answers holds. So
+each chain has its last link beside it as a sample of its own, the prompt, the good words and the best answer: the ids
+in front of that answer are the served ones. (The paper's authors train on chains and on single answers alike.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stagecoach_api.stages.sft import Feedback, Hindsight, HindsightMode, Loss, Role, TooLong, Turns
+from stagecoach_trainer.data.formats import Turn
+from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.samples.conversation import Conversation, ConversationEncoder, Sample, conversation_of
+from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.text.templates import Message, Renderer
+
+PROBE = "\u2042"
+"""Stands for an answer while the template is asked what it puts around one; in no template's own text."""
+
+LAST_ANSWER = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
+
+SAME_ANSWERS = "sameAnswers"
+
+COUNTS = (
+    "chains", "chainedAnswers", "bestAnswers", "shortenedChains",
+    "tiedAnswers", "emptyAnswers", "repeatedAnswers", SAME_ANSWERS,
+)  # fmt: skip
+"""What `HindsightEncoder` counts beside what `ConversationEncoder` does."""
+
+
+# -- ranking -----------------------------------------------------------------------------------------------------------
+
+
+def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, str]]:
+    """Return the ranks and words of a preference record's answers, the best first, without empty ones
+    (`emptyAnswers`) and without repetitions of a better one (`repeatedAnswers`).
+
+    Raises UserError for answers without a rank.
+    """
+    kept: list[tuple[int, str]] = []
+    for answer in sorted(record.answers, key=lambda answer: answer.rank or 0):
+        if answer.rank is None:
+            raise UserError(
+                f"{record.where}: an answer that is liked or not, where ranked ones are expected; `hindsight` takes "
+                "`pairs`, `comparison` and `ranked` records; a `dpo` stage trains on `labels` (`loss: kto`)"
+            )
+        if not answer.content.strip():
+            counts["emptyAnswers"] += 1
+        elif any(answer.content == content for _, content in kept):
+            counts["repeatedAnswers"] += 1
+        else:
+            kept.append((answer.rank, answer.content))
+    return kept
+
+
+def answers_to_chain(record: Record, counts: Counter[str]) -> tuple[str, ...]:
+    """Return the answers of a preference record from the worst to the best; of equal ranks the first one
+    (`tiedAnswers`). Empty where fewer than two are left: nothing says which is better (`sameAnswers`)."""
+    kept: dict[int, str] = {}
+    for rank, content in distinct_answers(record, counts):
+        if rank in kept:
+            counts["tiedAnswers"] += 1
+        else:
+            kept[rank] = content
+    if len(kept) < 2:
+        counts[SAME_ANSWERS] += 1
+        return ()
+    return tuple(reversed(kept.values()))
+
+
+def best_answer(record: Record, counts: Counter[str]) -> Record | None:
+    """Return a preference record as the conversation of its prompt and its best answer, of several best ones the first.
+    None where fewer than two answers differ: nothing was compared (`sameAnswers`)."""
+    kept = distinct_answers(record, counts)
+    if len(kept) < 2:
+        counts[SAME_ANSWERS] += 1
+        return None
+    counts["bestAnswers"] += 1
+    return replace(record, messages=(*record.messages, Turn(Role.ASSISTANT, kept[0][1])), answers=())
+
+
+def choose_feedback(feedback: Sequence[Feedback], seed: int, record: Record) -> Feedback:
+    """Return one of the pairs of words at random: a pure function of the seed and of what the record says, so that
+    neither its place nor its file's name matters."""
+    said = [
+        [[turn.role.value, turn.content, turn.input] for turn in record.messages],
+        record.tools,
+        [[answer.rank, answer.content] for answer in record.answers],
+    ]
+    digest = hashlib.sha256(json.dumps([seed, said], ensure_ascii=False).encode()).digest()
+    return feedback[int.from_bytes(digest[:8]) % len(feedback)]
+
+
+def check_feedback(feedback: Sequence[Feedback]) -> None:
+    """Raise UserError for words that cannot tell good from bad."""
+    for index, words in enumerate(feedback):
+        good, bad = words.good.strip(), words.bad.strip()
+        if not good or not bad or good == bad:
+            raise UserError(
+                f"hindsight.feedback[{index}]: `good` {words.good!r} and `bad` {words.bad!r} must be different words, "
+                "neither of them empty"
+            )
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerPlace:
+    """What stands around an answer in a rendered conversation."""
+
+    prompt: str
+    """The conversation so far with the generation prompt, and what the template puts in front of an answer."""
+
+    after: str
+    """What the template puts between an answer and the end token."""
+
+
+def answer_place(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerPlace:
+    """Return what stands around an answer to `messages`. Raises UserError where the template cannot tell."""
+    [turn] = renderer.trained_turns([*messages, {"role": Role.ASSISTANT.value, "content": PROBE}], LAST_ANSWER, tools)
+    before, found, after = turn.answer.partition(PROBE)
+    if not found:
+        raise UserError("the chat template does not show what the assistant says; write {{ message['content'] }} there")
+    return AnswerPlace(turn.prompt + before, after)
+
+
+def lead_in(words: str) -> str:
+    """Return feedback words as they stand directly in front of an answer."""
+    return f"{words}\n"
+
+
+def asked_prompt(
+    renderer: Renderer, messages: Sequence[Message], words: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Return the prompt with which a model trained on chains is asked for an answer of the kind that `words` name.
+
+    The same text comes from `apply_chat_template` with a last turn of the assistant that says the words and a newline,
+    and `continue_final_message=True`; servers with OpenAI's interface take that turn as a prefill.
+    """
+    return answer_place(renderer, messages, tools).prompt + lead_in(words)
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A preference record, ready to be encoded."""
+
+    place: AnswerPlace
+    feedback: Feedback
+    answers: tuple[str, ...]
+    """From the worst to the best; at least two."""
+    where: str
+
+
+@dataclass(frozen=True)
+class EncodedChain:
+    """The parts of a chain as token ids."""
+
+    asked_bad: Ids
+    """Prompt and bad words."""
+    asked_good: Ids
+    bad: Ids
+    """Bad words between two answers."""
+    good: Ids
+    end: Ids
+    answers: tuple[Ids, ...]
+
+    def ids_and_mask(self, num_answers: int) -> tuple[Ids, list[bool]]:
+        """Return the chain of the best `num_answers` answers: token ids [T], and which carry loss [T]."""
+        *others, best = self.answers[-num_answers:]
+        parts: list[tuple[Ids, bool]] = []
+        for index, answer in enumerate(others):
+            parts += [(self.bad if index else self.asked_bad, False), (answer, True)]
+        parts += [(self.good if others else self.asked_good, False), (best, True), (self.end, True)]
+        ids = np.concatenate([part for part, _ in parts]).astype(np.int32)
+        return ids, [trained for part, trained in parts for _ in part]
+
+
+class HindsightEncoder(ConversationEncoder):
+    """Encodes preference records by `hindsight`, and all others as a `ConversationEncoder` does.
+
+    Counts besides: `bestAnswers` (records that became a conversation); `chains` and `chainedAnswers` (sequences of
+    several answers, and the answers in them), `shortenedChains` (chains that lost their worst answers to
+    `sequenceLength`); what was left out: `tiedAnswers`, `emptyAnswers`, `repeatedAnswers`, and whole records whose
+    answers say nothing of each other, `sameAnswers`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        renderer: Renderer,
+        loss: Loss,
+        too_long: TooLong,
+        sequence_length: int,
+        hindsight: Hindsight,
+        seed: int,
+        with_last_links: bool = True,
+    ) -> None:
+        """`seed`: chooses feedback words. `with_last_links`: each chain's best answer, as it is asked for, is a sample
+        of its own beside the chain.
+
+        Raises UserError for feedback words that say nothing.
+        """
+        super().__init__(encoder, renderer, loss, too_long, sequence_length)
+        if hindsight.mode is HindsightMode.CHAIN:
+            check_feedback(hindsight.feedback)
+        self._hindsight = hindsight
+        self._seed = seed
+        self._with_last_links = with_last_links
+
+    def _encode_batch(self, batch: Sequence[Record]) -> list[list[Sample]]:
+        if self._hindsight.mode is HindsightMode.BEST:
+            found = [best_answer(record, self.counts) if record.answers else record for record in batch]
+            return super()._encode_batch([record for record in found if record is not None])
+        others = iter(super()._encode_batch([record for record in batch if not record.answers]))
+        chained = iter(self._encode_chains([record for record in batch if record.answers]))
+        return [next(chained if record.answers else others) for record in batch]
+
+    def _encode_chains(self, records: Sequence[Record]) -> list[list[Sample]]:
+        """Return the samples of each preference record; none for one that is dropped."""
+        chains = [self._chain_of(record) for record in records]
+        encoded = iter(self._encoded([chain for chain in chains if chain is not None]))
+        return [[] if chain is None else self._samples(chain, next(encoded)) for chain in chains]
+
+    def _chain_of(self, record: Record) -> Chain | None:
+        answers = answers_to_chain(record, self.counts)
+        if not answers:
+            return None
+        conversation = conversation_of(record)
+        return Chain(
+            place=self._place_of(conversation),
+            feedback=choose_feedback(self._hindsight.feedback, self._seed, record),
+            answers=answers,
+            where=record.where,
+        )
+
+    def _place_of(self, conversation: Conversation) -> AnswerPlace:
+        try:
+            return answer_place(self._renderer, conversation.messages, conversation.tools)
+        except UserError as error:
+            raise UserError(f"{conversation.where}: {error}") from error
+
+    def _encoded(self, chains: Sequence[Chain]) -> list[EncodedChain]:
+        """Encode all parts at once. What a server reads of a prompt is read as special tokens, an answer never is."""
+        prompts: list[str] = []
+        markers: list[str] = []
+        for chain in chains:
+            bad, good = lead_in(chain.feedback.bad), lead_in(chain.feedback.good)
+            prompts += [chain.place.prompt + bad, chain.place.prompt + good]
+            markers += [f"\n{bad}", f"\n{good}", chain.place.after]
+        asked = iter(self._encoder.prompts(prompts))
+        between = iter(self._encoder.continuations(markers, parse_special=True))
+        contents = iter(self._encoder.continuations([answer for chain in chains for answer in chain.answers]))
+        end = np.array([self._encoder.eos], np.int32)
+        return [
+            EncodedChain(
+                asked_bad=next(asked),
+                asked_good=next(asked),
+                bad=next(between),
+                good=next(between),
+                end=np.concatenate([next(between), end]).astype(np.int32),
+                answers=tuple(next(contents) for _ in chain.answers),
+            )
+            for chain in chains
+        ]
+
+    def _samples(self, chain: Chain, encoded: EncodedChain) -> list[Sample]:
+        """Return the longest chain that fits, if any does, and its last link."""
+        last_link = self._sample(chain, encoded, 1)
+        for num_answers in range(len(chain.answers), 1, -1):
+            whole = self._sample(chain, encoded, num_answers)
+            if len(whole.ids) <= self._capacity:
+                self.counts.update(chains=1, chainedAnswers=num_answers)
+                self.counts["shortenedChains"] += num_answers < len(chain.answers)
+                kept = [last_link] if self._with_last_links else []
+                return [whole, *self._shorten(kept, chain.where)]
+        kept = self._shorten([last_link], chain.where)
+        self.counts["shortenedChains"] += len(kept)
+        return kept
+
+    def _sample(self, chain: Chain, encoded: EncodedChain, num_answers: int) -> Sample:
+        ids, mask = encoded.ids_and_mask(num_answers)
+        return Sample(ids, np.array(mask, np.bool_), sum(map(len, chain.answers[-num_answers:])))
