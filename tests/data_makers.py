@@ -26,12 +26,16 @@ class FolderContext(StageContext):
 
     stages: Mapping[str, Path] = field(default_factory=dict)
 
+    def input(self, reference: Reference) -> ResolvedInput:
+        uri = str(self.stages[reference.stage]) if reference.stage is not None else reference.uri
+        assert uri is not None
+        _, entries = list_external(uri, endpoint=getattr(self.store, "endpoint", None))
+        return ResolvedInput(uri=uri, digest=external_digest(entries))
+
     def fetch(self, reference: Reference) -> Path:
         if reference.stage is not None:
             return self.stages[reference.stage]
-        assert reference.uri is not None
-        _, entries = list_external(reference.uri, endpoint=getattr(self.store, "endpoint", None))
-        return self.fetch_resolved(ResolvedInput(uri=reference.uri, digest=external_digest(entries)))
+        return self.fetch_resolved(self.input(reference))
 
 
 def make_context(

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -119,15 +119,15 @@ def _cut(shard: TokenShard, size: int) -> tuple[Int64, npt.NDArray[np.int32], np
 
 
 class Units(Protocol):
-    """Things that are drawn and mixed: rows, or samples."""
+    """Things that are drawn and mixed: rows, samples, or answers to one prompt."""
 
     def __len__(self) -> int: ...
 
     @property
     def num_tokens(self) -> int: ...
 
-    def rows(self, numbers: Int64) -> list[Row]:
-        """Return the rows of the given units."""
+    def rows(self, numbers: Int64) -> list[Any]:
+        """Return what the given units hand to the training loop: a row, or a group of answers, for each."""
 
 
 @dataclass(frozen=True)
@@ -199,18 +199,17 @@ class PlannedPhase:
     def num_steps(self) -> int:
         return -(-self.mix.total // self.per_step)
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[Any]:
         """Return the global batch of the phase's step `step`, counted from the phase's first."""
         draws = self.mix.draws(step * self.per_step, (step + 1) * self.per_step)
-        rows: list[Row | None] = [None] * len(draws.sets)
+        rows: list[Any] = [None] * len(draws.sets)
         for index in np.unique(draws.sets):
             places = np.flatnonzero(draws.sets == index)
             for place, row in zip(places, self.units[int(index)].rows(draws.units[places]), strict=True):
                 rows[int(place)] = row
-        found = [row for row in rows if row is not None]
         if self.packing and isinstance(self.units[0], SampleUnits):
-            return pack_rows(found, self.settings.sequence_length)
-        return found
+            return pack_rows(rows, self.settings.sequence_length)
+        return rows
 
     @property
     def expected_tokens(self) -> int:
@@ -245,7 +244,7 @@ class MixedPlan:
     def sequence_length(self, step: int) -> int:
         return self._phase(step).settings.sequence_length
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[Any]:
         phase = self._phase(step)
         return phase.rows(step - phase.first_step)
 
@@ -375,8 +374,9 @@ class Planner:
             for item, key in zip(units, keys, strict=True)
         ]
         shares = _unit_shares(settings, units)
-        per_step = _units_per_step(settings)
-        total = _total_units(settings, units, shares, per_step)
+        mean_tokens = _mean_tokens(units, shares)
+        per_step = self._per_step(settings, mean_tokens)
+        total = _total_units(settings, units, mean_tokens, per_step)
         first_draws = [self._next_draws.get(key, 0) for key in keys]
         mix = Mix(streams, shares, total, make_key(self._seed, KEY_MIX, number), first_draws)
         self._next_draws.update(zip(keys, mix.next_draws, strict=True))
@@ -398,13 +398,23 @@ class Planner:
     def _make_units(self, key: UnitsKey) -> Units:
         pieces = cut_into_pieces([self._shards[index] for index in key.sets], key.sequence_length)
         if not len(pieces):
-            raise UserError(f"data: {', '.join(self._names[index] for index in key.sets)} has no sample to train on")
+            raise self._nothing_in(key)
         if not key.by_rows:
             return SampleUnits(pieces)
         if not self._packing:
             return RowUnits(pieces, one_per_row(len(pieces)))
         shuffle = splitmix(np.arange(len(pieces), dtype=np.uint64) ^ np.uint64(make_key(self._seed, KEY_PACK)))
         return RowUnits(pieces, pack(pieces.length, key.sequence_length, tie_break=shuffle))
+
+    def _nothing_in(self, key: UnitsKey) -> UserError:
+        return UserError(f"data: {', '.join(self._names[index] for index in key.sets)} has no sample to train on")
+
+    def _per_step(self, settings: PhaseSettings, mean_tokens: float) -> int:
+        """Return the units of one optimiser step. `mean_tokens`: of a unit, over all that are drawn."""
+        del mean_tokens  # a row is as long as the sequence, or nearly
+        if settings.batch.tokens is not None:
+            return max(1, settings.batch.tokens // settings.sequence_length)
+        return settings.batch.samples or 1
 
 
 def _unit_shares(settings: PhaseSettings, units: Sequence[Units]) -> list[float]:
@@ -415,19 +425,17 @@ def _unit_shares(settings: PhaseSettings, units: Sequence[Units]) -> list[float]
     return [weight * len(item) / item.num_tokens for weight, item in zip(weights, units, strict=True)]
 
 
-def _units_per_step(settings: PhaseSettings) -> int:
-    if settings.batch.tokens is not None:
-        return max(1, settings.batch.tokens // settings.sequence_length)
-    return settings.batch.samples or 1
+def _mean_tokens(units: Sequence[Units], shares: Sequence[float]) -> float:
+    """Return the tokens of a unit, on average over what is drawn."""
+    per_unit = [item.num_tokens / len(item) for item in units]
+    return sum(share * tokens for share, tokens in zip(shares, per_unit, strict=True)) / sum(shares)
 
 
-def _total_units(settings: PhaseSettings, units: Sequence[Units], shares: Sequence[float], per_step: int) -> int:
+def _total_units(settings: PhaseSettings, units: Sequence[Units], mean_tokens: float, per_step: int) -> int:
     """Return how many units a phase draws: whole steps for a budget of tokens or steps, passes for one of epochs."""
     budget = settings.budget
     if budget.steps is not None:
         return budget.steps * per_step
     if budget.epochs is not None:
         return max(1, round(budget.epochs * sum(len(item) for item in units)))
-    per_unit = [item.num_tokens / len(item) for item in units]
-    mean = sum(share * tokens for share, tokens in zip(shares, per_unit, strict=True)) / sum(shares)
-    return math.ceil((budget.tokens or 1) / (mean * per_step)) * per_step
+    return math.ceil((budget.tokens or 1) / (mean_tokens * per_step)) * per_step
