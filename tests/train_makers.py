@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.references import WeightedSource
 from stagecoach_api.store import open_store
-from stagecoach_api.training import Batch, Optimizer, Training
+from stagecoach_api.training import Batch, MeasuredTraining, Optimizer
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.progress import Progress
 from stagecoach_trainer.train.rows import IGNORE, Row
@@ -83,7 +83,7 @@ class RandomPlan:
         return self.theta_from[1]
 
 
-def training(micro_batch_rows: int = 2, **settings: Any) -> Training:
+def training(micro_batch_rows: int = 2, **settings: Any) -> MeasuredTraining:
     """A training configuration in fp32."""
     values: dict[str, Any] = {
         "data": (WeightedSource(uri="unused.jsonl"),),
@@ -91,7 +91,7 @@ def training(micro_batch_rows: int = 2, **settings: Any) -> Training:
         "optimizer": Optimizer(learning_rate=1e-2, weight_decay=0.1),
         "precision": "fp32",
     }
-    return Training(**(values | settings))
+    return MeasuredTraining(**(values | settings))
 
 
 def context(folder: Path, world: World | None = None, seed: int = 7) -> StageContext:

@@ -15,7 +15,7 @@ from typing import Any
 
 from train_makers import RandomPlan, context, tiny_model, training
 
-from stagecoach_api.training import Sharding, Training
+from stagecoach_api.training import MeasuredTraining, Sharding
 from stagecoach_trainer.context import World
 from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.errors import Interrupted
@@ -52,7 +52,7 @@ def main() -> None:
         (folder / "report.json").write_text(json.dumps(report))
 
 
-def configuration(case: str) -> Training:
+def configuration(case: str) -> MeasuredTraining:
     stage, precision = case.split("-")
     return training(
         precision=precision,
@@ -62,7 +62,7 @@ def configuration(case: str) -> Training:
     )
 
 
-def interrupt(folder: Path, world: World, config: Training) -> None:
+def interrupt(folder: Path, world: World, config: MeasuredTraining) -> None:
     """Train until the last rank is asked to stop in step 4."""
     here = context(folder, world)
     plan = StoppingPlan(num_rows=NUM_ROWS, stop=here.stop if world.rank == world.size - 1 else None)
@@ -75,7 +75,7 @@ def interrupt(folder: Path, world: World, config: Training) -> None:
         raise RuntimeError("the stop flag was not seen")
 
 
-def run(folder: Path, world: World, config: Training) -> dict[str, Any]:
+def run(folder: Path, world: World, config: MeasuredTraining) -> dict[str, Any]:
     """Train to the end; return the losses and the bytes of the final weights."""
     model = tiny_model()
     result = train(TrainingJob(model, config, RandomPlan(num_rows=NUM_ROWS)), context(folder, world))

@@ -77,6 +77,6 @@ def test_the_canary_fails_the_stage_where_samples_leak() -> None:
 
 
 def test_a_leak_stops_training_before_its_first_step(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagecoach_trainer.train.plain.CausalLoss", LeakyLoss)
+    monkeypatch.setattr("stagecoach_trainer.train.objective.CausalLoss", LeakyLoss)
     with pytest.raises(UserError, match="packing: false"):
         train(TrainingJob(tiny_model(), training(), RandomPlan()), context(tmp_path))

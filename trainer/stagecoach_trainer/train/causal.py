@@ -73,6 +73,14 @@ def causal_model(model: nn.Module) -> Any:
     return model if base is None else base()
 
 
+def output_layer(model: nn.Module) -> nn.Module:
+    """Return the last layer: the language-model head, or the linear layer of a reward model."""
+    causal = causal_model(model)
+    head = causal.get_output_embeddings()
+    layer: nn.Module = causal.score if head is None else head
+    return layer
+
+
 def head_weight(head: nn.Module) -> Tensor | None:
     """Return the head's effective weight [V, D], or None where the head is more than a matrix."""
     if isinstance(head, nn.Linear):

@@ -34,6 +34,10 @@ class Batch:
     targets: Tensor
     """Ids to be predicted there [M]."""
 
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
     def to(self, device: torch.device) -> Batch:
         """Copy to a device, from pinned memory without waiting."""
         if device.type == "cpu":

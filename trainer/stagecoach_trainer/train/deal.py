@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from stagecoach_trainer.train.rows import Row
+from stagecoach_trainer.train.rows import Unit
+
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Generic[AnyUnit]):
     """What one rank computes of one optimiser step."""
 
-    micro_batches: tuple[tuple[Row, ...], ...]
+    micro_batches: tuple[tuple[AnyUnit, ...], ...]
     """As many on every rank; a short rank's last ones may be empty."""
 
     num_targets: int
@@ -22,7 +25,7 @@ class Share:
     """Tokens of the whole global batch, padding apart."""
 
 
-def deal(rows: Sequence[Row], micro_batch_rows: int, rank: int = 0, world_size: int = 1) -> Share:
+def deal(rows: Sequence[AnyUnit], micro_batch_rows: int, rank: int = 0, world_size: int = 1) -> Share[AnyUnit]:
     """Return rank `rank`'s share of the global batch `rows`.
 
     Rows are dealt like cards, longest first, so that ranks get equal work and a micro-batch holds rows of like length.

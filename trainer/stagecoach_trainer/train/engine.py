@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stagecoach_trainer.train.causal import CausalLoss
-from stagecoach_trainer.train.collate import Batch
+from stagecoach_trainer.train.objective import MicroBatch
 
 MASTER = "master/"
 MOMENT_1 = "exp_avg/"
@@ -48,13 +47,14 @@ class Engine(Protocol):
     """Computes gradients and makes optimiser steps. Every method is called on all ranks at the same time."""
 
     device: torch.device
-    loss: CausalLoss
+    loss: nn.Module
+    """The objective's module around the model."""
     dtype: torch.dtype
 
-    def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         """Run forward and backward of a micro-batch; return `scale` · its summed loss, this rank's part, detached.
 
-        `scale`: 1 / positions with loss in the global batch. `last`: it is the step's last micro-batch.
+        `scale`: 1 / targets in the global batch. `last`: it is the step's last micro-batch.
         """
 
     def step(self, learning_rate: float) -> StepReport:

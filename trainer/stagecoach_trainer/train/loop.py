@@ -6,24 +6,23 @@ import contextlib
 import gc
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from stagecoach_api.training import Offload
+from stagecoach_api.training import Offload, Training
 from stagecoach_trainer import garbage
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import Diverged, Interrupted, UserError
 from stagecoach_trainer.train.attention import short_attention
-from stagecoach_trainer.train.canary import check_packing
 from stagecoach_trainer.train.causal import causal_model, set_rope_theta
 from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
 from stagecoach_trainer.train.engine import Engine, StepReport
-from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
-from stagecoach_trainer.train.measure import Measured, measure_with
+from stagecoach_trainer.train.job import HeldOut, HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.metrics import Meter, StepFlops
+from stagecoach_trainer.train.objective import LanguageModelling, Objective
 from stagecoach_trainer.train.plain import PlainEngine
 from stagecoach_trainer.train.prefetch import Prefetcher, StepInput
 from stagecoach_trainer.train.state import (
@@ -50,14 +49,15 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     """
     prepare_model(job)
     device = training_device(context.world)
-    engine = build_engine(job, context.world, device)
+    objective = job.objective or LanguageModelling()
+    engine = build_engine(job.model, job.config, context.world, device, objective)
     book = CheckpointBook(context, job.config.checkpoints, job.steps.num_steps)
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
     meter = Meter(logs, context.progress, job.steps.num_steps, flops)
-    fast = short_attention(job.model, device), fast_llama(engine.loss, device, engine.dtype)
+    fast = short_attention(job.model, device), objective.speed_up(engine.loss, device, engine.dtype)
     with meter, contextlib.closing(book), fast[0], fast[1]:
-        return Loop(job, context, engine, book, meter).run()
+        return Loop(job, context, engine, objective, book, meter).run()
 
 
 def prepare_model(job: TrainingJob) -> None:
@@ -75,22 +75,30 @@ def training_device(world: World) -> torch.device:
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def build_engine(job: TrainingJob, world: World, device: torch.device) -> Engine:
+def build_engine(
+    model: nn.Module, config: Training, world: World, device: torch.device, objective: Objective
+) -> Engine:
     """Return the plain engine where nothing is sharded, else DeepSpeed's."""
-    sharding = job.config.sharding
+    sharding = config.sharding
     offloads = Offload.CPU in (sharding.offload_optimizer, sharding.offload_parameters)
     if offloads or (world.size > 1 and sharding.zero > 0):
         from stagecoach_trainer.train.sharded import ShardedEngine
 
-        return ShardedEngine(job.model, job.config, world, device)
-    return PlainEngine(job.model, job.config, world, device)
+        return ShardedEngine(model, config, world, device, objective)
+    return PlainEngine(model, config, world, device, objective)
 
 
 class Loop:
     """One run of a training stage. The methods are its steps, in order."""
 
     def __init__(
-        self, job: TrainingJob, context: StageContext, engine: Engine, book: CheckpointBook, meter: Meter
+        self,
+        job: TrainingJob,
+        context: StageContext,
+        engine: Engine,
+        objective: Objective,
+        book: CheckpointBook,
+        meter: Meter,
     ) -> None:
         self._job = job
         self._config = job.config
@@ -98,6 +106,7 @@ class Loop:
         self._context = context
         self._world = context.world
         self._engine = engine
+        self._objective = objective
         self._book = book
         self._meter = meter
         self._at = Progression()
@@ -106,7 +115,7 @@ class Loop:
     def run(self) -> TrainingResult:
         """Train to the end."""
         self._restore()
-        self._prove_packing()
+        self._prove()
         if self._at.step == 0:
             self._at.before = self._before()
         gc.collect()
@@ -153,16 +162,16 @@ class Loop:
         if self._world.size > 1:
             dist.all_reduce(torch.zeros(1))
 
-    def _prove_packing(self) -> None:
+    def _prove(self) -> None:
         if self._at.step < self._plan.num_steps:
-            rows = self._plan.rows(self._at.step)
-            check_packing(self._engine.loss, rows, self._engine.device, self._engine.dtype)
+            units = self._plan.rows(self._at.step)
+            self._objective.prove(self._engine.loss, units, self._engine.device, self._engine.dtype)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _make_steps(self) -> None:
         pin = self._engine.device.type == "cuda"
-        prefetcher = Prefetcher(self._plan, self._at.step, self._micro_rows, self._world, pin)
+        prefetcher = Prefetcher(self._plan, self._objective, self._at.step, self._micro_rows, self._world, pin)
         with contextlib.closing(prefetcher):
             self._meter.pause()
             for item in prefetcher:
@@ -174,7 +183,7 @@ class Loop:
         self._set_rope(item.step)
         if item.num_targets == 0:
             raise UserError(
-                f"step {item.step + 1}: no token of the whole batch carries loss; check `loss.roles`, the template and "
+                f"step {item.step + 1}: nothing in the whole batch carries loss; check `loss.roles`, the template and "
                 "`sequenceLength`, or raise `batch`"
             )
         learning_rate = self._plan.learning_rate(item.step)
@@ -192,7 +201,7 @@ class Loop:
         """Compute all micro-batches; return this rank's part of the loss."""
         scale = 1.0 / item.num_targets
         alone = self._world.size == 1
-        batches = [batch for batch in item.batches if len(batch.targets) or not alone]
+        batches = [batch for batch in item.batches if batch.num_targets or not alone]
         parts = [
             self._engine.accumulate(batch, scale, last=index + 1 == len(batches)) for index, batch in enumerate(batches)
         ]
@@ -270,16 +279,15 @@ class Loop:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def _measurements(self) -> Iterator[tuple[HeldOutSet, Measured]]:
-        progress = self._context.progress
-        for held_out in self._job.held_out:
+    def _measurements(self, sets: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, Mapping[str, float]]]:
+        engine, progress = self._engine, self._context.progress
+        for held_out in sets:
             yield (
                 held_out,
-                measure_with(
-                    self._engine.loss,
-                    held_out.rows,
+                held_out.measure(
+                    engine.loss,
                     self._micro_rows,
-                    self._engine.device,
+                    engine.device,
                     self._world,
                     lambda done, total: progress.report("measure", done, total, "batches"),
                 ),
@@ -288,34 +296,32 @@ class Loop:
     def _before(self) -> dict[str, float]:
         if self._plan.num_steps:
             self._set_rope(0)
-        figures = {}
-        for held_out, found in self._measurements():
-            name = f"heldOut.{held_out.name}.before"
-            figures[f"{name}.loss"] = found.loss
-            figures[f"{name}.bitsPerCharacter"] = found.bits_per_character(held_out.characters)
-        self._meter.write(0, figures)
-        return figures
+        return self._write_figures(".before")
 
     def _after(self) -> dict[str, float]:
-        figures = {}
-        for held_out, found in self._measurements():
-            name = f"heldOut.{held_out.name}"
-            figures[f"{name}.loss"] = found.loss
-            figures[f"{name}.bitsPerCharacter"] = found.bits_per_character(held_out.characters)
-            if math.isfinite(found.perplexity):  # a manifest holds numbers that JSON has a word for
-                figures[f"{name}.perplexity"] = found.perplexity
+        return self._write_figures("", self._job.at_end)
+
+    def _write_figures(self, when: str, others: Sequence[HeldOut] = ()) -> dict[str, float]:
+        named = [
+            (f"heldOut.{held_out.name}{when}", found) for held_out, found in self._measurements(self._job.held_out)
+        ]
+        named += [(item.name, found) for item, found in self._measurements(others)]
+        figures = {f"{name}.{figure}": value for name, found in named for figure, value in found.items()}
         self._meter.write(self._at.step, figures)
         return figures
 
     def _measure_during(self) -> None:
-        found = {held_out.name: measured.loss for held_out, measured in self._measurements()}
-        figures = {f"heldOut.{name}.loss": loss for name, loss in found.items()}
+        found = {held_out.name: figures for held_out, figures in self._measurements(self._job.held_out)}
+        figures = {
+            f"heldOut.{name}.{figure}": value for name, all_of in found.items() for figure, value in all_of.items()
+        }
         self._meter.write(self._at.step, figures)
-        self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **figures})
+        losses = {f"heldOut.{name}.loss": all_of["loss"] for name, all_of in found.items()}
+        self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **losses})
         stop = self._config.early_stop
         if stop is None:
             return
-        loss = found[stop.set]
+        loss = found[stop.set]["loss"]
         if self._at.best is None or loss < self._at.best - stop.min_delta:
             self._at.best, self._at.without_improvement = loss, 0
             return

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stagecoach_trainer.progress import Progress
-from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.causal import causal_model, output_layer
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -115,7 +115,7 @@ class StepFlops:
         config = causal_model(model).config
         embedding = causal_model(model).get_input_embeddings()
         looked_up = {id(parameter) for parameter in embedding.parameters()}
-        head = {id(parameter) for parameter in causal_model(model).get_output_embeddings().parameters()}
+        head = {id(parameter) for parameter in output_layer(model).parameters()}
         used = [item for item in model.parameters() if id(item) not in looked_up - head]
         num_used = sum(item.numel() for item in used)
         num_trained = sum(item.numel() for item in used if item.requires_grad)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from stagecoach_api.training import Training
 from stagecoach_trainer.context import World
-from stagecoach_trainer.train.causal import CausalLoss
-from stagecoach_trainer.train.collate import Batch
 from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState, StepReport
+from stagecoach_trainer.train.objective import LanguageModelling, MicroBatch, Objective
 from stagecoach_trainer.train.optimizer import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -35,9 +34,16 @@ BUCKET_ELEMENTS = 1 << 24
 class PlainEngine:
     """fp32 masters and moments on every rank, compute copies that follow, fused AdamW."""
 
-    def __init__(self, model: nn.Module, config: Training, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Training,
+        world: World,
+        device: torch.device,
+        objective: Objective | None = None,
+    ) -> None:
         self.device = device
-        self.loss = CausalLoss(model)
+        self.loss = (objective or LanguageModelling()).module(model)
         self._config = config
         self._world = world
         self._precision = MixedPrecision(model, config.precision)
@@ -69,7 +75,7 @@ class PlainEngine:
 
         copy.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
 
-    def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         del last
         loss: Tensor = self.loss(batch.to(self.device), scale * self._scale.value)
         loss.backward()  # type: ignore[no-untyped-call]

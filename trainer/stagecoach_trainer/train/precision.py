@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stagecoach_api.training import Precision
-from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.causal import causal_model, output_layer
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
@@ -99,7 +99,7 @@ class MixedPrecision:
                 yield from module.parameters()
             elif isinstance(module, nn.Embedding) and module.weight.requires_grad:
                 yield module.weight
-        head = causal_model(self.model).get_output_embeddings()
+        head = output_layer(self.model)
         if type(head) is nn.Linear and head.weight.requires_grad:
             yield head.weight
         yield from (parameter for name, parameter in self.model.named_parameters() if NEW_ROWS in name)

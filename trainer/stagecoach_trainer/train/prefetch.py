@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stagecoach_trainer.context import World
-from stagecoach_trainer.train.collate import Batch, collate
 from stagecoach_trainer.train.deal import deal
+from stagecoach_trainer.train.objective import MicroBatch, Objective
 from stagecoach_trainer.train.rows import StepPlan
 
 DEPTH = 2
@@ -24,7 +24,7 @@ class StepInput:
     """What this rank computes in one optimiser step."""
 
     step: int
-    batches: tuple[Batch, ...]
+    batches: tuple[MicroBatch, ...]
     num_targets: int
     """Positions with loss in the global batch."""
     num_tokens: int
@@ -35,10 +35,12 @@ class StepInput:
     """Tokens this rank computes, padding apart."""
 
 
-def prepare(plan: StepPlan, step: int, micro_batch_rows: int, world: World, pin: bool) -> StepInput:
+def prepare(
+    plan: StepPlan, objective: Objective, step: int, micro_batch_rows: int, world: World, pin: bool
+) -> StepInput:
     """Return this rank's part of a step, as tensors."""
     share = deal(plan.rows(step), micro_batch_rows, world.rank, world.size)
-    batches = tuple(collate(rows) for rows in share.micro_batches)
+    batches = tuple(objective.collate(rows) for rows in share.micro_batches)
     return StepInput(
         step=step,
         batches=tuple(batch.pinned() for batch in batches) if pin else batches,
@@ -52,12 +54,14 @@ def prepare(plan: StepPlan, step: int, micro_batch_rows: int, world: World, pin:
 class Prefetcher:
     """Iterates over the inputs of the steps from `start` on; errors of the thread come out of the iteration."""
 
-    def __init__(self, plan: StepPlan, start: int, micro_batch_rows: int, world: World, pin: bool) -> None:
+    def __init__(
+        self, plan: StepPlan, objective: Objective, start: int, micro_batch_rows: int, world: World, pin: bool
+    ) -> None:
         self.waited_seconds = 0.0
         """Time the loop has spent waiting for data."""
         self._queue: queue.Queue[StepInput | BaseException | None] = queue.Queue(DEPTH)
         self._closed = threading.Event()
-        arguments = (plan, start, micro_batch_rows, world, pin)
+        arguments = (plan, objective, start, micro_batch_rows, world, pin)
         self._thread = threading.Thread(target=self._produce, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -77,10 +81,12 @@ class Prefetcher:
         self._closed.set()
         self._thread.join()
 
-    def _produce(self, plan: StepPlan, start: int, micro_batch_rows: int, world: World, pin: bool) -> None:
+    def _produce(
+        self, plan: StepPlan, objective: Objective, start: int, micro_batch_rows: int, world: World, pin: bool
+    ) -> None:
         try:
             for step in range(start, plan.num_steps):
-                if not self._put(prepare(plan, step, micro_batch_rows, world, pin)):
+                if not self._put(prepare(plan, objective, step, micro_batch_rows, world, pin)):
                     return
             self._put(None)
         except BaseException as error:

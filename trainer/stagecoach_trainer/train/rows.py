@@ -40,6 +40,18 @@ class Row:
         return int(np.count_nonzero(self.labels != IGNORE))
 
 
+class Unit(Protocol):
+    """What a step's global batch is made of: a row, or the answers to one prompt. A unit is never cut apart."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter the model, padding apart."""
+
+    @property
+    def num_targets(self) -> int:
+        """What the unit adds to the divisor of the summed loss."""
+
+
 class StepPlan(Protocol):
     """What each optimiser step trains on: a pure function of seed and step, so that any step is found at once."""
 
@@ -50,7 +62,7 @@ class StepPlan(Protocol):
     def sequence_length(self, step: int) -> int:
         """Return the longest row step `step` (from 0) may have."""
 
-    def rows(self, step: int) -> Sequence[Row]:
+    def rows(self, step: int) -> Sequence[Unit]:
         """Return the global batch of step `step`, over all ranks."""
 
     def learning_rate(self, step: int) -> float:

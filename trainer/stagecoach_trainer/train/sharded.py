@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from stagecoach_api.training import Offload, Precision, Training
 from stagecoach_trainer.context import World
-from stagecoach_trainer.train.causal import CausalLoss, head_weight
-from stagecoach_trainer.train.collate import Batch, collate
+from stagecoach_trainer.train.causal import head_weight
 from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState, StepReport
+from stagecoach_trainer.train.objective import LanguageModelling, MicroBatch, Objective
 from stagecoach_trainer.train.optimizer import EXP_AVG, EXP_AVG_SQ, adamw, set_learning_rate, set_moments
 from stagecoach_trainer.train.precision import DTYPES, FrozenOriginals, LossScale
 
@@ -31,11 +31,19 @@ PARAMETERS_SHARDED = 3
 class ShardedEngine:
     """Optimiser state, gradients and parameters shared out over the ranks."""
 
-    def __init__(self, model: nn.Module, config: Training, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Training,
+        world: World,
+        device: torch.device,
+        objective: Objective | None = None,
+    ) -> None:
         deepspeed = import_deepspeed(device, world)
         self.device = device
         self.dtype = DTYPES[config.precision]
-        self.loss = CausalLoss(model)
+        self._objective = objective or LanguageModelling()
+        self.loss: Any = self._objective.module(model)
         self._model = model
         self._world = world
         self._stage = config.sharding.zero
@@ -71,11 +79,13 @@ class ShardedEngine:
     def _gather_what_others_use(self, deepspeed: Any) -> None:
         """Tell ZeRO-3 which parameters are used outside of the module that holds them."""
         register = deepspeed.zero.register_external_parameter
-        plain = isinstance(self.loss.head, nn.Linear) and head_weight(self.loss.head) is not None
-        if plain:
-            for item in self.loss.head.parameters():
-                register(self.loss, item)
-        self.loss.through_module = not plain
+        head = getattr(self.loss, "head", None)
+        if head is not None:
+            plain = isinstance(head, nn.Linear) and head_weight(head) is not None
+            if plain:
+                for item in head.parameters():
+                    register(self.loss, item)
+            self.loss.through_module = not plain
         for module in self._model.modules():
             if hasattr(module, "get_merged_weights"):  # peft's trained rows read their base layer's weight
                 for item in module.parameters():
@@ -91,7 +101,7 @@ class ShardedEngine:
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
-    def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: Tensor = self._deepspeed(batch.to(self.device), scale * self._world.size)  # it averages over ranks
         self._deepspeed.backward(loss, scale_wrt_gas=False)
@@ -167,7 +177,7 @@ class ShardedEngine:
         """Make a step at learning rate 0 without any loss."""
         was_training = self.loss.training
         self.loss.eval()  # draw no random numbers
-        self.accumulate(collate(()), 1.0, last=True)
+        self.accumulate(self._objective.collate(()), 1.0, last=True)
         set_learning_rate(self._deepspeed.optimizer, 0.0)
         self._deepspeed.step()
         self.loss.train(was_training)
