@@ -117,10 +117,9 @@ def test_the_answer_decides_and_so_does_the_domain() -> None:
     assert reward.score_texts(by_hand, 2) == told
 
 
-def test_a_system_prompt_of_the_conversation_follows_that_of_the_domain() -> None:
+def test_the_system_prompt_of_the_domain_takes_the_place_of_the_conversations_own() -> None:
     own = [{"role": "system", "content": "Be brief."}, *TALK]
-    assert with_system(own, "Judge.")[0] == {"role": "system", "content": "Judge.\n\nBe brief."}
-    assert with_system(own, "Judge.")[1:] == list(TALK)
+    assert with_system(own, "Judge.") == [{"role": "system", "content": "Judge."}, *TALK]
     assert with_system(own, None) == own
 
 

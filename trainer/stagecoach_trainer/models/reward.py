@@ -89,16 +89,22 @@ def _new_head(width: int, seed: int, dtype: torch.dtype) -> nn.Linear:
     return head
 
 
-def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor) -> Tensor:
+def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, states_at_keyword: str | None = None) -> Tensor:
     """Return what the head says at position `last` [B] of each row of `tokens` [B, T], padded on the right: fp32 [B].
 
     `model`: a reward model, or a PEFT model around one. No mask is needed: attention is causal, and padding comes
-    behind what is looked at.
+    behind what is looked at. `states_at_keyword`: by it the decoder can be asked for the states at given places of the
+    flattened [B · T] only (`fast_llama`).
     """
     classifier = causal_model(model)
     decoder = getattr(classifier, classifier.base_model_prefix)
+    rows = torch.arange(len(last), device=last.device)
+    if states_at_keyword is not None:
+        places = {states_at_keyword: rows * tokens.shape[1] + last}
+        states = decoder(input_ids=tokens, attention_mask=None, use_cache=False, **places).last_hidden_state[0]
+        return score_states(model, states)
     hidden = decoder(input_ids=tokens, attention_mask=None, use_cache=False).last_hidden_state
-    return score_states(model, hidden[torch.arange(len(last), device=last.device), last])
+    return score_states(model, hidden[rows, last])
 
 
 def score_states(model: nn.Module, states: Tensor) -> Tensor:
@@ -207,13 +213,11 @@ class RewardModel:
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """Return a conversation with `system` in front; where it has a system prompt of its own, that one follows."""
+    """Return a conversation with `system` in front, in place of its own system prompt. None: its own, if any."""
     if system is None:
         return list(messages)
-    first = messages[0] if messages else None
-    if first is not None and first["role"] == Role.SYSTEM.value:
-        return [{**first, "content": f"{system}\n\n{first['content']}"}, *messages[1:]]
-    return [{"role": Role.SYSTEM.value, "content": system}, *messages]
+    has_own = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
+    return [{"role": Role.SYSTEM.value, "content": system}, *(messages[1:] if has_own else messages)]
 
 
 def _record(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Record:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagecoach_api.artifacts import ModelCard, ResolvedInput
+from stagecoach_api.artifacts import ModelCard, ResolvedInput, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.pretrain import Architecture, RopeScaling, RopeScalingName
 from stagecoach_api.training import NewRows, TextTraining
@@ -81,6 +81,12 @@ def start_from_model(
     return Start(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
 
 
+def start_as_it_is(context: StageContext, model: Reference, change_config: ConfigChange | None = None) -> Start:
+    """Return the model that `model` names, an adapter merged into its base, with its own vocabulary."""
+    loaded = load_model(context, model, change_config=change_config)
+    return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
+
+
 def _start(context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Path, grown: NewRows | None) -> Start:
     old = loaded.card.old_rows
     rows = range(0) if old is None else range(old, num_rows(loaded.model))
@@ -115,15 +121,18 @@ def position_change(longest: int, theta: float | None = None, scaling: RopeScali
 # -- the result --------------------------------------------------------------------------------------------------------
 
 
-def save_result(context: StageContext, start: Start, trained: TrainableModel) -> None:
-    """Write the trained model or adapter with vocabulary and card to the stage's output, and read it back."""
+def save_result(context: StageContext, start: Start, trained: TrainableModel, reward: RewardCard | None = None) -> None:
+    """Write the trained model or adapter with vocabulary and card to the stage's output, and read it back.
+
+    `reward`: what the card of a reward model says.
+    """
     old_rows = start.new_rows.start if start.new_rows else None
     if not trained.adapter:
         join_rows(trained.model)
-        card = ModelCard(adapter=False, old_rows=old_rows)
+        card = ModelCard(adapter=False, old_rows=old_rows, reward=reward)
         save_model(trained.model, start.tokenizer, start.vocabulary, context.output, card)
         return
-    card = _adapter_card(context, start).model_copy(update={"old_rows": old_rows})
+    card = _adapter_card(context, start).model_copy(update={"old_rows": old_rows, "reward": reward})
     save_adapter(trained.model, start.tokenizer, start.vocabulary, context.output, card)
 
 

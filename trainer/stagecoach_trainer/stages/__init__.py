@@ -7,6 +7,7 @@ STAGE_MODULES: dict[str, str] = {
     "tokenizer": "stagecoach_trainer.stages.tokenizer",
     "pretrain": "stagecoach_trainer.stages.pretrain",
     "sft": "stagecoach_trainer.stages.sft",
+    "rewardModel": "stagecoach_trainer.stages.reward_model",
     "evaluate": "stagecoach_trainer.stages.evaluate",
     "export": "stagecoach_trainer.stages.export",
 }

@@ -1,0 +1,145 @@
+"""What alignment stages minimise, as the training loop takes it: preferences in, a summed loss out.
+
+B sequences, T tokens of the longest, P pairs, G prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stagecoach_api.stages.reward_model import PreferenceLoss
+from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
+from stagecoach_trainer.models.reward import last_rewards, pad_right
+from stagecoach_trainer.samples.preferences import Counting, Group
+from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.fast_llama import fast_llama
+from stagecoach_trainer.train.objective import UnpackedObjective
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Whole groups as one micro-batch."""
+
+    tokens: Tensor
+    """Token ids [B, T], padded on the right."""
+
+    last: Tensor
+    """Position of each sequence's last token [B]."""
+
+    better: Tensor
+    """Row of each pair's better answer [P]."""
+
+    worse: Tensor
+    """Row of each pair's other answer [P]."""
+
+    weights: Tensor
+    """What each pair's loss is multiplied by, fp32 [P]."""
+
+    num_targets: int
+    """What the summed loss is divided by, as far as it lies here: pairs or prompts."""
+
+    def to(self, device: torch.device) -> PairBatch:
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> PairBatch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        return PairBatch(
+            change(self.tokens),
+            change(self.last),
+            change(self.better),
+            change(self.worse),
+            change(self.weights),
+            self.num_targets,
+        )
+
+
+def counting_of(loss: PreferenceLoss) -> Counting:
+    """Return what a preference loss is averaged over: prompts where it is ranked, else pairs."""
+    return Counting.PAIRS if loss.ranked is None else Counting.GROUPS
+
+
+def collate_pairs(groups: Sequence[Group], by_prompt: bool) -> PairBatch:
+    """Lay out whole groups as one micro-batch, padded to the longest sequence.
+
+    `by_prompt`: the pairs of a prompt weigh one together; else each pair weighs one.
+    """
+    if not groups:
+        nothing = torch.empty(0, dtype=torch.int64)
+        one = torch.zeros(1, dtype=torch.int64)
+        return PairBatch(one[None], one, nothing, nothing, torch.empty(0), 0)
+    tokens, last = pad_right([sequence.ids for group in groups for sequence in group.sequences])
+    sizes = [len(group.sequences) for group in groups]
+    first = np.cumsum([0, *sizes[:-1]])
+    better, worse = (
+        torch.from_numpy(np.concatenate([getattr(group, side) + at for group, at in zip(groups, first, strict=True)]))
+        for side in ("better", "worse")
+    )
+    pairs = torch.tensor([len(group.better) for group in groups])
+    weights = pair_weights(pairs).float() if by_prompt else torch.ones(len(better))
+    return PairBatch(tokens, last, better, worse, weights, len(groups) if by_prompt else len(better))
+
+
+class RewardLoss(nn.Module):
+    """Owns a reward model; its forward pass is the loss of a micro-batch of preferences."""
+
+    def __init__(self, model: nn.Module, loss: PreferenceLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_at_keyword: str | None = None
+        """Keyword by which the decoder can be asked for the states at given positions only (`fast_llama`)."""
+        self._loss = loss
+
+    @property
+    def decoder(self) -> nn.Module:
+        classifier = causal_model(self.model)
+        decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
+        return decoder
+
+    def rewards(self, batch: PairBatch) -> Tensor:
+        """Return the reward of each sequence, fp32 [B]."""
+        return last_rewards(self.model, batch.tokens, batch.last, self.loss_at_keyword)
+
+    def forward(self, batch: PairBatch, scale: float) -> Tensor:
+        """Return `scale` · the weighted sum of the pairs' losses, an fp32 scalar."""
+        rewards = self.rewards(batch)
+        losses = preference_losses(self._loss, rewards[batch.better], rewards[batch.worse])
+        total = scale * (losses * batch.weights).sum()
+        return total if batch.num_targets else total + 0.0 * rewards.sum()  # every rank's graph reaches the weights
+
+
+def preference_losses(loss: PreferenceLoss, better: Tensor, worse: Tensor) -> Tensor:
+    """Return the loss of each pair [P] whose answers have the rewards `better` [P] and `worse` [P].
+
+    The barrier of the focal loss counts as the mean over a pair's two rewards.
+    """
+    if loss.pair is not None:
+        return pair_losses(better, worse, loss.pair.margin, loss.pair.centering)
+    if loss.focal is not None:
+        limit, weight = loss.focal.limit, loss.focal.barrier
+        held = weight * (barrier(better, limit) + barrier(worse, limit)) / 2 if weight else 0.0
+        return focal_losses(better, worse, loss.focal.gamma) + held
+    return pair_losses(better, worse)
+
+
+class RewardObjective(UnpackedObjective):
+    """Preferences as a loss over rewards, by the stage's `loss`."""
+
+    def __init__(self, loss: PreferenceLoss) -> None:
+        self._loss = loss
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return RewardLoss(model, self._loss)
+
+    def collate(self, units: Sequence[Any]) -> PairBatch:
+        return collate_pairs(units, by_prompt=self._loss.ranked is not None)
+
+    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        return fast_llama(module, device, dtype)

@@ -1,0 +1,237 @@
+"""`rewardModel`: learn from preferences what an answer is worth."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT, RewardCard
+from stagecoach_api.stages.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
+from stagecoach_trainer.align.held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
+from stagecoach_trainer.align.objectives import RewardObjective, counting_of
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import Diverged, UserError
+from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.samples.plan import MixedPlan
+from stagecoach_trainer.samples.preferences import (
+    GROUP_LOSSES,
+    Group,
+    Grouping,
+    GroupShard,
+    check_group_losses,
+    describe_groups,
+    group_shard,
+    plan_groups,
+)
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report
+from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.train.job import TrainingJob, TrainingResult
+
+BIAS_ANSWERS = 1024
+"""Answers of the training set from which the bias is found, at most."""
+
+NO_DOMAIN = "none"
+"""What the report calls preferences of no domain."""
+
+FIGURES = ("pairs", "accuracy", "lengthBaseline", "margin", "calibrationError", "loss")
+
+
+def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
+    """Train on preferences; the output is a sequence classifier of one label or a PEFT adapter, with tokenizer.
+
+    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    """
+    from stagecoach_trainer.train.loop import train
+
+    _check(config)
+    start, warnings = _start(config, context)
+    shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
+    check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
+    held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
+    trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    parameters = count_parameters(trained.model)
+    job = TrainingJob(
+        trained.model,
+        config,
+        plan,
+        held_out,
+        objective=RewardObjective(config.loss),
+        at_end=_sample(config.normalize_bias, plan),
+    )
+    result = train(job, context)
+    bias = _bias(result)
+    metrics = dict(result.metrics) | {
+        f"heldOut.{item.name}.lengthBaseline": length_baseline(item.groups) for item in held_out
+    }
+    if context.world.is_main:
+        context.progress.report("save")
+        save_result(context, start, trained, _card(config, bias))
+        prepared = Prepared(start, {name: item.shard for name, item in shards.items()}, plan, (), tuple(warnings))
+        report = make_report(prepared, result, trained.notes, parameters, metrics)
+        _write_report(context, report | {"bias": bias, "heldOut": _tables(config, held_out)})
+    return StageOutcome(tokens=result.tokens, metrics=metrics)
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def _check(config: RewardModelStage) -> None:
+    check_before_loading(config, from_nothing=False)
+    names = [domain.name for domain in config.domains]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"domains: two are called {twice[0]!r}; give each a name of its own")
+    for where, sources in (("data", config.data), ("heldOut.sets", config.held_out.sets)):
+        for source in sources:
+            if names and source.domain is not None and source.domain not in names:
+                raise UserError(
+                    f"{where}: {source.label} is of the domain {source.domain!r}, and `domains` has only "
+                    f"{', '.join(names)}; add a system prompt for it, or leave the set's `domain` out"
+                )
+    if config.trainable.embeddings is not None:
+        raise UserError("trainable.embeddings: a reward model's head is new and must learn; train `full` or `lora`")
+    if config.trainable.lora is not None and config.trainable.lora.continue_adapter:
+        raise UserError(
+            "trainable.lora.continueAdapter: a reward model has a new head, and its adapter is a new one over the "
+            "merged `model`; leave it out"
+        )
+
+
+def _start(config: RewardModelStage, context: StageContext) -> tuple[Start, list[str]]:
+    """Return the reward model to train, with its vocabulary, and warnings for the report."""
+    start = start_as_it_is(context, config.model, position_change(config.sequence_length))
+    if config.template is not None:
+        warnings = apply_template(start.tokenizer, config.template)
+    elif start.tokenizer.chat_template is None:
+        raise UserError("template: the model's tokenizer has no chat template; name one")
+    else:
+        warnings = []
+    return replace(start, model=make_reward_model(start.model, context.seed)), warnings
+
+
+def _system(config: RewardModelStage, domain: str | None) -> str | None:
+    return next((item.system for item in config.domains if item.name == domain), None)
+
+
+def _shard(
+    config: RewardModelStage, context: StageContext, source: DomainSource | DomainNamedSource, tokenizer: Any
+) -> GroupShard:
+    system = _system(config, source.domain)
+    return group_shard(context, source, tokenizer, config.sequence_length, Grouping.PROMPTS, system)
+
+
+def _held_out(
+    config: RewardModelStage, context: StageContext, source: DomainNamedSource, tokenizer: Any
+) -> PreferenceSet:
+    """Return a set to measure on: its prompts from the first on, `maxTokens` in all."""
+    shard = _shard(config, context, source, tokenizer)
+    groups: list[Group] = []
+    left = config.held_out.max_tokens
+    for group in shard.groups(counting_of(config.loss)):
+        if groups and group.num_tokens > left:
+            break
+        groups.append(group)
+        left -= group.num_tokens
+    if not groups:
+        raise UserError(f"heldOut.sets: {source.name} holds no preference to measure ({describe_groups(shard.counts)})")
+    return PreferenceSet(source.name, groups, config.loss, source.domain)
+
+
+# -- bias --------------------------------------------------------------------------------------------------------------
+
+
+def _sample(normalize: BiasOn, plan: MixedPlan) -> tuple[TrainingSample, ...]:
+    """Return the answers that the bias is found from: those training begins with, mixed as it mixes."""
+    if normalize is BiasOn.NONE:
+        return ()
+    groups: list[Group] = []
+    answers = 0
+    for step in range(plan.num_steps):
+        for group in plan.rows(step):
+            if groups and answers + len(group.sequences) > BIAS_ANSWERS:
+                return (TrainingSample(groups, normalize is BiasOn.CHOSEN),)
+            groups.append(group)
+            answers += len(group.sequences)
+    return (TrainingSample(groups, normalize is BiasOn.CHOSEN),)
+
+
+def _bias(result: TrainingResult) -> float:
+    """Return what is added to every reward. Raises Diverged where the rewards are no numbers."""
+    mean = result.metrics.get(f"{TrainingSample.name}.meanReward", 0.0)
+    if not math.isfinite(mean):
+        raise Diverged(f"the mean reward of the training set is {mean}; lower `optimizer.learningRate`")
+    return 0.0 - mean
+
+
+def _card(config: RewardModelStage, bias: float) -> RewardCard:
+    return RewardCard(bias=bias, domains={domain.name: domain.system for domain in config.domains})
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def _tables(config: RewardModelStage, held_out: Sequence[PreferenceSet]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the figures after training by set and by domain."""
+    by_domain: dict[str, list[PreferenceSet]] = {}
+    for item in held_out:
+        by_domain.setdefault(item.domain or NO_DOMAIN, []).append(item)
+    return {
+        "sets": {item.name: _figures(config, [item]) for item in held_out},
+        "domains": {name: _figures(config, items) for name, items in sorted(by_domain.items())},
+    }
+
+
+def _figures(config: RewardModelStage, items: Sequence[PreferenceSet]) -> dict[str, float]:
+    measured = join_rewards([item.latest for item in items if item.latest is not None])
+    groups = [group for item in items for group in item.groups]
+    found = measured.figures(config.loss) | {"lengthBaseline": length_baseline(groups), "pairs": len(measured.better)}
+    return {name: found[name] for name in FIGURES}
+
+
+def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
+    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
+    (context.output / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """Return the report for people, in Markdown."""
+    parameters = report["parameters"]
+    share = parameters["trained"] / max(1, parameters["all"])
+    lines = [
+        "# rewardModel",
+        "",
+        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
+        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}. "
+        f"The bias of every reward is {report['bias']:.4f}.",
+        "",
+    ]
+    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+    lines += _table("data set", columns, report["data"], "{:,}")
+    for what, found in (("held-out set", "sets"), ("domain", "domains")):
+        if report["heldOut"][found]:
+            lines += ["", *_table(what, FIGURES, report["heldOut"][found], "{:.4f}")]
+    lines += (
+        ["", "`lengthBaseline` is the accuracy of preferring the longer answer."] if report["heldOut"]["sets"] else []
+    )
+    lines += ["", "| metric | value |", "|---|---:|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in report["metrics"].items()]
+    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(what: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]], form: str) -> list[str]:
+    lines = [f"| {what} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, row in rows.items():
+        cells = (
+            f"{row.get(column, 0):,}" if isinstance(row.get(column, 0), int) else form.format(row[column])
+            for column in columns
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
