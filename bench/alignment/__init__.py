@@ -1,0 +1,1 @@
+"""What each switch of the alignment stages is worth, on toy tasks whose best answer is known."""
