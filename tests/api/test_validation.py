@@ -254,7 +254,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         "a model must come from a stage that makes one",
         [("stages.release.export.model.stage", "corpus")],
         "spec.stages[5].export.model.stage",
-        ("of kind pretrain or sft or export", "`corpus` is a data stage", "name one of pretrain, sft"),
+        ("of kind pretrain or sft or dpo or ppo or export", "`corpus` is a data stage", "name one of pretrain, sft"),
     ),
     (
         "records must come from a data stage",

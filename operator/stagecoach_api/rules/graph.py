@@ -15,15 +15,18 @@ from stagecoach_api.stages import DataStage
 MAX_CYCLES = 16
 """More are not reported at once."""
 
-MODEL_KINDS = ("pretrain", "sft", "export")
+MODEL_KINDS = ("pretrain", "sft", "dpo", "ppo", "export")
 INPUT_KINDS: dict[str, tuple[str, ...]] = {
     "model": MODEL_KINDS,
+    "reference": MODEL_KINDS,
     "tokenizer": ("tokenizer", *MODEL_KINDS),
     "base": ("tokenizer", *MODEL_KINDS),
     "vocabulary": ("tokenizer",),
 }
 """Kinds of stage that an input's field may name. Every other field reads records."""
 RECORD_KINDS = ("data",)
+JUDGES = frozenset({"rewards", "critic"})
+"""Fields whose `model` is a reward model."""
 
 
 def stage_names_are_unique(draft: Draft) -> Iterator[Fault]:
@@ -103,7 +106,7 @@ def inputs_are_of_the_right_kind(draft: Draft) -> Iterator[Fault]:
     for stage in draft.stages:
         for link in stage.links:
             target = stages.get(link.target)
-            allowed = INPUT_KINDS.get(link.field, RECORD_KINDS)
+            allowed = _kinds_allowed(link)
             if link.is_input and target is not None and target.kind is not None and target.kind not in allowed:
                 fitting = [name for name, other in stages.items() if other.kind in allowed and name != stage.name]
                 yield Fault(
@@ -112,6 +115,13 @@ def inputs_are_of_the_right_kind(draft: Draft) -> Iterator[Fault]:
                     f"must be a stage of kind {' or '.join(allowed)}, and `{link.target}` is a {target.kind} stage",
                     f"name one of {', '.join(fitting)}" if fitting else "add such a stage, or give a `uri`",
                 )
+
+
+def _kinds_allowed(link: Link) -> tuple[str, ...]:
+    above = [step for step in link.path if isinstance(step, str)][-2]
+    if link.field == "model" and above in JUDGES:
+        return ("rewardModel",)
+    return INPUT_KINDS.get(link.field, RECORD_KINDS)
 
 
 def parts_that_are_read_have_records(draft: Draft) -> Iterator[Fault]:

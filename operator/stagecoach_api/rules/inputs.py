@@ -8,13 +8,14 @@ from urllib.parse import urlsplit
 
 from stagecoach_api.fields import FieldPath
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import Format, RecordSource
+from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs, walk
 from stagecoach_api.stages import DataStage, EvaluateStage, TokenizerStage
 from stagecoach_api.training import MeasuredTraining, Training
 
 URI_FIELDS = frozenset({"uri", "inputs", "charactersFrom"})
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_REWARD_METRIC = re.compile(r".\.reward$|.\.(reward|winRate)\..")
 _IMAGE_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 
 
@@ -166,6 +167,13 @@ def exact_match_reads_conversations(draft: Draft) -> Iterator[Fault]:
                     "plain text has no answers to compare with",
                     "give conversations (alpaca, sharegpt, messages)",
                 )
+            elif source is not None and source.format in PREFERENCE_FORMATS:
+                yield Fault(
+                    stage.at("exactMatch", index),
+                    task.name,
+                    "preferences have several answers, none of them the only right one",
+                    "give conversations (alpaca, sharegpt, messages), or compare answers in `rewards`",
+                )
 
 
 def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
@@ -173,6 +181,7 @@ def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, EvaluateStage):
         sets = [f"heldOut.{source.name}." for source in config.held_out]
         tasks = [f"{task.name}.exactMatch" for task in config.exact_match]
+        rewards = list(_reward_metrics(config))
         for index, gate in enumerate(config.gates):
             path, metric = stage.at("gates", index, "metric"), gate.metric
             if metric.startswith("heldOut.") and not any(metric.startswith(name) for name in sets):
@@ -182,18 +191,31 @@ def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
                 )
             elif metric.endswith(".exactMatch") and not config.lm_eval and metric not in tasks:
                 yield Fault(path, metric, "must name a task in `exactMatch`", suggest(metric, tasks))
-            elif not (sets or tasks or config.rewards or config.lm_eval):
+            elif _REWARD_METRIC.search(metric) and not config.lm_eval and metric not in [*tasks, *rewards]:
+                rule = "must be the reward of a task in `rewards`, or of one of its `rivals`, or the win rate over one"
+                yield Fault(path, metric, rule, suggest(metric, rewards))
+            elif not (sets or tasks or rewards or config.lm_eval):
                 yield Fault(path, metric, "nothing is measured that a gate could watch", "measure it, or take it out")
+
+
+def _reward_metrics(config: EvaluateStage) -> Iterator[str]:
+    for task in config.rewards:
+        yield f"{task.name}.reward"
+        for rival in task.rivals:
+            yield f"{task.name}.reward.{rival.name}"
+            yield f"{task.name}.winRate.{rival.name}"
 
 
 def gates_can_be_passed(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, EvaluateStage):
+        win_rates = {metric for metric in _reward_metrics(config) if ".winRate." in metric}
         for index, gate in enumerate(config.gates):
             path = stage.at("gates", index)
             if gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
                 limits = {"atLeast": gate.at_least, "atMost": gate.at_most}
                 yield Fault(path, limits, "`atLeast` must not be above `atMost`", "swap them, or change one")
-            if gate.metric.endswith(".exactMatch") and gate.at_least is not None and gate.at_least > 1.0:
+            is_share = gate.metric.endswith(".exactMatch") or gate.metric in win_rates
+            if is_share and gate.at_least is not None and gate.at_least > 1.0:
                 yield Fault((*path, "atLeast"), gate.at_least, "a share is never above 1", "write 0.9 for 90 %")
 
 
