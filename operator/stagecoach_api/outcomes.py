@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     DIVERGED = 66
     """The loss is no number, or training broke a guard."""
     STORAGE = 74
-    """Storage did not answer or refused, after retries."""
+    """Storage, or an endpoint, did not answer or refused, after retries."""
     INTERRUPTED = 75
     """Asked to stop; a checkpoint is saved."""
     HANG = 79

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from reward_makers import evaluate_stage
 
 from stagecoach_api.stages.evaluate import EvaluateStage, Gate
 from stagecoach_trainer.errors import UserError
@@ -69,6 +70,7 @@ def test_the_metrics_to_come_are_known_beforehand_unless_the_harness_names_them(
         "model": {"uri": "m"},
         "heldOut": [{"name": "zh", "uri": "zh.txt"}],
         "exactMatch": [{"name": "verse", "data": {"name": "v", "uri": "v.json"}}],
+        "rewards": evaluate_stage({"name": "a", "expression": "1"})["evaluate"]["rewards"],
     }
     assert metrics_to_come(EvaluateStage.model_validate(values)) == [
         "heldOut.zh.loss",
@@ -77,5 +79,8 @@ def test_the_metrics_to_come_are_known_beforehand_unless_the_harness_names_them(
         "heldOut.zh.perplexityPerCharacter",
         "heldOut.zh.tokensPerCharacter",
         "verse.exactMatch",
+        "help.reward",
+        "help.reward.before",
+        "help.winRate.before",
     ]
     assert metrics_to_come(EvaluateStage.model_validate(values | {"lmEval": [{"task": "arc_easy"}]})) is None

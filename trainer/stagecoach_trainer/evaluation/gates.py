@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from stagecoach_api.stages.evaluate import EvaluateStage, Gate, GateFailure
 from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.evaluation.rewards import reward_metrics
 
 HELD_OUT_METRICS = ("loss", "perplexity", "bitsPerCharacter", "perplexityPerCharacter", "tokensPerCharacter")
 MAX_LISTED = 60
@@ -75,4 +76,5 @@ def metrics_to_come(config: EvaluateStage) -> list[str] | None:
     if config.lm_eval:
         return None
     held_out = [f"heldOut.{source.name}.{metric}" for source in config.held_out for metric in HELD_OUT_METRICS]
-    return held_out + [f"{task.name}.exactMatch" for task in config.exact_match]
+    rewards = [name for task in config.rewards for name in reward_metrics(task)]
+    return [*held_out, *(f"{task.name}.exactMatch" for task in config.exact_match), *rewards]

@@ -27,6 +27,9 @@ class EvaluationReport:
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     exact_match: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Comparisons by reward: each model's figures, and answers side by side."""
+
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -45,6 +48,7 @@ class EvaluationReport:
             "metrics": self.metrics,
             "heldOut": self.held_out,
             "exactMatch": self.exact_match,
+            "rewards": self.rewards,
             "lmEval": self.lm_eval,
             "samples": self.samples,
             "gates": [
@@ -75,6 +79,7 @@ class EvaluationReport:
             title = f"## {name}: {task['right']} of {task['questions']} right\n\n"
             cases = [(case["asked"], case["reference"], case["answer"]) for case in task["cases"]]
             parts.append(title + table(("asked", "reference", "answer"), cases))
+        parts += [rewards_text(name, task) for name, task in self.rewards.items()]
         if self.samples:
             parts.append("## Samples\n\n" + samples_text(self.samples))
         return "\n".join(parts)
@@ -113,6 +118,22 @@ def cell_text(cell: str) -> str:
 def figure(value: float) -> str:
     """Return a number with six significant digits."""
     return f"{value:.6g}"
+
+
+def rewards_text(name: str, task: Mapping[str, Any]) -> str:
+    """Return a comparison by reward: one line per model, then answers side by side, each with its reward."""
+    models: Mapping[str, Any] = task["models"]
+    terms = list(next(iter(models.values()))["terms"])
+    rows = [
+        (model, *map(figure, (found["reward"], *found["terms"].values(), found["meanTokens"], found["ended"])))
+        for model, found in models.items()
+    ]
+    means = table(("answers of", "reward", *terms, "tokens", "ended"), rows)
+    cases = [
+        [case["prompt"], *(f"{case['answers'][model]} ({figure(case['rewards'][model])})" for model in models)]
+        for case in task["cases"]
+    ]
+    return f"## {name}: rewards of {task['prompts']} prompts\n\n{means}\n{table(('prompt', *models), cases)}"
 
 
 def samples_text(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -1,5 +1,5 @@
-"""`evaluate`: measure a model on held-out text, on questions with one right answer and on lm-eval's tasks; show what it
-says; hold the figures against the gates."""
+"""`evaluate`: measure a model on held-out text, on questions with one right answer, by reward against rivals, and on
+lm-eval's tasks; show what it says; hold the figures against the gates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from stagecoach_api.stages.evaluate import EvaluateStage
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.evaluate import EvaluateStage, Rival
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import GateFailed, Interrupted
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
@@ -18,7 +19,9 @@ from stagecoach_trainer.evaluation.heldout import measure_held_out
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness
 from stagecoach_trainer.evaluation.placing import DTYPES, compute_device, place
 from stagecoach_trainer.evaluation.report import EvaluationReport
+from stagecoach_trainer.evaluation.rewards import Opened, compare_by_reward
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.rewards import RewardSum
 from stagecoach_trainer.text.templates import apply_template
 
 NO_TEMPLATE = "the tokenizer has no chat template and the stage names none: prompts are continued as plain text"
@@ -42,7 +45,7 @@ def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
     _refuse_unknown_gates(config)
     report = EvaluationReport(model=config.model.key)
     subject = _load(config, context, report)
-    for measurement in (_held_out, _exact_match, _lm_eval, _samples):
+    for measurement in (_held_out, _exact_match, _rewards, _lm_eval, _samples):
         if context.stop.is_set():
             raise Interrupted("asked to stop while measuring; the stage begins anew next time")
         measurement(config, context, subject, report)
@@ -60,13 +63,21 @@ def _refuse_unknown_gates(config: EvaluateStage) -> None:
 
 
 def _load(config: EvaluateStage, context: StageContext, report: EvaluationReport) -> Subject:
+    subject = _open(config.model, config, context, report)
+    asks = config.samples or config.exact_match or config.rewards
+    if subject.tokenizer.chat_template is None and asks:
+        report.warnings.append(NO_TEMPLATE)
+    return subject
+
+
+def _open(model: Reference, config: EvaluateStage, context: StageContext, report: EvaluationReport) -> Subject:
+    """Load a model, with the stage's template on its tokenizer where it names one, ready to measure."""
     context.progress.report("load model")
-    loaded = load_model(context, config.model)
+    loaded = load_model(context, model)
     tokenizer = loaded.require_tokenizer()
     if config.template is not None:
-        report.warnings += apply_template(tokenizer, config.template)
-    elif tokenizer.chat_template is None and (config.samples or config.exact_match):
-        report.warnings.append(NO_TEMPLATE)
+        warnings = apply_template(tokenizer, config.template)
+        report.warnings += [warning for warning in warnings if warning not in report.warnings]
     return Subject(place(loaded.model, DTYPES[config.precision], compute_device()), tokenizer)
 
 
@@ -91,6 +102,36 @@ def _exact_match(config: EvaluateStage, context: StageContext, subject: Subject,
             "unended": found.num_unended,
             "cases": list(found.cases),
         }
+
+
+def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
+    for number, task in enumerate(config.rewards):
+        rewards = RewardSum.build(
+            task.rewards,
+            context,
+            compute_device(),
+            config.precision,
+            config.batch_rows,
+            where=f"rewards[{number}].rewards",
+        )
+
+        def open_rival(index: int, rivals: tuple[Rival, ...] = task.rivals) -> Opened:
+            rival = _open(rivals[index].model, config, context, report)
+            return rival.model, rival.tokenizer
+
+        say = partial(context.progress.report, f"rewards {task.name}", unit="answers")
+        found = compare_by_reward(
+            task,
+            rewards,
+            (subject.model, subject.tokenizer),
+            open_rival,
+            context,
+            config.batch_rows,
+            context.seed,
+            say,
+        )
+        report.metrics.update(found.metrics)
+        report.rewards[task.name] = found.as_json()
 
 
 def _lm_eval(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:

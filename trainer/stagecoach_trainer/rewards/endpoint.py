@@ -1,0 +1,190 @@
+"""Questions to a language model behind an OpenAI-compatible endpoint, many at once, within a budget.
+
+Equal questions are asked once. Requests go out at temperature 0; the client repeats those that fail in passing (a
+time-out, a lost connection, 429, 5xx), waiting longer each time and as long as the server asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from stagecoach_api.names import ENDPOINT_KEY_FILE, ENV_ENDPOINT_KEYS
+from stagecoach_api.outcomes import ExitCode
+from stagecoach_api.rewards import Endpoint
+from stagecoach_trainer.context import World
+from stagecoach_trainer.errors import StageError, UserError
+
+Chat = tuple[Mapping[str, str], ...]
+"""Messages of a request: role and content."""
+
+MAX_REPLY_TOKENS = 512
+"""Room for a model that thinks before it answers."""
+
+MAX_SHOWN = 300
+"""Characters of a server's words that a message repeats."""
+
+_NO_ANSWER = "answered something that is no chat completion; give the base URL of an OpenAI-compatible API (…/v1)"
+
+
+class EndpointUnavailable(StageError):
+    """An endpoint did not answer, whatever was tried: no fault of the run, so the attempt may be made again."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class Judge:
+    """Asks one endpoint.
+
+    Args:
+        endpoint: Where it is and how it may be used.
+        where: The endpoint's field path, for messages.
+        world: The ranks: each gets its share of the budget and of the requests under way.
+
+    Raises UserError where the key cannot be read.
+    """
+
+    def __init__(self, endpoint: Endpoint, where: str, world: World) -> None:
+        self._endpoint = endpoint
+        self._where = where
+        self._key = read_key(endpoint, where)
+        self._client = _client(endpoint, self._key)
+        self._headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
+        self._known: dict[bytes, str] = {}
+        self._budget = _share(endpoint.max_requests, world)
+        self._concurrency = max(1, endpoint.concurrency // world.size)
+        self.spent = 0
+        """Questions this rank has asked, repeats of failed requests apart."""
+
+    def ask(self, chats: Sequence[Chat]) -> list[str]:
+        """Return the reply to each chat, in order.
+
+        Raises UserError where the budget does not pay for all of them, or the endpoint refuses the request;
+        EndpointUnavailable where it does not answer.
+        """
+        keys = [_digest(self._endpoint.model, chat) for chat in chats]
+        new = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._known}
+        self._require_budget(len(new))
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            futures = [pool.submit(self._ask, chat) for chat in new.values()]
+            try:
+                for key, future in zip(new, futures, strict=True):
+                    self._known[key] = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self._known[key] for key in keys]
+
+    def _require_budget(self, wanted: int) -> None:
+        if self._budget is not None and self.spent + wanted > self._budget:
+            raise UserError(
+                f"{self._where}.maxRequests: the budget of {self._endpoint.max_requests:,} requests is spent: of this "
+                f"rank's {self._budget:,} it has made {self.spent:,} and needs {wanted:,} more; raise it"
+            )
+        self.spent += wanted
+
+    def _ask(self, chat: Chat) -> str:
+        messages: Any = [dict(message) for message in chat]
+        try:
+            found = self._client.chat.completions.create(
+                model=self._endpoint.model,
+                messages=messages,
+                temperature=0.0,
+                max_tokens=MAX_REPLY_TOKENS,
+                extra_headers=self._headers,
+            )
+        except openai.OpenAIError as error:
+            raise self._explained(error) from None  # its chain holds the request, and the request the key
+        except ValueError as error:
+            raise UserError(f"{self._name}: {_NO_ANSWER}") from error
+        return self._content(found)
+
+    def _content(self, found: Any) -> str:
+        """Return a completion's words. The client checks nothing, so a server may have sent anything."""
+        try:
+            content = found.choices[0].message.content
+        except (AttributeError, TypeError, IndexError) as error:
+            raise UserError(f"{self._name}: {_NO_ANSWER}") from error
+        if content is not None and not isinstance(content, str):
+            raise UserError(f"{self._name}: {_NO_ANSWER}")
+        return content or ""
+
+    @property
+    def _name(self) -> str:
+        return f"{self._where}: {self._endpoint.url} ({self._endpoint.model})"
+
+    def _explained(self, error: openai.OpenAIError) -> StageError:
+        tries = self._endpoint.retries + 1
+        if isinstance(error, openai.APITimeoutError):
+            seconds = self._endpoint.timeout_seconds
+            return EndpointUnavailable(f"{self._name} did not answer within {seconds:g} s, {tries} times")
+        if isinstance(error, openai.APIStatusError):
+            said = f"{self._name} answered {error.status_code}: {self._redacted(error.message)}"
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                return EndpointUnavailable(f"{said}, {tries} times")
+            return UserError(f"{said}; {_remedy(error.status_code)}")
+        if isinstance(error, openai.APIConnectionError):
+            return EndpointUnavailable(f"{self._name} cannot be reached ({error.__cause__}), {tries} times")
+        return UserError(f"{self._name}: {_NO_ANSWER}")
+
+    def _redacted(self, text: str) -> str:
+        """Return a server's words, short, without the key that some servers repeat."""
+        plain = text.replace(self._key, "***") if self._key else text
+        return plain if len(plain) <= MAX_SHOWN else plain[: MAX_SHOWN - 1] + "…"
+
+
+def _remedy(status: int) -> str:
+    if status in (401, 403):
+        return "give a key in `credentials` that it accepts"
+    if status == 404:
+        return "check `url` (it usually ends in /v1) and `model`"
+    return "it does not take such requests"
+
+
+def _client(endpoint: Endpoint, key: str | None) -> openai.OpenAI:
+    return openai.OpenAI(
+        api_key=key or "none",  # never the environment's
+        base_url=endpoint.url,
+        timeout=endpoint.timeout_seconds,
+        max_retries=endpoint.retries,
+    )
+
+
+def _share(budget: int | None, world: World) -> int | None:
+    """Return this rank's part of the budget; the parts make the whole."""
+    if budget is None:
+        return None
+    return budget // world.size + (world.rank < budget % world.size)
+
+
+def _digest(model: str, chat: Chat) -> bytes:
+    text = json.dumps([model, [dict(message) for message in chat]], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def read_key(endpoint: Endpoint, where: str) -> str | None:
+    """Return the endpoint's key; None: it needs none. Raises UserError where it should be there and is not."""
+    if endpoint.credentials is None:
+        return None
+    name = endpoint.credentials.secret_name
+    folder = os.environ.get(ENV_ENDPOINT_KEYS)
+    place = f"{where}.credentials.secretName"
+    if not folder:
+        raise UserError(
+            f"{place}: {name} is not here; let {ENV_ENDPOINT_KEYS} name a folder with {name}/{ENDPOINT_KEY_FILE}"
+        )
+    path = Path(folder) / name / ENDPOINT_KEY_FILE
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place}: {path} cannot be read ({type(error).__name__}); put the key there") from error
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{place}: {path} does not hold a key, which is one line of ASCII without blanks")
+    return key

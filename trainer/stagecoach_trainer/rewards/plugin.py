@@ -1,0 +1,60 @@
+"""A reward that a package installed in the trainer's image brings: an entry point of the group `stagecoach.rewards`."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from stagecoach_api.rewards import PluginReward
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.rewards.judged import Judged, Term, prompt_text
+
+GROUP = "stagecoach.rewards"
+
+
+class PluginTerm(Term):
+    """Calls the function with prompts and answers, both lists of text. Raises UserError where it cannot be loaded."""
+
+    def __init__(self, config: PluginReward, where: str) -> None:
+        self._name = f"{where}.entryPoint: {config.entry_point}"
+        self._function = _load(config.entry_point, where)
+
+    def values(self, batch: Sequence[Judged]) -> list[float]:
+        prompts = [prompt_text(judged.prompt) for judged in batch]
+        try:
+            found = self._function(prompts, [judged.answer for judged in batch])
+        except Exception as error:  # whatever the plug-in trips over is told as its own
+            raise UserError(f"{self._name} failed: {type(error).__name__}: {error}") from error
+        return self._checked(found, len(batch))
+
+    def _checked(self, found: Any, wanted: int) -> list[float]:
+        try:
+            values = list(found)
+        except TypeError as error:
+            raise UserError(f"{self._name} gave {type(found).__name__}; it must give a list of numbers") from error
+        if len(values) != wanted:
+            raise UserError(f"{self._name} gave {len(values)} values for {wanted} answers; it must give one each")
+        for index, value in enumerate(values):
+            if type(value) is bool or not isinstance(value, numbers.Real):
+                raise UserError(f"{self._name} gave {value!r:.60} for answer {index}; it must give numbers")
+        return [float(value) for value in values]
+
+
+def _load(name: str, where: str) -> Callable[[list[str], list[str]], Any]:
+    known = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in known:
+        listed = ", ".join(sorted(known)) or "none"
+        raise UserError(
+            f"{where}.entryPoint: {name} is not installed in the group `{GROUP}`, which has: {listed}; install a "
+            "package that has it into the trainer's image"
+        )
+    try:
+        function = known[name].load()
+    except Exception as error:  # importing runs code that may fail in any way
+        raise UserError(f"{where}.entryPoint: {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"{where}.entryPoint: {name} is {type(function).__name__}, which cannot be called")
+    loaded: Callable[[list[str], list[str]], Any] = function
+    return loaded

@@ -1,0 +1,155 @@
+"""Rule-based rewards (arXiv 2411.01111): statements on an answer that a language model finds true or not, each with a
+weight that is given, or fitted on ranked answers by a hinge loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from stagecoach_api.references import NamedSource
+from stagecoach_api.rewards import PropositionReward
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.rewards.asking import QUOTED, Counts, ask_twice, chat_of, quote, read_yes_or_no
+from stagecoach_trainer.rewards.endpoint import Chat, Judge
+from stagecoach_trainer.rewards.hinge import Fitted, Matrix, fit_weights
+from stagecoach_trainer.rewards.judged import Judged, Term, prompt_text
+from stagecoach_trainer.text.templates import message_of
+
+SYSTEM = f"You judge whether a statement on an answer of a language model is true. {QUOTED} Reply with yes or no only."
+AGAIN = "Reply with the one word yes or the one word no."
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two answers of one prompt, by their places in the list of all answers."""
+
+    better: int
+    worse: int
+
+
+class PropositionsTerm(Term):
+    """The sum of the weights of the statements that hold.
+
+    `state`: of an earlier attempt, whose fitted weights are taken over instead of being fitted again.
+    Raises UserError for a key that is not there, and where the ranked answers say nothing about the weights.
+    """
+
+    def __init__(
+        self, config: PropositionReward, where: str, context: StageContext, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._config = config
+        self._where = where
+        self._judge = Judge(config.endpoint, f"{where}.endpoint", context.world)
+        self._counts = Counts()
+        self._ordered: float | None = None
+        self._fixed = [item.weight for item in config.propositions]
+        self.weights = np.array([0.0 if weight is None else weight for weight in self._fixed])
+        """Weights, in the order of the statements: [k]."""
+        if state is not None:
+            self.load_state(state)
+        elif None in self._fixed and config.fit is not None:
+            self._fit(config.fit, context)
+
+    def values(self, batch: Sequence[Judged]) -> list[float]:
+        return [float(value) for value in self.features(batch) @ self.weights]
+
+    def features(self, batch: Sequence[Judged]) -> Matrix:
+        """Return which statements hold for which answers: 0 or 1, [answers, k]. No verdict counts as no."""
+        chats = [self._chat(judged, item.text) for judged in batch for item in self._config.propositions]
+        verdicts = ask_twice(self._judge, chats, read_yes_or_no, AGAIN, self._counts)
+        found = np.array([1.0 if verdict else 0.0 for verdict in verdicts])
+        return found.reshape(len(batch), len(self._config.propositions))
+
+    @staticmethod
+    def _chat(judged: Judged, statement: str) -> Chat:
+        return chat_of(
+            SYSTEM,
+            f"Prompt: {quote(prompt_text(judged.prompt))}\n"
+            f"Answer: {quote(judged.answer)}\n"
+            f"Statement: {statement}\nIs the statement true of the answer? Reply with yes or no.",
+        )
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def _fit(self, source: NamedSource, context: StageContext) -> None:
+        """Find the weights on rank 0, for all: two ranks that ask may hear two different things."""
+        if context.world.is_main:
+            fitted = self._fit_here(source, context)
+            self.weights, self._ordered = fitted.weights, fitted.ordered
+        self.weights, self._ordered = _from_main(context, self.weights, self._ordered)
+
+    def _fit_here(self, source: NamedSource, context: StageContext) -> Fitted:
+        context.progress.report("fit reward")
+        answers, pairs = ranked_answers(source, context)
+        if not pairs:
+            raise UserError(f"{self._where}.fit: `{source.name}` has no prompt with two answers of different rank")
+        features = self.features(answers)
+        differences = np.stack([features[pair.better] - features[pair.worse] for pair in pairs])
+        if not differences.any():
+            raise UserError(
+                f"{self._where}.fit: {self._config.endpoint.model} finds every statement as true of the better answer "
+                f"as of the worse one, in all {len(pairs)} pairs of `{source.name}`; state what sets them apart"
+            )
+        return fit_weights(differences, self._fixed)
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "requests": self._judge.spent,
+            "asked": self._counts.asked,
+            "unparsable": self._counts.unparsable,
+            "weights": self.weights.tolist(),
+            "ordered": self._ordered,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._judge.spent = int(state["requests"])
+        self._counts = Counts(int(state["asked"]), int(state["unparsable"]))
+        self.weights = np.array(state["weights"], np.float64)
+        self._ordered = None if state["ordered"] is None else float(state["ordered"])
+
+    def figures(self) -> dict[str, float]:
+        found: dict[str, float] = {"requests": self._judge.spent, "unparsable": self._counts.unparsable}
+        if self._ordered is not None:
+            found["orderedPairs"] = self._ordered
+        names = [item.name for item in self._config.propositions]
+        return found | {f"weight.{name}": float(weight) for name, weight in zip(names, self.weights, strict=True)}
+
+
+def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Judged], list[_Pair]]:
+    """Return all answers of the records, and the pairs of which one is the better. Ties make no pair."""
+    answers: list[Judged] = []
+    pairs: list[_Pair] = []
+    for record in read_records(context, source):
+        if not record.answers:
+            raise UserError(f"{record.where}: no ranked answers; give `ranked`, `pairs` or `comparison` records")
+        first = len(answers)
+        answers += [Judged(_prompt_of(record), answer.content, num_tokens=0, ended=True) for answer in record.answers]
+        for (left, one), (right, other) in combinations(enumerate(record.answers, first), 2):
+            if one.rank is not None and other.rank is not None and one.rank != other.rank:
+                pairs.append(_Pair(left, right) if one.rank < other.rank else _Pair(right, left))
+    return answers, pairs
+
+
+def _prompt_of(record: Record) -> tuple[dict[str, str], ...]:
+    return tuple(message_of(turn.role, turn.content, turn.input) for turn in record.messages)
+
+
+def _from_main(context: StageContext, weights: Matrix, ordered: float | None) -> tuple[Matrix, float | None]:
+    """Return what rank 0 found."""
+    if context.world.size == 1:
+        return weights, ordered
+    import torch
+    import torch.distributed as dist
+
+    told = torch.tensor([*weights.tolist(), ordered or 0.0], dtype=torch.float64)
+    dist.broadcast(told, 0)
+    *found, share = told.tolist()
+    return np.array(found, np.float64), share

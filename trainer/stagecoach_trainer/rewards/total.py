@@ -1,0 +1,203 @@
+"""The reward: the weighted sum of its terms, each checked and clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagecoach_api.rewards import REWARD_MEMBERS, RewardTerm, RewardTerms
+from stagecoach_api.training import Precision
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.rewards.arithmetic import arithmetic_value
+from stagecoach_trainer.rewards.judged import Judged, Judgement, Term, describe
+from stagecoach_trainer.rewards.rules import (
+    ExpressionTerm,
+    TextTerm,
+    format_term,
+    language_term,
+    length_term,
+    repetition_term,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from stagecoach_trainer.models.reward import RewardModel
+
+
+@dataclass(frozen=True)
+class _Workshop:
+    """What terms are made with."""
+
+    context: StageContext
+    device: torch.device | None
+    precision: Precision
+    batch_rows: int
+    states: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A term, and how it enters the sum."""
+
+    config: RewardTerm
+    term: Term
+    where: str
+
+    def values(self, batch: Sequence[Judged]) -> list[float]:
+        """Return one value per answer, clipped. Raises UserError where one is no number."""
+        values = self.term.values(batch)
+        for index, value in enumerate(values):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.where} ({self.config.name}): the reward of {describe(batch[index], index)} is {value}, "
+                    "which is no number; mend the term, then go on from the last checkpoint"
+                )
+        low = -math.inf if self.config.at_least is None else self.config.at_least
+        high = math.inf if self.config.at_most is None else self.config.at_most
+        return [min(max(value, low), high) for value in values]
+
+
+class RewardSum:
+    """The terms of a reward, ready to judge."""
+
+    def __init__(self, terms: Sequence[_Weighted]) -> None:
+        self._terms = terms
+
+    @classmethod
+    def build(
+        cls,
+        terms: RewardTerms,
+        context: StageContext,
+        device: torch.device | None = None,
+        precision: Precision = Precision.FP32,
+        batch_rows: int = 8,
+        where: str = "rewards",
+        state: Mapping[str, Any] | None = None,
+    ) -> RewardSum:
+        """Fetch, load, fit and check everything the terms need.
+
+        Args:
+            terms: The terms.
+            context: The stage's; every rank builds its own.
+            device: Where reward models compute. None: the CPU.
+            precision: Number format of reward models' bodies.
+            batch_rows: Answers a reward model scores at once.
+            where: The terms' field path, for messages.
+            state: What `state` gave in an earlier attempt: requests spent, weights fitted. None: a fresh start.
+
+        Raises UserError with all problems at once.
+        """
+        workshop = _Workshop(context, device, precision, batch_rows, state or {})
+        made: list[_Weighted] = []
+        problems: list[str] = []
+        for index, config in enumerate(terms):
+            try:
+                made.append(_Weighted(config, _make(config, f"{where}[{index}]", workshop), f"{where}[{index}]"))
+            except UserError as error:
+                problems.append(str(error))
+        names = [config.name for config in terms]
+        problems += [
+            f"{where}: two terms are called `{name}`" for name in dict.fromkeys(names) if names.count(name) > 1
+        ]
+        if problems:
+            raise UserError("; ".join(problems))
+        built = cls(made)
+        built.load_state(state or {})
+        return built
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the terms, in their order."""
+        return tuple(item.config.name for item in self._terms)
+
+    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+        """Return what each answer is worth.
+
+        Raises UserError naming term and sample where a value is no number, and as the terms do.
+        """
+        if not batch:
+            return []
+        values = {item.config.name: item.values(batch) for item in self._terms}
+        judgements = []
+        for index in range(len(batch)):
+            terms = {name: of_term[index] for name, of_term in values.items()}
+            total = math.fsum(item.config.weight * terms[item.config.name] for item in self._terms)
+            judgements.append(Judgement(total, terms))
+        return judgements
+
+    def reward_models(self) -> dict[str, RewardModel]:
+        """Return the reward models among the terms by the terms' names, for a critic that starts from one."""
+        from stagecoach_trainer.rewards.model import ModelTerm
+
+        return {item.config.name: item.term.model for item in self._terms if isinstance(item.term, ModelTerm)}
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return what the report tells of each term: requests made, verdicts that could not be read, fitted weights."""
+        found = {item.config.name: item.term.figures() for item in self._terms}
+        return {name: figures for name, figures in found.items() if figures}
+
+    def state(self) -> dict[str, Any]:
+        """Return what must outlive a resume, as JSON values; of this rank alone."""
+        return {item.config.name: state for item in self._terms if (state := item.term.state())}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        for item in self._terms:
+            if item.config.name in state:
+                item.term.load_state(state[item.config.name])
+
+
+def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
+    """Return the term that the one given member asks for."""
+    member = next(name for name in REWARD_MEMBERS if getattr(config, name) is not None)
+    place = f"{where}.{member}"
+    makers: dict[str, Callable[[Any], Term]] = {
+        "model": lambda value: _model_term(value, workshop),
+        "length": lambda value: length_term(value, place),
+        "language": language_term,
+        "repetition": repetition_term,
+        "format": lambda value: format_term(value, place),
+        "arithmetic": lambda value: TextTerm(arithmetic_value),
+        "expression": lambda value: ExpressionTerm(value, place),
+        "propositions": lambda value: _propositions_term(value, place, workshop, config.name),
+        "feedback": lambda value: _feedback_term(value, place, workshop),
+        "plugin": lambda value: _plugin_term(value, place),
+    }
+    return makers[member](getattr(config, member))
+
+
+# The modules below bring torch or the endpoint's client, so each is imported where its term is asked for.
+
+
+def _model_term(value: Any, workshop: _Workshop) -> Term:
+    import torch
+
+    from stagecoach_trainer.evaluation.placing import DTYPES
+    from stagecoach_trainer.models.reward import load_reward_model
+    from stagecoach_trainer.rewards.model import ModelTerm
+
+    device = workshop.device or torch.device("cpu")
+    model = load_reward_model(workshop.context, value, DTYPES[workshop.precision], device)
+    return ModelTerm(model, workshop.batch_rows)
+
+
+def _propositions_term(value: Any, place: str, workshop: _Workshop, name: str) -> Term:
+    from stagecoach_trainer.rewards.propositions import PropositionsTerm
+
+    return PropositionsTerm(value, place, workshop.context, workshop.states.get(name))
+
+
+def _feedback_term(value: Any, place: str, workshop: _Workshop) -> Term:
+    from stagecoach_trainer.rewards.feedback import FeedbackTerm
+
+    return FeedbackTerm(value, place, workshop.context.world)
+
+
+def _plugin_term(value: Any, place: str) -> Term:
+    from stagecoach_trainer.rewards.plugin import PluginTerm
+
+    return PluginTerm(value, place)
