@@ -7,7 +7,9 @@ STAGE_MODULES: dict[str, str] = {
     "tokenizer": "stagecoach_trainer.stages.tokenizer",
     "pretrain": "stagecoach_trainer.stages.pretrain",
     "sft": "stagecoach_trainer.stages.sft",
+    "ppo": "stagecoach_trainer.stages.ppo",
     "rewardModel": "stagecoach_trainer.stages.reward_model",
+    "dpo": "stagecoach_trainer.stages.dpo",
     "evaluate": "stagecoach_trainer.stages.evaluate",
     "export": "stagecoach_trainer.stages.export",
 }

@@ -130,9 +130,14 @@ def _ranked_lines(data: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def write_report(context: StageContext, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
-    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
-    (context.output / REPORT_TEXT).write_text(report_text(context.resolved.kind, report), encoding="utf-8")
+    write_report_files(context, report, report_text(context.resolved.kind, report))
+
+
+def write_report_files(context: StageContext, report: Mapping[str, Any], text: str) -> None:
+    """Write a report for programs, and its `text` for people."""
+    written = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
+    (context.output / REPORT).write_text(written + "\n", encoding="utf-8")
+    (context.output / REPORT_TEXT).write_text(text, encoding="utf-8")
 
 
 def report_text(kind: str, report: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     checkpoint when `context.stop` is set, Diverged when the loss is no number, UserError for batches without any loss
     and for packing that leaks.
     """
-    prepare_model(job)
+    prepare_network(job.model, job.config)
     device = training_device(context.world)
     objective = job.objective or LanguageModelling()
     engine = build_engine(job.model, job.config, context.world, device, objective)
@@ -60,15 +60,15 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
         return Loop(job, context, engine, objective, book, meter).run()
 
 
-def prepare_model(job: TrainingJob) -> None:
+def prepare_network(model: nn.Module, config: Training) -> None:
     """Set what training needs of the model itself."""
-    causal = causal_model(job.model)
-    if job.config.gradient_checkpointing:
+    causal = causal_model(model)
+    if config.gradient_checkpointing:
         causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for module in causal.modules():
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = job.config.attention_dropout
-    job.model.train()
+            module.attention_dropout = config.attention_dropout
+    model.train()
 
 
 def training_device(world: World) -> torch.device:

@@ -35,6 +35,8 @@ class Progression:
     without_improvement: int = 0
     """Early stop: measurements since then."""
     stopped_early: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What a kind of training of its own remembers (PPO)."""
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self)) | {"loss": None if math.isnan(self.loss) else self.loss}

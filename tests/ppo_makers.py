@@ -1,0 +1,144 @@
+"""Makers for tests of PPO: digits that answer digits, by a tiny LLaMA, and rewards whose optimum is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
+from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.samples.mixing import Mix, Stream
+from stagecoach_trainer.samples.preferences import Prompt
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+DIGITS = tuple("0123456789")
+END = 2
+FIRST_DIGIT = len(SPECIAL)
+
+
+def digit_tokenizer() -> PreTrainedTokenizerFast:
+    """A vocabulary of ten digits and three special tokens."""
+    words = {word: number for number, word in enumerate((*SPECIAL, *DIGITS))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+    )
+
+
+def digit_model(seed: int = 0, layers: int = 1, width: int = 32) -> LlamaForCausalLM:
+    """A LLaMA that knows nothing of digits yet, in fp32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=FIRST_DIGIT + len(DIGITS),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=END,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass
+class FunctionReward:
+    """A reward that is a function of prompt and answer; it counts what it was asked."""
+
+    function: Callable[[str, str], float]
+    asked: list[Judged] = field(default_factory=list)
+    names: tuple[str, ...] = ("only",)
+
+    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+        self.asked += batch
+        found = [self.function(str(item.prompt[-1]["content"]), item.answer) for item in batch]
+        return [Judgement(value, {"only": value}) for value in found]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        del state
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+def echoes(prompt: str, answer: str) -> float:
+    """The share of the answer's four places that hold the prompt's last digit; 1 is the optimum."""
+    return sum(character == prompt[-1] for character in answer[:4]) / 4
+
+
+def configuration(**settings: Any) -> PpoStage:
+    """A PPO stage in fp32: 32 answers an update, of at most 4 tokens."""
+    values: dict[str, Any] = {
+        "model": {"uri": "unused"},
+        "data": [{"uri": "unused.jsonl"}],
+        "rewards": [{"name": "only", "expression": "0"}],
+        "sequenceLength": 16,
+        "batch": {"samples": 32, "microBatchRows": 32},
+        "budget": {"steps": 6},
+        "optimizer": {"learningRate": 1e-2},
+        "schedule": {"name": "constant"},
+        "precision": "fp32",
+        "rollout": {"maxNewTokens": 4, "batchRows": 32},
+        "policy": {"innerEpochs": 2, "miniBatchSamples": 16},
+        "kl": {"coefficient": 0.0},
+        "guards": {"minEndedShare": None, "minEntropy": None},
+        "checkpoints": {"everySteps": 2},
+    }
+    return PpoStage.model_validate(values | settings)
+
+
+def digit_prompts(count: int = 40, seed: int = 3) -> tuple[Prompt, ...]:
+    """Prompts of two to four digits."""
+    random = np.random.default_rng(seed)
+    prompts = []
+    for number in range(count):
+        digits = random.integers(0, 10, int(random.integers(2, 5)))
+        text = "".join(map(str, digits))
+        ids = np.array([1, *(FIRST_DIGIT + digits)], np.int32)
+        prompts.append(Prompt(ids, ({"role": "user", "content": text},), (), f"prompt {number}"))
+    return tuple(prompts)
+
+
+def ppo_job(
+    config: PpoStage | None = None,
+    reward: Callable[[str, str], float] = echoes,
+    seed: int = 0,
+    model: Any = None,
+    reference: bool = True,
+    text: Any = None,
+) -> PpoJob:
+    """A PPO stage over digits, ready to start."""
+    config = config or configuration()
+    policy = digit_model(seed) if model is None else model
+    start = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    prompts = digit_prompts()
+    samples, updates = config.batch.samples or 1, config.budget.steps or 1
+    plan = PromptPlan((prompts,), Mix([Stream(len(prompts), 5)], [1.0], samples * updates, 6, [0]), samples, updates)
+    return PpoJob(
+        config=config,
+        policy=policy,
+        critic=make_reward_model(digit_model(seed), seed),
+        reference=copy.deepcopy(start) if reference else None,
+        tokenizer=digit_tokenizer(),
+        rewards=FunctionReward(reward),  # type: ignore[arg-type]
+        prompts=plan,
+        text=text,
+    )

@@ -1,0 +1,122 @@
+"""Answers with everything an update needs to know of them, and the pool they wait in.
+
+A tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from stagecoach_trainer.samples.encoding import Ids
+
+Floats = npt.NDArray[np.float32]
+
+PER_TOKEN = ("log_probs", "values", "advantages", "returns")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One answer, judged. A `Unit` of an update."""
+
+    prompt: Ids
+    answer: Ids
+    """Token ids [A], the end token included."""
+
+    log_probs: Floats
+    """Of the policy that wrote the answer, at its temperature, by the training's forward pass, in nats [A]."""
+
+    values: Floats
+    """What the critic expected in front of each token [A]."""
+
+    advantages: Floats
+    """How much better it went [A]."""
+
+    returns: Floats
+    """What the critic should have expected [A]."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter the model: the last one only is predicted."""
+        return len(self.prompt) + len(self.answer) - 1
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.answer)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
+class Pool:
+    """The experiences of one update on this rank. What exceeds `max_bytes` lies on disk, mapped into memory."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._chunks: list[Sequence[Experience]] = []
+        self._first: list[int] = []
+        self._size = 0
+        self.num_spilled = 0
+        """Experiences that lie on disk."""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Experience:
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._chunks[chunk][index - self._first[chunk]]
+
+    def add(self, chunk: Sequence[Experience]) -> None:
+        """Append experiences that were made together. Raises OSError where the disk is full."""
+        size = sum(item.num_bytes for item in chunk)
+        self._first.append(self._size)
+        self._size += len(chunk)
+        if self._bytes + size <= self._max_bytes:
+            self._bytes += size
+            self._chunks.append(chunk)
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"chunk-{len(self._chunks):06d}.safetensors"
+        write_chunk(path, chunk)
+        self._chunks.append(StoredChunk(path))
+        self.num_spilled += len(chunk)
+
+
+def write_chunk(path: Path, chunk: Sequence[Experience]) -> None:
+    """Write experiences as one file: each array of theirs, one behind the other, and where each experience begins."""
+    tensors = {
+        field.name: np.concatenate([getattr(item, field.name) for item in chunk]) for field in fields(Experience)
+    }
+    tensors["prompt_offsets"] = np.cumsum([0, *(len(item.prompt) for item in chunk)])
+    tensors["answer_offsets"] = np.cumsum([0, *(len(item.answer) for item in chunk)])
+    save_file(tensors, path)
+
+
+class StoredChunk(Sequence[Experience]):
+    """Experiences in a file; only the ones asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="numpy")
+        self._prompts = self._file.get_tensor("prompt_offsets")
+        self._answers = self._file.get_tensor("answer_offsets")
+
+    def __len__(self) -> int:
+        return len(self._prompts) - 1
+
+    def __getitem__(self, index: int) -> Experience:  # type: ignore[override]  # no slices
+        prompt = slice(int(self._prompts[index]), int(self._prompts[index + 1]))
+        answer = slice(int(self._answers[index]), int(self._answers[index + 1]))
+        return Experience(
+            prompt=self._file.get_slice("prompt")[prompt],
+            answer=self._file.get_slice("answer")[answer],
+            **{name: self._file.get_slice(name)[answer] for name in PER_TOKEN},
+        )

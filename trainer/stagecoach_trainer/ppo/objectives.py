@@ -1,0 +1,267 @@
+"""What an update minimises: the policy's clipped objective, and the critic's error.
+
+B answers with their prompts, T tokens of the longest, M tokens of answers in all, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stagecoach_api.stages.ppo import PolicyLoss
+from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
+from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
+from stagecoach_trainer.models.reward import score_states
+from stagecoach_trainer.ppo.experience import Experience, Floats
+from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.train.causal import CausalLoss, causal_model, head_weight
+from stagecoach_trainer.train.collate import PADDING_TOKEN, Batch, collate
+from stagecoach_trainer.train.fast_llama import fast_llama
+from stagecoach_trainer.train.log_probs import token_log_probs, token_log_probs_through
+from stagecoach_trainer.train.objective import MicroBatch, UnpackedObjective
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Answers with their prompts, padded on the right."""
+
+    tokens: Tensor
+    """Token ids [B, T], each answer's last token left out, as nothing is predicted from it."""
+
+    at: Tensor
+    """Places in the flattened [B · T] from which the answers' tokens are predicted, ascending [M]."""
+
+    targets: Tensor
+    """The answers' tokens [M]."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each answer."""
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> AnswerBatch:
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> AnswerBatch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
+        return AnswerBatch(change(self.tokens), change(self.at), change(self.targets), self.lengths)
+
+
+def collate_answers(pairs: Sequence[tuple[Ids, Ids]]) -> AnswerBatch:
+    """Lay out prompts and answers. Without any: one token, nothing to predict."""
+    length = max((len(prompt) + len(answer) - 1 for prompt, answer in pairs), default=1)
+    tokens = np.full((max(1, len(pairs)), length), PADDING_TOKEN, np.int64)
+    at: list[np.ndarray] = [np.empty(0, np.int64)]
+    for row, (prompt, answer) in enumerate(pairs):
+        ids = np.concatenate([prompt, answer[:-1]])
+        tokens[row, : len(ids)] = ids
+        at.append(row * length + np.arange(len(prompt) - 1, len(ids)))
+    targets = np.concatenate([np.empty(0, np.int64), *(answer for _, answer in pairs)])
+    return AnswerBatch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(np.concatenate(at)),
+        torch.from_numpy(targets.astype(np.int64)),
+        tuple(len(answer) for _, answer in pairs),
+    )
+
+
+@dataclass(frozen=True)
+class ExperienceBatch:
+    """Experiences as one micro-batch; what is known of their tokens, fp32 [M]."""
+
+    answers: AnswerBatch
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.answers.tokens
+
+    @property
+    def num_targets(self) -> int:
+        return self.answers.num_targets
+
+    def to(self, device: torch.device) -> ExperienceBatch:
+        if device.type == "cpu":
+            return self
+        moved = (item.to(device, non_blocking=True) for item in self._figures())
+        return ExperienceBatch(self.answers.to(device), *moved)
+
+    def pinned(self) -> ExperienceBatch:
+        return ExperienceBatch(self.answers.pinned(), *(item.pin_memory() for item in self._figures()))
+
+    def _figures(self) -> tuple[Tensor, ...]:
+        return self.log_probs, self.values, self.advantages, self.returns
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Shift and scale of advantages: those of the whole update, so that ranks and mini-batches agree."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    @classmethod
+    def of(cls, count: float, total: float, squares: float) -> Whitening:
+        """Return what makes mean 0 and deviation 1 of values with these moments."""
+        mean = total / max(1.0, count)
+        variance = max(0.0, squares / max(1.0, count) - mean**2)
+        return cls(mean, (variance + VARIANCE_FLOOR) ** 0.5)
+
+    def apply(self, values: Floats) -> Floats:
+        """Return shifted and scaled values."""
+        return ((values.astype(np.float64) - self.mean) / self.deviation).astype(np.float32)
+
+
+def collate_experiences(chunk: Sequence[Experience], whitening: Whitening) -> ExperienceBatch:
+    """Lay out experiences as one micro-batch."""
+
+    def joined(name: str) -> Floats:
+        return np.concatenate([np.empty(0, np.float32), *(getattr(item, name) for item in chunk)])
+
+    return ExperienceBatch(
+        collate_answers([(item.prompt, item.answer) for item in chunk]),
+        torch.from_numpy(joined("log_probs")),
+        torch.from_numpy(joined("values")),
+        torch.from_numpy(whitening.apply(joined("advantages"))),
+        torch.from_numpy(joined("returns")),
+    )
+
+
+class Figures:
+    """Sums over tokens that a loss module notes in its forward pass, for the report."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, **sums: Tensor) -> None:
+        for name, value in sums.items():
+            known = self._sums.get(name)
+            self._sums[name] = value.detach().double() if known is None else known + value.detach().double()
+
+    def take(self) -> dict[str, float]:
+        """Return the sums since the last call."""
+        taken, self._sums = self._sums, {}
+        return {name: float(value) for name, value in taken.items()}
+
+
+class Policy(CausalLoss):
+    """The language model as PPO trains it: log-probabilities of answers, their loss, the next-token loss of text."""
+
+    def __init__(self, model: nn.Module, config: PolicyLoss, temperature: float) -> None:
+        super().__init__(model)
+        self._config = config
+        self._temperature = temperature
+        self.figures = Figures()
+
+    def log_probs(self, batch: AnswerBatch, want_entropy: bool = True) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities [M] of the answers' tokens at the sampling temperature and, if wanted, the entropies
+        [M] there, in nats, fp32."""
+        rows = Batch(batch.tokens, None, batch.at, batch.targets)
+        hidden, at = self._states(rows)
+        weight = None if self.through_module else head_weight(self.head)
+        if weight is None:
+            vocabulary = int(causal_model(self.model).config.vocab_size)
+            return token_log_probs_through(
+                self.head, hidden, at, batch.targets, vocabulary, self._temperature, want_entropy=want_entropy
+            )
+        bias = getattr(self.head, "bias", None)
+        return token_log_probs(hidden, weight, at, batch.targets, self._temperature, bias, want_entropy=want_entropy)
+
+    def forward(self, batch: Batch | ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
+        """Return `scale` · the summed loss of text or of experiences; of plain answers, log-probabilities and entropies
+        [2, M]: through here ZeRO-3 gathers what they need."""
+        if isinstance(batch, Batch):
+            return super().forward(batch, scale)
+        if isinstance(batch, AnswerBatch):
+            return torch.stack(self.log_probs(batch))
+        config = self._config
+        bonus = config.entropy_weight > 0.0
+        log_probs, entropies = self.log_probs(batch.answers, want_entropy=bonus)
+        losses = policy_losses(log_probs, batch.log_probs, batch.advantages, config.clip)
+        self.figures.add(
+            policyLoss=losses.sum(),
+            clipped=clipped(log_probs, batch.log_probs, batch.advantages, config.clip).sum(),
+            updateKl=update_kl(log_probs, batch.log_probs).sum(),
+        )
+        if bonus:
+            losses = losses - config.entropy_weight * entropies
+        return scale * losses.sum()
+
+
+class Critic(nn.Module):
+    """A reward model that says at every token of an answer what the reward will be."""
+
+    def __init__(self, model: nn.Module, clip: float | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_at_keyword: str | None = None
+        """Keyword by which the decoder can be asked for the states at given positions only (`fast_llama`)."""
+        self._clip = clip
+        self.figures = Figures()
+
+    @property
+    def decoder(self) -> nn.Module:
+        classifier = causal_model(self.model)
+        decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
+        return decoder
+
+    def values(self, batch: AnswerBatch) -> Tensor:
+        """Return what is expected in front of each token of the answers, fp32 [M]."""
+        keywords = {} if self.loss_at_keyword is None or not len(batch.at) else {self.loss_at_keyword: batch.at}
+        output: Any = self.decoder(input_ids=batch.tokens, attention_mask=None, use_cache=False, **keywords)
+        states = output.last_hidden_state.flatten(0, 1)
+        return score_states(self.model, states if keywords else states.index_select(0, batch.at))
+
+    def forward(self, batch: ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
+        """Return `scale` · the summed error of the answers' tokens; of plain answers, `values`."""
+        if isinstance(batch, AnswerBatch):
+            return self.values(batch)
+        values = self.values(batch.answers)
+        losses = value_losses(values, batch.values, batch.returns, self._clip)
+        self.figures.add(valueLoss=losses.sum())
+        return scale * losses.sum()
+
+
+class PolicyObjective(UnpackedObjective):
+    """The policy's side of an update."""
+
+    def __init__(self, config: PolicyLoss, temperature: float) -> None:
+        self._config = config
+        self._temperature = temperature
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return Policy(model, self._config, self._temperature)
+
+    def collate(self, units: Sequence[Any]) -> MicroBatch:
+        return collate(units)  # text beside the answers, and DeepSpeed's empty step
+
+    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        return fast_llama(module, device, dtype)
+
+
+class CriticObjective(UnpackedObjective):
+    """The critic's side of an update."""
+
+    def __init__(self, clip: float | None) -> None:
+        self._clip = clip
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return Critic(model, self._clip)
+
+    def collate(self, units: Sequence[Any]) -> MicroBatch:
+        return collate_experiences(units, Whitening())
+
+    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+        return fast_llama(module, device, dtype)

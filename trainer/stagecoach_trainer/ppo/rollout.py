@@ -1,0 +1,324 @@
+"""From prompts to experiences: the policy answers, the reward judges; policy, reference and critic are asked about
+every token.
+
+M tokens of the answers of a chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stagecoach_api.stages.ppo import Rollout, RolloutEngine
+from stagecoach_trainer.align.advantages import generalized_advantages
+from stagecoach_trainer.align.kl import answer_sums, k1, token_rewards
+from stagecoach_trainer.context import StageContext, World
+from stagecoach_trainer.evaluation.generation import end_ids
+from stagecoach_trainer.ppo.experience import Experience, Pool
+from stagecoach_trainer.ppo.guards import UpdateFigures
+from stagecoach_trainer.ppo.objectives import Whitening, collate_answers
+from stagecoach_trainer.ppo.sampling import Decoding, Sampled, sample_answers, uniforms
+from stagecoach_trainer.ppo.setting import PpoJob, ReferenceModel
+from stagecoach_trainer.ppo.state import PpoProgress
+from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.collectives import max_over_ranks, sum_over_ranks
+from stagecoach_trainer.train.engine import Engine
+from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, gathered
+
+KEY_SAMPLING = 7
+"""Sets the random numbers of answers apart from others of the same seed."""
+
+
+# -- who answers -------------------------------------------------------------------------------------------------------
+
+
+class Sampler(Protocol):
+    """Answers prompts with the policy as it is."""
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Take up the policy's weights, once before the answers of an update."""
+
+    def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
+        """Return one answer per prompt; `keys` name the random numbers of each."""
+
+
+def decoding_of(rollout: Rollout, ends: Sequence[int]) -> Decoding:
+    return Decoding(rollout.max_new_tokens, rollout.temperature, rollout.top_p, tuple(ends))
+
+
+def make_sampler(job: PpoJob, device: torch.device, dtype: torch.dtype) -> Sampler:
+    """Return who answers. Where ZeRO shards the parameters it is a copy of the policy (through ZeRO-3's hooks answering
+    is six times slower), else the policy itself."""
+    decoding = decoding_of(job.config.rollout, end_ids(causal_model(job.policy), job.tokenizer))
+    if job.config.rollout.engine is RolloutEngine.VLLM:
+        from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
+
+        return VllmSampler(job.policy, job.tokenizer, decoding)
+    if job.config.sharding.zero == PARAMETERS_SHARDED:
+        return CopySampler(job.policy, decoding, device, dtype)
+    return OwnSampler(decoding, device)
+
+
+class OwnSampler:
+    """Answers with the policy's own weights."""
+
+    def __init__(self, decoding: Decoding, device: torch.device) -> None:
+        self._decoding = decoding
+        self._device = device
+        self._model: Any = None
+
+    def refresh(self, policy: nn.Module) -> None:
+        self._model = causal_model(policy)
+
+    def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
+        draws = [uniforms(key, self._decoding.max_new_tokens) for key in keys]
+        return sample_answers(self._model, prompts, draws, self._decoding, self._device)
+
+
+class CopySampler(OwnSampler):
+    """Answers with a copy in the compute format; what is frozen in the policy is copied once, the rest every update."""
+
+    def __init__(self, policy: nn.Module, decoding: Decoding, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(decoding, device)
+        self._copy = copy.deepcopy(policy).requires_grad_(False).to(device, dtype).eval()
+
+    def refresh(self, policy: nn.Module) -> None:
+        copies = dict(self._copy.named_parameters())
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                with gathered(parameter, PARAMETERS_SHARDED), torch.no_grad():
+                    copies[name].copy_(parameter)
+        self._model = causal_model(self._copy)
+
+
+# -- what became of an update ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """Sums over the answers of an update, over all ranks once they are shared."""
+
+    answers: int = 0
+    tokens: int = 0
+    """Of answers."""
+    model_tokens: int = 0
+    """Of prompts and answers."""
+    ended: int = 0
+    empty: int = 0
+    """Answers without any text."""
+    longest: int = 0
+    reward: float = 0.0
+    reward_squares: float = 0.0
+    max_abs_reward: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    value_error: float = 0.0
+    advantage: float = 0.0
+    advantage_squares: float = 0.0
+    terms: tuple[float, ...] = ()
+    """Sum of each reward term's values."""
+    names: tuple[str, ...] = ()
+
+    def whitening(self) -> Whitening:
+        return Whitening.of(self.tokens, self.advantage, self.advantage_squares)
+
+    def figures(self) -> UpdateFigures:
+        mean = self.reward / self.answers
+        return UpdateFigures(
+            kl=self.kl / self.answers,
+            entropy=self.entropy / self.tokens,
+            ended_share=self.ended / self.answers,
+            length=self.tokens / self.answers,
+            max_abs_reward=self.max_abs_reward,
+            reward_deviation=max(0.0, self.reward_squares / self.answers - mean**2) ** 0.5,
+            value_loss=self.value_error / self.tokens,
+        )
+
+    def report(self) -> dict[str, float]:
+        """Return the update's figures under the names that metrics have."""
+        figures = self.figures()
+        terms = {f"reward.{name}": value / self.answers for name, value in zip(self.names, self.terms, strict=True)}
+        return {
+            "reward": self.reward / self.answers,
+            "rewardDeviation": figures.reward_deviation,
+            **terms,
+            "kl": figures.kl,
+            "entropy": figures.entropy,
+            "endedShare": figures.ended_share,
+            "emptyShare": self.empty / self.answers,
+            "answerTokens": figures.length,
+        }
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """The judged answers of an update."""
+
+    pool: Pool
+    tally: Tally
+    """Over all ranks."""
+
+
+# -- answering and judging ---------------------------------------------------------------------------------------------
+
+
+class Rollouts:
+    """Fills pools."""
+
+    def __init__(
+        self,
+        job: PpoJob,
+        context: StageContext,
+        policy: Engine,
+        critic: Engine,
+        reference: ReferenceModel,
+        sampler: Sampler,
+    ) -> None:
+        self._job = job
+        self._config = job.config
+        self._context = context
+        self._world = context.world
+        self._policy, self._critic, self._reference = policy, critic, reference
+        self._sampler = sampler
+        self._scoring_rows = 2 * (job.config.batch.micro_batch_rows or 1)
+
+    def fill(self, pool: Pool, update: int, progress: PpoProgress) -> Tally | None:
+        """Answer and judge this rank's share of an update's prompts; return what became of all ranks'. None: asked to
+        stop, on some rank."""
+        prompts = self._job.prompts.prompts(update)
+        mine = list(range(len(prompts)))[self._world.rank :: self._world.size]
+        mine.sort(key=lambda index: -len(prompts[index].ids))  # prompts of like length share a batch
+        rows = self._config.rollout.batch_rows
+        rounds = math.ceil(math.ceil(len(prompts) / self._world.size) / rows)
+        tally = Tally(names=self._job.rewards.names, terms=(0.0,) * len(self._job.rewards.names))
+        with self._asking():
+            self._sampler.refresh(self._policy.loss.model)  # type: ignore[arg-type]
+            for number in range(rounds):
+                if self._asked_to_stop():
+                    return None
+                chosen = mine[number * rows : (number + 1) * rows]
+                if chosen or self._config.sharding.zero:
+                    self._chunk(pool, tally, [prompts[index] for index in chosen], chosen, update, progress)
+                self._context.progress.report("answer", min(len(mine), (number + 1) * rows), len(mine), "answers")
+        return share_tally(tally, self._world)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        modules = [self._policy.loss, self._critic.loss]
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            yield
+
+    def _asked_to_stop(self) -> bool:
+        return sum_over_ranks([float(self._context.stop.is_set())], self._world)[0] > 0
+
+    def _chunk(
+        self,
+        pool: Pool,
+        tally: Tally,
+        prompts: Sequence[Prompt],
+        places: Sequence[int],
+        update: int,
+        progress: PpoProgress,
+    ) -> None:
+        """Answer some prompts, judge the answers, and add both to the pool."""
+        keys = [(self._context.seed, KEY_SAMPLING, progress.rollbacks, update, place) for place in places]
+        sampled = self._sampler.answer([prompt.ids for prompt in prompts], keys) if prompts else []
+        judged = [self._judged(prompt, answer) for prompt, answer in zip(prompts, sampled, strict=True)]
+        scores = self._scores(judged, self._job.rewards.score(judged))
+        experiences: list[Experience] = []
+        for start in range(0, max(1, len(prompts)), self._scoring_rows):
+            part = slice(start, start + self._scoring_rows)
+            pairs = [(prompt.ids, answer.ids) for prompt, answer in zip(prompts[part], sampled[part], strict=True)]
+            experiences += self._ask(pairs, [score.total for score in scores[part]], tally, progress.kl_coefficient)
+        for experience, answer, item, score in zip(experiences, sampled, judged, scores, strict=True):
+            _count(tally, experience, answer, item, score)
+        if experiences:
+            pool.add(experiences)
+
+    def _judged(self, prompt: Prompt, answer: Sampled) -> Judged:
+        ids = answer.ids[:-1] if answer.ended else answer.ids
+        text = self._job.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Judged(prompt.messages, text, len(ids), answer.ended)
+
+    def _scores(self, judged: Sequence[Judged], judgements: Sequence[Judgement]) -> list[Judgement]:
+        """Return the judgements, with the price of an answer that did not end by itself."""
+        price = self._config.rollout.missing_end_reward
+        if price is None:
+            return list(judgements)
+        return [
+            found if item.ended else Judgement(price, found.terms)
+            for item, found in zip(judged, judgements, strict=True)
+        ]
+
+    def _ask(
+        self, pairs: Sequence[tuple[Ids, Ids]], scores: Sequence[float], tally: Tally, price: float
+    ) -> list[Experience]:
+        """Ask policy, reference and critic about every token of some answers."""
+        batch = collate_answers(pairs).to(self._policy.device)
+        log_probs, entropies = self._policy.loss(batch).cpu()
+        reference = self._reference.log_probs(batch).cpu()
+        values = self._critic.loss(batch).cpu()
+        if not pairs:
+            return []
+        mask = torch.arange(max(batch.lengths)) < torch.tensor(batch.lengths)[:, None]
+        token_kl = _padded(k1(log_probs, reference), mask)
+        rewards = token_rewards(torch.tensor(scores, dtype=torch.float32), token_kl, mask, price)
+        policy = self._config.policy
+        expected = _padded(values, mask)
+        advantages, returns = generalized_advantages(rewards, expected, mask, policy.gamma, policy.gae_lambda)
+        tally.kl += float(answer_sums(token_kl, mask).double().sum())
+        tally.entropy += float(entropies.double().sum())
+        tally.value_error += float(0.5 * (expected - returns)[mask].double().square().sum())
+        flat = (log_probs, values, advantages[mask], returns[mask])
+        columns = zip(*(torch.split(item.float(), list(batch.lengths)) for item in flat), strict=True)
+        return [
+            Experience(prompt, answer, *(column.numpy() for column in per_token))
+            for (prompt, answer), per_token in zip(pairs, columns, strict=True)
+        ]
+
+
+def _padded(flat: Tensor, mask: Tensor) -> Tensor:
+    """Return values of tokens [M] in rows [B, A], 0 behind each answer's end."""
+    return torch.zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, flat.float())
+
+
+def _count(tally: Tally, experience: Experience, answer: Sampled, judged: Judged, score: Judgement) -> None:
+    tally.answers += 1
+    tally.tokens += len(experience.answer)
+    tally.model_tokens += experience.num_tokens
+    tally.longest = max(tally.longest, experience.num_tokens)
+    tally.ended += answer.ended
+    tally.empty += not judged.answer.strip()
+    tally.reward += score.total
+    tally.reward_squares += score.total**2
+    tally.max_abs_reward = max(tally.max_abs_reward, abs(score.total))
+    tally.advantage += float(experience.advantages.astype(np.float64).sum())
+    tally.advantage_squares += float(np.square(experience.advantages.astype(np.float64)).sum())
+    tally.terms = tuple(old + score.terms[name] for old, name in zip(tally.terms, tally.names, strict=True))
+
+
+def share_tally(tally: Tally, world: World) -> Tally:
+    """Return the sums over all ranks, on every rank."""
+    if world.size == 1:
+        return tally
+    summed = ("answers", "tokens", "model_tokens", "ended", "empty")
+    real = ("reward", "reward_squares", "kl", "entropy", "value_error", "advantage", "advantage_squares")
+    sums = sum_over_ranks([float(getattr(tally, name)) for name in (*summed, *real)] + list(tally.terms), world)
+    longest, extreme = max_over_ranks([float(tally.longest), tally.max_abs_reward], world)
+    whole = dict(zip(summed, map(round, sums), strict=False))
+    parts = dict(zip(real, sums[len(summed) :], strict=False))
+    terms = tuple(sums[len(summed) + len(real) :])
+    return Tally(**whole, **parts, longest=round(longest), max_abs_reward=extreme, terms=terms, names=tally.names)

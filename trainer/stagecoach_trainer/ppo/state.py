@@ -1,0 +1,77 @@
+"""What PPO must remember from one update to the next, beside weights and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stagecoach_trainer.ppo.guards import Watch
+from stagecoach_trainer.train.engine import EngineState
+
+POLICY, CRITIC = "policy:", "critic:"
+"""In front of a parameter's name in a checkpoint."""
+
+
+@dataclass
+class PpoProgress:
+    """Counters of the stage."""
+
+    kl_coefficient: float
+    watch: Watch = field(default_factory=Watch)
+    rollbacks: int = 0
+    critic_steps: int = 0
+    critic_loss_scale: float = 1.0
+    critic_good_steps: int = 0
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """What the reward's terms remember: requests spent, weights fitted."""
+
+    @property
+    def rate_factor(self) -> float:
+        """Factor of the learning rates: half after each rollback."""
+        return 0.5**self.rollbacks
+
+    def note(self, critic: EngineState, rewards: Mapping[str, Any]) -> None:
+        """Take down what a checkpoint has no place of its own for."""
+        self.critic_steps = critic.num_steps
+        self.critic_loss_scale, self.critic_good_steps = critic.loss_scale, critic.good_steps
+        self.rewards = dict(rewards)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PpoProgress:
+        return cls(**(dict(value) | {"watch": Watch(**value["watch"])}))
+
+
+def join_states(policy: EngineState, critic: EngineState) -> EngineState:
+    """Return both engines' tensors as one state; counters are the policy's."""
+    tensors = {_named(key, POLICY): tensor for key, tensor in policy.tensors.items()}
+    tensors |= {_named(key, CRITIC): tensor for key, tensor in critic.tensors.items()}
+    return EngineState(tensors, policy.num_steps, policy.loss_scale, policy.good_steps)
+
+
+def split_state(state: EngineState, progress: PpoProgress) -> tuple[EngineState, EngineState]:
+    """Return what `join_states` joined."""
+    policy = EngineState(_part(state.tensors, POLICY), state.num_steps, state.loss_scale, state.good_steps)
+    critic = EngineState(
+        _part(state.tensors, CRITIC), progress.critic_steps, progress.critic_loss_scale, progress.critic_good_steps
+    )
+    return policy, critic
+
+
+def _named(key: str, side: str) -> str:
+    kind, _, name = key.partition("/")
+    return f"{kind}/{side}{name}"
+
+
+def _part(tensors: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
+    found = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if name.startswith(side):
+            found[f"{kind}/{name.removeprefix(side)}"] = tensor
+    return found

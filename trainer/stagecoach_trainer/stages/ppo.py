@@ -1,0 +1,250 @@
+"""`ppo`: train a policy by a reward, held to a reference, judged by a critic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.ppo import PpoStage, PretrainingMix
+from stagecoach_api.stages.sft import Loss, TooLong
+from stagecoach_api.training import Batch, Budget, LoraTraining, Schedule
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
+from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
+from stagecoach_trainer.rewards.total import RewardSum
+from stagecoach_trainer.samples.mixing import Mix, Stream, make_key
+from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
+from stagecoach_trainer.samples.preferences import PromptSet, read_prompts
+from stagecoach_trainer.samples.sources import conversation_shard, is_conversation, text_shard
+from stagecoach_trainer.stages.training import write_report_files
+from stagecoach_trainer.text.templates import apply_template
+
+KEY_PROMPTS, KEY_MIX = 11, 12
+DROPPED = ("tooLong", "empty")
+
+
+def run(config: PpoStage, context: StageContext) -> StageOutcome:
+    """Train the policy; the output is a model folder or a PEFT adapter, its tokenizer with the chat template.
+
+    Raises UserError for data, models or settings that do not go together, Interrupted, and Diverged for a broken guard.
+    """
+    from stagecoach_trainer.ppo.loop import train_policy
+
+    start, warnings = _start(config, context)
+    prompts = _prompts(config, context, start.tokenizer)
+    rewards = _rewards(config, context)
+    critic = _critic(config, context, start, rewards)
+    reference = _reference(config, context, start)
+    policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    parameters = count_parameters(policy.model)
+    plan = _prompt_plan(config, context, prompts)
+    job = PpoJob(
+        config=config,
+        policy=policy.model,
+        critic=critic,
+        reference=reference,
+        tokenizer=start.tokenizer,
+        rewards=rewards,
+        prompts=plan,
+        text=_text(config, context, start.tokenizer, plan),
+    )
+    result = train_policy(job, context)
+    if context.world.is_main:
+        context.progress.report("save")
+        save_result(context, start, policy)
+        _report(context, job, result, prompts, parameters, [*policy.notes], warnings)
+    return StageOutcome(tokens=result.tokens, metrics=result.metrics)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _start(config: PpoStage, context: StageContext) -> tuple[Start, list[str]]:
+    lora = config.trainable.lora
+    if lora is not None and lora.continue_adapter:
+        raise UserError(
+            "trainable.lora.continueAdapter: PPO starts a new adapter over the merged `model`, whose weights are the "
+            "reference; leave it out"
+        )
+    start = start_as_it_is(context, config.model, position_change(config.sequence_length))
+    if config.template is not None:
+        return start, apply_template(start.tokenizer, config.template)
+    if start.tokenizer.chat_template is None:
+        raise UserError("template: the model's tokenizer has no chat template; name one")
+    return start, []
+
+
+def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
+    from stagecoach_trainer.train.loop import training_device
+
+    rows = config.rollout.batch_rows
+    return RewardSum.build(config.rewards, context, training_device(context.world), config.precision, rows)
+
+
+def _critic(config: PpoStage, context: StageContext, start: Start, rewards: RewardSum) -> Any:
+    """Return the critic with what it learns chosen: the policy's way, its head always."""
+    import torch
+
+    source = config.critic.model or _first_reward_model(config)
+    if source is None:
+        model = make_reward_model(copy.deepcopy(start.model), context.seed)
+    else:
+        found = load_reward_model(context, source, torch.float32, torch.device("cpu"))
+        _check_vocabulary(found, start, "critic.model" if config.critic.model is not None else "rewards")
+        model = found.model
+    trainable = config.trainable
+    if trainable.lora is not None:
+        lora = LoraTraining(**(trainable.lora.model_dump() | {"modules_to_save": (), "new_rows": False}))
+        trainable = trainable.model_copy(update={"lora": lora})
+    return choose_trainable(model, trainable, range(0), context.seed).model
+
+
+def _first_reward_model(config: PpoStage) -> Reference | None:
+    return next((term.model for term in config.rewards if term.model is not None), None)
+
+
+def _check_vocabulary(critic: RewardModel, start: Start, where: str) -> None:
+    critic.require_vocabulary_of(start.tokenizer, where)
+
+
+def _reference(config: PpoStage, context: StageContext, start: Start) -> Any | None:
+    """Return the frozen model the policy is held to. None: the base below the policy's new adapter is that model."""
+    lora = config.trainable.lora
+    if config.reference is not None:
+        loaded = load_model(context, config.reference)
+        ours, theirs = start.tokenizer.get_vocab(), loaded.require_tokenizer().get_vocab()
+        if ours != theirs:
+            raise UserError(
+                f"reference: it has another vocabulary: {len(theirs)} tokens against {len(ours)}; name the model that "
+                "the policy comes from"
+            )
+        return loaded.model
+    if lora is not None and not lora.modules_to_save and not lora.new_rows:
+        return None
+    return copy.deepcopy(start.model)
+
+
+# -- prompts and text --------------------------------------------------------------------------------------------------
+
+
+def _prompts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str, PromptSet]:
+    """Return the prompts of each set. Raises UserError where too many, or all, had to be left out."""
+    longest = config.sequence_length - config.rollout.max_new_tokens
+    if longest < 1:
+        raise UserError(
+            f"rollout.maxNewTokens: {config.rollout.max_new_tokens} leaves no room for a prompt in `sequenceLength` "
+            f"{config.sequence_length}"
+        )
+    found = {source.label: read_prompts(context, source, tokenizer, longest) for source in config.data}
+    for label, prompts in found.items():
+        lost = sum(prompts.counts[name] for name in DROPPED)
+        why = ", ".join(f"{name} {prompts.counts[name]}" for name in DROPPED)
+        if not prompts.prompts:
+            raise UserError(f"data: {label} has no prompt to answer ({why}); a prompt may have {longest} tokens")
+        share = lost / prompts.counts["records"]
+        if share > config.max_dropped_share:
+            raise UserError(
+                f"data: {share:.1%} of {label}'s prompts were left out ({why}), more than `maxDroppedShare` "
+                f"{config.max_dropped_share:.1%}; raise `sequenceLength`, or allow more"
+            )
+    return found
+
+
+def _prompt_plan(config: PpoStage, context: StageContext, found: Mapping[str, PromptSet]) -> PromptPlan:
+    sets = tuple(item.prompts for item in found.values())
+    samples = config.batch.samples or 1
+    size = sum(len(prompts) for prompts in sets)
+    updates = config.budget.steps or max(1, round((config.budget.epochs or 1.0) * size / samples))
+    weights = [source.weight for source in config.data]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        raise UserError("data: give a `weight` to every set or to none")
+    shares = [float(len(prompts)) if weight is None else weight for prompts, weight in zip(sets, weights, strict=True)]
+    streams = [Stream(len(item), make_key(context.seed, KEY_PROMPTS, number)) for number, item in enumerate(sets)]
+    mix = Mix(streams, shares, updates * samples, make_key(context.seed, KEY_MIX), [0] * len(sets))
+    return PromptPlan(sets, mix, samples, updates)
+
+
+def _text(config: PpoStage, context: StageContext, tokenizer: Any, plan: PromptPlan) -> MixedPlan | None:
+    """Return the text beside the answers: one step of it for each optimiser step."""
+    mix = config.pretraining
+    if mix is None:
+        return None
+    shards = {source.label: _shard(config, context, mix, number, tokenizer) for number, source in enumerate(mix.data)}
+    mini_batches = plan.samples_per_update // (config.policy.mini_batch_samples or plan.samples_per_update)
+    steps = plan.num_updates * config.policy.inner_epochs * mini_batches
+    weights = [source.weight for source in mix.data]
+    settings = PhaseSettings(
+        name=WHOLE,
+        sequence_length=config.sequence_length,
+        batch=Batch(tokens=mix.rows_per_step * config.sequence_length),
+        budget=Budget(steps=steps),
+        weights=None if None in weights else tuple(weight or 0.0 for weight in weights),
+        learning_rate=None,
+        rope_theta=None,
+    )
+    return Planner(shards, context.seed).plan([settings], Schedule(), config.optimizer.learning_rate)
+
+
+def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number: int, tokenizer: Any) -> Any:
+    source = mix.data[number]
+    if is_conversation(context, source):
+        return conversation_shard(context, source, tokenizer, Loss(), TooLong.DROP, config.sequence_length)
+    return text_shard(context, source, tokenizer)
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    context: StageContext,
+    job: PpoJob,
+    result: PpoResult,
+    prompts: Mapping[str, PromptSet],
+    parameters: Mapping[str, int],
+    notes: list[str],
+    warnings: list[str],
+) -> None:
+    report = {
+        "data": {name: dict(found.counts) for name, found in prompts.items()},
+        "history": [dict(point) for point in result.history],
+        "metrics": dict(sorted(result.metrics.items())),
+        "parameters": dict(parameters),
+        "rewards": job.rewards.figures(),
+        "samplesPerUpdate": job.prompts.samples_per_update,
+        "tokens": result.tokens,
+        "trained": notes,
+        "updates": result.updates,
+        "warnings": warnings,
+    }
+    write_report_files(context, report, _report_text(report))
+
+
+def _report_text(report: Mapping[str, Any]) -> str:
+    """Return the report for people, in Markdown."""
+    parameters = report["parameters"]
+    share = parameters["trained"] / max(1, parameters["all"])
+    lines = [
+        "# ppo",
+        "",
+        f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {parameters['trained']:,} of "
+        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
+        "",
+        "| prompts | records | prompts | " + " | ".join(DROPPED) + " |",
+        "|---|" + "---:|" * (2 + len(DROPPED)),
+    ]
+    for name, counts in report["data"].items():
+        cells = (f"{counts[column]:,}" for column in ("records", "prompts", *DROPPED))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    shown = ("reward", "kl", "entropy", "endedShare", "answerTokens")
+    lines += ["", "| update | " + " | ".join(shown) + " |", "|---:|" + "---:|" * len(shown)]
+    points = [point for point in report["history"] if "reward" in point]
+    for point in points[:: max(1, len(points) // 10)]:
+        lines.append(f"| {point['step']} | " + " | ".join(f"{point[name]:.4g}" for name in shown) + " |")
+    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
+    return "\n".join(lines).rstrip() + "\n"
