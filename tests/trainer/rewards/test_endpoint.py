@@ -1,0 +1,225 @@
+"""Judges behind a real HTTP server: what goes over the wire, what fails in passing, what does not."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_makers import Behaviour, Endpoint, TinyJudge, endpoint_of, serve
+
+from stagecoach_api import rewards as api
+from stagecoach_api.names import ENV_ENDPOINT_KEYS
+from stagecoach_api.outcomes import Cause, cause_of_exit
+from stagecoach_trainer.context import World
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.rewards.endpoint import Chat, EndpointUnavailable, Judge
+
+SECRET = "sk-very-secret"  # noqa: S105
+
+
+@pytest.fixture(scope="module")
+def tiny() -> TinyJudge:
+    return TinyJudge()
+
+
+@pytest.fixture
+def endpoint(tiny: TinyJudge) -> Iterator[Endpoint]:
+    with serve(tiny.yes_or_no) as running:
+        yield running
+
+
+def question(text: str) -> Chat:
+    return ({"role": "user", "content": text},)
+
+
+def judge_of(url: str, world: World | None = None, **settings: Any) -> Judge:
+    return Judge(
+        api.Endpoint.model_validate(endpoint_of(url, **settings)), "rewards[0].feedback.endpoint", world or World()
+    )
+
+
+def keep_key(root: Path, monkeypatch: pytest.MonkeyPatch, text: str = SECRET + "\n") -> None:
+    (root / "judge-key").mkdir()
+    (root / "judge-key" / "apiKey").write_text(text)
+    monkeypatch.setenv(ENV_ENDPOINT_KEYS, str(root))
+
+
+def test_replies_are_the_models_own_in_order(endpoint: Endpoint, tiny: TinyJudge) -> None:
+    texts = [f"is {word} an animal" for word in ("a fox", "a dog", "日", "月", "word", "task", *"abcdefghij")]
+    replies = judge_of(endpoint.url).ask([question(text) for text in texts])
+    assert replies == [tiny.yes_or_no([{"role": "user", "content": text}]) for text in texts]
+    assert set(replies) == {"yes", "no"}
+    assert all(body["temperature"] == 0 and body["model"] == "judge" for body in endpoint.bodies)
+
+
+def test_equal_questions_are_asked_once(endpoint: Endpoint) -> None:
+    judge = judge_of(endpoint.url)
+    first = judge.ask([question("a"), question("b"), question("a")])
+    assert judge.ask([question("b"), question("a")]) == [first[1], first[0]]
+    assert endpoint.num_requests == judge.spent == 2
+
+
+def test_no_more_requests_are_under_way_than_allowed(endpoint: Endpoint) -> None:
+    endpoint.behaviours = [Behaviour(seconds=0.05) for _ in range(12)]
+    judge_of(endpoint.url, concurrency=3).ask([question(str(number)) for number in range(12)])
+    assert endpoint.most_at_once == 3
+
+
+# -- failures in passing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        pytest.param(Behaviour(status=429), id="too many requests"),
+        pytest.param(Behaviour(status=500), id="an error of the server"),
+        pytest.param(Behaviour(status=503), id="a server that starts"),
+        pytest.param(Behaviour(seconds=1.0), id="a request that takes too long"),
+    ],
+)
+def test_what_fails_in_passing_is_asked_again(endpoint: Endpoint, tiny: TinyJudge, behaviour: Behaviour) -> None:
+    endpoint.behaviours = [behaviour]
+    judge = judge_of(endpoint.url, timeoutSeconds=0.5, retries=2)
+    assert judge.ask([question("a")]) == [tiny.yes_or_no([{"role": "user", "content": "a"}])]
+    assert endpoint.num_requests == 2
+    assert judge.spent == 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (Behaviour(status=429), "answered 429: "),
+        (Behaviour(status=500), "answered 500: "),
+        (Behaviour(seconds=0.6), "did not answer within 0.2 s, 2 times"),
+    ],
+)
+def test_what_keeps_failing_is_no_fault_of_the_run(endpoint: Endpoint, behaviour: Behaviour, words: str) -> None:
+    endpoint.behaviours = [behaviour] * 2
+    with pytest.raises(EndpointUnavailable) as caught:
+        judge_of(endpoint.url, timeoutSeconds=0.2, retries=1).ask([question("a")])
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("rewards[0].feedback.endpoint: http://127.0.0.1:")
+    assert cause_of_exit(caught.value.exit_code) is Cause.INFRASTRUCTURE
+    assert endpoint.num_requests == 2
+
+
+def test_nobody_there_is_told() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        with pytest.raises(EndpointUnavailable, match=r"cannot be reached \(.*refused.*\), 1 times"):
+            judge_of(f"http://127.0.0.1:{port}/v1", retries=0).ask([question("a")])
+
+
+# -- failures that stay ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (Behaviour(status=401), "answered 401: .*give a key in `credentials` that it accepts"),
+        (Behaviour(status=404), "answered 404: .*check `url`"),
+        (Behaviour(status=400), "answered 400: .*does not take such requests"),
+        (Behaviour(body="<html>hello</html>", kind="text/html"), "no chat completion"),
+        (Behaviour(body="{"), "no chat completion"),
+        (Behaviour(body="[]"), "no chat completion"),
+        (Behaviour(body='{"choices": []}'), "no chat completion"),
+        (Behaviour(body='{"choices": [{"message": {"content": 3}}]}'), "no chat completion"),
+    ],
+)
+def test_what_would_fail_again_is_the_users(endpoint: Endpoint, behaviour: Behaviour, words: str) -> None:
+    endpoint.behaviours = [behaviour]
+    with pytest.raises(UserError, match=words):
+        judge_of(endpoint.url, retries=3).ask([question("a")])
+    assert endpoint.num_requests == 1
+
+
+def test_a_reply_without_words_is_empty(endpoint: Endpoint) -> None:
+    endpoint.behaviours = [Behaviour(body='{"choices": [{"message": {"role": "assistant", "content": null}}]}')]
+    assert judge_of(endpoint.url).ask([question("a")]) == [""]
+
+
+# -- budget ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_spent_budget_ends_the_stage_before_anything_is_asked(endpoint: Endpoint) -> None:
+    judge = judge_of(endpoint.url, maxRequests=3)
+    judge.ask([question("a"), question("b")])
+    with pytest.raises(UserError, match=r"maxRequests: the budget of 3 requests is spent: .* made 2 and needs 2 more"):
+        judge.ask([question("a"), question("c"), question("d")])
+    assert endpoint.num_requests == 2
+    judge.ask([question("c"), question("a")])
+    assert judge.spent == 3
+
+
+def test_ranks_share_the_budget(endpoint: Endpoint) -> None:
+    shares = []
+    for rank in range(3):
+        judge = judge_of(endpoint.url, World(rank=rank, size=3), maxRequests=8)
+        with pytest.raises(UserError, match=r"of this rank's (2|3) it has made"):
+            judge.ask([question(f"{rank}{number}") for number in range(4)])
+        judge.spent = 0
+        for number in range(4):
+            try:
+                judge.ask([question(f"{rank}{number}")])
+            except UserError:
+                break
+        shares.append(judge.spent)
+    assert shares == [3, 3, 2]
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_sent_and_nowhere_else_to_be_seen(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep_key(tmp_path, monkeypatch)
+    caplog.set_level(logging.DEBUG)
+    endpoint.behaviours = [Behaviour(), Behaviour(status=401)]
+    judge = judge_of(endpoint.url, secret="judge-key")  # noqa: S106  # a name
+    judge.ask([question("a")])
+    with pytest.raises(UserError) as caught:
+        judge.ask([question("b")])
+    assert [headers["Authorization"] for headers in endpoint.headers] == [f"Bearer {SECRET}"] * 2
+    assert "no: Bearer ***" in str(caught.value)
+    assert SECRET not in str(caught.value) + caplog.text + repr(vars(caught.value))
+    assert caught.value.__cause__ is None
+
+
+def test_without_credentials_no_key_is_sent_not_even_the_environments(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    judge_of(endpoint.url).ask([question("a")])
+    assert "Authorization" not in endpoint.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "does not hold a key"),
+        ("two words", "does not hold a key"),
+        ("a\nb", "does not hold a key"),
+        ("密", "does not hold a key"),
+        (None, r"judge-key/apiKey cannot be read \(FileNotFoundError\)"),
+    ],
+)
+def test_a_key_that_is_none_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: str
+) -> None:
+    keep_key(tmp_path, monkeypatch, text or "")
+    if text is None:
+        (tmp_path / "judge-key" / "apiKey").unlink()
+    with pytest.raises(UserError, match=r"endpoint\.credentials\.secretName: .*" + words):
+        judge_of("http://127.0.0.1:9/v1", secret="judge-key")  # noqa: S106
+
+
+def test_without_the_folder_of_keys_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV_ENDPOINT_KEYS, raising=False)
+    with pytest.raises(UserError, match="let STAGECOACH_ENDPOINT_KEYS name a folder with judge-key/apiKey"):
+        judge_of("http://127.0.0.1:9/v1", secret="judge-key")  # noqa: S106
