@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from cluster.kwok import gpu_node
+from cluster_queues import queue_with_quota
 from cluster_world import Run, World, training_run
 
 pytestmark = pytest.mark.cluster
@@ -35,34 +36,10 @@ KINDS = {"a100": A100, "h100": H100}
 @pytest.fixture(scope="module")
 def queue(world: World, namespace: str) -> Iterator[str]:
     """A queue of Kueue with quota for fifteen of the nodes."""
-    world.apply(*queue_objects(namespace, QUEUE, gpus=(NODES - 1) * 8))
-    yield QUEUE
-    world.kubectl("delete", "clusterqueue", QUEUE, "--wait=false")
-
-
-def queue_objects(namespace: str, name: str, gpus: int) -> list[dict[str, Any]]:
-    kueue = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
-    resources = [{"name": "nvidia.com/gpu", "nominalQuota": gpus}, {"name": "cpu", "nominalQuota": 100_000}]
-    group = {
-        "coveredResources": ["nvidia.com/gpu", "cpu"],
-        "flavors": [{"name": "a100", "resources": resources}],
-    }
-    flavor = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
-    return [
-        {**kueue, "kind": "ResourceFlavor", "metadata": {"name": "a100"}, "spec": flavor},
-        {
-            **kueue,
-            "kind": "ClusterQueue",
-            "metadata": {"name": name},
-            "spec": {"namespaceSelector": {}, "resourceGroups": [group]},
-        },
-        {
-            **kueue,
-            "kind": "LocalQueue",
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": {"clusterQueue": name},
-        },
-    ]
+    nodes_of_a100 = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
+    quota = {"nvidia.com/gpu": str((NODES - 1) * 8), "cpu": "100000"}
+    with queue_with_quota(world, namespace, QUEUE, quota, nodes_of_a100) as name:
+        yield name
 
 
 def stage(name: str, nodes: int, image: str = ENDLESS, **resources: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_queues import priority_class, queue_with_quota
 from cluster_world import Run, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
@@ -21,33 +22,9 @@ STEPS = 120
 @pytest.fixture(scope="module", autouse=True)
 def queue(world: World, namespace: str) -> Iterator[None]:
     """Quota for one stage at a time: one CPU, and every stage asks for as much. A higher priority preempts."""
-    kueue = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
-    flavors = [{"name": "any", "resources": [{"name": "cpu", "nominalQuota": "1"}]}]
-    world.apply(
-        {**kueue, "kind": "ResourceFlavor", "metadata": {"name": "any"}},
-        {
-            **kueue,
-            "kind": "ClusterQueue",
-            "metadata": {"name": QUEUE},
-            "spec": {
-                "namespaceSelector": {},
-                "resourceGroups": [{"coveredResources": ["cpu"], "flavors": flavors}],
-                "preemption": {"withinClusterQueue": "LowerPriority"},
-            },
-        },
-        {
-            **kueue,
-            "kind": "LocalQueue",
-            "metadata": {"name": QUEUE, "namespace": namespace},
-            "spec": {"clusterQueue": QUEUE},
-        },
-        *(
-            {**kueue, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
-            for name, value in {"low": 1, "high": 1000}.items()
-        ),
-    )
-    yield
-    world.kubectl("delete", "clusterqueue", QUEUE, "--wait=false")
+    world.apply(*(priority_class(name, value) for name, value in {"low": 1, "high": 1000}.items()))
+    with queue_with_quota(world, namespace, QUEUE, {"cpu": "1"}, preempts=True):
+        yield
 
 
 def queued(world: World, namespace: str, name: str, priority: str, steps: int = STEPS) -> dict[str, Any]:
