@@ -1,4 +1,4 @@
-"""Kueue's objects as the end-to-end suite makes them: one flavour, one queue with quota, and its door in a namespace."""
+"""Kueue's objects as the end-to-end suite makes them: a flavour, a queue with quota, its door in a namespace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def queue_with_quota(
 
 
 def queue_objects(
-    namespace: str, name: str, quota: Mapping[str, str], flavor: Mapping[str, Any], preempts: bool
+    namespace: str, name: str, quota: Mapping[str, str], flavor: Mapping[str, Any], preempts: bool = False
 ) -> list[dict[str, Any]]:
     resources = [{"name": resource, "nominalQuota": amount} for resource, amount in quota.items()]
     group = {"coveredResources": list(quota), "flavors": [{"name": name, "resources": resources}]}

@@ -1,5 +1,5 @@
-"""InstructGPT's three steps in Kueue: tuning, a reward model on two pods, PPO on two pods, a comparison. A pod of PPO is
-killed in the middle, and the bytes are those of a run that nobody disturbed."""
+"""InstructGPT's three steps in Kueue: tuning, a reward model on two pods, PPO on two pods, a comparison. A pod of PPO
+is killed in the middle, and the bytes are those of a run that nobody disturbed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ UPDATES, EVERY = 30, 3
 WORDS = ("light", "water", "glass", "colour", "ray", "paper", "sun", "prism")
 
 
+def asks(word: str) -> str:
+    return f"Say {word} once."
+
+
+def once(word: str) -> str:
+    return f"{word}."
+
+
+def thrice(word: str) -> str:
+    return f"{word} {word} {word}."
+
+
 @pytest.fixture(scope="module", autouse=True)
 def queue(world: World, namespace: str) -> Iterator[None]:
     """Quota for two pods: one stage at a time."""
@@ -34,13 +46,8 @@ def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("alignment")
     draw = random.Random(1)
     words = [draw.choice(WORDS) for _ in range(160)]
-    asked = [
-        {"instruction": f"Say {word} once.", "output": f"{word}." if draw.random() < 0.5 else f"{word} {word} {word}."}
-        for word in words
-    ]
-    judged = [
-        {"prompt": f"Say {word} once.", "chosen": f"{word}.", "rejected": f"{word} {word} {word}."} for word in words
-    ]
+    asked = [{"instruction": asks(word), "output": draw.choice((once(word), thrice(word)))} for word in words]
+    judged = [{"prompt": asks(word), "chosen": once(word), "rejected": thrice(word)} for word in words]
     for name, records in {"asked": asked, "judged": judged}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     world.s3.upload(folder, "inputs/alignment")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from cluster.kwok import gpu_node
-from cluster_queues import queue_with_quota
+from cluster_queues import queue_objects, queue_with_quota
 from cluster_world import Run, World, training_run
 
 pytestmark = pytest.mark.cluster
 
 A100, H100 = "NVIDIA-A100-SXM4-80GB", "NVIDIA-H100-80GB-HBM3"
+OF_A100 = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
 NODES = 16
 QUEUE = "research"
 ENDLESS = "registry.example.com/endless@sha256:" + "0" * 64
@@ -36,10 +37,12 @@ KINDS = {"a100": A100, "h100": H100}
 @pytest.fixture(scope="module")
 def queue(world: World, namespace: str) -> Iterator[str]:
     """A queue of Kueue with quota for fifteen of the nodes."""
-    nodes_of_a100 = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
-    quota = {"nvidia.com/gpu": str((NODES - 1) * 8), "cpu": "100000"}
-    with queue_with_quota(world, namespace, QUEUE, quota, nodes_of_a100) as name:
+    with queue_with_quota(world, namespace, QUEUE, quota_of(NODES - 1), OF_A100) as name:
         yield name
+
+
+def quota_of(nodes: int) -> dict[str, str]:
+    return {"nvidia.com/gpu": str(nodes * 8), "cpu": "100000"}
 
 
 def stage(name: str, nodes: int, image: str = ENDLESS, **resources: Any) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def test_a_stage_of_16_nodes_gets_all_of_them_or_none(world: World, namespace: s
     run.wait("Kueue is quoted", lambda: "nvidia.com/gpu" in run.condition("QuotaReserved")["message"], 30)
     assert run.pods() == []
 
-    world.apply(*queue_objects(namespace, queue, gpus=NODES * 8))
+    world.apply(*queue_objects(namespace, queue, quota_of(NODES), OF_A100))
     run.runs_stage("large", 120)
     assert sorted(placed(run)) == sorted(f"a100-{index}" for index in range(NODES))
     assert run.condition("QuotaReserved")["reason"] == "Admitted"
