@@ -47,7 +47,8 @@ class Endpoint(Model):
     """Requests under way at once. Default: 8."""
 
     max_requests: Count | None = None
-    """Budget of one attempt of the stage; when it is spent the stage fails. None: no limit."""
+    """Budget of the stage, as far as its checkpoints remember what was spent; when it is gone the stage fails. None: no
+    limit."""
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------

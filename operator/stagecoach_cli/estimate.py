@@ -10,8 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from stagecoach_api.artifacts import Manifest
+from stagecoach_api.references import Reference
 from stagecoach_api.spec import Stage
-from stagecoach_api.stages import EvaluateStage, ExportStage, PretrainStage, SftStage, TokenizerStage
+from stagecoach_api.stages import PretrainStage, TokenizerStage
 from stagecoach_api.stages.pretrain import Architecture
 from stagecoach_api.training import Training
 from stagecoach_core.values import Plan
@@ -85,11 +86,10 @@ def num_parameters(plan: Plan, name: str) -> float | None:
     if isinstance(config, PretrainStage) and config.architecture is not None:
         vocabulary = config.tokenizer.stage if config.tokenizer is not None else None
         return _architecture_parameters(config.architecture, _vocabulary_size(plan, vocabulary))
-    if not isinstance(config, PretrainStage | SftStage | EvaluateStage | ExportStage) or config.model is None:
+    model: Reference | None = getattr(config, "model", None)
+    if model is None:
         return None
-    if config.model.stage is not None:
-        return num_parameters(plan, config.model.stage)
-    return _size_in_name(config.model.uri or "")
+    return _size_in_name(model.uri or "") if model.stage is None else num_parameters(plan, model.stage)
 
 
 def _architecture_parameters(shape: Architecture, vocabulary: int) -> float:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.spec import Stage
+from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_core.quantities import asked_threads
 
-TRAINING_KINDS = frozenset({"pretrain", "sft"})
-"""Kinds that run as several ranks."""
-
-HEAVY_KINDS = frozenset({"pretrain", "sft", "evaluate", "export"})
+HEAVY_KINDS = TRAINING_KINDS | {"evaluate", "export"}
 """Kinds that keep every core busy; the others read and write."""
 
 CORES_PER_HEAVY_STAGE = 4

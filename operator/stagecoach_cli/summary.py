@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
+from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_api.store import Store, StoreError
 from stagecoach_cli.figures import duration, metric, quantity, short
-from stagecoach_cli.machine import TRAINING_KINDS
 from stagecoach_cli.tail import last_lines
 from stagecoach_cli.view import FINISHED, Snapshot, StageRow, causes
 from stagecoach_core.values import StageState
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 FAILURE_LINES = 15
 
+REWARDS = ("reward", "kl", "endedShare", "answerTokens")
+"""What the table tells of reinforcement."""
+
 _TOKENS_PER_CHARACTER = re.compile(r"^tokensPerCharacter\.(?P<set>.+)\.(?P<when>before|after)$")
-_BITS_BEFORE = re.compile(r"^heldOut\.(?P<set>.+)\.before\.bitsPerCharacter$")
-_BITS_AFTER = re.compile(r"^heldOut\.(?P<set>.+)\.bitsPerCharacter$")
+_HELD_OUT = re.compile(r"^heldOut\.(?P<set>.+?)(?P<before>\.before)?\.(?P<figure>[A-Za-z]+)$")
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,28 @@ def tokens_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
 
 def bits_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
     """Return held-out bits per character before and after a training stage, by set."""
+    return _held_out(metrics, "bitsPerCharacter")
+
+
+def accuracy(metrics: Mapping[str, float]) -> dict[str, Change]:
+    """Return the share of held-out preferences that a model tells rightly, before and after training, by set."""
+    return _held_out(metrics, "accuracy")
+
+
+def _held_out(metrics: Mapping[str, float], figure: str) -> dict[str, Change]:
     changes: dict[str, Change] = {}
     for name, value in metrics.items():
-        before = _BITS_BEFORE.match(name)
-        after = _BITS_AFTER.match(name)
-        if before:
-            changes[before["set"]] = Change(value, changes.get(before["set"], Change()).after)
-        elif after:
-            changes[after["set"]] = Change(changes.get(after["set"], Change()).before, value)
+        found = _HELD_OUT.match(name)
+        if found is None or found["figure"] != figure:
+            continue
+        known = changes.get(found["set"], Change())
+        changes[found["set"]] = Change(value, known.after) if found["before"] else Change(known.before, value)
     return changes
+
+
+def rewards_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what matters of a PPO stage's last update."""
+    return {name: metrics[name] for name in REWARDS if name in metrics}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -146,10 +161,14 @@ def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, 
     training = {name: item for name, item in finished.items() if item.kind in TRAINING_KINDS}
     words = {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()}
     held_out = {name: bits_per_character(item.metrics) for name, item in training.items()}
+    preferred = {name: accuracy(item.metrics) for name, item in training.items()}
+    rewards = {name: rewards_of(item.metrics) for name, item in of_kind.get("ppo", {}).items()}
     tables = {
         "Stages": stage_table(snapshot.rows, manifests),
         "Tokens per character, before and after the vocabulary": change_table(words),
         "Held-out bits per character, before and after training": change_table(held_out),
+        "Held-out preferences told rightly, before and after training": change_table(preferred),
+        "Reinforcement, last update": metrics_table(rewards),
         "Evaluation": metrics_table({name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
     }
     for title, table in tables.items():

@@ -12,6 +12,7 @@ from stagecoach_api.stages.pretrain import PretrainStage
 from stagecoach_api.stages.reward_model import RewardModelStage
 from stagecoach_api.stages.sft import SftStage
 from stagecoach_api.stages.tokenizer import TokenizerStage
+from stagecoach_api.training import Training
 
 STAGE_KINDS: dict[str, type[Model]] = {
     "data": DataStage,
@@ -25,8 +26,12 @@ STAGE_KINDS: dict[str, type[Model]] = {
     "export": ExportStage,
 }
 
+TRAINING_KINDS = frozenset(kind for kind, model in STAGE_KINDS.items() if issubclass(model, Training))
+"""Kinds that run as several ranks."""
+
 __all__ = [
     "STAGE_KINDS",
+    "TRAINING_KINDS",
     "DataStage",
     "DpoStage",
     "EvaluateStage",

@@ -105,7 +105,7 @@ class PretrainingMix(Model):
     """PPO-ptx: next-token training beside the reward, against forgetting."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
-    """Text, or conversations (then every token counts)."""
+    """Text, or conversations, of which the assistant's words count."""
 
     weight: Annotated[float, Field(ge=0.0, le=1e6)]
     """Weight of the mean loss per token (InstructGPT: 27.8; COOL: 0.5)."""
