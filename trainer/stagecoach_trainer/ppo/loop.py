@@ -45,6 +45,7 @@ from stagecoach_trainer.train.engine import StepReport
 from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
 from stagecoach_trainer.train.metrics import Meter, StepFlops
 from stagecoach_trainer.train.precision import DTYPES
+from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, shard_frozen
 from stagecoach_trainer.train.state import (
     Progression,
     TrainingState,
@@ -103,7 +104,10 @@ class PpoLoop:
         if self._job.reference is None:
             return BaseBelowAdapter(self._policy.loss)
         model = freeze(self._job.reference, dtype, self._device)
-        return SeparateReference(Policy(model, self._config.policy, self._config.rollout.temperature).eval())
+        module = Policy(model, self._config.policy, self._config.rollout.temperature).eval()
+        if self._world.size > 1 and self._config.sharding.zero == PARAMETERS_SHARDED:
+            shard_frozen(module, self._config, self._world, self._device)
+        return SeparateReference(module)
 
     def run(self) -> PpoResult:
         """Train to the end."""

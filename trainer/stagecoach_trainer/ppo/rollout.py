@@ -200,17 +200,17 @@ class Rollouts:
         mine = list(range(len(prompts)))[self._world.rank :: self._world.size]
         mine.sort(key=lambda index: -len(prompts[index].ids))  # prompts of like length share a batch
         rows = self._config.rollout.batch_rows
-        rounds = math.ceil(math.ceil(len(prompts) / self._world.size) / rows)
+        share = math.ceil(len(prompts) / self._world.size)  # of the rank that has most: all make as many calls as it
         tally = Tally(names=self._job.rewards.names, terms=(0.0,) * len(self._job.rewards.names))
         with self._asking():
             self._sampler.refresh(self._policy.loss.model)  # type: ignore[arg-type]
-            for number in range(rounds):
+            for first in range(0, share, rows):
                 if self._asked_to_stop():
                     return None
-                chosen = mine[number * rows : (number + 1) * rows]
-                if chosen or self._config.sharding.zero:
-                    self._chunk(pool, tally, [prompts[index] for index in chosen], chosen, update, progress)
-                self._context.progress.report("answer", min(len(mine), (number + 1) * rows), len(mine), "answers")
+                chosen = mine[first : first + rows]
+                asked = [prompts[index] for index in chosen]
+                self._chunk(pool, tally, asked, chosen, update, progress, most=min(rows, share - first))
+                self._context.progress.report("answer", first + len(chosen), len(mine), "answers")
         return share_tally(tally, self._world)
 
     @contextmanager
@@ -232,14 +232,16 @@ class Rollouts:
         places: Sequence[int],
         update: int,
         progress: PpoProgress,
+        most: int,
     ) -> None:
-        """Answer some prompts, judge the answers, and add both to the pool."""
+        """Answer some prompts, judge the answers, and add both to the pool. `most`: prompts of the rank that has
+        most."""
         keys = [(self._context.seed, KEY_SAMPLING, progress.rollbacks, update, place) for place in places]
         sampled = self._sampler.answer([prompt.ids for prompt in prompts], keys) if prompts else []
         judged = [self._judged(prompt, answer) for prompt, answer in zip(prompts, sampled, strict=True)]
         scores = self._scores(judged, self._job.rewards.score(judged))
         experiences: list[Experience] = []
-        for start in range(0, max(1, len(prompts)), self._scoring_rows):
+        for start in range(0, most, self._scoring_rows):
             part = slice(start, start + self._scoring_rows)
             pairs = [(prompt.ids, answer.ids) for prompt, answer in zip(prompts[part], sampled[part], strict=True)]
             experiences += self._ask(pairs, [score.total for score in scores[part]], tally, progress.kl_coefficient)

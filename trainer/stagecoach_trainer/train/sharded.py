@@ -79,13 +79,7 @@ class ShardedEngine:
     def _gather_what_others_use(self, deepspeed: Any) -> None:
         """Tell ZeRO-3 which parameters are used outside of the module that holds them."""
         register = deepspeed.zero.register_external_parameter
-        head = getattr(self.loss, "head", None)
-        if head is not None:
-            plain = isinstance(head, nn.Linear) and head_weight(head) is not None
-            if plain:
-                for item in head.parameters():
-                    register(self.loss, item)
-            self.loss.through_module = not plain
+        register_head(deepspeed, self.loss)
         for module in self._model.modules():
             if hasattr(module, "get_merged_weights"):  # peft's trained rows read their base layer's weight
                 for item in module.parameters():
@@ -222,6 +216,28 @@ class ShardedEngine:
                     full = self._frozen.original(name, item)
                 if self._world.is_main:
                     yield name, full
+
+
+def shard_frozen(module: Any, config: Training, world: World, device: torch.device) -> None:
+    """Share the parameters of a model that is only asked out over the ranks, as ZeRO-3 does; offloaded where the
+    stage's are. `module` then gathers them as it is called, on all ranks at the same time."""
+    deepspeed = import_deepspeed(device, world)
+    settings = deepspeed_config(config, world)
+    settings["zero_optimization"].pop("offload_optimizer", None)
+    deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+    register_head(deepspeed, module)
+
+
+def register_head(deepspeed: Any, module: Any) -> None:
+    """Tell ZeRO-3 that a module uses its model's head without calling it."""
+    head = getattr(module, "head", None)
+    if head is None:
+        return
+    plain = isinstance(head, nn.Linear) and head_weight(head) is not None
+    if plain:
+        for item in head.parameters():
+            deepspeed.zero.register_external_parameter(module, item)
+    module.through_module = not plain
 
 
 def gathered(parameter: nn.Parameter, stage: int) -> Any:
