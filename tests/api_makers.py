@@ -51,6 +51,25 @@ spec:
   - name: release
     after: [score]
     export: {model: {stage: sft}}
+  - name: taste
+    rewardModel:
+      model: {stage: sft}
+      data: [{uri: comparisons.json, format: comparison}]
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-5}
+  - name: reinforced
+    ppo:
+      model: {stage: sft}
+      data: [{uri: alpaca.json, format: alpaca}]
+      rewards: [{name: liked, model: {stage: taste}}]
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-6}
+  - name: direct
+    dpo:
+      model: {stage: sft}
+      data: [{uri: comparisons.json, format: comparison}]
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-6}
 """
 
 

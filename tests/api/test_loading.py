@@ -160,7 +160,7 @@ def test_problems_name_the_line_and_stand_in_the_order_of_the_file() -> None:
 
 
 def test_a_missing_field_is_told_on_the_line_of_what_should_hold_it() -> None:
-    text = document_text().replace("batch: {samples: 8}", "batch: {}")
+    text = document_text().replace("batch: {samples: 8}", "batch: {}", 1)
     (found,) = problems_of(text)
     assert found.line is not None
     assert "batch: {}" in text.splitlines()[found.line - 1]

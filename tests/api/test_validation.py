@@ -222,8 +222,8 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     # -- the graph
     (
         "two stages of one name are refused",
-        [("stages.6", {"name": "sft", "data": {"sources": [{"uri": "x"}]}})],
-        "spec.stages[6].name",
+        [("stages.9", {"name": "sft", "data": {"sources": [{"uri": "x"}]}})],
+        "spec.stages[9].name",
         ("must be unique", "spec.stages[3]"),
     ),
     (
@@ -559,8 +559,8 @@ def test_problems_of_the_schema_and_of_the_graph_are_told_together() -> None:
 def test_every_circle_is_told_once() -> None:
     spoiled = edited(
         ("stages.corpus.after", ["release"]),
-        ("stages.6", {"name": "a", "export": {"model": {"stage": "b"}}}),
-        ("stages.7", {"name": "b", "export": {"model": {"stage": "a"}}}),
+        ("stages.9", {"name": "a", "export": {"model": {"stage": "b"}}}),
+        ("stages.10", {"name": "b", "export": {"model": {"stage": "a"}}}),
     )
     circles = [problem.rule.rpartition(": ")[2] for problem in problems_of(spoiled)]
     assert "a -> b -> a" in circles
