@@ -81,9 +81,11 @@ def start_from_model(
     return Start(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
 
 
-def start_as_it_is(context: StageContext, model: Reference, change_config: ConfigChange | None = None) -> Start:
-    """Return the model that `model` names, an adapter merged into its base, with its own vocabulary."""
-    loaded = load_model(context, model, change_config=change_config)
+def start_as_it_is(
+    context: StageContext, model: Reference, change_config: ConfigChange | None = None, merge: bool = True
+) -> Start:
+    """Return the model that `model` names with its own vocabulary. `merge`: an adapter is merged into its base."""
+    loaded = load_model(context, model, merge=merge, change_config=change_config)
     return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
 
 

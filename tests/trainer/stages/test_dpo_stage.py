@@ -1,0 +1,233 @@
+"""The `dpo` stage: preferences in, a policy and its report out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_makers import make_context, make_tokenizer, save_base
+
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.dpo import DpoStage
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.stages import dpo
+from stagecoach_trainer.stages.dpo import run
+
+WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
+GOOD, BAD = "the dog sleeps", "a fox jumps"
+KTO = {"kto": {"beta": 0.5}}
+
+
+# -- makers ------------------------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    """Write pairs in which the words of `GOOD` are preferred; both answers have words of no meaning too."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for _ in range(count):
+        prompt, one, two = (" ".join(random.choice(WORDS, 3)) for _ in range(3))
+        lines.append({"prompt": prompt, "chosen": f"{one} {GOOD}", "rejected": f"{two} {BAD}"})
+    return write_lines(path, lines)
+
+
+def write_labels(path: Path, count: int, seed: int) -> Path:
+    """Write single answers, of which every third is a bad one."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        prompt, words = (" ".join(random.choice(WORDS, 3)) for _ in range(2))
+        good = number % 3 != 0
+        lines.append({"prompt": prompt, "completion": f"{words} {GOOD if good else BAD}", "label": good})
+    return write_lines(path, lines)
+
+
+def stage(**changes: Any) -> DpoStage:
+    values: dict[str, Any] = {
+        "model": {"uri": "base"},
+        "data": [{"uri": "train"}],
+        "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
+        "template": {"name": "humanBot"},
+        "sequenceLength": 128,
+        "batch": {"samples": 8, "microBatchRows": 4},
+        "budget": {"steps": 4},
+        "optimizer": {"learningRate": 3e-3},
+        "precision": "fp32",
+    }
+    return DpoStage.model_validate(values | changes)
+
+
+def context_for(root: Path, **inputs: Path) -> StageContext:
+    """Return a context with a base model, training and held-out pairs, where `inputs` has no others."""
+    root.mkdir(parents=True, exist_ok=True)
+    found = {
+        "base": inputs.get("base") or save_base(root / "base", make_tokenizer()),
+        "train": inputs.get("train") or write_pairs(root / "train.jsonl", 24, seed=1),
+        "test": inputs.get("test") or write_pairs(root / "test.jsonl", 8, seed=2),
+    }
+    return make_context(root, "dpo", found | inputs)
+
+
+def report_of(context: StageContext) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stopped_and_resumed(config: DpoStage, context: StageContext, at: int) -> None:
+    """Run a stage that is asked to stop after step `at`, and then to its end."""
+    report = context.progress.report
+
+    def stop_in_the_middle(activity: str, done: float = 0, *rest: Any, **more: Any) -> None:
+        report(activity, done, *rest, **more)
+        if activity == "train" and done >= at:
+            context.stop.set()
+
+    context.progress.report = stop_in_the_middle  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="after step"):
+        run(config, context)
+    context.stop.clear()
+    context.progress.report = report  # type: ignore[method-assign]
+    run(config, context)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "start", "steps"),
+    [({"sigmoid": {}}, math.log(2), 4), ({"ipo": {"beta": 0.5}}, 1.0, 4), (KTO, 0.5, 12)],
+    ids=["sigmoid", "ipo", "kto"],
+)
+def test_training_separates_the_pairs_from_a_start_without_opinion(
+    tmp_path: Path, loss: dict[str, Any], start: float, steps: int
+) -> None:
+    context = context_for(tmp_path)
+    metrics = run(stage(loss=loss, budget={"steps": steps}), context).metrics
+    assert metrics["heldOut.toy.before.loss"] == pytest.approx(start, abs=1e-6)
+    assert metrics["heldOut.toy.before.accuracy"] == 0.5
+    assert metrics["heldOut.toy.before.margin"] == 0.0
+    assert report_of(context)["history"][0]["loss"] == pytest.approx(start, abs=1e-6)
+    assert metrics["heldOut.toy.accuracy"] > 0.9
+    assert metrics["heldOut.toy.margin"] > 0.0
+    assert metrics["heldOut.toy.loss"] < start
+
+
+def test_kto_learns_from_labels_too_and_reports_its_point(tmp_path: Path) -> None:
+    train, test = write_labels(tmp_path / "l.jsonl", 36, seed=3), write_labels(tmp_path / "t.jsonl", 9, seed=4)
+    context = context_for(tmp_path, train=train, test=test)
+    metrics = run(stage(loss=KTO, budget={"steps": 5}), context).metrics
+    assert metrics["heldOut.toy.accuracy"] > 0.6
+    assert metrics["heldOut.toy.margin"] > 0.0
+    assert metrics["heldOut.toy.point"] >= 0.0
+    assert report_of(context)["data"]["train"]["answers"] == 36
+
+
+def test_an_adapter_is_trained_over_the_merged_model_or_continued(tmp_path: Path) -> None:
+    first = context_for(tmp_path / "first")
+    lora = {"lora": {"rank": 4}}
+    metrics = run(stage(trainable=lora, optimizer={"learningRate": 1e-2}), first).metrics
+    assert metrics["heldOut.toy.before.margin"] == 0.0
+    assert metrics["heldOut.toy.margin"] > 0.0
+    assert (first.output / "adapter_model.safetensors").is_file()
+    more = {"base": tmp_path / "first" / "base", "adapter": first.output}
+    second = context_for(tmp_path / "second", **more)
+    continued = {"lora": {"continueAdapter": True}}
+    metrics = run(stage(model={"uri": "adapter"}, trainable=continued), second).metrics
+    assert metrics["heldOut.toy.before.margin"] == 0.0  # the reference is the adapter as it was
+    assert (second.output / "adapter_model.safetensors").is_file()
+
+
+def test_a_resumed_stage_makes_the_same_bytes_and_asks_the_reference_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {
+        "base": save_base(tmp_path / "base", make_tokenizer()),
+        "other": save_base(tmp_path / "other", make_tokenizer(), seed=5),
+        "train": write_pairs(tmp_path / "train.jsonl", 16, seed=1),
+        "test": write_pairs(tmp_path / "test.jsonl", 4, seed=2),
+    }
+    config = stage(loss=KTO, reference={"uri": "other"}, checkpoints={"everySteps": 2}, batch={"samples": 4})
+    loads: list[None] = []
+    load = dpo._load_reference
+    monkeypatch.setattr(dpo, "_load_reference", lambda *given: loads.append(None) or load(*given))
+    whole = context_for(tmp_path / "whole", **inputs)
+    run(config, whole)
+    assert len(loads) == 1
+    parted = context_for(tmp_path / "parted", **inputs)
+    stopped_and_resumed(config, parted, at=2)
+    assert len(loads) == 2
+    assert content_of(parted.output) == content_of(whole.output)
+
+
+def test_a_policy_that_is_not_the_reference_starts_with_an_opinion(tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", make_tokenizer(), seed=5)
+    context = context_for(tmp_path, other=other)
+    config = stage(reference={"uri": "other"}, budget={"steps": 1}, optimizer={"learningRate": 0.0})
+    metrics = run(config, context).metrics
+    before = metrics["heldOut.toy.before.margin"]
+    assert before != 0.0
+    assert metrics["heldOut.toy.margin"] == before  # nothing was learnt, and the reference stays
+    reading = make_context(tmp_path / "read", "dpo", {"made": context.output})
+    loaded = load_model(reading, Reference(uri="made"))
+    base = load_model(context, stage().model)
+    for name, item in base.model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], item), name  # scoring left the policy as it was
+
+
+# -- what is reported and refused --------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_became_of_the_answers(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "train.jsonl", 19, seed=1)
+    same = {"prompt": "what", "chosen": "the dog", "rejected": "the dog"}
+    path.write_text(path.read_text(encoding="utf-8") + json.dumps(same) + "\n", encoding="utf-8")
+    context = context_for(tmp_path, train=path)
+    run(stage(budget={"steps": 1}), context)
+    counts = report_of(context)["data"]["train"]
+    assert (counts["sameAnswers"], counts["fewAnswers"], counts["pairs"]) == (1, 1, 19)
+    text = (context.output / "report.md").read_text(encoding="utf-8")
+    assert "| train | 20 | 19 | 38 | 19 | 0 |" in text
+    assert "| heldOut.toy.accuracy |" in text
+    with pytest.raises(UserError, match=r"maxDroppedShare.*sameAnswers 1"):
+        run(stage(maxDroppedShare=0.01), context)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": None}, "no chat template; name one"),
+        ({"trainable": {"lora": {"continueAdapter": True}}}, "`model` is no adapter"),
+        ({"sequenceLength": 8}, "no preference to learn from is left"),
+        ({"earlyStop": {"set": "other"}}, "earlyStop.set"),
+        ({"data": [{"uri": "labels"}]}, "kto"),
+        ({"reference": {"uri": "other"}}, "another vocabulary than `model`"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    extra = tuple(f"piece{number}" for number in range(9))
+    other = save_base(tmp_path / "other", make_tokenizer(extra=extra))
+    labels = write_labels(tmp_path / "labels.jsonl", 6, seed=3)
+    with pytest.raises(UserError, match=message):
+        run(stage(**changes), context_for(tmp_path, other=other, labels=labels))
+
+
+def test_kto_with_one_answer_a_step_warns_that_its_point_is_zero(tmp_path: Path) -> None:
+    context = context_for(tmp_path)
+    run(stage(loss=KTO, batch={"samples": 1}, budget={"steps": 1}, heldOut={}), context)
+    assert any("reference point" in warning for warning in report_of(context)["warnings"])

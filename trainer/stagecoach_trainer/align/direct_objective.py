@@ -1,0 +1,257 @@
+"""DPO, IPO and KTO as the training loop takes them: answers in, a summed loss out.
+
+B sequences of prompt and answer, P pairs, M mismatched sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stagecoach_api.stages.dpo import DirectLoss, SigmoidLoss
+from stagecoach_trainer.align.direct import ipo_losses, kl_point, kto_losses, log_ratios, sigmoid_losses
+from stagecoach_trainer.align.mismatched import PointedUnit
+from stagecoach_trainer.align.reference_table import ReferenceTable
+from stagecoach_trainer.samples.preferences import Counting, Group, Grouping, TokenSequence
+from stagecoach_trainer.train.causal import CausalLoss, causal_model, head_weight
+from stagecoach_trainer.train.collate import Batch, collate
+from stagecoach_trainer.train.fast_llama import fast_llama
+from stagecoach_trainer.train.log_probs import token_log_probs, token_log_probs_through
+from stagecoach_trainer.train.objective import UnpackedObjective
+from stagecoach_trainer.train.rows import IGNORE, Row
+
+
+def grouping_of(loss: DirectLoss) -> Grouping:
+    """Return what a unit of training is: one answer for KTO, else a pair."""
+    return Grouping.PAIRS if loss.kto is None else Grouping.ANSWERS
+
+
+def counting_of(loss: DirectLoss) -> Counting:
+    """Return what the loss is averaged over."""
+    return Counting.PAIRS if loss.kto is None else Counting.ANSWERS
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts with one answer each, as the model takes them."""
+
+    text: Batch
+    """One sequence a row; the answers' tokens are its targets."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each answer [B]; their sum is the number of targets."""
+
+    def to(self, device: torch.device) -> Answers:
+        return self if device.type == "cpu" else replace(self, text=self.text.to(device))
+
+    def pinned(self) -> Answers:
+        return replace(self, text=self.text.pinned())
+
+
+@dataclass(frozen=True)
+class Point:
+    """What KTO's reference point of one step is estimated from."""
+
+    step: int
+    parts: tuple[Answers, ...]
+    """The mismatched sequences, as many at once as fit."""
+
+    reference: Tensor
+    """Log-probability of each under the reference, fp64 [M]."""
+
+
+@dataclass(frozen=True)
+class DirectBatch:
+    """Whole groups as one micro-batch."""
+
+    answers: Answers
+    reference: Tensor
+    """Log-probability of each answer under the reference, in nats, fp64 [B]."""
+
+    better: Tensor
+    """Row of each pair's better answer [P]."""
+
+    worse: Tensor
+    """Row of each pair's other answer [P]."""
+
+    liked: Tensor
+    """Whether a single answer is a good one [B], bool; empty where answers come in pairs."""
+
+    num_targets: int
+    """What the summed loss is divided by, as far as it lies here: pairs or answers."""
+
+    point: Point | None = None
+    """None: the loss has none, or no unit is here."""
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.answers.text.tokens
+
+    def to(self, device: torch.device) -> DirectBatch:
+        if device.type == "cpu":
+            return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), lambda answers: answers.to(device))
+
+    def pinned(self) -> DirectBatch:
+        return self._each(lambda tensor: tensor.pin_memory(), lambda answers: answers.pinned())
+
+    def _each(self, tensor: Callable[[Tensor], Tensor], answers: Callable[[Answers], Answers]) -> DirectBatch:
+        point = self.point
+        if point is not None:
+            parts = tuple(answers(part) for part in point.parts)
+            point = Point(point.step, parts, tensor(point.reference))
+        return DirectBatch(
+            answers(self.answers),
+            tensor(self.reference),
+            tensor(self.better),
+            tensor(self.worse),
+            tensor(self.liked),
+            self.num_targets,
+            point,
+        )
+
+
+def collate_answers(sequences: Sequence[TokenSequence]) -> Answers:
+    """Lay out prompts with their answers, padded on the right to the longest."""
+    return Answers(
+        collate([_row(sequence) for sequence in sequences]), tuple(answer_tokens(item) for item in sequences)
+    )
+
+
+def answer_tokens(sequence: TokenSequence) -> int:
+    """Return the tokens of the answer that are predicted: all of them, if anything stands in front."""
+    return len(sequence.ids) - max(1, sequence.num_prompt)
+
+
+def _row(sequence: TokenSequence) -> Row:
+    labels = np.full(len(sequence.ids), IGNORE, np.int32)
+    first = max(1, sequence.num_prompt)
+    labels[first - 1 : -1] = sequence.ids[first:]
+    return Row(sequence.ids, labels, (len(sequence.ids),))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+class AnswerLoss(CausalLoss):
+    """Owns a policy; its forward pass is the loss of a micro-batch of answers."""
+
+    def __init__(self, model: nn.Module, loss: DirectLoss) -> None:
+        super().__init__(model)
+        self._loss = loss
+        self._point: tuple[int, Tensor] | None = None
+        """The step that the reference point was found for, and the point."""
+
+    def log_probs(self, answers: Answers) -> Tensor:
+        """Return log π(answer | prompt) of each sequence, in nats, fp64 [B]."""
+        text = answers.text
+        hidden, at = self._states(text)
+        weight = None if self.through_module else head_weight(self.head)
+        if weight is None:
+            vocabulary = int(causal_model(self.model).config.vocab_size)
+            found, _ = token_log_probs_through(self.head, hidden, at, text.targets, vocabulary)
+        else:
+            bias = getattr(self.head, "bias", None)
+            found, _ = token_log_probs(hidden, weight, at, text.targets, bias=bias, scratch=self._scratch)
+        each = found.double()  # a sum of hundreds of tokens, of which a like sum is taken away
+        parts = torch.split(each, list(answers.lengths)) if answers.lengths else ()
+        return torch.stack([part.sum() for part in parts]) if parts else each
+
+    def forward(self, batch: DirectBatch | Answers, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        """Return `scale` · the summed loss of the pairs, or of the answers for KTO, an fp32 scalar.
+
+        Of `Answers` return their log-probabilities, fp64 [B]: only a forward pass makes ZeRO-3 gather the head.
+        """
+        if isinstance(batch, Answers):
+            return self.log_probs(batch)
+        point = self._point_of(batch.point) if batch.point is not None else batch.reference.new_zeros(())
+        ratios = log_ratios(self.log_probs(batch.answers), batch.reference)
+        lengths = torch.tensor(batch.answers.lengths, dtype=ratios.dtype, device=ratios.device)
+        losses = direct_losses(self._loss, ratios, lengths, batch.better, batch.worse, batch.liked, point)
+        return (scale * losses.sum()).float()
+
+    def _point_of(self, point: Point) -> Tensor:
+        """Return z₀ of a step; weights change between steps only, so that it is found in the first micro-batch."""
+        if self._point is None or self._point[0] != point.step:
+            was_training = self.training
+            self.eval()
+            with torch.no_grad():
+                found = [self.log_probs(part) for part in point.parts]
+            self.train(was_training)
+            ratios = log_ratios(torch.cat(found), point.reference) if found else point.reference.new_zeros(1)
+            self._point = point.step, kl_point(ratios)
+        return self._point[1]
+
+
+def direct_losses(
+    loss: DirectLoss, ratios: Tensor, lengths: Tensor, better: Tensor, worse: Tensor, liked: Tensor, point: Tensor
+) -> Tensor:
+    """Return the loss of each pair [P], or of each answer [B] for KTO, of log-ratios [B] and answers' lengths [B]."""
+    if loss.kto is not None:
+        kto = loss.kto
+        return kto_losses(ratios, liked, point, kto.beta, kto.desirable_weight, kto.undesirable_weight)
+    if loss.ipo is not None:
+        return ipo_losses(ratios[better], ratios[worse], lengths[better], lengths[worse], loss.ipo.beta)
+    sigmoid = loss.sigmoid or SigmoidLoss()
+    return sigmoid_losses(ratios[better], ratios[worse], sigmoid.beta, sigmoid.label_smoothing)
+
+
+# -- the objective -----------------------------------------------------------------------------------------------------
+
+
+class DirectObjective(UnpackedObjective):
+    """Preferences as a loss over log-ratios, by the stage's `loss`."""
+
+    def __init__(self, loss: DirectLoss, references: ReferenceTable, point_rows: int = 1) -> None:
+        """`references`: of every sequence that will be seen. `point_rows`: mismatched sequences computed at once."""
+        self._loss = loss
+        self._references = references
+        self._point_rows = point_rows
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return AnswerLoss(model, self._loss)
+
+    def collate(self, units: Sequence[Any]) -> DirectBatch:
+        """Lay out groups, or for KTO units of answers with the step's mismatched sequences, as one micro-batch."""
+        groups = [group for unit in units for group in (unit.groups if isinstance(unit, PointedUnit) else (unit,))]
+        sequences = [sequence for group in groups for sequence in group.sequences]
+        firsts = np.cumsum([0, *(len(group.sequences) for group in groups)])
+        better = [group.better + first for group, first in zip(groups, firsts[:-1], strict=True)]
+        worse = [group.worse + first for group, first in zip(groups, firsts[:-1], strict=True)]
+        liked = [group.liked for group in groups if group.liked is not None]
+        pointed = next((unit for unit in units if isinstance(unit, PointedUnit)), None)
+        return DirectBatch(
+            collate_answers(sequences),
+            self._references.of(sequences),
+            _joined(better, np.int64),
+            _joined(worse, np.int64),
+            _joined(liked, np.bool_),
+            sum(group.num_targets for group in groups),
+            None if pointed is None else self._collate_point(pointed),
+        )
+
+    def _collate_point(self, unit: PointedUnit) -> Point:
+        sequences, size = unit.sequences, self._point_rows
+        parts = tuple(collate_answers(sequences[at : at + size]) for at in range(0, len(sequences), size))
+        return Point(unit.step, parts, self._references.of(sequences))
+
+    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return fast_llama(module, device, dtype)
+
+
+def _joined(parts: Sequence[Any], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]))
+
+
+def sequences_of(groups: Sequence[Group]) -> list[TokenSequence]:
+    """Return the answers of all groups, one after the other."""
+    return [sequence for group in groups for sequence in group.sequences]

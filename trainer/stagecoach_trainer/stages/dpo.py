@@ -1,0 +1,215 @@
+"""`dpo`: learn from preferences directly, without a reward model (DPO, IPO, KTO)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.references import NamedSource
+from stagecoach_api.stages.dpo import DpoStage
+from stagecoach_trainer.align.answer_scores import scoring
+from stagecoach_trainer.align.direct_held_out import DirectSet
+from stagecoach_trainer.align.direct_objective import DirectObjective, counting_of, grouping_of, sequences_of
+from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit
+from stagecoach_trainer.align.reference_table import ReferenceTable, Scorer, fill_table
+from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.load import load_model, own_tokenizer
+from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
+from stagecoach_trainer.samples.plan import MixedPlan
+from stagecoach_trainer.samples.preferences import (
+    GROUP_LOSSES,
+    Group,
+    GroupShard,
+    TokenSequence,
+    check_group_losses,
+    describe_groups,
+    group_shard,
+    plan_groups,
+)
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report
+from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.train.job import TrainingJob
+from stagecoach_trainer.train.loop import train
+from stagecoach_trainer.train.rows import StepPlan
+
+
+def run(config: DpoStage, context: StageContext) -> StageOutcome:
+    """Train a policy on preferences; the output is a model folder or a PEFT adapter, with tokenizer.
+
+    Raises UserError for data, models or settings that do not go together; Interrupted and Diverged as `train` does.
+    """
+    check_before_loading(config, from_nothing=False)
+    start, warnings = _start(config, context)
+    shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
+    check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
+    warnings += _lonely_answers(config, plan)
+    steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, context.world.size)
+    table = ReferenceTable()
+    held_out = tuple(_held_out(config, context, source, start.tokenizer, table) for source in config.held_out.sets)
+    trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    parameters = count_parameters(trained.model)
+    _score_with_reference(config, context, table, start, trained, [_drawn(steps), *(s.sequences for s in held_out)])
+    objective = DirectObjective(config.loss, table, config.batch.micro_batch_rows or 1)
+    result = train(TrainingJob(trained.model, config, steps, held_out, objective), context)
+    if context.world.is_main:
+        context.progress.report("save")
+        save_result(context, start, trained)
+        prepared = Prepared(start, {name: item.shard for name, item in shards.items()}, plan, (), tuple(warnings))
+        _write_report(context, make_report(prepared, result, trained.notes, parameters, result.metrics))
+    return StageOutcome(tokens=result.tokens, metrics=result.metrics)
+
+
+# -- before training ---------------------------------------------------------------------------------------------------
+
+
+def _start(config: DpoStage, context: StageContext) -> tuple[Start, list[str]]:
+    """Return the policy to train, with its vocabulary, and warnings for the report."""
+    continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
+    start = start_as_it_is(context, config.model, position_change(config.sequence_length), merge=not continued)
+    if config.template is not None:
+        return start, apply_template(start.tokenizer, config.template)
+    if start.tokenizer.chat_template is None:
+        raise UserError("template: the model's tokenizer has no chat template; name one")
+    return start, []
+
+
+def _shard(config: DpoStage, context: StageContext, source: Any, tokenizer: Any) -> GroupShard:
+    return group_shard(context, source, tokenizer, config.sequence_length, grouping_of(config.loss))
+
+
+def _held_out(
+    config: DpoStage, context: StageContext, source: NamedSource, tokenizer: Any, table: ReferenceTable
+) -> DirectSet:
+    """Return a set to measure on: its pairs or answers from the first on, `maxTokens` in all."""
+    shard = _shard(config, context, source, tokenizer)
+    groups: list[Group] = []
+    left = config.held_out.max_tokens
+    for group in shard.groups(counting_of(config.loss)):
+        if groups and group.num_tokens > left:
+            break
+        groups.append(group)
+        left -= group.num_tokens
+    if not groups:
+        raise UserError(f"heldOut.sets: {source.name} holds no preference to measure ({describe_groups(shard.counts)})")
+    return DirectSet(source.name, groups, config.loss, config.sequence_length, table)
+
+
+def _lonely_answers(config: DpoStage, plan: MixedPlan) -> list[str]:
+    """Return a warning where KTO's reference point cannot be estimated."""
+    if config.loss.kto is None or plan.phases[0].per_step > 1:
+        return []
+    return ["KTO: a step has one answer, and no other prompt's to estimate the reference point from: it is 0"]
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def _drawn(steps: StepPlan) -> Iterator[TokenSequence]:
+    """Yield the sequences that training will see, in its order; again where it sees them again."""
+    for step in range(steps.num_steps):
+        units: Sequence[Any] = steps.rows(step)
+        for unit in units:
+            yield from sequences_of(unit.groups if isinstance(unit, PointedUnit) else [unit])
+        if units and isinstance(units[0], PointedUnit):
+            yield from units[0].sequences
+
+
+def _score_with_reference(
+    config: DpoStage,
+    context: StageContext,
+    table: ReferenceTable,
+    start: Start,
+    trained: TrainableModel,
+    streams: Sequence[Iterator[TokenSequence]],
+) -> None:
+    """Put what the reference gives the answers of all streams into the table. The reference is loaded only if the cache
+    lacks something, and is gone afterwards."""
+
+    own = config.reference is None or context.input(config.reference).digest == context.input(config.model).digest
+    if not own:
+        _check_vocabulary(config, context, start)
+    with ExitStack() as stack:
+        scorers: list[Scorer] = []
+
+        def scorer() -> Scorer:
+            if not scorers:
+                model = trained.model if own else _load_reference(config, context)
+                scorers.append(stack.enter_context(scoring(model, config, context.world)))
+            return scorers[0]
+
+        for stream in streams:
+            fill_table(table, context, _reference_key(config, context, own), stream, scorer)
+
+
+def _reference_key(config: DpoStage, context: StageContext, own: bool) -> dict[str, Any]:
+    """Return what the reference's numbers depend on, the answers apart."""
+    return {
+        "model": context.input(config.model if own or config.reference is None else config.reference).digest,
+        "trainable": config.trainable.model_dump(mode="json") if own else None,  # it decides the number formats
+        "precision": config.precision.value,
+        "sequenceLength": config.sequence_length,
+        "rows": config.batch.micro_batch_rows or 1,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _load_reference(config: DpoStage, context: StageContext) -> Any:
+    reference = config.reference or config.model
+    loaded = load_model(context, reference, change_config=position_change(config.sequence_length))
+    loaded.model.requires_grad_(False)
+    return loaded.model
+
+
+def _check_vocabulary(config: DpoStage, context: StageContext, start: Start) -> None:
+    """Raise UserError unless the reference has the policy's vocabulary: both are given the same ids."""
+    path = context.fetch(config.reference or config.model)
+    tokenizer = own_tokenizer(path)
+    if tokenizer is None:
+        raise UserError(f"reference: {path} has no vocabulary to be compared with the policy's; put it there")
+    ours, theirs = start.tokenizer.get_vocab(), tokenizer.get_vocab()
+    odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
+    if odd:
+        raise UserError(
+            f"reference: it has another vocabulary than `model`: {len(theirs)} tokens against {len(ours)}, and "
+            f"{len(odd)} of them differ, such as {odd[0]!r}; name a model of the same vocabulary, or leave `reference` "
+            "out to hold the policy to its own start"
+        )
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
+    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
+    (context.output / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """Return the report for people, in Markdown."""
+    parameters = report["parameters"]
+    share = parameters["trained"] / max(1, parameters["all"])
+    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+    lines = [
+        "# dpo",
+        "",
+        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
+        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
+        "",
+        "| data set | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for name, counts in report["data"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{counts.get(column, 0):,}" for column in columns) + " |")
+    lines += ["", "| metric | value |", "|---|---:|"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in report["metrics"].items()]
+    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
+    return "\n".join(lines).rstrip() + "\n"
