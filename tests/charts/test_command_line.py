@@ -75,7 +75,7 @@ def test_before_the_chart_is_installed_the_error_says_so(stagecoach: Stagecoach)
 def served(kubectl: Callable[..., str], stagecoach: Stagecoach) -> Iterator[Callable[[], dict[str, Any]]]:
     """The definition, and the run as the API server has it."""
     kubectl("apply", "--server-side", "--filename", str(CHART / "files" / "trainingruns.yaml"))
-    kubectl("wait", "crd", "trainingruns.stagecoach.dev", "--for=condition=Established", "--timeout=60s")
+    kubectl("wait", "crd", "trainingruns.stagecoach.dev", "--for=condition=Established", "--timeout=110s")
     yield lambda: json.loads(kubectl("get", "trainingrun", RUN, "--output=json"))
     kubectl("delete", "trainingruns", "--all", "--wait=false")
 

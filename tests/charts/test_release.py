@@ -47,7 +47,7 @@ class Api:
     def install(self, *settings: str) -> None:
         """Install the chart, and wait until runs can be made."""
         self.helm("install", RELEASE, str(CHART), "--no-hooks", *settings)
-        self.kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=60s")
+        self.kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=110s")
 
     def value(self, kind: str, name: str, path: str) -> str:
         return self.kubectl("get", kind, name, "--namespace", NAMESPACE, "--output", f"jsonpath={{{path}}}")
