@@ -1,0 +1,55 @@
+"""One rank of `test_dpo_ranks.py`: runs a `dpo` stage with each way of sharding and writes its metrics as JSON.
+
+python dpo_ranks_worker.py FOLDER STAGE…   with torchrun's variables set; a STAGE is a ZeRO stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from model_makers import make_context
+
+from stagecoach_api.stages.dpo import DpoStage
+from stagecoach_trainer.context import World
+from stagecoach_trainer.distributed import process_group, world_from
+from stagecoach_trainer.stages.dpo import run
+
+CONFIG: dict[str, Any] = {
+    "model": {"uri": "base"},
+    "reference": {"uri": "other"},
+    "data": [{"uri": "train"}],
+    "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
+    "template": {"name": "humanBot"},
+    "sequenceLength": 64,
+    "batch": {"samples": 3},
+    "budget": {"epochs": 1},
+    "optimizer": {"learningRate": 1e-3},
+    "precision": "fp32",
+    "loss": {"kto": {"beta": 0.5}},
+}
+"""Seven answers in steps of three: in the last step one of two ranks has nothing to do."""
+
+
+def metrics_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str, float]:
+    """Run the stage on the inputs in `folder`."""
+    inputs = {item: folder / item for item in ("base", "other", "train", "test")}
+    context = make_context(folder / name / str(world.rank), "dpo", inputs, world=world)
+    return dict(run(DpoStage.model_validate(CONFIG | {"sharding": {"zero": zero}}), context).metrics)
+
+
+def main() -> None:
+    folder, stages = Path(sys.argv[1]), sys.argv[2:]
+    world = world_from(os.environ)
+    with process_group(world):
+        report = {stage: metrics_of(folder, f"zero{stage}", world, int(stage)) for stage in stages}
+    if world.is_main:
+        report["alone"] = metrics_of(folder, "alone", World())
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
