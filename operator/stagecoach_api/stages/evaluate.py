@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from stagecoach_api.base import Count, Fraction, Identifier, Model, Uri
+from stagecoach_api.base import Count, Fraction, Identifier, Model, ShortText, Uri
 from stagecoach_api.references import NamedSource, Reference
 from stagecoach_api.rewards import RewardTerms
 from stagecoach_api.stages.sft import Template
@@ -25,6 +25,10 @@ class Generation(Model):
 
     top_p: Fraction = 1.0
     """Share of probability mass that is sampled from. Default: 1."""
+
+    answer_begins_with: ShortText | None = None
+    """Words, and a newline, that the answer is made to begin with and that do not count as part of it, such as the
+    `good` words of a chain of hindsight. None: the model begins."""
 
 
 Prompt = Annotated[str, Field(min_length=1, max_length=65536)]

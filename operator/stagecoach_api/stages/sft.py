@@ -104,14 +104,16 @@ class Hindsight(Model):
 
     mode: HindsightMode = HindsightMode.CHAIN
     """`chain`: prompt, then feedback words and answers from the worst to the best in one sequence, with loss on the
-    answers only; `best`: the best answer alone, as in plain fine-tuning. Default: chain."""
+    answers only, and beside it the best answer alone as it is asked for; `best`: the best answer alone, as in plain
+    fine-tuning. Default: chain."""
 
     feedback: Annotated[tuple[Feedback, ...], Field(min_length=1, max_length=64)] = (
         Feedback(good="A helpful answer:", bad="An unhelpful answer:"),
         Feedback(good="A good answer:", bad="A bad answer:"),
         Feedback(good="Better:", bad="Worse:"),
     )
-    """`chain` only: words to choose from at random, once a record. A served model is asked with the `good` words.
+    """`chain` only: words to choose from at random, once a record. A served model is asked with the
+    `good` words in front of its answer (`generation.answerBeginsWith`).
     Default: three English pairs."""
 
     max_masked_share: Fraction = 0.05

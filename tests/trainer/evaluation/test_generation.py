@@ -13,6 +13,8 @@ from model_makers import make_tokenizer
 from stagecoach_api.stages.evaluate import Generation
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation.generation import Prompter, generate, generation_settings, pad_left
+from stagecoach_trainer.samples.hindsight import asked_prompt
+from stagecoach_trainer.text.templates import Renderer
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,13 @@ def test_a_prompt_is_what_the_chat_template_serves(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "what is a fox"}]
     served = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert Prompter(tokenizer).encode_question("what is a fox").tolist() == served
+
+
+def test_an_answer_can_be_made_to_begin_with_the_words_of_a_chain_of_hindsight(tokenizer: Any) -> None:
+    asked = Prompter(tokenizer, Generation(answer_begins_with="A good answer:")).encode_question("what is a fox")
+    messages = [{"role": "user", "content": "what is a fox"}]
+    served = asked_prompt(Renderer(tokenizer), messages, "A good answer:")
+    assert asked.tolist() == tokenizer(served, add_special_tokens=False)["input_ids"]
 
 
 def test_without_a_chat_template_a_prompt_is_continued_as_plain_text() -> None:

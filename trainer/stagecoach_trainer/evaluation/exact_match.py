@@ -55,7 +55,7 @@ def measure_exact_match(
     task: ExactMatch, model: Any, tokenizer: Any, context: Fetches, batch_rows: int, seed: int, report: Report
 ) -> Matched:
     """Ask all questions of the task. Raises UserError for records that are no conversations with an answer."""
-    questions = list(islice(_questions(task, Prompter(tokenizer), context), task.max_samples))
+    questions = list(islice(_questions(task, Prompter(tokenizer, task.generation), context), task.max_samples))
     if not questions:
         raise UserError(f"exactMatch {task.name}: the set `{task.on.label}` has no records; give conversations")
     prompts = [question.prompt for question in questions]

@@ -17,6 +17,7 @@ from stagecoach_api.stages.evaluate import Generation, Samples
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.hindsight import lead_in
 from stagecoach_trainer.text.templates import Message, Renderer, message_of
 
 Report = Callable[[int, int], None]
@@ -39,18 +40,21 @@ class Answer:
 class Prompter:
     """Turns messages into the ids a served model would be given."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, settings: Generation | None = None) -> None:
         self._tokenizer = tokenizer
+        words = None if settings is None else settings.answer_begins_with
+        self._lead_in = "" if words is None else lead_in(words)
         self._encoder = Encoder(tokenizer)
         self.has_template = tokenizer.chat_template is not None
         """Without a chat template the last message is continued as plain text."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> Ids:
-        """Return the prompt's ids [T]: the conversation with the generation prompt, special tokens read as such."""
+        """Return the prompt's ids [T]: the conversation with the generation prompt, special tokens read as such, and
+        what the answer is made to begin with."""
         if self.has_template:
             text = Renderer(self._tokenizer).render(messages, tools, add_generation_prompt=True)
-            return self._encoder.prompts([text])[0]
-        ids = self._encoder.documents([str(messages[-1]["content"])])[0]
+            return self._encoder.prompts([text + self._lead_in])[0]
+        ids = self._encoder.documents([str(messages[-1]["content"]) + self._lead_in])[0]
         start = [] if self._encoder.bos is None else [self._encoder.bos]
         return np.concatenate([np.asarray(start, dtype=np.int32), ids])
 
@@ -96,7 +100,7 @@ def answer_samples(
     report: Report = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Return prompts and answers in the form reports show."""
-    prompter = Prompter(tokenizer)
+    prompter = Prompter(tokenizer, samples.generation)
     prompts = [prompter.encode_question(prompt) for prompt in samples.prompts]
     answers = generate(model, tokenizer, prompts, samples.generation, batch_rows, seed, report)
     return [

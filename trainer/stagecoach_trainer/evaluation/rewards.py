@@ -134,7 +134,7 @@ def _answers(
     task: RewardTask, opened: Opened, prompts: Sequence[tuple[Message, ...]], batch_rows: int, seed: int, say: Report
 ) -> tuple[Judged, ...]:
     model, tokenizer = opened
-    prompter = Prompter(tokenizer)
+    prompter = Prompter(tokenizer, task.generation)
     ids = [prompter.encode(prompt) for prompt in prompts]
     said = generate(model, tokenizer, ids, task.generation, batch_rows, seed, say)
     return tuple(
