@@ -173,8 +173,6 @@ LIST_KEYS: dict[tuple[str, str], str] = {
 _KEPT = frozenset({"type", "format", "enum", "required", "pattern"}) | {
     f"{bound}{measure}" for bound in ("min", "max") for measure in ("imum", "Length", "Items", "Properties")
 }
-_EXCLUSIVE = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
-"""A number in JSON Schema; in a structural schema a truth value beside the bound."""
 _DROPPED = frozenset({"default", "title"})
 """`title` as a keyword; a property may have that name."""
 _FORMATS = {"integer": "int64", "number": "double"}
@@ -218,8 +216,6 @@ class _Converter:
                 found[keyword] = value
             elif keyword == "const":
                 found["enum"] = [value]
-            elif keyword in _EXCLUSIVE:
-                found |= {_EXCLUSIVE[keyword]: value, keyword: True}
             elif keyword == "items":
                 found["items"] = self._node(value)
             elif keyword == "additionalProperties":

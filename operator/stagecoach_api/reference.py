@@ -61,7 +61,7 @@ def _definitions(root: type[Model]) -> dict[str, Schema]:
 
 
 def _contents() -> str:
-    kinds = " · ".join(f"[`{kind}`](#stage-kind-{kind})" for kind in STAGE_KINDS)
+    kinds = " · ".join(f"[`{kind}`](#stage-kind-{kind.lower()})" for kind in STAGE_KINDS)
     return f"[The run](#the-run) · stage kinds {kinds} · [status](#status)\n"
 
 

@@ -42,7 +42,7 @@ def test_every_model_and_field_stands_once_on_the_page() -> None:
 def test_every_kind_of_stage_has_a_heading_that_the_contents_lead_to() -> None:
     for kind in STAGE_KINDS:
         assert f"## Stage kind `{kind}`" in PAGE
-        assert f"(#stage-kind-{kind})" in PAGE
+        assert f"(#stage-kind-{kind.lower()})" in PAGE
 
 
 def test_every_link_leads_somewhere() -> None:

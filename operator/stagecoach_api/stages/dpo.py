@@ -11,7 +11,7 @@ from stagecoach_api.references import Reference
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import MeasuredTraining, require_exactly_one
 
-Beta = Annotated[float, Field(gt=0.0, le=1000.0)]
+Beta = Annotated[float, Field(ge=1e-6, le=1000.0)]
 
 
 class SigmoidLoss(Model):
@@ -20,7 +20,7 @@ class SigmoidLoss(Model):
     beta: Beta = 0.1
     """How strongly the policy is held to the reference. Default: 0.1."""
 
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0.0, le=0.49)] = 0.0
     """Share of preferences taken to be the wrong way round (conservative DPO). Default: 0."""
 
 

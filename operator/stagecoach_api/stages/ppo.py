@@ -27,10 +27,10 @@ class Rollout(Model):
     max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 128
     """Longest answer, in tokens. Prompt and answer together must fit `sequenceLength`. Default: 128."""
 
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.001, le=10.0)] = 1.0
     """Sampling temperature; log-probabilities are those at this temperature. Default: 1."""
 
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, Field(ge=0.001, le=1.0)] = 1.0
     """Share of probability mass that is sampled from. Default: 1."""
 
     engine: RolloutEngine = RolloutEngine.TRANSFORMERS
@@ -57,7 +57,7 @@ class Critic(Model):
     optimizer: Optimizer | None = None
     """AdamW's settings. None: the policy's."""
 
-    clip: Annotated[float, Field(gt=0.0, le=1e6)] | None = 0.2
+    clip: Annotated[float, Field(ge=1e-6, le=1e6)] | None = 0.2
     """By how much a prediction may move in one update before its loss stops falling. Default: 0.2. None: any distance
     (COOL)."""
 
@@ -69,7 +69,7 @@ class KlControl(Model):
     coefficient: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.02
     """The price, at the beginning where it is adaptive. Default: 0.02 (InstructGPT)."""
 
-    target: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
+    target: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """KL per answer, in nats, that the coefficient is steered to (arXiv 1909.08593). None: the coefficient is fixed."""
 
     horizon: Count = 10000
@@ -79,7 +79,7 @@ class KlControl(Model):
 class PolicyLoss(Model):
     """The clipped objective and its advantages."""
 
-    clip: Annotated[float, Field(gt=0.0, le=10.0)] = 0.2
+    clip: Annotated[float, Field(ge=1e-6, le=10.0)] = 0.2
     """By how much a token's probability ratio may leave 1 before it stops counting. Default: 0.2."""
 
     gamma: Fraction = 1.0
@@ -126,31 +126,33 @@ class Guards(Model):
     always."""
 
     min_kl: float | None = -1.0
-    """Lowest mean KL per answer, in nats; a true one is never below 0 but for noise (trl#417). Default: -1."""
+    """Lowest mean KL per answer, in nats; a true one is never below 0 but for noise (trl#417). Default: -1. None: no
+    limit."""
 
     max_kl: float | None = None
-    """Highest mean KL per answer, in nats. Default: None."""
+    """Highest mean KL per answer, in nats. None: no limit."""
 
     min_entropy: float | None = 0.0001
-    """Lowest mean entropy per token, in nats: below it the policy says one thing only. Default: 0.0001."""
+    """Lowest mean entropy per token, in nats: below it the policy says one thing only. Default: 0.0001. None: no
+    limit."""
 
     min_ended_share: float | None = 0.05
-    """Lowest share of answers that end by themselves. Default: 0.05."""
+    """Lowest share of answers that end by themselves. Default: 0.05. None: no limit."""
 
     max_length_factor: float | None = 4.0
-    """Highest mean length as a multiple of that of the first update. Default: 4."""
+    """Highest mean length as a multiple of that of the first update. Default: 4. None: no limit."""
 
     min_length_factor: float | None = 0.1
-    """Lowest mean length as a multiple of that of the first update. Default: 0.1."""
+    """Lowest mean length as a multiple of that of the first update. Default: 0.1. None: no limit."""
 
     max_abs_reward: float | None = 1000.0
-    """Highest absolute reward of a single answer. Default: 1,000."""
+    """Highest absolute reward of a single answer. Default: 1,000. None: no limit."""
 
     min_reward_deviation: float | None = 0.0
-    """The rewards' standard deviation must be above it: constant rewards teach nothing. Default: 0."""
+    """The rewards' standard deviation must be above it: constant rewards teach nothing. Default: 0. None: no limit."""
 
     max_value_loss: float | None = 1000.0
-    """Highest loss of the critic. Default: 1,000."""
+    """Highest loss of the critic. Default: 1,000. None: no limit."""
 
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
     """Updates in a row that a sign must last. Default: 3."""

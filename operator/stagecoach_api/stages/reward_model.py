@@ -70,7 +70,7 @@ class FocalLoss(Model):
     barrier: Annotated[float, Field(ge=0.0, le=100.0)] = 0.02
     """Weight of -(log(x + limit) + log(limit - x)). Default: 0.02."""
 
-    limit: Annotated[float, Field(gt=0.0, le=1000.0)] = 5.0
+    limit: Annotated[float, Field(ge=0.01, le=1000.0)] = 5.0
     """Rewards stay inside (-limit, limit). Default: 5."""
 
 
