@@ -356,6 +356,23 @@ def check_group_losses(counts: Mapping[str, Mapping[str, int]], largest_share: f
         )
 
 
+def measured_groups(shard: GroupShard, counting: Counting, max_tokens: int, name: str) -> list[Group]:
+    """Return the groups of a held-out set from the first on, `max_tokens` in all, one at least.
+
+    Raises UserError where there is none.
+    """
+    groups: list[Group] = []
+    left = max_tokens
+    for group in shard.groups(counting):
+        if groups and group.num_tokens > left:
+            break
+        groups.append(group)
+        left -= group.num_tokens
+    if not groups:
+        raise UserError(f"heldOut.sets: {name} holds no preference to measure ({describe_groups(shard.counts)})")
+    return groups
+
+
 def describe_groups(counts: Mapping[str, int]) -> str:
     """Return the counts of a set of preferences, for people."""
     names = ("records", "groups", "answersRead", "answers", *GROUP_LOSSES, "pairs", "ties")

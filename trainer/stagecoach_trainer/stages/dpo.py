@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.references import NamedSource
 from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_trainer.align.answer_scores import scoring
@@ -20,21 +18,20 @@ from stagecoach_trainer.align.reference_table import ReferenceTable, Scorer, fil
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model, own_tokenizer
-from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.start import Start, position_change, save_result
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import (
     GROUP_LOSSES,
-    Group,
     GroupShard,
     TokenSequence,
     check_group_losses,
-    describe_groups,
     group_shard,
+    measured_groups,
     plan_groups,
 )
-from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report
-from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.stages.reports import training_text, write_report
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
 from stagecoach_trainer.train.job import TrainingJob
 from stagecoach_trainer.train.loop import train
 from stagecoach_trainer.train.rows import StepPlan
@@ -46,7 +43,8 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     Raises UserError for data, models or settings that do not go together; Interrupted and Diverged as `train` does.
     """
     check_before_loading(config, from_nothing=False)
-    start, warnings = _start(config, context)
+    continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
+    start, warnings = start_with_template(context, config.model, config.template, config.sequence_length, not continued)
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
@@ -63,22 +61,13 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
         context.progress.report("save")
         save_result(context, start, trained)
         prepared = Prepared(start, {name: item.shard for name, item in shards.items()}, plan, (), tuple(warnings))
-        _write_report(context, make_report(prepared, result, trained.notes, parameters, result.metrics))
+        report = make_report(prepared, result, trained.notes, parameters, result.metrics)
+        columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+        write_report(context, report, training_text("dpo", report, columns))
     return StageOutcome(tokens=result.tokens, metrics=result.metrics)
 
 
 # -- before training ---------------------------------------------------------------------------------------------------
-
-
-def _start(config: DpoStage, context: StageContext) -> tuple[Start, list[str]]:
-    """Return the policy to train, with its vocabulary, and warnings for the report."""
-    continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
-    start = start_as_it_is(context, config.model, position_change(config.sequence_length), merge=not continued)
-    if config.template is not None:
-        return start, apply_template(start.tokenizer, config.template)
-    if start.tokenizer.chat_template is None:
-        raise UserError("template: the model's tokenizer has no chat template; name one")
-    return start, []
 
 
 def _shard(config: DpoStage, context: StageContext, source: Any, tokenizer: Any) -> GroupShard:
@@ -90,15 +79,7 @@ def _held_out(
 ) -> DirectSet:
     """Return a set to measure on: its pairs or answers from the first on, `maxTokens` in all."""
     shard = _shard(config, context, source, tokenizer)
-    groups: list[Group] = []
-    left = config.held_out.max_tokens
-    for group in shard.groups(counting_of(config.loss)):
-        if groups and group.num_tokens > left:
-            break
-        groups.append(group)
-        left -= group.num_tokens
-    if not groups:
-        raise UserError(f"heldOut.sets: {source.name} holds no preference to measure ({describe_groups(shard.counts)})")
+    groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
     return DirectSet(source.name, groups, config.loss, config.sequence_length, table)
 
 
@@ -182,34 +163,3 @@ def _check_vocabulary(config: DpoStage, context: StageContext, start: Start) -> 
             f"{len(odd)} of them differ, such as {odd[0]!r}; name a model of the same vocabulary, or leave `reference` "
             "out to hold the policy to its own start"
         )
-
-
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
-    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
-    (context.output / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """Return the report for people, in Markdown."""
-    parameters = report["parameters"]
-    share = parameters["trained"] / max(1, parameters["all"])
-    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
-    lines = [
-        "# dpo",
-        "",
-        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
-        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
-        "",
-        "| data set | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for name, counts in report["data"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{counts.get(column, 0):,}" for column in columns) + " |")
-    lines += ["", "| metric | value |", "|---|---:|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in report["metrics"].items()]
-    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
-    return "\n".join(lines).rstrip() + "\n"

@@ -14,19 +14,21 @@ from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
-from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
-from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.models.start import Start, save_result
+from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable, count_parameters
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
+from stagecoach_trainer.ppo.sharing import share_frozen
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.mixing import Mix, Stream, make_key
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
 from stagecoach_trainer.samples.preferences import PromptSet, read_prompts
 from stagecoach_trainer.samples.sources import conversation_shard, is_conversation, text_shard
-from stagecoach_trainer.stages.training import write_report_files
-from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.stages.reports import table, trained_words, write_report
+from stagecoach_trainer.stages.training import start_with_template
 
 KEY_PROMPTS, KEY_MIX = 11, 12
 DROPPED = ("tooLong", "empty")
+SHOWN = ("reward", "kl", "entropy", "endedShare", "answerTokens")
 
 
 def run(config: PpoStage, context: StageContext) -> StageOutcome:
@@ -42,6 +44,8 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     critic = _critic(config, context, start, rewards)
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    asked = [found.model for found in rewards.reward_models().values()]
+    share_frozen([policy.model, critic, *asked])
     parameters = count_parameters(policy.model)
     plan = _prompt_plan(config, context, prompts)
     job = PpoJob(
@@ -53,6 +57,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
         rewards=rewards,
         prompts=plan,
         text=_text(config, context, start.tokenizer, plan),
+        asked=asked,
     )
     result = train_policy(job, context)
     if context.world.is_main:
@@ -72,35 +77,38 @@ def _start(config: PpoStage, context: StageContext) -> tuple[Start, list[str]]:
             "trainable.lora.continueAdapter: PPO starts a new adapter over the merged `model`, whose weights are the "
             "reference; leave it out"
         )
-    start = start_as_it_is(context, config.model, position_change(config.sequence_length))
-    if config.template is not None:
-        return start, apply_template(start.tokenizer, config.template)
-    if start.tokenizer.chat_template is None:
-        raise UserError("template: the model's tokenizer has no chat template; name one")
-    return start, []
+    return start_with_template(context, config.model, config.template, config.sequence_length)
 
 
 def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     from stagecoach_trainer.train.loop import training_device
 
     rows = config.rollout.batch_rows
-    return RewardSum.build(config.rewards, context, training_device(context.world), config.precision, rows)
+    device = training_device(context.world)
+    merge = config.trainable.lora is None  # else policy, critic and reward models may share the base below them
+    return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
 
 
 def _critic(config: PpoStage, context: StageContext, start: Start, rewards: RewardSum) -> Any:
-    """Return the critic with what it learns chosen: the policy's way, its head always."""
+    """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
+    is an adapter goes on with that adapter, over the base it was made on."""
     import torch
+    from peft import PeftModel
 
+    lora = config.trainable.lora
     source = config.critic.model or _first_reward_model(config)
     if source is None:
         model = make_reward_model(copy.deepcopy(start.model), context.seed)
     else:
-        found = load_reward_model(context, source, torch.float32, torch.device("cpu"))
+        found = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=lora is None)
         _check_vocabulary(found, start, "critic.model" if config.critic.model is not None else "rewards")
         model = found.model
+    if isinstance(model, PeftModel):
+        model.set_adapter(ADAPTER)  # it is trained again
+        return model
     trainable = config.trainable
-    if trainable.lora is not None:
-        lora = LoraTraining(**(trainable.lora.model_dump() | {"modules_to_save": (), "new_rows": False}))
+    if lora is not None:
+        lora = LoraTraining(**(lora.model_dump() | {"modules_to_save": (), "new_rows": False}))
         trainable = trainable.model_copy(update={"lora": lora})
     return choose_trainable(model, trainable, range(0), context.seed).model
 
@@ -222,29 +230,21 @@ def _report(
         "updates": result.updates,
         "warnings": warnings,
     }
-    write_report_files(context, report, _report_text(report))
+    write_report(context, report, _report_text(report))
 
 
 def _report_text(report: Mapping[str, Any]) -> str:
     """Return the report for people, in Markdown."""
-    parameters = report["parameters"]
-    share = parameters["trained"] / max(1, parameters["all"])
+    points = [point for point in report["history"] if "reward" in point]
     lines = [
         "# ppo",
         "",
-        f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {parameters['trained']:,} of "
-        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
+        f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {trained_words(report)}.",
         "",
-        "| prompts | records | prompts | " + " | ".join(DROPPED) + " |",
-        "|---|" + "---:|" * (2 + len(DROPPED)),
+        *table("prompts", ("records", "prompts", *DROPPED), report["data"]),
+        "",
+        *table("update", SHOWN, {str(point["step"]): point for point in points[:: max(1, len(points) // 10)]}),
+        "",
+        *(f"Warning: {warning}" for warning in report["warnings"]),
     ]
-    for name, counts in report["data"].items():
-        cells = (f"{counts[column]:,}" for column in ("records", "prompts", *DROPPED))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    shown = ("reward", "kl", "entropy", "endedShare", "answerTokens")
-    lines += ["", "| update | " + " | ".join(shown) + " |", "|---:|" + "---:|" * len(shown)]
-    points = [point for point in report["history"] if "reward" in point]
-    for point in points[:: max(1, len(points) // 10)]:
-        lines.append(f"| {point['step']} | " + " | ".join(f"{point[name]:.4g}" for name in shown) + " |")
-    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
     return "\n".join(lines).rstrip() + "\n"

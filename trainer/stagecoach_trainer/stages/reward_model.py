@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stagecoach_api.artifacts import REPORT, REPORT_TEXT, RewardCard
+from stagecoach_api.artifacts import RewardCard
 from stagecoach_api.stages.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
 from stagecoach_trainer.align.held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, counting_of
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import Diverged, UserError
 from stagecoach_trainer.models.reward import make_reward_model
-from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.start import save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import (
@@ -24,12 +23,12 @@ from stagecoach_trainer.samples.preferences import (
     Grouping,
     GroupShard,
     check_group_losses,
-    describe_groups,
     group_shard,
+    measured_groups,
     plan_groups,
 )
-from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report
-from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.stages.reports import table, training_text, write_report
+from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
 from stagecoach_trainer.train.job import TrainingJob, TrainingResult
 
 BIAS_ANSWERS = 1024
@@ -49,7 +48,8 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
     from stagecoach_trainer.train.loop import train
 
     _check(config)
-    start, warnings = _start(config, context)
+    language_model, warnings = start_with_template(context, config.model, config.template, config.sequence_length)
+    start = replace(language_model, model=make_reward_model(language_model.model, context.seed))
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
@@ -74,7 +74,8 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
         save_result(context, start, trained, _card(config, bias))
         prepared = Prepared(start, {name: item.shard for name, item in shards.items()}, plan, (), tuple(warnings))
         report = make_report(prepared, result, trained.notes, parameters, metrics)
-        _write_report(context, report | {"bias": bias, "heldOut": _tables(config, held_out)})
+        report |= {"bias": bias, "heldOut": _tables(config, held_out)}
+        write_report(context, report, report_text(report))
     return StageOutcome(tokens=result.tokens, metrics=metrics)
 
 
@@ -103,18 +104,6 @@ def _check(config: RewardModelStage) -> None:
         )
 
 
-def _start(config: RewardModelStage, context: StageContext) -> tuple[Start, list[str]]:
-    """Return the reward model to train, with its vocabulary, and warnings for the report."""
-    start = start_as_it_is(context, config.model, position_change(config.sequence_length))
-    if config.template is not None:
-        warnings = apply_template(start.tokenizer, config.template)
-    elif start.tokenizer.chat_template is None:
-        raise UserError("template: the model's tokenizer has no chat template; name one")
-    else:
-        warnings = []
-    return replace(start, model=make_reward_model(start.model, context.seed)), warnings
-
-
 def _system(config: RewardModelStage, domain: str | None) -> str | None:
     return next((item.system for item in config.domains if item.name == domain), None)
 
@@ -131,15 +120,7 @@ def _held_out(
 ) -> PreferenceSet:
     """Return a set to measure on: its prompts from the first on, `maxTokens` in all."""
     shard = _shard(config, context, source, tokenizer)
-    groups: list[Group] = []
-    left = config.held_out.max_tokens
-    for group in shard.groups(counting_of(config.loss)):
-        if groups and group.num_tokens > left:
-            break
-        groups.append(group)
-        left -= group.num_tokens
-    if not groups:
-        raise UserError(f"heldOut.sets: {source.name} holds no preference to measure ({describe_groups(shard.counts)})")
+    groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
     return PreferenceSet(source.name, groups, config.loss, source.domain)
 
 
@@ -194,44 +175,13 @@ def _figures(config: RewardModelStage, items: Sequence[PreferenceSet]) -> dict[s
     return {name: found[name] for name in FIGURES}
 
 
-def _write_report(context: StageContext, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
-    (context.output / REPORT).write_text(text + "\n", encoding="utf-8")
-    (context.output / REPORT_TEXT).write_text(report_text(report), encoding="utf-8")
-
-
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the report for people, in Markdown."""
-    parameters = report["parameters"]
-    share = parameters["trained"] / max(1, parameters["all"])
-    lines = [
-        "# rewardModel",
-        "",
-        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
-        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}. "
-        f"The bias of every reward is {report['bias']:.4f}.",
-        "",
-    ]
-    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
-    lines += _table("data set", columns, report["data"], "{:,}")
+    more = ["", f"The bias of every reward is {report['bias']:.4f}."]
     for what, found in (("held-out set", "sets"), ("domain", "domains")):
         if report["heldOut"][found]:
-            lines += ["", *_table(what, FIGURES, report["heldOut"][found], "{:.4f}")]
-    lines += (
-        ["", "`lengthBaseline` is the accuracy of preferring the longer answer."] if report["heldOut"]["sets"] else []
-    )
-    lines += ["", "| metric | value |", "|---|---:|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in report["metrics"].items()]
-    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(what: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]], form: str) -> list[str]:
-    lines = [f"| {what} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    for name, row in rows.items():
-        cells = (
-            f"{row.get(column, 0):,}" if isinstance(row.get(column, 0), int) else form.format(row[column])
-            for column in columns
-        )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+            more += ["", *table(what, FIGURES, report["heldOut"][found])]
+    if report["heldOut"]["sets"]:
+        more += ["", "`lengthBaseline` is the accuracy of preferring the longer answer."]
+    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+    return training_text("rewardModel", report, columns, more)

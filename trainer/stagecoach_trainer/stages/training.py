@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.start import Start, save_result
+from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
 from stagecoach_trainer.samples.sources import LOSSES
 from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.stages.reports import training_text, write_report
+from stagecoach_trainer.text.templates import apply_template
 from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
 
 
@@ -47,6 +49,21 @@ def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
         raise UserError("trainable.lora: an adapter needs a `model` to sit on; an `architecture` is trained in full")
 
 
+def start_with_template(
+    context: StageContext, model: Reference, template: Template | None, sequence_length: int, merge: bool = True
+) -> tuple[Start, list[str]]:
+    """Return a model as it is, its vocabulary with a chat template, and warnings for the report.
+
+    `merge`: fold an adapter into the weights. Raises UserError where there is no template.
+    """
+    start = start_as_it_is(context, model, position_change(sequence_length), merge=merge)
+    if template is not None:
+        return start, apply_template(start.tokenizer, template)
+    if start.tokenizer.chat_template is None:
+        raise UserError("template: the model's tokenizer has no chat template; name one")
+    return start, []
+
+
 def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Prepared) -> StageOutcome:
     """Train, write the result and the report to the output, and return what the stage says of itself."""
     from stagecoach_trainer.train.loop import train
@@ -61,7 +78,9 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
         context.progress.report("save")
         save_result(context, start, trained)
         report = make_report(prepared, result, trained.notes, parameters, metrics)
-        write_report(context, report)
+        columns = ("records", "samples", "tokens", *LOSSES)
+        text = training_text(context.resolved.kind, report, columns, _ranked_lines(report["data"]))
+        write_report(context, report, text)
     return StageOutcome(tokens=result.tokens, metrics=metrics)
 
 
@@ -127,37 +146,3 @@ def _ranked_lines(data: Mapping[str, Mapping[str, int]]) -> list[str]:
     return [
         line for name, said in found.items() if said for line in ("", f"Ranked answers of {name}: {', '.join(said)}.")
     ]
-
-
-def write_report(context: StageContext, report: Mapping[str, Any]) -> None:
-    write_report_files(context, report, report_text(context.resolved.kind, report))
-
-
-def write_report_files(context: StageContext, report: Mapping[str, Any], text: str) -> None:
-    """Write a report for programs, and its `text` for people."""
-    written = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
-    (context.output / REPORT).write_text(written + "\n", encoding="utf-8")
-    (context.output / REPORT_TEXT).write_text(text, encoding="utf-8")
-
-
-def report_text(kind: str, report: Mapping[str, Any]) -> str:
-    """Return the report for people, in Markdown."""
-    parameters, metrics = report["parameters"], report["metrics"]
-    share = parameters["trained"] / max(1, parameters["all"])
-    lines = [
-        f"# {kind}",
-        "",
-        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {parameters['trained']:,} of "
-        f"{parameters['all']:,} parameters ({share:.2%}) were trained: {'; '.join(report['trained'])}.",
-        "",
-        "| data set | " + " | ".join(("records", "samples", "tokens", *LOSSES)) + " |",
-        "|---|" + "---:|" * (3 + len(LOSSES)),
-    ]
-    for name, counts in report["data"].items():
-        cells = (f"{counts.get(column, 0):,}" for column in ("records", "samples", "tokens", *LOSSES))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += _ranked_lines(report["data"])
-    lines += ["", "| metric | value |", "|---|---:|"]
-    lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
-    lines += ["", *(f"Warning: {warning}" for warning in report["warnings"])]
-    return "\n".join(lines).rstrip() + "\n"

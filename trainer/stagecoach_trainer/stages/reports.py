@@ -1,0 +1,65 @@
+"""Reports of training stages: `report.json` for programs, `report.md` for people. No stage kind of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_trainer.context import StageContext
+
+
+def write_report(context: StageContext, report: Mapping[str, Any], text: str) -> None:
+    """Write a report for programs, and its `text` for people."""
+    written = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
+    (context.output / REPORT).write_text(written + "\n", encoding="utf-8")
+    (context.output / REPORT_TEXT).write_text(text, encoding="utf-8")
+
+
+def training_text(kind: str, report: Mapping[str, Any], columns: Sequence[str], more: Sequence[str] = ()) -> str:
+    """Return a training stage's report in Markdown.
+
+    Args:
+        kind: The stage's kind.
+        report: What `make_report` returned, or more.
+        columns: Counts of each data set that are shown.
+        more: Lines between the data sets and the metrics.
+    """
+    lines = [
+        f"# {kind}",
+        "",
+        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {trained_words(report)}.",
+        "",
+        *table("data set", columns, report["data"]),
+        *more,
+        "",
+        "| metric | value |",
+        "|---|---:|",
+        *(f"| {name} | {value:.4f} |" for name, value in report["metrics"].items()),
+        "",
+        *(f"Warning: {warning}" for warning in report["warnings"]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def trained_words(report: Mapping[str, Any]) -> str:
+    """Return how many parameters were trained, and which."""
+    parameters = report["parameters"]
+    share = parameters["trained"] / max(1, parameters["all"])
+    return (
+        f"{parameters['trained']:,} of {parameters['all']:,} parameters ({share:.2%}) were trained: "
+        f"{'; '.join(report['trained'])}"
+    )
+
+
+def table(what: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a Markdown table with one row for each name; counts as they are, other figures with four digits."""
+    lines = [f"| {what} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(row.get(column, 0)) for column in columns) + " |")
+    return lines
+
+
+def _cell(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
