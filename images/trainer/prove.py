@@ -25,6 +25,8 @@ PACKAGES = (
     "tokenizers",
     "lm_eval",
     "boto3.s3.transfer",
+    "openai",
+    "safetensors.numpy",
 )
 """What the code imports, most of it only when it is needed."""
 UNWANTED = ("kopf", "kubernetes", "stagecoach_core", "stagecoach_operator", "stagecoach_cli")
