@@ -13,7 +13,15 @@ from stagecoach_api.outcomes import Cause
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.store import open_store
 from stagecoach_cli.figures import duration, metric, quantity, words
-from stagecoach_cli.summary import Change, bits_per_character, print_failures, print_summary, tokens_per_character
+from stagecoach_cli.summary import (
+    Change,
+    accuracy,
+    bits_per_character,
+    print_failures,
+    print_summary,
+    rewards_of,
+    tokens_per_character,
+)
 from stagecoach_cli.view import LiveView, PlainView, Snapshot, StageRow, render_rows
 from stagecoach_core.values import RunState, StageState, StageView
 
@@ -205,6 +213,12 @@ def test_held_out_figures_are_read_for_every_set_even_one_with_dots_in_its_name(
     }
     assert bits_per_character(metrics) == {"zh.v1": Change(4.0, 3.0), "en": Change(None, 2.0)}
     assert tokens_per_character({"tokensPerCharacter.zh.after": 0.5}) == {"zh": Change(None, 0.5)}
+
+
+def test_what_alignment_came_to_is_told_by_set_and_by_figure() -> None:
+    told = {"heldOut.pairs.before.accuracy": 0.5, "heldOut.pairs.accuracy": 0.9, "heldOut.pairs.loss": 0.3}
+    assert accuracy(told) == {"pairs": Change(0.5, 0.9)}
+    assert rewards_of({"reward": 1.5, "kl": 0.2, "policyLoss": 0.1}) == {"reward": 1.5, "kl": 0.2}
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
