@@ -1,6 +1,7 @@
 """Makes the demo's data in `examples/data/`.
 
     python examples/make_data.py instructions            from the poems that lie there (anyone can rerun this)
+    python examples/make_data.py answers                 likewise: demonstrations, and comparisons of answers
     python examples/make_data.py english TOM OPTICKS     from Project Gutenberg's plain-text editions
     python examples/make_data.py poems FILE              from JSON lines {"text", "source"} of chinese-poetry
 
@@ -17,12 +18,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "data"
 ENGLISH = FOLDER / "english.jsonl.gz"
 POEMS = FOLDER / "poems.jsonl.gz"
 TRAIN = FOLDER / "instructions.train.json"
 HELD_OUT = FOLDER / "instructions.heldout.json"
+DEMONSTRATIONS = FOLDER / "demonstrations.jsonl.gz"
+COMPARISONS_TRAIN = FOLDER / "comparisons.train.jsonl.gz"
+COMPARISONS_HELD_OUT = FOLDER / "comparisons.heldout.jsonl.gz"
 
 DOCUMENT_CHARACTERS = 1200
 """A document of English prose is closed at the first paragraph that reaches this length."""
@@ -35,6 +40,10 @@ LEFT_OUT = re.compile(
 """Paragraphs of the edition, not of the book; tables, which lose their sense on one line; and a slur."""
 TRAIN_PER_FORM, HELD_OUT_PER_FORM = 600, 50
 """Poems of each form that become an instruction."""
+COMPARED_PER_FORM = 300
+"""Poems of each form, other ones, whose answers are compared."""
+ANSWERS_COMPARED = 4
+"""Answers of one comparison (InstructGPT: 4 to 9)."""
 
 
 # -- the four regular forms of Tang verse ------------------------------------------------------------------------------
@@ -72,6 +81,28 @@ def form_of(body: str) -> Form | None:
     return next((form for form in FORMS if form.verses == len(verses) and lengths == {form.characters}), None)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A way to answer, and who gives it: of 100 demonstrations so many are like this."""
+
+    text: str
+    """`{form}` stands for the form's name."""
+    right: bool
+    """Else another form is named."""
+    share: int
+
+
+ANSWERS = (
+    Answer("這是一首{form}。", right=True, share=20),
+    Answer("{form}", right=True, share=30),
+    Answer("這是一首{form}。這是一首{form}。這是一首{form}。", right=True, share=30),
+    Answer("這是一首{form}。", right=False, share=10),
+    Answer("{form}", right=False, share=5),
+    Answer("這是一首{form}。這是一首{form}。這是一首{form}。", right=False, share=5),
+)
+"""From the best to the worst: people want the right form, then a whole sentence, and nothing twice."""
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +112,7 @@ def read_records(path: Path) -> Iterator[dict[str, str]]:
     yield from (json.loads(line) for line in text.split("\n") if line)
 
 
-def write_records(path: Path, records: Iterable[dict[str, str]]) -> None:
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write gzipped JSON lines, without a time stamp so that equal records give equal bytes."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
@@ -156,16 +187,21 @@ def instruction(body: str, form: Form, number: int) -> dict[str, str]:
     return {"instruction": WORDINGS[number % len(WORDINGS)], "input": body, "output": form.name}
 
 
-def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out instructions; no poem stands in both, and the four forms are equally many."""
+def poems_by_form() -> dict[Form, list[str]]:
+    """The bodies of all poems, each form's in an order as if at random."""
     by_form: dict[Form, list[str]] = {form: [] for form in FORMS}
     bodies = {record["text"].partition("\n")[2] for record in read_records(POEMS)}
     for body in sorted(bodies, key=rank):
         form = form_of(body)
         if form is not None:
             by_form[form].append(body)
+    return by_form
+
+
+def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and held-out instructions; no poem stands in both, and the four forms are equally many."""
     held_out, train = [], []
-    for form, poems in by_form.items():
+    for form, poems in poems_by_form().items():
         chosen = poems[: HELD_OUT_PER_FORM + TRAIN_PER_FORM]
         records = [instruction(body, form, number) for number, body in enumerate(chosen)]
         held_out += records[:HELD_OUT_PER_FORM]
@@ -175,10 +211,60 @@ def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     )
 
 
+# -- answers of all kinds, and which of them people like ---------------------------------------------------------------
+
+
+def say(answer: Answer, right: str, key: str) -> str:
+    """What the answer says of a poem whose form is `right`; `key` chooses among the wrong forms."""
+    others = [form.name for form in FORMS if form.name != right]
+    named = right if answer.right else others[rank(f"wrong {key}")[0] % len(others)]
+    return answer.text.format(form=named)
+
+
+def demonstration(record: dict[str, str]) -> dict[str, str]:
+    """The instruction with an answer of some kind: those who wrote them took more or less trouble."""
+    place = int.from_bytes(rank(f"demonstrated {record['input']}")[:4], "big") % sum(item.share for item in ANSWERS)
+    for answer in ANSWERS:
+        place -= answer.share
+        if place < 0:
+            break
+    return record | {"output": say(answer, record["output"], record["input"])}
+
+
+def comparison(record: dict[str, str]) -> dict[str, Any]:
+    """Answers to the instruction, the best first."""
+    asked = f"{record['instruction']}\n{record['input']}"
+    shuffled = sorted(ANSWERS, key=lambda answer: rank(f"{answer} {asked}"))
+    chosen = sorted(shuffled[:ANSWERS_COMPARED], key=ANSWERS.index)
+    return {"prompt": asked, "answers": [say(answer, record["output"], asked) for answer in chosen]}
+
+
+def make_comparisons() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Comparisons about poems that no demonstration is about, and about the held-out ones."""
+    first = HELD_OUT_PER_FORM + TRAIN_PER_FORM
+    train = [
+        instruction(body, form, number)
+        for form, poems in poems_by_form().items()
+        for number, body in enumerate(poems[first : first + COMPARED_PER_FORM])
+    ]
+    _, held_out = make_instructions()
+    return [comparison(record) for record in sorted(train, key=lambda item: rank(item["input"]))], [
+        comparison(record) for record in held_out
+    ]
+
+
+def make_answers(folder: Path = FOLDER) -> None:
+    train, held_out = make_comparisons()
+    write_records(folder / DEMONSTRATIONS.name, [demonstration(record) for record in make_instructions()[0]])
+    write_records(folder / COMPARISONS_TRAIN.name, train)
+    write_records(folder / COMPARISONS_HELD_OUT.name, held_out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("instructions")
+    commands.add_parser("answers")
     english = commands.add_parser("english")
     english.add_argument("tom_sawyer", type=Path)
     english.add_argument("opticks", type=Path)
@@ -188,6 +274,8 @@ def main() -> None:
         make_english(arguments.tom_sawyer, arguments.opticks)
     elif arguments.command == "poems":
         make_poems(arguments.source)
+    elif arguments.command == "answers":
+        make_answers()
     else:
         train, held_out = make_instructions()
         write_json(TRAIN, train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import runpy
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from stagecoach_api.expressions import Figures, parse_expression
 from stagecoach_api.loading import load_run
 from stagecoach_api.spec import TrainingRun
+from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
 
@@ -21,6 +24,9 @@ DATA = ROOT / "examples" / "data"
 CLASSICS = ROOT.parent / "shared" / "data" / "corpus" / "chinese_classics.jsonl"
 SEVEN_B = "chinese-llama-alpaca-7b"
 TINY = "chinese-alpaca-tiny"
+RLHF = "rlhf-tiny"
+INSTRUCT = "instructgpt"
+FULL_SIZE = (SEVEN_B, INSTRUCT)
 
 
 def load(name: str) -> TrainingRun:
@@ -52,9 +58,9 @@ def test_every_example_reads_the_same_without_yaml_aliases(path: Path) -> None:
     assert not [event for event in events if isinstance(event, yaml.AliasEvent)]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_measures_both_languages_in_every_training_stage(path: Path) -> None:
-    training = [stage for stage in load(path.stem).spec.stages if stage.kind in ("pretrain", "sft")]
+@pytest.mark.parametrize("name", [TINY, SEVEN_B])
+def test_every_run_of_two_languages_measures_both_in_every_training_stage(name: str) -> None:
+    training = [stage for stage in load(name).spec.stages if stage.kind in ("pretrain", "sft")]
     assert training
     for stage in training:
         config: Any = stage.config
@@ -79,9 +85,10 @@ def test_the_demo_goes_through_every_step_of_chinese_alpaca() -> None:
     assert plan.stages["release"].upstream == ("score", "sft")
 
 
-def test_every_file_the_demo_reads_is_shipped() -> None:
-    uris = external_keys(load(TINY)).values()
-    assert len(set(uris)) == 4
+@pytest.mark.parametrize(("name", "files"), [(TINY, 4), (RLHF, 6)])
+def test_every_file_a_demo_reads_is_shipped(name: str, files: int) -> None:
+    uris = external_keys(load(name)).values()
+    assert len(set(uris)) == files
     for uri in uris:
         assert (ROOT / "examples" / uri).is_file()
 
@@ -137,13 +144,111 @@ def test_the_full_size_run_has_the_papers_figures() -> None:
     assert sum(source.max_samples for source in sft.data) == 2_000_000
 
 
-def test_the_full_size_run_trains_on_two_nodes_of_eight_a100() -> None:
-    run = load(SEVEN_B)
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_full_size_run_trains_on_two_nodes_of_eight_a100(name: str) -> None:
+    run = load(name)
     for planned in plan_of(run).stages.values():
         resources = planned.stage.resources
-        if planned.stage.kind in ("pretrain", "sft"):
+        if planned.stage.kind in TRAINING_KINDS:
             assert (resources.nodes, resources.gpus_per_node) == (2, 8)
             assert resources.gpu_product == "NVIDIA-A100-SXM4-80GB"
         assert planned.stage.queue is not None
         assert "@sha256:" in (planned.stage.image or "")
     assert (run.spec.storage.uri or "").startswith("s3://")
+
+
+# -- alignment ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_alignment_demo_has_instructgpts_three_steps_and_dpo_beside_them() -> None:
+    plan = plan_of(load(RLHF))
+    kinds = {name: planned.stage.kind for name, planned in plan.stages.items()}
+    assert kinds == {
+        "poems": "data",
+        "vocabulary": "tokenizer",
+        "base": "pretrain",
+        "sft": "sft",
+        "reward-model": "rewardModel",
+        "ppo": "ppo",
+        "dpo": "dpo",
+        "compare": "evaluate",
+    }
+    assert set(plan.stages["ppo"].upstream) >= {"reward-model", "sft"}
+    assert plan.stages["dpo"].upstream == ("sft",)
+    assert set(plan.stages["compare"].upstream) == {"dpo", "ppo", "reward-model", "sft"}
+
+
+def test_the_answers_can_be_made_again_from_the_poems(tmp_path: Path) -> None:
+    script = make_data()
+    script["make_answers"](tmp_path)
+    again = sorted(path.name for path in tmp_path.iterdir())
+    assert again == ["comparisons.heldout.jsonl.gz", "comparisons.train.jsonl.gz", "demonstrations.jsonl.gz"]
+    for name in again:
+        assert gzip.decompress((tmp_path / name).read_bytes()) == gzip.decompress((DATA / name).read_bytes())
+
+
+def poem_of(prompt: str) -> str:
+    return prompt.partition("\n")[2]
+
+
+def test_no_poem_stands_in_two_of_demonstrations_comparisons_and_held_out_comparisons() -> None:
+    read = make_data()["read_records"]
+    shown = {record["input"] for record in read(DATA / "demonstrations.jsonl.gz")}
+    compared = {poem_of(record["prompt"]) for record in read(DATA / "comparisons.train.jsonl.gz")}
+    held_out = {poem_of(record["prompt"]) for record in read(DATA / "comparisons.heldout.jsonl.gz")}
+    assert (len(shown), len(compared), len(held_out)) == (2400, 1200, 200)
+    assert not shown & compared
+    assert not (shown | compared) & held_out
+
+
+def quality(answer: str, form: str) -> tuple[bool, bool, bool]:
+    """What people look at, the weightiest first: the right form, nothing twice, a whole sentence."""
+    return form in answer, answer.count("。") < 2, answer.startswith("這是一首")
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_people_prefer_the_right_form_then_no_repetition_then_a_whole_sentence(part: str) -> None:
+    script = make_data()
+    for record in script["read_records"](DATA / f"comparisons.{part}.jsonl.gz"):
+        form = script["form_of"](poem_of(record["prompt"])).name
+        marks = [quality(answer, form) for answer in record["answers"]]
+        assert len(set(marks)) == script["ANSWERS_COMPARED"]
+        assert marks == sorted(marks, reverse=True)
+
+
+def test_demonstrations_are_of_mixed_quality() -> None:
+    script = make_data()
+    records = list(script["read_records"](DATA / "demonstrations.jsonl.gz"))
+    found = [quality(record["output"], script["form_of"](record["input"]).name) for record in records]
+    shares = {mark: found.count(mark) / len(found) for mark in found}
+    assert shares[(True, True, True)] == pytest.approx(0.20, abs=0.03)
+    assert sum(share for mark, share in shares.items() if not mark[0]) == pytest.approx(0.20, abs=0.03)
+    assert sum(share for mark, share in shares.items() if not mark[1]) == pytest.approx(0.35, abs=0.03)
+
+
+def test_the_rule_that_nothing_was_trained_on_knows_the_right_form_of_every_held_out_poem() -> None:
+    compare: Any = next(stage.config for stage in load(RLHF).spec.stages if stage.name == "compare")
+    task = next(task for task in compare.rewards if task.name == "rules")
+    rule = parse_expression(next(term.expression for term in task.rewards if term.name == "right"))
+    forms = [form.name for form in make_data()["FORMS"]]
+    for record in json.loads((DATA / "instructions.heldout.json").read_text(encoding="utf-8")):
+        length = len(f"{record['instruction']}\n{record['input']}")
+        values = {form: rule.value(Figures(f"這是一首{form}。", prompt_characters=length)) for form in forms}
+        assert values == {form: float(form == record["output"]) for form in forms}
+
+
+def test_instructgpt_has_the_papers_figures() -> None:
+    stages: dict[str, Any] = {stage.name: stage.config for stage in load(INSTRUCT).spec.stages}
+    sft, start, judge, ppo = (stages[name] for name in ("sft", "start", "reward-model", "ppo"))
+    assert (sft.batch.samples, sft.budget.epochs, sft.optimizer.learning_rate) == (32, 16, 9.65e-6)
+    assert (start.batch.samples, start.optimizer.learning_rate) == (32, 1.04e-5)
+    assert [source.weight for source in start.data] == [0.9, 0.1]
+    assert (judge.batch.samples, judge.budget.epochs, judge.optimizer.learning_rate) == (64, 1, 9e-6)
+    assert judge.loss.ranked is not None
+    assert {stages[name].schedule.floor for name in ("sft", "start", "reward-model")} == {0.1}
+    assert ppo.budget.steps * ppo.batch.samples == 256_000
+    assert (ppo.batch.samples, ppo.policy.mini_batch_samples, ppo.policy.inner_epochs) == (512, 64, 1)
+    assert (ppo.policy.clip, ppo.policy.gamma, ppo.kl.coefficient, ppo.kl.target) == (0.2, 1.0, 0.02, None)
+    assert (ppo.rollout.temperature, ppo.schedule.warmup_steps) == (1.0, 10)
+    assert ppo.critic.optimizer.learning_rate == 9e-6
+    assert (ppo.pretraining.weight, ppo.pretraining.rows_per_step) == (27.8, 8 * 64)
