@@ -12,10 +12,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stagecoach_api.rewards import RewardTerm
 from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.training import LoraTraining, Trainable
 from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
-from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.rewards.judged import Judged, Term
+from stagecoach_trainer.rewards.total import RewardSum, _Weighted
 from stagecoach_trainer.samples.mixing import Mix, Stream
 from stagecoach_trainer.samples.preferences import Prompt
 
@@ -57,26 +61,32 @@ def digit_model(seed: int = 0, layers: int = 1, width: int = 32) -> LlamaForCaus
 
 
 @dataclass
-class FunctionReward:
-    """A reward that is a function of prompt and answer; it counts what it was asked."""
+class FunctionTerm(Term):
+    """A term that is a function of prompt and answer; it counts what it was asked, over resumes too."""
 
     function: Callable[[str, str], float]
     asked: list[Judged] = field(default_factory=list)
-    names: tuple[str, ...] = ("only",)
+    asked_before: int = 0
 
-    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+    def values(self, batch: Sequence[Judged]) -> list[float]:
         self.asked += batch
-        found = [self.function(str(item.prompt[-1]["content"]), item.answer) for item in batch]
-        return [Judgement(value, {"only": value}) for value in found]
+        return [self.function(str(item.prompt[-1]["content"]), item.answer) for item in batch]
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"asked": self.asked_before + len(self.asked)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        del state
+        self.asked_before, self.asked = state["asked"], []
 
-    def figures(self) -> dict[str, dict[str, float]]:
-        return {}
+
+def reward_of(*terms: tuple[str, Term, float]) -> RewardSum:
+    """A reward of terms with their names and weights."""
+    return RewardSum(
+        [
+            _Weighted(RewardTerm(name=name, expression="0", weight=weight), term, f"rewards[{index}]")
+            for index, (name, term, weight) in enumerate(terms)
+        ]
+    )
 
 
 def echoes(prompt: str, answer: str) -> float:
@@ -105,6 +115,11 @@ def configuration(**settings: Any) -> PpoStage:
     return PpoStage.model_validate(values | settings)
 
 
+def with_adapter(model: Any, seed: int = 0) -> Any:
+    """The model with a new LoRA adapter, which is what learns."""
+    return choose_trainable(model, Trainable(lora=LoraTraining(rank=4)), range(0), seed).model
+
+
 def digit_prompts(count: int = 40, seed: int = 3) -> tuple[Prompt, ...]:
     """Prompts of two to four digits."""
     random = np.random.default_rng(seed)
@@ -119,11 +134,12 @@ def digit_prompts(count: int = 40, seed: int = 3) -> tuple[Prompt, ...]:
 
 def ppo_job(
     config: PpoStage | None = None,
-    reward: Callable[[str, str], float] = echoes,
+    reward: Callable[[str, str], float] | RewardSum = echoes,
     seed: int = 0,
     model: Any = None,
     reference: bool = True,
     text: Any = None,
+    kind: type[PpoJob] = PpoJob,
 ) -> PpoJob:
     """A PPO stage over digits, ready to start."""
     config = config or configuration()
@@ -132,13 +148,13 @@ def ppo_job(
     prompts = digit_prompts()
     samples, updates = config.batch.samples or 1, config.budget.steps or 1
     plan = PromptPlan((prompts,), Mix([Stream(len(prompts), 5)], [1.0], samples * updates, 6, [0]), samples, updates)
-    return PpoJob(
+    return kind(
         config=config,
         policy=policy,
         critic=make_reward_model(digit_model(seed), seed),
         reference=copy.deepcopy(start) if reference else None,
         tokenizer=digit_tokenizer(),
-        rewards=FunctionReward(reward),  # type: ignore[arg-type]
+        rewards=reward if isinstance(reward, RewardSum) else reward_of(("only", FunctionTerm(reward), 1.0)),
         prompts=plan,
         text=text,
     )

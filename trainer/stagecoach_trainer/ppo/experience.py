@@ -5,14 +5,16 @@ A tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from stagecoach_trainer.samples.encoding import Ids
 
@@ -75,37 +77,60 @@ class Pool:
         chunk = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._chunks[chunk][index - self._first[chunk]]
 
+    def __iter__(self) -> Iterator[Experience]:
+        return (self[index] for index in range(len(self)))
+
     def add(self, chunk: Sequence[Experience]) -> None:
-        """Append experiences that were made together. Raises OSError where the disk is full."""
+        """Append experiences that were made together. Raises OSError where the disk is full; the pool is then as it
+        was."""
         size = sum(item.num_bytes for item in chunk)
-        self._first.append(self._size)
-        self._size += len(chunk)
         if self._bytes + size <= self._max_bytes:
             self._bytes += size
-            self._chunks.append(chunk)
+            self._append(chunk)
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"chunk-{len(self._chunks):06d}.safetensors"
         write_chunk(path, chunk)
-        self._chunks.append(StoredChunk(path))
+        self.add_stored(StoredChunk(path))
+
+    def add_stored(self, chunk: StoredChunk) -> None:
+        """Append experiences that lie in a file."""
+        self._append(chunk)
         self.num_spilled += len(chunk)
+
+    def _append(self, chunk: Sequence[Experience]) -> None:
+        self._first.append(self._size)
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+
+    def discard(self) -> None:
+        """Delete what was written to disk; the pool is of no use afterwards."""
+        self._chunks.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def write_chunk(path: Path, chunk: Sequence[Experience]) -> None:
-    """Write experiences as one file: each array of theirs, one behind the other, and where each experience begins."""
+    """Write experiences as one file: each array of theirs, one behind the other, and where each experience begins.
+
+    Raises OSError with the file's name, and leaves no half of it.
+    """
     tensors = {
         field.name: np.concatenate([getattr(item, field.name) for item in chunk]) for field in fields(Experience)
     }
     tensors["prompt_offsets"] = np.cumsum([0, *(len(item.prompt) for item in chunk)])
     tensors["answer_offsets"] = np.cumsum([0, *(len(item.answer) for item in chunk)])
-    save_file(tensors, path)
+    try:
+        path.write_bytes(save(tensors))  # safetensors' own writer would hide that a disk is full
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class StoredChunk(Sequence[Experience]):
     """Experiences in a file; only the ones asked for are read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="numpy")
+        self._file = cast(Any, safe_open(path, framework="numpy"))
         self._prompts = self._file.get_tensor("prompt_offsets")
         self._answers = self._file.get_tensor("answer_offsets")
 

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 
 from stagecoach_api.stages.ppo import GuardAction
 from stagecoach_trainer import garbage
 from stagecoach_trainer.align.kl import kl_price
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import Diverged, Interrupted
+from stagecoach_trainer.evaluation.placing import place
 from stagecoach_trainer.ppo.experience import Pool
+from stagecoach_trainer.ppo.guards import Watch
 from stagecoach_trainer.ppo.objectives import (
     CriticObjective,
     Policy,
@@ -34,8 +35,10 @@ from stagecoach_trainer.ppo.setting import (
     ReferenceModel,
     SeparateReference,
     freeze,
-    parts_of,
+    micro_batches,
+    own_mini_batches,
 )
+from stagecoach_trainer.ppo.sharing import share_frozen
 from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
 from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
@@ -44,6 +47,7 @@ from stagecoach_trainer.train.deal import deal
 from stagecoach_trainer.train.engine import StepReport
 from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
 from stagecoach_trainer.train.metrics import Meter, StepFlops
+from stagecoach_trainer.train.plain import PlainEngine
 from stagecoach_trainer.train.precision import DTYPES
 from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, shard_frozen
 from stagecoach_trainer.train.state import (
@@ -55,6 +59,9 @@ from stagecoach_trainer.train.state import (
 )
 
 log = logging.getLogger(__name__)
+
+KEY_ORDER = 8
+"""Sets the order in which answers are learnt from apart from other random numbers of the same seed."""
 
 
 def train_policy(job: PpoJob, context: StageContext) -> PpoResult:
@@ -76,8 +83,8 @@ class PpoLoop:
         config, self._world = job.config, context.world
         self._job, self._config, self._context = job, config, context
         self._device = training_device(context.world)
-        dtype = DTYPES[config.precision]
-        sampler = make_sampler(job, self._device, dtype)  # copies the policy where it must, before it is cast
+        # Before the policy is cast, as it may copy it.
+        sampler = make_sampler(job, context, self._device, DTYPES[config.precision])
         policy_objective = PolicyObjective(config.policy, config.rollout.temperature)
         critic_objective = CriticObjective(config.critic.clip)
         critic_config = config.model_copy(update={"optimizer": config.critic.optimizer or config.optimizer})
@@ -86,24 +93,32 @@ class PpoLoop:
         self._policy = build_engine(job.policy, config, self._world, self._device, policy_objective)
         self._critic = build_engine(job.critic, critic_config, self._world, self._device, critic_objective)
         flops = StepFlops(job.policy, self._device, self._world.size)
-        for engine, objective in ((self._policy, policy_objective), (self._critic, critic_objective)):
-            network = engine.loss.model
-            stack.enter_context(short_attention(network, self._device))
-            stack.enter_context(objective.speed_up(engine.loss, self._device, engine.dtype))
+        share_frozen([job.policy, job.critic, *job.asked])
+        reference = self._reference()
+        for module, objective in (
+            (self._policy.loss, policy_objective),
+            (self._critic.loss, critic_objective),
+            *(((reference.module, policy_objective),) if isinstance(reference, SeparateReference) else ()),
+        ):
+            stack.enter_context(short_attention(module.model, self._device))
+            stack.enter_context(objective.speed_up(module, self._device, self._policy.dtype))
         self._book = stack.enter_context(
             contextlib.closing(CheckpointBook(context, config.checkpoints, job.prompts.num_updates))
         )
         logs = context.work / "logs" if self._world.is_main else None
         self._meter = stack.enter_context(Meter(logs, context.progress, job.prompts.num_updates, flops))
-        self._rollouts = Rollouts(job, context, self._policy, self._critic, self._reference(dtype), sampler)
+        self._rollouts = Rollouts(job, context, self._policy, self._critic, reference, sampler)
         self._at = Progression()
         self._ppo = PpoProgress(kl_price(config.kl.coefficient, config.kl.target, config.kl.horizon).coefficient)
         self._micro_rows = config.batch.micro_batch_rows or 1
 
-    def _reference(self, dtype: torch.dtype) -> ReferenceModel:
+    def _reference(self) -> ReferenceModel:
         if self._job.reference is None:
             return BaseBelowAdapter(self._policy.loss)
-        model = freeze(self._job.reference, dtype, self._device)
+        if isinstance(self._policy, PlainEngine):
+            model = freeze(self._job.reference, self._config.precision, self._device)
+        else:
+            model = place(self._job.reference, self._policy.dtype, self._device)
         module = Policy(model, self._config.policy, self._config.rollout.temperature).eval()
         if self._world.size > 1 and self._config.sharding.zero == PARAMETERS_SHARDED:
             shard_frozen(module, self._config, self._world, self._device)
@@ -174,8 +189,11 @@ class PpoLoop:
         harvest = self._harvest(number)
         answered = time.perf_counter() - began
         if self._goes_back(harvest):
+            harvest.pool.discard()
             return
         learnt = self._learn(harvest, number)
+        harvest.pool.discard()
+        self._rollouts.forget_kept()
         self._ppo.kl_coefficient = self._next_price(harvest.tally)
         self._at.step = number + 1
         self._record(harvest, learnt, answered)
@@ -185,8 +203,7 @@ class PpoLoop:
         """Answer and judge the update's prompts. Raises Interrupted when asked to stop meanwhile."""
         folder = self._context.work / "pool" / f"update-{number:08d}-rank-{self._world.rank:05d}"
         pool = Pool(folder, self._config.pool_bytes)
-        tally = self._rollouts.fill(pool, number, self._ppo)
-        return self._stop() if tally is None else Harvest(pool, tally)
+        return self._rollouts.fill(pool, number, self._ppo) or self._stop()
 
     def _goes_back(self, harvest: Harvest) -> bool:
         """Hold the update against the guards; True where training was taken back to a checkpoint."""
@@ -216,6 +233,7 @@ class PpoLoop:
         log.warning("update %d: %s; back to update %d", self._at.step + 1, why, step)
         self._load(step)
         self._ppo.rollbacks = rollbacks
+        self._ppo.watch = Watch(self._ppo.watch.first_length)  # it gets all of `patience` again
         self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, "rollbacks": rollbacks})
         self._save()
 
@@ -223,17 +241,18 @@ class PpoLoop:
 
     def _learn(self, harvest: Harvest, number: int) -> dict[str, float]:
         """Make all optimiser steps of an update; return figures over their tokens."""
-        pool, tally = harvest.pool, harvest.tally
-        whitening = tally.whitening() if self._config.policy.normalize_advantages else Whitening()
-        lengths = np.array([pool[index].num_tokens for index in range(len(pool))])
+        pool, policy = harvest.pool, self._config.policy
+        whitening = harvest.tally.whitening() if policy.normalize_advantages else Whitening()
+        lengths = np.array([item.num_tokens for item in pool], np.int64)
         trains_policy = number >= self._config.critic.warmup_updates
         norms: list[StepReport] = []
         with self._learning():
-            for epoch in range(self._config.policy.inner_epochs):
-                key = [self._context.seed, number, epoch, self._world.rank, self._ppo.rollbacks]
-                order = np.random.default_rng(np.random.SeedSequence(key)).permutation(len(pool))
-                for place, micro in enumerate(parts_of(order, self._job.mini_batches, self._micro_rows, lengths)):
-                    step = (number * self._config.policy.inner_epochs + epoch) * self._job.mini_batches + place
+            for epoch in range(policy.inner_epochs):
+                key = [self._context.seed, KEY_ORDER, self._ppo.rollbacks, number, epoch]
+                order = np.random.default_rng(np.random.SeedSequence(key)).permutation(harvest.tally.answers)
+                for place, mini in enumerate(own_mini_batches(order, harvest.places, self._job.mini_batches)):
+                    step = (number * policy.inner_epochs + epoch) * self._job.mini_batches + place
+                    micro = micro_batches(mini, lengths, self._micro_rows)
                     norms.append(self._step(pool, micro, whitening, step, number, trains_policy))
         return self._learnt_figures(norms)
 

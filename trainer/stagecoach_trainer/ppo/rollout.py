@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,8 +22,10 @@ from stagecoach_trainer.align.advantages import generalized_advantages
 from stagecoach_trainer.align.kl import answer_sums, k1, token_rewards
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.evaluation.generation import end_ids
+from stagecoach_trainer.evaluation.placing import place
 from stagecoach_trainer.ppo.experience import Experience, Pool
 from stagecoach_trainer.ppo.guards import UpdateFigures
+from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
 from stagecoach_trainer.ppo.objectives import Whitening, collate_answers
 from stagecoach_trainer.ppo.sampling import Decoding, Sampled, sample_answers, uniforms
 from stagecoach_trainer.ppo.setting import PpoJob, ReferenceModel
@@ -57,14 +59,14 @@ def decoding_of(rollout: Rollout, ends: Sequence[int]) -> Decoding:
     return Decoding(rollout.max_new_tokens, rollout.temperature, rollout.top_p, tuple(ends))
 
 
-def make_sampler(job: PpoJob, device: torch.device, dtype: torch.dtype) -> Sampler:
+def make_sampler(job: PpoJob, context: StageContext, device: torch.device, dtype: torch.dtype) -> Sampler:
     """Return who answers. Where ZeRO shards the parameters it is a copy of the policy (through ZeRO-3's hooks answering
     is six times slower), else the policy itself."""
     decoding = decoding_of(job.config.rollout, end_ids(causal_model(job.policy), job.tokenizer))
     if job.config.rollout.engine is RolloutEngine.VLLM:
         from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
 
-        return VllmSampler(job.policy, job.tokenizer, decoding)
+        return VllmSampler(job.config, job.policy, job.tokenizer, decoding, context.work / "vllm", context.world)
     if job.config.sharding.zero == PARAMETERS_SHARDED:
         return CopySampler(job.policy, decoding, device, dtype)
     return OwnSampler(decoding, device)
@@ -91,7 +93,7 @@ class CopySampler(OwnSampler):
 
     def __init__(self, policy: nn.Module, decoding: Decoding, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(decoding, device)
-        self._copy = copy.deepcopy(policy).requires_grad_(False).to(device, dtype).eval()
+        self._copy = place(copy.deepcopy(policy), dtype, device)
 
     def refresh(self, policy: nn.Module) -> None:
         copies = dict(self._copy.named_parameters())
@@ -166,6 +168,8 @@ class Harvest:
     """The judged answers of an update."""
 
     pool: Pool
+    places: Sequence[int]
+    """Place in the update of each of the pool's answers."""
     tally: Tally
     """Over all ranks."""
 
@@ -192,26 +196,46 @@ class Rollouts:
         self._policy, self._critic, self._reference = policy, critic, reference
         self._sampler = sampler
         self._scoring_rows = 2 * (job.config.batch.micro_batch_rows or 1)
+        self._kept = KeptAnswers(context)
 
-    def fill(self, pool: Pool, update: int, progress: PpoProgress) -> Tally | None:
-        """Answer and judge this rank's share of an update's prompts; return what became of all ranks'. None: asked to
-        stop, on some rank."""
+    def fill(self, pool: Pool, update: int, progress: PpoProgress) -> Harvest | None:
+        """Answer and judge this rank's share of an update's prompts; return it with what became of all ranks'.
+
+        None: asked to stop, on some rank; what was made so far is kept for the next attempt.
+        """
         prompts = self._job.prompts.prompts(update)
         mine = list(range(len(prompts)))[self._world.rank :: self._world.size]
         mine.sort(key=lambda index: -len(prompts[index].ids))  # prompts of like length share a batch
         rows = self._config.rollout.batch_rows
         share = math.ceil(len(prompts) / self._world.size)  # of the rank that has most: all make as many calls as it
-        tally = Tally(names=self._job.rewards.names, terms=(0.0,) * len(self._job.rewards.names))
+        name = name_of(update, progress.rollbacks, self._world)
+        done, tally = self._take_up(pool, name)
         with self._asking():
             self._sampler.refresh(self._policy.loss.model)  # type: ignore[arg-type]
-            for first in range(0, share, rows):
+            for first in range(done, share, rows):
                 if self._asked_to_stop():
+                    self._kept.keep(name, list(pool), first, asdict(tally))
                     return None
                 chosen = mine[first : first + rows]
                 asked = [prompts[index] for index in chosen]
                 self._chunk(pool, tally, asked, chosen, update, progress, most=min(rows, share - first))
                 self._context.progress.report("answer", first + len(chosen), len(mine), "answers")
-        return share_tally(tally, self._world)
+        return Harvest(pool, mine, share_tally(tally, self._world))
+
+    def _take_up(self, pool: Pool, name: str) -> tuple[int, Tally]:
+        """Put what a stopped attempt has kept into the pool; return how far it came on every rank, and its sums."""
+        names = self._job.rewards.names
+        kept = self._kept.find(name)
+        done = 0 if kept is None else kept.done
+        negative, most = max_over_ranks([-float(done), float(done)], self._world)
+        if kept is None or -negative != most:  # some rank has lost its part: all begin again
+            return 0, Tally(names=names, terms=(0.0,) * len(names))
+        pool.add_stored(kept.experiences)
+        return done, Tally(**{**kept.sums, "names": names, "terms": tuple(kept.sums["terms"])})
+
+    def forget_kept(self) -> None:
+        """Delete what was taken up, once it is learnt from."""
+        self._kept.forget()
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -320,7 +344,7 @@ def share_tally(tally: Tally, world: World) -> Tally:
     real = ("reward", "reward_squares", "kl", "entropy", "value_error", "advantage", "advantage_squares")
     sums = sum_over_ranks([float(getattr(tally, name)) for name in (*summed, *real)] + list(tally.terms), world)
     longest, extreme = max_over_ranks([float(tally.longest), tally.max_abs_reward], world)
-    whole = dict(zip(summed, map(round, sums), strict=False))
-    parts = dict(zip(real, sums[len(summed) :], strict=False))
+    whole: dict[str, Any] = dict(zip(summed, map(round, sums), strict=False))
+    parts: dict[str, Any] = dict(zip(real, sums[len(summed) :], strict=False))
     terms = tuple(sums[len(summed) + len(real) :])
     return Tally(**whole, **parts, longest=round(longest), max_abs_reward=extreme, terms=terms, names=tally.names)

@@ -73,7 +73,9 @@ class _Decoder:
     ) -> None:
         from transformers import DynamicCache
 
-        self._model = model
+        self._decoder = getattr(model, model.base_model_prefix)
+        self._head = model.get_output_embeddings()
+        self._head_dtype = next(self._head.parameters()).dtype
         self._decoding = decoding
         tokens, mask = pad_left(prompts, padding=0)
         self._input = tokens.to(device)
@@ -94,15 +96,16 @@ class _Decoder:
 
     def advance(self) -> None:
         """Draw the next token of every row that is under way."""
-        output = self._model(
+        output = self._decoder(
             input_ids=self._input,
             attention_mask=self._mask,
             position_ids=self._positions,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        chosen = draw(output.logits[:, -1], self._draws[self._rows, self._step], self._decoding)
+        states = output.last_hidden_state[:, -1]
+        logits = self._head(states.to(self._head_dtype))  # while training, the head may be in fp32, the rest in bf16
+        chosen = draw(logits, self._draws[self._rows, self._step], self._decoding)
         self._keep(chosen)
         self._step += 1
         self._input = chosen[:, None]
@@ -139,8 +142,9 @@ def draw(logits: Tensor, numbers: Tensor, decoding: Decoding) -> Tensor:
     if decoding.top_p < 1.0:
         p = _nucleus(p, decoding.top_p)
     mass = p.cumsum(-1)
-    wanted = (numbers * mass[:, -1])[:, None]
-    return torch.searchsorted(mass, wanted, right=True)[:, 0].clamp(max=p.shape[1] - 1)
+    total = mass[:, -1]
+    wanted = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))  # a product may round up
+    return torch.searchsorted(mass, wanted[:, None], right=True)[:, 0]
 
 
 def _nucleus(p: Tensor, share: float) -> Tensor:

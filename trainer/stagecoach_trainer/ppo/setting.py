@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.training import Precision
 from stagecoach_trainer.ppo.objectives import AnswerBatch, Policy
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.mixing import Mix
 from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.train.precision import MixedPrecision
 from stagecoach_trainer.train.rows import StepPlan
 from stagecoach_trainer.train.schedule import learning_rate
 
@@ -92,6 +94,9 @@ class PpoJob:
     text: StepPlan | None
     """Rows beside the answers, one step per optimiser step. None: none."""
 
+    asked: Sequence[nn.Module] = ()
+    """Models that are only asked, such as reward models: what is frozen in policy and critic as well is kept once."""
+
     @property
     def mini_batches(self) -> int:
         """Optimiser steps of one pass over an update's answers."""
@@ -123,17 +128,26 @@ class PpoResult:
     history: Sequence[Mapping[str, float]] = field(default_factory=tuple)
 
 
-def freeze(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Move a model that is only asked, never trained, in the compute format; returns it."""
-    from stagecoach_trainer.evaluation.placing import place
+def freeze(model: Any, precision: Precision, device: torch.device) -> Any:
+    """Move a model that is only asked, never trained, and let it compute as the plain engine does, so that equal
+    weights give equal log-probabilities; returns it."""
+    model.requires_grad_(False)
+    MixedPrecision(model, precision).cast(device)
+    return model.eval()
 
-    return place(model, dtype, device)
+
+def own_mini_batches(order: np.ndarray, places: Sequence[int], parts: int) -> list[np.ndarray]:
+    """Return a rank's share of each mini-batch, as indices of its experiences.
+
+    `order`: a permutation of the places of the whole update, the same on every rank; `places`: place of each of this
+    rank's experiences. So what a mini-batch consists of does not depend on how many ranks there are.
+    """
+    index = np.full(len(order), -1, np.int64)
+    index[np.asarray(places, np.int64)] = np.arange(len(places))
+    return [found[found >= 0] for found in (index[mini] for mini in np.array_split(order, parts))]
 
 
-def parts_of(indices: np.ndarray, parts: int, micro_rows: int, lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """Return `indices` in mini-batches, each in micro-batches of experiences of like length, the longest first."""
-    mini_batches = []
-    for mini in np.array_split(indices, parts):
-        ordered = mini[np.argsort(-lengths[mini], kind="stable")]
-        mini_batches.append([ordered[at : at + micro_rows] for at in range(0, len(ordered), micro_rows)])
-    return mini_batches
+def micro_batches(indices: np.ndarray, lengths: np.ndarray, micro_rows: int) -> list[np.ndarray]:
+    """Return experiences in micro-batches of like length, the longest first. `lengths`: of all experiences."""
+    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
+    return [ordered[at : at + micro_rows] for at in range(0, len(ordered), micro_rows)]

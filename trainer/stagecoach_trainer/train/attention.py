@@ -85,10 +85,15 @@ def attend(
 
 
 def hidden_positions(attention_mask: Tensor | None, q: Tensor) -> Tensor:
-    """Return what is added to the scores: −∞ where a position is not seen [1 or B · H, T, T]."""
+    """Return what is added to the scores: −∞, or as good as it, where a position is not seen [1 or B · H, T, T].
+
+    A position of padding in front sees none at all; with −∞ its states would be no numbers, and 0 times those is none
+    either.
+    """
     length = q.shape[1]
     if attention_mask is None:
         return q.new_full((1, length, length), float("-inf")).triu_(1)
-    bias = torch.zeros_like(attention_mask, dtype=q.dtype).masked_fill_(~attention_mask, float("-inf"))
+    unseen = torch.finfo(q.dtype).min / 2
+    bias = torch.zeros_like(attention_mask, dtype=q.dtype).masked_fill_(~attention_mask, unseen)
     rows = attention_mask.shape[0]
     return bias.expand(rows, len(q) // rows, length, length).reshape(-1, length, length)

@@ -1,0 +1,138 @@
+"""The pool of an update's answers: in memory, on disk, on a full disk; and answers kept over a stop."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from train_makers import context
+
+from stagecoach_trainer.context import World
+from stagecoach_trainer.ppo.experience import PER_TOKEN, Experience, Pool, write_chunk
+from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
+
+ALL = ("prompt", "answer", *PER_TOKEN)
+
+
+def experiences(count: int, seed: int) -> list[Experience]:
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        prompt, answer = (random.integers(0, 99, int(random.integers(1, 9))).astype(np.int32) for _ in range(2))
+        made.append(Experience(prompt, answer, *(random.random(len(answer), np.float32) for _ in PER_TOKEN)))
+    return made
+
+
+def assert_equal(left: Experience, right: Experience) -> None:
+    for name in ALL:
+        found, expected = getattr(left, name), getattr(right, name)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected), name
+
+
+def filled(folder: Path, max_bytes: int) -> Pool:
+    pool = Pool(folder, max_bytes)
+    for seed, count in enumerate((3, 1, 5, 2)):
+        pool.add(experiences(count, seed))
+    return pool
+
+
+def test_a_spilled_pool_holds_what_one_in_memory_does(tmp_path: Path) -> None:
+    in_memory, spilled, half = (filled(tmp_path / str(size), size) for size in (1 << 30, 0, 700))
+    assert (in_memory.num_spilled, spilled.num_spilled) == (0, 11)
+    assert 0 < half.num_spilled < 11
+    for pool in (spilled, half):
+        assert len(pool) == len(in_memory) == 11
+        for index in (0, 2, 3, 4, 8, 9, 10):
+            assert_equal(pool[index], in_memory[index])
+        for left, right in zip(pool, in_memory, strict=True):
+            assert_equal(left, right)
+
+
+def test_a_discarded_pool_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    pool = filled(tmp_path / "pool", 0)
+    assert len(list((tmp_path / "pool").iterdir())) == 4
+    pool.discard()
+    assert not (tmp_path / "pool").exists()
+
+
+def test_an_experience_counts_the_tokens_that_enter_the_model_and_those_that_are_predicted() -> None:
+    one = experiences(1, 3)[0]
+    assert one.num_tokens == len(one.prompt) + len(one.answer) - 1
+    assert one.num_targets == len(one.answer)
+    assert one.num_bytes == 4 * (len(one.prompt) + 5 * len(one.answer))
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A file may not grow beyond 2 KiB: the same to who writes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_an_os_error_that_names_the_file_and_leaves_the_pool_as_it_was(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 0)
+    small, large = experiences(2, 1), experiences(60, 2)
+    pool.add(small)
+    with pytest.raises(OSError, match="File too large") as caught:
+        pool.add(large)
+    assert caught.value.filename == str(tmp_path / "chunk-000001.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["chunk-000000.safetensors"]
+    assert len(pool) == 2
+    assert_equal(pool[1], small[1])
+    pool.add(experiences(1, 3))  # once there is room again
+    assert len(pool) == 3
+
+
+# -- kept over a stop --------------------------------------------------------------------------------------------------
+
+NAME = name_of(7, 0, World(rank=1, size=2))
+
+
+def test_kept_answers_are_found_under_their_name_only_and_forgotten_once_used(tmp_path: Path) -> None:
+    made = experiences(4, 9)
+    KeptAnswers(context(tmp_path)).keep(NAME, made, 3, {"kl": 0.1, "terms": (0.5, 1 / 3)})
+    kept = KeptAnswers(context(tmp_path))
+    for other in (name_of(8, 0, World(1, size=2)), name_of(7, 1, World(1, size=2)), name_of(7, 0, World(1, size=4))):
+        assert kept.find(other) is None
+    found = kept.find(NAME)
+    assert found is not None
+    assert (found.done, found.sums) == (3, {"kl": 0.1, "terms": [0.5, 1 / 3]})
+    for left, right in zip(found.experiences, made, strict=True):
+        assert_equal(left, right)
+    kept.forget()
+    assert KeptAnswers(context(tmp_path)).find(NAME) is None
+
+
+def test_kept_answers_that_were_damaged_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    here = context(tmp_path)
+    KeptAnswers(here).keep(NAME, experiences(4, 9), 3, {})
+    path = next((tmp_path / "store").rglob(f"{NAME}.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert KeptAnswers(here).find(NAME) is None
+    assert "cannot be used (the bytes are not the ones that were written); they are made again" in caplog.text
+
+
+def test_half_a_file_without_its_second_does_not_count(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    KeptAnswers(here).keep(NAME, experiences(4, 9), 3, {})
+    next((tmp_path / "store").rglob(f"{NAME}.json")).unlink()
+    assert KeptAnswers(here).find(NAME) is None
+
+
+def test_a_chunk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_chunk(tmp_path / "missing" / "chunk.safetensors", experiences(1, 1))
+    assert not (tmp_path / "missing").exists()

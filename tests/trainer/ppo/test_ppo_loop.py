@@ -1,0 +1,329 @@
+"""The loop: whatever stops it, it ends with the weights and figures of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ppo_makers import (
+    FunctionTerm,
+    configuration,
+    digit_model,
+    digit_tokenizer,
+    echoes,
+    ppo_job,
+    reward_of,
+    with_adapter,
+)
+from train_makers import RandomPlan, context, equal_weights, row, weights
+
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import Interrupted
+from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, own_mini_batches
+from stagecoach_trainer.train.places import checkpoints_home, complete_steps
+
+HERE = Path(__file__).parent
+UPDATES, SAMPLES, ROUNDS = 5, 16, 4
+Weights = dict[str, torch.Tensor]
+
+
+def small(**settings: Any) -> PpoStage:
+    """Five updates of 16 answers, made in 4 rounds; two inner epochs, adaptive KL, one update of critic warm-up."""
+    values: dict[str, Any] = {
+        "batch": {"samples": SAMPLES, "microBatchRows": 4},
+        "budget": {"steps": UPDATES},
+        "rollout": {"maxNewTokens": 4, "batchRows": SAMPLES // ROUNDS},
+        "policy": {"innerEpochs": 2, "miniBatchSamples": 8, "entropyWeight": 0.01},
+        "critic": {"warmupUpdates": 1, "optimizer": {"learningRate": 2e-2}},
+        "kl": {"coefficient": 0.1, "target": 0.5, "horizon": 100},
+        "checkpoints": {"everySteps": 2},
+    }
+    return configuration(**(values | settings))
+
+
+@dataclass(frozen=True)
+class Watched(PpoJob):
+    """Calls `learning` with the update whenever it makes an optimiser step of the policy."""
+
+    learning: Callable[[int], None] = lambda update: None
+
+    def policy_rate(self, update: int) -> float:
+        self.learning(update)
+        return super().policy_rate(update)
+
+
+def run(
+    here: StageContext,
+    config: PpoStage | None = None,
+    judging: Callable[[int], None] = lambda answers: None,
+    learning: Callable[[int], None] = lambda update: None,
+    **making: Any,
+) -> tuple[PpoResult, Weights, Weights, FunctionTerm]:
+    """Train in `here`; return the result, the policy's and the critic's weights, and the reward's term.
+
+    `judging`: called with the answers judged so far, by all attempts together, whenever some more are.
+    """
+
+    def judged(prompt: str, answer: str) -> float:
+        judging(term.asked_before + len(term.asked))
+        return echoes(prompt, answer)
+
+    term = FunctionTerm(judged)
+    job = ppo_job(config or small(), reward_of(("only", term, 1.0)), kind=Watched, **making)
+    object.__setattr__(job, "learning", learning)
+    result = train_policy(job, here)
+    return result, weights(job.policy), weights(job.critic), term
+
+
+def assert_same(left: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    assert left[0] == right[0]
+    assert equal_weights(left[1], right[1])
+    assert equal_weights(left[2], right[2])
+
+
+def stop_at(here: StageContext, answers: int) -> Callable[[int], None]:
+    """Ask to stop once so many answers were judged."""
+    return lambda judged: here.stop.set() if judged >= answers else None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_while_answering_and_while_learning_a_run_ends_bit_for_bit_like_an_undisturbed_one(
+    tmp_path: Path, precision: str
+) -> None:
+    config = small(precision=precision)
+    whole = run(context(tmp_path / "whole"), config)
+    here = context(tmp_path / "stopped")
+    with pytest.raises(Interrupted, match="after update 2 of 5; a checkpoint is saved"):
+        run(here, config, judging=stop_at(here, 2 * SAMPLES + 6))  # in the second of four rounds
+    here = context(tmp_path / "stopped")
+    with pytest.raises(Interrupted, match="after update 4 of 5; a checkpoint is saved"):
+        run(here, config, learning=lambda update: here.stop.set() if update == 3 else None)
+    resumed = run(context(tmp_path / "stopped"), config)
+    assert_same(resumed, whole)
+    assert resumed[3].state() == whole[3].state() == {"asked": UPDATES * SAMPLES}
+
+
+def test_a_run_stopped_before_its_first_answer_can_go_on(tmp_path: Path) -> None:
+    whole = run(context(tmp_path / "whole"))
+    here = context(tmp_path / "stopped")
+    here.stop.set()
+    with pytest.raises(Interrupted, match="after update 0 of 5"):
+        run(here)
+    assert_same(run(context(tmp_path / "stopped")), whole)
+
+
+def test_answers_made_before_a_stop_are_not_made_again(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    term = None
+    with pytest.raises(Interrupted):
+        run(here, judging=stop_at(here, SAMPLES + 5))
+    kept = list((checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
+    assert len(kept) == 2
+    term = run(context(tmp_path))[3]
+    assert len(term.asked) == UPDATES * SAMPLES - SAMPLES - 8  # two rounds of four answers were kept
+    assert not any(path.exists() for path in kept)
+
+
+def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same(tmp_path: Path) -> None:
+    whole = run(context(tmp_path / "whole"))
+    here = context(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        run(here, judging=stop_at(here, SAMPLES + 5))
+    pool = checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool"
+    next(pool.glob("*.safetensors")).write_bytes(b"nonsense")
+    assert_same(run(context(tmp_path / "stopped")), whole)
+
+
+def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
+    whole = run(context(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    script = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_ppo_loop; test_ppo_loop.be_killed({str(folder)!r})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    assert worker.wait(250) == -signal.SIGKILL
+    here = context(folder)
+    assert complete_steps(checkpoints_home(here.store, here.cache, here.resolved.digest)) == [2]
+    assert_same(run(here), whole)
+
+
+def be_killed(folder: str) -> None:
+    """Train, and die by SIGKILL while learning in the fourth update, when the checkpoint of update 2 is complete."""
+    here = context(Path(folder))
+    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
+
+    def die(update: int) -> None:
+        if update == 3:
+            while complete_steps(home) != [2]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(here, learning=die)
+
+
+def test_a_pool_on_disk_changes_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(context(tmp_path / "whole"))
+    config = small()
+    object.__setattr__(config, "pool_bytes", 0)
+    here = context(tmp_path / "spilled")
+    assert_same(run(here, config), whole)
+    assert list((here.work / "pool").iterdir()) == []
+
+
+def test_the_policy_stays_as_it_is_while_the_critic_warms_up(tmp_path: Path) -> None:
+    critic = ppo_job(small()).critic.state_dict()
+    config = small(critic={"warmupUpdates": 2}, budget={"steps": 2})
+    result, policy, found, _ = run(context(tmp_path), config)
+    assert equal_weights(policy, weights(digit_model()))
+    assert not any(torch.equal(found[name], critic[name]) for name in found if "norm" not in name)
+    assert [point["kl"] for point in result.history] == [0.0, 0.0]
+    assert result.history[1]["valueLoss"] < result.history[0]["valueLoss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reference", ["the base below the adapter", "a model of its own"])
+def test_before_the_first_step_the_kl_is_exactly_zero(tmp_path: Path, reference: str, precision: str) -> None:
+    model = digit_model(layers=2).bfloat16().float()
+    adapter = reference == "the base below the adapter"
+    config = small(precision=precision, budget={"steps": 2}, critic={"warmupUpdates": 0})
+    making = {"model": with_adapter(model), "reference": False} if adapter else {"model": model}
+    history = run(context(tmp_path), config, **making)[0].history
+    assert history[0]["kl"] == 0.0
+    assert history[1]["kl"] != 0.0
+
+
+def test_under_an_adapter_only_the_adapter_learns_and_a_resumed_run_ends_the_same(tmp_path: Path) -> None:
+    config = small(critic={"warmupUpdates": 0})
+    whole = run(context(tmp_path / "whole"), config, model=with_adapter(digit_model()), reference=False)
+    before = weights(with_adapter(digit_model()))
+    changed = {name for name, tensor in whole[1].items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    here = context(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        run(here, config, stop_at(here, 3 * SAMPLES + 1), model=with_adapter(digit_model()), reference=False)
+    here = context(tmp_path / "stopped")
+    assert_same(run(here, config, model=with_adapter(digit_model()), reference=False), whole)
+
+
+def test_the_figures_are_those_of_the_answers(tmp_path: Path) -> None:
+    judged: list[float] = []
+    result, _, _, term = run(context(tmp_path), small(critic={"warmupUpdates": 0}))
+    judged = [term.function(str(item.prompt[-1]["content"]), item.answer) for item in term.asked]
+    for update, point in enumerate(result.history):
+        part = slice(update * SAMPLES, (update + 1) * SAMPLES)
+        asked = term.asked[part]
+        assert point["reward"] == pytest.approx(np.mean(judged[part]))
+        assert point["reward.only"] == point["reward"]
+        assert point["rewardDeviation"] == pytest.approx(np.std(judged[part]))
+        assert point["endedShare"] == np.mean([item.ended for item in asked])
+        assert point["emptyShare"] == np.mean([item.answer == "" for item in asked])
+        assert point["answerTokens"] == np.mean([item.num_tokens + item.ended for item in asked])
+
+
+def test_an_adaptive_price_follows_the_kl(tmp_path: Path) -> None:
+    history = run(context(tmp_path), small(critic={"warmupUpdates": 0}))[0].history
+    price = 0.1
+    for point in history:
+        error = min(max(point["kl"] / 0.5 - 1.0, -0.2), 0.2)
+        price *= 1.0 + error * SAMPLES / 100
+        assert point["klCoefficient"] == pytest.approx(price, rel=1e-12)
+
+
+def test_answers_that_do_not_end_get_the_price_of_that(tmp_path: Path) -> None:
+    config = small(rollout={"maxNewTokens": 4, "batchRows": 4, "missingEndReward": -3.0}, budget={"steps": 1})
+    result, _, _, term = run(context(tmp_path), config)
+    expected = [echoes(str(item.prompt[-1]["content"]), item.answer) if item.ended else -3.0 for item in term.asked]
+    assert {item.ended for item in term.asked} == {True, False}
+    assert result.history[0]["reward"] == pytest.approx(np.mean(expected))
+
+
+def test_text_beside_the_answers_is_learnt(tmp_path: Path) -> None:
+    plan = RandomPlan(num_steps=UPDATES * 4, num_rows=2, length=12, masked_share=0.0, packed=False)
+
+    class Digits(RandomPlan):
+        def rows(self, step: int) -> list[Any]:
+            found = [row((12,), 50 + index) for index in range(2)]
+            return [type(item)(item.tokens % 13, np.where(item.labels < 0, item.labels, item.labels % 13), item.lengths)
+                    for item in found]  # fmt: skip
+
+    config = small(pretraining={"data": [{"uri": "unused"}], "weight": 5.0, "rowsPerStep": 2},
+                   critic={"warmupUpdates": 0})  # fmt: skip
+    with_text = run(context(tmp_path / "with"), config, text=Digits(num_steps=plan.num_steps))
+    without = run(context(tmp_path / "without"), small(critic={"warmupUpdates": 0}))
+    losses = []
+    for found in (with_text, without):
+        model = digit_model()
+        model.load_state_dict(found[1], strict=False)
+        rows = Digits().rows(0)
+        ids = torch.from_numpy(np.stack([item.tokens for item in rows])).long()
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+    assert losses[0] < losses[1] - 0.5
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    config = small(budget={"steps": 2})
+    first, second = (run(context(tmp_path / name), config) for name in ("first", "second"))
+    other = run(context(tmp_path / "other", seed=8), config)
+    assert_same(first, second)
+    assert other[0].history != first[0].history
+
+
+def test_checkpoints_and_kept_answers_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from stagecoach_api.store import FolderStore
+    from stagecoach_api.stores.base import FolderLocation
+
+    class Remote(FolderStore):
+        """A folder that behaves like S3: nothing in it can be read in place."""
+
+        def local_path(self, key: str) -> Path | None:
+            return None
+
+    def remote(machine: str) -> StageContext:
+        here = replace(context(tmp_path / machine), store=Remote(FolderLocation(tmp_path / "bucket")))
+        return replace(here, stop=threading.Event())
+
+    first = remote("first")
+    with pytest.raises(Interrupted):
+        run(first, judging=stop_at(first, SAMPLES + 5))
+    resumed = run(remote("second"))
+    assert len(resumed[3].asked) == UPDATES * SAMPLES - SAMPLES - 8
+    assert_same(resumed, run(context(tmp_path / "whole")))
+    assert not list((tmp_path / "bucket").rglob("*pool*/*"))
+
+
+# -- mini-batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_a_mini_batch_is_the_same_over_any_number_of_ranks(ranks: int) -> None:
+    order = np.random.default_rng(1).permutation(24)
+    shares = []
+    for rank in range(ranks):
+        places = list(range(24))[rank::ranks][::-1]
+        shares.append([[places[int(index)] for index in part] for part in own_mini_batches(order, places, 6)])
+    for number, mini in enumerate(np.array_split(order, 6)):
+        together = [place for share in shares for place in share[number]]
+        assert len(together) == 4
+        assert sorted(together) == sorted(mini.tolist())
+
+
+def test_the_tokenizer_of_the_toy_is_what_the_answers_are_read_with() -> None:
+    assert digit_tokenizer().decode([3, 4, 2], skip_special_tokens=True) == "01"

@@ -1,0 +1,143 @@
+"""Answers by vLLM (arXiv 2309.06180) in place of our own decoding, where the image has it.
+
+The policy is written to a folder once an update, and the engine reads it again: of a LoRA policy only the adapter. vLLM
+draws by its own random numbers, seeded per answer, and its kernels may round differently from run to run: old
+log-probabilities are the training forward's as always, but a resumed run need not be equal to the bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.context import World
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.ppo.sampling import Decoding, Sampled
+from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.train.causal import causal_model
+
+MEMORY_SHARE = 0.35
+"""Share of the GPU's memory that vLLM may take; the rest is the training's."""
+
+TRANSFORMERS_INSTEAD = "use `rollout.engine: transformers`"
+
+
+class VllmSampler:
+    """Answers with an engine of its own. Raises UserError where vLLM is not installed, or cannot do what is asked."""
+
+    def __init__(
+        self, config: PpoStage, policy: nn.Module, tokenizer: Any, decoding: Decoding, folder: Path, world: World
+    ) -> None:
+        self._vllm = _import_vllm()
+        _check(config, world)
+        self._decoding = decoding
+        self._folder = folder
+        self._dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.precision.value]
+        self._longest = config.sequence_length
+        self._lora = config.trainable.lora
+        self._refreshes = 0
+        self._adapter: Any = None
+        self._engine: Any = None
+        shutil.rmtree(folder, ignore_errors=True)
+        causal_model(policy).save_pretrained(folder / "model") if self._lora is None else _save_base(policy, folder)
+        tokenizer.save_pretrained(folder / "model")
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Write the policy's weights and let the engine read them."""
+        self._refreshes += 1
+        if self._lora is not None:
+            self._take_adapter(policy)
+            return
+        model: Any = policy
+        model.save_pretrained(self._folder / "model")
+        if self._engine is not None:
+            self._engine.collective_rpc("reload_weights")
+        else:
+            self._start()
+
+    def _take_adapter(self, policy: Any) -> None:
+        folder = self._folder / f"adapter-{self._refreshes}"
+        policy.save_pretrained(folder)
+        if self._engine is None:
+            self._start(enable_lora=True, max_lora_rank=self._lora.rank)  # type: ignore[union-attr]
+        request = importlib.import_module("vllm.lora.request").LoRARequest
+        if self._adapter is not None:
+            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
+        self._adapter = request(f"update-{self._refreshes}", self._refreshes, str(folder))
+
+    def _start(self, **settings: Any) -> None:
+        self._engine = self._vllm.LLM(
+            model=str(self._folder / "model"),
+            dtype=self._dtype,
+            max_model_len=self._longest,
+            gpu_memory_utilization=MEMORY_SHARE,
+            enable_prefix_caching=False,  # what it would remember is of older weights
+            **settings,
+        )
+
+    def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
+        """Return one answer per prompt; `keys` seed the random numbers of each."""
+        asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
+        settings = [self._settings(key) for key in keys]
+        outputs = self._engine.generate(asked, settings, use_tqdm=False, lora_request=self._adapter)
+        return [self._sampled(output.outputs[0]) for output in outputs]
+
+    def _settings(self, key: Sequence[int]) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=self._decoding.temperature,
+            top_p=self._decoding.top_p,
+            max_tokens=self._decoding.max_new_tokens,
+            stop_token_ids=list(self._decoding.ends),
+            seed=int(np.random.SeedSequence(list(key)).generate_state(1)[0]),
+        )
+
+    def _sampled(self, output: Any) -> Sampled:
+        ids, ended = [int(token) for token in output.token_ids], output.finish_reason == "stop"
+        if ended and (not ids or ids[-1] not in self._decoding.ends):
+            ids.append(int(output.stop_reason or self._decoding.ends[0]))
+        return Sampled(np.array(ids, np.int32), ended)
+
+
+def _import_vllm() -> Any:
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine: vllm is not installed in this image; add it to the trainer's image, or "
+            f"{TRANSFORMERS_INSTEAD}"
+        ) from error
+
+
+def _check(config: PpoStage, world: World) -> None:
+    lora = config.trainable.lora
+    if not torch.cuda.is_available():
+        raise UserError(f"rollout.engine: vllm needs a GPU here; {TRANSFORMERS_INSTEAD}")
+    if world.size > 1:
+        raise UserError(f"rollout.engine: vllm answers on one rank only, and there are {world.size}; "
+                        f"{TRANSFORMERS_INSTEAD}")  # fmt: skip
+    if lora is not None and (lora.modules_to_save or lora.new_rows):
+        raise UserError(
+            "rollout.engine: vllm takes plain adapters only, without `modulesToSave` or `newRows`; "
+            f"{TRANSFORMERS_INSTEAD}"
+        )
+    if config.trainable.embeddings is not None:
+        raise UserError(f"rollout.engine: vllm takes no policy whose rows alone are trained; {TRANSFORMERS_INSTEAD}")
+
+
+def _save_base(policy: Any, folder: Path) -> None:
+    """Write the model below a new adapter under its own names."""
+    with torch.no_grad():
+        state = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in causal_model(policy).state_dict().items()
+            if ".lora_" not in name
+        }
+    causal_model(policy).save_pretrained(folder / "model", state_dict=state)
