@@ -235,10 +235,15 @@ def _record(messages: Sequence[Message], answer: str, system: str | None, index:
 
 
 def load_reward_model(
-    context: StageContext, source: Reference | ResolvedInput, dtype: torch.dtype, device: torch.device
+    context: StageContext,
+    source: Reference | ResolvedInput,
+    dtype: torch.dtype,
+    device: torch.device,
+    merge: bool = True,
 ) -> RewardModel:
-    """Load a `rewardModel` artifact, its adapter merged into its base, or a Hugging Face folder with a sequence
-    classifier of one label. The body is in `dtype`, the head in fp32.
+    """Load a `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label. The body is in
+    `dtype`, the head in fp32. `merge`: an adapter is merged into its base; else it stays on it, and the base can be
+    shared with other adapters over it.
 
     Raises UserError for anything else (a language model, several labels, no vocabulary), and as `load_model` does.
     """
@@ -246,7 +251,7 @@ def load_reward_model(
     path = context.fetch_resolved(found)
     require_folder(path)
     card = read_card(path)
-    model = _load_adapter(context, found, path, card) if card.adapter else _load_whole(path)
+    model = _load_adapter(context, found, path, card, merge) if card.adapter else _load_whole(path)
     tokenizer = own_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"{path}: the reward model's folder has no vocabulary, so no text can be scored; put it there")
@@ -278,14 +283,14 @@ def _load_whole(path: Path) -> Any:
     return model
 
 
-def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card: ModelCard) -> Any:
+def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card: ModelCard, merge: bool) -> Any:
     """Return the base with a new head, and on it the adapter, which brings the head it was trained with."""
     weights = check_adapter_folder(path)
     if card.reward is None or card.base is None:
         raise UserError(f"{path}: an adapter of a language model is no reward model; a `rewardModel` stage makes one")
     base = load_model(context, locate_base(card.base, found, context.resolved.storage_uri))
     model = put_on(make_reward_model(base.model, seed=0), path, weights, trainable=False)
-    return model.merge_and_unload(safe_merge=True)
+    return model.merge_and_unload(safe_merge=True) if merge else model
 
 
 def _place(model: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -37,6 +37,7 @@ class _Workshop:
     precision: Precision
     batch_rows: int
     states: Mapping[str, Any]
+    merge: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class RewardSum:
         batch_rows: int = 8,
         where: str = "rewards",
         state: Mapping[str, Any] | None = None,
+        merge: bool = True,
     ) -> RewardSum:
         """Fetch, load, fit and check everything the terms need.
 
@@ -88,10 +90,11 @@ class RewardSum:
             batch_rows: Answers a reward model scores at once.
             where: The terms' field path, for messages.
             state: What `state` gave in an earlier attempt: requests spent, weights fitted. None: a fresh start.
+            merge: Merge reward models that are adapters into their bases; else the bases can be shared.
 
         Raises UserError with all problems at once.
         """
-        workshop = _Workshop(context, device, precision, batch_rows, state or {})
+        workshop = _Workshop(context, device, precision, batch_rows, state or {}, merge)
         made: list[_Weighted] = []
         problems: list[str] = []
         for index, config in enumerate(terms):
@@ -181,7 +184,7 @@ def _model_term(value: Any, workshop: _Workshop) -> Term:
     from stagecoach_trainer.rewards.model import ModelTerm
 
     device = workshop.device or torch.device("cpu")
-    model = load_reward_model(workshop.context, value, DTYPES[workshop.precision], device)
+    model = load_reward_model(workshop.context, value, DTYPES[workshop.precision], device, workshop.merge)
     return ModelTerm(model, workshop.batch_rows)
 
 
