@@ -9,7 +9,7 @@ from typing import Any
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.ppo import PpoStage, PretrainingMix
 from stagecoach_api.stages.sft import Loss, TooLong
-from stagecoach_api.training import Batch, Budget, LoraTraining, Schedule
+from stagecoach_api.training import Batch, Budget, Schedule
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model
@@ -108,7 +108,7 @@ def _critic(config: PpoStage, context: StageContext, start: Start, rewards: Rewa
         return model
     trainable = config.trainable
     if lora is not None:
-        lora = LoraTraining(**(lora.model_dump() | {"modules_to_save": (), "new_rows": False}))
+        lora = lora.model_copy(update={"modules_to_save": (), "new_rows": False})
         trainable = trainable.model_copy(update={"lora": lora})
     return choose_trainable(model, trainable, range(0), context.seed).model
 

@@ -112,6 +112,8 @@ class ShardedEngine:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state(self) -> EngineState:
+        if self._num_steps == 0:
+            self._create_unused_states()
         tensors = {}
         for key, tensor in self._full_tensors():
             if self._world.is_main:
@@ -175,6 +177,13 @@ class ShardedEngine:
         set_learning_rate(self._deepspeed.optimizer, 0.0)
         self._deepspeed.step()
         self.loss.train(was_training)
+
+    def _create_unused_states(self) -> None:
+        """Make the states of an optimiser that has made no step yet, such as that of a policy whose critic warms up."""
+        scale = self._loss_scale()
+        self._create_states()
+        self._set_step_counters()
+        self._set_loss_scale(*scale)
 
     def _set_step_counters(self) -> None:
         for state in self._deepspeed.optimizer.optimizer.state.values():

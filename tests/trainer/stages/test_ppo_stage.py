@@ -1,0 +1,231 @@
+"""The `ppo` stage: a policy, a reward and prompts in, a better policy and its report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_makers import make_context, make_tokenizer, save_base
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stagecoach_api.artifacts import ModelCard, RewardCard
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.models.load import load_folder
+from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.models.save import save_model
+from stagecoach_trainer.stages.ppo import run
+from stagecoach_trainer.text.templates import apply_template
+
+PROMPTS = ("what is a fox", "the lazy dog", "a task for the model", "brown words", "over the quick dog", "next")
+SHORT = {"name": "short", "length": {"atMost": 12}}
+TEMPLATE = {"name": "humanBot"}
+
+
+def stage(**changes: Any) -> PpoStage:
+    values: dict[str, Any] = {
+        "model": {"uri": "base"},
+        "template": TEMPLATE,
+        "data": [{"uri": "prompts"}],
+        "rewards": [SHORT],
+        "sequenceLength": 96,
+        "batch": {"samples": 4, "microBatchRows": 2},
+        "budget": {"steps": 3},
+        "optimizer": {"learningRate": 1e-3},
+        "rollout": {"maxNewTokens": 12, "batchRows": 4},
+        "guards": {"minEndedShare": None},
+        "precision": "fp32",
+        "checkpoints": {"everySteps": 1},
+    }
+    return PpoStage.model_validate(values | changes)
+
+
+def write_prompts(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
+    lines = [json.dumps({"instruction": prompt, "output": "an answer that is left out"}) for prompt in prompts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def save_reward(root: Path, base: Path, tokenizer: Any = None) -> Path:
+    """Write a reward model over the weights of `base`, as a `rewardModel` stage does."""
+    tokenizer = tokenizer or make_tokenizer()
+    model = make_reward_model(load_folder(base), seed=3)
+    apply_template(tokenizer, stage().template)
+    vocabulary = root / "vocabulary"
+    tokenizer.save_pretrained(vocabulary)
+    folder = root / "reward"
+    folder.mkdir()
+    save_model(model, tokenizer, vocabulary, folder, ModelCard(adapter=False, reward=RewardCard(bias=0.5)))
+    return folder
+
+
+def context_for(root: Path, **inputs: Path) -> StageContext:
+    root.mkdir(parents=True, exist_ok=True)
+    found = {
+        "base": inputs.get("base") or save_base(root / "base", make_tokenizer()),
+        "prompts": inputs.get("prompts") or write_prompts(root / "prompts.jsonl"),
+    }
+    return make_context(root, "ppo", found | inputs)
+
+
+def report_of(context: StageContext) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_output_opens_in_transformers_and_the_report_tells_of_the_updates(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_tokenizer())
+    reward = save_reward(tmp_path, base)
+    context = context_for(tmp_path, base=base, reward=reward)
+    outcome = run(stage(rewards=[{"name": "helpful", "model": {"uri": "reward"}}, SHORT]), context)
+    model, tokenizer = (maker.from_pretrained(context.output) for maker in (AutoModelForCausalLM, AutoTokenizer))
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a fox"}], tokenize=False)
+    output = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=3)
+    assert torch.isfinite(model(output).logits).all()
+    before = load_file(base / "model.safetensors")
+    after = load_file(context.output / "model.safetensors")
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"].to(before["lm_head.weight"].dtype))
+    report = report_of(context)
+    assert report["data"]["prompts"] == {"records": 6, "prompts": 6, "tooLong": 0, "empty": 0}
+    assert (report["updates"], report["samplesPerUpdate"], report["tokens"]) == (3, 4, outcome.tokens)
+    assert [point["step"] for point in report["history"]] == [1, 2, 3]
+    for point in report["history"]:
+        assert point["reward"] == pytest.approx(point["reward.helpful"] + point["reward.short"])
+    assert report["history"][0]["kl"] == 0.0
+    assert outcome.metrics["reward"] == report["history"][-1]["reward"]
+    words = (context.output / "report.md").read_text(encoding="utf-8")
+    assert "3 updates of 4 answers" in words
+    assert "| update | reward | kl | entropy | endedShare | answerTokens |" in words
+
+
+def test_an_adapter_shares_its_base_with_the_reference_and_is_what_comes_out(tmp_path: Path) -> None:
+    context = context_for(tmp_path)
+    settings = {"lora": {"rank": 2}}
+    run(stage(trainable=settings, optimizer={"learningRate": 1e-2}), context)
+    assert (context.output / "adapter_model.safetensors").is_file()
+    assert not (context.output / "model.safetensors").exists()
+    history = report_of(context)["history"]
+    assert history[0]["kl"] == 0.0
+    assert history[-1]["kl"] != 0.0
+
+
+def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:
+    base, prompts = save_base(tmp_path / "base", make_tokenizer()), write_prompts(tmp_path / "prompts.jsonl")
+    reward = save_reward(tmp_path, base)
+    config = stage(
+        rewards=[{"name": "helpful", "model": {"uri": "reward"}}],
+        rollout={"maxNewTokens": 12, "batchRows": 2},
+        pretraining={"data": [{"uri": "prompts"}], "weight": 2.0, "rowsPerStep": 1},
+    )
+    whole, parted = (
+        context_for(tmp_path / name, base=base, prompts=prompts, reward=reward) for name in ("whole", "parted")
+    )
+    run(config, whole)
+    report = parted.progress.report
+    answered = []
+
+    def stop_in_the_middle(activity: str, *rest: Any, **more: Any) -> None:
+        report(activity, *rest, **more)
+        answered.append(activity)
+        if answered.count("answer") == 3:  # half of the second update's answers
+            parted.stop.set()
+
+    parted.progress.report = stop_in_the_middle  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="after update 1 of 3"):
+        run(config, parted)
+    parted.stop.clear()
+    parted.progress.report = report  # type: ignore[method-assign]
+    run(config, parted)
+    assert content_of(parted.output) == content_of(whole.output)
+
+
+# -- what is counted, what is refused ----------------------------------------------------------------------------------
+
+
+def test_prompts_that_leave_no_room_and_prompts_that_ask_nothing_are_counted(tmp_path: Path) -> None:
+    long = " ".join(["the quick brown fox"] * 30)
+    prompts = write_prompts(tmp_path / "prompts.jsonl", (*PROMPTS, long, long + " dog", "  "))
+    context = context_for(tmp_path, prompts=prompts)
+    run(stage(maxDroppedShare=0.5, budget={"steps": 1}), context)
+    assert report_of(context)["data"]["prompts"] == {"records": 9, "prompts": 6, "tooLong": 2, "empty": 1}
+    assert "| prompts | 9 | 6 | 2 | 1 |" in (context.output / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"33.3% of prompts's prompts were left out \(tooLong 2, empty 1\)"):
+        run(stage(maxDroppedShare=0.1), context_for(tmp_path / "strict", prompts=prompts))
+    with pytest.raises(UserError, match="has no prompt to answer"):
+        run(stage(sequenceLength=16), context_for(tmp_path / "none", prompts=prompts))
+
+
+def test_empty_answers_are_counted(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_tokenizer())
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] *= 0.0  # every token is as likely as any other
+    weights["lm_head.weight"][2] = 0.0
+    from safetensors.torch import save_file
+
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    everything = list(range(2, len(make_tokenizer()), 2))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": everything}))
+    (base / "config.json").write_text(json.dumps(config))
+    context = context_for(tmp_path, base=base)
+    run(stage(batch={"samples": 24, "microBatchRows": 24}, budget={"steps": 1}), context)
+    point = report_of(context)["history"][0]
+    assert 0.2 < point["emptyShare"] < 0.8  # half of all tokens end an answer
+    assert point["endedShare"] > 0.9
+
+
+def test_a_reward_model_of_another_vocabulary_cannot_become_the_critic(tmp_path: Path) -> None:
+    other = make_tokenizer(extra=("piece",))
+    base = save_base(tmp_path / "base", make_tokenizer())
+    reward = save_reward(tmp_path, save_base(tmp_path / "other", other), other)
+    config = stage(rewards=[{"name": "helpful", "model": {"uri": "reward"}}])
+    with pytest.raises(UserError, match=r"rewards: the reward model has another vocabulary: .*such as 'piece'"):
+        run(config, context_for(tmp_path, base=base, reward=reward))
+    config = stage(critic={"model": {"uri": "reward"}})
+    with pytest.raises(UserError, match=r"critic.model: the reward model has another vocabulary"):
+        run(config, context_for(tmp_path / "second", base=base, reward=reward))
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", make_tokenizer(extra=("piece",)))
+    with pytest.raises(UserError, match="reference: it has another vocabulary"):
+        run(stage(reference={"uri": "other"}), context_for(tmp_path, other=other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": None}, "no chat template; name one"),
+        ({"trainable": {"lora": {"continueAdapter": True}}}, "continueAdapter"),
+        ({"rollout": {"maxNewTokens": 96}}, "leaves no room for a prompt"),
+        ({"data": [{"uri": "prompts", "weight": 1.0}, {"uri": "prompts", "name": "b"}]}, "to every set or to none"),
+        ({"rewards": [SHORT, SHORT]}, "two terms are called `short`"),
+        ({"rollout": {"engine": "vllm", "maxNewTokens": 4}}, "vllm is not installed in this image"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(stage(**changes), context_for(tmp_path))
+
+
+def test_a_reward_expression_that_tries_to_import_is_refused(tmp_path: Path) -> None:
+    evil = {"name": "evil", "expression": '__import__("os").system("true")'}
+    with pytest.raises(UserError, match=r"rewards\[0\].expression: .*__import__"):
+        run(stage(rewards=[evil]), context_for(tmp_path))
+
+
+def test_a_constant_reward_stops_the_stage_and_says_so(tmp_path: Path) -> None:
+    from stagecoach_trainer.errors import Diverged
+
+    with pytest.raises(Diverged, match=r"update 3: constant reward.*guards.minRewardDeviation"):
+        run(stage(rewards=[{"name": "same", "expression": "1"}], budget={"steps": 5}), context_for(tmp_path))
