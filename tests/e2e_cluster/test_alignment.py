@@ -17,7 +17,7 @@ from cluster_world import Run, World, corpus, training, training_run, vocabulary
 pytestmark = pytest.mark.cluster
 
 QUEUE = "alignment"
-UPDATES, EVERY = 30, 3
+UPDATES, EVERY = 200, 10
 WORDS = ("light", "water", "glass", "colour", "ray", "paper", "sun", "prism")
 
 
@@ -74,7 +74,7 @@ def stages(inputs: str) -> list[dict[str, Any]]:
                 **shared,
                 "model": {"stage": "base"},
                 "data": [asked],
-                "template": {"name": "alpaca"},
+                "template": {"name": "humanBot"},
                 "batch": {"samples": 16, "microBatchRows": 4},
                 "budget": {"steps": 40},
             },
