@@ -14,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_api.training import LoraTraining, Trainable
+from stagecoach_api.training import LoraTraining, Sharding, Trainable
+from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.models.trainable import choose_trainable
+from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
 from stagecoach_trainer.rewards.judged import Judged, Term
 from stagecoach_trainer.rewards.total import RewardSum, _Weighted
@@ -158,3 +160,37 @@ def ppo_job(
         prompts=plan,
         text=text,
     )
+
+
+def ranks_configuration(case: str) -> PpoStage:
+    """A stage for two ranks; `case`: ZeRO stage and precision, such as 2-fp32. Five answers a rank, in rounds of 3 and
+    2; mini-batches of 2 answers, of which a rank has now and then none."""
+    stage, precision = case.split("-")
+    return configuration(
+        batch={"samples": 10, "microBatchRows": 1},
+        budget={"steps": 3},
+        rollout={"maxNewTokens": 4, "batchRows": 3},
+        policy={"innerEpochs": 2, "miniBatchSamples": 2},
+        critic={"warmupUpdates": 1},
+        kl={"coefficient": 0.05, "target": 0.5, "horizon": 100},
+        checkpoints={"everySteps": 1},
+        precision=precision,
+    ).model_copy(update={"sharding": Sharding(zero=int(stage))})
+
+
+def run_to_end(here: StageContext, config: PpoStage, stop_after: int | None = None) -> dict[str, Any]:
+    """Train to the end; return the history, the bytes of the final weights, and how many answers this rank judged."""
+
+    def judged(prompt: str, answer: str) -> float:
+        if stop_after is not None and len(term.asked) >= stop_after:
+            here.stop.set()
+        return echoes(prompt, answer)
+
+    term = FunctionTerm(judged)
+    job = ppo_job(config, reward_of(("only", term, 1.0)))
+    result = train_policy(job, here)
+    found = {}
+    for side, model in (("policy", job.policy), ("critic", job.critic)):
+        named = model.named_parameters() if here.world.is_main else ()  # the others' are of no use any more
+        found[side] = {name: item.detach().float().numpy().tobytes().hex() for name, item in named}
+    return {"history": list(result.history), **found}
