@@ -31,6 +31,7 @@ from train_makers import RandomPlan, context, equal_weights, row, weights
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import Interrupted
+from stagecoach_trainer.ppo import kept
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, own_mini_batches
 from stagecoach_trainer.train.places import checkpoints_home, complete_steps
@@ -127,14 +128,13 @@ def test_a_run_stopped_before_its_first_answer_can_go_on(tmp_path: Path) -> None
 
 def test_answers_made_before_a_stop_are_not_made_again(tmp_path: Path) -> None:
     here = context(tmp_path)
-    term = None
     with pytest.raises(Interrupted):
         run(here, judging=stop_at(here, SAMPLES + 5))
-    kept = list((checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
-    assert len(kept) == 2
+    files = list((checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
+    assert len(files) == 2
     term = run(context(tmp_path))[3]
     assert len(term.asked) == UPDATES * SAMPLES - SAMPLES - 8  # two rounds of four answers were kept
-    assert not any(path.exists() for path in kept)
+    assert not any(path.exists() for path in files)
 
 
 def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same(tmp_path: Path) -> None:
@@ -144,6 +144,21 @@ def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same
         run(here, judging=stop_at(here, SAMPLES + 5))
     pool = checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool"
     next(pool.glob("*.safetensors")).write_bytes(b"nonsense")
+    assert_same(run(context(tmp_path / "stopped")), whole)
+
+
+def test_answers_that_cannot_be_kept_are_made_again_and_the_checkpoint_is_saved_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, *others: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    whole = run(context(tmp_path / "whole"))
+    here = context(tmp_path / "stopped")
+    monkeypatch.setattr(kept, "write_chunk", full)
+    with pytest.raises(Interrupted, match="after update 1 of 5"):
+        run(here, judging=stop_at(here, SAMPLES + 5))
+    assert "could not be kept ([Errno 28] No space left on device" in caplog.text
     assert_same(run(context(tmp_path / "stopped")), whole)
 
 

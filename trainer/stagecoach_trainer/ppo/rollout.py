@@ -7,6 +7,7 @@ M tokens of the answers of a chunk.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_api.stages.ppo import Rollout, RolloutEngine
+from stagecoach_api.store import StoreError
 from stagecoach_trainer.align.advantages import generalized_advantages
 from stagecoach_trainer.align.kl import answer_sums, k1, token_rewards
 from stagecoach_trainer.context import StageContext, World
@@ -37,6 +39,8 @@ from stagecoach_trainer.train.causal import causal_model
 from stagecoach_trainer.train.collectives import max_over_ranks, sum_over_ranks
 from stagecoach_trainer.train.engine import Engine
 from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, gathered
+
+log = logging.getLogger(__name__)
 
 KEY_SAMPLING = 7
 """Sets the random numbers of answers apart from others of the same seed."""
@@ -214,13 +218,20 @@ class Rollouts:
             self._sampler.refresh(self._policy.loss.model)  # type: ignore[arg-type]
             for first in range(done, share, rows):
                 if self._asked_to_stop():
-                    self._kept.keep(name, list(pool), first, asdict(tally))
+                    self._keep(name, pool, first, tally)
                     return None
                 chosen = mine[first : first + rows]
                 asked = [prompts[index] for index in chosen]
                 self._chunk(pool, tally, asked, chosen, update, progress, most=min(rows, share - first))
                 self._context.progress.report("answer", first + len(chosen), len(mine), "answers")
         return Harvest(pool, mine, share_tally(tally, self._world))
+
+    def _keep(self, name: str, pool: Pool, done: int, tally: Tally) -> None:
+        """Keep what was made so far; where that fails the checkpoint matters more."""
+        try:
+            self._kept.keep(name, list(pool), done, asdict(tally))
+        except (OSError, StoreError) as error:
+            log.warning("the answers made so far could not be kept (%s); they will be made again", error)
 
     def _take_up(self, pool: Pool, name: str) -> tuple[int, Tally]:
         """Put what a stopped attempt has kept into the pool; return how far it came on every rank, and its sums."""
