@@ -126,14 +126,17 @@ def test_a_run_stopped_before_its_first_answer_can_go_on(tmp_path: Path) -> None
     assert_same(run(context(tmp_path / "stopped")), whole)
 
 
-def test_answers_made_before_a_stop_are_not_made_again(tmp_path: Path) -> None:
-    here = context(tmp_path)
-    with pytest.raises(Interrupted):
-        run(here, judging=stop_at(here, SAMPLES + 5))
+def test_answers_made_before_a_stop_are_not_made_again_even_if_it_is_stopped_there_twice(tmp_path: Path) -> None:
+    whole = run(context(tmp_path / "whole"))
+    for judged in (SAMPLES + 3, SAMPLES + 7):  # in the first round of the second update, and then in its second
+        here = context(tmp_path / "stopped")
+        with pytest.raises(Interrupted, match="after update 1 of 5"):
+            run(here, judging=stop_at(here, judged))
     files = list((checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
     assert len(files) == 2
-    term = run(context(tmp_path))[3]
-    assert len(term.asked) == UPDATES * SAMPLES - SAMPLES - 8  # two rounds of four answers were kept
+    resumed = run(context(tmp_path / "stopped"))
+    assert_same(resumed, whole)
+    assert len(resumed[3].asked) == UPDATES * SAMPLES - SAMPLES - 8  # two rounds of four answers were kept
     assert not any(path.exists() for path in files)
 
 
