@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 WHEELS := $(wildcard ../shared/wheels)
 E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
 
-.PHONY: help install demo test lint generate verify bench bench-operator images chart lock clean cluster cluster-down e2e
+.PHONY: help install demo test lint generate verify bench bench-alignment bench-operator images chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,8 +62,11 @@ verify: install ## check that the generated files are up to date
 	$(BIN)/python -m pytest -q tests/core/build/test_manifests_golden.py
 	$(BIN)/python charts/generate.py --check
 
-bench: install ## measure ours against transformers' Trainer, side by side; writes bench/results/latest.json
+bench: install $(UV) ## measure ours against transformers' Trainer and TRL, side by side; writes bench/results/*.json
 	$(BIN)/python -m bench
+
+bench-alignment: install $(UV) ## the part of it with TRL: PPO, reward models, generation, memory; TRL's environment is made once
+	$(BIN)/python -m bench alignment
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@PYTHONPATH=tests $(BIN)/python -m bench.handover

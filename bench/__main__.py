@@ -1,4 +1,4 @@
-"""`python -m bench [NAME …]`: measure, print a table, write `bench/results/latest.json`."""
+"""`python -m bench [NAME …]`: measure, print a table, write `bench/results/latest.json` and `alignment.json`."""
 
 from __future__ import annotations
 
@@ -15,31 +15,47 @@ from rich.table import Table
 
 from bench.measuring import Figure, num_threads
 
-BENCHES = ("throughput", "packing", "startup", "memory")
+TRAINING = ("throughput", "packing", "startup", "memory")
+ALIGNMENT = ("ppo_speed", "generation", "reward_speed", "shared_memory")
+BENCHES = (*TRAINING, *ALIGNMENT)
 RESULTS = Path(__file__).parent / "results" / "latest.json"
+ALIGNMENT_RESULTS = RESULTS.with_name("alignment.json")
+ALIGNMENT_ALONE = "alignment"
+"""Name of all benches of alignment."""
 
 
 def main() -> int:
     """Run the benches; 0 when every goal is met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}; default: all")
-    names = parser.parse_args().names or BENCHES
+    known = ", ".join((*BENCHES, ALIGNMENT_ALONE))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {known}; default: all")
+    names = tuple(parser.parse_args().names) or BENCHES
+    names = ALIGNMENT if names == (ALIGNMENT_ALONE,) else names
     if unknown := sorted(set(names) - set(BENCHES)):
-        parser.error(f"there is no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+        parser.error(f"there is no bench {', '.join(unknown)}; there are {known}")
     console = Console()
     use_all_threads()
-    found: list[Figure] = []
+    found: dict[str, list[Figure]] = {}
     for name in names:
         started = time.monotonic()
-        found += importlib.import_module(f"bench.{name}").figures()
+        package = "bench.alignment" if name in ALIGNMENT else "bench"
+        found[name] = importlib.import_module(f"{package}.{name}").figures()
         console.print(f"{name}: {time.monotonic() - started:.0f} s", style="dim")
-    console.print(table(found))
-    if tuple(names) == BENCHES:
-        RESULTS.parent.mkdir(exist_ok=True)
-        text = json.dumps([figure.as_json() for figure in found], ensure_ascii=False, indent=1)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
-        console.print(f"written to {RESULTS}")
-    return 0 if all(figure.met for figure in found) else 1
+    for group, path, peer in ((TRAINING, RESULTS, "Trainer"), (ALIGNMENT, ALIGNMENT_RESULTS, "peer")):
+        of_group = [figure for name in group for figure in found.get(name, ())]
+        if of_group:
+            console.print(table(of_group, peer))
+        if set(group) <= set(found):
+            write(of_group, path)
+            console.print(f"written to {path}")
+    return 0 if all(figure.met for figures in found.values() for figure in figures) else 1
+
+
+def write(found: list[Figure], path: Path) -> None:
+    """Write figures as JSON."""
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps([figure.as_json() for figure in found], ensure_ascii=False, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def use_all_threads() -> None:

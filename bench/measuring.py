@@ -100,11 +100,13 @@ class Child:
     """What it printed as its last line, read as JSON."""
 
 
-def run_child(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+def run_child(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, python: str = sys.executable
+) -> Child:
     """Run `python ARGUMENTS` from the repository's root; raise RuntimeError with its words where it fails."""
     started = time.time()
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads()), **(environment or {})},
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,168 @@
+"""Our side of the PPO bench: the loop of `ppo` stages, called as the stage calls it.
+
+`python -m bench.alignment.ppo_ours TASK SEED PRECISION UPDATES` prints, as one line of JSON, what every update took and
+brought.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.alignment import ppo_task as task
+from bench.ours import NEVER, resolve
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
+from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.samples.mixing import Mix, Stream
+from stagecoach_trainer.samples.preferences import Prompt
+
+
+@dataclass(frozen=True)
+class ClockedPrompts(PromptPlan):
+    """Notes when each update was begun."""
+
+    begun: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
+
+    def prompts(self, update: int) -> list[Prompt]:
+        self.begun.append(time.perf_counter())
+        self.worked.append(time.process_time())
+        return super().prompts(update)
+
+
+class Words:
+    """A vocabulary whose words are the ids themselves."""
+
+    eos_token_id = None
+
+    def decode(self, ids: Sequence[int], **settings: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+@dataclass
+class ModelReward:
+    """What the reward model says of prompt and answer."""
+
+    model: Any
+    names: tuple[str, ...] = ("model",)
+
+    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+        rows = [_ids(f"{judged.prompt[-1]['content']} {judged.answer}") for judged in batch]
+        return [Judgement(value, {"model": value}) for value in self.model.score_ids(rows, task.SAMPLES)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        del state
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+def configuration(precision: str, updates: int) -> PpoStage:
+    """The numbers of the task in a stage's form; no guard is wanted where there is something to measure."""
+    optimizer = {"learningRate": task.LEARNING_RATE, "beta2": 0.999, "weightDecay": 0.0, "clip": None}
+    return PpoStage.model_validate(
+        {
+            "model": {"uri": "unused"},
+            "data": [{"uri": "unused.jsonl"}],
+            "rewards": [{"name": "model", "model": {"uri": "unused"}}],
+            "sequenceLength": task.LONGEST + task.ANSWER,
+            "batch": {"samples": task.SAMPLES, "microBatchRows": task.SAMPLES // task.MINI_BATCHES},
+            "budget": {"steps": updates},
+            "optimizer": optimizer,
+            "schedule": {"name": "constant"},
+            "precision": precision,
+            "rollout": {"maxNewTokens": task.ANSWER, "batchRows": task.SAMPLES},
+            "policy": {
+                "innerEpochs": task.EPOCHS,
+                "miniBatchSamples": task.SAMPLES // task.MINI_BATCHES,
+                "clip": task.CLIP,
+                "gamma": task.GAMMA,
+                "gaeLambda": task.LAMBDA,
+            },
+            "critic": {"clip": task.CLIP},
+            "kl": {"coefficient": task.KL},
+            "guards": {"minEndedShare": None, "minKl": None},
+            "checkpoints": {"everySteps": NEVER},
+        }
+    )
+
+
+def make_job(folder: Path, precision: str, updates: int) -> PpoJob:
+    """Return the task as a PPO stage, ready to start."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    from stagecoach_trainer.context import World
+    from stagecoach_trainer.evaluation.placing import place
+    from stagecoach_trainer.models.reward import RewardModel
+    from stagecoach_trainer.train.loop import training_device
+
+    config = configuration(precision, updates)
+    policy: Any = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    critic: Any = LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    reward = place(copy.deepcopy(critic), dtype, training_device(World()))
+    return PpoJob(
+        config=config,
+        policy=policy,
+        critic=critic,
+        reference=copy.deepcopy(policy),
+        tokenizer=Words(),
+        rewards=ModelReward(RewardModel(reward, None)),  # type: ignore[arg-type]
+        prompts=make_plan(folder, updates),
+        text=None,
+    )
+
+
+def make_plan(folder: Path, updates: int) -> ClockedPrompts:
+    """Return the task's prompts, each of which is answered once."""
+    found = tuple(_prompt(ids) for ids in json.loads((folder / "prompts.json").read_text()))
+    mix = Mix([Stream(len(found), 5)], [1.0], task.SAMPLES * updates, 6, [0])
+    return ClockedPrompts((found,), mix, task.SAMPLES, updates)
+
+
+def _prompt(ids: Sequence[int]) -> Prompt:
+    return Prompt(np.array(ids, np.int32), ({"role": "user", "content": " ".join(map(str, ids))},), (), "prompts.json")
+
+
+def _ids(words: str) -> np.ndarray:
+    return np.array(words.split(), np.int32)
+
+
+def main() -> None:
+    """Train, and print what it came to."""
+    from stagecoach_trainer.context import World
+    from stagecoach_trainer.ppo.loop import train_policy
+    from stagecoach_trainer.run_stage import Attempt, build_context
+
+    task_folder, seed, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    job = make_job(task_folder, precision, int(sys.argv[4]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stage = resolve("ppo", job.config.model_dump(mode="json"), [], folder)
+        stage = stage.model_copy(update={"seed": seed})
+        attempt = Attempt(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
+        result = train_policy(job, build_context(attempt, threading.Event()))
+    plan: Any = job.prompts
+    begun, worked = [*plan.begun, time.perf_counter()], [*plan.worked, time.process_time()]
+    points = [point for point in result.history if "reward" in point]
+    found = {"rewards": [point["reward"] for point in points], "kl": [point["kl"] for point in points]}
+    print(json.dumps(found | {"seconds": task.gaps(begun[1:]), "cpuSeconds": task.gaps(worked[1:])}))
+
+
+if __name__ == "__main__":
+    main()

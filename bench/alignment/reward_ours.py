@@ -1,0 +1,84 @@
+"""Our side of the reward-model bench: the training loop with the objective of `rewardModel` stages.
+
+`python -m bench.alignment.reward_ours TASK` prints seconds and loss of every step as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.alignment import preference_task as task
+from bench.ours import NEVER, OPTIMIZER, resolve
+from bench.workload import ClockedPlan
+from stagecoach_api.stages.reward_model import RewardModelStage
+from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence
+
+
+def configuration() -> RewardModelStage:
+    """The task in a stage's form."""
+    return RewardModelStage.model_validate(
+        {
+            "model": {"uri": "unused"},
+            "data": [{"uri": "unused"}],
+            "loss": {"pair": {}},
+            "sequenceLength": task.LONGEST,
+            "budget": {"steps": task.STEPS},
+            "batch": {"samples": task.PAIRS, "microBatchRows": task.PAIRS},
+            "optimizer": OPTIMIZER | {"learningRate": task.LEARNING_RATE},
+            "schedule": {"name": "constant"},
+            "precision": "bf16",
+            "checkpoints": {"everySteps": NEVER},
+        }
+    )
+
+
+def group_of(pair: task.Pair, place: int) -> Group:
+    """Return a pair as the stage's planner hands it out."""
+    sequences = tuple(TokenSequence(np.array(ids, np.int32), 1) for ids in pair)
+    return Group(sequences, np.array([0]), np.array([1]), None, 0, (0, place), Counting.PAIRS)
+
+
+def main() -> None:
+    """Train, and print what it came to."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from stagecoach_trainer.align.objectives import RewardObjective
+    from stagecoach_trainer.context import World
+    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.train.job import TrainingJob
+    from stagecoach_trainer.train.loop import train
+
+    task_folder, config = Path(sys.argv[1]), configuration()
+    model: Any = LlamaForSequenceClassification.from_pretrained(task_folder / "model", dtype=torch.float32)
+    steps = [[group_of(pair, place) for place, pair in enumerate(step)] for step in task.read_steps(task_folder)]
+    plan: Any = SteadyPlan(steps, task.LONGEST)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stage = resolve("rewardModel", config.model_dump(mode="json"), [], folder)
+        attempt = Attempt(stage, config, folder / "work", folder / "cache", None, World(), time.time())
+        job = TrainingJob(model, config, plan, objective=RewardObjective(config.loss))
+        result = train(job, build_context(attempt, threading.Event()))
+    begun = [plan.begun[step] for step in range(task.STEPS)]
+    losses = [float(point["loss"]) for point in result.history]
+    print(json.dumps({"seconds": np.diff(begun)[1:].tolist(), "losses": losses}))
+
+
+class SteadyPlan(ClockedPlan):
+    """The given groups at the task's learning rate."""
+
+    def learning_rate(self, step: int) -> float:
+        super().learning_rate(step)
+        return task.LEARNING_RATE
+
+
+if __name__ == "__main__":
+    main()
