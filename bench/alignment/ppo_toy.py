@@ -243,28 +243,32 @@ def switches_table(found: Mapping[str, Found]) -> str:
 
 
 def main() -> int:
-    """Measure what is asked for, print the tables and write them into the result file."""
+    """Measure what is asked for and print the tables; figures are kept in the result file as they come."""
     import torch
 
     torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "tests"))
     wanted = sys.argv[1:] or ["seeds", "switches"]
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     if "seeds" in wanted:
         ten = Found()
         for seed in SEEDS:
             train(BASE, seed, UPDATES, ten)
+            keep("seeds", vars(ten))
         print(seeds_table(ten))
-        result["seeds"] = vars(ten)
     if "switches" in wanted:
         arms = {arm.name: Found() for arm in SWITCHES}
         for arm in SWITCHES:
             for seed in FEW_SEEDS:
                 train(arm, seed, FEW_UPDATES, arms[arm.name])
+            keep("switches", {name: vars(found) for name, found in arms.items() if found.greedy})
         print(switches_table(arms))
-        result["switches"] = {name: vars(found) for name, found in arms.items()}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def keep(part: str, found: Mapping[str, Any]) -> None:
+    """Write what was found so far into the result file, in place of that part."""
+    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    RESULT.write_text(json.dumps(result | {part: found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
