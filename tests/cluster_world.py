@@ -367,7 +367,8 @@ def the_world() -> Iterator[World]:
     try:
         layout, builder = own.layout, own._builder
         programs = (builder.program("kubernetes", "kubectl").parent, builder.program("helm", "helm").parent)
-        with installed(World(layout.kubeconfig, programs, S3(layout.s3_endpoint, layout.s3_credentials), own)) as world:
+        world = World(layout.kubeconfig, programs, S3(layout.s3_endpoint, layout.s3_credentials), own)
+        with installed(world, stays=found is not None):
             yield world
     finally:
         if found is None:
@@ -380,8 +381,9 @@ def _is_test_cluster(kubeconfig: Path) -> bool:
 
 
 @contextmanager
-def installed(world: World) -> Iterator[World]:
-    """Build the images if they are nowhere, upload the examples' data, install the chart as the README says."""
+def installed(world: World, stays: bool = True) -> Iterator[World]:
+    """Build the images if they are nowhere, upload the examples' data, install the chart as the README says; remove it
+    again from a cluster that `stays`."""
     registry = os.environ.get(ENV_REGISTRY) or provide_images(world)
     leave(world)
     for prefix in (EXAMPLES, "e2e"):  # what an earlier suite left
@@ -394,7 +396,8 @@ def installed(world: World) -> Iterator[World]:
     (command,) = readme_commands("helm install")
     world.run([str(values) if word == "values.yaml" else word for word in command], cwd=ROOT)
     yield world
-    leave(world)
+    if stays:
+        leave(world)
 
 
 def values_of(s3: S3, registry: str) -> Body:
