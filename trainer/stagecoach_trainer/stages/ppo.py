@@ -40,12 +40,14 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
 
     start, warnings = _start(config, context)
     prompts = _prompts(config, context, start.tokenizer)
+    start.model.requires_grad_(config.trainable.lora is None)  # a frozen base is shared with those that come
     rewards = _rewards(config, context)
+    asked = [found.model for found in rewards.reward_models().values()]
+    share_frozen([start.model, *asked])
     critic = _critic(config, context, start, rewards)
+    share_frozen([start.model, *asked, critic])
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
-    asked = [found.model for found in rewards.reward_models().values()]
-    share_frozen([policy.model, critic, *asked])
     parameters = count_parameters(policy.model)
     plan = _prompt_plan(config, context, prompts)
     job = PpoJob(
