@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.alignment.peer_environment import QUIET, peer_python
 from bench.measuring import Figure, Goal, alternate, compared, difference, run_child
 
 Report = Mapping[str, Any]
+UNIT = "nats per pair"
 
 
 def figures() -> list[Figure]:
@@ -30,5 +32,5 @@ def figures() -> list[Figure]:
     ours, peer = pairs[0]
     return [
         compared("reward model, bf16", "tokens/s", speeds, Goal("≥", 1.0)),
-        difference("reward model, loss in bf16", ours["losses"], peer["losses"], Goal("≤", 5e-3)),
+        replace(difference("reward model, loss in bf16", ours["losses"], peer["losses"], Goal("≤", 5e-3)), unit=UNIT),
     ]
