@@ -49,7 +49,8 @@ class Critic(Model):
 
     model: Reference | None = None
     """What it starts from: a reward model. None: the first reward model among `rewards`, else the policy's own
-    weights with a new head."""
+    weights with a new head. Under LoRA a reward model that is an adapter is trained on, its rank and targets kept, over
+    the base that the policy's adapter sits on."""
 
     warmup_updates: NonNegativeCount = 0
     """First updates in which only the critic learns and the policy is frozen (COOL: 50). Default: 0."""
