@@ -55,6 +55,7 @@ lint: install ## style, types, import contracts
 
 generate: install ## write the generated files: CRD, JSON schema, field reference, the chart's schema and README
 	$(BIN)/python -m stagecoach_api.generate
+	STAGECOACH_GOLDEN=write $(BIN)/python -m pytest -q tests/core/build/test_manifests_golden.py
 	$(BIN)/python charts/generate.py
 
 verify: install ## check that the generated files are up to date
