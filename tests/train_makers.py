@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,18 @@ def context(folder: Path, world: World | None = None, seed: int = 7) -> StageCon
         progress=Progress(work / "progress.jsonl"),
         stop=threading.Event(),
     )
+
+
+@contextmanager
+def disk_full_beyond(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: to who writes it is the same as a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

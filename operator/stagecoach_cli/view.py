@@ -22,7 +22,7 @@ NARROW_COLUMNS = 100
 NARROW_BAR_WIDTH = 10
 ELAPSED_WIDTH = 9
 SHOWN_METRICS = 3
-FIRST_METRICS = ("loss", "tokensPerSecond")
+FIRST_METRICS = ("loss", "reward", "kl", "tokensPerSecond")
 """Shown first where a stage reports them."""
 
 LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})

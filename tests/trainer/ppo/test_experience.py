@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from train_makers import context
+from train_makers import context, disk_full_beyond
 
 from stagecoach_trainer.context import World
 from stagecoach_trainer.ppo.experience import PER_TOKEN, Experience, Pool, write_chunk
@@ -67,24 +64,11 @@ def test_an_experience_counts_the_tokens_that_enter_the_model_and_those_that_are
     assert one.num_bytes == 4 * (len(one.prompt) + 5 * len(one.answer))
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """A file may not grow beyond 2 KiB: the same to who writes."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_an_os_error_that_names_the_file_and_leaves_the_pool_as_it_was(tmp_path: Path) -> None:
     pool = Pool(tmp_path, 0)
     small, large = experiences(2, 1), experiences(60, 2)
     pool.add(small)
-    with pytest.raises(OSError, match="File too large") as caught:
+    with disk_full_beyond(2048), pytest.raises(OSError, match="File too large") as caught:
         pool.add(large)
     assert caught.value.filename == str(tmp_path / "chunk-000001.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["chunk-000000.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_makers import RandomPlan, context, equal_weights, row, tiny_model, training, weights
+from train_makers import RandomPlan, context, disk_full_beyond, equal_weights, row, tiny_model, training, weights
 
 from stagecoach_api.artifacts import checkpoint_prefix
 from stagecoach_trainer.context import StageContext
@@ -21,7 +22,7 @@ from stagecoach_trainer.errors import Interrupted
 from stagecoach_trainer.train.checkpoint import steps_to_delete
 from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.loop import train
-from stagecoach_trainer.train.places import complete_steps
+from stagecoach_trainer.train.places import checkpoints_home, complete_steps
 
 HELD_OUT = (HeldOutSet("zh", (row((10, 9), 1), row((12,), 2)), 40),)
 HERE = Path(__file__).parent
@@ -194,3 +195,11 @@ def test_checkpoints_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_
     resumed = run(remote("second"))
     assert equal_weights(resumed[1], whole[1])
     assert complete_steps(tmp_path / "second" / "cache" / "checkpoints" / ("d" * 64))
+
+
+def test_a_full_disk_is_told_as_the_system_tells_it_and_half_a_checkpoint_is_not_left(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    with disk_full_beyond(4096), pytest.raises(OSError, match=r"master\.safetensors") as caught:
+        run(here)
+    assert caught.value.errno == errno.EFBIG
+    assert complete_steps(checkpoints_home(here.store, here.cache, here.resolved.digest)) == []

@@ -353,7 +353,7 @@ class PpoLoop:
         every = max(1, self._job.prompts.num_updates // HISTORY_POINTS)
         if self._at.step % every == 0 or self._at.step in (1, self._job.prompts.num_updates):
             self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **figures})
-        shown = figures | {"loss": figures["policyLoss"], "rolloutSeconds": answered_seconds}
+        shown = figures | {"rolloutSeconds": answered_seconds}
         self._meter.step(self._at.step, shown, tally.model_tokens, tally.longest, 0.0, 0.0)
 
     def _between_updates(self) -> None:

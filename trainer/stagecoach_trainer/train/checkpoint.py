@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,7 +96,10 @@ def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredObject:
     """Write contiguous CPU tensors on to the disk and compare what comes back with what is in memory."""
-    save_file(dict(tensors), path)
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise _system_error(error, path) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
     with safe_open(path, framework="pt") as written:
@@ -103,6 +107,12 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredObject:
             if not torch.equal(_bytes_of(written.get_tensor(name)), _bytes_of(tensor)):
                 raise BrokenCheckpoint(f"{path}: `{name}` does not come back from the disk as it was written")
     return _described(path)
+
+
+def _system_error(error: SafetensorError, path: Path) -> Exception:
+    """Return what the system said, such as that the disk is full: safetensors tells it in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return error if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

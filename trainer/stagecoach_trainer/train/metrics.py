@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 }
 """Dense bf16 multiply-adds per second times two, from NVIDIA's data sheets (SXM where there are several)."""
 
-SHOWN = ("loss", "learningRate", "tokensPerSecond", "gradNorm")
+SHOWN = ("loss", "reward", "kl", "learningRate", "tokensPerSecond", "gradNorm")
 
 
 class Meter:
