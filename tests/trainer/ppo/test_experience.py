@@ -50,6 +50,17 @@ def test_a_spilled_pool_holds_what_one_in_memory_does(tmp_path: Path) -> None:
             assert_equal(left, right)
 
 
+def test_a_pool_of_more_than_a_hundred_thousand_answers_keeps_within_its_memory(tmp_path: Path) -> None:
+    chunk = experiences(1024, 5)
+    size = sum(item.num_bytes for item in chunk)
+    pool = Pool(tmp_path / "pool", 3 * size)
+    for _ in range(100):
+        pool.add(chunk)
+    assert (len(pool), pool.num_spilled) == (102_400, 97 * 1024)
+    for index in np.random.default_rng(0).integers(0, len(pool), 200):
+        assert_equal(pool[int(index)], chunk[index % 1024])
+
+
 def test_a_discarded_pool_leaves_nothing_on_disk(tmp_path: Path) -> None:
     pool = filled(tmp_path / "pool", 0)
     assert len(list((tmp_path / "pool").iterdir())) == 4
