@@ -42,7 +42,7 @@ from stagecoach_trainer.ppo.sharing import share_frozen
 from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
 from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
-from stagecoach_trainer.train.collectives import agree, max_over_ranks, sum_over_ranks
+from stagecoach_trainer.train.collectives import agree, max_over_ranks, sum_over_ranks, wait_for_all
 from stagecoach_trainer.train.deal import deal
 from stagecoach_trainer.train.engine import StepReport
 from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
@@ -158,7 +158,7 @@ class PpoLoop:
     def _load(self, step: int) -> None:
         if self._world.local_rank == 0:
             self._book.bring(step)
-        sum_over_ranks([0.0], self._world)
+        wait_for_all(self._world)
         state = read_checkpoint(self._book.bring(step), self._world.rank)
         self._at = state.progression
         self._ppo = PpoProgress.from_json(self._at.extra)
@@ -373,7 +373,7 @@ class PpoLoop:
         self._save()
         if self._world.is_main:
             self._book.wait()
-        sum_over_ranks([0.0], self._world)
+        wait_for_all(self._world)
         raise Interrupted(
             f"stopped after update {self._at.step} of {self._job.prompts.num_updates}; a checkpoint is saved"
         )

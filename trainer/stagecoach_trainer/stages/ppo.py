@@ -13,7 +13,7 @@ from stagecoach_api.training import Batch, Budget, Schedule
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
+from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.start import Start, save_result
 from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable, count_parameters
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
@@ -44,7 +44,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     rewards = _rewards(config, context)
     asked = [found.model for found in rewards.reward_models().values()]
     share_frozen([start.model, *asked])
-    critic = _critic(config, context, start, rewards)
+    critic = _critic(config, context, start)
     share_frozen([start.model, *asked, critic])
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
@@ -91,7 +91,7 @@ def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
 
 
-def _critic(config: PpoStage, context: StageContext, start: Start, rewards: RewardSum) -> Any:
+def _critic(config: PpoStage, context: StageContext, start: Start) -> Any:
     """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
     is an adapter goes on with that adapter, over the base it was made on."""
     import torch
@@ -103,7 +103,7 @@ def _critic(config: PpoStage, context: StageContext, start: Start, rewards: Rewa
         model = make_reward_model(copy.deepcopy(start.model), context.seed)
     else:
         found = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=lora is None)
-        _check_vocabulary(found, start, "critic.model" if config.critic.model is not None else "rewards")
+        found.require_vocabulary_of(start.tokenizer, "critic.model" if config.critic.model is not None else "rewards")
         model = found.model
     if isinstance(model, PeftModel):
         model.set_adapter(ADAPTER)  # it is trained again
@@ -117,10 +117,6 @@ def _critic(config: PpoStage, context: StageContext, start: Start, rewards: Rewa
 
 def _first_reward_model(config: PpoStage) -> Reference | None:
     return next((term.model for term in config.rewards if term.model is not None), None)
-
-
-def _check_vocabulary(critic: RewardModel, start: Start, where: str) -> None:
-    critic.require_vocabulary_of(start.tokenizer, where)
 
 
 def _reference(config: PpoStage, context: StageContext, start: Start) -> Any | None:

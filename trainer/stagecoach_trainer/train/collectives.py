@@ -27,6 +27,11 @@ def agree(value: int | None, world: World) -> int | None:
     return None if found < 0 else int(found)
 
 
+def wait_for_all(world: World) -> None:
+    """Return when every rank has called it."""
+    sum_over_ranks([0.0], world)
+
+
 def _reduced(values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     shared = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(shared, how)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from stagecoach_api.training import Offload, Training
@@ -19,6 +18,7 @@ from stagecoach_trainer.errors import Diverged, Interrupted, UserError
 from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.causal import causal_model, set_rope_theta
 from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
+from stagecoach_trainer.train.collectives import agree, sum_over_ranks, wait_for_all
 from stagecoach_trainer.train.engine import Engine, StepReport
 from stagecoach_trainer.train.job import HeldOut, HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.metrics import Meter, StepFlops
@@ -134,13 +134,13 @@ class Loop:
 
     def _restore(self) -> None:
         """Take up the newest complete checkpoint; rank 0 decides which."""
-        step = self._agree(self._book.find_newest() if self._world.is_main else None)
+        step = agree(self._book.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
         if step is None:
             return
         if self._world.local_rank == 0:
             self._book.bring(step)
-        self._barrier()
+        wait_for_all(self._world)
         state = read_checkpoint(self._book.bring(step), self._world.rank)
         self._engine.load_state(state.engine)
         self._at = state.progression
@@ -149,18 +149,6 @@ class Loop:
             set_random_state(state.random_states[0])
         if self._world.is_main:
             log.info("going on after step %d of %d", step, self._plan.num_steps)
-
-    def _agree(self, step: int | None) -> int | None:
-        """Return rank 0's value on every rank."""
-        if self._world.size == 1:
-            return step
-        value = torch.tensor([-1 if step is None else step])
-        dist.broadcast(value, src=0)
-        return None if int(value) < 0 else int(value)
-
-    def _barrier(self) -> None:
-        if self._world.size > 1:
-            dist.all_reduce(torch.zeros(1))
 
     def _prove(self) -> None:
         if self._at.step < self._plan.num_steps:
@@ -189,13 +177,13 @@ class Loop:
         learning_rate = self._plan.learning_rate(item.step)
         loss_part = self._accumulate(item)
         report = self._engine.step(learning_rate)
-        loss, stop = self._sum_over_ranks(loss_part, self._context.stop.is_set())
+        loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
         self._refuse_nonsense(item.step, loss, report)
         self._at.step = item.step + 1
         self._at.tokens += item.num_tokens
         self._at.loss = loss
         self._record(item, loss, learning_rate, report, prefetcher.waited_seconds)
-        self._between_steps(stop)
+        self._between_steps(stops > 0)
 
     def _accumulate(self, item: StepInput) -> float:
         """Compute all micro-batches; return this rank's part of the loss."""
@@ -206,14 +194,6 @@ class Loop:
             self._engine.accumulate(batch, scale, last=index + 1 == len(batches)) for index, batch in enumerate(batches)
         ]
         return float(torch.stack(parts).double().sum())
-
-    def _sum_over_ranks(self, loss: float, stop: bool) -> tuple[float, bool]:
-        """Return the whole loss, and whether any rank was asked to stop."""
-        if self._world.size == 1:
-            return loss, stop
-        sums = torch.tensor([loss, float(stop)], dtype=torch.float64)
-        dist.all_reduce(sums)
-        return float(sums[0]), bool(sums[1])
 
     def _refuse_nonsense(self, step: int, loss: float, report: StepReport) -> None:
         if math.isfinite(loss) and (math.isfinite(report.gradient_norm) or report.skipped):
@@ -270,7 +250,7 @@ class Loop:
         along."""
         if self._world.is_main:
             self._book.wait()
-        self._barrier()
+        wait_for_all(self._world)
 
     def _set_rope(self, step: int) -> None:
         theta = self._plan.rope_theta(step)
