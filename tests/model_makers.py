@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
+from stagecoach_api.artifacts import REPORT, ResolvedInput, ResolvedStage
 from stagecoach_api.store import open_store
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.progress import Progress
@@ -134,3 +134,14 @@ def make_context(
     (context.work / "logs").mkdir(exist_ok=True)
     context.cache.mkdir(exist_ok=True)
     return context
+
+
+def report_of(context: StageContext) -> dict[str, Any]:
+    """Return the report that a stage has written."""
+    found: dict[str, Any] = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
+    return found
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of a flat folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base, write_lines
-from model_makers import make_context, make_tokenizer, save_base
+from model_makers import make_context, make_tokenizer, report_of, save_base
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.references import Reference
@@ -69,11 +69,6 @@ def evaluate(
 ) -> tuple[StageOutcome, StageContext]:
     context = make_context(root, "evaluate", inputs)
     return run(EvaluateStage.model_validate(config | changes), context), context
-
-
-def report_of(context: StageContext) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
-    return report
 
 
 def test_everything_that_is_asked_for_is_measured_and_reported(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base
-from model_makers import make_context, make_model
+from model_makers import make_context, make_model, report_of
 from safetensors.torch import load_file, save_file
 
 from stagecoach_api.artifacts import CARD, REPORT, REPORT_TEXT, ModelCard
@@ -44,11 +44,6 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def release(root: Path, model: Path, **config: Any) -> tuple[StageOutcome, StageContext]:
     context = make_context(root, "export", {"model": model})
     return run(ExportStage.model_validate({"model": {"uri": "model"}, **config}), context), context
-
-
-def report_of(context: StageContext) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
-    return report
 
 
 def unmerged(root: Path, adapter: Path) -> Any:

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ppo_makers import ranks_configuration, run_to_end
+from ranks_makers import report_of_two_ranks
 from train_makers import context
 
 CASES = ("0-fp32", "2-fp32", "3-fp32", "3-bf16")
 HERE = Path(__file__).parent
-TIMEOUT_SECONDS = 280
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks made of all cases, in one pair of processes: starting one costs more than training."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ppo_ranks_worker.py"), str(folder), *CASES],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [rank.wait(TIMEOUT_SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    result: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return result
+    """What two ranks made of all cases."""
+    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES)
 
 
 @pytest.mark.timeout(300)

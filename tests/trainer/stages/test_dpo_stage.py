@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import make_context, make_tokenizer, save_base
+from model_makers import content_of, make_context, make_tokenizer, report_of, save_base
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.dpo import DpoStage
@@ -78,15 +78,6 @@ def context_for(root: Path, **inputs: Path) -> StageContext:
         "test": inputs.get("test") or write_pairs(root / "test.jsonl", 8, seed=2),
     }
     return make_context(root, "dpo", found | inputs)
-
-
-def report_of(context: StageContext) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
-    return found
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def stopped_and_resumed(config: DpoStage, context: StageContext, at: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import make_context, make_tokenizer, save_base
+from model_makers import content_of, make_context, make_tokenizer, report_of, save_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,15 +71,6 @@ def context_for(root: Path, **inputs: Path) -> StageContext:
         "prompts": inputs.get("prompts") or write_prompts(root / "prompts.jsonl"),
     }
     return make_context(root, "ppo", found | inputs)
-
-
-def report_of(context: StageContext) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
-    return found
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_the_output_opens_in_transformers_and_the_report_tells_of_the_updates(tmp_path: Path) -> None:

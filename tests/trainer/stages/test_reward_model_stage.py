@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import make_context, make_model, make_tokenizer, save_base
+from model_makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.reward_model import (
@@ -94,15 +94,6 @@ def loaded(root: Path, context: StageContext, **inputs: Path) -> RewardModel:
     """Return the reward model that a stage has made."""
     reading = make_context(root / "reading", "ppo", {"reward": context.output, **inputs})
     return load_reward_model(reading, Reference(uri="reward"), torch.float32, torch.device("cpu"))
-
-
-def report_of(context: StageContext) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((context.output / "report.json").read_text(encoding="utf-8"))
-    return found
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
