@@ -5,25 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from model_makers import make_tokenizer, outside
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.stages.sft import Template, TemplateName
 from stagecoach_api.training import LoraTraining, Sharding, Trainable
 from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.models.load import load_folder
+from stagecoach_trainer.models.reward import RewardModel, make_reward_model
+from stagecoach_trainer.models.save import save_adapter
 from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
 from stagecoach_trainer.rewards.judged import Judged, Term
+from stagecoach_trainer.rewards.model import ModelTerm
 from stagecoach_trainer.rewards.total import RewardSum, _Weighted
 from stagecoach_trainer.samples.mixing import Mix, Stream
 from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.text.templates import apply_template
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 DIGITS = tuple("0123456789")
@@ -89,6 +97,17 @@ def reward_of(*terms: tuple[str, Term, float]) -> RewardSum:
             for index, (name, term, weight) in enumerate(terms)
         ]
     )
+
+
+def digit_judge(dtype: torch.dtype = torch.float32) -> RewardModel:
+    """A reward model of digits in `dtype`, its head in fp32. Most of its matrices are large enough for ZeRO-3, which
+    keeps those below 100,000 elements whole."""
+    tokenizer = digit_tokenizer()
+    apply_template(tokenizer, Template(name=TemplateName.HUMAN_BOT))
+    model = make_reward_model(digit_model(seed=8, width=320), seed=9).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name.startswith("score") else dtype)
+    return RewardModel(model, tokenizer, bias=0.25)
 
 
 def echoes(prompt: str, answer: str) -> float:
@@ -162,20 +181,34 @@ def ppo_job(
     )
 
 
-def ranks_configuration(case: str) -> PpoStage:
+def ranks_configuration(case: str, **settings: Any) -> PpoStage:
     """A stage for two ranks; `case`: ZeRO stage and precision, such as 2-fp32. Five answers a rank, in rounds of 3 and
     2; mini-batches of 2 answers, of which a rank has now and then none."""
     stage, precision = case.split("-")
-    return configuration(
-        batch={"samples": 10, "microBatchRows": 1},
-        budget={"steps": 3},
-        rollout={"maxNewTokens": 4, "batchRows": 3},
-        policy={"innerEpochs": 2, "miniBatchSamples": 2},
-        critic={"warmupUpdates": 1},
-        kl={"coefficient": 0.05, "target": 0.5, "horizon": 100},
-        checkpoints={"everySteps": 1},
-        precision=precision,
-    ).model_copy(update={"sharding": Sharding(zero=int(stage))})
+    values: dict[str, Any] = {
+        "batch": {"samples": 10, "microBatchRows": 1},
+        "budget": {"steps": 3},
+        "rollout": {"maxNewTokens": 4, "batchRows": 3},
+        "policy": {"innerEpochs": 2, "miniBatchSamples": 2},
+        "critic": {"warmupUpdates": 1},
+        "kl": {"coefficient": 0.05, "target": 0.5, "horizon": 100},
+        "checkpoints": {"everySteps": 1},
+        "precision": precision,
+    }
+    return configuration(**values | settings).model_copy(update={"sharding": Sharding(zero=int(stage))})
+
+
+def run_judged(here: StageContext, stage: int) -> list[Mapping[str, float]]:
+    """Train on two ranks by what a reward model says; return the history. Of nine answers the second rank has four, in
+    rounds of at most four: none in the last round."""
+    config = ranks_configuration(
+        f"{stage}-fp32",
+        batch={"samples": 9, "microBatchRows": 1},
+        rollout={"maxNewTokens": 4, "batchRows": 4},
+        policy={"miniBatchSamples": 3},
+    )
+    rewards = reward_of(("judge", ModelTerm(digit_judge(), batch_rows=3), 1.0))
+    return list(train_policy(ppo_job(config, rewards), here).history)
 
 
 def run_to_end(here: StageContext, config: PpoStage, stop_after: int | None = None) -> dict[str, Any]:
@@ -194,3 +227,41 @@ def run_to_end(here: StageContext, config: PpoStage, stop_after: int | None = No
         named = model.named_parameters() if here.world.is_main else ()  # the others' are of no use any more
         found[side] = {name: item.detach().float().numpy().tobytes().hex() for name, item in named}
     return {"history": list(result.history), **found}
+
+
+def adapter_stage(**changes: Any) -> PpoStage:
+    """A stage under LoRA whose reward model `save_adapted_reward` makes over the base."""
+    values: dict[str, Any] = {
+        "model": {"uri": "base"},
+        "template": {"name": "humanBot"},
+        "data": [{"uri": "prompts"}],
+        "rewards": [{"name": "helpful", "model": {"uri": "reward"}}],
+        "trainable": {"lora": {"rank": 2}},
+        "sequenceLength": 96,
+        "batch": {"samples": 4, "microBatchRows": 2},
+        "budget": {"steps": 2},
+        "optimizer": {"learningRate": 1e-2},
+        "rollout": {"maxNewTokens": 8, "batchRows": 4},
+        "guards": {"minEndedShare": None},
+        "precision": "fp32",
+    }
+    return PpoStage.model_validate(values | changes)
+
+
+def save_adapted_reward(root: Path, base: Path) -> Path:
+    """Write a reward model that is an adapter over `base` and says something."""
+    tokenizer = make_tokenizer()
+    apply_template(tokenizer, adapter_stage().template)
+    lora = Trainable(lora=LoraTraining(rank=2))
+    model = choose_trainable(make_reward_model(load_folder(base), seed=3), lora, range(0), seed=1).model
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    vocabulary, output = root / "vocabulary", root / "reward"
+    tokenizer.save_pretrained(vocabulary)
+    output.mkdir()
+    save_adapter(
+        model, tokenizer, vocabulary, output, ModelCard(adapter=True, base=outside(base), reward=RewardCard(bias=0.5))
+    )
+    return output

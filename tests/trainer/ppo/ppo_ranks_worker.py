@@ -1,6 +1,7 @@
 """One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes what came of it as JSON.
 
-python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision
+python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, or `judge`
+for what reward models say that the ranks share
 """
 
 from __future__ import annotations
@@ -9,14 +10,28 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from ppo_makers import ranks_configuration, run_to_end
-from train_makers import context
+import numpy as np
+import torch
+import torch.distributed as dist
+from ppo_makers import digit_judge, ranks_configuration, reward_of, run_judged, run_to_end
+from train_makers import context, training
 
 from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.training import Precision, Sharding
 from stagecoach_trainer.context import World
 from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.errors import Interrupted
+from stagecoach_trainer.rewards.judged import Judged
+from stagecoach_trainer.rewards.model import ModelTerm
+from stagecoach_trainer.train.precision import DTYPES
+from stagecoach_trainer.train.sharded import shard_frozen
+
+CPU = torch.device("cpu")
+PRECISIONS = (Precision.FP32, Precision.BF16)
+ROUNDS = ((7, 2), (0, 4), (1, 0), (0, 0))
+"""Answers that each rank judges, round by round."""
 
 
 def main() -> None:
@@ -24,12 +39,38 @@ def main() -> None:
     world = world_from(os.environ)
     report = {}
     with process_group(world):
+        if "judge" in cases:
+            cases.remove("judge")
+            report["judge"] = {
+                "history": {stage: run_judged(context(folder / f"judge{stage}", world), stage) for stage in (0, 3)},
+                **{item: [judge(world, item, shared) for shared in (False, True)] for item in PRECISIONS},
+            }
         for case in cases:
             interrupt(folder / case / "resumed", world, ranks_configuration(case))
             report[case] = {name: run_to_end(context(folder / case / name, world), ranks_configuration(case))
                             for name in ("whole", "resumed")}  # fmt: skip
     if world.is_main:
         (folder / "report.json").write_text(json.dumps(report))
+
+
+def judge(world: World, precision: Precision, shared: bool) -> dict[str, Any]:
+    """Judge random answers in rounds; return the rewards of all ranks, and the bytes that the parameters take here."""
+    term = ModelTerm(digit_judge(DTYPES[precision]), batch_rows=3)
+    rewards = reward_of(("judge", term, 1.0))
+    if shared:
+        config = training(sharding=Sharding(zero=3), precision=precision)
+        rewards.shard_models(lambda module: shard_frozen(module, config, world, CPU), CPU, world)
+    random = np.random.default_rng(world.rank)
+    found = []
+    for counts in ROUNDS:
+        texts = ["".join(map(str, random.integers(0, 10, 1 + number))) for number in range(counts[world.rank])]
+        batch = [Judged(({"role": "user", "content": "12"},), text, len(text), ended=True) for text in texts]
+        found.append([judgement.total for judgement in rewards.score(batch)])
+    everybody: list[Any] = [None] * world.size
+    dist.all_gather_object(everybody, found)
+    parts = [item.data for item in term.model.model.parameters()]
+    parts += [item.ds_tensor for item in term.model.model.parameters() if hasattr(item, "ds_tensor")]
+    return {"rewards": everybody, "bytes": sum(part.untyped_storage().nbytes() for part in parts)}
 
 
 def interrupt(folder: Path, world: World, config: PpoStage) -> None:

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks made of all cases."""
-    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES)
+    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES, "judge")
 
 
 @pytest.mark.timeout(300)
@@ -42,3 +42,23 @@ def test_zero_3_in_bf16_starts_near_fp32(report: dict[str, Any]) -> None:
     first, expected = (report[case]["whole"]["history"][0] for case in ("3-bf16", "3-fp32"))
     assert first["entropy"] == pytest.approx(expected["entropy"], abs=5e-2)
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # policy and reference are cast alike
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reward_model_that_ranks_share_says_the_same_to_the_bit_and_takes_half_the_memory(
+    report: dict[str, Any], precision: str
+) -> None:
+    whole, shared = report["judge"][precision]
+    assert [[len(part) for part in rank] for rank in shared["rewards"]] == [[7, 0, 1, 0], [2, 4, 0, 0]]
+    assert len(set(shared["rewards"][0][0])) > 3
+    assert shared["rewards"] == whole["rewards"]
+    assert shared["bytes"] == pytest.approx(whole["bytes"] / 2, rel=0.02)
+
+
+@pytest.mark.timeout(300)
+def test_ppo_learns_from_a_reward_model_that_ranks_share_as_from_a_whole_one(report: dict[str, Any]) -> None:
+    whole, shared = report["judge"]["history"].values()
+    assert shared[0]["reward"] == whole[0]["reward"] != 0.0
+    for found, expected in zip(shared, whole, strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)

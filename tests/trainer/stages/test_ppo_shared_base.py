@@ -4,65 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from model_makers import make_context, make_tokenizer, outside, save_base
+from model_makers import make_context, make_tokenizer, save_base
+from ppo_makers import adapter_stage, save_adapted_reward
+from ranks_makers import report_of_two_ranks
 
-from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_api.training import LoraTraining, Trainable
 from stagecoach_trainer.models.load import load_folder
-from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
-from stagecoach_trainer.models.save import save_adapter
-from stagecoach_trainer.models.trainable import choose_trainable
+from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.ppo import loop
 from stagecoach_trainer.ppo.setting import PpoJob
 from stagecoach_trainer.ppo.sharing import memory_of
 from stagecoach_trainer.stages.ppo import run
-from stagecoach_trainer.text.templates import apply_template
 
+HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 CHAT = [(({"role": "user", "content": "a fox"},), "the dog sleeps"), (({"role": "user", "content": "next"},), "")]
 
 
-def stage(**changes: Any) -> PpoStage:
-    values: dict[str, Any] = {
-        "model": {"uri": "base"},
-        "template": {"name": "humanBot"},
-        "data": [{"uri": "prompts"}],
-        "rewards": [{"name": "helpful", "model": {"uri": "reward"}}],
-        "trainable": {"lora": {"rank": 2}},
-        "sequenceLength": 96,
-        "batch": {"samples": 4, "microBatchRows": 2},
-        "budget": {"steps": 2},
-        "optimizer": {"learningRate": 1e-2},
-        "rollout": {"maxNewTokens": 8, "batchRows": 4},
-        "guards": {"minEndedShare": None},
-        "precision": "fp32",
-    }
-    return PpoStage.model_validate(values | changes)
-
-
-def save_adapted_reward(root: Path, base: Path) -> Path:
-    """Write a reward model that is an adapter over `base` and says something."""
-    tokenizer = make_tokenizer()
-    apply_template(tokenizer, stage().template)
-    lora = Trainable(lora=LoraTraining(rank=2))
-    model = choose_trainable(make_reward_model(load_folder(base), seed=3), lora, range(0), seed=1).model
-    torch.manual_seed(4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    vocabulary, output = root / "vocabulary", root / "reward"
-    tokenizer.save_pretrained(vocabulary)
-    output.mkdir()
-    save_adapter(
-        model, tokenizer, vocabulary, output, ModelCard(adapter=True, base=outside(base), reward=RewardCard(bias=0.5))
-    )
-    return output
+def write_prompts(path: Path) -> Path:
+    lines = [json.dumps({"instruction": words, "output": "left out"}) for words in ("a fox", "the lazy dog")]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
 def test_an_adapter_left_on_its_base_gives_the_rewards_of_the_merged_one(tmp_path: Path) -> None:
@@ -82,16 +47,14 @@ def test_the_base_is_kept_once_and_the_critic_goes_on_with_the_reward_models_ada
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"instruction": words, "output": "left out"}) for words in ("a fox", "the lazy dog")]
-    prompts.write_text("\n".join(lines), encoding="utf-8")
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
     reward = save_adapted_reward(tmp_path, base)
     context = make_context(tmp_path / "run", "ppo", {"base": base, "prompts": prompts, "reward": reward})
     jobs: list[PpoJob] = []
     train = loop.train_policy
     monkeypatch.setattr(loop, "train_policy", lambda job, context: jobs.append(job) or train(job, context))
 
-    run(stage(), context)
+    run(adapter_stage(), context)
 
     (job,) = jobs
     (asked,) = job.asked
@@ -103,3 +66,15 @@ def test_the_base_is_kept_once_and_the_critic_goes_on_with_the_reward_models_ada
     trained = {name: parameter for name, parameter in job.critic.named_parameters() if "lora" in name}
     assert set(frozen) == set(trained)
     assert any(not torch.equal(frozen[name], trained[name]) for name in frozen)
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_that_share_policy_critic_and_reward_model_learn_what_whole_copies_do(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_tokenizer())
+    write_prompts(tmp_path / "prompts")
+    save_adapted_reward(tmp_path, base)
+    report = report_of_two_ranks(HERE / "ppo_adapter_ranks_worker.py", tmp_path, "0", "3")
+    whole, shared = report["0"], report["3"]
+    assert shared[0]["reward"] == pytest.approx(whole[0]["reward"], abs=1e-6)
+    for found, expected in zip(shared, whole, strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)

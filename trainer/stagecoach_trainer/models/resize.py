@@ -18,8 +18,9 @@ META_SPACE = "\u2581"
 
 
 def num_rows(model: Any) -> int:
-    """Return the rows of the model's input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    """Return the rows of the model's input embedding, also where ZeRO-3 has sharded it."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def check_sizes(model: Any, tokenizer: Any, where: str) -> None:

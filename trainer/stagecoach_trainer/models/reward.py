@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
-from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import (
@@ -41,6 +41,7 @@ from stagecoach_trainer.samples.conversation import ConversationEncoder
 from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
 from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.collectives import max_over_ranks
 
 HEAD = "score"
 """Name of the linear head, as transformers has it."""
@@ -96,15 +97,24 @@ def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, states_at_keywo
     behind what is looked at. `states_at_keyword`: by it the decoder can be asked for the states at given places of the
     flattened [B · T] only (`fast_llama`).
     """
-    classifier = causal_model(model)
-    decoder = getattr(classifier, classifier.base_model_prefix)
+    return score_states(model, last_states(_decoder(model), tokens, last, states_at_keyword))
+
+
+def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, states_at_keyword: str | None = None) -> Tensor:
+    """Return a decoder's states [B, D] at the places `last_rewards` looks at."""
     rows = torch.arange(len(last), device=last.device)
     if states_at_keyword is not None:
         places = {states_at_keyword: rows * tokens.shape[1] + last}
-        states = decoder(input_ids=tokens, attention_mask=None, use_cache=False, **places).last_hidden_state[0]
-        return score_states(model, states)
-    hidden = decoder(input_ids=tokens, attention_mask=None, use_cache=False).last_hidden_state
-    return score_states(model, hidden[rows, last])
+        found: Tensor = decoder(input_ids=tokens, attention_mask=None, use_cache=False, **places).last_hidden_state
+        return found[0]
+    hidden: Tensor = decoder(input_ids=tokens, attention_mask=None, use_cache=False).last_hidden_state
+    return hidden[rows, last]
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    classifier = causal_model(model)
+    decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
+    return decoder
 
 
 def score_states(model: nn.Module, states: Tensor) -> Tensor:
@@ -128,6 +138,18 @@ def pad_right(sequences: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tenso
 # -- scoring -----------------------------------------------------------------------------------------------------------
 
 
+class Body(nn.Module):
+    """A reward model without its head, which is small and stays in fp32: what ranks can share out among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.decoder = _decoder(model)
+
+    def forward(self, tokens: Tensor, last: Tensor) -> Tensor:
+        """Return the states [B, D] at position `last` [B] of each row of `tokens` [B, T]."""
+        return last_states(self.decoder, tokens, last)
+
+
 @dataclass(frozen=True)
 class RewardModel:
     """A reward model that is ready to score."""
@@ -144,6 +166,19 @@ class RewardModel:
     domains: Mapping[str, str] = field(default_factory=dict)
     """System prompt by domain."""
 
+    body: Body | None = None
+    """Set where the ranks of `world` share the body's parameters: all of them call it at the same time."""
+
+    world: World = field(default_factory=World)
+
+    def shared_out(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> RewardModel:
+        """Return this model, computing on `device`, after `shard` has shared the parameters of its body out over the
+        ranks. From then on scoring waits for all ranks, whatever each has to score."""
+        body = Body(self.model).eval()
+        shard(body)
+        causal_model(self.model).score.to(device)
+        return replace(self, body=body, world=world)
+
     def score_texts(
         self, conversations: Sequence[Conversation], batch_rows: int, domain: str | None = None
     ) -> list[float]:
@@ -158,15 +193,25 @@ class RewardModel:
         self._check_ids(sequences)
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         rewards = [0.0] * len(sequences)
-        device = next(self.model.parameters()).device
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_rows):
+        starts = range(0, len(order), batch_rows)
+        calls = int(max_over_ranks([float(len(starts))], self.world)[0])
+        with torch.no_grad():  # not inference mode: ZeRO-3 keeps some of what it gathers
+            for start in starts:
                 chosen = order[start : start + batch_rows]
-                tokens, last = pad_right([sequences[index] for index in chosen])
-                found = last_rewards(self.model, tokens.to(device), last.to(device)).double().cpu()
+                found = self._ask([sequences[index] for index in chosen]).double().cpu()
                 for index, reward in zip(chosen, found.tolist(), strict=True):
                     rewards[index] = reward + self.bias
+            for _ in range(calls - len(starts)):  # other ranks have more to ask
+                self._ask([np.array([PADDING], np.int32)])
         return rewards
+
+    def _ask(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """Return the head's rewards [B] of some sequences, fp32."""
+        device = next(causal_model(self.model).score.parameters()).device
+        tokens, last = (item.to(device) for item in pad_right(sequences))
+        if self.body is None:
+            return last_rewards(self.model, tokens, last)
+        return score_states(self.model, self.body(tokens, last))
 
     def _check_ids(self, sequences: Sequence[npt.NDArray[np.int32]]) -> None:
         rows = num_rows(self.model)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+from torch import nn
 
 from stagecoach_api.stages.ppo import GuardAction
 from stagecoach_trainer import garbage
@@ -49,7 +50,7 @@ from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_
 from stagecoach_trainer.train.metrics import Meter, StepFlops
 from stagecoach_trainer.train.plain import PlainEngine
 from stagecoach_trainer.train.precision import DTYPES
-from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, shard_frozen
+from stagecoach_trainer.train.sharded import shard_frozen, shards_what_is_asked
 from stagecoach_trainer.train.state import (
     Progression,
     TrainingState,
@@ -95,6 +96,8 @@ class PpoLoop:
         flops = StepFlops(job.policy, self._device, self._world.size)
         share_frozen([job.policy, job.critic, *job.asked])
         reference = self._reference()
+        if shards_what_is_asked(config, self._world):
+            job.rewards.shard_models(self._shard, self._device, self._world)
         for module, objective in (
             (self._policy.loss, policy_objective),
             (self._critic.loss, critic_objective),
@@ -120,9 +123,12 @@ class PpoLoop:
         else:
             model = place(self._job.reference, self._policy.dtype, self._device)
         module = Policy(model, self._config.policy, self._config.rollout.temperature).eval()
-        if self._world.size > 1 and self._config.sharding.zero == PARAMETERS_SHARDED:
-            shard_frozen(module, self._config, self._world, self._device)
+        if shards_what_is_asked(self._config, self._world):
+            self._shard(module)
         return SeparateReference(module)
+
+    def _shard(self, module: nn.Module) -> None:
+        shard_frozen(module, self._config, self._world, self._device)
 
     def run(self) -> PpoResult:
         """Train to the end."""

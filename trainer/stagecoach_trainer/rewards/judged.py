@@ -47,6 +47,9 @@ class Term:
         """Return one value per answer. Raises UserError naming the term and the answer where there is none."""
         raise NotImplementedError
 
+    def sit_out(self) -> None:
+        """Take part in what all ranks do together while this one has no answer to judge."""
+
     def state(self) -> dict[str, Any]:
         """Return what must outlive a resume, as JSON values."""
         return {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagecoach_api.rewards import REWARD_MEMBERS, RewardTerm, RewardTerms
 from stagecoach_api.training import Precision
-from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards.arithmetic import arithmetic_value
 from stagecoach_trainer.rewards.judged import Judged, Judgement, Term, describe
@@ -24,8 +24,10 @@ from stagecoach_trainer.rewards.rules import (
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from stagecoach_trainer.models.reward import RewardModel
+    from stagecoach_trainer.rewards.model import ModelTerm
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,14 @@ class RewardSum:
         return tuple(item.config.name for item in self._terms)
 
     def score(self, batch: Sequence[Judged]) -> list[Judgement]:
-        """Return what each answer is worth.
+        """Return what each answer is worth. Where the ranks share reward models, all of them call it as often, without
+        an answer too.
 
         Raises UserError naming term and sample where a value is no number, and as the terms do.
         """
         if not batch:
+            for item in self._terms:
+                item.term.sit_out()
             return []
         values = {item.config.name: item.values(batch) for item in self._terms}
         judgements = []
@@ -134,9 +139,17 @@ class RewardSum:
 
     def reward_models(self) -> dict[str, RewardModel]:
         """Return the reward models among the terms by the terms' names, for a critic that starts from one."""
+        return {name: term.model for name, term in self._model_terms().items()}
+
+    def shard_models(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> None:
+        """Share the parameters of all reward models out over the ranks by `shard`; they compute on `device`."""
+        for term in self._model_terms().values():
+            term.shard(shard, device, world)
+
+    def _model_terms(self) -> dict[str, ModelTerm]:
         from stagecoach_trainer.rewards.model import ModelTerm
 
-        return {item.config.name: item.term.model for item in self._terms if isinstance(item.term, ModelTerm)}
+        return {item.config.name: item.term for item in self._terms if isinstance(item.term, ModelTerm)}
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Return what the report tells of each term: requests made, verdicts that could not be read, fitted weights."""

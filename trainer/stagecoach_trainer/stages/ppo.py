@@ -83,10 +83,14 @@ def _start(config: PpoStage, context: StageContext) -> tuple[Start, list[str]]:
 
 
 def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
+    import torch
+
     from stagecoach_trainer.train.loop import training_device
+    from stagecoach_trainer.train.sharded import shards_what_is_asked
 
     rows = config.rollout.batch_rows
-    device = training_device(context.world)
+    whole = not shards_what_is_asked(config, context.world)  # else they get to the device one after the other
+    device = training_device(context.world) if whole else torch.device("cpu")
     merge = config.trainable.lora is None  # else policy, critic and reward models may share the base below them
     return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
 

@@ -78,12 +78,8 @@ class ShardedEngine:
 
     def _gather_what_others_use(self, deepspeed: Any) -> None:
         """Tell ZeRO-3 which parameters are used outside of the module that holds them."""
-        register = deepspeed.zero.register_external_parameter
         register_head(deepspeed, self.loss)
-        for module in self._model.modules():
-            if hasattr(module, "get_merged_weights"):  # peft's trained rows read their base layer's weight
-                for item in module.parameters():
-                    register(module, item)
+        register_rows(deepspeed, self._model)
 
     def _make_moments(self) -> None:
         """Make every moment before the first step: ZeRO 1 and 2 link the states of all parameter groups as soon as the
@@ -235,6 +231,12 @@ def shard_frozen(module: Any, config: Training, world: World, device: torch.devi
     settings["zero_optimization"].pop("offload_optimizer", None)
     deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     register_head(deepspeed, module)
+    register_rows(deepspeed, module)
+
+
+def shards_what_is_asked(config: Training, world: World) -> bool:
+    """Tell whether models that are only asked are to be shared out over the ranks as well."""
+    return world.size > 1 and config.sharding.zero == PARAMETERS_SHARDED
 
 
 def register_head(deepspeed: Any, module: Any) -> None:
@@ -247,6 +249,14 @@ def register_head(deepspeed: Any, module: Any) -> None:
         for item in head.parameters():
             deepspeed.zero.register_external_parameter(module, item)
     module.through_module = not plain
+
+
+def register_rows(deepspeed: Any, model: nn.Module) -> None:
+    """Tell ZeRO-3 that PEFT's trained rows read the weight of the layer below them without calling it."""
+    for module in model.modules():
+        if hasattr(module, "get_merged_weights"):
+            for item in module.parameters():
+                deepspeed.zero.register_external_parameter(module, item)
 
 
 def gathered(parameter: nn.Parameter, stage: int) -> Any:
