@@ -1,0 +1,66 @@
+"""One rank of `test_reward_model_ranks.py`: runs a `rewardModel` stage with each way of sharding and writes what came
+of it as JSON.
+
+python reward_model_ranks_worker.py FOLDER STAGE…   with torchrun's variables set; a STAGE is a ZeRO stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_makers import make_context, report_of
+
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.reward_model import RewardModelStage
+from stagecoach_trainer.context import World
+from stagecoach_trainer.distributed import process_group, world_from
+from stagecoach_trainer.models.reward import load_reward_model
+from stagecoach_trainer.stages.reward_model import run
+
+CONFIG: dict[str, Any] = {
+    "model": {"uri": "base"},
+    "data": [{"uri": "train"}],
+    "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
+    "template": {"name": "humanBot"},
+    "sequenceLength": 64,
+    "batch": {"samples": 3, "microBatchRows": 2},
+    "budget": {"epochs": 1},
+    "optimizer": {"learningRate": 1e-3},
+    "precision": "fp32",
+    "loss": {"ranked": {}},
+}
+"""Seven prompts in steps of three: in the last step one of two ranks has nothing to do."""
+
+ASKED = [(({"role": "user", "content": "a quick dog"},), answer) for answer in ("the dog sleeps", "a fox jumps", "no")]
+
+
+def result_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str, float]:
+    """Run the stage on the inputs in `folder`; return its metrics and, on rank 0, what the artifact says."""
+    inputs = {item: folder / item for item in ("base", "train", "test")}
+    context = make_context(folder / name / str(world.rank), "rewardModel", inputs, world=world)
+    found = dict(run(RewardModelStage.model_validate(CONFIG | {"sharding": {"zero": zero}}), context).metrics)
+    if world.is_main:
+        reading = make_context(folder / name / "reading", "ppo", {"base": folder / "base", "reward": context.output})
+        reward = load_reward_model(reading, Reference(uri="reward"), torch.float32, torch.device("cpu"))
+        found |= {f"reward.{index}": value for index, value in enumerate(reward.score_texts(ASKED, 3))}
+        found["bias"] = report_of(context)["bias"]
+    return found
+
+
+def main() -> None:
+    folder, stages = Path(sys.argv[1]), sys.argv[2:]
+    world = world_from(os.environ)
+    with process_group(world):
+        report = {stage: result_of(folder, f"zero{stage}", world, int(stage)) for stage in stages}
+    if world.is_main:
+        report["alone"] = result_of(folder, "alone", World())
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
