@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,12 @@ def test_instructgpt_has_the_papers_figures() -> None:
     sft, start, judge, ppo = (stages[name] for name in ("sft", "start", "reward-model", "ppo"))
     assert (sft.batch.samples, sft.budget.epochs, sft.optimizer.learning_rate) == (32, 16, 9.65e-6)
     assert (start.batch.samples, start.optimizer.learning_rate) == (32, 1.04e-5)
-    assert [source.weight for source in start.data] == [0.9, 0.1]
+    demonstrations, (own, text) = 12_725, start.data
+    samples = demonstrations + text.max_samples
+    assert (own.max_samples, own.weight, text.weight) == (None, None, None)
+    assert text.max_samples / samples == pytest.approx(0.1, abs=1e-4)
+    assert math.ceil(start.budget.epochs * samples / start.batch.samples) == 884
+    assert start.budget.epochs == 2
     assert (judge.batch.samples, judge.budget.epochs, judge.optimizer.learning_rate) == (64, 1, 9e-6)
     assert judge.loss.ranked is not None
     assert {stages[name].schedule.floor for name in ("sft", "start", "reward-model")} == {0.1}
@@ -251,4 +257,5 @@ def test_instructgpt_has_the_papers_figures() -> None:
     assert (ppo.policy.clip, ppo.policy.gamma, ppo.kl.coefficient, ppo.kl.target) == (0.2, 1.0, 0.02, None)
     assert (ppo.rollout.temperature, ppo.schedule.warmup_steps) == (1.0, 10)
     assert ppo.critic.optimizer.learning_rate == 9e-6
+    assert ppo.max_dropped_share == 1.0
     assert (ppo.pretraining.weight, ppo.pretraining.rows_per_step) == (27.8, 8 * 64)
