@@ -13,13 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, WIDTH, LAYERS, HEADS, FEED_FORWARD = 8192, 256, 4, 4, 688
+from bench.alignment.shape import VOCABULARY, WIDTH, llama_config
+
 PADDING = VOCABULARY
 """An id that no model has, so that no answer can hold it; the peer masks it before it asks a model."""
 LIKELY = 64
 """Ids below it are what the policy says at first."""
 SHORTEST, LONGEST, ANSWER = 16, 48, 24
 """Tokens of prompts, and of every answer: nothing ends one."""
+POSITIONS = 256
 SAMPLES, UPDATES = 32, 6
 EPOCHS, MINI_BATCHES = 2, 2
 LEARNING_RATE = 3e-4
@@ -64,7 +66,7 @@ def make_policy(seed: int = 0) -> Any:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(llama_config())
+    model: Any = LlamaForCausalLM(llama_config(POSITIONS))
     shared = torch.nn.functional.normalize(torch.randn(WIDTH), dim=0)
     with torch.no_grad():
         model.model.embed_tokens.weight += COMMON * shared
@@ -78,7 +80,7 @@ def make_reward(seed: int = 1) -> Any:
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(seed)
-    model: Any = LlamaForSequenceClassification(llama_config(num_labels=1))
+    model: Any = LlamaForSequenceClassification(llama_config(POSITIONS, num_labels=1))
     liking, average = torch.linalg.qr(torch.randn(WIDTH, 2)).Q.T
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
@@ -90,23 +92,3 @@ def make_reward(seed: int = 1) -> Any:
         attention.o_proj.weight[:, 0] = COMMON * average
         model.score.weight[0] = average * REWARD_SCALE / WIDTH**0.5
     return model
-
-
-def llama_config(**settings: Any) -> Any:
-    """Return the shape of all four models."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **settings,
-    )

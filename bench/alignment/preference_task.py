@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-VOCABULARY, WIDTH, LAYERS, HEADS, FEED_FORWARD = 8192, 256, 4, 4, 688
+from bench.alignment.shape import VOCABULARY, llama_config
+
 PAIRS, STEPS = 8, 12
 SHORTEST, LONGEST = 64, 192
 """Tokens of a sequence: prompt and answer."""
@@ -19,22 +20,10 @@ Pair = tuple[list[int], list[int]]
 def make_task(folder: Path) -> None:
     """Write `model` (a Hugging Face folder) and `pairs.json` into `folder`."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=LONGEST,
-        num_labels=1,
-        pad_token_id=PADDING,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = llama_config(LONGEST, num_labels=1, pad_token_id=PADDING)
     folder.mkdir(parents=True, exist_ok=True)
     LlamaForSequenceClassification(config).save_pretrained(folder / "model")
     (folder / "pairs.json").write_text(json.dumps(make_pairs()), encoding="utf-8")

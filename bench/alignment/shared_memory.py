@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.alignment.shape import VOCABULARY, llama_config
 from bench.measuring import Figure, Goal, alternate, compared, peak_bytes, run_child
 
-VOCABULARY, WIDTH, LAYERS, HEADS, FEED_FORWARD = 8192, 1280, 14, 20, 3456
+SHAPE = {"width": 1280, "layers": 14, "heads": 20, "feed_forward": 3456}
 """299M parameters, 1.1 GiB in fp32: what is kept more than once outweighs Python and PyTorch."""
-RANK, SAMPLES, UPDATES, PROMPT, ANSWER = 8, 2, 1, 8, 4
+RANK, SAMPLES, UPDATES, PROMPT, ANSWER, POSITIONS = 8, 2, 1, 8, 4, 64
 SHARED, SEPARATE = "shared", "separate"
 MIB = 2**20
 ROUNDS = 5
@@ -48,22 +49,10 @@ def figures() -> list[Figure]:
 def make_base(folder: Path) -> None:
     """Write the language model that all are made from."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(POSITIONS, **SHAPE)).save_pretrained(folder)
 
 
 def configuration() -> Any:
