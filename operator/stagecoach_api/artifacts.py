@@ -44,8 +44,9 @@ def checkpoint_prefix(digest: str, step: int) -> str:
     return f"{checkpoints_prefix(digest)}/{checkpoint_name(step)}"
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
+def checkpoint_name(step: int, version: int = 0) -> str:
+    """Name of a checkpoint's folder. `version`: how often training had gone back to a step saved already."""
+    return f"step-{step:08d}" + (f"-{version:04d}" if version else "")
 
 
 def attempt_prefix(digest: str, attempt: int) -> str:

@@ -226,11 +226,12 @@ def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -
     if resolved is None:
         return None
     from stagecoach_trainer.run_store import open_run_store
-    from stagecoach_trainer.train.places import checkpoints_home, complete_steps
+    from stagecoach_trainer.train.places import checkpoints_home, complete_marks
 
     try:
         home = checkpoints_home(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)
-        return max(complete_steps(home), default=None)
+        marks = complete_marks(home)
+        return marks[-1].step if marks else None
     except (StoreError, OSError):
         return None
 

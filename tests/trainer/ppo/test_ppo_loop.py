@@ -34,6 +34,7 @@ from stagecoach_trainer.errors import Interrupted
 from stagecoach_trainer.ppo import kept
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, own_mini_batches
+from stagecoach_trainer.train import checkpoint
 from stagecoach_trainer.train.places import checkpoints_home, complete_steps
 
 HERE = Path(__file__).parent
@@ -191,6 +192,80 @@ def be_killed(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(here, learning=die)
+
+
+@dataclass
+class Forgetful(FunctionTerm):
+    """A term that remembers nothing, like a reward model."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def stopped_while_answering(folder: Path, term: FunctionTerm) -> StageContext:
+    """Train to the third update, and stop among its answers; only the newest checkpoint is kept."""
+    here = context(folder)
+
+    def judged(prompt: str, answer: str) -> float:
+        if len(term.asked) > 2 * SAMPLES + 6:
+            here.stop.set()
+        return echoes(prompt, answer)
+
+    term.function = judged
+    with pytest.raises(Interrupted, match="after update 2 of 5; a checkpoint is saved"):
+        train_policy(ppo_job(SAVING, reward_of(("only", term, 1.0))), here)
+    return here
+
+
+SAVING = small(checkpoints={"everySteps": 1, "keepLast": 1})
+
+
+def checkpoint_files(here: StageContext) -> dict[str, int]:
+    """When each file of a checkpoint was written."""
+    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
+    return {str(path.relative_to(home)): path.stat().st_mtime_ns for path in home.glob("step-*/*")}
+
+
+def test_a_stop_while_answering_does_not_save_again_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(context(tmp_path / "whole"))
+    saved: list[int] = []
+    save = checkpoint.CheckpointBook.save
+    monkeypatch.setattr(
+        checkpoint.CheckpointBook,
+        "save",
+        lambda self, state, *more: saved.append(state.step) or save(self, state, *more),
+    )
+    stopped_while_answering(tmp_path / "stopped", Forgetful(echoes))
+    assert saved == [1, 2]
+    resumed = run(context(tmp_path / "stopped"), SAVING)
+    assert equal_weights(resumed[1], whole[1])
+
+
+def test_a_stop_while_answering_that_is_killed_while_it_saves_leaves_the_checkpoint_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(context(tmp_path / "whole"), SAVING)
+    write, before = checkpoint._described, list[dict[str, int]]()
+
+    class Killed(BaseException):
+        pass
+
+    def die_at_the_third_save(path: Path) -> Any:
+        if path.parent.name == "step-00000002-0001":
+            before.append(checkpoint_files(here))
+            raise Killed
+        return write(path)
+
+    here = context(tmp_path / "stopped")
+    monkeypatch.setattr(checkpoint, "_described", die_at_the_third_save)
+    with pytest.raises(Killed):
+        stopped_while_answering(tmp_path / "stopped", FunctionTerm(echoes))
+    assert "step-00000002/manifest.json" in before[0]
+    monkeypatch.undo()
+    resumed = run(context(tmp_path / "stopped"), SAVING)
+    assert_same(resumed, whole)
 
 
 def test_a_pool_on_disk_changes_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.train.checkpoint import CheckpointBook
 from stagecoach_trainer.train.job import TrainingJob
 from stagecoach_trainer.train.loop import train
+from stagecoach_trainer.train.places import Mark
 
 OFFLOADED = Sharding(zero=3, offload_optimizer="cpu", offload_parameters="cpu")
 NEW_ROWS = range(190, 197)
@@ -67,10 +68,10 @@ def test_offloaded_training_resumes_bit_for_bit(tmp_path: Path, stage: int, monk
     )
     whole, resumed = tiny_model(), tiny_model()
     first = train(TrainingJob(whole, config, RandomPlan()), context(tmp_path))
-    found: list[int | None] = []
+    found: list[Mark | None] = []
     find = CheckpointBook.find_newest
     monkeypatch.setattr(CheckpointBook, "find_newest", lambda self: found.append(find(self)) or found[-1])
     again = train(TrainingJob(resumed, config, RandomPlan()), context(tmp_path))
-    assert found == [4]
+    assert found == [Mark(0, 4)]
     assert again == first
     assert equal_weights(weights(resumed), weights(whole))

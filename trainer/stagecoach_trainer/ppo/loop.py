@@ -42,12 +42,13 @@ from stagecoach_trainer.ppo.setting import (
 from stagecoach_trainer.ppo.sharing import share_frozen
 from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
 from stagecoach_trainer.train.attention import short_attention
-from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
+from stagecoach_trainer.train.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
 from stagecoach_trainer.train.collectives import agree, max_over_ranks, sum_over_ranks, wait_for_all
 from stagecoach_trainer.train.deal import deal
 from stagecoach_trainer.train.engine import StepReport
 from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
 from stagecoach_trainer.train.metrics import Meter, StepFlops
+from stagecoach_trainer.train.places import Mark
 from stagecoach_trainer.train.plain import PlainEngine
 from stagecoach_trainer.train.precision import DTYPES
 from stagecoach_trainer.train.sharded import shard_frozen, shards_what_is_asked
@@ -113,6 +114,8 @@ class PpoLoop:
         self._rollouts = Rollouts(job, context, self._policy, self._critic, reference, sampler)
         self._at = Progression()
         self._ppo = PpoProgress(kl_price(config.kl.coefficient, config.kl.target, config.kl.horizon).coefficient)
+        self._saved_step: int | None = None
+        """Update whose state the newest checkpoint holds, where training has not gone on since."""
         self._micro_rows = config.batch.micro_batch_rows or 1
 
     def _reference(self) -> ReferenceModel:
@@ -154,31 +157,33 @@ class PpoLoop:
 
     def _restore(self) -> None:
         """Take up the newest complete checkpoint; rank 0 decides which."""
-        step = agree(self._book.find_newest() if self._world.is_main else None, self._world)
+        mark = agree_on_mark(self._book.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
-        if step is not None:
-            self._load(step)
+        if mark is not None:
+            self._load(mark)
             if self._world.is_main:
-                log.info("going on after update %d of %d", step, self._job.prompts.num_updates)
+                log.info("going on after update %d of %d", mark.step, self._job.prompts.num_updates)
 
-    def _load(self, step: int) -> None:
+    def _load(self, mark: Mark) -> None:
         if self._world.local_rank == 0:
-            self._book.bring(step)
+            self._book.bring(mark)
         wait_for_all(self._world)
-        state = read_checkpoint(self._book.bring(step), self._world.rank)
+        state = read_checkpoint(self._book.bring(mark), self._world.rank)
         self._at = state.progression
         self._ppo = PpoProgress.from_json(self._at.extra)
         policy, critic = split_state(state.engine, self._ppo)
         self._policy.load_state(policy)
         self._critic.load_state(critic)
         self._job.rewards.load_state(self._ppo.rewards)
-        seed_everything(self._context.seed + step, self._world.rank)
+        seed_everything(self._context.seed + mark.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
+        self._saved_step = mark.step
 
     def _save(self) -> None:
         policy, critic = self._policy.state(), self._critic.state()
         random_states = gather_random_states(self._world)
+        self._saved_step = self._at.step
         if not self._world.is_main:
             return
         self._ppo.note(critic, self._job.rewards.state())
@@ -222,10 +227,12 @@ class PpoLoop:
         why = "; ".join(reasons)
         with contextlib.suppress(Exception):
             self._book.wait()
-        good = agree(self._book.newest_step, self._world)
+        good = agree_on_mark(self._book.newest, self._world)
         guards = self._config.guards
         if guards.action is GuardAction.STOP or self._ppo.rollbacks >= guards.max_rollbacks or good is None:
-            where = "there is no checkpoint yet" if good is None else f"the last checkpoint is that of update {good}"
+            where = (
+                "there is no checkpoint yet" if good is None else f"the last checkpoint is that of update {good.step}"
+            )
             raise Diverged(
                 f"update {self._at.step + 1}: {why}; {where}. Lower `optimizer.learningRate`, raise `kl.coefficient`, "
                 "look at the rewards, or change the guard"
@@ -233,11 +240,11 @@ class PpoLoop:
         self._roll_back(good, why)
         return True
 
-    def _roll_back(self, step: int, why: str) -> None:
+    def _roll_back(self, mark: Mark, why: str) -> None:
         """Go back to a checkpoint, with other random numbers and half the learning rate."""
         rollbacks = self._ppo.rollbacks + 1
-        log.warning("update %d: %s; back to update %d", self._at.step + 1, why, step)
-        self._load(step)
+        log.warning("update %d: %s; back to update %d", self._at.step + 1, why, mark.step)
+        self._load(mark)
         self._ppo.rollbacks = rollbacks
         self._ppo.watch = Watch(self._ppo.watch.first_length)  # it gets all of `patience` again
         self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, "rollbacks": rollbacks})
@@ -374,9 +381,16 @@ class PpoLoop:
     def _asked_to_stop(self) -> bool:
         return sum_over_ranks([float(self._context.stop.is_set())], self._world)[0] > 0
 
+    def _is_saved(self) -> bool:
+        """Tell whether the newest checkpoint holds all there is: a stop while answering adds to it only what the
+        rewards remember."""
+        kept = self._saved_step == self._at.step and self._job.rewards.state() == self._ppo.rewards
+        return bool(agree(int(kept), self._world))
+
     def _stop(self) -> NoReturn:
         """Save, and leave on all ranks at the same time: the first to go takes the others along."""
-        self._save()
+        if not self._is_saved():
+            self._save()
         if self._world.is_main:
             self._book.wait()
         wait_for_all(self._world)

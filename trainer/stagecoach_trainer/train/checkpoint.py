@@ -5,7 +5,9 @@
                   state.json                                counters, data cursor, measurements, loss scale
                   manifest.json                             last: names, sizes and sha256 of the others
 
-They are written, read back and uploaded by a thread, off the critical path. Nothing is ever pickled.
+They are written, read back and uploaded by a thread, off the critical path. Nothing is ever pickled. None is ever
+written over: what is saved again at a step saved already is another version, `step-00001200-0001` (`Mark`), and what it
+supersedes is deleted once it is complete.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoint_name, checkpoints_prefix
+from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoints_prefix
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import sha256_of_file
 from stagecoach_api.training import Checkpoints
 from stagecoach_trainer.attempt_files import replace_file
-from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.context import StageContext, World
+from stagecoach_trainer.train.collectives import agree
 from stagecoach_trainer.train.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
-from stagecoach_trainer.train.places import CHECKPOINT_NAME, checkpoint_folder, checkpoints_home, complete_steps
+from stagecoach_trainer.train.places import Mark, checkpoints_home, complete_marks
 from stagecoach_trainer.train.state import Progression, TrainingState
 
 log = logging.getLogger(__name__)
@@ -184,8 +187,13 @@ class CheckpointBook:
         self._every = config.every_steps or max(1, -(-num_steps // DEFAULT_CHECKPOINTS))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.newest_step: int | None = None
-        """Step of the newest checkpoint known to be complete."""
+        self.newest: Mark | None = None
+        """The newest checkpoint known to be complete."""
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of `newest`."""
+        return None if self.newest is None else self.newest.step
 
     def is_due(self, step: int) -> bool:
         """Tell whether a checkpoint is to be saved after `step` steps."""
@@ -212,12 +220,19 @@ class CheckpointBook:
         self._writer.shutdown(wait=True)
 
     def _save(self, state: TrainingState) -> None:
-        folder = checkpoint_folder(self._home, state.step)
+        mark = self._next(state.step)
+        folder = self._home / mark.name
         write_checkpoint(folder, state)
         if not self._is_in_store:
             self._upload(folder)
-        self.newest_step = state.step
+        self.newest = mark
         self._delete_old()
+
+    def _next(self, step: int) -> Mark:
+        """Return the mark of a checkpoint that is to be the newest."""
+        if self.newest is None:
+            return Mark(0, step)
+        return Mark(self.newest.version + (step <= self.newest.step), step)
 
     def _upload(self, folder: Path) -> None:
         for item in read_manifest(folder):
@@ -225,58 +240,62 @@ class CheckpointBook:
         self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
 
     def _delete_old(self) -> None:
-        steps = complete_steps(self._home)
-        for step in steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps):
-            self._store.delete(f"{self._prefix}/{checkpoint_name(step)}")
-            shutil.rmtree(checkpoint_folder(self._home, step), ignore_errors=True)
+        marks = self._complete()
+        kept = living(marks)
+        old = set(steps_to_delete([mark.step for mark in kept], self._config.keep_last, self._config.keep_every_steps))
+        for mark in marks:
+            if mark not in kept or mark.step in old:
+                self._store.delete(f"{self._prefix}/{mark.name}")
+                shutil.rmtree(self._home / mark.name, ignore_errors=True)
+
+    def _complete(self) -> list[Mark]:
+        """Return the complete checkpoints here and in the store, the oldest first."""
+        return sorted({*complete_marks(self._home), *self._marks_in_store()})
 
     # restoring
 
-    def find_newest(self) -> int | None:
-        """Return the step of the newest checkpoint whose every byte is right, brought to this machine if need be.
+    def find_newest(self) -> Mark | None:
+        """Return the newest checkpoint whose every byte is right, brought to this machine if need be.
 
         One that is broken is named in the log, deleted, and the one before it is taken.
         """
-        for step in sorted({*complete_steps(self._home), *self._steps_in_store()}, reverse=True):
-            if self._make_usable(step):
-                self.newest_step = step
-                return step
-        return None
+        self.newest = next((mark for mark in reversed(self._complete()) if self._make_usable(mark)), None)
+        return self.newest
 
-    def bring(self, step: int) -> Path:
+    def bring(self, mark: Mark) -> Path:
         """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
-        folder = checkpoint_folder(self._home, step)
+        folder = self._home / mark.name
         if not (folder / MANIFEST).is_file():
             self._download(folder)
         return folder
 
-    def _make_usable(self, step: int) -> bool:
-        folder = checkpoint_folder(self._home, step)
+    def _make_usable(self, mark: Mark) -> bool:
+        folder = self._home / mark.name
         for _ in range(1 if self._is_in_store else 2):  # a broken local copy is replaced by the store's
             try:
-                self.bring(step)
+                self.bring(mark)
                 for item in read_manifest(folder):
                     _check(folder, item)
             except BrokenCheckpoint as error:
-                log.warning("checkpoint of step %d is broken: %s", step, error)
+                log.warning("checkpoint of step %d is broken: %s", mark.step, error)
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 return True
-        log.warning("checkpoint of step %d cannot be used; the one before it is taken", step)
+        log.warning("checkpoint of step %d cannot be used; the one before it is taken", mark.step)
         with contextlib.suppress(StoreError):
-            self._store.delete(f"{self._prefix}/{checkpoint_name(step)}")
+            self._store.delete(f"{self._prefix}/{mark.name}")
         return False
 
-    def _steps_in_store(self) -> list[int]:
+    def _marks_in_store(self) -> list[Mark]:
         if self._is_in_store:
             return []
-        steps = []
+        marks = []
         for entry in self._store.list(self._prefix):
             name, _, file = entry.key.removeprefix(f"{self._prefix}/").partition("/")
-            match = CHECKPOINT_NAME.fullmatch(name)
-            if match and file == MANIFEST:
-                steps.append(int(match[1]))
-        return steps
+            mark = Mark.of(name)
+            if mark is not None and file == MANIFEST:
+                marks.append(mark)
+        return marks
 
     def _download(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -290,6 +309,21 @@ class CheckpointBook:
             replace_file(folder / MANIFEST, manifest)
         except (StoreError, ValueError, KeyError) as error:
             raise BrokenCheckpoint(str(error)) from error
+
+
+def agree_on_mark(mark: Mark | None, world: World) -> Mark | None:
+    """Return rank 0's mark on every rank."""
+    version, step = (agree(value, world) for value in ((mark.version, mark.step) if mark else (None, None)))
+    return None if version is None or step is None else Mark(version, step)
+
+
+def living(marks: list[Mark]) -> list[Mark]:
+    """Return those of `marks` (ascending) that no newer one has gone back behind."""
+    kept: list[Mark] = []
+    for mark in reversed(marks):
+        if not kept or mark.step < kept[-1].step:
+            kept.append(mark)
+    return kept[::-1]
 
 
 def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:

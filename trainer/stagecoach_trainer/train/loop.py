@@ -17,8 +17,8 @@ from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import Diverged, Interrupted, UserError
 from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.causal import causal_model, set_rope_theta
-from stagecoach_trainer.train.checkpoint import CheckpointBook, read_checkpoint
-from stagecoach_trainer.train.collectives import agree, sum_over_ranks, wait_for_all
+from stagecoach_trainer.train.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
+from stagecoach_trainer.train.collectives import sum_over_ranks, wait_for_all
 from stagecoach_trainer.train.engine import Engine, StepReport
 from stagecoach_trainer.train.job import HeldOut, HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.metrics import Meter, StepFlops
@@ -134,21 +134,21 @@ class Loop:
 
     def _restore(self) -> None:
         """Take up the newest complete checkpoint; rank 0 decides which."""
-        step = agree(self._book.find_newest() if self._world.is_main else None, self._world)
+        mark = agree_on_mark(self._book.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
-        if step is None:
+        if mark is None:
             return
         if self._world.local_rank == 0:
-            self._book.bring(step)
+            self._book.bring(mark)
         wait_for_all(self._world)
-        state = read_checkpoint(self._book.bring(step), self._world.rank)
+        state = read_checkpoint(self._book.bring(mark), self._world.rank)
         self._engine.load_state(state.engine)
         self._at = state.progression
-        seed_everything(self._context.seed + step, self._world.rank)
+        seed_everything(self._context.seed + mark.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
         if self._world.is_main:
-            log.info("going on after step %d of %d", step, self._plan.num_steps)
+            log.info("going on after step %d of %d", mark.step, self._plan.num_steps)
 
     def _prove(self) -> None:
         if self._at.step < self._plan.num_steps:

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.artifacts import MANIFEST, checkpoint_name, checkpoints_prefix
 from stagecoach_api.store import Store
 
-CHECKPOINT_NAME = re.compile(r"step-(\d{8})")
+CHECKPOINT_NAME = re.compile(r"step-(\d{8})(?:-(\d{4}))?")
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """Tells checkpoints apart. The greater of two is the newer: what is saved again at a step saved already, as after
+    going back to it, has a version of its own, and so has all that follows. No checkpoint is ever written over."""
+
+    version: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return checkpoint_name(self.step, self.version)
+
+    @classmethod
+    def of(cls, name: str) -> Mark | None:
+        """Return the mark of a folder's name. None: it is not a checkpoint's."""
+        found = CHECKPOINT_NAME.fullmatch(name)
+        return None if found is None else cls(int(found[2] or 0), int(found[1]))
 
 
 def checkpoints_home(store: Store, cache: Path, digest: str) -> Path:
@@ -21,16 +42,17 @@ def cached_checkpoints(cache: Path, digest: str) -> Path:
     return cache / "checkpoints" / digest
 
 
-def complete_steps(home: Path) -> list[int]:
-    """Return the steps whose checkpoint has a manifest, in ascending order."""
+def complete_marks(home: Path) -> list[Mark]:
+    """Return the checkpoints that have a manifest, the oldest first."""
     if not home.is_dir():
         return []
-    found = (CHECKPOINT_NAME.fullmatch(path.name) for path in home.iterdir() if (path / MANIFEST).is_file())
-    return sorted(int(match[1]) for match in found if match)
+    found = (Mark.of(path.name) for path in home.iterdir() if (path / MANIFEST).is_file())
+    return sorted(mark for mark in found if mark is not None)
 
 
-def checkpoint_folder(home: Path, step: int) -> Path:
-    return home / checkpoint_name(step)
+def complete_steps(home: Path) -> list[int]:
+    """Return the steps whose checkpoint has a manifest, in ascending order."""
+    return sorted({mark.step for mark in complete_marks(home)})
 
 
 def delete_checkpoints(store: Store, cache: Path, digest: str) -> None:
