@@ -10,9 +10,27 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Identifier, LongText, Model, Name, NonNegativeCount, Pattern
-from stagecoach_api.references import NamedSource, Reference
+from stagecoach_api.references import NamedSource, Reference, WeightedSource
 from stagecoach_api.scripts import Script
 from stagecoach_api.training import require_exactly_one
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+class PromptSource(WeightedSource):
+    """Prompts to answer."""
+
+    domain: Identifier | None = None
+    """What the prompts are about: reward models with `domains` read the answers behind that domain's system prompt, and
+    must have it; those without ignore it. None: of no domain, read without a system prompt of the reward model's."""
+
+
+class PromptNamedSource(NamedSource):
+    """Prompts with a name, to compare models on."""
+
+    domain: Identifier | None = None
+    """What the prompts are about, as in the `data` of `ppo`. None: of no domain."""
+
 
 # -- language models behind an endpoint --------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ KEY = {"secret": "judge-key"}
 AT = "spec.stages[0].evaluate.rewards[0].rewards"
 
 
-def problems_of(stage: dict[str, Any]) -> tuple[Problem, ...]:
-    spec = {"storage": {"uri": "s3://models/demo"}, "stages": [stage]}
+def problems_of(*stages: dict[str, Any]) -> tuple[Problem, ...]:
+    spec = {"storage": {"uri": "s3://models/demo"}, "stages": list(stages)}
     document = {
         "apiVersion": "stagecoach.dev/v1alpha1",
         "kind": "TrainingRun",
@@ -102,3 +102,67 @@ def test_a_gate_may_watch_a_reward() -> None:
     stage = evaluate_stage({"name": "a", "expression": "1"})
     stage["evaluate"]["gates"] = [{"metric": "help.winRate.before", "atLeast": 0.5}]
     assert problems_of(stage) == ()
+
+
+# -- domains of prompts ------------------------------------------------------------------------------------------------
+
+
+def run_of(domain: str | None, *terms: dict[str, Any], domains: tuple[str, ...] = ("zh", "en")) -> list[dict[str, Any]]:
+    """A reward model, PPO by it on prompts of a domain, and a comparison on such prompts."""
+    training = {"batch": {"samples": 8}, "optimizer": {"learningRate": 1e-5}, "sequenceLength": 256}
+    reward = {"model": {"uri": "base"}, "data": [{"uri": "pairs.json"}], **training}
+    reward["domains"] = [{"name": name, "system": "s"} for name in domains]
+    ppo = {
+        "model": {"uri": "base"},
+        "data": [{"name": "first", "uri": "p.json"}, {"uri": "p.json"} | ({"domain": domain} if domain else {})],
+        "rewards": list(terms),
+        **training,
+    }
+    on = {"name": "prompts", "uri": "prompts"} | ({"domain": domain} if domain else {})
+    return [
+        {"name": "reward", "rewardModel": reward},
+        {"name": "ppo", "ppo": ppo},
+        evaluate_stage(*terms, data=on, rivals=[]),
+    ]
+
+
+JUDGE = {"name": "judge", "model": {"stage": "reward"}}
+FORMULA = {"name": "formula", "expression": "1"}
+DOMAIN_FIELDS = ["spec.stages[1].ppo.data[1].domain", "spec.stages[2].evaluate.rewards[0].data.domain"]
+
+
+@pytest.mark.parametrize(
+    ("domain", "terms", "domains"),
+    [
+        pytest.param("zh", (JUDGE, FORMULA), ("zh", "en"), id="known"),
+        pytest.param(None, (JUDGE,), ("zh",), id="none"),
+        pytest.param("zh", ({"name": "far", "model": {"uri": "far"}},), (), id="a model at a URI is looked at later"),
+        pytest.param("zh", (JUDGE, {"name": "far", "model": {"uri": "far"}}), (), id="one of them at a URI"),
+    ],
+)
+def test_sound_domains_are_no_problem(
+    domain: str | None, terms: tuple[dict[str, Any], ...], domains: tuple[str, ...]
+) -> None:
+    assert problems_of(*run_of(domain, *terms, domains=domains)) == ()
+
+
+@pytest.mark.parametrize(
+    ("domain", "terms", "domains", "words"),
+    [
+        pytest.param(
+            "zn",
+            (JUDGE, FORMULA),
+            ("zh", "en"),
+            ("`domains` of the stage `reward`", "use one of: zh, en"),
+            id="unknown",
+        ),
+        pytest.param("zh", (JUDGE,), (), ("no reward model among the terms has domains",), id="no domains"),
+        pytest.param("zh", (FORMULA,), ("zh",), ("no reward model among the terms has domains",), id="no reward model"),
+    ],
+)
+def test_domains_that_no_reward_model_knows_are_told(
+    domain: str, terms: tuple[dict[str, Any], ...], domains: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    found = problems_of(*run_of(domain, *terms, domains=domains))
+    assert [problem.path for problem in found] == DOMAIN_FIELDS
+    assert [word for word in words if not all(word in str(problem) for problem in found)] == []

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from stagecoach_api.expressions import ExpressionError, parse_expression
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.problems import suggest
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_api.rules.draft import Draft, Fault, configs
-from stagecoach_api.stages import EvaluateStage, PpoStage
+from stagecoach_api.stages import EvaluateStage, PpoStage, RewardModelStage
 
 Terms = Sequence[RewardTerm]
 
@@ -84,9 +85,53 @@ def _repeated(path: FieldPath, names: Sequence[str]) -> Iterator[Fault]:
             yield Fault((*path, index, "name"), name, "must be unique in this list", "rename one of the two")
 
 
+# -- domains -----------------------------------------------------------------------------------------------------------
+
+
+def domains_of_prompts_are_known(draft: Draft) -> Iterator[Fault]:
+    """What lies at a URI is looked at by the trainer."""
+    for path, domain, terms in _asked_domains(draft):
+        models = [term.model for term in terms if term.model is not None]
+        names = list(dict.fromkeys(model.stage for model in models if model.stage is not None))
+        known = {name: found for name in names if (found := _domains_of(draft, name)) is not None}
+        for name, domains in known.items():
+            if domains and domain not in domains:
+                rule = f"must be one of the `domains` of the stage `{name}`, whose reward model judges the answers"
+                yield Fault(path, domain, rule, suggest(domain, domains))
+        told = len(known) == len(names) and all(model.stage is not None for model in models)
+        if told and not any(known.values()):
+            yield Fault(
+                path,
+                domain,
+                "changes nothing: no reward model among the terms has domains",
+                "leave it out, or give the `rewardModel` stage `domains`",
+            )
+
+
+def _asked_domains(draft: Draft) -> Iterator[tuple[FieldPath, str, Terms]]:
+    """Yield the domains of prompts with their fields and the terms that judge the answers."""
+    for stage, config in configs(draft, PpoStage):
+        for index, source in enumerate(config.data):
+            if source.domain is not None:
+                yield stage.at("data", index, "domain"), source.domain, config.rewards
+    for stage, evaluation in configs(draft, EvaluateStage):
+        for index, task in enumerate(evaluation.rewards):
+            if task.on.domain is not None:
+                yield stage.at("rewards", index, "data", "domain"), task.on.domain, task.rewards
+
+
+def _domains_of(draft: Draft, name: str) -> list[str] | None:
+    """Return the domains of a `rewardModel` stage of this run. None: there is no such stage, or it cannot be read."""
+    stage = draft.by_name.get(name)
+    if stage is None or not isinstance(stage.config, RewardModelStage):
+        return None
+    return [domain.name for domain in stage.config.domains]
+
+
 REWARD_RULES = (
     expressions_can_be_computed,
     reward_limits_leave_something,
     feedback_sees_the_answer,
     reward_names_are_unique,
+    domains_of_prompts_are_known,
 )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, ShortText, Uri
 from stagecoach_api.references import NamedSource, Reference
-from stagecoach_api.rewards import RewardTerms
+from stagecoach_api.rewards import PromptNamedSource, RewardTerms
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import Precision, require_exactly_one
 
@@ -78,7 +78,7 @@ class RewardTask(Model):
     """Metrics are `<name>.reward`, `<name>.reward.<rival>` and `<name>.winRate.<rival>` (a tie is half a win)."""
 
     # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
-    on: Annotated[NamedSource, Field(alias="data")]
+    on: Annotated[PromptNamedSource, Field(alias="data")]
     """Prompts; a last answer in them is left out."""
 
     max_samples: Count = 200

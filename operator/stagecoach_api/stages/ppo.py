@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Model, NonNegativeCount
 from stagecoach_api.references import Reference, WeightedSource
-from stagecoach_api.rewards import RewardTerms
+from stagecoach_api.rewards import PromptSource, RewardTerms
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import Optimizer, Training
 
@@ -34,8 +34,13 @@ class Rollout(Model):
     """Share of probability mass that is sampled from. Default: 1."""
 
     engine: RolloutEngine = RolloutEngine.TRANSFORMERS
-    """`transformers`: batched generation with a key-value cache from a copy of the policy, refreshed once an update;
-    `vllm`: vLLM, where the image has it. Default: transformers."""
+    """`transformers`: batched generation with a key-value cache; `vllm`: vLLM, where the image has it. Default:
+    transformers."""
+
+    whole_copy: bool = True
+    """Under ZeRO-3 a whole copy of the policy, in the compute format and refreshed once an update, answers on every
+    rank. False: the shared-out policy itself answers, gathered layer by layer for every token: for a policy whose copy
+    does not fit, as it is some six times slower. Default: true."""
 
     batch_rows: Annotated[int, Field(ge=1, le=65536)] = 64
     """Answers generated at once on a rank. Default: 64."""
@@ -172,6 +177,9 @@ class PpoStage(Training):
 
     model: Reference
     """The policy to start from, usually an `sft` stage's."""
+
+    data: Annotated[tuple[PromptSource, ...], Field(min_length=1, max_length=64)]
+    """Prompts to answer, mixed exactly by weight."""
 
     reference: Reference | None = None
     """The model the policy is held to. None: `model`; under LoRA it is the base below the adapter, kept only once."""

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base, write_lines
-from model_makers import make_context
+from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base, write_lines
+from model_makers import make_context, make_model
 from reward_makers import TinyJudge, evaluate_stage, feedback_term, serve
 
-from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_trainer.errors import GateFailed, UserError
 from stagecoach_trainer.evaluation.generation import Prompter
 from stagecoach_trainer.evaluation.rewards import win_rate
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.models.reward import RewardModel, make_reward_model
+from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.rewards import Judgement
 from stagecoach_trainer.stages.evaluate import run
 
@@ -107,6 +109,41 @@ def test_a_judge_behind_an_endpoint_marks_all_models_alike(tmp_path: Path, input
     found = report["rewards"]["help"]
     assert found["terms"]["mark"] == {"requests": running.num_requests, "unparsable": 0}
     assert 0.0 <= report["metrics"]["help.reward"] <= 1.0
+
+
+def save_judge(root: Path) -> tuple[RewardModel, Path]:
+    """Write a reward model that has a system prompt for poems."""
+    tokenizer, domains = chat_tokenizer(), {"poems": "Judge the poem."}
+    reward = RewardModel(make_reward_model(make_model(len(tokenizer)), seed=3).eval(), tokenizer, 0.0, domains)
+    vocabulary, folder = root / "vocabulary", root / "judge"
+    tokenizer.save_pretrained(vocabulary)
+    folder.mkdir()
+    save_model(
+        reward.model, tokenizer, vocabulary, folder, ModelCard(reward=RewardCard(domains=domains), adapter=False)
+    )
+    return reward, folder
+
+
+@pytest.mark.parametrize("domain", [None, "poems"])
+def test_answers_are_judged_behind_the_system_prompt_of_the_tasks_domain(
+    tmp_path: Path, inputs: dict[str, Path], domain: str | None
+) -> None:
+    reward, folder = save_judge(tmp_path)
+    on = {"name": "prompts", "uri": "prompts", "domain": domain}
+    term = {"name": "judge", "model": {"uri": "judge"}}
+    report = evaluate(tmp_path / "run", inputs | {"judge": folder}, term, data=on, rivals=[])
+    said = [({"role": "user", "content": text},) for text in QUESTIONS]
+    asked = list(zip(said, answers_of(tmp_path, inputs, "model"), strict=True))
+    by_hand = {name: sum(reward.score_texts(asked, 1, name)) / len(asked) for name in (None, "poems")}
+    assert report["metrics"]["help.reward"] == pytest.approx(by_hand[domain], abs=1e-5)
+    assert abs(by_hand[None] - by_hand["poems"]) > 1e-4
+
+
+def test_a_domain_that_no_reward_model_knows_is_told_with_its_field(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    judge = inputs | {"judge": save_judge(tmp_path)[1]}
+    on = {"name": "prompts", "uri": "prompts", "domain": "songs"}
+    with pytest.raises(UserError, match=r"rewards\[0\]\.data\.domain: .* knows no domain 'songs'; it has poems"):
+        evaluate(tmp_path / "run", judge, {"name": "judge", "model": {"uri": "judge"}}, data=on)
 
 
 def test_a_gate_on_a_win_rate_stops_the_run(tmp_path: Path, inputs: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from evaluation_makers import chat_tokenizer
 from model_makers import make_context, make_model, make_tokenizer
 from reward_makers import feedback_term, make_judged
 
-from stagecoach_api.artifacts import ModelCard
+from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
@@ -159,6 +160,62 @@ def test_a_reward_model_reads_text_so_its_vocabulary_may_be_another(
     assert found == pytest.approx(reward.score_texts([(judged.prompt, judged.answer) for judged in batch], 1), abs=1e-5)
     assert found[0] != found[1]
     assert list(built.reward_models()) == ["t0"]
+
+
+def save_judge(root: Path, domains: dict[str, str]) -> RewardModel:
+    """Write a reward model with system prompts by domain to `root`, and return it."""
+    tokenizer = chat_tokenizer()
+    reward = RewardModel(make_reward_model(make_model(len(tokenizer)), seed=3).eval(), tokenizer, 0.0, domains)
+    root.mkdir(parents=True)
+    tokenizer.save_pretrained(root.parent / "vocabulary")
+    card = ModelCard(adapter=False, reward=RewardCard(bias=0.0, domains=domains))
+    save_model(reward.model, tokenizer, root.parent / "vocabulary", root, card)
+    return reward
+
+
+DOMAINS = {"poems": "Judge the poem.", "sums": "Are the sums right?"}
+
+
+def test_each_answer_is_scored_behind_the_system_prompt_of_its_prompts_domain(tmp_path: Path) -> None:
+    reward = save_judge(tmp_path / "judge" / "model", DOMAINS)
+    asked = ("poems", None, "sums", "poems")
+    batch = [replace(make_judged("the dog sleeps", f"say {n}"), domain=domain) for n, domain in enumerate(asked)]
+    built = build(tmp_path, {"model": {"uri": "reward"}}, inputs={"reward": tmp_path / "judge" / "model"})
+    expected = [reward.score_texts([(item.prompt, item.answer)], 1, item.domain)[0] for item in batch]
+    plain = [reward.score_texts([(item.prompt, item.answer)], 1)[0] for item in batch]
+    assert [judgement.total for judgement in built.score(batch)] == pytest.approx(expected, abs=1e-5)
+    assert [one == pytest.approx(two, abs=1e-5) for one, two in zip(expected, plain, strict=True)] == [
+        domain is None for domain in asked
+    ]
+
+
+def test_reward_models_without_domains_ignore_them_beside_one_that_has_some(tmp_path: Path) -> None:
+    plain = save_judge(tmp_path / "plain" / "model", {})
+    save_judge(tmp_path / "judge" / "model", DOMAINS)
+    inputs = {"plain": tmp_path / "plain" / "model", "judge": tmp_path / "judge" / "model"}
+    built = build(tmp_path, {"model": {"uri": "plain"}}, {"model": {"uri": "judge"}}, inputs=inputs)
+    built.require_domains({"data[0].domain": "poems", "data[1].domain": None})
+    (found,) = built.score([replace(make_judged("a fox"), domain="poems")])
+    judged = make_judged("a fox")
+    assert found.terms["t0"] == pytest.approx(plain.score_texts([(judged.prompt, judged.answer)], 1)[0], abs=1e-5)
+    assert found.terms["t1"] != pytest.approx(found.terms["t0"], abs=1e-5)
+
+
+def test_a_domain_that_a_reward_model_does_not_know_is_told_with_those_it_knows(tmp_path: Path) -> None:
+    save_judge(tmp_path / "judge" / "model", DOMAINS)
+    built = build(tmp_path, {"model": {"uri": "reward"}}, inputs={"reward": tmp_path / "judge" / "model"})
+    with pytest.raises(UserError, match=r"data\[1\]\.domain: .*rewards\[0\] knows no domain 'songs'.*poems, sums"):
+        built.require_domains({"data[0].domain": "poems", "data[1].domain": "songs"})
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_a_domain_that_no_reward_model_heeds_is_a_mistake(tmp_path: Path, model: bool) -> None:
+    save_judge(tmp_path / "judge" / "model", {})
+    term = {"model": {"uri": "reward"}} if model else {"expression": "1"}
+    built = build(tmp_path, term, inputs={"reward": tmp_path / "judge" / "model"})
+    built.require_domains({"data[0].domain": None})
+    with pytest.raises(UserError, match=r"data\[0\]\.domain: no reward model .* has domains, so 'poems' "):
+        built.require_domains({"data[0].domain": "poems"})
 
 
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:

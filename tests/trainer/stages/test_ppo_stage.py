@@ -51,8 +51,8 @@ def write_prompts(path: Path, prompts: tuple[str, ...] = PROMPTS) -> Path:
     return path
 
 
-def save_reward(root: Path, base: Path, tokenizer: Any = None) -> Path:
-    """Write a reward model over the weights of `base`, as a `rewardModel` stage does."""
+def save_reward(root: Path, base: Path, tokenizer: Any = None, **domains: str) -> Path:
+    """Write a reward model over the weights of `base`, as a `rewardModel` stage does; `domains`: system prompts."""
     tokenizer = tokenizer or make_tokenizer()
     model = make_reward_model(load_folder(base), seed=3)
     apply_template(tokenizer, stage().template)
@@ -60,7 +60,9 @@ def save_reward(root: Path, base: Path, tokenizer: Any = None) -> Path:
     tokenizer.save_pretrained(vocabulary)
     folder = root / "reward"
     folder.mkdir()
-    save_model(model, tokenizer, vocabulary, folder, ModelCard(adapter=False, reward=RewardCard(bias=0.5)))
+    save_model(
+        model, tokenizer, vocabulary, folder, ModelCard(adapter=False, reward=RewardCard(bias=0.5, domains=domains))
+    )
     return folder
 
 
@@ -107,6 +109,28 @@ def test_an_adapter_shares_its_base_with_the_reference_and_is_what_comes_out(tmp
     history = report_of(context)["history"]
     assert history[0]["kl"] == 0.0
     assert history[-1]["kl"] != 0.0
+
+
+def test_answers_are_judged_behind_the_system_prompt_of_their_prompts_domain(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_tokenizer())
+    reward = save_reward(tmp_path, base, poems="is the answer a poem of the fox")
+    points = {}
+    for domain in (None, "poems"):
+        context = context_for(tmp_path / str(domain), base=base, reward=reward)
+        data, terms = [{"uri": "prompts", "domain": domain}], [{"name": "helpful", "model": {"uri": "reward"}}]
+        run(stage(data=data, rewards=terms, budget={"steps": 1}), context)
+        points[domain] = report_of(context)["history"][0]
+    same = ("answerTokens", "entropy", "kl")  # the policy is asked the same and says the same
+    assert [points[None][name] for name in same] == [points["poems"][name] for name in same]
+    assert abs(points[None]["reward"] - points["poems"]["reward"]) > 1e-4
+
+
+def test_a_domain_that_the_reward_model_does_not_know_is_told(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_tokenizer())
+    context = context_for(tmp_path, base=base, reward=save_reward(tmp_path, base, poems="Judge the poem."))
+    terms = [{"name": "helpful", "model": {"uri": "reward"}}]
+    with pytest.raises(UserError, match=r"data\[0\]\.domain: .*rewards\[0\] knows no domain 'songs'; it has poems"):
+        run(stage(data=[{"uri": "prompts", "domain": "songs"}], rewards=terms), context)
 
 
 def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def _answers(
     ids = [prompter.encode(prompt) for prompt in prompts]
     said = generate(model, tokenizer, ids, task.generation, batch_rows, seed, say)
     return tuple(
-        Judged(prompt, answer.text, answer.num_tokens, answer.ended)
+        Judged(prompt, answer.text, answer.num_tokens, answer.ended, task.on.domain)
         for prompt, answer in zip(prompts, said, strict=True)
     )
 

@@ -288,7 +288,7 @@ class Rollouts:
     def _judged(self, prompt: Prompt, answer: Sampled) -> Judged:
         ids = answer.ids[:-1] if answer.ended else answer.ids
         text = self._job.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Judged(prompt.messages, text, len(ids), answer.ended)
+        return Judged(prompt.messages, text, len(ids), answer.ended, prompt.domain)
 
     def _scores(self, judged: Sequence[Judged], judgements: Sequence[Judgement]) -> list[Judgement]:
         """Return the judgements, with the price of an answer that did not end by itself."""
@@ -305,7 +305,7 @@ class Rollouts:
     ) -> list[Experience]:
         """Ask policy, reference and critic about every token of some answers."""
         batch = collate_answers(pairs).to(self._policy.device)
-        log_probs, entropies = self._policy.loss(batch).cpu()
+        log_probs, entropies = (found.cpu() for found in self._policy.loss(batch))
         reference = self._reference.log_probs(batch).cpu()
         values = self._critic.loss(batch).cpu()
         if not pairs:

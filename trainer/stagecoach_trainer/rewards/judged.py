@@ -28,6 +28,9 @@ class Judged:
     ended: bool
     """The answer ended by itself; else it was cut."""
 
+    domain: str | None = None
+    """What the prompt is about: chooses the system prompt of reward models that have domains. None: of no domain."""
+
 
 @dataclass(frozen=True)
 class Judgement:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -28,4 +30,16 @@ class ModelTerm(Term):
         self.values([])
 
     def values(self, batch: Sequence[Judged]) -> list[float]:
-        return self.model.score_texts([(judged.prompt, judged.answer) for judged in batch], self._batch_rows)
+        return self.model.score_ids(self._encoded(batch), self._batch_rows)
+
+    def _encoded(self, batch: Sequence[Judged]) -> list[npt.NDArray[np.int32]]:
+        """Return the token ids of each answer behind its prompt, and in front the system prompt of the prompt's domain.
+        A model without domains heeds none."""
+        places: dict[str | None, list[int]] = {}
+        for index, judged in enumerate(batch):
+            places.setdefault(judged.domain if self.model.domains else None, []).append(index)
+        found: dict[int, npt.NDArray[np.int32]] = {}
+        for domain, indices in places.items():
+            ids = self.model.encode([(batch[index].prompt, batch[index].answer) for index in indices], domain)
+            found.update(zip(indices, ids, strict=True))
+        return [found[index] for index in range(len(batch))]

@@ -141,15 +141,41 @@ class RewardSum:
         """Return the reward models among the terms by the terms' names, for a critic that starts from one."""
         return {name: term.model for name, term in self._model_terms().items()}
 
+    def require_domains(self, asked: Mapping[str, str | None]) -> None:
+        """Raise UserError for a domain of prompts that a reward model does not know, and where no reward model has
+        domains at all, so that nothing would heed it. Beside one that has domains those without ignore them.
+
+        `asked`: domains by the path of their field. None: of no domain.
+        """
+        wanted = {where: domain for where, domain in asked.items() if domain is not None}
+        having = {item.where: term.model.domains for item, term in self._placed_models() if term.model.domains}
+        problems = [
+            f"{field}: the reward model of {where} knows no domain {domain!r}; it has {', '.join(sorted(known))}"
+            for field, domain in wanted.items()
+            for where, known in having.items()
+            if domain not in known
+        ]
+        if not having:
+            problems += [
+                f"{field}: no reward model among the terms has domains, so {domain!r} changes nothing; leave it out, "
+                "or train the reward model with `domains`"
+                for field, domain in wanted.items()
+            ]
+        if problems:
+            raise UserError("; ".join(problems))
+
     def shard_models(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> None:
         """Share the parameters of all reward models out over the ranks by `shard`; they compute on `device`."""
         for term in self._model_terms().values():
             term.shard(shard, device, world)
 
     def _model_terms(self) -> dict[str, ModelTerm]:
+        return {item.config.name: term for item, term in self._placed_models()}
+
+    def _placed_models(self) -> list[tuple[_Weighted, ModelTerm]]:
         from stagecoach_trainer.rewards.model import ModelTerm
 
-        return {item.config.name: item.term for item in self._terms if isinstance(item.term, ModelTerm)}
+        return [(item, item.term) for item in self._terms if isinstance(item.term, ModelTerm)]
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Return what the report tells of each term: requests made, verdicts that could not be read, fitted weights."""

@@ -450,6 +450,8 @@ class Prompt:
     messages: tuple[Message, ...]
     tools: tuple[Message, ...]
     where: str
+    domain: str | None = None
+    """What it is about, for reward models. None: of no domain."""
 
 
 @dataclass(frozen=True)
@@ -478,8 +480,11 @@ def prompt_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
         yield replace(record, messages=turns, answers=())
 
 
-def read_prompts(context: Fetches, source: RecordSource, tokenizer: Any, max_tokens: int) -> PromptSet:
-    """Return the prompts of a set that have at most `max_tokens` tokens. The tokenizer carries the chat template.
+def read_prompts(
+    context: Fetches, source: RecordSource, tokenizer: Any, max_tokens: int, domain: str | None = None
+) -> PromptSet:
+    """Return the prompts of a set that have at most `max_tokens` tokens. The tokenizer carries the chat template;
+    `domain` is handed on to the prompts.
 
     Counts `empty` (nothing is asked) and `tooLong`. Raises UserError for a record that cannot be rendered.
     """
@@ -495,7 +500,7 @@ def read_prompts(context: Fetches, source: RecordSource, tokenizer: Any, max_tok
             if len(ids) > max_tokens:
                 counts["tooLong"] += 1
             else:
-                prompts.append(Prompt(ids, conversation.messages, conversation.tools, conversation.where))
+                prompts.append(Prompt(ids, conversation.messages, conversation.tools, conversation.where, domain))
     counts["prompts"] = len(prompts)
     return PromptSet(tuple(prompts), counts)
 

@@ -42,6 +42,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     prompts = _prompts(config, context, start.tokenizer)
     start.model.requires_grad_(config.trainable.lora is None)  # a frozen base is shared with those that come
     rewards = _rewards(config, context)
+    rewards.require_domains({f"data[{index}].domain": source.domain for index, source in enumerate(config.data)})
     asked = [found.model for found in rewards.reward_models().values()]
     share_frozen([start.model, *asked])
     critic = _critic(config, context, start)
@@ -151,7 +152,7 @@ def _prompts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[st
             f"rollout.maxNewTokens: {config.rollout.max_new_tokens} leaves no room for a prompt in `sequenceLength` "
             f"{config.sequence_length}"
         )
-    found = {source.label: read_prompts(context, source, tokenizer, longest) for source in config.data}
+    found = {source.label: read_prompts(context, source, tokenizer, longest, source.domain) for source in config.data}
     for label, prompts in found.items():
         lost = sum(prompts.counts[name] for name in DROPPED)
         why = ", ".join(f"{name} {prompts.counts[name]}" for name in DROPPED)
