@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -245,6 +246,56 @@ def test_a_run_goes_back_to_its_checkpoint_at_half_the_rate_with_other_random_nu
     assert rates == [1e-2, 1e-2, 5e-3, 5e-3, 5e-3]
     first_try, second_try = seen[2 * 32 : 3 * 32], seen[4 * 32 : 5 * 32]
     assert first_try != second_try
+
+
+@pytest.mark.parametrize(
+    ("failing", "back_to"),
+    [((3, 4, 5), 1), ((4, 6, 7, 8), 4), ((1, 2, 3), 0)],
+    ids=["from the third update on", "once before, and then to stay", "from the beginning on"],
+)
+def test_with_patience_a_run_goes_back_to_before_the_sign_began(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, failing: tuple[int, ...], back_to: int
+) -> None:
+    """The weights that answered in the first update with the sign were made by the update before it."""
+    seen: list[str] = []
+
+    def out_of_range(prompt: str, answer: str) -> float:
+        seen.append(answer)
+        return 5e3 if len(seen) in {32 * update for update in failing} else echoes(prompt, answer)
+
+    guards = ONLY | {"maxAbsReward": 1000.0, "patience": 3, "action": "rollBack"}
+    config = rolling_back(guards=guards, checkpoints={"everySteps": 1, "keepLast": 1}, budget={"steps": 9})
+    result = train_policy(ppo_job(config, out_of_range), context(tmp_path))
+    assert f"update {failing[-1]}: reward out of range" in caplog.text
+    assert f"; back to update {back_to}\n" in caplog.text
+    assert ("no checkpoint from before the failure" in caplog.text) == (failing[0] == 1)
+    assert result.metrics["rollbacks"] == 1.0
+    steps = [point["step"] for point in result.history]
+    assert steps == [*range(1, back_to + 1), *range(back_to, 10)]
+
+
+def test_a_collapse_is_gone_back_from_to_a_policy_that_had_not_collapsed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guards = ONLY | {"minEntropy": 1e-3, "patience": 3, "action": "rollBack", "maxRollbacks": 1}
+    config = configuration(**FASTER, guards=guards, budget={"steps": 30}, checkpoints={"everySteps": 1, "keepLast": 1})
+    entropies: list[float] = []
+    after = Watch.after
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Watch,
+            "after",
+            lambda self, figures, limits: entropies.append(figures.entropy) or after(self, figures, limits),
+        )
+        with contextlib.suppress(Diverged):
+            train_policy(ppo_job(config, lambda prompt, answer: float("7" in answer)), context(tmp_path))
+    found = re.search(r"update (\d+): entropy collapse.*; back to update (\d+)", caplog.text)
+    assert found
+    failed, back_to = int(found[1]), int(found[2])
+    assert [entropy < 1e-3 for entropy in entropies[:failed]] == [False] * (failed - 3) + [True] * 3
+    assert back_to == failed - 4
+    assert entropies[failed] > 1e-3
 
 
 def test_after_as_many_rollbacks_as_allowed_it_stops(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ class Watch:
     lasting: Mapping[str, int] = field(default_factory=dict)
     """Updates in a row, by guard."""
 
+    @property
+    def longest(self) -> int:
+        """Updates for which the sign that has lasted longest has been there; 0: there is none."""
+        return max(self.lasting.values(), default=0)
+
     def after(self, figures: UpdateFigures, limits: Guards) -> Watch:
         """Return the watch after one more update."""
         first = figures.length if self.first_length is None else self.first_length

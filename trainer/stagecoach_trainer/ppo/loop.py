@@ -190,7 +190,11 @@ class PpoLoop:
         self._at.extra = self._ppo.to_json()
         progression = Progression.from_json(self._at.to_json())
         progression.history = list(self._at.history)
-        self._book.save(TrainingState(progression, join_states(policy, critic), random_states))
+        goes_back = self._config.guards.action is GuardAction.ROLL_BACK
+        self._book.save(
+            TrainingState(progression, join_states(policy, critic), random_states),
+            self._healthy(self._at.step - 1) if goes_back else None,
+        )
 
     # -- an update -----------------------------------------------------------------------------------------------------
 
@@ -227,18 +231,35 @@ class PpoLoop:
         why = "; ".join(reasons)
         with contextlib.suppress(Exception):
             self._book.wait()
-        good = agree_on_mark(self._book.newest, self._world)
         guards = self._config.guards
-        if guards.action is GuardAction.STOP or self._ppo.rollbacks >= guards.max_rollbacks or good is None:
-            where = (
-                "there is no checkpoint yet" if good is None else f"the last checkpoint is that of update {good.step}"
+        if guards.action is GuardAction.ROLL_BACK and self._ppo.rollbacks < guards.max_rollbacks:
+            good = self._find_healthy()
+            if good is not None:
+                self._roll_back(good, why)
+                return True
+        last = agree_on_mark(self._book.newest, self._world)
+        where = f"the last checkpoint is that of update {last.step}" if last else "there is no checkpoint yet"
+        raise Diverged(
+            f"update {self._at.step + 1}: {why}; {where}. Lower `optimizer.learningRate`, raise `kl.coefficient`, "
+            "look at the rewards, or change the guard"
+        )
+
+    def _healthy(self, answered: int) -> int:
+        """Return the last update whose weights answered without a sign, the guards having looked at the answers of
+        update `answered`'s weights last. Below 0: none did."""
+        return answered - self._ppo.watch.longest
+
+    def _find_healthy(self) -> Mark | None:
+        """Return the newest checkpoint from before the signs that there are now, or else the oldest there is."""
+        step = self._healthy(self._at.step)
+        found = agree_on_mark(self._book.find_before(step) if self._world.is_main else None, self._world)
+        if found is not None and found.step > step and self._world.is_main:
+            log.warning(
+                "there is no checkpoint from before the failure: its sign has been there since update %d; the oldest "
+                "one is taken",
+                step + 2,
             )
-            raise Diverged(
-                f"update {self._at.step + 1}: {why}; {where}. Lower `optimizer.learningRate`, raise `kl.coefficient`, "
-                "look at the rewards, or change the guard"
-            )
-        self._roll_back(good, why)
-        return True
+        return found
 
     def _roll_back(self, mark: Mark, why: str) -> None:
         """Go back to a checkpoint, with other random numbers and half the learning rate."""

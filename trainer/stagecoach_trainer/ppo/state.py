@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ class PpoProgress:
         """Take down what a checkpoint has no place of its own for."""
         self.critic_steps = critic.num_steps
         self.critic_loss_scale, self.critic_good_steps = critic.loss_scale, critic.good_steps
-        self.rewards = dict(rewards)
+        self.rewards = copy.deepcopy(dict(rewards))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -201,13 +201,14 @@ class CheckpointBook:
 
     # saving
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: TrainingState, healthy: int | None = None) -> None:
         """Save a state, which must not change any more, in the background; waits for the save before it.
 
+        `healthy`: `find_before` of this step or a later one must still find what it finds now.
         Raises what went wrong with that one.
         """
         self.wait()
-        self._pending = self._writer.submit(self._save, state)
+        self._pending = self._writer.submit(self._save, state, healthy)
 
     def wait(self) -> None:
         """Wait until the last save is complete and published. Raises what went wrong with it."""
@@ -219,14 +220,14 @@ class CheckpointBook:
         """Wait for a save in progress, whatever comes of it, and stop the thread."""
         self._writer.shutdown(wait=True)
 
-    def _save(self, state: TrainingState) -> None:
+    def _save(self, state: TrainingState, healthy: int | None) -> None:
         mark = self._next(state.step)
         folder = self._home / mark.name
         write_checkpoint(folder, state)
         if not self._is_in_store:
             self._upload(folder)
         self.newest = mark
-        self._delete_old()
+        self._delete_old(healthy)
 
     def _next(self, step: int) -> Mark:
         """Return the mark of a checkpoint that is to be the newest."""
@@ -239,10 +240,13 @@ class CheckpointBook:
             self._store.upload(folder / item.path, f"{self._prefix}/{folder.name}/{item.path}")
         self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, healthy: int | None) -> None:
         marks = self._complete()
         kept = living(marks)
-        old = set(steps_to_delete([mark.step for mark in kept], self._config.keep_last, self._config.keep_every_steps))
+        steps = [mark.step for mark in kept]
+        old = set(steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps))
+        if healthy is not None:
+            old.discard(max((step for step in steps if step <= healthy), default=steps[0]))
         for mark in marks:
             if mark not in kept or mark.step in old:
                 self._store.delete(f"{self._prefix}/{mark.name}")
@@ -261,6 +265,12 @@ class CheckpointBook:
         """
         self.newest = next((mark for mark in reversed(self._complete()) if self._make_usable(mark)), None)
         return self.newest
+
+    def find_before(self, step: int) -> Mark | None:
+        """Return the newest checkpoint of `step` steps at most, or else the oldest there is; its bytes are right."""
+        marks = living(self._complete())
+        before = [mark for mark in marks if mark.step <= step]
+        return next((mark for mark in [*reversed(before), *marks[len(before) :]] if self._make_usable(mark)), None)
 
     def bring(self, mark: Mark) -> Path:
         """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
