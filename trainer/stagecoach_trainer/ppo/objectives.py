@@ -203,12 +203,13 @@ class Policy(CausalLoss):
 class Critic(nn.Module):
     """A reward model that says at every token of an answer what the reward will be."""
 
-    def __init__(self, model: nn.Module, clip: float | None) -> None:
+    def __init__(self, model: nn.Module, clip: float | None, bias: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.loss_at_keyword: str | None = None
         """Keyword by which the decoder can be asked for the states at given positions only (`fast_llama`)."""
         self._clip = clip
+        self._bias = bias
         self.figures = Figures()
 
     @property
@@ -222,7 +223,7 @@ class Critic(nn.Module):
         keywords = {} if self.loss_at_keyword is None or not len(batch.at) else {self.loss_at_keyword: batch.at}
         output: Any = self.decoder(input_ids=batch.tokens, attention_mask=None, use_cache=False, **keywords)
         states = output.last_hidden_state.flatten(0, 1)
-        return score_states(self.model, states if keywords else states.index_select(0, batch.at))
+        return self._bias + score_states(self.model, states if keywords else states.index_select(0, batch.at))
 
     def forward(self, batch: ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
         """Return `scale` · the summed error of the answers' tokens; of plain answers, `values`."""
@@ -252,13 +253,14 @@ class PolicyObjective(UnpackedObjective):
 
 
 class CriticObjective(UnpackedObjective):
-    """The critic's side of an update."""
+    """The critic's side of an update. `bias`: a constant that the critic adds to what its head says."""
 
-    def __init__(self, clip: float | None) -> None:
+    def __init__(self, clip: float | None, bias: float = 0.0) -> None:
         self._clip = clip
+        self._bias = bias
 
     def module(self, model: nn.Module) -> nn.Module:
-        return Critic(model, self._clip)
+        return Critic(model, self._clip, self._bias)
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
         return collate_experiences(units, Whitening())

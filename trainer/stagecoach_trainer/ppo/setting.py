@@ -97,6 +97,9 @@ class PpoJob:
     asked: Sequence[nn.Module] = ()
     """Models that are only asked, such as reward models: what is frozen in policy and critic as well is kept once."""
 
+    critic_bias: float = 0.0
+    """Added to all that the critic says; it is not trained."""
+
     @property
     def mini_batches(self) -> int:
         """Optimiser steps of one pass over an update's answers."""
