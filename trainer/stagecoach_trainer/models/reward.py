@@ -42,6 +42,7 @@ from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
 from stagecoach_trainer.train.causal import causal_model
 from stagecoach_trainer.train.collectives import max_over_ranks
+from stagecoach_trainer.train.unpadded import states_at
 
 HEAD = "score"
 """Name of the linear head, as transformers has it."""
@@ -90,25 +91,18 @@ def _new_head(width: int, seed: int, dtype: torch.dtype) -> nn.Linear:
     return head
 
 
-def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, states_at_keyword: str | None = None) -> Tensor:
+def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, keyword: str | None = None) -> Tensor:
     """Return what the head says at position `last` [B] of each row of `tokens` [B, T], padded on the right: fp32 [B].
 
-    `model`: a reward model, or a PEFT model around one. No mask is needed: attention is causal, and padding comes
-    behind what is looked at. `states_at_keyword`: by it the decoder can be asked for the states at given places of the
-    flattened [B · T] only (`fast_llama`).
+    `model`: a reward model, or a PEFT model around one; `keyword` as `states_at` takes it.
     """
-    return score_states(model, last_states(_decoder(model), tokens, last, states_at_keyword))
+    return score_states(model, last_states(_decoder(model), tokens, last, keyword))
 
 
-def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, states_at_keyword: str | None = None) -> Tensor:
+def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, keyword: str | None = None) -> Tensor:
     """Return a decoder's states [B, D] at the places `last_rewards` looks at."""
-    rows = torch.arange(len(last), device=last.device)
-    if states_at_keyword is not None:
-        places = {states_at_keyword: rows * tokens.shape[1] + last}
-        found: Tensor = decoder(input_ids=tokens, attention_mask=None, use_cache=False, **places).last_hidden_state
-        return found[0]
-    hidden: Tensor = decoder(input_ids=tokens, attention_mask=None, use_cache=False).last_hidden_state
-    return hidden[rows, last]
+    at = torch.arange(len(last), device=last.device) * tokens.shape[1] + last
+    return states_at(decoder, tokens, at, last, keyword)
 
 
 def _decoder(model: nn.Module) -> nn.Module:

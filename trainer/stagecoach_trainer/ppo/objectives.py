@@ -24,6 +24,7 @@ from stagecoach_trainer.train.collate import PADDING_TOKEN, Batch, collate
 from stagecoach_trainer.train.fast_llama import fast_llama
 from stagecoach_trainer.train.log_probs import token_log_probs, token_log_probs_through
 from stagecoach_trainer.train.objective import MicroBatch, UnpackedObjective
+from stagecoach_trainer.train.unpadded import states_at
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class AnswerBatch:
     targets: Tensor
     """The answers' tokens [M]."""
 
+    last: Tensor
+    """Position of each row's last token [B]."""
+
     lengths: tuple[int, ...]
     """Tokens of each answer."""
 
@@ -53,7 +57,7 @@ class AnswerBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
-        return AnswerBatch(change(self.tokens), change(self.at), change(self.targets), self.lengths)
+        return AnswerBatch(change(self.tokens), change(self.at), change(self.targets), change(self.last), self.lengths)
 
 
 def collate_answers(pairs: Sequence[tuple[Ids, Ids]]) -> AnswerBatch:
@@ -61,15 +65,18 @@ def collate_answers(pairs: Sequence[tuple[Ids, Ids]]) -> AnswerBatch:
     length = max((len(prompt) + len(answer) - 1 for prompt, answer in pairs), default=1)
     tokens = np.full((max(1, len(pairs)), length), PADDING_TOKEN, np.int64)
     at: list[np.ndarray] = [np.empty(0, np.int64)]
+    last = np.zeros(len(tokens), np.int64)
     for row, (prompt, answer) in enumerate(pairs):
         ids = np.concatenate([prompt, answer[:-1]])
         tokens[row, : len(ids)] = ids
+        last[row] = len(ids) - 1
         at.append(row * length + np.arange(len(prompt) - 1, len(ids)))
     targets = np.concatenate([np.empty(0, np.int64), *(answer for _, answer in pairs)])
     return AnswerBatch(
         torch.from_numpy(tokens),
         torch.from_numpy(np.concatenate(at)),
         torch.from_numpy(targets.astype(np.int64)),
+        torch.from_numpy(last),
         tuple(len(answer) for _, answer in pairs),
     )
 
@@ -168,24 +175,28 @@ class Policy(CausalLoss):
     def log_probs(self, batch: AnswerBatch, want_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Return log-probabilities [M] of the answers' tokens at the sampling temperature and, if wanted, the entropies
         [M] there, in nats, fp32."""
-        rows = Batch(batch.tokens, None, batch.at, batch.targets)
-        hidden, at = self._states(rows)
+        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.loss_at_keyword)
+        at = torch.arange(len(states), device=states.device)
         weight = None if self.through_module else head_weight(self.head)
         if weight is None:
             vocabulary = int(causal_model(self.model).config.vocab_size)
             return token_log_probs_through(
-                self.head, hidden, at, batch.targets, vocabulary, self._temperature, want_entropy=want_entropy
+                self.head, states, at, batch.targets, vocabulary, self._temperature, want_entropy=want_entropy
             )
         bias = getattr(self.head, "bias", None)
-        return token_log_probs(hidden, weight, at, batch.targets, self._temperature, bias, want_entropy=want_entropy)
+        return token_log_probs(
+            states, weight, at, batch.targets, self._temperature, bias, want_entropy, scratch=self._scratch
+        )
 
-    def forward(self, batch: Batch | ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
-        """Return `scale` · the summed loss of text or of experiences; of plain answers, log-probabilities and entropies
-        [2, M]: through here ZeRO-3 gathers what they need."""
+    def forward(
+        self, batch: Batch | ExperienceBatch | AnswerBatch, scale: float = 1.0, want_entropy: bool = True
+    ) -> Any:
+        """Return `scale` · the summed loss of text or of experiences; of plain answers, what `log_probs` gives: through
+        here ZeRO-3 gathers what they need."""
         if isinstance(batch, Batch):
             return super().forward(batch, scale)
         if isinstance(batch, AnswerBatch):
-            return torch.stack(self.log_probs(batch))
+            return self.log_probs(batch, want_entropy)
         config = self._config
         bonus = config.entropy_weight > 0.0
         log_probs, entropies = self.log_probs(batch.answers, want_entropy=bonus)
@@ -220,10 +231,8 @@ class Critic(nn.Module):
 
     def values(self, batch: AnswerBatch) -> Tensor:
         """Return what is expected in front of each token of the answers, fp32 [M]."""
-        keywords = {} if self.loss_at_keyword is None or not len(batch.at) else {self.loss_at_keyword: batch.at}
-        output: Any = self.decoder(input_ids=batch.tokens, attention_mask=None, use_cache=False, **keywords)
-        states = output.last_hidden_state.flatten(0, 1)
-        return self._bias + score_states(self.model, states if keywords else states.index_select(0, batch.at))
+        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.loss_at_keyword)
+        return self._bias + score_states(self.model, states)
 
     def forward(self, batch: ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
         """Return `scale` · the summed error of the answers' tokens; of plain answers, `values`."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stagecoach_trainer.evaluation.generation import pad_left
 from stagecoach_trainer.samples.encoding import Ids
@@ -74,8 +74,7 @@ class _Decoder:
         from transformers import DynamicCache
 
         self._decoder = getattr(model, model.base_model_prefix)
-        self._head = model.get_output_embeddings()
-        self._head_dtype = next(self._head.parameters()).dtype
+        self._head = _Head(model.get_output_embeddings())
         self._decoding = decoding
         tokens, mask = pad_left(prompts, padding=0)
         self._input = tokens.to(device)
@@ -103,8 +102,7 @@ class _Decoder:
             past_key_values=self._cache,
             use_cache=True,
         )
-        states = output.last_hidden_state[:, -1]
-        logits = self._head(states.to(self._head_dtype))  # while training, the head may be in fp32, the rest in bf16
+        logits = self._head(output.last_hidden_state[:, -1])
         chosen = draw(logits, self._draws[self._rows, self._step], self._decoding)
         self._keep(chosen)
         self._step += 1
@@ -135,10 +133,34 @@ class _Decoder:
         return [Sampled(np.array(ids, np.int32), ended) for ids, ended in zip(self._said, self._ended, strict=True)]
 
 
+class _Head:
+    """The head in the states' format, as the training's log-probabilities take it (`train/log_probs.py`): while
+    training its own weight may be in fp32, the rest in bf16."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._dtype = next(layer.parameters()).dtype
+        self._weight: Tensor | None = None
+        self._is_plain = type(layer) is nn.Linear and not hasattr(layer.weight, "ds_id")  # ZeRO-3 gathers in a call
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the logits [B, V] of states [B, D]."""
+        if not self._is_plain or self._dtype is states.dtype:
+            logits: Tensor = self._layer(states.to(self._dtype))
+            return logits
+        if self._weight is None:
+            self._weight = self._layer.weight.to(states.dtype)
+        bias = self._layer.bias
+        return nn.functional.linear(states, self._weight, None if bias is None else bias.to(states.dtype))
+
+
 def draw(logits: Tensor, numbers: Tensor, decoding: Decoding) -> Tensor:
     """Return the token [B] at which the cumulated probability of `logits` [B, V] passes each row's number [B], which
     is in [0, 1). With `top_p` only the likeliest tokens that make up that share of the probability can be drawn."""
-    p = torch.softmax(logits.float() / decoding.temperature, dim=-1).double()
+    logits = logits.float()
+    if decoding.temperature != 1.0:
+        logits = logits / decoding.temperature
+    p = torch.softmax(logits, dim=-1).double()
     if decoding.top_p < 1.0:
         p = _nucleus(p, decoding.top_p)
     mass = p.cumsum(-1)

@@ -52,7 +52,7 @@ class SeparateReference:
     module: Policy
 
     def log_probs(self, batch: AnswerBatch) -> Tensor:
-        found: Tensor = self.module(batch)[0]
+        found: Tensor = self.module(batch, want_entropy=False)[0]
         return found
 
 
@@ -64,7 +64,7 @@ class BaseBelowAdapter:
 
     def log_probs(self, batch: AnswerBatch) -> Tensor:
         with self._without_adapter():
-            found: Tensor = self.policy(batch)[0]
+            found: Tensor = self.policy(batch, want_entropy=False)[0]
         return found
 
     @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from stagecoach_trainer.train.loss import Scratch, chunk_rows
+from stagecoach_trainer.train.loss import HeadGradient, Scratch, chunk_rows
 
 
 def token_log_probs(
@@ -82,7 +82,7 @@ class _TokenLogProbs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         chunks = _Chunks(hidden, weight, bias, at, temperature, rows, scratch)
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=chunks.dtype) if need_weight else None
+        d_weight = HeadGradient(weight, chunks.selected, rows, scratch) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=chunks.dtype) if need_bias else None
         for part in chunks.parts():
             factor = d_log_probs[part] / -temperature
@@ -97,14 +97,15 @@ class _TokenLogProbs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets[part, None], -factor[:, None])
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
-            small = chunks.in_compute_format(d_logits)
+            small = d_weight.room(part) if d_weight is not None else chunks.small(part)
+            small.copy_(d_logits)
             if d_hidden is not None:
                 d_hidden.index_copy_(0, at[part], torch.mm(small, chunks.head))
             if d_weight is not None:
-                d_weight += torch.mm(small.T, chunks.states(part))
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+                d_weight.collect(part)
+        d_head = None if d_weight is None else d_weight.total().to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+        return d_hidden, d_head, d_bias, None, None, None, None, None, None
 
 
 class _Chunks:
@@ -126,7 +127,9 @@ class _Chunks:
         """The head's weight [V, D] in the dtype of the states."""
         if weight.dtype is not hidden.dtype:
             self.head = scratch.empty("head", weight.shape, like=hidden).copy_(weight)
-        self._hidden, self._bias, self._at = hidden, bias, at
+        self.selected = hidden.index_select(0, at)
+        """The states asked for [M, D]."""
+        self._bias = bias
         self._temperature = temperature
         self._rows = rows
         shape = min(rows, len(at)), len(weight)
@@ -137,12 +140,8 @@ class _Chunks:
 
     def parts(self) -> Iterator[slice]:
         """Yield the chunks as slices of the M positions."""
-        for start in range(0, len(self._at), self._rows):
-            yield slice(start, min(start + self._rows, len(self._at)))
-
-    def states(self, part: slice) -> Tensor:
-        """Return the states of a chunk [rows, D]."""
-        return self._hidden.index_select(0, self._at[part])
+        for start in range(0, len(self.selected), self._rows):
+            yield slice(start, min(start + self._rows, len(self.selected)))
 
     def softmax(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return of a chunk: p [rows, V], its logits [rows, V] of which the greatest is 0, the log normaliser [rows].
@@ -150,7 +149,7 @@ class _Chunks:
         The log of the normaliser is taken from the most probable token, whose probability never underflows.
         """
         rows = part.stop - part.start
-        small = torch.mm(self.states(part), self.head.T, out=self._small[:rows])
+        small = torch.mm(self.selected[part], self.head.T, out=self._small[:rows])
         logits = small if self._large is self._small else self._large[:rows].copy_(small)
         if self._bias is not None:
             logits += self._bias
@@ -160,11 +159,9 @@ class _Chunks:
         p = torch.softmax(logits, dim=-1, out=self._p[:rows])
         return p, logits, -p.amax(-1).log_()
 
-    def in_compute_format(self, d_logits: Tensor) -> Tensor:
-        """Return a chunk's gradient in the dtype of the states."""
-        if d_logits.dtype is self.head.dtype:
-            return d_logits
-        return self._small[: len(d_logits)].copy_(d_logits)
+    def small(self, part: slice) -> Tensor:
+        """Return memory of a chunk's logits in the dtype of the states [rows, V]."""
+        return self._small[: part.stop - part.start]
 
 
 def token_log_probs_through(

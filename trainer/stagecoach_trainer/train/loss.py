@@ -93,7 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_selected = torch.empty_like(selected) if need_hidden else None
-        d_weight = _HeadGradient(weight, selected, rows, scratch) if need_weight else None
+        d_weight = HeadGradient(weight, selected, rows, scratch) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         room = _Room(min(rows, len(targets)), head, scratch)
         for start in range(0, len(targets), rows):
@@ -160,8 +160,8 @@ class _Room:
         return logits if self._large is None else self._large[:rows].copy_(logits)
 
 
-class _HeadGradient:
-    """The gradient of the head's weight, summed up in fp32 over blocks of chunks.
+class HeadGradient:
+    """The gradient of the head's weight [V, D], summed up over blocks of chunks in fp32 (fp64 for fp64 states).
 
     A block's gradients of the logits are kept in the compute format until one product adds them all: adding to a whole
     [V, D] after each chunk would cost a tenth of the loss.
@@ -172,6 +172,7 @@ class _HeadGradient:
     def __init__(self, weight: Tensor, selected: Tensor, rows: int, scratch: Scratch) -> None:
         self._weight = weight
         self._selected = selected
+        self._dtype = torch.promote_types(selected.dtype, torch.float32)
         self._block_rows = rows * self.CHUNKS_PER_BLOCK
         self._block = scratch.empty("block", (min(self._block_rows, len(selected)), len(weight)), like=selected)
         self._term = scratch.empty("term", weight.shape, like=selected)
@@ -189,14 +190,14 @@ class _HeadGradient:
         start = part.start - part.start % self._block_rows
         term = torch.mm(self._block[: part.stop - start].T, self._selected[start : part.stop], out=self._term)
         if self._sum is None:
-            self._sum = term.to(torch.float32, copy=True)
+            self._sum = term.to(self._dtype, copy=True)
         else:
             self._sum += term
 
     def total(self) -> Tensor:
         """Return the sum [V, D]; zeros where there was no chunk."""
         if self._sum is None:
-            return torch.zeros_like(self._weight, dtype=torch.float32)
+            return torch.zeros_like(self._weight, dtype=self._dtype)
         return self._sum
 
 
