@@ -119,7 +119,8 @@ def test_the_budget_and_the_counts_outlive_a_resume(tmp_path: Path, marks: Endpo
     first = build(tmp_path, term)
     first.score([make_judged("a"), make_judged("b")])
     state = json.loads(json.dumps(first.state()))
-    again = build(tmp_path, term, state=state)
+    again = build(tmp_path, term)
+    again.load_state(state)
     assert again.state() == state
     again.score([make_judged("c")])
     with pytest.raises(UserError, match="maxRequests: the budget of 3 requests is spent"):
@@ -209,9 +210,15 @@ def test_weights_are_fitted_on_ranked_answers_and_outlive_a_resume(tmp_path: Pat
     with serve(truthful) as running:
         term = statements(running.url, None, None, 0.25, fit=fit)
         built = build(tmp_path / "one", term, inputs)
+        assert running.num_requests == 0
+        assert built.prepare()
         asked = running.num_requests
+        assert not built.prepare()
         again = build(tmp_path / "two", term, inputs)
-        resumed = build(tmp_path / "three", term, inputs, state=json.loads(json.dumps(built.state())))
+        again.prepare()
+        resumed = build(tmp_path / "three", term, inputs)
+        resumed.load_state(json.loads(json.dumps(built.state())))
+        assert not resumed.prepare()
         assert running.num_requests == 2 * asked
     figures = built.figures()["rules"]
     assert figures["orderedPairs"] == 1.0
@@ -230,7 +237,7 @@ def test_a_judge_that_tells_nothing_apart_is_told(tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"fit: judge finds every statement as true of .* in all 5 pairs of `ranked`"
         ):
-            build(tmp_path, term, inputs)
+            build(tmp_path, term, inputs).prepare()
 
 
 def test_one_statement_that_always_decides_reaches_the_margin() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model_makers import content_of, make_context, make_tokenizer, report_of, save_base
+from reward_makers import Chat, Endpoint, endpoint_of, serve
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -161,6 +162,56 @@ def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:
     parted.progress.report = report  # type: ignore[method-assign]
     run(config, parted)
     assert content_of(parted.output) == content_of(whole.output)
+
+
+RANKED = [
+    {"prompt": "name an animal", "answers": ["a fox is an animal", "a fox", "word"]},
+    {"prompt": "say it", "answers": ["the fox sleeps", "over the dog"]},
+]
+"""Weights are fitted on these."""
+
+
+def knows_foxes(messages: Chat) -> str:
+    answer = json.loads(messages[-1]["content"].split("Answer: ")[1].split("\n")[0])
+    return "yes" if "fox" in answer else "no"
+
+
+def fitting_requests(judge: Endpoint) -> int:
+    texts = [body["messages"][-1]["content"] for body in judge.bodies]
+    return sum(any(json.dumps(record["prompt"]) in text for record in RANKED) for text in texts)
+
+
+@pytest.mark.parametrize("first_update", [1, 2])
+def test_weights_are_fitted_once_however_often_a_stage_is_resumed(tmp_path: Path, first_update: int) -> None:
+    """A stage that dies in its first update has fitted them already, and one that is asked to stop in its second."""
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text("\n".join(map(json.dumps, RANKED)) + "\n", encoding="utf-8")
+    context = context_for(tmp_path / "run", ranked=ranked)
+    report, answered = context.progress.report, []
+
+    def interrupt(activity: str, *rest: Any, **more: Any) -> None:
+        report(activity, *rest, **more)
+        answered.append(activity)
+        if answered.count("answer") == first_update:
+            raise Interrupted("killed")
+
+    with serve(knows_foxes) as judge:
+        rules = {
+            "endpoint": endpoint_of(judge.url, maxRequests=5 + 3 * 4),
+            "propositions": [{"name": "fox", "text": "It names a fox."}],
+            "fit": {"name": "ranked", "uri": "ranked", "format": "ranked"},
+        }
+        config = stage(rewards=[{"name": "rules", "propositions": rules}, SHORT])
+        context.progress.report = interrupt  # type: ignore[method-assign]
+        with pytest.raises(Interrupted, match="killed"):
+            run(config, context)
+        assert fitting_requests(judge) == 5
+        context.progress.report = report  # type: ignore[method-assign]
+        run(config, context)
+        assert fitting_requests(judge) == 5
+    figures = report_of(context)["rewards"]["rules"]
+    assert figures["weight.fox"] == pytest.approx(1.0)
+    assert figures["orderedPairs"] < 1.0  # two of them have no fox, or both
 
 
 # -- what is counted, what is refused ----------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class PpoLoop:
         # Before the policy is cast, as it may copy it.
         sampler = make_sampler(job, context, self._device, DTYPES[config.precision])
         policy_objective = PolicyObjective(config.policy, config.rollout.temperature)
-        critic_objective = CriticObjective(config.critic.clip)
+        critic_objective = CriticObjective(config.critic.clip, job.critic_bias)
         critic_config = config.model_copy(update={"optimizer": config.critic.optimizer or config.optimizer})
         for network in (job.policy, job.critic):
             prepare_network(network, config)
@@ -136,8 +136,9 @@ class PpoLoop:
     def run(self) -> PpoResult:
         """Train to the end."""
         self._restore()
-        if self._at.step == 0 and self._config.guards.action is GuardAction.ROLL_BACK:
-            self._save()  # something to go back to
+        fitted = self._job.rewards.prepare()
+        if self._at.step == 0 and (fitted or self._config.guards.action is GuardAction.ROLL_BACK):
+            self._save()  # something to go back to; and what was paid for is not paid again
         gc.collect()
         garbage.take_up()
         try:
@@ -161,6 +162,7 @@ class PpoLoop:
         seed_everything(self._context.seed, self._world.rank)
         if mark is not None:
             self._load(mark)
+            self._job.rewards.load_state(self._ppo.rewards)  # not in a rollback: what is spent stays spent
             if self._world.is_main:
                 log.info("going on after update %d of %d", mark.step, self._job.prompts.num_updates)
 
@@ -174,7 +176,6 @@ class PpoLoop:
         policy, critic = split_state(state.engine, self._ppo)
         self._policy.load_state(policy)
         self._critic.load_state(critic)
-        self._job.rewards.load_state(self._ppo.rewards)
         seed_everything(self._context.seed + mark.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])

@@ -50,6 +50,11 @@ class Term:
         """Return one value per answer. Raises UserError naming the term and the answer where there is none."""
         raise NotImplementedError
 
+    def prepare(self) -> bool:
+        """Do once what takes time or requests, unless `load_state` has brought it, before anything is judged; all ranks
+        call it at the same time. Return whether anything was done."""
+        return False
+
     def sit_out(self) -> None:
         """Take part in what all ranks do together while this one has no answer to judge."""
 

@@ -36,25 +36,26 @@ class _Pair:
 class PropositionsTerm(Term):
     """The sum of the weights of the statements that hold.
 
-    `state`: of an earlier attempt, whose fitted weights are taken over instead of being fitted again.
-    Raises UserError for a key that is not there, and where the ranked answers say nothing about the weights.
+    Raises UserError for a key that is not there; `prepare` where the ranked answers say nothing about the weights.
     """
 
-    def __init__(
-        self, config: PropositionReward, where: str, context: StageContext, state: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, config: PropositionReward, where: str, context: StageContext) -> None:
         self._config = config
         self._where = where
+        self._context = context
         self._judge = Judge(config.endpoint, f"{where}.endpoint", context.world)
         self._counts = Counts()
         self._ordered: float | None = None
         self._fixed = [item.weight for item in config.propositions]
-        self.weights = np.array([0.0 if weight is None else weight for weight in self._fixed])
-        """Weights, in the order of the statements: [k]."""
-        if state is not None:
-            self.load_state(state)
-        elif None in self._fixed and config.fit is not None:
-            self._fit(config.fit, context)
+        self.weights = np.array([np.nan if weight is None else weight for weight in self._fixed])
+        """Weights, in the order of the statements: [k]; no number where one is still to be fitted."""
+
+    def prepare(self) -> bool:
+        source = self._config.fit
+        if source is None or np.isfinite(self.weights).all():
+            return False
+        self._fit(source, self._context)
+        return True
 
     def values(self, batch: Sequence[Judged]) -> list[float]:
         return [float(value) for value in self.features(batch) @ self.weights]

@@ -38,7 +38,6 @@ class _Workshop:
     device: torch.device | None
     precision: Precision
     batch_rows: int
-    states: Mapping[str, Any]
     merge: bool
 
 
@@ -79,10 +78,9 @@ class RewardSum:
         precision: Precision = Precision.FP32,
         batch_rows: int = 8,
         where: str = "rewards",
-        state: Mapping[str, Any] | None = None,
         merge: bool = True,
     ) -> RewardSum:
-        """Fetch, load, fit and check everything the terms need.
+        """Fetch, load and check everything the terms need; what is fitted waits for `prepare`.
 
         Args:
             terms: The terms.
@@ -91,12 +89,11 @@ class RewardSum:
             precision: Number format of reward models' bodies.
             batch_rows: Answers a reward model scores at once.
             where: The terms' field path, for messages.
-            state: What `state` gave in an earlier attempt: requests spent, weights fitted. None: a fresh start.
             merge: Merge reward models that are adapters into their bases; else the bases can be shared.
 
         Raises UserError with all problems at once.
         """
-        workshop = _Workshop(context, device, precision, batch_rows, state or {}, merge)
+        workshop = _Workshop(context, device, precision, batch_rows, merge)
         made: list[_Weighted] = []
         problems: list[str] = []
         for index, config in enumerate(terms):
@@ -110,14 +107,20 @@ class RewardSum:
         ]
         if problems:
             raise UserError("; ".join(problems))
-        built = cls(made)
-        built.load_state(state or {})
-        return built
+        return cls(made)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the terms, in their order."""
         return tuple(item.config.name for item in self._terms)
+
+    def prepare(self) -> bool:
+        """Fit what no state brought; all ranks call it, after `load_state` and before `score`. Return whether there was
+        anything to fit.
+
+        Raises UserError as the terms do.
+        """
+        return any([item.term.prepare() for item in self._terms])
 
     def score(self, batch: Sequence[Judged]) -> list[Judgement]:
         """Return what each answer is worth. Where the ranks share reward models, all of them call it as often, without
@@ -205,7 +208,7 @@ def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
         "format": lambda value: format_term(value, place),
         "arithmetic": lambda value: TextTerm(arithmetic_value),
         "expression": lambda value: ExpressionTerm(value, place),
-        "propositions": lambda value: _propositions_term(value, place, workshop, config.name),
+        "propositions": lambda value: _propositions_term(value, place, workshop),
         "feedback": lambda value: _feedback_term(value, place, workshop),
         "plugin": lambda value: _plugin_term(value, place),
     }
@@ -227,10 +230,10 @@ def _model_term(value: Any, workshop: _Workshop) -> Term:
     return ModelTerm(model, workshop.batch_rows)
 
 
-def _propositions_term(value: Any, place: str, workshop: _Workshop, name: str) -> Term:
+def _propositions_term(value: Any, place: str, workshop: _Workshop) -> Term:
     from stagecoach_trainer.rewards.propositions import PropositionsTerm
 
-    return PropositionsTerm(value, place, workshop.context, workshop.states.get(name))
+    return PropositionsTerm(value, place, workshop.context)
 
 
 def _feedback_term(value: Any, place: str, workshop: _Workshop) -> Term:

@@ -115,6 +115,7 @@ def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, rep
             where=f"rewards[{number}].rewards",
         )
         rewards.require_domains({f"rewards[{number}].data.domain": task.on.domain})
+        rewards.prepare()
 
         def open_rival(index: int, rivals: tuple[Rival, ...] = task.rivals) -> Opened:
             rival = _open(rivals[index].model, config, context, report)
