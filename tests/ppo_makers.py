@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,21 +199,31 @@ def ranks_configuration(case: str, **settings: Any) -> PpoStage:
     return configuration(**values | settings).model_copy(update={"sharding": Sharding(zero=int(stage))})
 
 
-def run_judged(here: StageContext, stage: int) -> list[Mapping[str, float]]:
-    """Train on two ranks by what a reward model says; return the history. Of nine answers the second rank has four, in
-    rounds of at most four: none in the last round."""
-    config = ranks_configuration(
+def uneven_configuration(stage: int, **settings: Any) -> PpoStage:
+    """A stage for two ranks in fp32. Of nine answers the second rank has four, in rounds of at most four: none in the
+    last round."""
+    return ranks_configuration(
         f"{stage}-fp32",
-        batch={"samples": 9, "microBatchRows": 1},
-        rollout={"maxNewTokens": 4, "batchRows": 4},
-        policy={"miniBatchSamples": 3},
+        **{
+            "batch": {"samples": 9, "microBatchRows": 1},
+            "rollout": {"maxNewTokens": 4, "batchRows": 4},
+            "policy": {"miniBatchSamples": 3},
+            **settings,
+        },
     )
+
+
+def run_judged(here: StageContext, stage: int) -> list[Mapping[str, float]]:
+    """Train on two ranks by what a reward model says; return the history."""
+    config = uneven_configuration(stage)
     rewards = reward_of(("judge", ModelTerm(digit_judge(), batch_rows=3), 1.0))
     return list(train_policy(ppo_job(config, rewards), here).history)
 
 
-def run_to_end(here: StageContext, config: PpoStage, stop_after: int | None = None) -> dict[str, Any]:
-    """Train to the end; return the history, the bytes of the final weights, and how many answers this rank judged."""
+def run_to_end(
+    here: StageContext, config: PpoStage, stop_after: int | None = None, policy: Any = None
+) -> dict[str, Any]:
+    """Train to the end; return the history and digests of the final weights."""
 
     def judged(prompt: str, answer: str) -> float:
         if stop_after is not None and len(term.asked) >= stop_after:
@@ -220,12 +231,14 @@ def run_to_end(here: StageContext, config: PpoStage, stop_after: int | None = No
         return echoes(prompt, answer)
 
     term = FunctionTerm(judged)
-    job = ppo_job(config, reward_of(("only", term, 1.0)))
+    job = ppo_job(config, reward_of(("only", term, 1.0)), model=policy)
     result = train_policy(job, here)
     found = {}
     for side, model in (("policy", job.policy), ("critic", job.critic)):
         named = model.named_parameters() if here.world.is_main else ()  # the others' are of no use any more
-        found[side] = {name: item.detach().float().numpy().tobytes().hex() for name, item in named}
+        found[side] = {
+            name: hashlib.sha256(item.detach().float().numpy().tobytes()).hexdigest() for name, item in named
+        }
     return {"history": list(result.history), **found}
 
 

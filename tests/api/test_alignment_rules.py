@@ -179,6 +179,18 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         ("below 128 (`sequenceLength`)", "shorten"),
     ),
     (
+        "a policy that is nowhere sharded answers itself",
+        ("ppo.rollout.wholeCopy", False),
+        "spec.stages[2].ppo.rollout.wholeCopy",
+        ("whole on every rank", "set `sharding: {zero: 3}`"),
+    ),
+    (
+        "vLLM answers from a copy of its own",
+        ("ppo.rollout", {"maxNewTokens": 16, "wholeCopy": False, "engine": "vllm"}),
+        "spec.stages[2].ppo.rollout.wholeCopy",
+        ("a copy of its own", "`engine: transformers`"),
+    ),
+    (
         "the policy learns after the critic's warm-up",
         ("ppo.critic.warmupUpdates", 10),
         "spec.stages[2].ppo.critic.warmupUpdates",
@@ -253,3 +265,7 @@ def test_what_cannot_be_known_is_not_refused() -> None:
     assert problems_of(("score.gates.0.metric", "other.reward"), ("score.lmEval", [{"task": "x"}])) == []
     assert problems_of(("ppo.budget", {"epochs": 1})) == []
     assert problems_of(("sft.data.1.format", "auto"), ("sft.hindsight", None)) == []
+
+
+def test_a_sharded_policy_may_answer_from_its_shards() -> None:
+    assert problems_of(("ppo.rollout.wholeCopy", False), ("ppo.sharding", {"zero": 3})) == []

@@ -8,7 +8,11 @@ from stagecoach_api.problems import suggest
 from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
 from stagecoach_api.stages import DpoStage, PpoStage, RewardModelStage, SftStage
+from stagecoach_api.stages.ppo import RolloutEngine
 from stagecoach_api.training import MeasuredTraining
+
+PARAMETERS_SHARDED = 3
+"""The ZeRO stage that shards parameters too."""
 
 FieldSteps = tuple[str | int, ...]
 
@@ -143,6 +147,22 @@ def an_answer_leaves_room_for_its_prompt(draft: Draft) -> Iterator[Fault]:
             )
 
 
+def answers_come_from_shards_where_there_are_shards(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PpoStage):
+        if config.rollout.whole_copy:
+            continue
+        where = stage.at("rollout", "wholeCopy")
+        if config.rollout.engine is RolloutEngine.VLLM:
+            yield Fault(where, "false", "vLLM has a copy of its own", "leave it out, or set `engine: transformers`")
+        elif config.sharding.zero != PARAMETERS_SHARDED:
+            yield Fault(
+                where,
+                "false",
+                "only ZeRO-3 takes the policy apart: here it is whole on every rank, and answers itself",
+                f"leave it out, or set `sharding: {{zero: {PARAMETERS_SHARDED}}}`",
+            )
+
+
 def the_policy_learns_after_the_critics_warm_up(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, PpoStage):
         steps = config.budget.steps
@@ -162,5 +182,6 @@ ALIGNMENT_RULES = (
     prompts_are_no_plain_text,
     domains_are_told_apart,
     an_answer_leaves_room_for_its_prompt,
+    answers_come_from_shards_where_there_are_shards,
     the_policy_learns_after_the_critics_warm_up,
 )

@@ -1,7 +1,7 @@
 """One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes what came of it as JSON.
 
-python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, or `judge`
-for what reward models say that the ranks share
+python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, `judge` for
+what reward models say that the ranks share, or `shards` for answers of a policy that they share
 """
 
 from __future__ import annotations
@@ -11,11 +11,21 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ppo_makers import digit_judge, ranks_configuration, reward_of, run_judged, run_to_end
+from ppo_makers import (
+    digit_judge,
+    digit_model,
+    ranks_configuration,
+    reward_of,
+    run_judged,
+    run_to_end,
+    uneven_configuration,
+    with_adapter,
+)
 from train_makers import context, training
 
 from stagecoach_api.stages.ppo import PpoStage
@@ -23,6 +33,8 @@ from stagecoach_api.training import Precision, Sharding
 from stagecoach_trainer.context import World
 from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.errors import Interrupted
+from stagecoach_trainer.ppo import rollout
+from stagecoach_trainer.ppo.rollout import CopySampler
 from stagecoach_trainer.rewards.judged import Judged
 from stagecoach_trainer.rewards.model import ModelTerm
 from stagecoach_trainer.train.precision import DTYPES
@@ -44,6 +56,12 @@ def main() -> None:
             report["judge"] = {
                 "history": {stage: run_judged(context(folder / f"judge{stage}", world), stage) for stage in (0, 3)},
                 **{item: [judge(world, item, shared) for shared in (False, True)] for item in PRECISIONS},
+            }
+        if "shards" in cases:
+            cases.remove("shards")
+            report["shards"] = {
+                kind: [answer(folder / f"{kind}{whole}", world, kind, whole) for whole in (True, False)]
+                for kind in ("full", "lora")
             }
         for case in cases:
             interrupt(folder / case / "resumed", world, ranks_configuration(case))
@@ -71,6 +89,21 @@ def judge(world: World, precision: Precision, shared: bool) -> dict[str, Any]:
     parts = [item.data for item in term.model.model.parameters()]
     parts += [item.ds_tensor for item in term.model.model.parameters() if hasattr(item, "ds_tensor")]
     return {"rewards": everybody, "bytes": sum(part.untyped_storage().nbytes() for part in parts)}
+
+
+def answer(folder: Path, world: World, kind: str, whole: bool) -> dict[str, Any]:
+    """Train a policy large enough to be shared that answers from a copy, where `whole`, or from its shards."""
+    policy = digit_model(width=320)
+    config = uneven_configuration(
+        3,
+        budget={"steps": 2},
+        critic={},
+        batch={"samples": 9, "microBatchRows": 3},
+        rollout={"maxNewTokens": 8, "batchRows": 4, "wholeCopy": whole},
+    )
+    with patch.object(rollout, "CopySampler", side_effect=CopySampler) as copies:
+        found = run_to_end(context(folder, world), config, policy=with_adapter(policy) if kind == "lora" else policy)
+    return found | {"copies": copies.call_count}
 
 
 def interrupt(folder: Path, world: World, config: PpoStage) -> None:

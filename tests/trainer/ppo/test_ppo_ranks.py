@@ -20,6 +20,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES, "judge")
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks made of a policy that answers from copies and from its shards."""
+    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("shards"), "shards")["shards"]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_stopped_while_they_answer_go_on_and_end_bit_for_bit_like_undisturbed_ones(
@@ -62,3 +68,13 @@ def test_ppo_learns_from_a_reward_model_that_ranks_share_as_from_a_whole_one(rep
     assert shared[0]["reward"] == whole[0]["reward"] != 0.0
     for found, expected in zip(shared, whole, strict=True):
         assert found == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_policy_answers_through_its_shards_what_its_copy_answers(answers: dict[str, Any], kind: str) -> None:
+    copied, shared = answers[kind]
+    assert (copied.pop("copies"), shared.pop("copies")) == (1, 0)
+    assert 0.0 < copied["history"][0]["endedShare"] < 1.0  # some rows go on while others are done
+    assert copied["history"][0]["reward"] != copied["history"][-1]["reward"]
+    assert shared == copied

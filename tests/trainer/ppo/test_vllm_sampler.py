@@ -19,6 +19,7 @@ from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.ppo.sampling import Decoding
 from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
+from stagecoach_trainer.train.causal import CausalLoss
 
 DECODING = Decoding(max_new_tokens=6, temperature=0.7, top_p=0.9, ends=(END,))
 PROMPTS = [np.array([1, 5, 6], np.int32), np.array([1, 7], np.int32)]
@@ -79,11 +80,11 @@ def sampler(folder: Path, policy: Any, config: PpoStage | None = None, world: Wo
 def test_the_engine_reads_the_policys_weights_again_with_every_update(tmp_path: Path, engines: list[StandIn]) -> None:
     policy = digit_model()
     found = sampler(tmp_path, policy)
-    found.refresh(policy)
+    found.refresh(CausalLoss(policy))
     first = policy.lm_head.weight.detach().clone()
     with torch.no_grad():
         policy.lm_head.weight += 1.0
-    found.refresh(policy)
+    found.refresh(CausalLoss(policy))
     (engine,) = engines
     assert [torch.equal(head, wanted) for head, wanted in zip(engine.heads, (first, first + 1), strict=True)] == [
         True,
@@ -97,8 +98,8 @@ def test_of_a_lora_policy_only_the_adapter_is_handed_over(tmp_path: Path, engine
     plain = digit_model()
     policy = with_adapter(digit_model())
     found = sampler(tmp_path, policy, configuration(trainable={"lora": {"rank": 4}}))
-    found.refresh(policy)
-    found.refresh(policy)
+    found.refresh(CausalLoss(policy))
+    found.refresh(CausalLoss(policy))
     (engine,) = engines
     engine.outputs = []
     found.answer([], [])
@@ -119,7 +120,7 @@ def test_answers_come_back_with_their_end_and_each_has_a_seed_of_its_own(
 ) -> None:
     policy = digit_model()
     found = sampler(tmp_path, policy)
-    found.refresh(policy)
+    found.refresh(CausalLoss(policy))
     (engine,) = engines
     engine.outputs = [Output([5, END], "stop", END), Output([6] * 6, "length")]
     answers = found.answer(PROMPTS, [(1, 2), (1, 3)])

@@ -189,10 +189,15 @@ class Policy(CausalLoss):
         )
 
     def forward(
-        self, batch: Batch | ExperienceBatch | AnswerBatch, scale: float = 1.0, want_entropy: bool = True
+        self,
+        batch: Batch | ExperienceBatch | AnswerBatch | Callable[[], Tensor],
+        scale: float = 1.0,
+        want_entropy: bool = True,
     ) -> Any:
-        """Return `scale` · the summed loss of text or of experiences; of plain answers, what `log_probs` gives: through
-        here ZeRO-3 gathers what they need."""
+        """Return `scale` · the summed loss of text or of experiences; of plain answers, what `log_probs` gives; what a
+        function that calls the model's modules gives: through here ZeRO-3 gathers what they need."""
+        if callable(batch):
+            return batch()
         if isinstance(batch, Batch):
             return super().forward(batch, scale)
         if isinstance(batch, AnswerBatch):

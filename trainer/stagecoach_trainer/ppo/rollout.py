@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -29,13 +29,14 @@ from stagecoach_trainer.ppo.experience import Experience, Pool
 from stagecoach_trainer.ppo.guards import UpdateFigures
 from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
 from stagecoach_trainer.ppo.objectives import Whitening, collate_answers
-from stagecoach_trainer.ppo.sampling import Decoding, Sampled, sample_answers, uniforms
+from stagecoach_trainer.ppo.sampling import Calls, Decoding, Sampled, sample_answers, uniforms
 from stagecoach_trainer.ppo.setting import PpoJob, ReferenceModel
 from stagecoach_trainer.ppo.state import PpoProgress
 from stagecoach_trainer.rewards.judged import Judged, Judgement
 from stagecoach_trainer.samples.encoding import Ids
 from stagecoach_trainer.samples.preferences import Prompt
-from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.causal import CausalLoss, causal_model
+from stagecoach_trainer.train.collate import PADDING_TOKEN
 from stagecoach_trainer.train.collectives import max_over_ranks, sum_over_ranks
 from stagecoach_trainer.train.engine import Engine
 from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, gathered
@@ -52,11 +53,12 @@ KEY_SAMPLING = 7
 class Sampler(Protocol):
     """Answers prompts with the policy as it is."""
 
-    def refresh(self, policy: nn.Module) -> None:
-        """Take up the policy's weights, once before the answers of an update."""
+    def refresh(self, owner: CausalLoss) -> None:
+        """Take up the policy's weights, once before the answers of an update. `owner`: the module that is trained."""
 
     def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
-        """Return one answer per prompt; `keys` name the random numbers of each."""
+        """Return one answer per prompt; `keys` name the random numbers of each. All ranks call it equally often, also
+        without prompts."""
 
 
 def decoding_of(rollout: Rollout, ends: Sequence[int]) -> Decoding:
@@ -64,13 +66,15 @@ def decoding_of(rollout: Rollout, ends: Sequence[int]) -> Decoding:
 
 
 def make_sampler(job: PpoJob, context: StageContext, device: torch.device, dtype: torch.dtype) -> Sampler:
-    """Return who answers. Where ZeRO shards the parameters it is a copy of the policy (through ZeRO-3's hooks answering
-    is six times slower), else the policy itself."""
+    """Return who answers. Where ZeRO shards the parameters it is a copy of the policy, unless told otherwise (through
+    ZeRO-3's hooks answering is six times slower), else the policy itself."""
     decoding = decoding_of(job.config.rollout, end_ids(causal_model(job.policy), job.tokenizer))
     if job.config.rollout.engine is RolloutEngine.VLLM:
         from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
 
         return VllmSampler(job.config, job.policy, job.tokenizer, decoding, context.work / "vllm", context.world)
+    if not job.config.rollout.whole_copy:
+        return ShardedSampler(decoding, device, context.world)
     if job.config.sharding.zero == PARAMETERS_SHARDED:
         return CopySampler(job.policy, decoding, device, dtype)
     return OwnSampler(decoding, device)
@@ -84,10 +88,12 @@ class OwnSampler:
         self._device = device
         self._model: Any = None
 
-    def refresh(self, policy: nn.Module) -> None:
-        self._model = causal_model(policy)
+    def refresh(self, owner: CausalLoss) -> None:
+        self._model = causal_model(owner.model)
 
     def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
+        if not prompts:
+            return []
         draws = [uniforms(key, self._decoding.max_new_tokens) for key in keys]
         return sample_answers(self._model, prompts, draws, self._decoding, self._device)
 
@@ -99,13 +105,52 @@ class CopySampler(OwnSampler):
         super().__init__(decoding, device)
         self._copy = place(copy.deepcopy(policy), dtype, device)
 
-    def refresh(self, policy: nn.Module) -> None:
+    def refresh(self, owner: CausalLoss) -> None:
         copies = dict(self._copy.named_parameters())
-        for name, parameter in policy.named_parameters():
+        for name, parameter in owner.model.named_parameters():
             if parameter.requires_grad:
                 with gathered(parameter, PARAMETERS_SHARDED), torch.no_grad():
                     copies[name].copy_(parameter)
         self._model = causal_model(self._copy)
+
+
+class ShardedSampler(OwnSampler):
+    """Answers with the policy that ZeRO-3 has shared out. It is gathered in every call, so all ranks go on until the
+    last one is done, and one without prompts answers a token of padding."""
+
+    def __init__(self, decoding: Decoding, device: torch.device, world: World) -> None:
+        super().__init__(decoding, device)
+        self._world = world
+        self._owner: CausalLoss | None = None
+
+    def refresh(self, owner: CausalLoss) -> None:
+        super().refresh(owner)
+        self._owner = owner
+
+    def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
+        asked = prompts or [np.array([PADDING_TOKEN], np.int32)]
+        draws = [uniforms(key, self._decoding.max_new_tokens) for key in keys or [(0,)]]
+        together = _Together(self._owner, self._world)  # type: ignore[arg-type]
+        found = sample_answers(self._model, asked, draws, self._decoding, self._device, together)
+        return found[: len(prompts)]
+
+
+class _Together(Calls):
+    """Calls that all ranks make at the same time, through the module whose hooks gather."""
+
+    def __init__(self, owner: CausalLoss, world: World) -> None:
+        self._owner = owner
+        self._world = world
+
+    def mode(self) -> AbstractContextManager[Any]:
+        return torch.no_grad()  # not inference mode: some of what is gathered stays, and is trained on
+
+    def go_on(self, under_way: bool) -> bool:
+        return max_over_ranks([float(under_way)], self._world)[0] > 0
+
+    def logits(self, compute: Callable[[], Tensor]) -> Tensor:
+        found: Tensor = self._owner(compute)
+        return found
 
 
 # -- what became of an update ------------------------------------------------------------------------------------------
@@ -215,7 +260,7 @@ class Rollouts:
         name = name_of(update, progress.rollbacks, self._world)
         done, tally = self._take_up(pool, name)
         with self._asking():
-            self._sampler.refresh(self._policy.loss.model)  # type: ignore[arg-type]
+            self._sampler.refresh(self._policy.loss)  # type: ignore[arg-type]
             for first in range(done, share, rows):
                 if self._asked_to_stop():
                     self._keep(name, pool, first, tally)
@@ -272,7 +317,7 @@ class Rollouts:
         """Answer some prompts, judge the answers, and add both to the pool. `most`: prompts of the rank that has
         most."""
         keys = [(self._context.seed, KEY_SAMPLING, progress.rollbacks, update, place) for place in places]
-        sampled = self._sampler.answer([prompt.ids for prompt in prompts], keys) if prompts else []
+        sampled = self._sampler.answer([prompt.ids for prompt in prompts], keys)
         judged = [self._judged(prompt, answer) for prompt, answer in zip(prompts, sampled, strict=True)]
         scores = self._scores(judged, self._job.rewards.score(judged))
         experiences: list[Experience] = []

@@ -8,7 +8,8 @@ B rows, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +54,38 @@ def uniforms(key: Sequence[int], count: int) -> Uniforms:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key)))).random(count)
 
 
-@torch.inference_mode()
+class Calls:
+    """How the model is called: alone, as here, or by all ranks together."""
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """Return the context that answers are made in."""
+        return torch.inference_mode()
+
+    def go_on(self, under_way: bool) -> bool:
+        """Tell whether one more call is to be made; `under_way`: some row here needs it."""
+        return under_way
+
+    def logits(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` finds; it calls the model's modules."""
+        return compute()
+
+
 def sample_answers(
-    model: Any, prompts: Sequence[Ids], draws: Sequence[Uniforms], decoding: Decoding, device: torch.device
+    model: Any,
+    prompts: Sequence[Ids],
+    draws: Sequence[Uniforms],
+    decoding: Decoding,
+    device: torch.device,
+    calls: Calls | None = None,
 ) -> list[Sampled]:
     """Return one answer per prompt, in order. `model`: a transformers causal language model in evaluation mode;
-    `draws`: random numbers of each answer, at least as many as it may have tokens."""
-    batch = _Decoder(model, prompts, draws, decoding, device)
-    while batch.under_way:
-        batch.advance()
+    `draws`: random numbers of each answer, at least as many as it may have tokens; `calls`: how the model is called,
+    None: alone. More calls than the rows here need do them no harm."""
+    calls = calls or Calls()
+    with calls.mode():
+        batch = _Decoder(model, prompts, draws, decoding, device)
+        while calls.go_on(batch.under_way):
+            batch.advance(calls)
     return batch.answers()
 
 
@@ -93,8 +117,18 @@ class _Decoder:
     def under_way(self) -> bool:
         return self._step < self._decoding.max_new_tokens and not bool(self._finished.all())
 
-    def advance(self) -> None:
+    def advance(self, calls: Calls) -> None:
         """Draw the next token of every row that is under way."""
+        chosen = draw(calls.logits(self._logits), self._draws[self._rows, self._step], self._decoding)
+        self._keep(chosen)
+        self._step += 1
+        self._input = chosen[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(chosen), 1)], dim=-1)
+        self._positions = self._positions[:, -1:] + 1
+        self._compact()
+
+    def _logits(self) -> Tensor:
+        """Return the logits [B, V] of every row's next token."""
         output = self._decoder(
             input_ids=self._input,
             attention_mask=self._mask,
@@ -102,14 +136,8 @@ class _Decoder:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits = self._head(output.last_hidden_state[:, -1])
-        chosen = draw(logits, self._draws[self._rows, self._step], self._decoding)
-        self._keep(chosen)
-        self._step += 1
-        self._input = chosen[:, None]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(chosen), 1)], dim=-1)
-        self._positions = self._positions[:, -1:] + 1
-        self._compact()
+        logits: Tensor = self._head(output.last_hidden_state[:, -1])
+        return logits
 
     def _keep(self, chosen: Tensor) -> None:
         ended = torch.isin(chosen, self._ends)

@@ -22,7 +22,7 @@ from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.ppo.sampling import Decoding, Sampled
 from stagecoach_trainer.samples.encoding import Ids
-from stagecoach_trainer.train.causal import causal_model
+from stagecoach_trainer.train.causal import CausalLoss, causal_model
 
 MEMORY_SHARE = 0.35
 """Share of the GPU's memory that vLLM may take; the rest is the training's."""
@@ -50,14 +50,14 @@ class VllmSampler:
         causal_model(policy).save_pretrained(folder / "model") if self._lora is None else _save_base(policy, folder)
         tokenizer.save_pretrained(folder / "model")
 
-    def refresh(self, policy: nn.Module) -> None:
+    def refresh(self, owner: CausalLoss) -> None:
         """Write the policy's weights and let the engine read them."""
+        policy: Any = owner.model
         self._refreshes += 1
         if self._lora is not None:
             self._take_adapter(policy)
             return
-        model: Any = policy
-        model.save_pretrained(self._folder / "model")
+        policy.save_pretrained(self._folder / "model")
         if self._engine is not None:
             self._engine.collective_rpc("reload_weights")
         else:
