@@ -91,9 +91,9 @@ def serve(reply: Callable[[Chat], str]) -> Iterator[Endpoint]:
                 under_way[0] += 1
                 endpoint.most_at_once = max(endpoint.most_at_once, under_way[0])
             time.sleep(behaviour.seconds)
-            self._send(behaviour, body)
             with lock:
-                under_way[0] -= 1
+                under_way[0] -= 1  # before the reply: the client may ask again as soon as it has it
+            self._send(behaviour, body)
 
         def _send(self, behaviour: Behaviour, body: dict[str, Any]) -> None:
             text = behaviour.body

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base, write_lines
 from model_makers import make_context, make_model
-from reward_makers import TinyJudge, evaluate_stage, feedback_term, serve
+from reward_makers import TinyJudge, endpoint_of, evaluate_stage, feedback_term, serve
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage
+from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import GateFailed, UserError
 from stagecoach_trainer.evaluation.generation import Prompter
 from stagecoach_trainer.evaluation.rewards import win_rate
@@ -109,6 +110,17 @@ def test_a_judge_behind_an_endpoint_marks_all_models_alike(tmp_path: Path, input
     found = report["rewards"]["help"]
     assert found["terms"]["mark"] == {"requests": running.num_requests, "unparsable": 0}
     assert 0.0 <= report["metrics"]["help.reward"] <= 1.0
+
+
+def test_the_one_rank_that_evaluates_has_the_whole_budget(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    world = World(rank=0, local_rank=0, size=2, local_size=2)  # the other one goes home
+    with serve(TinyJudge().mark) as running:
+        term = feedback_term(running.url, endpoint=endpoint_of(running.url, maxRequests=2 * len(QUESTIONS)))
+        config = EvaluateStage.model_validate(evaluate_stage(term)["evaluate"])
+        context = make_context(tmp_path, "evaluate", inputs, world=world)
+        run(config, context)
+    report = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
+    assert report["rewards"]["help"]["terms"]["mark"]["requests"] == running.num_requests > len(QUESTIONS)
 
 
 def save_judge(root: Path) -> tuple[RewardModel, Path]:

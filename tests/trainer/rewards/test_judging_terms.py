@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from model_makers import make_context
 from reward_makers import Behaviour, Chat, Endpoint, TinyJudge, endpoint_of, feedback_term, make_judged, serve
 
 from stagecoach_api.rewards import RewardTerm
+from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards import RewardSum
 from stagecoach_trainer.rewards.asking import read_mark, read_yes_or_no
 from stagecoach_trainer.rewards.hinge import fit_weights, objective
+from stagecoach_trainer.rewards.judged import share_of
+from stagecoach_trainer.train import collectives
 
 ANSWERS = ("a fox is an animal", "白日依山尽", "the dog sleeps", "x", "举头望明月 低头思故乡")
 
@@ -126,6 +129,62 @@ def test_the_budget_and_the_counts_outlive_a_resume(tmp_path: Path, marks: Endpo
     with pytest.raises(UserError, match="maxRequests: the budget of 3 requests is spent"):
         again.score([make_judged("d")])
     assert marks.num_requests == 3
+
+
+def of_two_ranks(monkeypatch: pytest.MonkeyPatch, sums: Sequence[RewardSum]) -> dict[str, Any]:
+    """Return the state that both ranks' sums come to, once they tell each other their counts."""
+    own = [[float(count) for item in found._terms for count in item.term.counts().values()] for found in sums]
+    both = [sum(counts) for counts in zip(*own, strict=True)]
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda values, world: both)
+    states = [json.loads(json.dumps(found.state())) for found in sums]
+    assert states[0] == states[1]
+    return dict(states[0])
+
+
+def ranks(root: Path, term: dict[str, Any], size: int) -> list[RewardSum]:
+    parsed = (RewardTerm.model_validate(term),)
+    worlds = [World(rank, rank, size, size) for rank in range(size)]
+    return [RewardSum.build(parsed, make_context(root / str(world.rank), "ppo", world=world)) for world in worlds]
+
+
+def test_what_two_ranks_have_spent_one_that_goes_on_has_spent(
+    tmp_path: Path, marks: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term = feedback_term(marks.url, endpoint=endpoint_of(marks.url, maxRequests=7))
+    first, second = ranks(tmp_path / "two", term, 2)
+    first.score([make_judged(answer) for answer in "abcd"])
+    second.score([make_judged("e")])
+    state = of_two_ranks(monkeypatch, (first, second))
+    assert state == {"mark": {"counts": {"requests": 5, "asked": 5, "unparsable": 0}}}
+    assert second.figures() == {"mark": {"requests": 5, "unparsable": 0}}
+    (alone,) = ranks(tmp_path / "one", term, 1)
+    alone.load_state(state)
+    alone.score([make_judged("f"), make_judged("g")])
+    with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is spent"):
+        alone.score([make_judged("h")])
+
+
+def test_what_one_rank_has_spent_two_that_go_on_have_spent_together(
+    tmp_path: Path, marks: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term = feedback_term(marks.url, endpoint=endpoint_of(marks.url, maxRequests=7))
+    (alone,) = ranks(tmp_path / "one", term, 1)
+    alone.score([make_judged(answer) for answer in "abcde"])
+    two = ranks(tmp_path / "two", term, 2)
+    for found in two:
+        found.load_state(alone.state())
+        found.score([make_judged("f")])
+        with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is spent"):
+            found.score([make_judged("g")])
+    assert of_two_ranks(monkeypatch, two)["mark"]["counts"]["requests"] == 7
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 64))
+def test_shares_make_the_whole_and_less_has_smaller_ones(spent: int, budget: int, size: int) -> None:
+    worlds = [World(rank, rank, size, size) for rank in range(size)]
+    assert sum(share_of(spent, world) for world in worlds) == spent
+    if spent <= budget:
+        assert all(share_of(spent, world) <= share_of(budget, world) for world in worlds)
 
 
 # -- statements --------------------------------------------------------------------------------------------------------

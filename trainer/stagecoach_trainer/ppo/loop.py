@@ -184,10 +184,11 @@ class PpoLoop:
     def _save(self) -> None:
         policy, critic = self._policy.state(), self._critic.state()
         random_states = gather_random_states(self._world)
+        rewards = self._job.rewards.state()
         self._saved_step = self._at.step
         if not self._world.is_main:
             return
-        self._ppo.note(critic, self._job.rewards.state())
+        self._ppo.note(critic, rewards)
         self._at.extra = self._ppo.to_json()
         progression = Progression.from_json(self._at.to_json())
         progression.history = list(self._at.history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,6 +29,14 @@ class Counts:
 
     asked: int = 0
     unparsable: int = 0
+
+    def with_requests(self, judge: Judge) -> dict[str, int]:
+        """Return what a term that asks `judge` counts, its requests too."""
+        return {"requests": judge.spent, "asked": self.asked, "unparsable": self.unparsable}
+
+    def load(self, counts: Mapping[str, int], judge: Judge) -> None:
+        """Take back what `with_requests` gave."""
+        judge.spent, self.asked, self.unparsable = counts["requests"], counts["asked"], counts["unparsable"]
 
 
 def quote(text: str) -> str:

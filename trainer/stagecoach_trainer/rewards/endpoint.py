@@ -21,6 +21,7 @@ from stagecoach_api.outcomes import ExitCode
 from stagecoach_api.rewards import Endpoint
 from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import StageError, UserError
+from stagecoach_trainer.rewards.judged import share_of
 
 Chat = tuple[Mapping[str, str], ...]
 """Messages of a request: role and content."""
@@ -58,7 +59,7 @@ class Judge:
         self._client = _client(endpoint, self._key)
         self._headers: dict[str, Any] = {} if self._key else {"Authorization": openai.Omit()}
         self._known: dict[bytes, str] = {}
-        self._budget = _share(endpoint.max_requests, world)
+        self._budget = None if endpoint.max_requests is None else share_of(endpoint.max_requests, world)
         self._concurrency = max(1, endpoint.concurrency // world.size)
         self.spent = 0
         """Questions this rank has asked, repeats of failed requests apart."""
@@ -155,13 +156,6 @@ def _client(endpoint: Endpoint, key: str | None) -> openai.OpenAI:
         timeout=endpoint.timeout_seconds,
         max_retries=endpoint.retries,
     )
-
-
-def _share(budget: int | None, world: World) -> int | None:
-    """Return this rank's part of the budget; the parts make the whole."""
-    if budget is None:
-        return None
-    return budget // world.size + (world.rank < budget % world.size)
 
 
 def _digest(model: str, chat: Chat) -> bytes:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from stagecoach_api.rewards import FeedbackReward
 from stagecoach_trainer.context import World
@@ -65,13 +64,11 @@ class FeedbackTerm(Term):
                 "better judge"
             )
 
-    def state(self) -> dict[str, Any]:
-        counts = {"asked": self._counts.asked, "unparsable": self._counts.unparsable}
-        return {"requests": self._judge.spent, **counts}
+    def counts(self) -> dict[str, int]:
+        return self._counts.with_requests(self._judge)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._judge.spent = int(state["requests"])
-        self._counts = Counts(int(state["asked"]), int(state["unparsable"]))
+    def load_counts(self, counts: Mapping[str, int]) -> None:
+        self._counts.load(counts, self._judge)
 
-    def figures(self) -> dict[str, float]:
-        return {"requests": self._judge.spent, "unparsable": self._counts.unparsable}
+    def figures(self, counts: Mapping[str, int]) -> dict[str, float]:
+        return {"requests": counts["requests"], "unparsable": counts["unparsable"]}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.context import World
 from stagecoach_trainer.text.templates import Message
 
 SHOWN_CHARACTERS = 60
@@ -58,16 +59,29 @@ class Term:
     def sit_out(self) -> None:
         """Take part in what all ranks do together while this one has no answer to judge."""
 
+    def counts(self) -> dict[str, int]:
+        """Return this rank's counters that must outlive a resume, such as requests made. They add up over the ranks."""
+        return {}
+
+    def load_counts(self, counts: Mapping[str, int]) -> None:
+        """Take this rank's share of what `counts` gave on all ranks together."""
+
     def state(self) -> dict[str, Any]:
-        """Return what must outlive a resume, as JSON values."""
+        """Return what else must outlive a resume, as JSON values; the same on all ranks."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
 
-    def figures(self) -> dict[str, float]:
-        """Return counts for the report, such as requests made."""
+    def figures(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Return what the report tells, such as requests made. `counts`: those of all ranks together."""
         return {}
+
+
+def share_of(total: int, world: World) -> int:
+    """Return this rank's part of a count. The parts of all ranks make the whole, and no part of a smaller count is
+    larger, so that what was spent of a budget is shared out as the budget is."""
+    return total // world.size + (world.rank < total % world.size)
 
 
 def message_text(message: Message) -> str:

@@ -101,23 +101,21 @@ class PropositionsTerm(Term):
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
+    def counts(self) -> dict[str, int]:
+        return self._counts.with_requests(self._judge)
+
+    def load_counts(self, counts: Mapping[str, int]) -> None:
+        self._counts.load(counts, self._judge)
+
     def state(self) -> dict[str, Any]:
-        return {
-            "requests": self._judge.spent,
-            "asked": self._counts.asked,
-            "unparsable": self._counts.unparsable,
-            "weights": self.weights.tolist(),
-            "ordered": self._ordered,
-        }
+        return {"weights": self.weights.tolist(), "ordered": self._ordered}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._judge.spent = int(state["requests"])
-        self._counts = Counts(int(state["asked"]), int(state["unparsable"]))
         self.weights = np.array(state["weights"], np.float64)
         self._ordered = None if state["ordered"] is None else float(state["ordered"])
 
-    def figures(self) -> dict[str, float]:
-        found: dict[str, float] = {"requests": self._judge.spent, "unparsable": self._counts.unparsable}
+    def figures(self, counts: Mapping[str, int]) -> dict[str, float]:
+        found: dict[str, float] = {"requests": counts["requests"], "unparsable": counts["unparsable"]}
         if self._ordered is not None:
             found["orderedPairs"] = self._ordered
         names = [item.name for item in self._config.propositions]

@@ -12,7 +12,7 @@ from stagecoach_api.training import Precision
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards.arithmetic import arithmetic_value
-from stagecoach_trainer.rewards.judged import Judged, Judgement, Term, describe
+from stagecoach_trainer.rewards.judged import Judged, Judgement, Term, describe, share_of
 from stagecoach_trainer.rewards.rules import (
     ExpressionTerm,
     TextTerm,
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from stagecoach_trainer.models.reward import RewardModel
     from stagecoach_trainer.rewards.model import ModelTerm
+
+
+COUNTS = "counts"
+"""Where a term's state holds its counters."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ class _Weighted:
 class RewardSum:
     """The terms of a reward, ready to judge."""
 
-    def __init__(self, terms: Sequence[_Weighted]) -> None:
+    def __init__(self, terms: Sequence[_Weighted], world: World | None = None) -> None:
         self._terms = terms
+        self._world = world or World()
 
     @classmethod
     def build(
@@ -107,7 +112,7 @@ class RewardSum:
         ]
         if problems:
             raise UserError("; ".join(problems))
-        return cls(made)
+        return cls(made, context.world)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,7 +125,10 @@ class RewardSum:
 
         Raises UserError as the terms do.
         """
-        return any([item.term.prepare() for item in self._terms])
+        done = [item.term.prepare() for item in self._terms]
+        if any(done):
+            self.load_state(self.state())  # what one rank asked is on the account of all
+        return any(done)
 
     def score(self, batch: Sequence[Judged]) -> list[Judgement]:
         """Return what each answer is worth. Where the ranks share reward models, all of them call it as often, without
@@ -181,19 +189,38 @@ class RewardSum:
         return [(item, item.term) for item in self._terms if isinstance(item.term, ModelTerm)]
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Return what the report tells of each term: requests made, verdicts that could not be read, fitted weights."""
-        found = {item.config.name: item.term.figures() for item in self._terms}
+        """Return what the report tells of each term: requests made, verdicts that could not be read, fitted weights.
+        All ranks call it."""
+        counts = self._counts()
+        found = {item.config.name: item.term.figures(counts[item.config.name]) for item in self._terms}
         return {name: figures for name, figures in found.items() if figures}
 
     def state(self) -> dict[str, Any]:
-        """Return what must outlive a resume, as JSON values; of this rank alone."""
-        return {item.config.name: state for item in self._terms if (state := item.term.state())}
+        """Return what must outlive a resume, as JSON values, of all ranks together. All ranks call it."""
+        counts = self._counts()
+        found = {item.config.name: item.term.state() for item in self._terms}
+        found = {name: state | ({COUNTS: counts[name]} if counts[name] else {}) for name, state in found.items()}
+        return {name: state for name, state in found.items() if state}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave, on however many ranks: counts are shared out among them."""
         for item in self._terms:
-            if item.config.name in state:
-                item.term.load_state(state[item.config.name])
+            told = dict(state.get(item.config.name, {}))
+            counts = told.pop(COUNTS, None)
+            if counts is not None:
+                item.term.load_counts({what: share_of(int(total), self._world) for what, total in counts.items()})
+            if told:
+                item.term.load_state(told)
+
+    def _counts(self) -> dict[str, dict[str, int]]:
+        """Return the counters of each term over all ranks."""
+        own = {item.config.name: item.term.counts() for item in self._terms}
+        if self._world.size == 1:
+            return own
+        from stagecoach_trainer.train.collectives import sum_over_ranks
+
+        totals = iter(sum_over_ranks([float(n) for counts in own.values() for n in counts.values()], self._world))
+        return {name: {what: int(next(totals)) for what in counts} for name, counts in own.items()}
 
 
 def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:

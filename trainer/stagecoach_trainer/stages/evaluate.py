@@ -4,13 +4,13 @@ lm-eval's tasks; show what it says; hold the figures against the gates."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage, Rival
-from stagecoach_trainer.context import StageContext, StageOutcome
+from stagecoach_trainer.context import StageContext, StageOutcome, World
 from stagecoach_trainer.errors import GateFailed, Interrupted
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
@@ -108,7 +108,7 @@ def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, rep
     for number, task in enumerate(config.rewards):
         rewards = RewardSum.build(
             task.rewards,
-            context,
+            replace(context, world=World()),  # the other ranks have nothing to do here
             compute_device(),
             config.precision,
             config.batch_rows,
