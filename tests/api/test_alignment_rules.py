@@ -101,6 +101,11 @@ def test_a_run_of_all_alignment_stages_is_valid() -> None:
     assert problems_of() == []
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_critic_starts_from_a_reward_model_or_a_language_model(stage: str) -> None:
+    assert problems_of(("ppo.critic.model", {"stage": stage})) == []
+
+
 BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
     *(
         (
@@ -203,10 +208,16 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         ("of kind rewardModel", "name one of reward"),
     ),
     (
-        "a critic does not start from a policy",
-        ("ppo.critic.model", {"stage": "sft"}),
-        "spec.stages[2].ppo.critic.model.stage",
-        ("of kind rewardModel",),
+        "a policy learns without dropout",
+        ("ppo.attentionDropout", 0.1),
+        "spec.stages[2].ppo.attentionDropout",
+        ("must be 0", "what it said when it answered", "leave it out"),
+    ),
+    (
+        "a policy's adapter learns without dropout",
+        ("ppo.trainable", {"lora": {"dropout": 0.05}}),
+        "spec.stages[2].ppo.trainable.lora.dropout",
+        ("must be 0", "what it said when it answered", "leave it out"),
     ),
     (
         "a rival is no reward model",

@@ -175,6 +175,19 @@ def the_policy_learns_after_the_critics_warm_up(draft: Draft) -> Iterator[Fault]
             )
 
 
+def a_policy_learns_without_dropout(draft: Draft) -> Iterator[Fault]:
+    why = (
+        "must be 0: PPO compares what the policy says while it learns with what it said when it answered, and dropout "
+        "would make them differ before anything is learnt"
+    )
+    for stage, config in configs(draft, PpoStage):
+        if config.attention_dropout > 0.0:
+            yield Fault(stage.at("attentionDropout"), config.attention_dropout, why, "leave it out")
+        lora = config.trainable.lora
+        if lora is not None and lora.dropout > 0.0:
+            yield Fault(stage.at("trainable", "lora", "dropout"), lora.dropout, why, "leave it out")
+
+
 ALIGNMENT_RULES = (
     preferences_are_learned_from_preferences,
     labels_are_for_kto,
@@ -184,4 +197,5 @@ ALIGNMENT_RULES = (
     an_answer_leaves_room_for_its_prompt,
     answers_come_from_shards_where_there_are_shards,
     the_policy_learns_after_the_critics_warm_up,
+    a_policy_learns_without_dropout,
 )

@@ -25,8 +25,8 @@ INPUT_KINDS: dict[str, tuple[str, ...]] = {
 }
 """Kinds of stage that an input's field may name. Every other field reads records."""
 RECORD_KINDS = ("data",)
-JUDGES = frozenset({"rewards", "critic"})
-"""Fields whose `model` is a reward model."""
+JUDGES: dict[str, tuple[str, ...]] = {"rewards": ("rewardModel",), "critic": ("rewardModel", *MODEL_KINDS)}
+"""Fields whose `model` judges: kinds of stage that it may name."""
 
 
 def stage_names_are_unique(draft: Draft) -> Iterator[Fault]:
@@ -120,7 +120,7 @@ def inputs_are_of_the_right_kind(draft: Draft) -> Iterator[Fault]:
 def _kinds_allowed(link: Link) -> tuple[str, ...]:
     above = [step for step in link.path if isinstance(step, str)][-2]
     if link.field == "model" and above in JUDGES:
-        return ("rewardModel",)
+        return JUDGES[above]
     return INPUT_KINDS.get(link.field, RECORD_KINDS)
 
 

@@ -53,9 +53,10 @@ class Critic(Model):
     """The model that predicts how the reward will come out."""
 
     model: Reference | None = None
-    """What it starts from: a reward model. None: the first reward model among `rewards`, else the policy's own
-    weights with a new head. Under LoRA a reward model that is an adapter is trained on, its rank and targets kept, over
-    the base that the policy's adapter sits on."""
+    """What it starts from: a reward model of the policy's vocabulary, or a language model of it, which gets a new head.
+    None: the first reward model among `rewards`, else the policy's own weights with a new head. Under LoRA a reward
+    model that is an adapter is trained on, its rank and targets kept, over the base that the policy's adapter sits
+    on."""
 
     warmup_updates: NonNegativeCount = 0
     """First updates in which only the critic learns and the policy is frozen (COOL: 50). Default: 0."""
@@ -164,8 +165,9 @@ class Guards(Model):
     """Updates in a row that a sign must last. Default: 3."""
 
     action: GuardAction = GuardAction.STOP
-    """`stop` fails the stage, with the reason; `rollBack` goes back to the last checkpoint, with other random numbers
-    and half the learning rate, up to `maxRollbacks` times. Default: stop."""
+    """`stop` fails the stage, with the reason; `rollBack` goes back to the last checkpoint from before the sign, which
+    is kept beside those that `checkpoints` keeps, with other random numbers and half the learning rate, up to
+    `maxRollbacks` times. Default: stop."""
 
     max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 2
     """Rollbacks after which a guard stops the stage. Default: 2."""

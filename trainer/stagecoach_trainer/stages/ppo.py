@@ -6,16 +6,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from stagecoach_api.references import Reference
 from stagecoach_api.stages.ppo import PpoStage, PretrainingMix
 from stagecoach_api.stages.sft import Loss, TooLong
 from stagecoach_api.training import Batch, Budget, Schedule
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.start import Start, save_result
-from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable, count_parameters
+from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.ppo.critics import make_critic
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
 from stagecoach_trainer.ppo.sharing import share_frozen
 from stagecoach_trainer.rewards.total import RewardSum
@@ -45,16 +45,18 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     rewards.require_domains({f"data[{index}].domain": source.domain for index, source in enumerate(config.data)})
     asked = [found.model for found in rewards.reward_models().values()]
     share_frozen([start.model, *asked])
-    critic = _critic(config, context, start)
-    share_frozen([start.model, *asked, critic])
+    critic = make_critic(config, context, start)
+    share_frozen([start.model, *asked, critic.model])
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
+    warnings += _without_dropout(policy.model, critic.model)
     parameters = count_parameters(policy.model)
     plan = _prompt_plan(config, context, prompts)
     job = PpoJob(
         config=config,
         policy=policy.model,
-        critic=critic,
+        critic=critic.model,
+        critic_bias=critic.bias,
         reference=reference,
         tokenizer=start.tokenizer,
         rewards=rewards,
@@ -96,32 +98,18 @@ def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
 
 
-def _critic(config: PpoStage, context: StageContext, start: Start) -> Any:
-    """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
-    is an adapter goes on with that adapter, over the base it was made on."""
-    import torch
-    from peft import PeftModel
-
-    lora = config.trainable.lora
-    source = config.critic.model or _first_reward_model(config)
-    if source is None:
-        model = make_reward_model(copy.deepcopy(start.model), context.seed)
-    else:
-        found = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=lora is None)
-        found.require_vocabulary_of(start.tokenizer, "critic.model" if config.critic.model is not None else "rewards")
-        model = found.model
-    if isinstance(model, PeftModel):
-        model.set_adapter(ADAPTER)  # it is trained again
-        return model
-    trainable = config.trainable
-    if lora is not None:
-        lora = lora.model_copy(update={"modules_to_save": (), "new_rows": False})
-        trainable = trainable.model_copy(update={"lora": lora})
-    return choose_trainable(model, trainable, range(0), context.seed).model
-
-
-def _first_reward_model(config: PpoStage) -> Reference | None:
-    return next((term.model for term in config.rewards if term.model is not None), None)
+def _without_dropout(policy: Any, critic: Any) -> list[str]:
+    """Switch dropout off: what the policy says while it learns must be what it said when it answered. Returns a
+    warning for each model in which that changes something."""
+    warnings = []
+    for whose, model in (("policy", policy), ("critic", critic)):
+        found = ", ".join(f"{name} {value:g}" for name, value in sorted(switch_off_dropout(model).items()))
+        if found:
+            warnings.append(
+                f"the {whose}'s dropout is switched off ({found}): PPO compares what a model says while it learns with "
+                "what it said before"
+            )
+    return warnings
 
 
 def _reference(config: PpoStage, context: StageContext, start: Start) -> Any | None:

@@ -1,0 +1,115 @@
+"""The critic: what it starts from, and what of it learns."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.training import Rows
+from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.load import load_model, read_card
+from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
+from stagecoach_trainer.models.safety import CONFIG, read_json, require_folder
+from stagecoach_trainer.models.start import Start
+from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
+
+CLASSIFIER = "ForSequenceClassification"
+"""End of the name of an architecture that is a reward model."""
+
+
+@dataclass(frozen=True)
+class NewCritic:
+    """A critic that has learnt nothing yet."""
+
+    model: Any
+    """A reward model of the policy's vocabulary, `requires_grad` set."""
+
+    bias: float = 0.0
+    """Added to all it says: the reward model's, so that the first values are that model's rewards."""
+
+
+def make_critic(config: PpoStage, context: StageContext, start: Start) -> NewCritic:
+    """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
+    is an adapter goes on with that adapter, over the base it was made on.
+
+    Raises UserError for a model of another vocabulary than the policy's.
+    """
+    from peft import PeftModel
+
+    found = _starting_point(config, context, start)
+    if isinstance(found.model, PeftModel):
+        found.model.set_adapter(ADAPTER)  # it is trained again
+        return found
+    return NewCritic(_choose_trained(found.model, config, context, start), found.bias)
+
+
+def _starting_point(config: PpoStage, context: StageContext, start: Start) -> NewCritic:
+    source = config.critic.model
+    if source is not None and not _is_reward_model(context, source):
+        return NewCritic(_from_language_model(context, source, start))
+    source = source or _first_reward_model(config)
+    if source is None:
+        return NewCritic(make_reward_model(copy.deepcopy(start.model), context.seed))
+    whole = config.trainable.lora is None
+    found = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=whole)
+    _require_same(
+        start.tokenizer,
+        found.tokenizer,
+        "rewards: the reward model" if config.critic.model is None else "critic.model: the reward model",
+    )
+    return NewCritic(found.model, found.bias)
+
+
+def _from_language_model(context: StageContext, source: Reference, start: Start) -> Any:
+    loaded = load_model(context, source)
+    _require_same(start.tokenizer, loaded.require_tokenizer(), "critic.model: it")
+    return make_reward_model(loaded.model, context.seed)
+
+
+def _first_reward_model(config: PpoStage) -> Reference | None:
+    return next((term.model for term in config.rewards if term.model is not None), None)
+
+
+def _is_reward_model(context: StageContext, source: Reference) -> bool:
+    path = context.fetch_resolved(context.input(source))
+    require_folder(path)
+    card = read_card(path)
+    if card.adapter or card.reward is not None or not (path / CONFIG).is_file():
+        return card.reward is not None
+    kinds = read_json(path / CONFIG).get("architectures") or ()
+    return any(str(kind).endswith(CLASSIFIER) for kind in kinds)
+
+
+def _require_same(policys: Any, critics: Any, whose: str) -> None:
+    """Raise UserError unless both vocabularies give every token the same id."""
+    ours, theirs = policys.get_vocab(), critics.get_vocab()
+    odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
+    if odd:
+        raise UserError(
+            f"{whose} has another vocabulary: {len(theirs)} tokens against the policy's {len(ours)}, and {len(odd)} of "
+            f"them differ, such as {odd[0]!r}, so it cannot become the critic, which reads the policy's tokens; name "
+            "as `critic.model` a model of the policy's vocabulary: a reward model, or a language model such as `model` "
+            "itself"
+        )
+
+
+def _choose_trained(model: Any, config: PpoStage, context: StageContext, start: Start) -> Any:
+    """Return the critic with `requires_grad` set. Where the policy's embedding alone is trained, so is the critic's,
+    beside its head."""
+    trainable = config.trainable
+    if trainable.embeddings is not None:
+        model.requires_grad_(False)
+        if trainable.embeddings.rows is Rows.ALL or start.new_rows:
+            model = choose_trainable(model, trainable, start.new_rows, context.seed).model
+        model.score.requires_grad_(True)
+        return model
+    if trainable.lora is not None:
+        lora = trainable.lora.model_copy(update={"modules_to_save": (), "new_rows": False})
+        trainable = trainable.model_copy(update={"lora": lora})
+    return choose_trainable(model, trainable, range(0), context.seed).model
