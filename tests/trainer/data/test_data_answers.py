@@ -144,6 +144,8 @@ COMPARED = {"user_input": "q", "completion_a": "good", "completion_b": "bad"}
         ({"better": "good"}, 2),
         ({"score_a": 9, "score_b": 2.5, "rank_a": 1, "rank_b": 2}, 2),
         ({"score_a": 9, "score_b": None}, 2),
+        ({"score_a": "9", "score_b": "10e-1"}, 2),
+        ({"score_a": " 3.0 ", "score_b": 3}, 1),
         ({"preferred": "tie"}, 1),
         ({"score_a": 3, "score_b": 3}, 1),
     ],
@@ -163,6 +165,8 @@ def test_a_comparison_may_say_that_a_is_preferred_or_that_both_are_equal(
         ({"better": "bad"}, "`better` is 'bad'"),
         ({"label": 1}, "`label` is 1"),
         ({"score_a": 1, "score_b": 2}, "`score_a` is 1 and `score_b` 2"),
+        ({"score_a": "3", "score_b": "9"}, "`score_a` is 3 and `score_b` 9"),
+        ({"score_a": "9", "score_b": "10"}, "`score_a` is 9 and `score_b` 10"),
         ({"rank_a": 2, "rank_b": 1}, "`rank_a` is 2 and `rank_b` 1"),
     ],
 )
@@ -172,6 +176,19 @@ def test_a_comparison_that_contradicts_itself_is_an_error_with_its_line(
     path = write_jsonl(tmp_path / "a.jsonl", [COMPARED, {**COMPARED, **more}])
     with pytest.raises(UserError, match=rf"a\.jsonl:2: `completion_a` must be the preferred answer, but {said}; swap"):
         list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
+
+
+@pytest.mark.parametrize("said", ["high", "", "1_0", "9/10", "nan", "inf", True, [3], pytest.param(10**400, id="huge")])
+def test_a_score_that_is_no_number_is_an_error_with_its_line(tmp_path: Path, said: object) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [COMPARED, {**COMPARED, "score_a": said}])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: `score_a` must be a number, got "):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
+
+
+@pytest.mark.parametrize(("key", "marks"), [("rank", ("7", "3")), ("score", ("9", "10"))])
+def test_ranks_and_scores_may_be_numbers_in_quotes(key: str, marks: tuple[str, str]) -> None:
+    answers = [{"text": text, key: mark} for text, mark in zip(("bad", "good"), marks, strict=True)]
+    assert parse({"prompt": "q", "answers": answers}, Format.RANKED).answers == PAIR
 
 
 @pytest.mark.parametrize(

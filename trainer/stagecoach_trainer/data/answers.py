@@ -195,7 +195,7 @@ def _says_tie(value: Mapping[str, Any], names: tuple[str, str], answers: tuple[s
             raise RecordError(_disagrees(names, f"`{name}` is {said!r}"))
         tie = True
     for figure, lower_is_better in LOWER_IS_BETTER.items():
-        first, second = (_number(value.get(f"{figure}_{letter}")) for letter in "ab")
+        first, second = (_figure(value, f"{figure}_{letter}") for letter in "ab")
         if first is None or second is None:
             continue
         if first != second and (first < second) != lower_is_better:
@@ -296,8 +296,24 @@ def _items(value: Mapping[str, Any], name: str) -> list[Any]:
     return items
 
 
-def _number(value: Any) -> float | None:
-    """Return a finite number; None for anything else, truth values too."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def _figure(value: Mapping[str, Any], name: str) -> float | None:
+    """Return what an answer was judged with. None: it was not. Raises RecordError for what is no number."""
+    if value.get(name) is None:
         return None
-    return float(value)
+    found = _number(value[name])
+    if found is None:
+        raise RecordError(f"`{name}` must be a number, got {value[name]!r:.60}; mend it, or leave it out")
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, which may be written as a string; None for anything else, truth values too."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and "_" in value:
+        return None  # Python's own way to write a number
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
