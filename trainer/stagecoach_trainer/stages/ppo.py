@@ -65,10 +65,11 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
         asked=asked,
     )
     result = train_policy(job, context)
+    figures = rewards.figures()
     if context.world.is_main:
         context.progress.report("save")
         save_result(context, start, policy)
-        _report(context, job, result, prompts, parameters, [*policy.notes], warnings)
+        _report(context, job, result, figures, prompts, parameters, [*policy.notes], warnings)
     return StageOutcome(tokens=result.tokens, metrics=result.metrics)
 
 
@@ -204,6 +205,7 @@ def _report(
     context: StageContext,
     job: PpoJob,
     result: PpoResult,
+    figures: Mapping[str, Any],
     prompts: Mapping[str, PromptSet],
     parameters: Mapping[str, int],
     notes: list[str],
@@ -214,7 +216,7 @@ def _report(
         "history": [dict(point) for point in result.history],
         "metrics": dict(sorted(result.metrics.items())),
         "parameters": dict(parameters),
-        "rewards": job.rewards.figures(),
+        "rewards": dict(figures),
         "samplesPerUpdate": job.prompts.samples_per_update,
         "tokens": result.tokens,
         "trained": notes,
