@@ -66,7 +66,7 @@ verify: install ## check that the generated files are up to date
 bench: install $(UV) ## measure ours against transformers' Trainer and TRL, side by side; writes bench/results/*.json
 	$(BIN)/python -m bench
 
-bench-alignment: install $(UV) ## the part of it with TRL: PPO, reward models, generation, memory; TRL's environment is made once
+bench-alignment: install $(UV) ## the part of it on alignment: speed and memory beside TRL, and what small tasks must learn
 	$(BIN)/python -m bench alignment
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.measuring import Figure, num_threads
+from bench.measuring import RESULTS, Figure, num_threads, write_result
 
 TRAINING = ("throughput", "packing", "startup", "memory")
-ALIGNMENT = ("ppo_speed", "generation", "reward_speed", "shared_memory")
+BESIDE_TRL = ("ppo_speed", "generation", "reward_speed", "shared_memory")
+LEARNING = ("ppo_toy", "domains", "reward_model", "hindsight", "rlhf_example")
+ALIGNMENT = (*BESIDE_TRL, *LEARNING)
 BENCHES = (*TRAINING, *ALIGNMENT)
-RESULTS = Path(__file__).parent / "results" / "latest.json"
-ALIGNMENT_RESULTS = RESULTS.with_name("alignment.json")
+TRAINING_RESULTS = RESULTS / "latest.json"
+ALIGNMENT_RESULTS = RESULTS / "alignment.json"
 ALIGNMENT_ALONE = "alignment"
 """Name of all benches of alignment."""
 
@@ -41,21 +42,25 @@ def main() -> int:
         package = "bench.alignment" if name in ALIGNMENT else "bench"
         found[name] = importlib.import_module(f"{package}.{name}").figures()
         console.print(f"{name}: {time.monotonic() - started:.0f} s", style="dim")
-    for group, path, peer in ((TRAINING, RESULTS, "Trainer"), (ALIGNMENT, ALIGNMENT_RESULTS, "peer")):
+    for group, path, peer in ((TRAINING, TRAINING_RESULTS, "Trainer"), (ALIGNMENT, ALIGNMENT_RESULTS, "peer")):
         of_group = [figure for name in group for figure in found.get(name, ())]
         if of_group:
             console.print(table(of_group, peer))
         if set(group) <= set(found):
-            write(of_group, path)
+            write_result(path, [figure.as_json() for figure in of_group])
             console.print(f"written to {path}")
-    return 0 if all(figure.met for figures in found.values() for figure in figures) else 1
+    return exit_code([figure for figures in found.values() for figure in figures])
 
 
-def write(found: list[Figure], path: Path) -> None:
-    """Write figures as JSON."""
-    path.parent.mkdir(exist_ok=True)
-    text = json.dumps([figure.as_json() for figure in found], ensure_ascii=False, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+def told(found: Sequence[Figure], peer: str = "peer") -> int:
+    """Print the figures; return the exit code they ask for. For a bench that is run by its own name."""
+    Console().print(table(found, peer))
+    return exit_code(found)
+
+
+def exit_code(found: Sequence[Figure]) -> int:
+    """Return 0 where every goal is met, else 1."""
+    return 0 if all(figure.met for figure in found) else 1
 
 
 def use_all_threads() -> None:
@@ -63,7 +68,7 @@ def use_all_threads() -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
 
 
-def table(found: list[Figure], peer: str = "Trainer") -> Table:
+def table(found: Sequence[Figure], peer: str = "Trainer") -> Table:
     """Return the figures for people. `peer`: what ours is measured beside."""
     shown = Table("what", "unit", "ours", peer, "ratio", "goal", "")
     for figure in found:

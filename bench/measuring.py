@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import resource
 import statistics
@@ -10,12 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 Run = TypeVar("Run")
+Job = TypeVar("Job")
 
 ROUNDS = 5
 """Pairs of every figure; a figure is their median."""
@@ -26,14 +31,15 @@ class Goal:
     """What a figure must reach."""
 
     sign: str
-    """`≥`, `≤` or `<`."""
+    """`≥`, `>`, `≤` or `<`."""
     limit: float
 
     def __str__(self) -> str:
         return f"{self.sign} {self.limit:g}"
 
     def met_by(self, value: float) -> bool:
-        return {"≥": value >= self.limit, "≤": value <= self.limit, "<": value < self.limit}[self.sign]
+        compare = {"≥": operator.ge, ">": operator.gt, "≤": operator.le, "<": operator.lt}[self.sign]
+        return bool(compare(value, self.limit))
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,12 @@ def alone(name: str, unit: str, values: Sequence[float], goal: Goal) -> Figure:
     return Figure(name, unit, value, None, None, str(goal), goal.met_by(value))
 
 
+def gain(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], goal: Goal) -> Figure:
+    """Return the means of two series; the goal is for what ours has more."""
+    mine, theirs = statistics.fmean(ours), statistics.fmean(peer)
+    return Figure(name, unit, mine, theirs, None, f"gain {goal}", goal.met_by(mine - theirs))
+
+
 def difference(name: str, ours: Sequence[float], peer: Sequence[float], goal: Goal) -> Figure:
     """Return the largest difference of two series of losses; `ours` and `peer` of the figure are the last losses."""
     if len(ours) != len(peer) or not ours:
@@ -90,6 +102,21 @@ def alternate(ours: Callable[[int], Run], peer: Callable[[int], Run], rounds: in
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
+def side_by_side(run: Callable[[Job], Run], jobs: Sequence[Job]) -> list[Run]:
+    """Return what `run` makes of every job, a core each, as many at once as there are: for what no clock measures.
+
+    Both must be known by name to a new process: functions of a module, dataclasses, paths.
+    """
+    with ProcessPoolExecutor(num_threads(), get_context("spawn"), _compute_with_one_thread) as pool:
+        return list(pool.map(run, jobs))
+
+
+def _compute_with_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class Child:
     """What a finished process came to."""
@@ -101,13 +128,16 @@ class Child:
 
 
 def run_child(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None, python: str = sys.executable
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    python: str = sys.executable,
+    folder: Path = ROOT,
 ) -> Child:
-    """Run `python ARGUMENTS` from the repository's root; raise RuntimeError with its words where it fails."""
+    """Run `python ARGUMENTS` in `folder`; raise RuntimeError with its words where it fails."""
     started = time.time()
     done = subprocess.run(
         [python, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads()), **(environment or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -136,3 +166,12 @@ def peak_bytes() -> int:
 def num_threads() -> int:
     """Threads both sides compute with: every core this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def write_result(path: Path, found: Any) -> None:
+    """Write what was measured as JSON."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What each switch of the alignment stages is worth, on toy tasks whose best answer is known."""
+"""Alignment: speed and memory beside TRL, and what the stages learn on small tasks whose best answer is known."""

@@ -9,26 +9,33 @@ seen. Stages run as they do for users; only `last links` is a switch of the code
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from bench.measuring import RESULTS, Figure, Goal, compared, gain, side_by_side, write_result
+
+RESULT = RESULTS / "hindsight.json"
 SEEDS = (0, 1, 2)
 RECORDS, HELD_OUT, DIGITS = 1000, 300, 4
 STEPS, SAMPLES = 300, 48
 BASE_STEPS = 150
+EFFECT = Goal("≥", 0.3)
+"""Share of held-out prompts answered with the best answer that a mode, or a part of it, must bring."""
+KEPT = Goal("≤", 0.5)
+"""Ratio of the losses on text with and without text beside the chains."""
 GOOD, BAD = "+", "-"
 SPECIAL = ("<unk>", "<s>", "</s>")
 TEMPLATE = (
@@ -58,28 +65,54 @@ def chain(**settings: Any) -> dict[str, Any]:
     return {"mode": "chain", "feedback": [{"good": GOOD, "bad": BAD}], **settings}
 
 
-ARMS = (
-    Arm("all answers, no hindsight", ["all"]),
-    Arm("best", ["ranked"], {"mode": "best"}),
-    Arm("chain", ["ranked"], chain()),
-    Arm("chain, nothing hidden", ["ranked"], chain(maxMaskedShare=0)),
-    Arm("chain, no last links", ["ranked"], chain(), last_links=False),
-    Arm("chain, a tenth of the tokens text", ["ranked:0.9", "text:0.1"], chain()),
-)
+ALL = Arm("all answers, no hindsight", ["all"])
+BEST = Arm("`best`", ["ranked"], {"mode": "best"})
+CHAIN = Arm("`chain`", ["ranked"], chain())
+NO_LAST_LINKS = Arm("`chain`, no last links", ["ranked"], chain(), last_links=False)
+WITH_TEXT = Arm("`chain`, a tenth of the tokens text", ["ranked:0.9", "text:0.1"], chain())
+NOTHING_HIDDEN = Arm("`chain`, nothing hidden (`maxMaskedShare: 0`)", ["ranked"], chain(maxMaskedShare=0))
+ARMS = (ALL, BEST, CHAIN, NOTHING_HIDDEN, NO_LAST_LINKS, WITH_TEXT)
 
 
-@dataclass
-class Found:
-    """What one arm came to, one value per seed."""
+@dataclass(frozen=True)
+class Start:
+    """Where the arms of one seed begin."""
 
-    exact: list[float] = field(default_factory=list)
+    seed: int
+    folder: Path
+    """Holds the data sets and what is made of them."""
+    steps: int
+    """Of every arm."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model all arms of a seed begin with."""
+
+    start: Start
+    model: Path
+    prompts: Sequence[str]
+    """Held out."""
+    text_loss: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one arm came to with one seed."""
+
+    exact: float
     """Share of held-out prompts answered with the best answer."""
-    exact_if_bad: list[float] = field(default_factory=list)
-    """The same where a chain's model is asked with the bad words."""
-    text_loss: list[float] = field(default_factory=list)
+    exact_if_bad: float | None
+    """The same where a chain's model is asked with the bad words. None: no chain."""
+    text_loss: float
     """Loss on held-out text, in nats per token."""
-    hidden: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    hidden: float
+    """Share of the input tokens hidden."""
+    tokens: int
+
+
+Found = Mapping[str, Sequence[Trained]]
+"""By arm, the seeds in order."""
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -197,28 +230,42 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     return statistics.fmean(tokenizer.decode(one) == best for one, best in zip(said, right, strict=True))
 
 
-def measure(folder: Path, seed: int, found: Mapping[str, Found]) -> float:
-    """Train and ask every arm with one seed; return the base model's loss on held-out text."""
-    prompts = write_data(folder, seed)
-    save_model(folder / "new", seed)
-    text = [{"uri": str(folder / "text.jsonl"), "format": "text"}]
-    values = {"data": text, "model": {"uri": str(folder / "new")}, "budget": {"steps": BASE_STEPS}}
-    base, metrics = run_sft(folder, "base", folder, {**values, "optimizer": {"learningRate": 5e-3}}, seed)
-    for number, arm in enumerate(ARMS):
-        data = [source(folder, name) for name in arm.data]
-        values = {"data": data, "model": {"uri": str(base)}, "budget": {"steps": STEPS}, "hindsight": arm.hindsight}
-        with last_links(arm.last_links):
-            settings = {**values, "optimizer": {"learningRate": 3e-3}}
-            output, figures = run_sft(folder, f"arm-{number}", folder, settings, seed)
-        here = found[arm.name]
-        here.exact.append(exact_match(output, prompts, arm.asked_with))
-        if arm.asked_with:
-            here.exact_if_bad.append(exact_match(output, prompts, BAD))
-        here.text_loss.append(figures["heldOut.text.loss"])
-        here.hidden.append(figures.get("hindsight.hiddenShare", 0.0))
-        here.tokens.append(int(figures["tokens"]))
-        print(f"seed {seed}, {arm.name}: {here.exact[-1]:.3f}", file=sys.stderr, flush=True)
-    return metrics["heldOut.text.loss"]
+def make_base(start: Start) -> Base:
+    """Write a seed's data and the model that all its arms begin with."""
+    prompts = write_data(start.folder, start.seed)
+    save_model(start.folder / "new", start.seed)
+    values = {
+        "data": [source(start.folder, "text")],
+        "model": {"uri": str(start.folder / "new")},
+        "budget": {"steps": BASE_STEPS},
+        "optimizer": {"learningRate": 5e-3},
+    }
+    model, metrics = run_sft(start.folder, "base", start.folder, values, start.seed)
+    return Base(start, model, prompts, metrics["heldOut.text.loss"])
+
+
+def train(job: tuple[Base, int]) -> Trained:
+    """Train and ask one arm, given by its number."""
+    base, number = job
+    arm, folder, seed = ARMS[number], base.start.folder, base.start.seed
+    values = {
+        "data": [source(folder, name) for name in arm.data],
+        "model": {"uri": str(base.model)},
+        "budget": {"steps": base.start.steps},
+        "hindsight": arm.hindsight,
+        "optimizer": {"learningRate": 3e-3},
+    }
+    with last_links(arm.last_links):
+        output, figures = run_sft(folder, f"arm-{number}", folder, values, seed)
+    found = Trained(
+        exact=exact_match(output, base.prompts, arm.asked_with),
+        exact_if_bad=exact_match(output, base.prompts, BAD) if arm.asked_with else None,
+        text_loss=figures["heldOut.text.loss"],
+        hidden=figures.get("hindsight.hiddenShare", 0.0),
+        tokens=int(figures["tokens"]),
+    )
+    print(f"seed {seed}, {arm.name}: {found.exact:.3f}", file=sys.stderr, flush=True)
+    return found
 
 
 def source(folder: Path, named: str) -> dict[str, Any]:
@@ -237,39 +284,83 @@ def last_links(wanted: bool) -> Any:
     return mock.patch.object(sources, "HindsightEncoder", made)
 
 
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures() -> list[Figure]:
+    """Measure every arm."""
+    return figures_of(measure()[0])
+
+
+def measure(num_seeds: int = len(SEEDS), steps: int = STEPS, path: Path = RESULT) -> tuple[Found, Sequence[float]]:
+    """Train every arm with every seed and write the result file; return them, and the base models' losses on text."""
+    with tempfile.TemporaryDirectory() as name:
+        starts = [Start(seed, Path(name) / f"seed-{seed}", steps) for seed in SEEDS[:num_seeds]]
+        for start in starts:
+            start.folder.mkdir()
+        bases = side_by_side(make_base, starts)
+        jobs = [(base, number) for number in range(len(ARMS)) for base in bases]
+        results = side_by_side(train, jobs)
+    found: dict[str, list[Trained]] = {}
+    for (_, number), result in zip(jobs, results, strict=True):
+        found.setdefault(ARMS[number].name, []).append(result)
+    before = [base.text_loss for base in bases]
+    arms = {name: [asdict(one) for one in trained] for name, trained in found.items()}
+    write_result(path, {"textLossBefore": before, **arms})
+    return found, before
+
+
+def figures_of(found: Found) -> list[Figure]:
+    """Return what the modes are worth beside imitating all answers, and what chains owe to their parts."""
+    exact = {name: [one.exact for one in trained] for name, trained in found.items()}
+    unit, chain_if_bad = "best answers", [one.exact_if_bad or 0.0 for one in found[CHAIN.name]]
+    text = [(a.text_loss, b.text_loss) for a, b in zip(found[WITH_TEXT.name], found[CHAIN.name], strict=True)]
+    return [
+        gain("hindsight, `best` beside all answers (HFFT)", unit, exact[BEST.name], exact[ALL.name], EFFECT),
+        gain("hindsight, `chain` beside all answers (CoH)", unit, exact[CHAIN.name], exact[ALL.name], EFFECT),
+        gain("hindsight, good words beside bad ones", unit, exact[CHAIN.name], chain_if_bad, EFFECT),
+        gain("hindsight, last links beside none", unit, exact[CHAIN.name], exact[NO_LAST_LINKS.name], EFFECT),
+        compared("hindsight, loss on text, with text beside the chains", "nats per token", text, KEPT),
+    ]
+
+
 # -- table -------------------------------------------------------------------------------------------------------------
 
 
-def table(found: Mapping[str, Found], base_losses: Sequence[float]) -> str:
+def table(found: Found, base_losses: Sequence[float]) -> str:
     """Return the figures as Markdown: the mean of the seeds, and each of them."""
     lines = [
-        "| arm | best answer, held out | asked with the bad words | loss on text | hidden | tokens |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| before | | | {statistics.fmean(base_losses):.2f} | | |",
+        "| arm | best answer, held out | each seed | asked with the bad words | loss on text | hidden |",
+        "|---|---:|---|---:|---:|---:|",
+        f"| before | | | | {statistics.fmean(base_losses):.2f} | |",
     ]
-    for name, here in found.items():
-        bad = _percent(here.exact_if_bad) if here.exact_if_bad else "–"
-        cells = (_percent(here.exact), bad, f"{statistics.fmean(here.text_loss):.2f}",
-                 f"{statistics.fmean(here.hidden):.1%}", f"{statistics.fmean(here.tokens):,.0f}")  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name, trained in found.items():
+        exact = [one.exact for one in trained]
+        bad = [one.exact_if_bad for one in trained if one.exact_if_bad is not None]
+        cells = (
+            name,
+            f"{statistics.fmean(exact):.1%}",
+            ", ".join(f"{share:.0%}" for share in exact),
+            f"{statistics.fmean(bad):.1%}" if bad else "–",
+            f"{statistics.fmean(one.text_loss for one in trained):.2f}",
+            f"{statistics.fmean(one.hidden for one in trained):.1%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _percent(shares: Sequence[float]) -> str:
-    each = ", ".join(f"{share:.0%}" for share in shares)
-    return f"{statistics.fmean(shares):.1%} ({each})"
-
-
 def main() -> int:
-    """Measure every arm with every seed and print the table."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    found = {arm.name: Found() for arm in ARMS}
-    base_losses = []
-    for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as folder:
-            base_losses.append(measure(Path(folder), seed, found))
-    print(table(found, base_losses))
-    return 0
+    """Measure, and print the table and the goals. The options are for trying it out."""
+    from bench.__main__ import told
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    found, before = measure(asked.seeds, asked.steps, asked.output)
+    print(table(found, before))
+    return told(figures_of(found))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 A prompt is two to four digits; the reward of an answer is the share of its four places that hold the prompt's last
 digit, so 1 is the optimum, and of random answers 1 in 13 places is right. The policy, a LLaMA of one layer of width 32
-with new weights, has to find out the rule by itself. Ten seeds are asked greedily at the end. Then single switches are
-turned, three seeds each, for fewer updates. The toy, and the server behind the two terms that ask one, are the tests'.
-
-    python -m bench.alignment.ppo_toy [seeds] [switches]     both without arguments
+with new weights, has to find out the rule by itself. At the end it is asked the prompts it was trained on: once for
+its likeliest answer, and several times at temperature 1, as it was trained. Ten seeds; then single switches are turned,
+three seeds each, for fewer updates. The toy, and the server behind the two terms that ask one, are the tests'.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -17,16 +17,27 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "bench" / "results" / "ppo_toy.json"
+from bench.measuring import RESULTS, ROOT, Figure, Goal, gain, side_by_side, write_result
+
+RESULT = RESULTS / "ppo_toy.json"
 SEEDS, FEW_SEEDS = range(10), range(3)
 UPDATES, FEW_UPDATES = 150, 60
 ENOUGH = 0.95
 """Share of the optimum that counts as reached."""
+DRAWS = 8
+"""Answers to each prompt at temperature 1."""
+GREEDY = 1e-4
+"""Temperature at which the likeliest answer is all but certain."""
+REACHED = Goal("≥", 9)
+"""Seeds of ten."""
+MEANS = ("greedy", "sampled", "kl", "early", "value_loss")
+"""What the table of switches shows of every arm, the likeliest answers first."""
+EFFECT = Goal("≥", 0.3)
+"""True reward that a right judge must bring beside a reward model that misleads."""
 
 SETTINGS: dict[str, Any] = {
     "batch": {"samples": 64, "microBatchRows": 64},
@@ -55,22 +66,35 @@ class Arm:
     """None: the true reward."""
 
 
-@dataclass
-class Found:
-    """What an arm came to, one value per seed."""
+@dataclass(frozen=True)
+class Training:
+    """One arm with one seed."""
 
-    greedy: list[float] = field(default_factory=list)
-    """True reward of the likeliest answers to all prompts."""
-    sampled: list[float] = field(default_factory=list)
-    """Reward trained for, in the last update."""
-    kl: list[float] = field(default_factory=list)
+    arm: Arm
+    seed: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What it came to."""
+
+    greedy: float
+    """True reward of the likeliest answers to the prompts it was trained on."""
+    sampled: float
+    """True reward of answers at temperature 1 to them."""
+    kl: float
     """Mean KL per answer in the last update, in nats."""
-    early: list[float] = field(default_factory=list)
+    early: float
     """Reward trained for, mean over the first half of the updates."""
-    value_loss: list[float] = field(default_factory=list)
+    value_loss: float
     """Of the critic, mean over the first ten updates."""
-    seconds: list[float] = field(default_factory=list)
+    seconds: float
     """Of the processor."""
+
+
+Found = Mapping[str, Sequence[Trained]]
+"""By arm, the seeds in order."""
 
 
 # -- rewards -----------------------------------------------------------------------------------------------------------
@@ -147,7 +171,12 @@ def _quoted(text: str) -> str:
 
 # -- arms --------------------------------------------------------------------------------------------------------------
 
-BASE = Arm("as in the table above, fewer updates")
+BASE = Arm("the settings above")
+MISLED = Arm("misleading reward model", terms=misleading)
+JUDGED = (
+    Arm("misleading reward model + propositions", terms=with_rules),
+    Arm("misleading reward model + AI feedback", terms=with_feedback),
+)
 SWITCHES = (
     BASE,
     Arm("no entropy bonus", {"policy": {"entropyWeight": 0.0}}),
@@ -156,9 +185,8 @@ SWITCHES = (
     Arm("kl.coefficient 0.05", {"kl": {"coefficient": 0.05}}),
     Arm("kl.coefficient 0.5", {"kl": {"coefficient": 0.5}}),
     Arm("kl adaptive, target 2", {"kl": {"coefficient": 0.05, "target": 2.0, "horizon": 640}}),
-    Arm("misleading reward model", terms=misleading),
-    Arm("misleading reward model + propositions", terms=with_rules),
-    Arm("misleading reward model + AI feedback", terms=with_feedback),
+    MISLED,
+    *JUDGED,
 )
 
 
@@ -169,27 +197,37 @@ def settings_of(arm: Arm, updates: int) -> dict[str, Any]:
     return values
 
 
-def train(arm: Arm, seed: int, updates: int, found: Found) -> None:
-    """Train with one seed and note what came of it."""
-    from ppo_makers import configuration, echoes, ppo_job
+def train(training: Training) -> Trained:
+    """Train one arm with one seed, and ask it."""
+    use_makers_of_tests()
+    from ppo_makers import configuration, ppo_job
     from train_makers import context
 
     from stagecoach_trainer.ppo.loop import train_policy
 
-    began = time.process_time()
+    began, seed = time.process_time(), training.seed
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        job = ppo_job(configuration(**settings_of(arm, updates)), seed=seed)
-        job = replace(job, rewards=(arm.terms or true_reward)(stack))
-        result = train_policy(job, context(folder, seed=seed))
-    points = result.history
-    found.greedy.append(statistics.fmean(echoes(prompt, answer) for prompt, answer in greedy_answers(job)))
-    found.sampled.append(points[-1]["reward"])
-    found.kl.append(points[-1]["kl"])
-    found.early.append(statistics.fmean(point["reward"] for point in points[: len(points) // 2]))
-    found.value_loss.append(statistics.fmean(point["valueLoss"] for point in points[:10]))
-    found.seconds.append(time.process_time() - began)
-    print(f"{arm.name}, seed {seed}: {found.greedy[-1]:.3f} ({found.seconds[-1]:.0f} s)", file=sys.stderr, flush=True)
+        job = ppo_job(configuration(**settings_of(training.arm, training.updates)), seed=seed)
+        job = replace(job, rewards=(training.arm.terms or true_reward)(stack))
+        points = train_policy(job, context(folder, seed=seed)).history
+    found = Trained(
+        greedy=true_reward_of(job, GREEDY, draws=1),
+        sampled=true_reward_of(job, 1.0, DRAWS),
+        kl=points[-1]["kl"],
+        early=statistics.fmean(point["reward"] for point in points[: max(1, len(points) // 2)]),
+        value_loss=statistics.fmean(point["valueLoss"] for point in points[:10]),
+        seconds=time.process_time() - began,
+    )
+    said = f"{training.arm.name}, seed {seed}: {found.greedy:.3f}, sampled {found.sampled:.3f} ({found.seconds:.0f} s)"
+    print(said, file=sys.stderr, flush=True)
+    return found
+
+
+def use_makers_of_tests() -> None:
+    """Let this process import the toy."""
+    if (folder := str(ROOT / "tests")) not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def true_reward(stack: ExitStack) -> Any:
@@ -199,76 +237,97 @@ def true_reward(stack: ExitStack) -> Any:
     return reward_of(("echo", FunctionTerm(echoes), 1.0))
 
 
-def greedy_answers(job: Any) -> list[tuple[str, str]]:
-    """Return every prompt with the likeliest answer."""
+def true_reward_of(job: Any, temperature: float, draws: int) -> float:
+    """Return the mean true reward of `draws` answers to each prompt."""
     import torch
-    from ppo_makers import END, digit_prompts
+    from ppo_makers import END, digit_prompts, echoes
 
     from stagecoach_trainer.ppo.sampling import Decoding, sample_answers, uniforms
 
-    prompts = digit_prompts()
-    decoding = Decoding(max_new_tokens=4, temperature=1e-4, top_p=1.0, ends=(END,))
-    draws = [uniforms((0, number), 4) for number in range(len(prompts))]
-    said = sample_answers(job.policy.eval(), [prompt.ids for prompt in prompts], draws, decoding, torch.device("cpu"))
+    prompts = [prompt for prompt in digit_prompts() for _ in range(draws)]
+    decoding = Decoding(max_new_tokens=4, temperature=temperature, top_p=1.0, ends=(END,))
+    numbers = [uniforms((0, number), 4) for number in range(len(prompts))]
+    said = sample_answers(job.policy.eval(), [prompt.ids for prompt in prompts], numbers, decoding, torch.device("cpu"))
     texts = [job.tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True) for answer in said]
-    return [(str(prompt.messages[-1]["content"]), text) for prompt, text in zip(prompts, texts, strict=True)]
+    return statistics.fmean(
+        echoes(str(prompt.messages[-1]["content"]), text) for prompt, text in zip(prompts, texts, strict=True)
+    )
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures() -> list[Figure]:
+    """Measure all of it."""
+    return figures_of(measure())
+
+
+def measure(
+    num_seeds: int = len(SEEDS), updates: int = UPDATES, few_updates: int = FEW_UPDATES, path: Path = RESULT
+) -> Found:
+    """Train every arm and write the result file; return what came of them, the long arm under `seeds`."""
+    jobs = [Training(BASE, seed, updates) for seed in SEEDS[:num_seeds]]
+    jobs += [Training(arm, seed, few_updates) for arm in SWITCHES for seed in FEW_SEEDS[:num_seeds]]
+    results = side_by_side(train, jobs)
+    found: dict[str, list[Trained]] = {"seeds": results[: len(SEEDS[:num_seeds])]}
+    for job, result in zip(jobs[num_seeds:], results[num_seeds:], strict=True):
+        found.setdefault(job.arm.name, []).append(result)
+    write_result(path, {name: [asdict(one) for one in trained] for name, trained in found.items()})
+    return found
+
+
+def figures_of(found: Found) -> list[Figure]:
+    """Return how many seeds find the optimum, and what a judge is worth where the reward model misleads."""
+    ten, misled = found["seeds"], [one.greedy for one in found[MISLED.name]]
+    reached = sum(one.greedy >= ENOUGH for one in ten)
+    sampled = statistics.median(one.sampled for one in ten)
+    name, unit = f"PPO on a toy, likeliest answers at {ENOUGH:.0%} of the optimum", f"seeds of {len(ten)}"
+    judged = {arm.name: [one.greedy for one in found[arm.name]] for arm in JUDGED}
+    return [
+        Figure(name, unit, reached, None, None, str(REACHED), REACHED.met_by(reached)),
+        Figure("PPO on a toy, answers at temperature 1", "true reward", sampled, None, None, "–", True),
+        *(gain(f"PPO on a toy, {arm}", "true reward", ours, misled, EFFECT) for arm, ours in judged.items()),
+    ]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def seeds_table(found: Found) -> str:
+def seeds_table(trained: Sequence[Trained]) -> str:
     """Return the ten seeds as Markdown."""
-    reached = sum(value >= ENOUGH for value in found.greedy)
-    lines = ["| seed | likeliest answers | sampled answers | CPU seconds |", "|---:|---:|---:|---:|"]
-    for seed, values in enumerate(zip(found.greedy, found.sampled, found.seconds, strict=True)):
-        lines.append("| {} | {:.3f} | {:.3f} | {:.0f} |".format(seed, *values))
-    return "\n".join([*lines, "", f"{reached} of {len(found.greedy)} seeds reach {ENOUGH:.0%} of the optimum."])
+    lines = ["| seed | likeliest answers | answers at temperature 1 | CPU seconds |", "|---:|---:|---:|---:|"]
+    for seed, one in enumerate(trained):
+        lines.append(f"| {seed} | {one.greedy:.3f} | {one.sampled:.3f} | {one.seconds:.0f} |")
+    return "\n".join(lines)
 
 
-def switches_table(found: Mapping[str, Found]) -> str:
+def switches_table(found: Found) -> str:
     """Return the switches as Markdown: means over the seeds, and each seed's true reward."""
     lines = [
-        "| arm | true reward | each seed | KL per answer | reward, first half | value loss, first 10 |",
-        "|---|---:|---|---:|---:|---:|",
+        "| arm | likeliest answers | each seed | at temperature 1 | KL per answer | reward, first half | value loss |",
+        "|---|---:|---|---:|---:|---:|---:|",
     ]
-    for name, here in found.items():
-        each = ", ".join(f"{value:.2f}" for value in here.greedy)
-        mean = statistics.fmean
-        lines.append(
-            f"| {name} | {mean(here.greedy):.2f} | {each} | {mean(here.kl):.2f} | {mean(here.early):.2f} | "
-            f"{mean(here.value_loss):.3f} |"
-        )
+    for arm in SWITCHES:
+        trained = found[arm.name]
+        each = ", ".join(f"{one.greedy:.2f}" for one in trained)
+        greedy, *means = (statistics.fmean(getattr(one, name) for one in trained) for name in MEANS)
+        lines.append(f"| {arm.name} | {greedy:.2f} | {each} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Measure what is asked for and print the tables; figures are kept in the result file as they come."""
-    import torch
+    """Measure, and print the tables and the goals. The options are for trying it out."""
+    from bench.__main__ import told
 
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT / "tests"))
-    wanted = sys.argv[1:] or ["seeds", "switches"]
-    if "seeds" in wanted:
-        ten = Found()
-        for seed in SEEDS:
-            train(BASE, seed, UPDATES, ten)
-            keep("seeds", vars(ten))
-        print(seeds_table(ten))
-    if "switches" in wanted:
-        arms = {arm.name: Found() for arm in SWITCHES}
-        for arm in SWITCHES:
-            for seed in FEW_SEEDS:
-                train(arm, seed, FEW_UPDATES, arms[arm.name])
-            keep("switches", {name: vars(found) for name, found in arms.items() if found.greedy})
-        print(switches_table(arms))
-    return 0
-
-
-def keep(part: str, found: Mapping[str, Any]) -> None:
-    """Write what was found so far into the result file, in place of that part."""
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    RESULT.write_text(json.dumps(result | {part: found}, indent=1) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--few-updates", type=int, default=FEW_UPDATES, help="with a switch turned")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    found = measure(asked.seeds, asked.updates, asked.few_updates, asked.output)
+    print(seeds_table(found["seeds"]), switches_table(found), sep="\n\n")
+    return told(figures_of(found))
 
 
 if __name__ == "__main__":

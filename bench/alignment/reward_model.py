@@ -1,9 +1,8 @@
-"""`python -m bench.alignment.reward_model FILE`: reward models on real preferences and on domains that disagree.
+"""`python -m bench.alignment.reward_model [FILE]`: reward models on real preferences, beside the longer answer.
 
 FILE holds preference records (`conversations`, `chosen`, `rejected`). They are parted into folds; a LLaMA of one layer,
-from nothing, learns from all folds but one, its vocabulary included, and is measured on that one, against preferring
-the longer answer. The other figures need no file: the same texts with opposite preferences in two domains, learnt by a
-joint model and by COOL's focal loss with conditional system prompts. Stages run as they do for users.
+from nothing, learns from all folds but one, its vocabulary included, and is measured on that one. Stages run as they do
+for users.
 """
 
 from __future__ import annotations
@@ -13,13 +12,19 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDS = 5
+from bench.measuring import RESULTS, ROOT, Figure, Goal, gain, side_by_side, write_result
+
+FILE = ROOT.parent / "shared" / "data" / "preference" / "comparison_zh.json"
+RESULT = RESULTS / "reward_model.json"
+FOLDS, EPOCHS = 5, 3.0
 PROMPT_CHARACTERS = 64
 PIECES, CHARACTERS = 600, 400
 """Of the vocabulary: all, and those of one character. Rarer characters are unknown: by them a model
@@ -30,106 +35,73 @@ SYSTEM = "请判断下面的回答是否有用、诚实、无害，表达是否�
 moves the average further than a short one."""
 
 SPECIAL = ("<unk>", "<s>", "</s>")
-WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
-TASTES = {"sleep": ("the dog sleeps", "a fox jumps"), "jump": ("a fox jumps", "the dog sleeps")}
-PROMPTS = {"sleep": "Sleep is good.", "jump": "Jumps are good."}
 
 
-def main() -> None:
-    """Print the figures as JSON lines; write those on real preferences to a file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, nargs="?", help="preference records; without it, the two domains only")
-    parser.add_argument("--folds", type=int, default=FOLDS, help="folds to measure (of %(default)s)")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/reward_model.json"))
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.file is None:
-            two_domains(Path(folder))
-        else:
-            result = cross_validate(Path(folder), arguments)
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Fold:
+    """What one model learns from and is measured on."""
+
+    number: int
+    known: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]]
+    epochs: float
 
 
-# -- domains that disagree ---------------------------------------------------------------------------------------------
+def figures() -> list[Figure]:
+    """Measure all folds of the file beside the checkout."""
+    return figures_of(cross_validate())
 
 
-def two_domains(folder: Path) -> None:
-    """Print the held-out accuracy in both domains of a joint model and of a conditional one."""
-    inputs: dict[str, Path] = {}
-    for name, (good, bad) in TASTES.items():
-        for part, count, seed in (("train", 64, 1), ("test", 32, 2)):
-            inputs[f"{name}-{part}"] = write(folder / f"{name}-{part}.jsonl", toy_pairs(count, seed, good, bad))
-    text = " ".join((*WORDS, *PROMPTS.values(), *(words for pair in TASTES.values() for words in pair)))
-    inputs["base"] = save_base(folder / "toy-base", characters_of(text), [])
-    common = {
-        "data": [{"uri": f"{name}-train", "domain": name} for name in TASTES],
-        "heldOut": {"sets": [{"name": name, "uri": f"{name}-test", "domain": name} for name in TASTES]},
-        "budget": {"epochs": 5},
-        "batch": {"samples": 8, "microBatchRows": 8},
-        "optimizer": {"learningRate": 5e-3},
-        "sequenceLength": 256,
-    }
-    domains = [{"name": name, "system": system} for name, system in PROMPTS.items()]
-    arms: dict[str, dict[str, Any]] = {
-        "joint, ranked": {"loss": {"ranked": {}}},
-        "joint, focal": {"loss": {"focal": {}}},
-        "conditional, focal": {"loss": {"focal": {}}, "domains": domains},
-    }
-    for number, (name, arm) in enumerate(arms.items()):
-        metrics = train(folder / f"arm{number}", {**common, **arm}, inputs)
-        accuracy = {domain: metrics[f"heldOut.{domain}.accuracy"] for domain in TASTES}
-        print(json.dumps({"arm": name, **accuracy}), flush=True)
-
-
-def toy_pairs(count: int, seed: int, good: str, bad: str) -> list[dict[str, str]]:
-    chance = random.Random(seed)  # noqa: S311 - no secret
-    records = []
-    for _ in range(count):
-        prompt, one, two = (" ".join(chance.choices(WORDS, k=3)) for _ in range(3))
-        records.append({"prompt": prompt, "chosen": f"{one} {good}", "rejected": f"{two} {bad}"})
-    return records
-
-
-# -- real preferences --------------------------------------------------------------------------------------------------
-
-
-def cross_validate(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the held-out figures of each fold; return them with their means."""
-    records = json.loads(arguments.file.read_text(encoding="utf-8"))
+def cross_validate(file: Path = FILE, num_folds: int = FOLDS, epochs: float = EPOCHS, path: Path = RESULT) -> Any:
+    """Measure each fold and write the result file; return its content."""
+    records = json.loads(file.read_text(encoding="utf-8"))
     by_characters = statistics.fmean(longer(record) for record in records)
     for record in records:  # the last turn is what is asked; a long one is cut at its beginning
         turn = dict(record["conversations"][-1])
         record["conversations"] = [{**turn, "value": turn["value"][-PROMPT_CHARACTERS:]}]
     random.Random(0).shuffle(records)  # noqa: S311 - no secret
-    folds = []
-    for fold in range(arguments.folds):
-        known = [record for index, record in enumerate(records) if index % FOLDS != fold]
+    parts = [records[number::FOLDS] for number in range(FOLDS)]
+    known = [[one for index, one in enumerate(records) if index % FOLDS != number] for number in range(FOLDS)]
+    folds = side_by_side(measure, [Fold(number, known[number], parts[number], epochs) for number in range(num_folds)])
+    result = {**summary(folds), "pairs": len(records), "longerInCharacters": by_characters, "folds": folds}
+    write_result(path, result)
+    return result
+
+
+def measure(fold: Fold) -> dict[str, float]:
+    """Return the held-out figures of one fold."""
+    settings = {
+        "data": [{"uri": "train", "domain": "zh"}],
+        "heldOut": {"sets": [{"name": "test", "uri": "test", "domain": "zh"}], "maxTokens": 10**9},
+        "domains": [{"name": "zh", "system": SYSTEM}],
+        "budget": {"epochs": fold.epochs},
+        "batch": {"samples": 16, "microBatchRows": 2},
+        "optimizer": {"learningRate": 3e-3},
+        "schedule": {"warmupShare": 0.1},
+        "sequenceLength": 4096,
+        "checkpoints": {"everySteps": 100_000},
+        "loss": {"pair": {}},
+        "normalizeBias": "none",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         inputs = {
-            "base": save_base(folder / f"base{fold}", *learn_vocabulary(known), width=32, deviation=0.02),
-            "train": write(folder / f"train{fold}.jsonl", known),
-            "test": write(folder / f"test{fold}.jsonl", records[fold::FOLDS]),
+            "base": save_base(folder / "base", *learn_vocabulary(fold.known), width=32, deviation=0.02),
+            "train": write(folder / "train.jsonl", fold.known),
+            "test": write(folder / "test.jsonl", fold.held_out),
         }
-        settings = {
-            "data": [{"uri": "train", "domain": "zh"}],
-            "heldOut": {"sets": [{"name": "test", "uri": "test", "domain": "zh"}], "maxTokens": 10**9},
-            "domains": [{"name": "zh", "system": SYSTEM}],
-            "budget": {"epochs": arguments.epochs},
-            "batch": {"samples": 16, "microBatchRows": 2},
-            "optimizer": {"learningRate": arguments.learning_rate},
-            "schedule": {"warmupShare": 0.1},
-            "sequenceLength": 4096,
-            "checkpoints": {"everySteps": 100_000},
-            "loss": {"pair": {}},
-            "normalizeBias": "none",
-        }
-        metrics = train(folder / f"fold{fold}", settings, inputs)
-        folds.append({name: metrics[f"heldOut.test.{name}"] for name in ("accuracy", "lengthBaseline", "loss")})
-        print(json.dumps({"fold": fold, **folds[-1]}), flush=True)
-    result = {**summary(folds), "pairs": len(records), "longerInCharacters": by_characters}
-    print(json.dumps(result), flush=True)
-    return {**result, "folds": folds}
+        metrics = train(folder / "stage", settings, inputs)
+    found = {name: metrics[f"heldOut.test.{name}"] for name in ("accuracy", "lengthBaseline", "loss")}
+    print(json.dumps({"fold": fold.number, **found}), file=sys.stderr, flush=True)
+    return found
+
+
+def figures_of(result: Mapping[str, Any]) -> list[Figure]:
+    """Return the accuracy beside that of the longer answer: more by two standard errors of the folds' gains."""
+    folds = result["folds"]
+    ours, longest = ([fold[name] for fold in folds] for name in ("accuracy", "lengthBaseline"))
+    goal = Goal(">", round(2.0 * result["gainStandardError"], 4))
+    return [gain("reward model, real preferences, beside the longer answer", "accuracy", ours, longest, goal)]
 
 
 def longer(record: Mapping[str, Any]) -> float:
@@ -138,13 +110,12 @@ def longer(record: Mapping[str, Any]) -> float:
     return float(better > worse) + 0.5 * float(better == worse)
 
 
-def summary(folds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return means over folds; `met`: the gain over the length baseline is more than two of its standard errors."""
+def summary(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over the folds, and the standard error of the gain over the length baseline."""
     accuracy, baseline = (statistics.fmean(fold[name] for fold in folds) for name in ("accuracy", "lengthBaseline"))
     gains = [fold["accuracy"] - fold["lengthBaseline"] for fold in folds]
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    met = accuracy - baseline > 2.0 * error
-    return {"accuracy": accuracy, "lengthBaseline": baseline, "gainStandardError": error, "met": met}
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 1.0
+    return {"accuracy": accuracy, "lengthBaseline": baseline, "gainStandardError": error}
 
 
 def learn_vocabulary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -173,7 +144,7 @@ def lines() -> Any:
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> dict[str, float]:
+def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path], seed: int = 7) -> dict[str, float]:
     """Run one `rewardModel` stage and return its metrics."""
     from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
     from stagecoach_api.stages.reward_model import RewardModelStage
@@ -190,7 +161,7 @@ def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -
     }
     resolved = ResolvedStage(
         namespace="bench", run="bench", stage="reward", kind="rewardModel", attempt=1, digest="d" * 64, config={},
-        inputs=found, seed=7, code="bench", storage_uri=str(root / "store"),
+        inputs=found, seed=seed, code="bench", storage_uri=str(root / "store"),
     )  # fmt: skip
     context = StageContext(
         resolved, open_store(str(root / "store")), root / "work", root / "cache", World(), Progress(None),
@@ -217,6 +188,7 @@ def save_base(
     merges: list[tuple[str, str]],
     width: int = 64,
     deviation: float = 0.1,
+    seed: int = 0,
 ) -> Path:
     """Write a LLaMA of one layer with random weights and a byte-pair vocabulary."""
     import torch
@@ -236,7 +208,7 @@ def save_base(
         num_attention_heads=4, max_position_embeddings=4096, initializer_range=deviation, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(config)
     folder.mkdir()
     model.config.save_pretrained(folder)
@@ -245,5 +217,31 @@ def save_base(
     return folder
 
 
+# -- table -------------------------------------------------------------------------------------------------------------
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    """Return the folds as Markdown."""
+    lines = ["| fold | accuracy | `lengthBaseline` |", "|---|---:|---:|"]
+    for number, fold in enumerate(result["folds"]):
+        lines.append(f"| {number} | {fold['accuracy']:.3f} | {fold['lengthBaseline']:.3f} |")
+    return "\n".join([*lines, f"| all | **{result['accuracy']:.3f}** | {result['lengthBaseline']:.3f} |"])
+
+
+def main() -> int:
+    """Measure, and print the table and the goal. The options are for trying it out."""
+    from bench.__main__ import told
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", default=FILE, help="preference records; default: %(default)s")
+    parser.add_argument("--folds", type=int, default=FOLDS, help="folds to measure (of %(default)s)")
+    parser.add_argument("--epochs", type=float, default=EPOCHS)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    result = cross_validate(asked.file, asked.folds, asked.epochs, asked.output)
+    print(table_of(result))
+    return told(figures_of(result))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -10,17 +9,17 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from bench.__main__ import RESULTS, table
+from bench.__main__ import told as show
 from bench.handover.chains import NUM_HANDOVERS, Ours, Peer, Round
 from bench.handover.place import prepare
-from bench.measuring import Figure, Goal, alone, alternate
+from bench.measuring import RESULTS, Figure, Goal, alone, alternate, write_result
 
 ROUNDS = 5
 """Chains of each side; every one has `NUM_HANDOVERS` hand-overs."""
 MILLISECONDS = Goal("≤", 150)
 WRITES = Goal("≤", 3)
 READS = Goal("≤", 0)
-OPERATOR_RESULTS = RESULTS.with_name("operator.json")
+OPERATOR_RESULTS = RESULTS / "operator.json"
 
 
 def main() -> int:
@@ -32,12 +31,9 @@ def main() -> int:
         peer = Peer(place, ours)
         pairs = alternate(told(console, "ours", ours.run), told(console, "JobSet status", peer.run), ROUNDS)
     found = figures([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
-    console.print(table(found, peer="JobSet status"))
-    OPERATOR_RESULTS.parent.mkdir(exist_ok=True)
-    text = json.dumps([figure.as_json() for figure in found], ensure_ascii=False, indent=1)
-    OPERATOR_RESULTS.write_text(text + "\n", encoding="utf-8")
+    write_result(OPERATOR_RESULTS, [figure.as_json() for figure in found])
     console.print(f"written to {OPERATOR_RESULTS}")
-    return 0 if all(figure.met for figure in found) else 1
+    return show(found, "JobSet status")
 
 
 def told(console: Console, side: str, run: Callable[[int], Round]) -> Callable[[int], Round]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bench.alignment import ppo_speed, preference_task
+from bench import __main__ as benches
+from bench.alignment import domains, hindsight, ppo_speed, ppo_toy, preference_task, reward_model, rlhf_example
 from bench.alignment import ppo_task as task
 from bench.alignment.peer_environment import REQUIREMENTS
-from bench.measuring import ROOT
+from bench.measuring import ROOT, Figure, Goal, side_by_side
 
 SHARED = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors")
 
@@ -81,3 +85,89 @@ def test_a_final_reward_is_held_against_the_spread_of_the_peers_seeds(ours: list
 def test_a_final_reward_is_that_of_the_last_updates() -> None:
     assert ppo_speed.final_reward({"rewards": [9.0] * 5 + [1.0, 3.0]}) == 2.0
     assert ppo_speed.samples_per_second({"seconds": [1.0, 2.0, 4.0]}) == task.SAMPLES / 2
+
+
+# -- what is learnt ----------------------------------------------------------------------------------------------------
+
+
+def goals(found: Sequence[Figure]) -> list[bool]:
+    """Which figures with a goal meet it."""
+    return [figure.met for figure in found if figure.goal != "–"]
+
+
+def test_every_named_bench_has_figures() -> None:
+    for name in benches.BENCHES:
+        package = "bench.alignment" if name in benches.ALIGNMENT else "bench"
+        assert callable(importlib.import_module(f"{package}.{name}").figures)
+
+
+def test_a_missed_goal_is_an_exit_code() -> None:
+    met, missed = (Figure("it", "s", 1.0, None, None, "≤ 2", met) for met in (True, False))
+    assert (benches.told([met]), benches.told([met, missed])) == (0, 1)
+
+
+def test_a_goal_to_exceed_is_not_met_by_its_limit() -> None:
+    assert [Goal(">", 0.5).met_by(value) for value in (0.4, 0.5, 0.6)] == [False, False, True]
+
+
+def test_what_is_done_side_by_side_comes_back_in_order() -> None:
+    assert side_by_side(abs, [-3, 2, -1]) == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("greedy", "met"), [([0.95] * 9 + [0.2], True), ([1.0] * 8 + [0.94] * 2, False)])
+def test_nine_of_ten_seeds_must_reach_the_optimum_of_the_toy(greedy: list[float], met: bool) -> None:
+    def trained(value: float) -> ppo_toy.Trained:
+        return ppo_toy.Trained(value, sampled=0.5, kl=0.0, early=0.0, value_loss=0.0, seconds=1.0)
+
+    found = {arm.name: [trained(0.1)] for arm in ppo_toy.SWITCHES} | {"seeds": [trained(value) for value in greedy]}
+    found |= {ppo_toy.JUDGED[0].name: [trained(0.7)]}
+
+    assert goals(ppo_toy.figures_of(found)) == [met, True, False]
+
+
+def test_a_reward_model_must_beat_the_longer_answer_by_more_than_chance() -> None:
+    def found(*accuracies: float) -> list[bool]:
+        folds = [{"accuracy": accuracy, "lengthBaseline": 0.6} for accuracy in accuracies]
+        return goals(reward_model.figures_of({**reward_model.summary(folds), "folds": folds}))
+
+    assert found(0.7, 0.7, 0.71) == [True]
+    assert found(0.6, 0.6, 0.61) == [False]
+    assert found(0.5, 0.5, 0.51) == [False]
+
+
+def test_domains_agree_on_quality_and_disagree_on_taste() -> None:
+    def ends(domain: str, kind: str) -> set[tuple[str, str]]:
+        chance = random.Random(0)
+        pairs = [domains.pair(chance, domain, kind) for _ in range(200)]
+        return {(one["chosen"].split(" ", 3)[3], one["rejected"].split(" ", 3)[3]) for one in pairs}
+
+    assert ends("sleep", "quality") == ends("jump", "quality")
+    assert ends("sleep", "taste") == {(worse, better) for better, worse in ends("jump", "taste")}
+
+
+def test_conditional_prompts_and_the_focal_loss_must_be_worth_something_each() -> None:
+    tastes = {"joint, ranked": 0.5, "joint, focal": 0.5, "conditional, ranked": 0.9, "conditional, focal": 0.9}
+    found = {arm: [{"quality": 1.0, "taste": taste}] for arm, taste in tastes.items()}
+    assert goals(domains.figures_of(found)) == [True, True, False]
+
+
+def test_hindsight_must_beat_imitation_of_all_answers() -> None:
+    def trained(exact: float, if_bad: float, text_loss: float) -> list[hindsight.Trained]:
+        return [hindsight.Trained(exact, if_bad, text_loss, hidden=0.0, tokens=1)]
+
+    found = {arm.name: trained(0.0, 0.0, 1.0) for arm in hindsight.ARMS}
+    found |= {hindsight.CHAIN.name: trained(0.8, 0.7, 6.0), hindsight.BEST.name: trained(0.2, 0.0, 9.0)}
+    assert goals(hindsight.figures_of(found)) == [False, True, False, True, True]
+
+
+def test_the_example_must_be_quick_and_both_branches_better_than_what_they_began_as() -> None:
+    found = {
+        "seconds": 601.0,
+        "heldOut.comparisons.accuracy": 0.9,
+        "heldOut.comparisons.lengthBaseline": 0.4,
+        "liked.winRate.ppo": 0.2,
+        "liked.winRate.dpo": 0.5,
+        "rules.winRate.ppo": 0.6,
+        "rules.winRate.dpo": 0.3,
+    }
+    assert goals(rlhf_example.figures_of(found)) == [False, True, True, False, False, True]
