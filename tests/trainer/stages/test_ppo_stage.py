@@ -164,6 +164,46 @@ def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:
     assert content_of(parted.output) == content_of(whole.output)
 
 
+def write_texts(path: Path, texts: tuple[str, ...]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_what_became_of_the_text_beside_the_answers_stands_in_the_report(tmp_path: Path) -> None:
+    long = " ".join(["the quick brown fox"] * 60)
+    context = context_for(
+        tmp_path,
+        talks=write_prompts(tmp_path / "talks.jsonl", (*PROMPTS, long)),
+        texts=write_texts(tmp_path / "texts.jsonl", ("the lazy dog", "", "a fox")),
+    )
+    mixed = {"data": [{"uri": "talks"}, {"uri": "texts", "format": "text"}], "weight": 1, "rowsPerStep": 1}
+    run(stage(pretraining=mixed, maxDroppedShare=0.3, budget={"steps": 1}), context)
+    found = report_of(context)["pretraining"]
+    assert {name: found["talks"][name] for name in ("records", "samples", "tooLong")} == {
+        "records": 7,
+        "samples": 6,
+        "tooLong": 1,
+    }
+    assert {name: found["texts"][name] for name in ("records", "samples", "emptyText")} == {
+        "records": 3,
+        "samples": 2,
+        "emptyText": 1,
+    }
+    words = (context.output / "report.md").read_text(encoding="utf-8")
+    assert "| text beside | records | samples | tokens | tooLong | cut | noLoss | emptyText |" in words
+    assert "| talks | 7 | 6 |" in words
+
+
+def test_text_of_which_too_much_is_left_out_stops_the_stage(tmp_path: Path) -> None:
+    long = " ".join(["the quick brown fox"] * 60)
+    context = context_for(tmp_path, talks=write_prompts(tmp_path / "talks.jsonl", (*PROMPTS, long, long + " dog")))
+    mixed = {"data": [{"uri": "talks"}], "weight": 1}
+    with pytest.raises(
+        UserError, match=r"^pretraining\.data: 25\.0% of the samples .* `maxDroppedShare` 20\.0% \(talks: "
+    ):
+        run(stage(pretraining=mixed, maxDroppedShare=0.2), context)
+
+
 RANKED = [
     {"prompt": "name an animal", "answers": ["a fox is an animal", "a fox", "word"]},
     {"prompt": "say it", "answers": ["the fox sleeps", "over the dog"]},

@@ -124,20 +124,25 @@ def _encoder_of(
     return ConversationEncoder(*parts) if hindsight is None else HindsightEncoder(*parts, hindsight, seed)
 
 
-def check_losses(counts: Mapping[str, Mapping[str, int]], largest_share: float) -> None:
+def check_losses(
+    counts: Mapping[str, Mapping[str, int]],
+    largest_share: float,
+    where: str = "data",
+    remedy: str = "raise `sequenceLength`, choose another `tooLong`, or allow more",
+) -> None:
     """Raise UserError where more samples than `maxDroppedShare` were dropped, cut or left without loss, or none is
-    left. `counts`: by data set."""
+    left. `counts`: by data set; `where`: the sets' field path."""
     lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOSSES, SAME_ANSWERS))
     kept = sum(found.get("samples", 0) for found in counts.values())
     cut = sum(found.get("cut", 0) for found in counts.values())
     reasons = "; ".join(f"{name}: {describe_losses(found)}" for name, found in counts.items())
     if kept == 0:
-        raise UserError(f"data: no sample to train on is left ({reasons})")
+        raise UserError(f"{where}: no sample to train on is left ({reasons})")
     share = lost / (kept + lost - cut)
     if share > largest_share:
         raise UserError(
-            f"data: {share:.1%} of the samples were dropped, cut or carry no loss, more than `maxDroppedShare` "
-            f"{largest_share:.1%} ({reasons}); raise `sequenceLength`, choose another `tooLong`, or allow more"
+            f"{where}: {share:.1%} of the samples were dropped, cut or carry no loss, more than `maxDroppedShare` "
+            f"{largest_share:.1%} ({reasons}); {remedy}"
         )
 
 

@@ -22,7 +22,8 @@ from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.mixing import Mix, Stream, make_key
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
 from stagecoach_trainer.samples.preferences import PromptSet, read_prompts
-from stagecoach_trainer.samples.sources import conversation_shard, is_conversation, text_shard
+from stagecoach_trainer.samples.sources import LOSSES, check_losses, conversation_shard, is_conversation, text_shard
+from stagecoach_trainer.samples.tokens import TokenShard
 from stagecoach_trainer.stages.reports import table, trained_words, write_report
 from stagecoach_trainer.stages.training import start_with_template
 
@@ -40,6 +41,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
 
     start, warnings = _start(config, context)
     prompts = _prompts(config, context, start.tokenizer)
+    texts = _texts(config, context, start.tokenizer)
     start.model.requires_grad_(config.trainable.lora is None)  # a frozen base is shared with those that come
     rewards = _rewards(config, context)
     rewards.require_domains({f"data[{index}].domain": source.domain for index, source in enumerate(config.data)})
@@ -61,7 +63,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
         tokenizer=start.tokenizer,
         rewards=rewards,
         prompts=plan,
-        text=_text(config, context, start.tokenizer, plan),
+        text=_text(config, context, texts, plan),
         asked=asked,
     )
     result = train_policy(job, context)
@@ -69,7 +71,16 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     if context.world.is_main:
         context.progress.report("save")
         save_result(context, start, policy)
-        _report(context, job, result, figures, prompts, parameters, [*policy.notes], warnings)
+        told = {
+            "data": {name: dict(found.counts) for name, found in prompts.items()},
+            "parameters": dict(parameters),
+            "pretraining": {name: dict(shard.counts) for name, shard in texts.items()},
+            "rewards": figures,
+            "samplesPerUpdate": plan.samples_per_update,
+            "trained": [*policy.notes],
+            "warnings": warnings,
+        }
+        _report(context, result, told)
     return StageOutcome(tokens=result.tokens, metrics=result.metrics)
 
 
@@ -170,12 +181,24 @@ def _prompt_plan(config: PpoStage, context: StageContext, found: Mapping[str, Pr
     return PromptPlan(sets, mix, samples, updates)
 
 
-def _text(config: PpoStage, context: StageContext, tokenizer: Any, plan: PromptPlan) -> MixedPlan | None:
+def _texts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str, TokenShard]:
+    """Return the sets of text beside the answers. Raises UserError where too much of it had to be left out."""
+    mix = config.pretraining
+    if mix is None:
+        return {}
+    shards = {source.label: _shard(config, context, mix, number, tokenizer) for number, source in enumerate(mix.data)}
+    counts = {name: shard.counts for name, shard in shards.items()}
+    check_losses(counts, config.max_dropped_share, "pretraining.data", "raise `sequenceLength`, or allow more")
+    return shards
+
+
+def _text(
+    config: PpoStage, context: StageContext, shards: Mapping[str, TokenShard], plan: PromptPlan
+) -> MixedPlan | None:
     """Return the text beside the answers: one step of it for each optimiser step."""
     mix = config.pretraining
     if mix is None:
         return None
-    shards = {source.label: _shard(config, context, mix, number, tokenizer) for number, source in enumerate(mix.data)}
     mini_batches = plan.samples_per_update // (config.policy.mini_batch_samples or plan.samples_per_update)
     steps = plan.num_updates * config.policy.inner_epochs * mini_batches
     weights = [source.weight for source in mix.data]
@@ -191,7 +214,7 @@ def _text(config: PpoStage, context: StageContext, tokenizer: Any, plan: PromptP
     return Planner(shards, context.seed).plan([settings], Schedule(), config.optimizer.learning_rate)
 
 
-def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number: int, tokenizer: Any) -> Any:
+def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number: int, tokenizer: Any) -> TokenShard:
     source = mix.data[number]
     if is_conversation(context, source):
         return conversation_shard(context, source, tokenizer, Loss(), TooLong.DROP, config.sequence_length)
@@ -201,27 +224,14 @@ def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    context: StageContext,
-    job: PpoJob,
-    result: PpoResult,
-    figures: Mapping[str, Any],
-    prompts: Mapping[str, PromptSet],
-    parameters: Mapping[str, int],
-    notes: list[str],
-    warnings: list[str],
-) -> None:
+def _report(context: StageContext, result: PpoResult, told: Mapping[str, Any]) -> None:
+    """Write the report: what training came to, beside what is `told` of what it was made with."""
     report = {
-        "data": {name: dict(found.counts) for name, found in prompts.items()},
+        **told,
         "history": [dict(point) for point in result.history],
         "metrics": dict(sorted(result.metrics.items())),
-        "parameters": dict(parameters),
-        "rewards": dict(figures),
-        "samplesPerUpdate": job.prompts.samples_per_update,
         "tokens": result.tokens,
-        "trained": notes,
         "updates": result.updates,
-        "warnings": warnings,
     }
     write_report(context, report, _report_text(report))
 
@@ -235,9 +245,14 @@ def _report_text(report: Mapping[str, Any]) -> str:
         f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {trained_words(report)}.",
         "",
         *table("prompts", ("records", "prompts", *DROPPED), report["data"]),
+        *_text_lines(report["pretraining"]),
         "",
         *table("update", SHOWN, {str(point["step"]): point for point in points[:: max(1, len(points) // 10)]}),
         "",
         *(f"Warning: {warning}" for warning in report["warnings"]),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _text_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return ["", *table("text beside", ("records", "samples", "tokens", *LOSSES), counts)] if counts else []
