@@ -190,7 +190,7 @@ def ranks_configuration(case: str, **settings: Any) -> PpoStage:
         "batch": {"samples": 10, "microBatchRows": 1},
         "budget": {"steps": 3},
         "rollout": {"maxNewTokens": 4, "batchRows": 3},
-        "policy": {"innerEpochs": 2, "miniBatchSamples": 2},
+        "policy": {"innerEpochs": 2, "miniBatchSamples": 2, "averageDecay": 0.5},
         "critic": {"warmupUpdates": 1},
         "kl": {"coefficient": 0.05, "target": 0.5, "horizon": 100},
         "checkpoints": {"everySteps": 1},

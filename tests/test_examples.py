@@ -254,6 +254,7 @@ def test_instructgpt_has_the_papers_figures() -> None:
     assert {stages[name].schedule.floor for name in ("sft", "start", "reward-model")} == {0.1}
     assert ppo.budget.steps * ppo.batch.samples == 256_000
     assert (ppo.batch.samples, ppo.policy.mini_batch_samples, ppo.policy.inner_epochs) == (512, 64, 1)
+    assert ppo.policy.average_decay == 0.992
     assert (ppo.policy.clip, ppo.policy.gamma, ppo.kl.coefficient, ppo.kl.target) == (0.2, 1.0, 0.02, None)
     assert (ppo.rollout.temperature, ppo.schedule.warmup_steps) == (1.0, 10)
     assert ppo.critic.optimizer.learning_rate == 9e-6

@@ -107,6 +107,10 @@ class PolicyLoss(Model):
     entropy_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
     """Bonus per nat of entropy. Default: 0."""
 
+    average_decay: Annotated[float, Field(ge=0.0, le=0.999999)] | None = None
+    """Decay per update of a moving average of the policy's weights, which then is the stage's output (InstructGPT:
+    0.992); answers are still made with the weights themselves. None: the last weights are the output."""
+
 
 class PretrainingMix(Model):
     """PPO-ptx: next-token training beside the reward, against forgetting."""

@@ -19,6 +19,7 @@ from stagecoach_trainer.align.kl import kl_price
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import Diverged, Interrupted
 from stagecoach_trainer.evaluation.placing import place
+from stagecoach_trainer.ppo.average import WeightAverage
 from stagecoach_trainer.ppo.experience import Pool
 from stagecoach_trainer.ppo.guards import Watch
 from stagecoach_trainer.ppo.objectives import (
@@ -114,6 +115,8 @@ class PpoLoop:
         self._rollouts = Rollouts(job, context, self._policy, self._critic, reference, sampler)
         self._at = Progression()
         self._ppo = PpoProgress(kl_price(config.kl.coefficient, config.kl.target, config.kl.horizon).coefficient)
+        decay = config.policy.average_decay
+        self._average = None if decay is None else WeightAverage(decay, self._policy.masters())
         self._saved_step: int | None = None
         """Update whose state the newest checkpoint holds, where training has not gone on since."""
         self._micro_rows = config.batch.micro_batch_rows or 1
@@ -149,6 +152,8 @@ class PpoLoop:
         self._book.wait()
         self._policy.finish()
         self._critic.finish()
+        if self._average is not None:
+            self._average.put_into(self._job.policy)
         last = self._at.history[-1] if self._at.history else {}
         metrics = {name: value for name, value in last.items() if name not in ("step", "tokens")}
         metrics["rollbacks"] = float(self._ppo.rollbacks)
@@ -173,9 +178,11 @@ class PpoLoop:
         state = read_checkpoint(self._book.bring(mark), self._world.rank)
         self._at = state.progression
         self._ppo = PpoProgress.from_json(self._at.extra)
-        policy, critic = split_state(state.engine, self._ppo)
+        policy, critic, average = split_state(state.engine, self._ppo)
         self._policy.load_state(policy)
         self._critic.load_state(critic)
+        if self._average is not None and self._world.is_main:
+            self._average.load(average)
         seed_everything(self._context.seed + mark.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
@@ -192,9 +199,10 @@ class PpoLoop:
         self._at.extra = self._ppo.to_json()
         progression = Progression.from_json(self._at.to_json())
         progression.history = list(self._at.history)
+        average = {} if self._average is None else self._average.copied()
         goes_back = self._config.guards.action is GuardAction.ROLL_BACK
         self._book.save(
-            TrainingState(progression, join_states(policy, critic), random_states),
+            TrainingState(progression, join_states(policy, critic, average), random_states),
             self._healthy(self._at.step - 1) if goes_back else None,
         )
 
@@ -209,6 +217,8 @@ class PpoLoop:
             harvest.pool.discard()
             return
         learnt = self._learn(harvest, number)
+        if self._average is not None:
+            self._average.follow(self._policy.masters())
         harvest.pool.discard()
         self._rollouts.forget_kept()
         self._ppo.kl_coefficient = self._next_price(harvest.tally)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from stagecoach_trainer.ppo.guards import Watch
-from stagecoach_trainer.train.engine import EngineState
+from stagecoach_trainer.train.engine import MASTER, EngineState
 
-POLICY, CRITIC = "policy:", "critic:"
+POLICY, CRITIC, AVERAGE = "policy:", "critic:", "average:"
 """In front of a parameter's name in a checkpoint."""
 
 
@@ -48,20 +48,22 @@ class PpoProgress:
         return cls(**(dict(value) | {"watch": Watch(**value["watch"])}))
 
 
-def join_states(policy: EngineState, critic: EngineState) -> EngineState:
-    """Return both engines' tensors as one state; counters are the policy's."""
+def join_states(policy: EngineState, critic: EngineState, average: Mapping[str, Tensor]) -> EngineState:
+    """Return both engines' tensors and the average of the policy's weights as one state; counters are the policy's."""
     tensors = {_named(key, POLICY): tensor for key, tensor in policy.tensors.items()}
     tensors |= {_named(key, CRITIC): tensor for key, tensor in critic.tensors.items()}
+    tensors |= {f"{MASTER}{AVERAGE}{name}": tensor for name, tensor in average.items()}
     return EngineState(tensors, policy.num_steps, policy.loss_scale, policy.good_steps)
 
 
-def split_state(state: EngineState, progress: PpoProgress) -> tuple[EngineState, EngineState]:
+def split_state(state: EngineState, progress: PpoProgress) -> tuple[EngineState, EngineState, dict[str, Tensor]]:
     """Return what `join_states` joined."""
     policy = EngineState(_part(state.tensors, POLICY), state.num_steps, state.loss_scale, state.good_steps)
     critic = EngineState(
         _part(state.tensors, CRITIC), progress.critic_steps, progress.critic_loss_scale, progress.critic_good_steps
     )
-    return policy, critic
+    average = {key.removeprefix(MASTER): tensor for key, tensor in _part(state.tensors, AVERAGE).items()}
+    return policy, critic, average
 
 
 def _named(key: str, side: str) -> str:

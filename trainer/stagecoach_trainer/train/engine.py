@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,9 @@ class Engine(Protocol):
 
     def load_state(self, state: EngineState) -> None:
         """Take up a training state: on every rank, with all tensors."""
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and whole fp32 weight of every trained parameter: on rank 0 only, though all ranks must ask."""
 
     def finish(self) -> None:
         """Leave the final fp32 weights in the model, on the CPU, on rank 0; the engine is of no use afterwards."""

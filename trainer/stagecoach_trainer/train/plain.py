@@ -127,6 +127,10 @@ class PlainEngine:
             for prefix, key in ((MOMENT_1, EXP_AVG), (MOMENT_2, EXP_AVG_SQ)):
                 yield prefix + name, _copy(moments[key]) if moments else torch.zeros(master.shape)
 
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        if self._world.is_main:
+            yield from ((name, master.detach()) for name, master in self._masters.items())
+
     def load_state(self, state: EngineState) -> None:
         with torch.no_grad():
             for name, master in self._masters.items():

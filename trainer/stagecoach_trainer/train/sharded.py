@@ -200,13 +200,13 @@ class ShardedEngine:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        masters = dict(self._final_masters())
+        masters = dict(self.masters())
         frozen = dict(self._final_frozen())
         self._deepspeed.destroy()
         if self._world.is_main:
             replace_parameters(self._model, masters | frozen)
 
-    def _final_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, item in self._trained.items():
