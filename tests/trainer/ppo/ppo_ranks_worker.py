@@ -1,7 +1,8 @@
 """One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes what came of it as JSON.
 
 python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, `judge` for
-what reward models say that the ranks share, or `shards` for answers of a policy that they share
+what reward models say that the ranks share, `shards` for answers of a policy that they share, or `guards` for going
+back to a checkpoint
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.training import Precision, Sharding
 from stagecoach_trainer.context import World
 from stagecoach_trainer.distributed import process_group, world_from
-from stagecoach_trainer.errors import Interrupted
+from stagecoach_trainer.errors import Diverged, Interrupted
 from stagecoach_trainer.ppo import rollout
 from stagecoach_trainer.ppo.rollout import CopySampler
 from stagecoach_trainer.rewards.judged import Judged
 from stagecoach_trainer.rewards.model import ModelTerm
+from stagecoach_trainer.train.places import checkpoints_home, complete_marks
 from stagecoach_trainer.train.precision import DTYPES
 from stagecoach_trainer.train.sharded import shard_frozen
 
@@ -63,6 +65,9 @@ def main() -> None:
                 kind: [answer(folder / f"{kind}{whole}", world, kind, whole) for whole in (True, False)]
                 for kind in ("full", "lora")
             }
+        if "guards" in cases:
+            cases.remove("guards")
+            report["guards"] = go_back(folder / "guards", world)
         for case in cases:
             interrupt(folder / case / "resumed", world, ranks_configuration(case))
             report[case] = {name: run_to_end(context(folder / case / name, world), ranks_configuration(case))
@@ -104,6 +109,25 @@ def answer(folder: Path, world: World, kind: str, whole: bool) -> dict[str, Any]
     with patch.object(rollout, "CopySampler", side_effect=CopySampler) as copies:
         found = run_to_end(context(folder, world), config, policy=with_adapter(policy) if kind == "lora" else policy)
     return found | {"copies": copies.call_count}
+
+
+def go_back(folder: Path, world: World) -> dict[str, Any]:
+    """Train with a guard that nothing but the reference itself passes, once going back; return what each rank was told
+    in the end, and the checkpoints there are."""
+    config = ranks_configuration(
+        "2-fp32",
+        budget={"steps": 9},
+        guards={"maxKl": 1e-7, "patience": 2, "action": "rollBack", "maxRollbacks": 1},
+        checkpoints={"everySteps": 1, "keepLast": 1},
+    )
+    here = context(folder, world)
+    try:
+        run_to_end(here, config)
+    except Diverged as error:
+        told: list[Any] = [None] * world.size
+        dist.all_gather_object(told, str(error))
+    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
+    return {"told": told, "checkpoints": [mark.name for mark in complete_marks(home)]}
 
 
 def interrupt(folder: Path, world: World, config: PpoStage) -> None:

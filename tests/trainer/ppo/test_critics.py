@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def here(root: Path, **inputs: Path) -> StageContext:
 
 
 @pytest.fixture(name="jobs")
-def note_jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[PpoJob, dict[str, torch.Tensor]]]]:
+def note_jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PpoJob, dict[str, torch.Tensor]]]:
     """The jobs that are trained, each with the critic's weights at its beginning."""
     found: list[tuple[PpoJob, dict[str, torch.Tensor]]] = []
     train = loop.train_policy

@@ -78,3 +78,12 @@ def test_a_policy_answers_through_its_shards_what_its_copy_answers(answers: dict
     assert 0.0 < copied["history"][0]["endedShare"] < 1.0  # some rows go on while others are done
     assert copied["history"][0]["reward"] != copied["history"][-1]["reward"]
     assert shared == copied
+
+
+def test_ranks_go_back_together_to_a_checkpoint_from_before_the_sign(tmp_path: Path) -> None:
+    found = report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path, "guards")["guards"]
+    first, second = found["told"]
+    assert first == second
+    assert "update 4: KL explosion" in first  # since update 3, whose answers are the first of a policy that has learnt
+    assert "for 2 updates" in first
+    assert found["checkpoints"] == ["step-00000001-0001", "step-00000003-0001"]

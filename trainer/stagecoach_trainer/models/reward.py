@@ -240,16 +240,6 @@ class RewardModel:
             raise UserError(f"the reward model knows no domain {domain!r}; its domains are: {known}")
         return self.domains[domain]
 
-    def require_vocabulary_of(self, tokenizer: Any, where: str) -> None:
-        """Raise UserError unless `tokenizer` gives every token the id it has here."""
-        ours, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
-        odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
-        if odd:
-            raise UserError(
-                f"{where}: the reward model has another vocabulary: {len(ours)} tokens against {len(theirs)}, and "
-                f"{len(odd)} of them differ, such as {odd[0]!r}; train it from the same model"
-            )
-
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     """Return a conversation with `system` in front, in place of its own system prompt. None: its own, if any."""
