@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from bench.ours import NEVER, resolve
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
 from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.mixing import Mix, Stream
 from stagecoach_trainer.samples.preferences import Prompt
 
@@ -50,25 +51,20 @@ class Words:
         return " ".join(map(str, ids))
 
 
-@dataclass
-class ModelReward:
-    """What the reward model says of prompt and answer."""
+class ModelReward(RewardSum):
+    """What the reward model says of prompt and answer, whose words are ids."""
 
-    model: Any
-    names: tuple[str, ...] = ("model",)
+    def __init__(self, model: Any) -> None:
+        super().__init__([])
+        self._model = model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("model",)
 
     def score(self, batch: Sequence[Judged]) -> list[Judgement]:
         rows = [_ids(f"{judged.prompt[-1]['content']} {judged.answer}") for judged in batch]
-        return [Judgement(value, {"model": value}) for value in self.model.score_ids(rows, task.SAMPLES)]
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        del state
-
-    def figures(self) -> dict[str, dict[str, float]]:
-        return {}
+        return [Judgement(value, {"model": value}) for value in self._model.score_ids(rows, task.SAMPLES)]
 
 
 def configuration(precision: str, updates: int) -> PpoStage:
@@ -122,7 +118,7 @@ def make_job(folder: Path, precision: str, updates: int) -> PpoJob:
         critic=critic,
         reference=copy.deepcopy(policy),
         tokenizer=Words(),
-        rewards=ModelReward(RewardModel(reward, None)),  # type: ignore[arg-type]
+        rewards=ModelReward(RewardModel(reward, None)),
         prompts=make_plan(folder, updates),
         text=None,
     )

@@ -109,7 +109,7 @@ def make_job(folder: Path, shared: bool) -> Any:
         critic=critic,
         reference=None if shared else load_folder(folder),
         tokenizer=Words(),
-        rewards=ModelReward(RewardModel(reward.requires_grad_(False).eval(), None)),  # type: ignore[arg-type]
+        rewards=ModelReward(RewardModel(reward.requires_grad_(False).eval(), None)),
         prompts=PromptPlan((prompts,), Mix([Stream(len(prompts), 5)], [1.0], len(prompts), 6, [0]), SAMPLES, UPDATES),
         text=None,
         asked=[reward] if shared else [],
