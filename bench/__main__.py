@@ -1,9 +1,11 @@
-"""`python -m bench [NAME …]`: measure, print a table, write `bench/results/latest.json` and `alignment.json`."""
+"""`python -m bench [NAME …]`: measure, print tables, write the figures of each bench that ran to its place in
+`bench/results/latest.json` or `alignment.json`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -41,15 +43,21 @@ def main() -> int:
         started = time.monotonic()
         package = "bench.alignment" if name in ALIGNMENT else "bench"
         found[name] = importlib.import_module(f"{package}.{name}").figures()
+        record(name, found[name])
         console.print(f"{name}: {time.monotonic() - started:.0f} s", style="dim")
-    for group, path, peer in ((TRAINING, TRAINING_RESULTS, "Trainer"), (ALIGNMENT, ALIGNMENT_RESULTS, "peer")):
+    for group, peer in ((TRAINING, "Trainer"), (ALIGNMENT, "peer")):
         of_group = [figure for name in group for figure in found.get(name, ())]
         if of_group:
             console.print(table(of_group, peer))
-        if set(group) <= set(found):
-            write_result(path, [figure.as_json() for figure in of_group])
-            console.print(f"written to {path}")
     return exit_code([figure for figures in found.values() for figure in figures])
+
+
+def record(name: str, found: Sequence[Figure]) -> None:
+    """Put the figures of a bench in the place of those of its last run."""
+    group, path = (TRAINING, TRAINING_RESULTS) if name in TRAINING else (ALIGNMENT, ALIGNMENT_RESULTS)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known[name] = [figure.as_json() for figure in found]
+    write_result(path, {each: known[each] for each in group if each in known})
 
 
 def told(found: Sequence[Figure], peer: str = "peer") -> int:

@@ -56,7 +56,7 @@ class ModelReward(RewardSum):
 
     def __init__(self, model: Any) -> None:
         super().__init__([])
-        self._model = model
+        self.model = model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class ModelReward(RewardSum):
 
     def score(self, batch: Sequence[Judged]) -> list[Judgement]:
         rows = [_ids(f"{judged.prompt[-1]['content']} {judged.answer}") for judged in batch]
-        return [Judgement(value, {"model": value}) for value in self._model.score_ids(rows, task.SAMPLES)]
+        return [Judgement(value, {"model": value}) for value in self.model.score_ids(rows, task.SAMPLES)]
 
 
 def configuration(precision: str, updates: int) -> PpoStage:
