@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from model_makers import DATA, make_tokenizer
 
@@ -64,14 +64,18 @@ def make_encoder(
 
 
 def plain_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """Encode text that follows other text: behind the special token that begins a text, which is then taken away."""
+    """Encode text that follows other text. `special`: names of special tokens in it stand for those; else, as in what
+    people write, they are words like any other."""
     backend = tokenizer.backend_tokenizer
     if special:
         return [int(one) for one in backend.encode(f"<s>{text}", add_special_tokens=False).ids[1:]]
-    ids = [int(one) for one in backend.encode(f"<s>\n{text}", add_special_tokens=False).ids[1:]]
-    newline = [int(one) for one in backend.encode("<s>\n", add_special_tokens=False).ids[1:]]
-    assert ids[: len(newline)] == newline
-    return ids[len(newline) :]
+    backend.encode_special_tokens = True
+    try:
+        before, both = (backend.encode(one, add_special_tokens=False).ids for one in (".\n", f".\n{text}"))
+    finally:
+        backend.encode_special_tokens = False
+    assert both[: len(before)] == before
+    return [int(one) for one in both[len(before) :]]
 
 
 def asked_ids(tokenizer: Any, record: Record, words: str) -> list[int]:
@@ -181,6 +185,8 @@ ANSWERS = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ANSWERS, st.sampled_from([VICUNA, CHATML, Template(name=TemplateName.ALPACA)]), st.integers(40, 200))
+@example(["<s>", "<"], VICUNA, 153)
+@example(["<", "</s>"], CHATML, 167)
 def test_loss_lies_on_answers_and_the_end_alone_whatever_the_answers(
     answers: list[str], template: Template, length: int
 ) -> None:
