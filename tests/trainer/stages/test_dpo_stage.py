@@ -207,7 +207,7 @@ def test_the_report_counts_what_became_of_the_answers(tmp_path: Path) -> None:
         ({"sequenceLength": 8}, "no preference to learn from is left"),
         ({"earlyStop": {"set": "other"}}, "earlyStop.set"),
         ({"data": [{"uri": "labels"}]}, "kto"),
-        ({"reference": {"uri": "other"}}, "another vocabulary than `model`"),
+        ({"reference": {"uri": "other"}}, "reference: it has another vocabulary"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -12,12 +12,12 @@ from stagecoach_api.references import Reference
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.training import Rows
 from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model, read_card
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.safety import CONFIG, read_json, require_folder
 from stagecoach_trainer.models.start import Start
 from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
+from stagecoach_trainer.models.vocabularies import require_same_vocabulary
 
 CLASSIFIER = "ForSequenceClassification"
 """End of the name of an architecture that is a reward model."""
@@ -87,16 +87,11 @@ def _is_reward_model(context: StageContext, source: Reference) -> bool:
 
 
 def _require_same(policys: Any, critics: Any, whose: str) -> None:
-    """Raise UserError unless both vocabularies give every token the same id."""
-    ours, theirs = policys.get_vocab(), critics.get_vocab()
-    odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
-    if odd:
-        raise UserError(
-            f"{whose} has another vocabulary: {len(theirs)} tokens against the policy's {len(ours)}, and {len(odd)} of "
-            f"them differ, such as {odd[0]!r}, so it cannot become the critic, which reads the policy's tokens; name "
-            "as `critic.model` a model of the policy's vocabulary: a reward model, or a language model such as `model` "
-            "itself"
-        )
+    remedy = (
+        "the critic reads the policy's tokens, so name as `critic.model` a model of the policy's vocabulary: a reward "
+        "model, or a language model such as `model` itself"
+    )
+    require_same_vocabulary(policys, critics, whose, remedy)
 
 
 def _choose_trained(model: Any, config: PpoStage, context: StageContext, start: Start) -> Any:

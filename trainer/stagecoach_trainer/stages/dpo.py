@@ -20,6 +20,7 @@ from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model, own_tokenizer
 from stagecoach_trainer.models.start import Start, position_change, save_result
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
+from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import (
     GROUP_LOSSES,
@@ -155,11 +156,4 @@ def _check_vocabulary(config: DpoStage, context: StageContext, start: Start) -> 
     tokenizer = own_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"reference: {path} has no vocabulary to be compared with the policy's; put it there")
-    ours, theirs = start.tokenizer.get_vocab(), tokenizer.get_vocab()
-    odd = sorted({token for token, _ in set(ours.items()) ^ set(theirs.items())})
-    if odd:
-        raise UserError(
-            f"reference: it has another vocabulary than `model`: {len(theirs)} tokens against {len(ours)}, and "
-            f"{len(odd)} of them differ, such as {odd[0]!r}; name a model of the same vocabulary, or leave `reference` "
-            "out to hold the policy to its own start"
-        )
+    require_vocabulary_of_reference(start.tokenizer, tokenizer)

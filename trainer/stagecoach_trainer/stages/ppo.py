@@ -15,6 +15,7 @@ from stagecoach_trainer.models.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.start import Start, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.ppo.critics import make_critic
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
 from stagecoach_trainer.ppo.sharing import share_frozen
@@ -129,12 +130,7 @@ def _reference(config: PpoStage, context: StageContext, start: Start) -> Any | N
     lora = config.trainable.lora
     if config.reference is not None:
         loaded = load_model(context, config.reference)
-        ours, theirs = start.tokenizer.get_vocab(), loaded.require_tokenizer().get_vocab()
-        if ours != theirs:
-            raise UserError(
-                f"reference: it has another vocabulary: {len(theirs)} tokens against {len(ours)}; name the model that "
-                "the policy comes from"
-            )
+        require_vocabulary_of_reference(start.tokenizer, loaded.require_tokenizer())
         return loaded.model
     if lora is not None and not lora.modules_to_save and not lora.new_rows:
         return None
