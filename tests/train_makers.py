@@ -22,6 +22,7 @@ from stagecoach_api.store import open_store
 from stagecoach_api.training import Batch, MeasuredTraining, Optimizer
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.progress import Progress
+from stagecoach_trainer.train.places import complete_marks
 from stagecoach_trainer.train.rows import IGNORE, Row
 
 VOCABULARY = 197
@@ -95,6 +96,11 @@ def training(micro_batch_rows: int = 2, **settings: Any) -> MeasuredTraining:
         "precision": "fp32",
     }
     return MeasuredTraining(**(values | settings))
+
+
+def complete_steps(home: Path) -> list[int]:
+    """Return the steps whose checkpoint has a manifest, in ascending order."""
+    return sorted({mark.step for mark in complete_marks(home)})
 
 
 def context(folder: Path, world: World | None = None, seed: int = 7) -> StageContext:

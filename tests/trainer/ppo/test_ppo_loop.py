@@ -26,7 +26,7 @@ from ppo_makers import (
     reward_of,
     with_adapter,
 )
-from train_makers import RandomPlan, context, equal_weights, row, weights
+from train_makers import RandomPlan, complete_steps, context, equal_weights, row, weights
 
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_trainer.context import StageContext
@@ -35,7 +35,7 @@ from stagecoach_trainer.ppo import kept
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, own_mini_batches
 from stagecoach_trainer.train import checkpoint
-from stagecoach_trainer.train.places import checkpoints_home, complete_steps
+from stagecoach_trainer.train.places import checkpoints_home
 
 HERE = Path(__file__).parent
 UPDATES, SAMPLES, ROUNDS = 5, 16, 4

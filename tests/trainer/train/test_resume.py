@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from train_makers import RandomPlan, context, disk_full_beyond, equal_weights, row, tiny_model, training, weights
+from train_makers import (
+    RandomPlan,
+    complete_steps,
+    context,
+    disk_full_beyond,
+    equal_weights,
+    row,
+    tiny_model,
+    training,
+    weights,
+)
 
 from stagecoach_api.artifacts import checkpoint_prefix
 from stagecoach_trainer.context import StageContext
@@ -22,7 +32,7 @@ from stagecoach_trainer.errors import Interrupted
 from stagecoach_trainer.train.checkpoint import steps_to_delete
 from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.train.loop import train
-from stagecoach_trainer.train.places import checkpoints_home, complete_steps
+from stagecoach_trainer.train.places import checkpoints_home
 
 HELD_OUT = (HeldOutSet("zh", (row((10, 9), 1), row((12,), 2)), 40),)
 HERE = Path(__file__).parent

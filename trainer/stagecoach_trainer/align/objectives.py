@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from stagecoach_api.stages.reward_model import PreferenceLoss
 from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
-from stagecoach_trainer.models.reward import last_rewards, pad_right
+from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
 from stagecoach_trainer.samples.preferences import Counting, Group
-from stagecoach_trainer.train.causal import causal_model
 from stagecoach_trainer.train.fast_llama import fast_llama
 from stagecoach_trainer.train.objective import UnpackedObjective
 
@@ -99,9 +98,7 @@ class RewardLoss(nn.Module):
 
     @property
     def decoder(self) -> nn.Module:
-        classifier = causal_model(self.model)
-        decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
-        return decoder
+        return decoder_of(self.model)
 
     def rewards(self, batch: PairBatch) -> Tensor:
         """Return the reward of each sequence, fp32 [B]."""

@@ -96,7 +96,7 @@ def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, keyword: str | 
 
     `model`: a reward model, or a PEFT model around one; `keyword` as `states_at` takes it.
     """
-    return score_states(model, last_states(_decoder(model), tokens, last, keyword))
+    return score_states(model, last_states(decoder_of(model), tokens, last, keyword))
 
 
 def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, keyword: str | None = None) -> Tensor:
@@ -105,7 +105,8 @@ def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, keyword: str |
     return states_at(decoder, tokens, at, last, keyword)
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return what lies below the head of a reward model, or of a PEFT model around one."""
     classifier = causal_model(model)
     decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
     return decoder
@@ -137,7 +138,7 @@ class Body(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.decoder = _decoder(model)
+        self.decoder = decoder_of(model)
 
     def forward(self, tokens: Tensor, last: Tensor) -> Tensor:
         """Return the states [B, D] at position `last` [B] of each row of `tokens` [B, T]."""

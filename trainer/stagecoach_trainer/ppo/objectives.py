@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stagecoach_api.stages.ppo import PolicyLoss
 from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
 from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
-from stagecoach_trainer.models.reward import score_states
+from stagecoach_trainer.models.reward import decoder_of, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
 from stagecoach_trainer.samples.encoding import Ids
 from stagecoach_trainer.train.causal import CausalLoss, causal_model, head_weight
@@ -230,9 +230,7 @@ class Critic(nn.Module):
 
     @property
     def decoder(self) -> nn.Module:
-        classifier = causal_model(self.model)
-        decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
-        return decoder
+        return decoder_of(self.model)
 
     def values(self, batch: AnswerBatch) -> Tensor:
         """Return what is expected in front of each token of the answers, fp32 [M]."""

@@ -50,11 +50,6 @@ def complete_marks(home: Path) -> list[Mark]:
     return sorted(mark for mark in found if mark is not None)
 
 
-def complete_steps(home: Path) -> list[int]:
-    """Return the steps whose checkpoint has a manifest, in ascending order."""
-    return sorted({mark.step for mark in complete_marks(home)})
-
-
 def delete_checkpoints(store: Store, cache: Path, digest: str) -> None:
     """Delete the checkpoints of a stage whose artifact is published."""
     store.delete(checkpoints_prefix(digest))
