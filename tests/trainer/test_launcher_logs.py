@@ -265,8 +265,8 @@ def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_goes_on(tmp_path: Pat
         shown = read_to(launcher.stdout, b"while full 001999\n")  # what is shown has been offered to the log before
         process.rlimit(psutil.RLIMIT_FSIZE, (unlimited, unlimited))
         (attempt.work / "room").touch()
-        output = (shown + launcher.communicate()[0]).decode()
-        assert launcher.returncode == 0, output
+        output = (shown + launcher.stdout.read()).decode()  # its stdin stays open: the end of that would stop it
+        assert launcher.wait(60) == 0, output
     log = stored_logs(attempt)[0]
     assert "while full 001999\n" not in log
     assert "bytes are missing here: File too large]\nafter\n" in log
