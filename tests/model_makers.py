@@ -5,13 +5,25 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from stagecoach_api.artifacts import REPORT, ResolvedInput, ResolvedStage
 from stagecoach_api.store import open_store
@@ -77,6 +89,30 @@ def make_model(rows: int, seed: int = 0, tied: bool = False, hidden: int = 32) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+# -- other families ----------------------------------------------------------------------------------------------------
+
+CONTEXT = 256
+_SIZES: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
+_CONTEXT = {"max_position_embeddings": CONTEXT}
+FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "gpt2": partial(GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, embd_pdrop=0.0, resid_pdrop=0.0),
+    "opt": partial(OPTConfig, **_SIZES, **_CONTEXT, dropout=0.0, ffn_dim=64, word_embed_proj_dim=32),
+    "bloom": partial(BloomConfig, hidden_size=32, n_layer=2, n_head=4),
+    "gpt_neox": partial(GPTNeoXConfig, **_SIZES, **_CONTEXT, intermediate_size=64),
+    "qwen2": partial(Qwen2Config, **_SIZES, **_CONTEXT, intermediate_size=64, num_key_value_heads=2),
+}
+"""Small models that are no LLaMA, without dropout. GPT-2 and OPT have learned positions for `CONTEXT` tokens, BLOOM has
+ALiBi, the others have rotary ones."""
+
+
+def family_config(family: str, rows: int) -> PreTrainedConfig:
+    """Return the configuration of a model of the family with `rows` rows."""
+    return FAMILIES[family](vocab_size=rows, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+
+# -- models on disk ----------------------------------------------------------------------------------------------------
 
 
 def weights_of(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

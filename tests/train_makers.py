@@ -64,6 +64,8 @@ class RandomPlan:
     num_rows: int = 4
     length: int = 24
     packed: bool = True
+    packed_from: int = 0
+    """The first step with packed rows."""
     masked_share: float = 0.3
     rate: float = 1e-2
     theta_from: tuple[int, float] | None = None
@@ -72,7 +74,8 @@ class RandomPlan:
         return self.length
 
     def rows(self, step: int) -> list[Row]:
-        lengths = (self.length // 3, self.length - self.length // 3) if self.packed else (self.length,)
+        packed = self.packed and step >= self.packed_from
+        lengths = (self.length // 3, self.length - self.length // 3) if packed else (self.length,)
         return [row(lengths, 1000 * step + index, self.masked_share) for index in range(self.num_rows)]
 
     def learning_rate(self, step: int) -> float:

@@ -134,7 +134,8 @@ class SftStage(TextTraining):
     """Which tokens carry loss. Default: what the assistant says and the tools it calls."""
 
     packing: bool = True
-    """Put several conversations into one row; none sees another. Default: true."""
+    """Put several conversations into one row; none sees another. Models whose attention cannot tell them apart (BLOOM,
+    OPT) are refused and need `false`. Default: true."""
 
     too_long: TooLong = TooLong.DROP
     """`split` between turns into several samples (the system prompt stays in front of each), `drop` and count, `cut` at

@@ -64,9 +64,9 @@ def test_the_canary_has_nothing_to_look_at_where_no_row_is_packed() -> None:
 class LeakyLoss(CausalLoss):
     """Uses a cache, with which transformers 5.23 lets packed samples see each other."""
 
-    def hidden(self, batch: Any) -> torch.Tensor:
+    def hidden(self, batch: Any, **keywords: Any) -> torch.Tensor:
         state: torch.Tensor = self.decoder(
-            input_ids=batch.tokens, position_ids=batch.positions, use_cache=True
+            input_ids=batch.tokens, position_ids=batch.positions, use_cache=True, **keywords
         ).last_hidden_state
         return state
 
@@ -80,3 +80,19 @@ def test_a_leak_stops_training_before_its_first_step(tmp_path: Any, monkeypatch:
     monkeypatch.setattr("stagecoach_trainer.train.objective.CausalLoss", LeakyLoss)
     with pytest.raises(UserError, match="packing: false"):
         train(TrainingJob(tiny_model(), training(), RandomPlan()), context(tmp_path))
+
+
+def test_where_the_first_steps_are_not_packed_a_leak_stops_training_before_the_first_that_is(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stagecoach_trainer.train.objective.CausalLoss", LeakyLoss)
+    made: list[int] = []
+
+    class Plan(RandomPlan):
+        def learning_rate(self, step: int) -> float:
+            made.append(step)
+            return super().learning_rate(step)
+
+    with pytest.raises(UserError, match="packed samples see each other"):
+        train(TrainingJob(tiny_model(), training(), Plan(packed_from=2)), context(tmp_path))
+    assert made == [0, 1]

@@ -1,4 +1,5 @@
-"""Switching dropout off, where a model must say in training what it says when it is asked."""
+"""Dropout: that of attention as a stage sets it, and none at all where a model must say in training what it says when
+it is asked."""
 
 from __future__ import annotations
 
@@ -7,8 +8,25 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from stagecoach_trainer.errors import UserError
+
 WORDS = ("dropout", "pdrop")
 """Parts of the names that transformers gives to dropout probabilities."""
+IN_ATTENTION = ("attention_dropout", "attn_dropout")
+"""Names that it gives to that of the attention weights: a probability (LLaMA) or a layer (BLOOM, GPT-2)."""
+
+
+def set_attention_dropout(model: nn.Module, probability: float) -> None:
+    """Set the dropout probability of the attention weights. Raises UserError where a model has none and is to."""
+    places = [
+        (module, name) for module in model.modules() for name in IN_ATTENTION if getattr(module, name, None) is not None
+    ]
+    if probability > 0.0 and not places:
+        raise UserError(f"attentionDropout: {type(model).__name__} has none that can be set; leave it out")
+    for module, name in places:
+        held = getattr(module, name)
+        holder, attribute = (held, "p") if isinstance(held, nn.Dropout) else (module, name)
+        setattr(holder, attribute, probability)
 
 
 def switch_off_dropout(model: nn.Module) -> dict[str, float]:

@@ -98,12 +98,22 @@ def _start(context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Pat
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
-def position_change(longest: int, theta: float | None = None, scaling: RopeScaling | None = None) -> ConfigChange:
+def position_change(
+    longest: int, theta: float | None = None, scaling: RopeScaling | None = None, must_rotate: bool = False
+) -> ConfigChange:
     """Return a change of a configuration's positions: a new base, stretched positions, and a stated context of at
-    least `longest` tokens."""
+    least `longest` tokens.
+
+    Positions that are not rotary stay as they are: learned ones (GPT-2, OPT) end where they end, and ALiBi (BLOOM) has
+    no end. The change raises UserError where more is asked of them; `must_rotate`: something is, later on.
+    """
 
     def change(config: PreTrainedConfig) -> None:
-        rope = dict(config.rope_parameters)
+        rotary = getattr(config, "rope_parameters", None)
+        if rotary is None:
+            _require_no_change(config, longest, must_rotate or theta is not None or scaling is not None)
+            return
+        rope = dict(rotary)
         stated = int(config.max_position_embeddings)
         if theta is not None:
             rope["rope_theta"] = theta
@@ -118,6 +128,17 @@ def position_change(longest: int, theta: float | None = None, scaling: RopeScali
         config.max_position_embeddings = stated if dynamic else max(stated, longest)
 
     return change
+
+
+def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool) -> None:
+    if must_rotate:
+        raise UserError(f"ropeTheta, ropeScaling: {config.model_type} has no rotary positions; leave them out")
+    learned = getattr(config, "max_position_embeddings", None)
+    if learned is not None and longest > learned:
+        raise UserError(
+            f"sequenceLength: {longest} tokens, and the {config.model_type} has learned positions for {learned}; "
+            f"give {learned} at most"
+        )
 
 
 # -- the result --------------------------------------------------------------------------------------------------------

@@ -234,7 +234,10 @@ def _names_of(model: Any, modules: Sequence[Any]) -> list[str]:
 
 
 def _check_targets(model: Any, lora: LoraTraining) -> None:
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
+
+    kinds = (nn.Linear, Conv1D)
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, kinds)}
     _require_known("trainable.lora.targets", lora.targets, linear, "linear layers")
     embeddings = set(_names_of(model, [model.get_input_embeddings(), model.get_output_embeddings()]))
     layers = linear | embeddings | {name.rsplit(".", 1)[-1] for name, _ in _norms(model)}

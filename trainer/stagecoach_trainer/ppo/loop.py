@@ -88,7 +88,7 @@ class PpoLoop:
         self._device = training_device(context.world)
         # Before the policy is cast, as it may copy it.
         sampler = make_sampler(job, context, self._device, DTYPES[config.precision])
-        policy_objective = PolicyObjective(config.policy, config.rollout.temperature)
+        self._objective = policy_objective = PolicyObjective(config.policy, config.rollout.temperature)
         critic_objective = CriticObjective(config.critic.clip, job.critic_bias)
         critic_config = config.model_copy(update={"optimizer": config.critic.optimizer or config.optimizer})
         for network in (job.policy, job.critic):
@@ -353,10 +353,11 @@ class PpoLoop:
         mix = self._config.pretraining
         if self._job.text is None or mix is None:
             return []
-        share = deal(self._job.text.rows(step), self._micro_rows, self._world.rank, self._world.size)
-        objective = PolicyObjective(self._config.policy, 1.0)
+        rows = self._job.text.rows(step)
+        self._objective.prove(self._policy.loss, rows, self._device, self._policy.dtype)
+        share = deal(rows, self._micro_rows, self._world.rank, self._world.size)
         scale = mix.weight / max(1, share.num_targets)
-        return [(objective.collate(rows), scale) for rows in share.micro_batches]
+        return [(self._objective.collate(rows), scale) for rows in share.micro_batches]
 
     def _refuse_nonsense(self, side: str, report: StepReport, number: int) -> None:
         if math.isfinite(report.gradient_norm) or report.skipped:

@@ -52,5 +52,6 @@ def _start(config: PretrainStage, context: StageContext, longest: int) -> Start:
         return start
     if config.model is None:
         raise UserError("pretrain: give `model`, or `architecture` with a `tokenizer`")
-    change = position_change(longest, config.rope_theta, config.rope_scaling)
+    rotated_later = any(phase.rope_theta is not None for phase in config.phases)
+    change = position_change(longest, config.rope_theta, config.rope_scaling, rotated_later)
     return start_from_model(context, config, config.model, change)

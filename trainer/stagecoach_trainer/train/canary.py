@@ -1,4 +1,5 @@
-"""The packing canary: before training starts, prove on this very model that packed samples do not see each other.
+"""The packing canary: before a packed row is trained on, prove on this very model that its samples do not see each
+other.
 
 Whether they do depends on the attention implementation, the mask and the cache (position ids separate samples only
 with neither mask nor cache), and a leak shows in no loss curve.
@@ -20,6 +21,17 @@ LONGEST = 512
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative change that rounding may make; a leak changes hidden states by tenths."""
+
+
+class PackingProof:
+    """Makes `check_packing` once, on the first step that has a packed row."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def require(self, loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
+        """Look at a step's global batch. Raises UserError for a leak."""
+        self._given = self._given or check_packing(loss, rows, device, dtype) is not None
 
 
 def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> float | None:
@@ -47,7 +59,8 @@ def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, d
     if not change <= TOLERANCES[dtype]:
         raise UserError(
             f"packed samples see each other: changing one sample moved another's hidden states by {change:.2g} "
-            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed, so set `packing: false`"
+            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed: in `sft` set "
+            "`packing: false`; elsewhere rows of text need a model that can"
         )
     return change
 

@@ -15,6 +15,7 @@ from stagecoach_api.training import Offload, Training
 from stagecoach_trainer import garbage
 from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.errors import Diverged, Interrupted, UserError
+from stagecoach_trainer.models.dropout import set_attention_dropout
 from stagecoach_trainer.train.attention import short_attention
 from stagecoach_trainer.train.causal import causal_model, set_rope_theta
 from stagecoach_trainer.train.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
@@ -25,6 +26,7 @@ from stagecoach_trainer.train.metrics import Meter, StepFlops
 from stagecoach_trainer.train.objective import LanguageModelling, Objective
 from stagecoach_trainer.train.plain import PlainEngine
 from stagecoach_trainer.train.prefetch import Prefetcher, StepInput
+from stagecoach_trainer.train.rows import Unit
 from stagecoach_trainer.train.state import (
     Progression,
     TrainingState,
@@ -65,9 +67,7 @@ def prepare_network(model: nn.Module, config: Training) -> None:
     causal = causal_model(model)
     if config.gradient_checkpointing:
         causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    for module in causal.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = config.attention_dropout
+    set_attention_dropout(causal, config.attention_dropout)
     model.train()
 
 
@@ -115,7 +115,8 @@ class Loop:
     def run(self) -> TrainingResult:
         """Train to the end."""
         self._restore()
-        self._prove()
+        if self._at.step < self._plan.num_steps:
+            self._prove(self._plan.rows(self._at.step))
         if self._at.step == 0:
             self._at.before = self._before()
         gc.collect()
@@ -150,10 +151,8 @@ class Loop:
         if self._world.is_main:
             log.info("going on after step %d of %d", mark.step, self._plan.num_steps)
 
-    def _prove(self) -> None:
-        if self._at.step < self._plan.num_steps:
-            units = self._plan.rows(self._at.step)
-            self._objective.prove(self._engine.loss, units, self._engine.device, self._engine.dtype)
+    def _prove(self, units: Sequence[Unit]) -> None:
+        self._objective.prove(self._engine.loss, units, self._engine.device, self._engine.dtype)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -169,6 +168,7 @@ class Loop:
 
     def _make_step(self, item: StepInput, prefetcher: Prefetcher) -> None:
         self._set_rope(item.step)
+        self._prove(item.units)
         if item.num_targets == 0:
             raise UserError(
                 f"step {item.step + 1}: nothing in the whole batch carries loss; check `loss.roles`, the template and "

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from stagecoach_trainer.train.canary import check_packing
+from stagecoach_trainer.train.canary import PackingProof
 from stagecoach_trainer.train.causal import CausalLoss
 from stagecoach_trainer.train.collate import collate
 from stagecoach_trainer.train.fast_llama import fast_llama
@@ -49,7 +49,8 @@ class Objective(Protocol):
         still takes part in collective calls."""
 
     def prove(self, module: Any, units: Sequence[Unit], device: torch.device, dtype: torch.dtype) -> None:
-        """Raise UserError where the first step's units show that the model cannot be trained this way."""
+        """Raise UserError where the model cannot be trained on the units of a step. Asked before every step, of the
+        global batch; what has been proved need not be proved again."""
 
     def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Return a context in which the module's model computes faster, if that is known how."""
@@ -58,6 +59,9 @@ class Objective(Protocol):
 class LanguageModelling:
     """Next-token prediction on packed rows."""
 
+    def __init__(self) -> None:
+        self._packing = PackingProof()
+
     def module(self, model: nn.Module) -> nn.Module:
         return CausalLoss(model)
 
@@ -65,7 +69,7 @@ class LanguageModelling:
         return collate(units)
 
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
-        check_packing(module, units, device, dtype)
+        self._packing.require(module, units, device, dtype)
 
     def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
         return fast_llama(module, device, dtype)

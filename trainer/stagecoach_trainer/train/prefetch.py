@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stagecoach_trainer.context import World
 from stagecoach_trainer.train.deal import deal
 from stagecoach_trainer.train.objective import MicroBatch, Objective
-from stagecoach_trainer.train.rows import StepPlan
+from stagecoach_trainer.train.rows import StepPlan, Unit
 
 DEPTH = 2
 """Steps prepared ahead."""
@@ -24,6 +24,8 @@ class StepInput:
     """What this rank computes in one optimiser step."""
 
     step: int
+    units: Sequence[Unit]
+    """The global batch."""
     batches: tuple[MicroBatch, ...]
     num_targets: int
     """Positions with loss in the global batch."""
@@ -39,10 +41,12 @@ def prepare(
     plan: StepPlan, objective: Objective, step: int, micro_batch_rows: int, world: World, pin: bool
 ) -> StepInput:
     """Return this rank's part of a step, as tensors."""
-    share = deal(plan.rows(step), micro_batch_rows, world.rank, world.size)
+    units = plan.rows(step)
+    share = deal(units, micro_batch_rows, world.rank, world.size)
     batches = tuple(objective.collate(rows) for rows in share.micro_batches)
     return StepInput(
         step=step,
+        units=units,
         batches=tuple(batch.pinned() for batch in batches) if pin else batches,
         num_targets=share.num_targets,
         num_tokens=share.num_tokens,

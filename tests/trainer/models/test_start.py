@@ -1,0 +1,127 @@
+"""What a stage starts from: models of other families than LLaMA, and changed positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_makers import CONTEXT, FAMILIES, family_config, make_tokenizer, report_of
+from torch import nn
+from train_makers import training
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from workshop_makers import Workshop
+
+from stagecoach_api.stages.pretrain import RopeScaling, RopeScalingName
+from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.start import position_change
+from stagecoach_trainer.train.loop import prepare_network
+
+NOT_PACKED = ("bloom", "opt")
+"""BLOOM's ALiBi counts from the beginning of the row; OPT's mask is made without looking at the positions."""
+TARGETS = {"gpt2": "c_attn", "opt": "q_proj", "bloom": "query_key_value", "gpt_neox": "dense", "qwen2": "q_proj"}
+
+
+def make_config(family: str) -> PreTrainedConfig:
+    return family_config(family, rows=len(make_tokenizer()))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, family: str) -> Workshop:
+    """A workshop whose base is a model of the family."""
+    found = Workshop(tmp_path)
+    folder = tmp_path / family
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    found.inputs["base"] = folder
+    return found
+
+
+def test_a_model_of_another_family_learns_and_opens_in_transformers(workshop: Workshop, family: str) -> None:
+    _, output = workshop.sft(packing=False, budget={"steps": 20})
+    report = report_of(workshop.context("sft", "sft"))
+    assert report["history"][-1]["loss"] < report["history"][0]["loss"] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.model_type == family
+    assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
+
+
+def test_its_packed_samples_come_to_the_same_or_are_refused(workshop: Workshop, family: str) -> None:
+    changes: dict[str, Any] = {"sequenceLength": CONTEXT, "batch": {"samples": 10}, "budget": {"steps": 3}}
+    alone, _ = workshop.sft("alone", packing=False, **changes)
+    if family in NOT_PACKED:
+        with pytest.raises(UserError, match=r"packed samples see each other.*`packing: false`"):
+            workshop.sft("packed", **changes)
+        return
+    packed, _ = workshop.sft("packed", **changes)
+    assert packed.tokens == alone.tokens
+    assert packed.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-5)
+
+
+def test_its_adapter_is_trained_and_merged(workshop: Workshop, family: str) -> None:
+    workshop.sft("first", packing=False, trainable={"lora": {"targets": [TARGETS[family]], "rank": 2}})
+    _, merged = workshop.sft("second", packing=False, model={"uri": "first"})
+    assert (merged / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"opt"}))
+def test_the_attention_dropout_of_the_stage_takes_the_place_of_the_models_own(family: str) -> None:
+    model = AutoModelForCausalLM.from_config(make_config(family))
+    prepare_network(model, training(attention_dropout=0.25))
+    assert attention_dropouts(model) == {0.25}
+    prepare_network(model, training())
+    assert attention_dropouts(model) == {0.0}
+
+
+def attention_dropouts(model: nn.Module) -> set[float]:
+    held = [getattr(module, name, None) for module in model.modules() for name in ("attention_dropout", "attn_dropout")]
+    return {item.p if isinstance(item, nn.Dropout) else float(item) for item in held if item is not None}
+
+
+def test_attention_dropout_that_a_model_does_not_know_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(make_config("opt"))
+    prepare_network(model, training())
+    with pytest.raises(UserError, match=r"attentionDropout: OPTForCausalLM has none that can be set; leave it out"):
+        prepare_network(model, training(attention_dropout=0.25))
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_that_is_too_short_is_stated_longer_where_positions_are_rotary() -> None:
+    config = LlamaConfig(max_position_embeddings=128)
+    position_change(500, theta=1e6)(config)
+    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (500, 1e6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_learned_positions_are_enough_or_the_stage_says_how_many_there_are(family: str) -> None:
+    config = make_config(family)
+    position_change(CONTEXT)(config)
+    assert config.max_position_embeddings == CONTEXT
+    with pytest.raises(UserError, match=rf"sequenceLength: 257 tokens, and the {family} has .* for 256; give 256 at"):
+        position_change(CONTEXT + 1)(config)
+
+
+def test_alibi_has_no_end() -> None:
+    config = make_config("bloom")
+    before = config.to_dict()
+    position_change(1 << 20)(config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"theta": 1e6}, {"must_rotate": True}, {"scaling": RopeScaling(name=RopeScalingName.LINEAR, factor=2.0)}],
+    ids=lambda it: str(it),
+)
+def test_rotary_settings_for_a_model_without_rotary_positions_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"ropeTheta, ropeScaling: bloom has no rotary positions; leave them out"):
+        position_change(64, **change)(make_config("bloom"))
