@@ -172,6 +172,17 @@ def test_ranks_share_the_budget(endpoint: Endpoint) -> None:
     assert shares == [3, 3, 2]
 
 
+def test_a_rank_that_asks_for_all_may_spend_the_shares_of_all(endpoint: Endpoint) -> None:
+    judge = judge_of(endpoint.url, World(rank=0, size=3), maxRequests=8, concurrency=6)
+    with judge.for_all_ranks():
+        judge.ask([question(str(number)) for number in range(8)])
+        with pytest.raises(UserError, match="it has made 8 and needs 1 more"):
+            judge.ask([question("one more")])
+    assert endpoint.num_requests == judge.spent == 8
+    with pytest.raises(UserError, match="of this rank's 3 it has made 8"):
+        judge.ask([question("one more")])
+
+
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from reward_makers import Behaviour, Chat, Endpoint, TinyJudge, endpoint_of, fee
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.rewards import RewardSum
+from stagecoach_trainer.rewards import RewardSum, propositions
 from stagecoach_trainer.rewards.asking import read_mark, read_yes_or_no
 from stagecoach_trainer.rewards.hinge import fit_weights, objective
 from stagecoach_trainer.rewards.judged import share_of
@@ -141,10 +141,12 @@ def of_two_ranks(monkeypatch: pytest.MonkeyPatch, sums: Sequence[RewardSum]) -> 
     return dict(states[0])
 
 
-def ranks(root: Path, term: dict[str, Any], size: int) -> list[RewardSum]:
+def ranks(root: Path, term: dict[str, Any], size: int, inputs: dict[str, Path] | None = None) -> list[RewardSum]:
     parsed = (RewardTerm.model_validate(term),)
     worlds = [World(rank, rank, size, size) for rank in range(size)]
-    return [RewardSum.build(parsed, make_context(root / str(world.rank), "ppo", world=world)) for world in worlds]
+    return [
+        RewardSum.build(parsed, make_context(root / str(world.rank), "ppo", inputs, world=world)) for world in worlds
+    ]
 
 
 def test_what_two_ranks_have_spent_one_that_goes_on_has_spent(
@@ -286,6 +288,19 @@ def test_weights_are_fitted_on_ranked_answers_and_outlive_a_resume(tmp_path: Pat
     assert figures["weight.s2"] == 0.25
     assert built.state() == again.state() == resumed.state()
     assert asked == 3 * 7
+
+
+def test_the_rank_that_fits_may_spend_the_budget_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"ranked": write_lines(tmp_path / "ranked.jsonl", RANKED)}
+    fit = {"name": "ranked", "uri": "ranked", "format": "ranked"}
+    monkeypatch.setattr(propositions, "_from_main", lambda context, *fitted: fitted)
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda values, world: values)  # the other has asked nothing
+    with serve(truthful) as running:
+        term = statements(running.url, None, None, 0.25, fit=fit, endpoint=endpoint_of(running.url, maxRequests=21))
+        first, _ = ranks(tmp_path, term, 2, inputs)
+        assert first.prepare()
+    assert running.num_requests == 21
+    assert first._terms[0].term.counts()["requests"] == 11
 
 
 def test_a_judge_that_tells_nothing_apart_is_told(tmp_path: Path) -> None:

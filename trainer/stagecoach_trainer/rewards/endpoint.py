@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ class Judge:
         self._concurrency = max(1, endpoint.concurrency // world.size)
         self.spent = 0
         """Questions this rank has asked, repeats of failed requests apart."""
+
+    @contextmanager
+    def for_all_ranks(self) -> Iterator[None]:
+        """Let this rank use the shares of all, which wait for it and have asked nothing yet."""
+        shares = self._budget, self._concurrency
+        self._budget, self._concurrency = self._endpoint.max_requests, self._endpoint.concurrency
+        try:
+            yield
+        finally:
+            self._budget, self._concurrency = shares
 
     def ask(self, chats: Sequence[Chat]) -> list[str]:
         """Return the reply to each chat, in order.

@@ -90,7 +90,8 @@ class PropositionsTerm(Term):
         answers, pairs = ranked_answers(source, context)
         if not pairs:
             raise UserError(f"{self._where}.fit: `{source.name}` has no prompt with two answers of different rank")
-        features = self.features(answers)
+        with self._judge.for_all_ranks():
+            features = self.features(answers)
         differences = np.stack([features[pair.better] - features[pair.worse] for pair in pairs])
         if not differences.any():
             raise UserError(
