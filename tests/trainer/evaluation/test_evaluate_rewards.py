@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base, write_lines
 from model_makers import make_context, make_model
+from preference_makers import rewards_of
 from reward_makers import TinyJudge, endpoint_of, evaluate_stage, feedback_term, serve
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
@@ -146,7 +147,7 @@ def test_answers_are_judged_behind_the_system_prompt_of_the_tasks_domain(
     report = evaluate(tmp_path / "run", inputs | {"judge": folder}, term, data=on, rivals=[])
     said = [({"role": "user", "content": text},) for text in QUESTIONS]
     asked = list(zip(said, answers_of(tmp_path, inputs, "model"), strict=True))
-    by_hand = {name: sum(reward.score_texts(asked, 1, name)) / len(asked) for name in (None, "poems")}
+    by_hand = {name: sum(rewards_of(reward, asked, 1, name)) / len(asked) for name in (None, "poems")}
     assert report["metrics"]["help.reward"] == pytest.approx(by_hand[domain], abs=1e-5)
     assert abs(by_hand[None] - by_hand["poems"]) > 1e-4
 

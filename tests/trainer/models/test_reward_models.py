@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from model_makers import make_context, make_model, make_tokenizer, outside, save_base
+from preference_makers import rewards_of
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.references import Reference
@@ -104,17 +105,16 @@ def test_texts_are_rendered_by_the_chat_template_with_the_end_token_behind_the_a
     ids = reward.encode([(OTHER, "the dog sleeps")])[0]
     assert ids.tolist() == reward.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ids[-1] == reward.tokenizer.eos_token_id
-    assert reward.score_texts([(OTHER, "the dog sleeps")], 1) == reward.score_ids([ids], 1)
 
 
 def test_the_answer_decides_and_so_does_the_domain() -> None:
     reward = reward_model()
     pair = [(TALK, "a dog is an animal"), (TALK, "")]
-    plain, told = reward.score_texts(pair, 2), reward.score_texts(pair, 2, domain="poems")
+    plain, told = rewards_of(reward, pair, 2), rewards_of(reward, pair, 2, domain="poems")
     assert plain[0] != plain[1]
     assert all(a != b for a, b in zip(plain, told, strict=True))
     by_hand = [(with_system(TALK, "Judge the poem."), answer) for _, answer in pair]
-    assert reward.score_texts(by_hand, 2) == told
+    assert rewards_of(reward, by_hand, 2) == told
 
 
 def test_the_system_prompt_of_the_domain_takes_the_place_of_the_conversations_own() -> None:
@@ -131,7 +131,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(tmp_path: Path, tied: bool) 
     reward = reward_model(tied)
     loaded = load(tmp_path, saved(tmp_path, reward))
     pair = [(TALK, "a dog is an animal"), (OTHER, "月光")]
-    assert loaded.score_texts(pair, 2, "poems") == reward.score_texts(pair, 2, "poems")
+    assert rewards_of(loaded, pair, 2, "poems") == rewards_of(reward, pair, 2, "poems")
     assert (loaded.bias, dict(loaded.domains)) == (0.25, {"poems": "Judge the poem."})
 
 
@@ -245,9 +245,9 @@ def test_tokens_of_another_vocabulary_are_refused() -> None:
 
 def test_an_unknown_domain_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"no domain 'songs'; its domains are: poems"):
-        reward_model().score_texts([(TALK, "x")], 1, domain="songs")
+        rewards_of(reward_model(), [(TALK, "x")], 1, domain="songs")
 
 
 def test_an_answer_to_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="nothing stands in front"):
-        reward_model().score_texts([((), "x")], 1)
+        rewards_of(reward_model(), [((), "x")], 1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from evaluation_makers import chat_tokenizer
 from model_makers import make_context, make_model, make_tokenizer
+from preference_makers import rewards_of
 from reward_makers import feedback_term, make_judged
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
@@ -157,7 +158,7 @@ def test_a_reward_model_reads_text_so_its_vocabulary_may_be_another(
     batch = [make_judged("the dog sleeps"), make_judged("白日依山尽", "床前明月光")]
     built = build(tmp_path, {"model": {"uri": "reward"}, "weight": 3}, inputs={"reward": folder})
     found = [judgement.total / 3 for judgement in built.score(batch)]
-    assert found == pytest.approx(reward.score_texts([(judged.prompt, judged.answer) for judged in batch], 1), abs=1e-5)
+    assert found == pytest.approx(rewards_of(reward, [(judged.prompt, judged.answer) for judged in batch], 1), abs=1e-5)
     assert found[0] != found[1]
     assert list(built.reward_models()) == ["t0"]
 
@@ -181,8 +182,8 @@ def test_each_answer_is_scored_behind_the_system_prompt_of_its_prompts_domain(tm
     asked = ("poems", None, "sums", "poems")
     batch = [replace(make_judged("the dog sleeps", f"say {n}"), domain=domain) for n, domain in enumerate(asked)]
     built = build(tmp_path, {"model": {"uri": "reward"}}, inputs={"reward": tmp_path / "judge" / "model"})
-    expected = [reward.score_texts([(item.prompt, item.answer)], 1, item.domain)[0] for item in batch]
-    plain = [reward.score_texts([(item.prompt, item.answer)], 1)[0] for item in batch]
+    expected = [rewards_of(reward, [(item.prompt, item.answer)], 1, item.domain)[0] for item in batch]
+    plain = [rewards_of(reward, [(item.prompt, item.answer)], 1)[0] for item in batch]
     assert [judgement.total for judgement in built.score(batch)] == pytest.approx(expected, abs=1e-5)
     assert [one == pytest.approx(two, abs=1e-5) for one, two in zip(expected, plain, strict=True)] == [
         domain is None for domain in asked
@@ -197,7 +198,7 @@ def test_reward_models_without_domains_ignore_them_beside_one_that_has_some(tmp_
     built.require_domains({"data[0].domain": "poems", "data[1].domain": None})
     (found,) = built.score([replace(make_judged("a fox"), domain="poems")])
     judged = make_judged("a fox")
-    assert found.terms["t0"] == pytest.approx(plain.score_texts([(judged.prompt, judged.answer)], 1)[0], abs=1e-5)
+    assert found.terms["t0"] == pytest.approx(rewards_of(plain, [(judged.prompt, judged.answer)], 1)[0], abs=1e-5)
     assert found.terms["t1"] != pytest.approx(found.terms["t0"], abs=1e-5)
 
 

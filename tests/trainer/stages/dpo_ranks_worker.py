@@ -12,23 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from model_makers import make_context
+from preference_makers import LEARNS
 
 from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_trainer.context import World
 from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.stages.dpo import run
 
-CONFIG: dict[str, Any] = {
-    "model": {"uri": "base"},
+CONFIG: dict[str, Any] = LEARNS | {
     "reference": {"uri": "other"},
-    "data": [{"uri": "train"}],
-    "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
-    "template": {"name": "humanBot"},
     "sequenceLength": 64,
     "batch": {"samples": 3},
     "budget": {"epochs": 1},
-    "optimizer": {"learningRate": 1e-3},
-    "precision": "fp32",
     "loss": {"kto": {"beta": 0.5}},
 }
 """Seven answers in steps of three: in the last step one of two ranks has nothing to do."""

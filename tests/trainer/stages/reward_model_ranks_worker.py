@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from model_makers import make_context, report_of
+from preference_makers import LEARNS, rewards_of
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.reward_model import RewardModelStage
@@ -22,16 +23,10 @@ from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.stages.reward_model import run
 
-CONFIG: dict[str, Any] = {
-    "model": {"uri": "base"},
-    "data": [{"uri": "train"}],
-    "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
-    "template": {"name": "humanBot"},
+CONFIG: dict[str, Any] = LEARNS | {
     "sequenceLength": 64,
     "batch": {"samples": 3, "microBatchRows": 2},
     "budget": {"epochs": 1},
-    "optimizer": {"learningRate": 1e-3},
-    "precision": "fp32",
     "loss": {"ranked": {}},
 }
 """Seven prompts in steps of three: in the last step one of two ranks has nothing to do."""
@@ -47,7 +42,7 @@ def result_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str,
     if world.is_main:
         reading = make_context(folder / name / "reading", "ppo", {"base": folder / "base", "reward": context.output})
         reward = load_reward_model(reading, Reference(uri="reward"), torch.float32, torch.device("cpu"))
-        found |= {f"reward.{index}": value for index, value in enumerate(reward.score_texts(ASKED, 3))}
+        found |= {f"reward.{index}": value for index, value in enumerate(rewards_of(reward, ASKED, 3))}
         found["bias"] = report_of(context)["bias"]
     return found
 

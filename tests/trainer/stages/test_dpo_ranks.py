@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from model_makers import make_tokenizer, save_base
+from preference_makers import write_labels
 from ranks_makers import report_of_two_ranks
 
 HERE = Path(__file__).parent
 STAGES = ("0", "3")
-WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
-
-
-def write_labels(path: Path, count: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    lines = (
-        {"prompt": " ".join(random.choice(WORDS, 2)), "completion": " ".join(random.choice(WORDS, 4)), "label": odd}
-        for odd in (bool(number % 2) for number in range(count))
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @pytest.mark.timeout(300)

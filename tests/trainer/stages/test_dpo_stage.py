@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from model_makers import content_of, make_context, make_tokenizer, report_of, save_base
+from preference_makers import LEARNS, preference_context, write_labels, write_pairs
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.dpo import DpoStage
@@ -20,64 +20,18 @@ from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.stages import dpo
 from stagecoach_trainer.stages.dpo import run
 
-WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
-GOOD, BAD = "the dog sleeps", "a fox jumps"
 KTO = {"kto": {"beta": 0.5}}
 
 
 # -- makers ------------------------------------------------------------------------------------------------------------
 
 
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def write_pairs(path: Path, count: int, seed: int) -> Path:
-    """Write pairs in which the words of `GOOD` are preferred; both answers have words of no meaning too."""
-    random = np.random.default_rng(seed)
-    lines = []
-    for _ in range(count):
-        prompt, one, two = (" ".join(random.choice(WORDS, 3)) for _ in range(3))
-        lines.append({"prompt": prompt, "chosen": f"{one} {GOOD}", "rejected": f"{two} {BAD}"})
-    return write_lines(path, lines)
-
-
-def write_labels(path: Path, count: int, seed: int) -> Path:
-    """Write single answers, of which every third is a bad one."""
-    random = np.random.default_rng(seed)
-    lines = []
-    for number in range(count):
-        prompt, words = (" ".join(random.choice(WORDS, 3)) for _ in range(2))
-        good = number % 3 != 0
-        lines.append({"prompt": prompt, "completion": f"{words} {GOOD if good else BAD}", "label": good})
-    return write_lines(path, lines)
-
-
 def stage(**changes: Any) -> DpoStage:
-    values: dict[str, Any] = {
-        "model": {"uri": "base"},
-        "data": [{"uri": "train"}],
-        "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
-        "template": {"name": "humanBot"},
-        "sequenceLength": 128,
-        "batch": {"samples": 8, "microBatchRows": 4},
-        "budget": {"steps": 4},
-        "optimizer": {"learningRate": 3e-3},
-        "precision": "fp32",
-    }
-    return DpoStage.model_validate(values | changes)
+    return DpoStage.model_validate(LEARNS | {"budget": {"steps": 4}} | changes)
 
 
 def context_for(root: Path, **inputs: Path) -> StageContext:
-    """Return a context with a base model, training and held-out pairs, where `inputs` has no others."""
-    root.mkdir(parents=True, exist_ok=True)
-    found = {
-        "base": inputs.get("base") or save_base(root / "base", make_tokenizer()),
-        "train": inputs.get("train") or write_pairs(root / "train.jsonl", 24, seed=1),
-        "test": inputs.get("test") or write_pairs(root / "test.jsonl", 8, seed=2),
-    }
-    return make_context(root, "dpo", found | inputs)
+    return preference_context(root, "dpo", (24, 8), **inputs)
 
 
 def stopped_and_resumed(config: DpoStage, context: StageContext, at: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_makers import make_context, make_tokenizer, save_base
 from ppo_makers import adapter_stage, save_adapted_reward
+from preference_makers import rewards_of
 from ranks_makers import report_of_two_ranks
 
 from stagecoach_api.references import Reference
@@ -35,7 +36,7 @@ def test_an_adapter_left_on_its_base_gives_the_rewards_of_the_merged_one(tmp_pat
     context = make_context(tmp_path / "run", "ppo", {"reward": reward})
 
     merged, left = (
-        load_reward_model(context, Reference(uri="reward"), torch.float32, CPU, merge=merge).score_texts(CHAT, 2)
+        rewards_of(load_reward_model(context, Reference(uri="reward"), torch.float32, CPU, merge=merge), CHAT)
         for merge in (True, False)
     )
 

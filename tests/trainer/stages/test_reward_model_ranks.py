@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from model_makers import make_tokenizer, save_base
+from preference_makers import write_rankings
 from ranks_makers import report_of_two_ranks
 
 HERE = Path(__file__).parent
 STAGES = ("0", "2", "3")
-WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
-
-
-def write_rankings(path: Path, count: int, seed: int) -> None:
-    """Write prompts with two to four answers each, the best first."""
-    random = np.random.default_rng(seed)
-    lines = []
-    for number in range(count):
-        answers = [" ".join(random.choice(WORDS, 2 + place)) for place in range(2 + number % 3)]
-        lines.append({"prompt": " ".join(random.choice(WORDS, 2)), "answers": answers})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 @pytest.mark.timeout(300)

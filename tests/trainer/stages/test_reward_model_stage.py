@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from model_makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base
+from preference_makers import BAD, GOOD, LEARNS, preference_context, rewards_of, write_pairs
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.reward_model import (
@@ -29,9 +30,6 @@ from stagecoach_trainer.errors import Interrupted, UserError
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence, pairs_of
 from stagecoach_trainer.stages.reward_model import run
-
-WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
-GOOD, BAD = "the dog sleeps", "a fox jumps"
 
 PAIR = PreferenceLoss(pair=PairLoss())
 RANKED = PreferenceLoss(ranked=RankedLoss())
@@ -53,41 +51,12 @@ def groups(sizes: tuple[int, ...], seed: int = 0, counting: Counting = Counting.
     return found
 
 
-def write_pairs(path: Path, count: int, seed: int, good: str = GOOD, bad: str = BAD) -> Path:
-    """Write pairs in which `good` words are preferred; both answers have words of no meaning too."""
-    random = np.random.default_rng(seed)
-    lines = []
-    for _ in range(count):
-        prompt, one, two = (" ".join(random.choice(WORDS, 3)) for _ in range(3))
-        lines.append({"prompt": prompt, "chosen": f"{one} {good}", "rejected": f"{two} {bad}"})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 def stage(**changes: Any) -> RewardModelStage:
-    values: dict[str, Any] = {
-        "model": {"uri": "base"},
-        "data": [{"uri": "train"}],
-        "heldOut": {"sets": [{"name": "toy", "uri": "test"}]},
-        "template": {"name": "humanBot"},
-        "sequenceLength": 128,
-        "batch": {"samples": 8, "microBatchRows": 4},
-        "budget": {"epochs": 3},
-        "optimizer": {"learningRate": 3e-3},
-        "precision": "fp32",
-    }
-    return RewardModelStage.model_validate(values | changes)
+    return RewardModelStage.model_validate(LEARNS | {"budget": {"epochs": 3}} | changes)
 
 
 def context_for(root: Path, **inputs: Path) -> StageContext:
-    """Return a context with a base model, training and held-out pairs, where `inputs` has no others."""
-    root.mkdir(parents=True, exist_ok=True)
-    found = {
-        "base": inputs.get("base") or save_base(root / "base", make_tokenizer()),
-        "train": inputs.get("train") or write_pairs(root / "train.jsonl", 48, seed=1),
-        "test": inputs.get("test") or write_pairs(root / "test.jsonl", 16, seed=2),
-    }
-    return make_context(root, "rewardModel", found | inputs)
+    return preference_context(root, "rewardModel", (48, 16), **inputs)
 
 
 def loaded(root: Path, context: StageContext, **inputs: Path) -> RewardModel:
@@ -203,8 +172,8 @@ def test_separable_pairs_are_told_apart_and_the_artifact_scores_as_the_report_sa
     reward = loaded(tmp_path, context)
     lines = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = [({"role": "user", "content": line["prompt"]},) for line in lines]
-    better = reward.score_texts([(prompt, line["chosen"]) for prompt, line in zip(asked, lines, strict=True)], 8)
-    worse = reward.score_texts([(prompt, line["rejected"]) for prompt, line in zip(asked, lines, strict=True)], 8)
+    better = rewards_of(reward, [(prompt, line["chosen"]) for prompt, line in zip(asked, lines, strict=True)], 8)
+    worse = rewards_of(reward, [(prompt, line["rejected"]) for prompt, line in zip(asked, lines, strict=True)], 8)
     margins = np.subtract(better, worse)
     assert (margins > 0).all()
     assert margins.mean() == pytest.approx(outcome.metrics["heldOut.toy.margin"], abs=1e-4)
@@ -219,7 +188,7 @@ def test_the_bias_makes_the_mean_reward_of_the_training_set_zero(tmp_path: Path,
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     sides = ("chosen",) if normalize is BiasOn.CHOSEN else ("chosen", "rejected")
     said = [(({"role": "user", "content": line["prompt"]},), line[side]) for line in lines for side in sides]
-    mean = float(np.mean(reward.score_texts(said, 16)))
+    mean = float(np.mean(rewards_of(reward, said, 16)))
     if normalize is BiasOn.NONE:
         assert reward.bias == 0.0
     else:
@@ -236,7 +205,7 @@ def test_an_adapter_is_saved_with_its_head_and_loads_over_its_base(tmp_path: Pat
     assert outcome.metrics["heldOut.toy.accuracy"] > 0.9
     reward = loaded(tmp_path, context)
     prompt = ({"role": "user", "content": "dog fox word"},)
-    better, worse = reward.score_texts([(prompt, GOOD), (prompt, BAD)], 2)
+    better, worse = rewards_of(reward, [(prompt, GOOD), (prompt, BAD)], 2)
     assert better > worse
 
 
@@ -324,7 +293,7 @@ def test_focal_loss_and_conditional_prompts_beat_a_joint_model_on_two_domains_th
     reward = loaded(tmp_path, context)
     asked = [(({"role": "user", "content": "word"},), answer) for answer in (GOOD, BAD)]
     for domain, sign in (("sleep", 1), ("jump", -1)):
-        better, worse = reward.score_texts(asked, 2, domain)
+        better, worse = rewards_of(reward, asked, 2, domain)
         assert sign * (better - worse) > 0
 
 

@@ -174,12 +174,6 @@ class RewardModel:
         causal_model(self.model).score.to(device)
         return replace(self, body=body, world=world)
 
-    def score_texts(
-        self, conversations: Sequence[Conversation], batch_rows: int, domain: str | None = None
-    ) -> list[float]:
-        """Return the reward of each answer. Raises UserError as `encode` does."""
-        return self.score_ids(self.encode(conversations, domain), batch_rows)
-
     def score_ids(self, sequences: Sequence[npt.NDArray[np.int32]], batch_rows: int) -> list[float]:
         """Return the reward of each sequence of this model's token ids: prompt, answer and end token.
 
