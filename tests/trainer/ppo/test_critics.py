@@ -24,10 +24,11 @@ from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.ppo import loop
-from stagecoach_trainer.ppo.objectives import CriticObjective, collate_answers
+from stagecoach_trainer.ppo.objectives import CriticObjective
 from stagecoach_trainer.ppo.setting import PpoJob
 from stagecoach_trainer.stages.ppo import run
 from stagecoach_trainer.text.templates import apply_template
+from stagecoach_trainer.train.answers import collate_answers
 
 BIAS = -3.5
 SHORT = {"name": "short", "length": {"atMost": 12}}

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from stagecoach_trainer.ppo import sampling
 from stagecoach_trainer.ppo.sampling import Decoding, Sampled, draw, sample_answers, uniforms
-from stagecoach_trainer.samples.encoding import Ids
 from stagecoach_trainer.train.attention import short_attention
+from stagecoach_trainer.train.rows import Ids
 
 PLAIN = Decoding(max_new_tokens=12, temperature=1.0, top_p=1.0, ends=(END,))
 CPU = torch.device("cpu")

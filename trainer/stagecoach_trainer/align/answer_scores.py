@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stagecoach_api.stages.dpo import DpoStage
-from stagecoach_trainer.align.direct_objective import AnswerLoss, collate_answers
+from stagecoach_trainer.align.direct_objective import AnswerLoss, collate_sequences
 from stagecoach_trainer.align.reference_table import Scorer
 from stagecoach_trainer.context import World
 from stagecoach_trainer.samples.preferences import TokenSequence
@@ -54,7 +54,7 @@ def score_answers(
         with torch.no_grad():
             for index in range(rounds):
                 batch = mine[index] if index < len(mine) else []
-                answers = collate_answers([sequences[place] for place in batch]).to(device)
+                answers = collate_sequences([sequences[place] for place in batch]).to(device)
                 found[batch] = module(answers).cpu()
                 report(index + 1, rounds)
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stagecoach_api.stages.dpo import DirectLoss
 from stagecoach_trainer.align.answer_scores import answers_at_once, score_answers
 from stagecoach_trainer.align.direct import kl_point, log_ratios
-from stagecoach_trainer.align.direct_objective import answer_tokens, direct_losses, sequences_of
+from stagecoach_trainer.align.direct_objective import direct_losses, prompt_and_answer, sequences_of
 from stagecoach_trainer.align.held_out import pair_places
 from stagecoach_trainer.align.mismatched import mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, windows
@@ -70,7 +70,7 @@ def direct_figures(loss: DirectLoss, groups: Sequence[Group], ratios: Tensor, po
     left out where there is one kind only; `point` is the reference point.
     """
     better, worse = pair_places(groups)
-    lengths = torch.tensor([answer_tokens(item) for item in sequences_of(groups)], dtype=ratios.dtype)
+    lengths = torch.tensor([len(prompt_and_answer(item)[1]) for item in sequences_of(groups)], dtype=ratios.dtype)
     liked = torch.tensor([bool(value) for group in groups if group.liked is not None for value in group.liked])
     losses = direct_losses(loss, ratios, lengths, better, worse, liked, point)
     figures = {"loss": float(losses.mean())}

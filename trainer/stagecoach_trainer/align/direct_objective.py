@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,10 @@ from stagecoach_trainer.align.direct import ipo_losses, kl_point, kto_losses, lo
 from stagecoach_trainer.align.mismatched import PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable
 from stagecoach_trainer.samples.preferences import Counting, Group, Grouping, TokenSequence
-from stagecoach_trainer.train.causal import CausalLoss, causal_model, head_weight
-from stagecoach_trainer.train.collate import Batch, collate
+from stagecoach_trainer.train.answers import AnswerBatch, AnswerModel, collate_answers
 from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.log_probs import token_log_probs, token_log_probs_through
 from stagecoach_trainer.train.objective import UnpackedObjective
-from stagecoach_trainer.train.rows import IGNORE, Row
+from stagecoach_trainer.train.rows import Ids
 
 
 def grouping_of(loss: DirectLoss) -> Grouping:
@@ -41,28 +39,11 @@ def counting_of(loss: DirectLoss) -> Counting:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Prompts with one answer each, as the model takes them."""
-
-    text: Batch
-    """One sequence a row; the answers' tokens are its targets."""
-
-    lengths: tuple[int, ...]
-    """Tokens of each answer [B]; their sum is the number of targets."""
-
-    def to(self, device: torch.device) -> Answers:
-        return self if device.type == "cpu" else replace(self, text=self.text.to(device))
-
-    def pinned(self) -> Answers:
-        return replace(self, text=self.text.pinned())
-
-
-@dataclass(frozen=True)
 class Point:
     """What KTO's reference point of one step is estimated from."""
 
     step: int
-    parts: tuple[Answers, ...]
+    parts: tuple[AnswerBatch, ...]
     """The mismatched sequences, as many at once as fit."""
 
     reference: Tensor
@@ -73,7 +54,7 @@ class Point:
 class DirectBatch:
     """Whole groups as one micro-batch."""
 
-    answers: Answers
+    answers: AnswerBatch
     reference: Tensor
     """Log-probability of each answer under the reference, in nats, fp64 [B]."""
 
@@ -94,7 +75,7 @@ class DirectBatch:
 
     @property
     def tokens(self) -> Tensor:
-        return self.answers.text.tokens
+        return self.answers.tokens
 
     def to(self, device: torch.device) -> DirectBatch:
         if device.type == "cpu":
@@ -104,7 +85,7 @@ class DirectBatch:
     def pinned(self) -> DirectBatch:
         return self._each(lambda tensor: tensor.pin_memory(), lambda answers: answers.pinned())
 
-    def _each(self, tensor: Callable[[Tensor], Tensor], answers: Callable[[Answers], Answers]) -> DirectBatch:
+    def _each(self, tensor: Callable[[Tensor], Tensor], answers: Callable[[AnswerBatch], AnswerBatch]) -> DirectBatch:
         point = self.point
         if point is not None:
             parts = tuple(answers(part) for part in point.parts)
@@ -120,29 +101,22 @@ class DirectBatch:
         )
 
 
-def collate_answers(sequences: Sequence[TokenSequence]) -> Answers:
-    """Lay out prompts with their answers, padded on the right to the longest."""
-    return Answers(
-        collate([_row(sequence) for sequence in sequences]), tuple(answer_tokens(item) for item in sequences)
-    )
-
-
-def answer_tokens(sequence: TokenSequence) -> int:
-    """Return the tokens of the answer that are predicted: all of them, if anything stands in front."""
-    return len(sequence.ids) - max(1, sequence.num_prompt)
-
-
-def _row(sequence: TokenSequence) -> Row:
-    labels = np.full(len(sequence.ids), IGNORE, np.int32)
+def prompt_and_answer(sequence: TokenSequence) -> tuple[Ids, Ids]:
+    """Return the tokens that nothing is asked of, and those that are predicted: of a sequence without a prompt all but
+    the first, which has nothing in front."""
     first = max(1, sequence.num_prompt)
-    labels[first - 1 : -1] = sequence.ids[first:]
-    return Row(sequence.ids, labels, (len(sequence.ids),))
+    return sequence.ids[:first], sequence.ids[first:]
+
+
+def collate_sequences(sequences: Sequence[TokenSequence]) -> AnswerBatch:
+    """Lay out prompts with their answers; all tokens enter the model, as groups count them."""
+    return collate_answers([prompt_and_answer(sequence) for sequence in sequences], whole=True)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 
-class AnswerLoss(CausalLoss):
+class AnswerLoss(AnswerModel):
     """Owns a policy; its forward pass is the loss of a micro-batch of answers."""
 
     def __init__(self, model: nn.Module, loss: DirectLoss) -> None:
@@ -151,27 +125,19 @@ class AnswerLoss(CausalLoss):
         self._point: tuple[int, Tensor] | None = None
         """The step that the reference point was found for, and the point."""
 
-    def log_probs(self, answers: Answers) -> Tensor:
+    def log_probs(self, answers: AnswerBatch) -> Tensor:
         """Return log π(answer | prompt) of each sequence, in nats, fp64 [B]."""
-        text = answers.text
-        hidden, at = self._states(text)
-        weight = None if self.through_module else head_weight(self.head)
-        if weight is None:
-            vocabulary = int(causal_model(self.model).config.vocab_size)
-            found, _ = token_log_probs_through(self.head, hidden, at, text.targets, vocabulary)
-        else:
-            bias = getattr(self.head, "bias", None)
-            found, _ = token_log_probs(hidden, weight, at, text.targets, bias=bias, scratch=self._scratch)
+        found, _ = self.token_log_probs(answers)
         each = found.double()  # a sum of hundreds of tokens, of which a like sum is taken away
         parts = torch.split(each, list(answers.lengths)) if answers.lengths else ()
         return torch.stack([part.sum() for part in parts]) if parts else each
 
-    def forward(self, batch: DirectBatch | Answers, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: DirectBatch | AnswerBatch, scale: float = 1.0) -> Tensor:  # type: ignore[override]
         """Return `scale` · the summed loss of the pairs, or of the answers for KTO, an fp32 scalar.
 
-        Of `Answers` return their log-probabilities, fp64 [B]: only a forward pass makes ZeRO-3 gather the head.
+        Of `AnswerBatch` return their log-probabilities, fp64 [B]: only a forward pass makes ZeRO-3 gather the head.
         """
-        if isinstance(batch, Answers):
+        if isinstance(batch, AnswerBatch):
             return self.log_probs(batch)
         point = self._point_of(batch.point) if batch.point is not None else batch.reference.new_zeros(())
         ratios = log_ratios(self.log_probs(batch.answers), batch.reference)
@@ -230,7 +196,7 @@ class DirectObjective(UnpackedObjective):
         liked = [group.liked for group in groups if group.liked is not None]
         pointed = next((unit for unit in units if isinstance(unit, PointedUnit)), None)
         return DirectBatch(
-            collate_answers(sequences),
+            collate_sequences(sequences),
             self._references.of(sequences),
             _joined(better, np.int64),
             _joined(worse, np.int64),
@@ -241,7 +207,7 @@ class DirectObjective(UnpackedObjective):
 
     def _collate_point(self, unit: PointedUnit) -> Point:
         sequences, size = unit.sequences, self._point_rows
-        parts = tuple(collate_answers(sequences[at : at + size]) for at in range(0, len(sequences), size))
+        parts = tuple(collate_sequences(sequences[at : at + size]) for at in range(0, len(sequences), size))
         return Point(unit.step, parts, self._references.of(sequences))
 
     def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import Interrupted, UserError
 from stagecoach_trainer.samples.preferences import TokenSequence
 
-VERSION = 1
+VERSION = 2
 """Raised when the code would compute other numbers from the same input."""
 
 WINDOW = 1024

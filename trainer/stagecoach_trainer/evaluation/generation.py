@@ -16,9 +16,10 @@ from torch import Tensor
 from stagecoach_api.stages.evaluate import Generation, Samples
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.samples.hindsight import lead_in
 from stagecoach_trainer.text.templates import Message, Renderer, message_of
+from stagecoach_trainer.train.rows import Ids
 
 Report = Callable[[int, int], None]
 

@@ -18,68 +18,12 @@ from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
 from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
 from stagecoach_trainer.models.reward import decoder_of, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
-from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.train.answers import AnswerBatch, AnswerModel, collate_answers
 from stagecoach_trainer.train.canary import PackingProof
-from stagecoach_trainer.train.causal import CausalLoss, causal_model, head_weight
-from stagecoach_trainer.train.collate import PADDING_TOKEN, Batch, collate
+from stagecoach_trainer.train.collate import Batch, collate
 from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.log_probs import token_log_probs, token_log_probs_through
 from stagecoach_trainer.train.objective import MicroBatch, UnpackedObjective
 from stagecoach_trainer.train.unpadded import states_at
-
-
-@dataclass(frozen=True)
-class AnswerBatch:
-    """Answers with their prompts, padded on the right."""
-
-    tokens: Tensor
-    """Token ids [B, T], each answer's last token left out, as nothing is predicted from it."""
-
-    at: Tensor
-    """Places in the flattened [B · T] from which the answers' tokens are predicted, ascending [M]."""
-
-    targets: Tensor
-    """The answers' tokens [M]."""
-
-    last: Tensor
-    """Position of each row's last token [B]."""
-
-    lengths: tuple[int, ...]
-    """Tokens of each answer."""
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.targets)
-
-    def to(self, device: torch.device) -> AnswerBatch:
-        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> AnswerBatch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> AnswerBatch:
-        return AnswerBatch(change(self.tokens), change(self.at), change(self.targets), change(self.last), self.lengths)
-
-
-def collate_answers(pairs: Sequence[tuple[Ids, Ids]]) -> AnswerBatch:
-    """Lay out prompts and answers. Without any: one token, nothing to predict."""
-    length = max((len(prompt) + len(answer) - 1 for prompt, answer in pairs), default=1)
-    tokens = np.full((max(1, len(pairs)), length), PADDING_TOKEN, np.int64)
-    at: list[np.ndarray] = [np.empty(0, np.int64)]
-    last = np.zeros(len(tokens), np.int64)
-    for row, (prompt, answer) in enumerate(pairs):
-        ids = np.concatenate([prompt, answer[:-1]])
-        tokens[row, : len(ids)] = ids
-        last[row] = len(ids) - 1
-        at.append(row * length + np.arange(len(prompt) - 1, len(ids)))
-    targets = np.concatenate([np.empty(0, np.int64), *(answer for _, answer in pairs)])
-    return AnswerBatch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(np.concatenate(at)),
-        torch.from_numpy(targets.astype(np.int64)),
-        torch.from_numpy(last),
-        tuple(len(answer) for _, answer in pairs),
-    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +108,7 @@ class Figures:
         return {name: float(value) for name, value in taken.items()}
 
 
-class Policy(CausalLoss):
+class Policy(AnswerModel):
     """The language model as PPO trains it: log-probabilities of answers, their loss, the next-token loss of text."""
 
     def __init__(self, model: nn.Module, config: PolicyLoss, temperature: float) -> None:
@@ -176,18 +120,7 @@ class Policy(CausalLoss):
     def log_probs(self, batch: AnswerBatch, want_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Return log-probabilities [M] of the answers' tokens at the sampling temperature and, if wanted, the entropies
         [M] there, in nats, fp32."""
-        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.loss_at_keyword)
-        at = torch.arange(len(states), device=states.device)
-        weight = None if self.through_module else head_weight(self.head)
-        if weight is None:
-            vocabulary = int(causal_model(self.model).config.vocab_size)
-            return token_log_probs_through(
-                self.head, states, at, batch.targets, vocabulary, self._temperature, want_entropy=want_entropy
-            )
-        bias = getattr(self.head, "bias", None)
-        return token_log_probs(
-            states, weight, at, batch.targets, self._temperature, bias, want_entropy, scratch=self._scratch
-        )
+        return self.token_log_probs(batch, self._temperature, want_entropy)
 
     def forward(
         self,

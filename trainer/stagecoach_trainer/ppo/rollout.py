@@ -28,17 +28,18 @@ from stagecoach_trainer.evaluation.placing import place
 from stagecoach_trainer.ppo.experience import Experience, Pool
 from stagecoach_trainer.ppo.guards import UpdateFigures
 from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
-from stagecoach_trainer.ppo.objectives import Whitening, collate_answers
+from stagecoach_trainer.ppo.objectives import Whitening
 from stagecoach_trainer.ppo.sampling import Calls, Decoding, Sampled, sample_answers, uniforms
 from stagecoach_trainer.ppo.setting import PpoJob, ReferenceModel
 from stagecoach_trainer.ppo.state import PpoProgress
 from stagecoach_trainer.rewards.judged import Judged, Judgement
-from stagecoach_trainer.samples.encoding import Ids
 from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.train.answers import collate_answers
 from stagecoach_trainer.train.causal import CausalLoss, causal_model
 from stagecoach_trainer.train.collate import PADDING_TOKEN
 from stagecoach_trainer.train.collectives import max_over_ranks, sum_over_ranks
 from stagecoach_trainer.train.engine import Engine
+from stagecoach_trainer.train.rows import Ids
 from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, gathered
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_trainer.evaluation.generation import pad_left
-from stagecoach_trainer.samples.encoding import Ids
+from stagecoach_trainer.train.rows import Ids
 
 Uniforms = npt.NDArray[np.float64]
 

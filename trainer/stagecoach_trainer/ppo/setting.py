@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.training import Precision
-from stagecoach_trainer.ppo.objectives import AnswerBatch, Policy
+from stagecoach_trainer.ppo.objectives import Policy
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.mixing import Mix
 from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.train.answers import AnswerBatch
 from stagecoach_trainer.train.precision import MixedPrecision
 from stagecoach_trainer.train.rows import StepPlan
 from stagecoach_trainer.train.schedule import learning_rate

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
 from stagecoach_trainer.data.records import Record, require_no_answers
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of, parse_tools
+from stagecoach_trainer.train.rows import Ids
 
 BATCH_RECORDS = 256
 

@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from stagecoach_trainer.text.vocabulary import encode_batch
-
-Ids = npt.NDArray[np.int32]
+from stagecoach_trainer.train.rows import Ids
 
 
 class Encoder:

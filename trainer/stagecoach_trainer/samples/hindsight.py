@@ -27,8 +27,9 @@ from stagecoach_trainer.data.formats import Turn
 from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.samples.conversation import Conversation, ConversationEncoder, Sample, conversation_of
-from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
+from stagecoach_trainer.train.rows import Ids
 
 PROBE = "\u2042"
 """Stands for an answer while the template is asked what it puts around one; in no template's own text."""

@@ -16,13 +16,13 @@ from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.data.records import Record, read_records
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, document
-from stagecoach_trainer.samples.encoding import Encoder, Ids
+from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, HindsightEncoder
 from stagecoach_trainer.samples.rows import pack_rows, row_of
 from stagecoach_trainer.samples.tokens import ShardWriter, TokenShard, token_shard
 from stagecoach_trainer.text.templates import Renderer
 from stagecoach_trainer.train.job import HeldOutSet
-from stagecoach_trainer.train.rows import IGNORE, Row
+from stagecoach_trainer.train.rows import IGNORE, Ids, Row
 
 BATCH_CHARACTERS = 1 << 20
 

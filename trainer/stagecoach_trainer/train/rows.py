@@ -12,6 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+Ids = npt.NDArray[np.int32]
+"""Token ids."""
+
 IGNORE = -100
 """Label of a position that carries no loss."""
 
@@ -20,8 +23,8 @@ IGNORE = -100
 class Row:
     """One row of a batch: one sample, or several packed one after the other."""
 
-    tokens: npt.NDArray[np.int32]
-    """Token ids [T]."""
+    tokens: Ids
+    """[T]."""
 
     labels: npt.NDArray[np.int32]
     """Targets [T]: `labels[t]` is predicted at position t (already shifted), or IGNORE. The last position of every
