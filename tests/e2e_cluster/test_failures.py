@@ -49,13 +49,14 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
         kill_worker(run, STAGE, 1)
         run.wait("a second attempt works", lambda: works(run, STAGE, 2), 180)
 
-        run.reaches(STAGE, saved[-1] + EVERY)
-        assert resumed_after(run, 2) >= saved[-1] >= EVERY
+        # Not by what is saved: the first attempt went on until the kill reached it.
+        run.wait("it goes on from a checkpoint", lambda: resumed_after(run, 2) >= saved[-1] >= EVERY, 180)
+        run.reaches(STAGE, resumed_after(run, 2) + EVERY)
         saved.append(run.saved_step(STAGE))
         kill_pod(run, STAGE, 0)
         run.wait("a third attempt works", lambda: works(run, STAGE, 3), 180)
 
-        run.reaches(STAGE, saved[-1] + EVERY)
+        run.wait("it goes on from a checkpoint", lambda: resumed_after(run, 3) >= saved[-1] > saved[0], 180)
         before = run.stage(STAGE)["attempts"][-1]
         kill_operator(world)  # while a stage trains: nobody notices
         run.complete(300)
@@ -63,7 +64,6 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
     after = run.stage(STAGE)["attempts"]
     assert [attempt["number"] for attempt in after] == [1, 2, 3]
     assert after[-1]["incarnations"] == before["incarnations"]
-    assert resumed_after(run, 3) >= saved[1] > saved[0]
     assert run.contents() == calm.contents()
     assert (rank0s.together, rank0s.overlaps()) == ([], [])
     assert len(rank0s.seen) >= 3

@@ -16,7 +16,8 @@ from cluster_world import Run, World, corpus, training, training_run, vocabulary
 pytestmark = pytest.mark.cluster
 
 QUEUE = "narrow"
-STEPS = 120
+STEPS = 400
+"""So many that the stage still trains when it is to be stopped, on a busy machine too."""
 
 
 @pytest.fixture(scope="module", autouse=True)
