@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base
-from model_makers import make_context, make_model, report_of
+from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base
+from model_makers import FAMILIES, family_config, make_context, make_model, report_of
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from stagecoach_api.artifacts import CARD, REPORT, REPORT_TEXT, ModelCard
 from stagecoach_api.references import Reference
@@ -74,6 +75,17 @@ def test_a_merged_release_in_fp32_says_what_the_adapter_on_its_base_said(tmp_pat
         assert sample["answer"] == tokenizer.decode(said, skip_special_tokens=True)
     assert ModelCard.model_validate_json((context.output / CARD).read_bytes()).adapter is False
     assert not (context.output / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_another_family_is_released_and_answers(tmp_path: Path, family: str) -> None:
+    tokenizer = chat_tokenizer()
+    AutoModelForCausalLM.from_config(family_config(family, len(tokenizer))).save_pretrained(tmp_path / family)
+    tokenizer.save_pretrained(tmp_path / family)
+    outcome, context = release(tmp_path / "run", tmp_path / family, precision="fp32", samples=SAMPLES)
+    assert outcome.metrics == {"proof.releaseKl": 0.0}
+    assert len(report_of(context)["samples"]) == 2
+    assert AutoModelForCausalLM.from_pretrained(context.output).config.model_type == family
 
 
 def test_rounding_to_bf16_is_counted_and_small(tmp_path: Path, adapter: Path) -> None:

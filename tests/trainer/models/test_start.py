@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_its_packed_samples_come_to_the_same_or_are_refused(workshop: Workshop, 
     packed, _ = workshop.sft("packed", **changes)
     assert packed.tokens == alone.tokens
     assert packed.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-5)
+
+
+def test_what_is_held_out_is_measured_as_if_each_text_stood_alone(workshop: Workshop) -> None:
+    held_out = {"sets": [{"uri": "texts", "name": "en"}]}
+    outcome, _ = workshop.sft(packing=False, sequenceLength=CONTEXT, budget={"steps": 1}, heldOut=held_out)
+    model = AutoModelForCausalLM.from_pretrained(workshop.inputs["base"]).eval()
+    tokenizer = make_tokenizer()
+    total, tokens = 0.0, 0
+    for line in workshop.inputs["texts"].read_text(encoding="utf-8").splitlines():
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(json.loads(line)["text"])]])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert outcome.metrics["heldOut.en.before.loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_its_adapter_is_trained_and_merged(workshop: Workshop, family: str) -> None:

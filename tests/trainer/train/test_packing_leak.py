@@ -8,25 +8,16 @@ import pytest
 import torch
 from train_makers import RandomPlan, context, row, tiny_model, training
 
+from stagecoach_trainer.context import World
 from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.train.canary import check_packing
 from stagecoach_trainer.train.causal import CausalLoss
 from stagecoach_trainer.train.collate import collate
 from stagecoach_trainer.train.job import TrainingJob
 from stagecoach_trainer.train.loop import train
-from stagecoach_trainer.train.rows import Row
+from stagecoach_trainer.train.measure import measure_with
 
 CPU = torch.device("cpu")
-
-
-def unpacked(item: Row) -> list[Row]:
-    """The samples of a row, each a row of its own."""
-    rows, start = [], 0
-    for length in item.lengths:
-        part = slice(start, start + length)
-        rows.append(Row(item.tokens[part], item.labels[part], (length,)))
-        start += length
-    return rows
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -36,9 +27,9 @@ def test_packed_samples_have_the_logits_and_the_loss_of_samples_alone(attention:
     item = row((7, 12, 5), 3, masked_share=0.2)
     with torch.no_grad():
         packed = model.lm_head(loss.hidden(collate([item])))[0]
-        alone = torch.cat([model.lm_head(loss.hidden(collate([part])))[0] for part in unpacked(item)])
+        alone = torch.cat([model.lm_head(loss.hidden(collate([part])))[0] for part in item.samples()])
         packed_loss = loss(collate([item]), 1.0)
-        alone_loss = sum(loss(collate([part]), 1.0) for part in unpacked(item))
+        alone_loss = sum(loss(collate([part]), 1.0) for part in item.samples())
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
     assert float(packed_loss) == pytest.approx(float(alone_loss), rel=1e-6)
 
@@ -96,3 +87,14 @@ def test_where_the_first_steps_are_not_packed_a_leak_stops_training_before_the_f
     with pytest.raises(UserError, match="packed samples see each other"):
         train(TrainingJob(tiny_model(), training(), Plan(packed_from=2)), context(tmp_path))
     assert made == [0, 1]
+
+
+def test_held_out_rows_are_taken_apart_for_a_model_that_leaks() -> None:
+    model, rows = tiny_model(), [row((8, 9), 1), row((5, 6, 7), 2)]
+    alone = [sample for item in rows for sample in item.samples()]
+    expected = measure_with(CausalLoss(model), alone, 2, CPU, World()).nll
+    assert measure_with(CausalLoss(model), rows, 2, CPU, World()).nll == pytest.approx(expected, rel=1e-6)
+    assert measure_with(LeakyLoss(model), rows, 2, CPU, World()).nll == pytest.approx(expected, rel=1e-6)
+    leaking = LeakyLoss(model)
+    leaking.leak = 0.0
+    assert abs(measure_with(leaking, rows, 2, CPU, World()).nll - expected) > 1e-2

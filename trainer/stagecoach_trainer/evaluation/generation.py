@@ -110,9 +110,15 @@ def answer_samples(
     ]
 
 
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a model can read. None: there is no such limit (ALiBi)."""
+    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    return found
+
+
 def room(model: Any, prompt: Ids, wanted: int) -> int:
     """Return how many tokens an answer may have: `wanted`, or what the model's positions leave."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is None:
         return wanted
     if len(prompt) >= positions:

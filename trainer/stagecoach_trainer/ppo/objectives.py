@@ -19,7 +19,7 @@ from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, v
 from stagecoach_trainer.models.reward import decoder_of, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
 from stagecoach_trainer.train.answers import AnswerBatch, AnswerModel, collate_answers
-from stagecoach_trainer.train.canary import PackingProof
+from stagecoach_trainer.train.canary import check_packing
 from stagecoach_trainer.train.collate import Batch, collate
 from stagecoach_trainer.train.fast_llama import fast_llama
 from stagecoach_trainer.train.objective import MicroBatch, UnpackedObjective
@@ -187,7 +187,6 @@ class PolicyObjective(UnpackedObjective):
     def __init__(self, config: PolicyLoss, temperature: float) -> None:
         self._config = config
         self._temperature = temperature
-        self._packing = PackingProof()
 
     def module(self, model: nn.Module) -> nn.Module:
         return Policy(model, self._config, self._temperature)
@@ -196,7 +195,7 @@ class PolicyObjective(UnpackedObjective):
         return collate(units)  # text beside the answers, and DeepSpeed's empty step
 
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
-        self._packing.require(module, units, device, dtype)  # of that text: answers are not packed
+        check_packing(module, units, device, dtype)  # of that text: answers are not packed
 
     def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return fast_llama(module, device, dtype)

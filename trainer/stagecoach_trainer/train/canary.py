@@ -23,25 +23,43 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative change that rounding may make; a leak changes hidden states by tenths."""
 
 
-class PackingProof:
-    """Makes `check_packing` once, on the first step that has a packed row."""
-
-    def __init__(self) -> None:
-        self._given = False
-
-    def require(self, loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-        """Look at a step's global batch. Raises UserError for a leak."""
-        self._given = self._given or check_packing(loss, rows, device, dtype) is not None
-
-
 def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return what one sample of a packed row does to another, as `leak_of`. Raises UserError where that is no rounding.
+
+    `dtype`: the number format that the model computes in.
+    """
+    leak = leak_of(loss, rows, device)
+    if leak is not None and not leak <= TOLERANCES[dtype]:
+        raise UserError(
+            f"packed samples see each other: changing one sample moved another's hidden states by {leak:.2g} "
+            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed: in `sft` set "
+            "`packing: false`; elsewhere rows of text need a model that can"
+        )
+    return leak
+
+
+def samples_apart(loss: CausalLoss, rows: Sequence[Row], device: torch.device) -> Sequence[Row]:
+    """Return rows of which no sample sees another: as they are, or one for each sample where packed ones leak."""
+    leak = leak_of(loss, rows, device)
+    if leak is None or leak <= TOLERANCES[_computed_in(loss, device)]:
+        return rows
+    return [sample for row in rows for sample in row.samples()]
+
+
+def leak_of(loss: CausalLoss, rows: Sequence[Row], device: torch.device) -> float | None:
     """Change the first sample of a packed row and look whether the second one's hidden states move.
 
-    Returns the largest relative change, None where no row is packed. Raises UserError for a leak.
+    Returns the largest relative change; None where no row is packed. A model is looked at once.
     """
     packed = next((row for row in rows if len(row.lengths) > 1), None)
     if packed is None:
         return None
+    if loss.leak is None:
+        loss.leak = _leak_in(loss, packed, device)
+    return loss.leak
+
+
+def _leak_in(loss: CausalLoss, packed: Row, device: torch.device) -> float:
     row, first = _first_two(packed)
     vocabulary = int(causal_model(loss.model).config.vocab_size)
     changed = row.tokens.copy()
@@ -55,14 +73,13 @@ def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, d
             got = loss.hidden(collate([other]).to(device))[0, first:].float()
     finally:
         loss.train(was_training)
-    change = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not change <= TOLERANCES[dtype]:
-        raise UserError(
-            f"packed samples see each other: changing one sample moved another's hidden states by {change:.2g} "
-            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed: in `sft` set "
-            "`packing: false`; elsewhere rows of text need a model that can"
-        )
-    return change
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def _computed_in(loss: CausalLoss, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return min((item.dtype for item in loss.parameters() if item.dtype in TOLERANCES), key=lambda dtype: dtype.itemsize)
 
 
 def _first_two(row: Row) -> tuple[Row, int]:

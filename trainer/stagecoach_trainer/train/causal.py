@@ -28,6 +28,8 @@ class CausalLoss(nn.Module):
         """Call the head as a module even where its weight could be used: ZeRO-3 with a wrapped head needs it."""
         self.loss_at_keyword: str | None = None
         """Keyword by which the decoder can be asked for the states at positions with loss only (`fast_llama`)."""
+        self.leak: float | None = None
+        """What one packed sample does to another (`canary`). None: nobody has looked."""
         self._scratch = Scratch()
         causal = causal_model(model)
         self._parts = (_decoder(causal), _head(causal))  # in a tuple: registered once, through `model`

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stagecoach_trainer.context import World
+from stagecoach_trainer.train.canary import samples_apart
 from stagecoach_trainer.train.causal import CausalLoss
 from stagecoach_trainer.train.collate import collate
 from stagecoach_trainer.train.deal import deal
@@ -57,18 +58,19 @@ def measure(
 
 
 def measure_with(
-    loss: nn.Module,
+    loss: CausalLoss,
     rows: Sequence[Row],
     batch_rows: int,
     device: torch.device,
     world: World,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measured:
-    """Measure with a loss module, the rows shared out over the ranks; every rank returns the whole.
+    """Measure with a loss module, the rows shared out over the ranks; every rank returns the whole. Packed rows are
+    taken apart for a model that sees through packing.
 
     `report(done, total)` is called after each micro-batch.
     """
-    share = deal(rows, batch_rows, world.rank, world.size)
+    share = deal(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
     was_training = loss.training
     loss.eval()
     total = torch.zeros((), dtype=torch.float64)

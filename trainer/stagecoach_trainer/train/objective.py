@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from stagecoach_trainer.train.canary import PackingProof
+from stagecoach_trainer.train.canary import check_packing
 from stagecoach_trainer.train.causal import CausalLoss
 from stagecoach_trainer.train.collate import collate
 from stagecoach_trainer.train.fast_llama import fast_llama
@@ -59,9 +59,6 @@ class Objective(Protocol):
 class LanguageModelling:
     """Next-token prediction on packed rows."""
 
-    def __init__(self) -> None:
-        self._packing = PackingProof()
-
     def module(self, model: nn.Module) -> nn.Module:
         return CausalLoss(model)
 
@@ -69,7 +66,7 @@ class LanguageModelling:
         return collate(units)
 
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
-        self._packing.require(module, units, device, dtype)
+        check_packing(module, units, device, dtype)
 
     def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
         return fast_llama(module, device, dtype)

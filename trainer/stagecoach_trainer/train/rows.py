@@ -33,6 +33,12 @@ class Row:
     lengths: tuple[int, ...]
     """Tokens of each sample packed in the row; their sum is T."""
 
+    def samples(self) -> list[Row]:
+        """Return each sample as a row of its own."""
+        ends = np.cumsum(self.lengths)
+        parts = (slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
+        return [Row(self.tokens[part], self.labels[part], (part.stop - part.start,)) for part in parts]
+
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
