@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +126,23 @@ def learn_vocabulary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, in
     backend = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     backend.pre_tokenizer = lines()
     texts = [record[side]["value"] for record in records for side in ("chosen", "rejected")]
+    alphabet = alphabet_of(texts)  # given whole: of characters that are as frequent the trainer would keep any
     trainer = trainers.BpeTrainer(
-        vocab_size=PIECES, limit_alphabet=CHARACTERS, special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(set("<human>:bot\n ")), show_progress=False,
+        vocab_size=PIECES, limit_alphabet=len(alphabet), special_tokens=list(SPECIAL), initial_alphabet=alphabet,
+        show_progress=False,
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     return model["vocab"], [(first, second) for first, second in model["merges"]]
+
+
+def alphabet_of(texts: Sequence[str]) -> list[str]:
+    """Return the template's characters and the most frequent others, `CHARACTERS` in all; of as frequent ones those
+    with the lower code points."""
+    needed = set("<human>:bot\n ")
+    counts = Counter("".join(texts))
+    others = sorted(counts.keys() - needed, key=lambda character: (-counts[character], character))
+    return sorted(needed | set(others[: CHARACTERS - len(needed)]))
 
 
 def lines() -> Any:
