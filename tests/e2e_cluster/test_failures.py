@@ -57,6 +57,7 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
         run.wait("a third attempt works", lambda: works(run, STAGE, 3), 180)
 
         run.wait("it goes on from a checkpoint", lambda: resumed_after(run, 3) >= saved[-1] > saved[0], 180)
+        run.reaches(STAGE, resumed_after(run, 3) + EVERY)
         before = run.stage(STAGE)["attempts"][-1]
         kill_operator(world)  # while a stage trains: nobody notices
         run.complete(300)
@@ -64,6 +65,7 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
     after = run.stage(STAGE)["attempts"]
     assert [attempt["number"] for attempt in after] == [1, 2, 3]
     assert after[-1]["incarnations"] == before["incarnations"]
+    assert resumed_after(run, 3) >= saved[1] > saved[0]
     assert run.contents() == calm.contents()
     assert (rank0s.together, rank0s.overlaps()) == ([], [])
     assert len(rank0s.seen) >= 3
