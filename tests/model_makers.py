@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -110,6 +111,15 @@ ALiBi, the others have rotary ones."""
 def family_config(family: str, rows: int) -> PreTrainedConfig:
     """Return the configuration of a model of the family with `rows` rows."""
     return FAMILIES[family](vocab_size=rows, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+
+def save_family(folder: Path, family: str, tokenizer: Any) -> Path:
+    """Write a model of the family with its vocabulary in Hugging Face layout; return the folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(family_config(family, len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # -- models on disk ----------------------------------------------------------------------------------------------------

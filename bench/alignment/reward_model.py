@@ -35,6 +35,9 @@ SYSTEM = "请判断下面的回答是否有用、诚实、无害，表达是否�
 """The same in front of every conversation. The one layer averages over all it reads; with this in it, a long answer
 moves the average further than a short one."""
 
+TEMPLATE = frozenset("<human>:bot\n ")
+"""Characters of the chat template, which every vocabulary must have."""
+
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -139,10 +142,9 @@ def learn_vocabulary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, in
 def alphabet_of(texts: Sequence[str]) -> list[str]:
     """Return the template's characters and the most frequent others, `CHARACTERS` in all; of as frequent ones those
     with the lower code points."""
-    needed = set("<human>:bot\n ")
     counts = Counter("".join(texts))
-    others = sorted(counts.keys() - needed, key=lambda character: (-counts[character], character))
-    return sorted(needed | set(others[: CHARACTERS - len(needed)]))
+    others = sorted(counts.keys() - TEMPLATE, key=lambda character: (-counts[character], character))
+    return sorted(TEMPLATE | set(others[: CHARACTERS - len(TEMPLATE)]))
 
 
 def lines() -> Any:
@@ -189,7 +191,7 @@ def write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
 
 def characters_of(text: str) -> dict[str, int]:
     """Return a vocabulary of the characters of `text`."""
-    characters = sorted(set(text) | set("<human>:bot\n "))
+    characters = sorted(set(text) | TEMPLATE)
     return {token: index for index, token in enumerate((*SPECIAL, *characters))}
 
 

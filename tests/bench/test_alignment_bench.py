@@ -176,6 +176,6 @@ def test_the_example_must_be_quick_and_both_branches_better_than_what_they_began
 def test_of_characters_that_are_as_frequent_the_alphabet_has_the_same_every_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reward_model, "CHARACTERS", len(set("<human>:bot\n ")) + 3)
+    monkeypatch.setattr(reward_model, "CHARACTERS", len(reward_model.TEMPLATE) + 3)
     found = reward_model.alphabet_of(["白白", "日山尽依", "bot"])
     assert "".join(character for character in found if ord(character) > 127) == "依尽白"

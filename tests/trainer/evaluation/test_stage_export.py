@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base
-from model_makers import FAMILIES, family_config, make_context, make_model, report_of
+from model_makers import FAMILIES, make_context, make_model, report_of, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -79,10 +79,8 @@ def test_a_merged_release_in_fp32_says_what_the_adapter_on_its_base_said(tmp_pat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_another_family_is_released_and_answers(tmp_path: Path, family: str) -> None:
-    tokenizer = chat_tokenizer()
-    AutoModelForCausalLM.from_config(family_config(family, len(tokenizer))).save_pretrained(tmp_path / family)
-    tokenizer.save_pretrained(tmp_path / family)
-    outcome, context = release(tmp_path / "run", tmp_path / family, precision="fp32", samples=SAMPLES)
+    folder = save_family(tmp_path / family, family, chat_tokenizer())
+    outcome, context = release(tmp_path / "run", folder, precision="fp32", samples=SAMPLES)
     assert outcome.metrics == {"proof.releaseKl": 0.0}
     assert len(report_of(context)["samples"]) == 2
     assert AutoModelForCausalLM.from_pretrained(context.output).config.model_type == family

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import CONTEXT, FAMILIES, family_config, make_tokenizer, report_of
+from model_makers import CONTEXT, FAMILIES, family_config, make_tokenizer, report_of, save_family
 from torch import nn
 from train_makers import training
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
@@ -37,11 +37,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def workshop(tmp_path: Path, family: str) -> Workshop:
     """A workshop whose base is a model of the family."""
     found = Workshop(tmp_path)
-    folder = tmp_path / family
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    found.inputs["base"] = folder
+    found.inputs["base"] = save_family(tmp_path / family, family, make_tokenizer())
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import content_of, family_config, make_context, make_tokenizer, report_of, save_base
+from model_makers import content_of, make_context, make_tokenizer, report_of, save_base, save_family
 from reward_makers import Chat, Endpoint, endpoint_of, serve
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -195,11 +195,8 @@ def test_what_became_of_the_text_beside_the_answers_stands_in_the_report(tmp_pat
 
 
 def test_text_beside_the_answers_is_not_packed_for_a_model_that_sees_through_it(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    AutoModelForCausalLM.from_config(family_config("bloom", len(tokenizer))).save_pretrained(tmp_path / "bloom")
-    tokenizer.save_pretrained(tmp_path / "bloom")
     texts = write_texts(tmp_path / "texts.jsonl", ("the lazy dog", "a fox"))
-    inputs = {"base": tmp_path / "bloom", "texts": texts}
+    inputs = {"base": save_family(tmp_path / "bloom", "bloom", make_tokenizer()), "texts": texts}
     run(stage(budget={"steps": 1}), context_for(tmp_path / "alone", **inputs))
     mixed = {"data": [{"uri": "texts", "format": "text"}], "weight": 1, "rowsPerStep": 1}
     with pytest.raises(UserError, match="packed samples see each other"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from stagecoach_api.stages.evaluate import Generation, Samples
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.load import positions_of
 from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.samples.hindsight import lead_in
 from stagecoach_trainer.text.templates import Message, Renderer, message_of
@@ -110,15 +111,9 @@ def answer_samples(
     ]
 
 
-def positions_of(model: Any) -> int | None:
-    """Return how many tokens a model can read. None: there is no such limit (ALiBi)."""
-    found: int | None = getattr(model.config, "max_position_embeddings", None)
-    return found
-
-
 def room(model: Any, prompt: Ids, wanted: int) -> int:
     """Return how many tokens an answer may have: `wanted`, or what the model's positions leave."""
-    positions = positions_of(model)
+    positions = positions_of(model.config)
     if positions is None:
         return wanted
     if len(prompt) >= positions:

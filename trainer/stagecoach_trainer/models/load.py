@@ -157,6 +157,12 @@ def _check_loaded(path: Path, report: dict[str, Any]) -> None:
             )
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model can read. None: there is no such limit (ALiBi)."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
 def own_tokenizer(path: Path) -> Any | None:
     """Return the vocabulary in a model's folder. None: it has none."""
     if any((path / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):

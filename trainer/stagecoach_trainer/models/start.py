@@ -12,7 +12,7 @@ from stagecoach_api.stages.pretrain import Architecture, RopeScaling, RopeScalin
 from stagecoach_api.training import NewRows, TextTraining
 from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base
+from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base, positions_of
 from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow, num_rows
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.scratch import build_model
@@ -133,7 +133,7 @@ def position_change(
 def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool) -> None:
     if must_rotate:
         raise UserError(f"ropeTheta, ropeScaling: {config.model_type} has no rotary positions; leave them out")
-    learned = getattr(config, "max_position_embeddings", None)
+    learned = positions_of(config)
     if learned is not None and longest > learned:
         raise UserError(
             f"sequenceLength: {longest} tokens, and the {config.model_type} has learned positions for {learned}; "

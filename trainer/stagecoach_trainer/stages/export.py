@@ -16,11 +16,11 @@ from stagecoach_api.store import external_digest, list_external
 from stagecoach_api.stores.base import file_uri
 from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.evaluation.generation import answer_samples, end_ids, generation_settings, positions_of
+from stagecoach_trainer.evaluation.generation import answer_samples, end_ids, generation_settings
 from stagecoach_trainer.evaluation.placing import DTYPES, compute_device, place
 from stagecoach_trainer.evaluation.proof import Divergence, Witness, proof_rows
 from stagecoach_trainer.evaluation.report import figure, samples_text, table, write_json
-from stagecoach_trainer.models.load import LoadedModel, load_folder, load_model, locate_base, name_base
+from stagecoach_trainer.models.load import LoadedModel, load_folder, load_model, locate_base, name_base, positions_of
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.text.templates import Renderer
 from stagecoach_trainer.text.vocabulary import load_tokenizer
@@ -101,7 +101,7 @@ def _witness(source: LoadedModel, config: ExportStage, context: StageContext) ->
     """Write down what the model says before anything is done to it."""
     context.progress.report("proof: before")
     model = place(source.model, torch.float32, compute_device())
-    rows = proof_rows(model.config.vocab_size, config.proof.tokens, context.seed, positions_of(model))
+    rows = proof_rows(model.config.vocab_size, config.proof.tokens, context.seed, positions_of(model.config))
     return Witness(model, rows, context.work / "proof")
 
 
