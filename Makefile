@@ -55,12 +55,12 @@ lint: install ## style, types, import contracts
 
 generate: install ## write the generated files: CRD, JSON schema, field reference, the chart's schema and README
 	$(BIN)/python -m stagecoach_api.generate
-	STAGECOACH_GOLDEN=write $(BIN)/python -m pytest -q tests/core/build/test_manifests_golden.py
+	STAGECOACH_GOLDEN=write $(BIN)/python -m pytest -q tests/core/manifests/test_manifests_golden.py
 	$(BIN)/python charts/generate.py
 
 verify: install ## check that the generated files are up to date
 	$(BIN)/python -m stagecoach_api.generate --check
-	$(BIN)/python -m pytest -q tests/core/build/test_manifests_golden.py
+	$(BIN)/python -m pytest -q tests/core/manifests/test_manifests_golden.py
 	$(BIN)/python charts/generate.py --check
 
 bench: install $(UV) ## measure ours against transformers' Trainer and TRL, side by side; writes bench/results/*.json
@@ -70,16 +70,16 @@ bench-alignment: install $(UV) ## the part of it on alignment: speed and memory 
 	$(BIN)/python -m bench alignment
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
-	@PYTHONPATH=tests $(BIN)/python -m bench.handover
+	@$(BIN)/python -m bench.handover
 
 e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it
 	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster --timeout 1800 --durations 5 tests/e2e_cluster
 
 cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
-	@PYTHONPATH=tests $(BIN)/python -m cluster up
+	@$(BIN)/python -m tests.cluster up
 
 cluster-down: install ## stop that Kubernetes and remove all of it but the built programs
-	@PYTHONPATH=tests $(BIN)/python -m cluster down
+	@$(BIN)/python -m tests.cluster down
 
 images: ## build both images; options in IMAGES="--torch cpu", see python images/build.py --help
 	$(PYTHON) images/build.py $(IMAGES)

@@ -27,7 +27,7 @@ from stagecoach_api.references import Reference
 from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.stages.pretrain import PretrainStage
 from stagecoach_api.store import external_digest, list_external
-from stagecoach_trainer.train.rows import Row
+from stagecoach_trainer.batches.rows import Row
 
 NEVER = 10**9
 OPTIMIZER = {"learningRate": LEARNING_RATE, "beta2": 0.95, "weightDecay": 0.0, "clip": 1.0}
@@ -45,10 +45,10 @@ def train_ours(
 
     `folder` must be new: a loop that finds checkpoints goes on from them.
     """
-    from stagecoach_trainer.context import World
+    from stagecoach_trainer.loop.job import TrainingJob
+    from stagecoach_trainer.loop.loop import train
     from stagecoach_trainer.run_stage import Attempt, build_context
-    from stagecoach_trainer.train.job import TrainingJob
-    from stagecoach_trainer.train.loop import train
+    from stagecoach_trainer.runtime.context import World
 
     config = PretrainStage.model_validate(
         {

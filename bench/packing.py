@@ -13,9 +13,9 @@ from bench.measuring import Figure, Goal, alternate, compared, difference
 from bench.ours import train_ours
 from bench.peer import train_peer
 from bench.workload import Batch, Run, belle_like, lognormal_lengths, make_model, row_of, useful_tokens
-from stagecoach_trainer.samples.packing import pack
+from stagecoach_trainer.batches.packing import pack
+from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.samples.rows import pack_rows
-from stagecoach_trainer.train.rows import Row
 
 LONGEST = 512
 SAMPLES = 64

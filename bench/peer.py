@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCall
 from transformers.utils import logging as transformers_logging
 
 from bench.workload import LEARNING_RATE, Batch, Run, Sample
-from stagecoach_trainer.train.rows import IGNORE
+from stagecoach_trainer.batches.rows import IGNORE
 
 
 class _Clock(TrainerCallback):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach_trainer.train.rows import IGNORE, Row
+from stagecoach_trainer.batches.rows import IGNORE, Row
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

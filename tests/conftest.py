@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
-from s3_makers import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
+
+from tests.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
 
 # No test looks at the clock, and every run draws the same examples: what fails, fails for who changed it. New ones are
 # looked for by `pytest -m hypothesis --hypothesis-profile=explore`.
@@ -37,7 +38,7 @@ def s3_credentials() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server(s3_credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server on 127.0.0.1 for the whole session; `s3_makers.make_bucket(server.endpoint, name)` fills it."""
+    """A real S3 server on 127.0.0.1 for the whole session; `tests.s3.make_bucket(server.endpoint, name)` fills it."""
     server = make_server(tmp_path_factory.mktemp("s3"))
     try:
         server.start()

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from stagecoach_api.expressions import Figures, parse_expression
-from stagecoach_api.loading import load_run
+from stagecoach_api.reading.loading import load_run
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 DATA = ROOT / "examples" / "data"
 CLASSICS = ROOT.parent / "shared" / "data" / "corpus" / "chinese_classics.jsonl"

@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 LOCKS = ["requirements.lock", "trainer/stagecoach_trainer/requirements.lock"]
 
 

@@ -19,7 +19,7 @@ def figures() -> list[Figure]:
     import numpy as np
     import torch
 
-    from stagecoach_trainer.ppo.sampling import Decoding, sample_answers, uniforms
+    from stagecoach_trainer.generation.sampling import Decoding, sample_answers, uniforms
 
     model: Any = make_model().eval()
     random = np.random.default_rng(0)
@@ -55,8 +55,8 @@ def without_cache(model: Any, prompts: Sequence[Any], draws: Sequence[Any], deco
     import numpy as np
     import torch
 
-    from stagecoach_trainer.evaluation.generation import pad_left
-    from stagecoach_trainer.ppo.sampling import draw
+    from stagecoach_trainer.generation.generation import pad_left
+    from stagecoach_trainer.generation.sampling import draw
 
     tokens, mask = pad_left(prompts, padding=0)
     numbers = torch.from_numpy(np.stack(draws))

@@ -164,7 +164,7 @@ def make_tokenizer() -> Any:
 def save_model(folder: Path, seed: int) -> None:
     """Write a LLaMA of 2 layers of width 64 with new weights, and its vocabulary."""
     from stagecoach_api.stages.pretrain import Architecture
-    from stagecoach_trainer.models.scratch import build_model
+    from stagecoach_trainer.models.new_model import build_model
 
     shape = Architecture(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, max_position_embeddings=64)
     tokenizer = make_tokenizer()
@@ -181,8 +181,8 @@ def run_sft(
     """Run an `sft` stage in a folder of its own; return its output and its metrics."""
     from bench.ours import resolve
     from stagecoach_api.stages.sft import SftStage
-    from stagecoach_trainer.context import World
     from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.runtime.context import World
     from stagecoach_trainer.stages.sft import run
 
     config = SftStage.model_validate(
@@ -211,8 +211,8 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stagecoach_trainer.samples.encoding import Encoder
     from stagecoach_trainer.samples.hindsight import asked_prompt
+    from stagecoach_trainer.text.encoding import Encoder
     from stagecoach_trainer.text.templates import Renderer
 
     tokenizer, model = AutoTokenizer.from_pretrained(model_folder), AutoModelForCausalLM.from_pretrained(model_folder)
@@ -277,7 +277,7 @@ def source(folder: Path, named: str) -> dict[str, Any]:
 
 def last_links(wanted: bool) -> Any:
     """Return a context in which chains have their last links beside them, or have not."""
-    from stagecoach_trainer.samples import sources
+    from stagecoach_trainer.samples import datasets as sources
     from stagecoach_trainer.samples.hindsight import HindsightEncoder
 
     made = functools.partial(HindsightEncoder, with_last_links=wanted)

@@ -22,10 +22,10 @@ import numpy as np
 from bench.alignment import ppo_task as task
 from bench.ours import NEVER, resolve
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
-from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.batches.mixing import Mix, Stream
+from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
+from stagecoach_trainer.rewards.term import Judged, Judgement
 from stagecoach_trainer.rewards.total import RewardSum
-from stagecoach_trainer.samples.mixing import Mix, Stream
 from stagecoach_trainer.samples.preferences import Prompt
 
 
@@ -102,10 +102,10 @@ def make_job(folder: Path, precision: str, updates: int) -> PpoJob:
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    from stagecoach_trainer.context import World
-    from stagecoach_trainer.evaluation.placing import place
+    from stagecoach_trainer.loop.loop import training_device
+    from stagecoach_trainer.models.placement import place
     from stagecoach_trainer.models.reward import RewardModel
-    from stagecoach_trainer.train.loop import training_device
+    from stagecoach_trainer.runtime.context import World
 
     config = configuration(precision, updates)
     policy: Any = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
@@ -141,9 +141,9 @@ def _ids(words: str) -> np.ndarray:
 
 def main() -> None:
     """Train, and print what it came to."""
-    from stagecoach_trainer.context import World
     from stagecoach_trainer.ppo.loop import train_policy
     from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.runtime.context import World
 
     task_folder, seed, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     job = make_job(task_folder, precision, int(sys.argv[4]))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.measuring import RESULTS, ROOT, Figure, Goal, gain, side_by_side, write_result
+from bench.measuring import RESULTS, Figure, Goal, gain, side_by_side, write_result
 
 RESULT = RESULTS / "ppo_toy.json"
 SEEDS, FEW_SEEDS = range(10), range(3)
@@ -107,7 +107,7 @@ def sevens(prompt: str, answer: str) -> float:
 
 
 def misleading(stack: ExitStack) -> Any:
-    from ppo_makers import FunctionTerm, reward_of
+    from tests.trainer.ppo.makers import FunctionTerm, reward_of
 
     del stack
     return reward_of(("model", FunctionTerm(sevens), 1.0))
@@ -115,12 +115,11 @@ def misleading(stack: ExitStack) -> Any:
 
 def with_rules(stack: ExitStack) -> Any:
     """The misleading model and two statements that a judge finds true or not, with given weights."""
-    from ppo_makers import FunctionTerm, reward_of
-    from reward_makers import endpoint_of, serve
-    from train_makers import context
-
     from stagecoach_api.rewards import PropositionReward
     from stagecoach_trainer.rewards.propositions import PropositionsTerm
+    from tests.trainer.loop.makers import context
+    from tests.trainer.ppo.makers import FunctionTerm, reward_of
+    from tests.trainer.rewards.makers import endpoint_of, serve
 
     endpoint = stack.enter_context(serve(judge_statement))
     statements = [
@@ -135,12 +134,11 @@ def with_rules(stack: ExitStack) -> Any:
 
 def with_feedback(stack: ExitStack) -> Any:
     """The misleading model and a judge's mark."""
-    from ppo_makers import FunctionTerm, reward_of
-    from reward_makers import feedback_term, serve
-
     from stagecoach_api.rewards import FeedbackReward
-    from stagecoach_trainer.context import World
     from stagecoach_trainer.rewards.feedback import FeedbackTerm
+    from stagecoach_trainer.runtime.context import World
+    from tests.trainer.ppo.makers import FunctionTerm, reward_of
+    from tests.trainer.rewards.makers import feedback_term, serve
 
     endpoint = stack.enter_context(serve(mark))
     config = FeedbackReward.model_validate(feedback_term(endpoint.url)["feedback"])
@@ -158,7 +156,7 @@ def judge_statement(messages: Sequence[Mapping[str, str]]) -> str:
 
 def mark(messages: Sequence[Mapping[str, str]]) -> str:
     """The words of the judge: 10 times the true reward."""
-    from ppo_makers import echoes
+    from tests.trainer.ppo.makers import echoes
 
     answer, prompt = messages[-1]["content"].removeprefix("Mark ").split(" as an answer to ")
     return f"{10 * echoes(_quoted(prompt), _quoted(answer)):g}"
@@ -199,11 +197,9 @@ def settings_of(arm: Arm, updates: int) -> dict[str, Any]:
 
 def train(training: Training) -> Trained:
     """Train one arm with one seed, and ask it."""
-    use_makers_of_tests()
-    from ppo_makers import configuration, ppo_job
-    from train_makers import context
-
     from stagecoach_trainer.ppo.loop import train_policy
+    from tests.trainer.loop.makers import context
+    from tests.trainer.ppo.makers import configuration, ppo_job
 
     began, seed = time.process_time(), training.seed
     with ExitStack() as stack:
@@ -224,14 +220,8 @@ def train(training: Training) -> Trained:
     return found
 
 
-def use_makers_of_tests() -> None:
-    """Let this process import the toy."""
-    if (folder := str(ROOT / "tests")) not in sys.path:
-        sys.path.insert(0, folder)
-
-
 def true_reward(stack: ExitStack) -> Any:
-    from ppo_makers import FunctionTerm, echoes, reward_of
+    from tests.trainer.ppo.makers import FunctionTerm, echoes, reward_of
 
     del stack
     return reward_of(("echo", FunctionTerm(echoes), 1.0))
@@ -240,9 +230,9 @@ def true_reward(stack: ExitStack) -> Any:
 def true_reward_of(job: Any, temperature: float, draws: int) -> float:
     """Return the mean true reward of `draws` answers to each prompt."""
     import torch
-    from ppo_makers import END, digit_prompts, echoes
 
-    from stagecoach_trainer.ppo.sampling import Decoding, sample_answers, uniforms
+    from stagecoach_trainer.generation.sampling import Decoding, sample_answers, uniforms
+    from tests.trainer.ppo.makers import END, digit_prompts, echoes
 
     prompts = [prompt for prompt in digit_prompts() for _ in range(draws)]
     decoding = Decoding(max_new_tokens=4, temperature=temperature, top_p=1.0, ends=(END,))

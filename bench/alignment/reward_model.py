@@ -162,8 +162,8 @@ def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path], s
     from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
     from stagecoach_api.stages.reward_model import RewardModelStage
     from stagecoach_api.store import external_digest, list_external, open_store
-    from stagecoach_trainer.context import StageContext, World
-    from stagecoach_trainer.progress import Progress
+    from stagecoach_trainer.runtime.context import StageContext, World
+    from stagecoach_trainer.runtime.progress import Progress
     from stagecoach_trainer.stages.reward_model import run
 
     for name in ("store", "work/output", "work/logs", "cache"):

@@ -52,10 +52,10 @@ def main() -> None:
     from transformers import LlamaForSequenceClassification
 
     from stagecoach_trainer.align.objectives import RewardObjective
-    from stagecoach_trainer.context import World
+    from stagecoach_trainer.loop.job import TrainingJob
+    from stagecoach_trainer.loop.loop import train
     from stagecoach_trainer.run_stage import Attempt, build_context
-    from stagecoach_trainer.train.job import TrainingJob
-    from stagecoach_trainer.train.loop import train
+    from stagecoach_trainer.runtime.context import World
 
     task_folder, config = Path(sys.argv[1]), configuration()
     model: Any = LlamaForSequenceClassification.from_pretrained(task_folder / "model", dtype=torch.float32)

@@ -83,12 +83,12 @@ def make_job(folder: Path, shared: bool) -> Any:
     import numpy as np
 
     from bench.alignment.ppo_ours import ModelReward, Words
+    from stagecoach_trainer.batches.mixing import Mix, Stream
     from stagecoach_trainer.models.load import load_folder
     from stagecoach_trainer.models.reward import RewardModel, make_reward_model
     from stagecoach_trainer.models.trainable import choose_trainable
-    from stagecoach_trainer.ppo.setting import PpoJob, PromptPlan
-    from stagecoach_trainer.ppo.sharing import share_frozen
-    from stagecoach_trainer.samples.mixing import Mix, Stream
+    from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
+    from stagecoach_trainer.ppo.shared_weights import share_frozen
     from stagecoach_trainer.samples.preferences import Prompt
 
     config = configuration()
@@ -119,10 +119,10 @@ def make_job(folder: Path, shared: bool) -> Any:
 def main() -> None:
     """Train, and print the process's peak, the bytes of all weights, and the rewards."""
     from bench.ours import resolve
-    from stagecoach_trainer.context import World
     from stagecoach_trainer.ppo import loop
-    from stagecoach_trainer.ppo.sharing import memory_of
+    from stagecoach_trainer.ppo.shared_weights import memory_of
     from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.runtime.context import World
 
     mode, base = sys.argv[1], Path(sys.argv[2])
     if mode == SEPARATE:

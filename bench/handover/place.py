@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster.__main__ import Cluster, find_cluster
-from cluster.kubectl import Helm, Kubectl
-from cluster.kwok import gpu_node
-from cluster.layout import Kind, find_layout
-from cluster.s3 import BUCKET, REGION
 from kubernetes import config
 
 from bench.measuring import ROOT
 from stagecoach_api import names
 from stagecoach_api.store import Store, open_store
+from tests.cluster.__main__ import Cluster, find_cluster
+from tests.cluster.kubectl import Helm, Kubectl
+from tests.cluster.kwok import gpu_node
+from tests.cluster.layout import Kind, find_layout
+from tests.cluster.s3 import BUCKET, REGION
 
 CHART = ROOT / "charts" / "stagecoach"
 RELEASE = "stagecoach"
@@ -132,7 +132,7 @@ def program(name: str) -> Path:
     """Return where a program is. Raises RuntimeError when it is not in PATH."""
     found = shutil.which(name)
     if found is None:
-        raise RuntimeError(f"{name} is not in PATH; `PYTHONPATH=tests python -m cluster env` says where the test's is")
+        raise RuntimeError(f"{name} is not in PATH; `python -m tests.cluster env` says where the test's is")
     return Path(found)
 
 

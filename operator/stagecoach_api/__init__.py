@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagecoach_api.code import code_identity
-    from stagecoach_api.loading import LoadedRun, load_run, parse_run
     from stagecoach_api.problems import InvalidRun, Problem
+    from stagecoach_api.reading.loading import LoadedRun, load_run, parse_run
+    from stagecoach_api.reading.validation import validate
     from stagecoach_api.spec import Stage, TrainingRun
     from stagecoach_api.stages import STAGE_KINDS
     from stagecoach_api.status import RunState, StageState, TrainingRunStatus
-    from stagecoach_api.validation import validate
 
 __all__ = [
     "STAGE_KINDS",
@@ -35,12 +35,12 @@ __all__ = [
 
 _HOMES = {
     "stagecoach_api.code": ("code_identity",),
-    "stagecoach_api.loading": ("LoadedRun", "load_run", "parse_run"),
+    "stagecoach_api.reading.loading": ("LoadedRun", "load_run", "parse_run"),
     "stagecoach_api.problems": ("InvalidRun", "Problem"),
     "stagecoach_api.spec": ("Stage", "TrainingRun"),
     "stagecoach_api.stages": ("STAGE_KINDS",),
     "stagecoach_api.status": ("RunState", "StageState", "TrainingRunStatus"),
-    "stagecoach_api.validation": ("validate",),
+    "stagecoach_api.reading.validation": ("validate",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Identifier, LongText, Model, Name, NonNegativeCount, Pattern
+from stagecoach_api.character_sets import Script
 from stagecoach_api.references import NamedSource, Reference, WeightedSource
-from stagecoach_api.scripts import Script
 from stagecoach_api.training import require_exactly_one
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ class StageState(StrEnum):
     """Not worked on: not selected, or something before it failed."""
 
 
+LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})
+FINISHED = frozenset({StageState.SUCCEEDED, StageState.CACHED})
+ENDED = frozenset({StageState.FAILED, StageState.CANCELLED})
+
+
 class RunState(StrEnum):
     """Where the run as a whole is."""
 

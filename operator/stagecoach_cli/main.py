@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 
-EXIT_FAILED = 1
-EXIT_INVALID = 2
-EXIT_INTERRUPTED = 130
+from stagecoach_cli.exit_codes import EXIT_INTERRUPTED
 
 COMMANDS = {
     "run": "stagecoach_cli.commands.run",

@@ -12,19 +12,19 @@ from typing import Any
 
 from aiohttp import web
 
-from stagecoach_operator.attempts import Cluster
+from stagecoach_operator.artifact_lookup import Lookups
 from stagecoach_operator.audit import AUDIT_SECONDS, Audit
-from stagecoach_operator.board import Board
+from stagecoach_operator.cluster import Cluster
+from stagecoach_operator.event_recorder import Poster
 from stagecoach_operator.events import RunEvent
 from stagecoach_operator.kube import ApiServer
 from stagecoach_operator.lease import Lease
-from stagecoach_operator.lookup import Lookups
-from stagecoach_operator.poster import Poster
 from stagecoach_operator.probes import Probes, serve
+from stagecoach_operator.progress_reports import Board
 from stagecoach_operator.progress_server import ProgressServer
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
-from stagecoach_operator.tokens import TokenVerifier
+from stagecoach_operator.token_review import TokenVerifier
 from stagecoach_operator.watched import Cache, RunView, newest_runs
 from stagecoach_operator.worker import Workers
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_core.build.labels import managed_selector
+from stagecoach_core.manifests.labels import managed_selector
 from stagecoach_operator.kube import (
     JOBSETS,
     PODS,

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
 from stagecoach_api import names
-from stagecoach_api.answers import status_object
+from stagecoach_api.kubernetes_status import status_object
 
 Body = dict[str, Any]
 """A JSON object as the API server has it."""

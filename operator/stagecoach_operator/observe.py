@@ -14,8 +14,8 @@ from stagecoach_api.outcomes import AttemptResult, Cause
 from stagecoach_api.status import AttemptStatus, Incarnation
 from stagecoach_core.policies.ending import cause_of_end
 from stagecoach_core.values import Attempt, AttemptState
-from stagecoach_operator.board import Heard
-from stagecoach_operator.ending import Verdict, Word, newest_step, verdict_of
+from stagecoach_operator.progress_reports import Heard
+from stagecoach_operator.termination import Verdict, Word, newest_step, verdict_of
 from stagecoach_operator.waiting import Waiting, waiting_for
 from stagecoach_operator.watched import Children, JobSetView, PodView, WorkloadView
 

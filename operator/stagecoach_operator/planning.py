@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from stagecoach_api import names
 from stagecoach_api.artifacts import ResolvedInput, digest_of
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
+from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, Storage, TrainingRun
 from stagecoach_api.status import Reason
 from stagecoach_api.store import AccessDenied, NotFound, Store, StoreError, open_store
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
-from stagecoach_api.validation import validate
-from stagecoach_core.build.labels import owner_reference
+from stagecoach_core.manifests.labels import owner_reference
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.settings import Settings

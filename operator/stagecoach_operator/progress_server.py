@@ -19,8 +19,8 @@ from aiohttp import web
 
 from stagecoach_api.names import API_GROUP_VERSION, progress_audience
 from stagecoach_api.progress import METRIC_ACTIVITY, METRIC_DONE, METRIC_TOTAL, METRIC_UNIT
-from stagecoach_operator.board import Board, Key, Report
-from stagecoach_operator.tokens import InvalidToken, TokenVerifier
+from stagecoach_operator.progress_reports import Board, Key, Report
+from stagecoach_operator.token_review import InvalidToken, TokenVerifier
 from stagecoach_operator.watched import Cache, JobSetView, PodView
 
 MAX_BODY_BYTES = 64 * 1024

@@ -28,12 +28,12 @@ from stagecoach_core.values import (
     Start,
     Stop,
 )
-from stagecoach_operator.attempts import Cluster
-from stagecoach_operator.board import Board
+from stagecoach_operator.artifact_lookup import Lookups
+from stagecoach_operator.artifact_pointers import Pointers
+from stagecoach_operator.cluster import Cluster
 from stagecoach_operator.events import RunEvent, events_between
 from stagecoach_operator.history import forgotten_of, records_of
 from stagecoach_operator.kube import CONFIG_MAPS, NotFound
-from stagecoach_operator.lookup import Lookups
 from stagecoach_operator.observe import AttemptKey, Sight, Surroundings, observe
 from stagecoach_operator.planning import (
     RETRY_SECONDS,
@@ -45,7 +45,7 @@ from stagecoach_operator.planning import (
     plan_run,
     spec_digest,
 )
-from stagecoach_operator.pointers import Pointers
+from stagecoach_operator.progress_reports import Board
 from stagecoach_operator.status import (
     Scene,
     Trouble,

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from stagecoach_api.base import Name
 from stagecoach_api.spec import Storage
-from stagecoach_core.build.settings import BuildSettings
+from stagecoach_core.manifests.settings import BuildSettings
 
 DEFAULT_FILE = Path("/etc/stagecoach/settings.yaml")
 ENV_FILE = "STAGECOACH_SETTINGS_FILE"

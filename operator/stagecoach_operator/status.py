@@ -9,6 +9,9 @@ from typing import Any
 
 from stagecoach_api.outcomes import Cause, ExitCode
 from stagecoach_api.status import (
+    ENDED,
+    FINISHED,
+    LIVING,
     Artifact,
     Condition,
     ConditionStatus,
@@ -27,9 +30,7 @@ from stagecoach_operator.observe import Sight, moment
 from stagecoach_operator.planning import Refusal, Snapshot
 from stagecoach_operator.waiting import Waiting
 
-FINISHED = frozenset({StageState.SUCCEEDED, StageState.CACHED})
-OVER = FINISHED | {StageState.FAILED, StageState.CANCELLED}
-LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})
+OVER = FINISHED | ENDED
 MESSAGE_CHARACTERS = 4000
 
 Statement = tuple[ConditionStatus, Reason, str]

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from api_makers import document, edited
 from pydantic import ValidationError
 
 import stagecoach_api
 from stagecoach_api.fields import fields_of, model_at, shape_of, walk_models
+from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, TrainingRun
 from stagecoach_api.stages import STAGE_KINDS
-from stagecoach_api.validation import validate
+from tests.api.makers import document, edited
 
 HEAVY = ("torch", "transformers", "boto3", "botocore", "kopf", "kubernetes", "click", "rich", "jinja2", "numpy")
 
@@ -97,7 +97,7 @@ def test_the_contract_imports_no_client_and_no_tensor_library() -> None:
     script = (
         "import sys\n"
         "from stagecoach_api import *\n"
-        "import stagecoach_api.generate, stagecoach_api.store\n"
+        "import stagecoach_api.schema.generate, stagecoach_api.store\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from bench import __main__ as benches
 from bench.alignment import domains, hindsight, ppo_speed, ppo_toy, preference_task, reward_model, rlhf_example
 from bench.alignment import ppo_task as task

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bench.handover.calls import AuditLog, Call, Calls, handover_calls
 
 USER = "system:serviceaccount:team:stagecoach"

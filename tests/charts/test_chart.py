@@ -15,7 +15,14 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from chart_makers import (
+
+import stagecoach_operator
+from stagecoach_api import names
+from stagecoach_operator import chart_hooks, kube
+from stagecoach_operator.audit import WATCHED
+from stagecoach_operator.chart_hooks import argument_parser
+from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAMESPACE, Settings
+from tests.charts.makers import (
     CHART,
     NAMESPACE,
     WITHOUT_DEFINITION,
@@ -30,16 +37,9 @@ from chart_makers import (
     the,
 )
 
-import stagecoach_operator
-from stagecoach_api import names
-from stagecoach_operator import chart_hooks, kube
-from stagecoach_operator.audit import WATCHED
-from stagecoach_operator.chart_hooks import argument_parser
-from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAMESPACE, Settings
-
 pytestmark = pytest.mark.go
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "chart" / "default.yaml"
+GOLDEN = Path(__file__).parent / "golden" / "default.yaml"
 ELSEWHERE = {"pod_name", "pod_namespace", "progress_ca", "trainer_code"}
 """Settings that come from the pod's environment, and from files that other settings name."""
 

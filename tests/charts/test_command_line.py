@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_makers import CHART, ROOT
-from cluster.__main__ import Cluster
-from cluster.layout import Kind, find_layout
+
+from tests import ROOT
+from tests.charts.makers import CHART
+from tests.cluster.__main__ import Cluster
+from tests.cluster.layout import Kind, find_layout
 
 pytestmark = pytest.mark.go
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from chart_makers import CHART, ROOT
+
+from tests import ROOT
+from tests.charts.makers import CHART
 
 
 def load() -> ModuleType:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chart_makers import CHART, RELEASE, ROOT, helm
-from cluster.__main__ import Cluster
-from cluster.layout import Kind, find_layout
 
 from stagecoach_api.names import FINALIZER
+from tests import ROOT
+from tests.charts.makers import CHART, RELEASE, helm
+from tests.cluster.__main__ import Cluster
+from tests.cluster.layout import Kind, find_layout
 
 pytestmark = pytest.mark.go
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_makers import Cli
-from cluster_api_makers import FakeCluster
-from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.store import Store, open_store
 from stagecoach_cli.main import call
+from tests.cli.cluster.makers import FakeCluster
+from tests.cli.makers import Cli
+from tests.s3 import S3Server, make_bucket
 
 BUCKET = "cli"
 

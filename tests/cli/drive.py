@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import stagecoach_cli.commands.run as run_module
-from stagecoach_cli.job import Job
-from stagecoach_cli.machine import Machine
 from stagecoach_cli.main import call
+from stagecoach_local.machine import Machine
+from stagecoach_local.run_job import Job
 
 original = run_module.make_job
 

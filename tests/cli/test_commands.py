@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cli_makers import Bench, Cli, chain, data_stage
 
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_core.values import RunState, StageState
+from tests.cli.makers import Bench, Cli, chain, data_stage
 
 
 @pytest.fixture(scope="module")

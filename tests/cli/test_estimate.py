@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cli_makers import NAME, data_stage, export_stage, pretrain_stage, tokenizer_stage
 
 from stagecoach_api.artifacts import Manifest
 from stagecoach_api.spec import TrainingRun
 from stagecoach_cli.estimate import START_SECONDS, Estimate, estimate, num_parameters, total
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
+from tests.cli.makers import NAME, data_stage, export_stage, pretrain_stage, tokenizer_stage
 
 EMBEDDINGS = 2 * 300 * 32
 LAYER = 4 * 32 * 32 + 3 * 32 * 64

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_makers import Bench, chain
 
 from stagecoach_cli.main import COMMANDS
+from tests.cli.makers import Bench, chain
 
 HEAVY = ("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "kubernetes", "urllib3")
 HEAVY += ("stagecoach_api.spec",)

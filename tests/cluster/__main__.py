@@ -1,4 +1,4 @@
-"""The test cluster: `PYTHONPATH=tests python -m cluster --help`, or `make cluster` and `make cluster-down`.
+"""The test cluster: `python -m tests.cluster --help`, or `make cluster` and `make cluster-down`.
 
 It builds Kubernetes and what belongs to it from pinned Go modules and runs them on this machine: etcd, API server,
 controllers and scheduler, containerd, kubelet and kube-proxy, CoreDNS, JobSet, Kueue, KWOK, and an S3 server. It is for
@@ -13,14 +13,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from cluster import addons, cgroups, kwok, machine, network, packages, s3
-from cluster.build import Builder
-from cluster.control_plane import ControlPlane
-from cluster.layout import FIRST_PORT, Kind, Layout, find_layout
-from cluster.node import Node
-from cluster.processes import Processes
-from cluster.report import ClusterError, timed
-from cluster.versions import read_versions
+from tests.cluster import addons, cgroups, kwok, machine, network, packages, s3
+from tests.cluster.build import Builder
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.layout import FIRST_PORT, Kind, Layout, find_layout
+from tests.cluster.node import Node
+from tests.cluster.processes import Processes
+from tests.cluster.report import ClusterError, timed
+from tests.cluster.versions import read_versions
 
 API_PROGRAMS = (("etcd", ("etcd",)), ("kubernetes", ("kube-apiserver", "kubectl")))
 CONTROL_PLANE_PROGRAMS = (

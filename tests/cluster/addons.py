@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any
 
 import yaml
-from cluster.build import Builder
-from cluster.control_plane import ControlPlane
-from cluster.kubectl import Helm
-from cluster.layout import Layout
-from cluster.node import Node
-from cluster.processes import wait_until
-from cluster.report import timed
-from cluster.versions import Versions
+
+from tests.cluster.build import Builder
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.kubectl import Helm
+from tests.cluster.layout import Layout
+from tests.cluster.node import Node
+from tests.cluster.processes import wait_until
+from tests.cluster.report import timed
+from tests.cluster.versions import Versions
 
 READY_SECONDS = 300
 WEBHOOK_SECONDS = 180

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.report import ClusterError, last_lines, say, timed
-from cluster.versions import Part, Versions
+from tests.cluster.report import ClusterError, last_lines, say, timed
+from tests.cluster.versions import Part, Versions
 
 GO_FALLBACK = "/usr/local/go/bin/go"
 """Where Go's own installation puts it."""

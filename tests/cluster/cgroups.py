@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from cluster.layout import CGROUP
-from cluster.processes import wait_until
+
+from tests.cluster.layout import CGROUP
+from tests.cluster.processes import wait_until
 
 INHERITED = ("cpuset.cpus", "cpuset.mems")
 """Files that a new group of version 1 leaves empty, so that nothing may run in it."""

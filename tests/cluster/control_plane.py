@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from cluster.build import Builder
-from cluster.kubectl import Kubectl
-from cluster.layout import DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
-from cluster.pki import Authority, Pair, make_service_account_key, write_kubeconfig
-from cluster.processes import Processes
-from cluster.report import timed
+
+from tests.cluster.build import Builder
+from tests.cluster.kubectl import Kubectl
+from tests.cluster.layout import DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
+from tests.cluster.pki import Authority, Pair, make_service_account_key, write_kubeconfig
+from tests.cluster.processes import Processes
+from tests.cluster.report import timed
 
 READY_SECONDS = 120
 GRACE_SECONDS = 30

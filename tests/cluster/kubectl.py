@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.processes import Word, run, succeeds
+from tests.cluster.processes import Word, run, succeeds
 
 
 class Kubectl:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.build import Builder
-from cluster.control_plane import ControlPlane
-from cluster.layout import LOOPBACK, Layout
-from cluster.processes import Processes
-from cluster.report import timed
+from tests.cluster.build import Builder
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.layout import LOOPBACK, Layout
+from tests.cluster.processes import Processes
+from tests.cluster.report import timed
 
 STAGES = (
     "node/fast/node-initialize.yaml",

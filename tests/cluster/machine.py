@@ -7,8 +7,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from cluster.layout import Layout
-from cluster.processes import succeeds, wait_until
+from tests.cluster.layout import Layout
+from tests.cluster.processes import succeeds, wait_until
 
 KERNEL = Path("/proc/sys")
 MOUNTS = Path("/proc/self/mounts")

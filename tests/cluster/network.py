@@ -7,9 +7,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from cluster.layout import BRIDGE, POD_NETWORK, Layout
-from cluster.processes import run, succeeds
-from cluster.report import ClusterError
+from tests.cluster.layout import BRIDGE, POD_NETWORK, Layout
+from tests.cluster.processes import run, succeeds
+from tests.cluster.report import ClusterError
 
 FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
 CHAINS_OF_OURS = ("KUBE-", "CNI-")

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import cgroups, images, network
-from cluster.build import Builder
-from cluster.control_plane import ControlPlane, node_user
-from cluster.layout import BRIDGE, CGROUP, DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
-from cluster.processes import Processes, answers, run, succeeds
-from cluster.report import timed
+
+from tests.cluster import cgroups, images, network
+from tests.cluster.build import Builder
+from tests.cluster.control_plane import ControlPlane, node_user
+from tests.cluster.layout import BRIDGE, CGROUP, DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
+from tests.cluster.processes import Processes, answers, run, succeeds
+from tests.cluster.report import timed
 
 PAUSE_SOURCE = Path(__file__).with_name("pause.go")
 PAUSE_VERSION = "v1"

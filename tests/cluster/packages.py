@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 
-from cluster.processes import run
-from cluster.report import ClusterError, say, timed
-from cluster.versions import Versions
+from tests.cluster.processes import run
+from tests.cluster.report import ClusterError, say, timed
+from tests.cluster.versions import Versions
 
 
 def ensure(versions: Versions, need: str) -> None:

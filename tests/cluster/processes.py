@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from cluster.report import ClusterError, last_lines
+
+from tests.cluster.report import ClusterError, last_lines
 
 START_TIME_TOLERANCE_SECONDS = 1.0
 """How far a process's start time may differ from the record: the kernel counts in ticks."""

@@ -6,10 +6,11 @@ import configparser
 import secrets
 
 import boto3
-from cluster.build import Builder
-from cluster.layout import Layout
-from cluster.processes import Processes, Word, answers
-from cluster.report import timed
+
+from tests.cluster.build import Builder
+from tests.cluster.layout import Layout
+from tests.cluster.processes import Processes, Word, answers
+from tests.cluster.report import timed
 
 REGION = "us-east-1"
 BUCKET = "models"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from cluster.build import Builder, copy_folder
-from cluster.report import ClusterError
-from cluster.versions import Part, Versions
+
+from tests.cluster.build import Builder, copy_folder
+from tests.cluster.report import ClusterError
+from tests.cluster.versions import Part, Versions
 
 PART = Part(
     "tool",

@@ -13,18 +13,19 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from cluster import kwok, s3
-from cluster.addons import ADDONS
-from cluster.images import write_program_image
-from cluster.layout import PORTS, Kind, Layout, find_layout
-from cluster.machine import mounts_below, remove_log_links
-from cluster.network import removals
-from cluster.node import cni_network, containerd_configuration, corefile_text
-from cluster.pki import Authority, make_service_account_key, write_kubeconfig
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from tests.cluster import kwok, s3
+from tests.cluster.addons import ADDONS
+from tests.cluster.images import write_program_image
+from tests.cluster.layout import PORTS, Kind, Layout, find_layout
+from tests.cluster.machine import mounts_below, remove_log_links
+from tests.cluster.network import removals
+from tests.cluster.node import cni_network, containerd_configuration, corefile_text
+from tests.cluster.pki import Authority, make_service_account_key, write_kubeconfig
 
 RULES = """-P POSTROUTING ACCEPT
 -N CNI-1a2b

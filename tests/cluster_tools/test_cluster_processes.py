@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster.processes import Processes, run, wait_until
-from cluster.report import ClusterError
+
+from tests.cluster.processes import Processes, run, wait_until
+from tests.cluster.report import ClusterError
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [

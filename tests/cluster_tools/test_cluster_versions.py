@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import __main__ as command
-from cluster.build import link_flags, module_file, replacements
-from cluster.report import ClusterError
-from cluster.versions import Part, read_versions
+
+from tests.cluster import __main__ as command
+from tests.cluster.build import link_flags, module_file, replacements
+from tests.cluster.report import ClusterError
+from tests.cluster.versions import Part, read_versions
 
 ETCD = Part("etcd", "go.etcd.io/etcd/server/v3", "v3.6.4", {"etcd": "go.etcd.io/etcd/server/v3"})
 KUBERNETES = Part(

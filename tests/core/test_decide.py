@@ -5,20 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import pytest
-from core_makers import (
-    attempt,
-    chain,
-    data_stage,
-    digests_of,
-    failed,
-    found,
-    look_ups,
-    plan_for,
-    plan_of,
-    run_of,
-    starts,
-    stops,
-)
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_core.decide import decide
@@ -39,6 +25,20 @@ from stagecoach_core.values import (
     StageState,
     Start,
     Stop,
+)
+from tests.core.makers import (
+    attempt,
+    chain,
+    data_stage,
+    digests_of,
+    failed,
+    found,
+    look_ups,
+    plan_for,
+    plan_of,
+    run_of,
+    starts,
+    stops,
 )
 
 CHAIN = chain("a", "b", "c")

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core_makers import data_stage, digests_of, found, plan_of, run_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +34,7 @@ from stagecoach_core.values import (
     Start,
     Stop,
 )
+from tests.core.makers import data_stage, digests_of, found, plan_of, run_of
 
 TERMINAL = {RunState.COMPLETE, RunState.FAILED, RunState.CANCELLED}
 ENDED = {StageState.SUCCEEDED, StageState.CACHED, StageState.FAILED, StageState.CANCELLED, StageState.SKIPPED}

@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-from core_makers import CODE, data_stage, digests_of, plan_of, pretrain_stage, run_of, sft_stage
 
 from stagecoach_api.spec import TrainingRun
 from stagecoach_core.digest import input_digests
 from stagecoach_core.values import Found
+from tests.core.makers import CODE, data_stage, digests_of, plan_of, pretrain_stage, run_of, sft_stage
 
 
 def digest(stage: dict[str, Any], contents: dict[str, str] | None = None, code: str = CODE, **spec: Any) -> str:

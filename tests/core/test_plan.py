@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from core_makers import data_stage, plan_for, plan_of, run_of
 
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import External
+from tests.core.makers import data_stage, plan_for, plan_of, run_of
 
 
 def test_a_stage_takes_from_the_defaults_what_it_leaves_open() -> None:

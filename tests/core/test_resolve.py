@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from core_makers import data_stage, found, plan_for, sft_stage
-
 from stagecoach_api.artifacts import ResolvedInput
 from stagecoach_api.stages import SftStage
 from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
 from stagecoach_core.values import StageState, StageView
+from tests.core.makers import data_stage, found, plan_for, sft_stage
 
 
 def test_inputs_from_stages_and_from_outside_are_resolved_by_key() -> None:

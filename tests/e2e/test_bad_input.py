@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e_makers import Bench, conversations, data_stage, english, wait_until
-from s3_makers import S3Server, make_bucket, make_server
 from safetensors.numpy import save_file
 
 from stagecoach_api.artifacts import output_prefix
+from tests.e2e.makers import Bench, conversations, data_stage, english, wait_until
+from tests.s3 import S3Server, make_bucket, make_server
 
 TEXTS = [{"text": text} for text in english(40)]
 ROWS = 300

@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
-from e2e_makers import Bench, Ended, finish, pipeline, wait_until
-from s3_makers import S3Server, make_bucket
 
 from stagecoach_api.outcomes import Cause
+from tests.e2e.makers import Bench, Ended, finish, pipeline, wait_until
+from tests.s3 import S3Server, make_bucket
 
 pytestmark = pytest.mark.timeout(1800)  # whoever is first makes both runs
 BUCKET = "e2e-whole-run"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from cluster_world import World, the_world
+
+from tests.e2e_cluster.world import World, the_world
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_faults import kill_pod, rank0s_watched, works
-from cluster_queues import queue_with_quota
-from cluster_world import Run, World, corpus, training, training_run, vocabulary
+
+from tests.e2e_cluster.faults import kill_pod, rank0s_watched, works
+from tests.e2e_cluster.queues import queue_with_quota
+from tests.e2e_cluster.world import Run, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
 

@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import pytest
-from cluster_faults import kill_operator, kill_pod, kill_worker, rank0s_watched, works
-from cluster_world import Run, World, corpus, training, training_run, vocabulary
+
+from tests.e2e_cluster.faults import kill_operator, kill_pod, kill_worker, rank0s_watched, works
+from tests.e2e_cluster.world import Run, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
 

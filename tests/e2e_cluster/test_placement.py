@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cluster.kwok import gpu_node
-from cluster_queues import queue_objects, queue_with_quota
-from cluster_world import Run, World, training_run
+
+from tests.cluster.kwok import gpu_node
+from tests.e2e_cluster.queues import queue_objects, queue_with_quota
+from tests.e2e_cluster.world import Run, World, training_run
 
 pytestmark = pytest.mark.cluster
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_queues import priority_class, queue_with_quota
-from cluster_world import Run, World, corpus, training, training_run, vocabulary
+
+from tests.e2e_cluster.queues import priority_class, queue_with_quota
+from tests.e2e_cluster.world import Run, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_world import SYSTEM, World, corpus, training, training_run, vocabulary
 
 from stagecoach_api import names
+from tests.e2e_cluster.world import SYSTEM, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cluster_world import RELEASE, SYSTEM, World
+
+from tests.e2e_cluster.world import RELEASE, SYSTEM, World
 
 pytestmark = pytest.mark.cluster
 

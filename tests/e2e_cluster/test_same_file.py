@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster_world import ROOT, SYSTEM, Run, World, readme_commands
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import Pointer
-from stagecoach_api.loading import load_run
+from stagecoach_api.reading.loading import load_run
+from tests import ROOT
+from tests.e2e_cluster.world import SYSTEM, Run, World, readme_commands
 
 pytestmark = pytest.mark.cluster
 

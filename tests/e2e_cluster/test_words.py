@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster_world import RELEASE, SECRET, SYSTEM, Run, World, corpus, training, training_run, vocabulary
 
 from stagecoach_api import names
+from tests.e2e_cluster.world import RELEASE, SECRET, SYSTEM, Run, World, corpus, training, training_run, vocabulary
 
 pytestmark = pytest.mark.cluster
 

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 DOCKERFILES = {name: ROOT / "images" / name / "Dockerfile" for name in ("operator", "trainer")}
 
 

@@ -6,12 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from operator_makers import NAMESPACE, FakeApi, World, data_stage
 
 from stagecoach_operator.audit import Audit
 from stagecoach_operator.handlers import hear, make_registry, make_settings
 from stagecoach_operator.kube import JOBSETS, TRAINING_RUNS, WORKLOADS, Forbidden, Listing, Resource
 from stagecoach_operator.watched import Cache
+from tests.operator.makers import NAMESPACE, FakeApi, World, data_stage
 
 
 class Bench:

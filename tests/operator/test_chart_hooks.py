@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from operator_makers import FakeApi
 
 from stagecoach_api.names import FINALIZER
 from stagecoach_operator.chart_hooks import DEPLOYMENTS, MAX_TRIES, POLLS, HookError, check, uninstall
 from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Forbidden, Resource
+from tests.operator.makers import FakeApi
 
 SYSTEM, RESEARCH, OTHER = "system", "research", "other"
 LABELS = {"app.kubernetes.io/instance": "stagecoach", "app.kubernetes.io/component": "operator"}

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from operator_makers import START, Ends, Killed, Operator, World, data_stage, drive
 
 from stagecoach_api.status import StageState
 from stagecoach_operator.kube import Conflict, Invalid, Unavailable
+from tests.operator.makers import START, Ends, Killed, Operator, World, data_stage, drive
 
 STAGES = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b", resources={"nodes": 2}))
 

@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from operator_makers import World
 
 from stagecoach_operator.kube import LEASES, Unavailable
 from stagecoach_operator.lease import Lease
+from tests.operator.makers import World
 
 
 class Time:

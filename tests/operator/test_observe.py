@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from view_makers import DIGEST, NOW, RUN, jobset, meta, pending, pod, workload
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import AttemptStatus, Reason
 from stagecoach_core.values import AttemptState
-from stagecoach_operator.board import Heard, Report
-from stagecoach_operator.ending import SETTLE_SECONDS
 from stagecoach_operator.observe import Sight, Surroundings, moment, observe
+from stagecoach_operator.progress_reports import Heard, Report
+from stagecoach_operator.termination import SETTLE_SECONDS
 from stagecoach_operator.waiting import IMAGE_PATIENCE_SECONDS, stuck_pods
 from stagecoach_operator.watched import Children, ContainerEnd, JobSetView, PodView
+from tests.operator.view_makers import DIGEST, NOW, RUN, jobset, meta, pending, pod, workload
 
 
 def record(**fields: Any) -> AttemptStatus:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operator_makers import World, data_stage
 
 from stagecoach_api.spec import Storage
 from stagecoach_api.status import Reason
@@ -19,6 +18,7 @@ from stagecoach_operator.planning import (
     plan_run,
     spec_digest,
 )
+from tests.operator.makers import World, data_stage
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from stagecoach_operator.poster import Poster
+from stagecoach_operator.event_recorder import Poster
 from stagecoach_operator.probes import Probes
 
 

@@ -15,15 +15,15 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 from cryptography.hazmat.primitives.hashes import SHA256
-from view_makers import jobset, meta, pod
 
 from stagecoach_api.names import progress_audience, progress_path
 from stagecoach_api.progress import ProgressEvent, trainer_status
-from stagecoach_operator.board import Board
 from stagecoach_operator.kube import Unavailable
+from stagecoach_operator.progress_reports import Board
 from stagecoach_operator.progress_server import MAX_BODY_BYTES, BadReport, ProgressServer, report_of
-from stagecoach_operator.tokens import CONFIGURATION_PATH, KEYS_PATH, InvalidToken, TokenVerifier
+from stagecoach_operator.token_review import CONFIGURATION_PATH, KEYS_PATH, InvalidToken, TokenVerifier
 from stagecoach_operator.watched import Cache
+from tests.operator.view_makers import jobset, meta, pod
 
 ISSUER = "https://kubernetes.default.svc"
 KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)

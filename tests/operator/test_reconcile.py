@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operator_makers import Ends, Operator, World, data_stage, drive
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import Manifest, Pointer, pointer_key
@@ -17,9 +16,11 @@ from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import read_manifest
-from stagecoach_operator import lookup, planning
-from stagecoach_operator.board import Report
+from stagecoach_operator import artifact_lookup as lookup
+from stagecoach_operator import planning
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
+from stagecoach_operator.progress_reports import Report
+from tests.operator.makers import Ends, Operator, World, data_stage, drive
 
 CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
 

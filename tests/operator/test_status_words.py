@@ -6,8 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from core_makers import chain, digests_of, failed, found
-from view_makers import DIGEST, NOW, jobset, pod
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import Storage
@@ -24,11 +22,11 @@ from stagecoach_api.status import (
 )
 from stagecoach_core.decide import decide
 from stagecoach_core.values import AttemptState, Found, LookUp, Missing, Observed
-from stagecoach_operator.board import Heard, Report
 from stagecoach_operator.events import EventReason, event_body, events_between
 from stagecoach_operator.history import MAX_ATTEMPTS, forgotten_of, shortened
 from stagecoach_operator.observe import Sight, moment
 from stagecoach_operator.planning import Snapshot
+from stagecoach_operator.progress_reports import Heard, Report
 from stagecoach_operator.status import (
     Scene,
     Trouble,
@@ -42,6 +40,8 @@ from stagecoach_operator.status import (
 )
 from stagecoach_operator.waiting import Waiting
 from stagecoach_operator.watched import run_view
+from tests.core.makers import chain, digests_of, failed, found
+from tests.operator.view_makers import DIGEST, NOW, jobset, pod
 
 PLAN = chain("a", "b")
 DIGESTS = digests_of(PLAN)
@@ -272,7 +272,7 @@ def test_a_living_attempt_is_always_kept() -> None:
     ],
 )
 def test_a_patch_makes_one_of_the_other(before: Any, after: Any, patch: Any) -> None:
-    from operator_makers import merged
+    from tests.operator.makers import merged
 
     assert merge_patch(before, after) == patch
     assert merged(before, patch) == after

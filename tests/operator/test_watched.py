@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from view_makers import NOW, RUN, jobset, meta, pod, workload
 
 from stagecoach_api import names
 from stagecoach_operator.kube import (
@@ -34,6 +33,7 @@ from stagecoach_operator.watched import (
     timestamp,
     workload_view,
 )
+from tests.operator.view_makers import NOW, RUN, jobset, meta, pod, workload
 
 LABELS = {names.LABEL_RUN_UID: RUN, names.LABEL_STAGE: "a", names.LABEL_ATTEMPT: "3"}
 

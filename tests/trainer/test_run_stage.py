@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stage_makers import DATA_CONFIG, DIGEST
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.outcomes import Cause, ExitCode
@@ -19,10 +18,11 @@ from stagecoach_api.stages import DataStage
 from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
 from stagecoach_trainer import run_stage as module
 from stagecoach_trainer.__main__ import outcome_of, pin_threads, read_stage
-from stagecoach_trainer.context import StageContext, StageOutcome, World
-from stagecoach_trainer.distributed import world_from
-from stagecoach_trainer.errors import Diverged, GateFailed, Interrupted, UserError
 from stagecoach_trainer.run_stage import Attempt, run_stage
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
+from stagecoach_trainer.runtime.distributed import world_from
+from stagecoach_trainer.runtime.errors import Diverged, GateFailed, Interrupted, UserError
+from tests.trainer.makers import DATA_CONFIG, DIGEST
 
 
 def resolved(folder: Path, **changes: Any) -> ResolvedStage:

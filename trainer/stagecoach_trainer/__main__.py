@@ -37,11 +37,11 @@ from stagecoach_api.outcomes import AttemptResult, ExitCode
 from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
 from stagecoach_api.training import Training
-from stagecoach_trainer import garbage
-from stagecoach_trainer.attempt_files import announce
-from stagecoach_trainer.errors import Interrupted, StageError, UserError
-from stagecoach_trainer.outcomes import GENERIC_FAILURE, WorkerOutcome, failure, write_outcome
-from stagecoach_trainer.rank_pipes import print_into_log, print_into_pipe
+from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe
+from stagecoach_trainer.runtime import gc_pause as garbage
+from stagecoach_trainer.runtime.attempt_files import announce
+from stagecoach_trainer.runtime.errors import Interrupted, StageError, UserError
+from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, WorkerOutcome, failure, write_outcome
 
 log = logging.getLogger("stagecoach")
 
@@ -77,9 +77,9 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 def _run(
     resolved: ResolvedStage, config: Model, environment: Mapping[str, str], stop: threading.Event, started: float
 ) -> str | None:
-    from stagecoach_trainer.distributed import world_from
-    from stagecoach_trainer.progress import Reporter
     from stagecoach_trainer.run_stage import Attempt, run_stage
+    from stagecoach_trainer.runtime.distributed import world_from
+    from stagecoach_trainer.runtime.progress import Reporter
 
     progress_file = environment.get(ENV_PROGRESS_FILE)
     world = world_from(environment)
@@ -225,8 +225,8 @@ def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -
     """Return the step of the newest complete checkpoint on this machine."""
     if resolved is None:
         return None
-    from stagecoach_trainer.run_store import open_run_store
-    from stagecoach_trainer.train.places import checkpoints_home, complete_marks
+    from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home, complete_marks
+    from stagecoach_trainer.runtime.run_store import open_run_store
 
     try:
         home = checkpoints_home(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)

@@ -16,16 +16,16 @@ from stagecoach_api.references import Reference
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.training import Offload, Training
-from stagecoach_trainer import garbage
-from stagecoach_trainer.attempt_files import logs_folder
-from stagecoach_trainer.context import StageContext, StageOutcome, World
-from stagecoach_trainer.distributed import process_group
-from stagecoach_trainer.errors import GateFailed
-from stagecoach_trainer.models.lean import leave_out_scipy
 from stagecoach_trainer.models.safety import CONFIG, check_model_folder
-from stagecoach_trainer.progress import Progress, Reporter
-from stagecoach_trainer.publish import publish, upload_attempt, upload_folder
-from stagecoach_trainer.run_store import open_run_store
+from stagecoach_trainer.runtime import gc_pause as garbage
+from stagecoach_trainer.runtime.attempt_files import logs_folder
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
+from stagecoach_trainer.runtime.distributed import process_group
+from stagecoach_trainer.runtime.errors import GateFailed
+from stagecoach_trainer.runtime.progress import Progress, Reporter
+from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
+from stagecoach_trainer.runtime.run_store import open_run_store
+from stagecoach_trainer.runtime.skip_scipy import leave_out_scipy
 from stagecoach_trainer.stages import STAGE_MODULES
 
 log = logging.getLogger(__name__)

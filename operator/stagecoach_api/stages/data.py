@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, Pattern, Weight
+from stagecoach_api.character_sets import Script
 from stagecoach_api.references import RecordSource
-from stagecoach_api.scripts import Script
 from stagecoach_api.training import require_exactly_one
 
 

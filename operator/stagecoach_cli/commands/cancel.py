@@ -9,8 +9,8 @@ import click
 from stagecoach_cli.commands.options import WHICH_WORLD, cluster_options, explained, say, wait_option
 
 if TYPE_CHECKING:
-    from stagecoach_cli.cluster_api import ClusterChoice
-    from stagecoach_cli.workspace import RunFolder
+    from stagecoach_cli.cluster.api import ClusterChoice
+    from stagecoach_local.workspace import RunFolder
 
 
 @click.command(
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 @wait_option("nothing of it runs any more")
 def command(run: str, context: str | None, namespace: str | None, wait: bool) -> None:
     with explained():
-        from stagecoach_cli.cluster_api import ClusterChoice
-        from stagecoach_cli.worlds import local_run
+        from stagecoach_cli.cluster.api import ClusterChoice
+        from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         folder = local_run(run, choice)
@@ -39,8 +39,8 @@ def command(run: str, context: str | None, namespace: str | None, wait: bool) ->
 
 
 def cancel_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
-    from stagecoach_cli.watching import watch_quietly
-    from stagecoach_cli.worlds import ask_cluster
+    from stagecoach_cli.cluster.watch import watch_quietly
+    from stagecoach_cli.target import ask_cluster
 
     api, run = ask_cluster(name, choice, "cancel")
     click.echo(f"{run.title}: asked to end; saved checkpoints stay")
@@ -50,8 +50,8 @@ def cancel_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
 
 
 def cancel_here(folder: RunFolder, wait: bool) -> None:
-    from stagecoach_cli.interrupts import CANCEL
-    from stagecoach_cli.local_verbs import ask_driver, mark_cancelled, wait_for_driver
+    from stagecoach_local.control import ask_driver, mark_cancelled, wait_for_driver
+    from stagecoach_local.interrupts import CANCEL
 
     driver = ask_driver(folder, CANCEL)
     if driver is None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from stagecoach_cli.cluster_api import ClusterChoice
-    from stagecoach_cli.cluster_run import ClusterAttempt, ClusterRun
-    from stagecoach_cli.workspace import AttemptRecord, RunFolder
+    from stagecoach_cli.cluster.api import ClusterChoice
+    from stagecoach_cli.cluster.runs import ClusterAttempt, ClusterRun
+    from stagecoach_local.workspace import AttemptRecord, RunFolder
 
 POLL_SECONDS = 0.3
 CLUSTER_POLL_SECONDS = 2.0
@@ -61,8 +61,8 @@ def command(
     endpoint: str | None,
 ) -> None:
     with explained():
-        from stagecoach_cli.cluster_api import ClusterChoice
-        from stagecoach_cli.worlds import local_run
+        from stagecoach_cli.cluster.api import ClusterChoice
+        from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         folder = local_run(run, choice)
@@ -103,7 +103,7 @@ def log_file(folder: RunFolder, attempt: AttemptRecord, rank: int | None) -> Pat
 
 def choose(folder: RunFolder, stage: str | None, number: int | None) -> AttemptRecord:
     """Return the attempt that is meant. Raises WorkspaceError, naming those there are."""
-    from stagecoach_cli.workspace import WorkspaceError
+    from stagecoach_local.workspace import WorkspaceError
 
     record = folder.load()
     attempts = sorted(record.attempts if record is not None else (), key=lambda item: item.started)
@@ -142,7 +142,7 @@ class ClusterLogs:
     def __init__(
         self, run: str, choice: ClusterChoice, rank: int | None, storage: str | None, endpoint: str | None
     ) -> None:
-        from stagecoach_cli.worlds import cluster_of
+        from stagecoach_cli.target import cluster_of
 
         self._api, self._name = cluster_of(run, choice)
         self._rank = rank
@@ -151,7 +151,7 @@ class ClusterLogs:
 
     def print(self, stage: str | None, number: int | None, follow: bool) -> None:
         """Print the logs of the attempt that is meant: of its pods, or from the store."""
-        from stagecoach_cli.pod_logs import Follower, PodChoice, copy_logs
+        from stagecoach_cli.cluster.pod_logs import Follower, PodChoice, copy_logs
 
         run, attempt = self._await(stage, number, follow)
         self._check_rank(run, attempt)
@@ -171,7 +171,7 @@ class ClusterLogs:
         self._print_stored(run, attempt)
 
     def _read(self) -> ClusterRun:
-        from stagecoach_cli.cluster_run import cluster_run
+        from stagecoach_cli.cluster.runs import cluster_run
 
         return cluster_run(self._api.run(self._name))
 
@@ -199,7 +199,7 @@ class ClusterLogs:
 
     def _is_over(self, attempt: ClusterAttempt) -> bool:
         """Whether the attempt has ended, or is no longer remembered."""
-        from stagecoach_cli.cluster_api import UnknownObject
+        from stagecoach_cli.cluster.api import UnknownObject
 
         try:
             known = self._read().attempts()
@@ -209,8 +209,8 @@ class ClusterLogs:
 
     def _print_stored(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         from stagecoach_api.store import open_store
-        from stagecoach_cli.pod_logs import write_line
-        from stagecoach_cli.stored_logs import copy_stored, stored_logs
+        from stagecoach_cli.artifacts.logs import copy_stored, stored_logs
+        from stagecoach_cli.cluster.pod_logs import write_line
 
         settings = run.storage
         uri = self._storage or (None if settings is None else settings.uri)
@@ -235,7 +235,7 @@ def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> Cl
 
     One that the status has no more room for is found by its stage's present digest.
     """
-    from stagecoach_cli.cluster_run import ClusterAttempt
+    from stagecoach_cli.cluster.runs import ClusterAttempt
 
     attempts = run.attempts()
     chosen = [item for item in attempts if stage in (None, item.stage) and number in (None, item.number)]

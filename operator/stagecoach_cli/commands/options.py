@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stagecoach_cli.main import EXIT_FAILED, EXIT_INVALID
+from stagecoach_cli.exit_codes import EXIT_FAILED, EXIT_INVALID
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,11 +78,11 @@ def explained() -> Iterator[None]:
     """Turn the errors that users can do something about into a message and an exit code; others pass."""
     from stagecoach_api.problems import InvalidRun
     from stagecoach_api.store import StoreError
-    from stagecoach_cli.artifacts import UnknownArtifact
-    from stagecoach_cli.cluster_api import ClusterError, Unusable
-    from stagecoach_cli.workspace import RunLocked, WorkspaceError
+    from stagecoach_cli.artifacts.store import UnknownArtifact
+    from stagecoach_cli.cluster.api import ClusterError, Unusable
     from stagecoach_core.plan import PlanError
     from stagecoach_core.policies.selection import UnknownStage
+    from stagecoach_local.workspace import RunLocked, WorkspaceError
 
     try:
         yield

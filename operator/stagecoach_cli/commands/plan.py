@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from stagecoach_api.artifacts import Manifest
     from stagecoach_cli.estimate import Estimate
-    from stagecoach_cli.prepare import Prepared
     from stagecoach_core.values import Decision, StageView
+    from stagecoach_local.prepare import Prepared
 
 
 @click.command("plan")
@@ -27,8 +27,8 @@ def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None
     """Show a run's stages in order: what each waits for, whether its work is done, tokens and time it may take."""
     with explained():
         from stagecoach_api.store import AccessDenied, Unreachable
-        from stagecoach_cli.prepare import look_into_cache, prepare, without_answers
-        from stagecoach_cli.workspace import here
+        from stagecoach_local.prepare import look_into_cache, prepare, without_answers
+        from stagecoach_local.workspace import here
 
         prepared = prepare(file, here(), overrides, storage, tolerant=True)
         trouble = [str(error) for error in prepared.unreachable.values()]
@@ -48,7 +48,7 @@ def last_manifests(prepared: Prepared, found: Mapping[str, Manifest]) -> dict[st
     """Return the manifest each stage made last, by its name: of this digest, or of an earlier one it had."""
     from stagecoach_api.store import NotFound
     from stagecoach_api.stores.lookup import read_manifest
-    from stagecoach_cli.artifacts import pointers
+    from stagecoach_cli.artifacts.store import pointers
 
     last: dict[str, Manifest] = {}
     for item in pointers(prepared.store, f"{prepared.plan.namespace}/{prepared.plan.run}"):
@@ -62,10 +62,10 @@ def last_manifests(prepared: Prepared, found: Mapping[str, Manifest]) -> dict[st
 
 def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mapping[str, Manifest], known: bool) -> None:
     """Print one row for each stage, and the sum of what is still to be done."""
+    from stagecoach_cli.display.numbers import duration, quantity
+    from stagecoach_cli.display.summary import empty_table, print_titled
     from stagecoach_cli.estimate import estimate, total
-    from stagecoach_cli.figures import duration, quantity
-    from stagecoach_cli.machine import num_ranks, this_machine
-    from stagecoach_cli.summary import empty_table, print_titled
+    from stagecoach_local.machine import num_ranks, this_machine
 
     machine = this_machine()
     table = empty_table("Stage", "Kind", "After", "Cache", ">Ranks", ">Tokens", ">Time")
@@ -97,7 +97,7 @@ def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mappi
 
 def cache_word(view: StageView, upstream: tuple[str, ...], decision: Decision, known: bool) -> str:
     """Return `hit DIGEST`, `miss DIGEST`, or what decides it: `after` the last stage it waits for, or `unknown`."""
-    from stagecoach_cli.figures import short
+    from stagecoach_cli.display.numbers import short
 
     if view.artifact is not None:
         return f"hit {short(view.digest or '')}"

@@ -10,8 +10,8 @@ import click
 from stagecoach_cli.commands.options import InvalidInput, explained, file_argument, set_option, storage_option
 
 if TYPE_CHECKING:
-    from stagecoach_cli.prepare import Prepared
-    from stagecoach_core.build.settings import BuildSettings
+    from stagecoach_core.manifests.settings import BuildSettings
+    from stagecoach_local.prepare import Prepared
 
 OPERATORS_STORAGE = "<the storage of the operator's settings>"
 
@@ -37,8 +37,8 @@ def command(
     named by words in angle brackets.
     """
     with explained():
-        from stagecoach_cli.prepare import prepare
-        from stagecoach_cli.workspace import here
+        from stagecoach_local.prepare import prepare
+        from stagecoach_local.workspace import here
 
         settings = read_settings(settings_file)
         prepared = prepare(file, here(), overrides, storage, tolerant=True)
@@ -52,7 +52,7 @@ def read_settings(file: Path | None) -> BuildSettings:
     from pydantic import ValidationError
 
     from stagecoach_api.fields import fields_of
-    from stagecoach_core.build.settings import BuildSettings
+    from stagecoach_core.manifests.settings import BuildSettings
 
     if file is None:
         return BuildSettings()
@@ -70,8 +70,8 @@ def documents(prepared: Prepared, settings: BuildSettings, storage_uri: str | No
     from dataclasses import replace
 
     from stagecoach_api.store import AccessDenied, Unreachable
-    from stagecoach_cli.manifests import cluster_plan, manifests
-    from stagecoach_cli.prepare import look_into_cache, without_answers
+    from stagecoach_cli.rendered import cluster_plan, manifests
+    from stagecoach_local.prepare import look_into_cache, without_answers
 
     plan = cluster_plan(prepared.run, prepared.plan, prepared.plan.code)
     prepared = replace(prepared, plan=plan)
@@ -88,6 +88,6 @@ def serialised(items: list[dict[str, Any]], output: str) -> str:
         import json
 
         return json.dumps(items, indent=2, ensure_ascii=False) + "\n"
-    from stagecoach_cli.manifests import as_yaml
+    from stagecoach_cli.rendered import as_yaml
 
     return as_yaml(items)

@@ -10,9 +10,9 @@ import click
 from stagecoach_cli.commands.options import WHICH_WORLD, InvalidInput, cluster_options, explained, say, wait_option
 
 if TYPE_CHECKING:
-    from stagecoach_cli.cluster_api import ClusterChoice
-    from stagecoach_cli.cluster_run import ClusterRun
-    from stagecoach_cli.workspace import RunFolder
+    from stagecoach_cli.cluster.api import ClusterChoice
+    from stagecoach_cli.cluster.runs import ClusterRun
+    from stagecoach_local.workspace import RunFolder
 
 
 @click.command(
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(ctx: click.Context, run: str, context: str | None, namespace: str | None, wait: bool) -> int:
     with explained():
-        from stagecoach_cli.cluster_api import ClusterChoice
-        from stagecoach_cli.worlds import local_run
+        from stagecoach_cli.cluster.api import ClusterChoice
+        from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         folder = local_run(run, choice)
@@ -46,9 +46,9 @@ def resume_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
     import time
 
     from stagecoach_api.status import ConditionType
-    from stagecoach_cli.cluster_run import cluster_run
-    from stagecoach_cli.watching import watch_quietly
-    from stagecoach_cli.worlds import cluster_of
+    from stagecoach_cli.cluster.runs import cluster_run
+    from stagecoach_cli.cluster.watch import watch_quietly
+    from stagecoach_cli.target import cluster_of
 
     api, name = cluster_of(name, choice)
     before = cluster_run(api.run(name))

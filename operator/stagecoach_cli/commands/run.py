@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from stagecoach_cli.commands.options import Failure, console, explained, file_argument, set_option, storage_option
-from stagecoach_cli.main import EXIT_FAILED, EXIT_INTERRUPTED
+from stagecoach_cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stagecoach_cli.driver import Outcome
-    from stagecoach_cli.job import Job
-    from stagecoach_cli.prepare import Prepared
+    from stagecoach_local.driver import Outcome
+    from stagecoach_local.prepare import Prepared
+    from stagecoach_local.run_job import Job
 
 
 @click.command("run")
@@ -47,8 +47,8 @@ def command(
     with explained():
         from dataclasses import replace
 
-        from stagecoach_cli.prepare import prepare
-        from stagecoach_cli.workspace import Invocation, here
+        from stagecoach_local.prepare import prepare
+        from stagecoach_local.workspace import Invocation, here
 
         workspace = here()
         workspace.prepare()
@@ -63,11 +63,11 @@ def command(
 
 def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
     """Put together what the driver needs. Raises UnknownStage."""
-    from stagecoach_cli.job import Job
-    from stagecoach_cli.machine import this_machine
-    from stagecoach_cli.workspace import here
     from stagecoach_core.policies.selection import starting_from
     from stagecoach_core.policies.selection import until as selected_until
+    from stagecoach_local.machine import this_machine
+    from stagecoach_local.run_job import Job
+    from stagecoach_local.workspace import here
 
     return Job(
         plan=prepared.plan,
@@ -87,9 +87,9 @@ def make_job(prepared: Prepared, file: Path, until: str | None, start: str | Non
 
 def work(job: Job) -> int:
     """Drive the run, show it, print what came of it; return the exit code. The run's lock is held."""
-    from stagecoach_cli.driver import Driver
-    from stagecoach_cli.interrupts import Interrupts
-    from stagecoach_cli.view import open_view
+    from stagecoach_cli.display.live import open_view
+    from stagecoach_local.driver import Driver
+    from stagecoach_local.interrupts import Interrupts
 
     out = console()
     view = open_view(out)
@@ -103,7 +103,7 @@ def work(job: Job) -> int:
 
 def report(out: Console, job: Job, outcome: Outcome) -> int:
     """Print the end of a run; return the exit code."""
-    from stagecoach_cli.summary import print_failures, print_summary
+    from stagecoach_cli.display.summary import print_failures, print_summary
     from stagecoach_core.values import RunState
 
     state = outcome.decision.state

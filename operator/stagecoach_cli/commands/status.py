@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from stagecoach_cli.cluster_api import Body, ClusterChoice
-    from stagecoach_cli.cluster_run import ClusterRun
-    from stagecoach_cli.view import Snapshot
-    from stagecoach_cli.workspace import RunFolder, RunRecord
+    from stagecoach_cli.cluster.api import Body, ClusterChoice
+    from stagecoach_cli.cluster.runs import ClusterRun
+    from stagecoach_core.snapshot import Snapshot
+    from stagecoach_local.workspace import RunFolder, RunRecord
 
 WATCH_SECONDS = 1.0
 LONG_WAIT = 60
@@ -35,8 +35,8 @@ LONG_WAIT = 60
 @click.option("--watch", "-w", is_flag=True, help="Go on showing it until the run is over.")
 def command(run: str | None, context: str | None, namespace: str | None, watch: bool) -> None:
     with explained():
-        from stagecoach_cli.cluster_api import ClusterChoice
-        from stagecoach_cli.worlds import local_run
+        from stagecoach_cli.cluster.api import ClusterChoice
+        from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         out = console()
@@ -56,8 +56,8 @@ def command(run: str | None, context: str | None, namespace: str | None, watch: 
 
 
 def show_local(out: Console, folder: RunFolder) -> None:
-    from stagecoach_cli.summary import print_failures
-    from stagecoach_cli.view import render_rows
+    from stagecoach_cli.display.live import render_rows
+    from stagecoach_cli.display.summary import print_failures
 
     record = folder.load()
     if record is None:
@@ -72,7 +72,7 @@ def watch_local(out: Console, folder: RunFolder) -> None:
     """Show the run until no driver works on it."""
     import time
 
-    from stagecoach_cli.view import open_view
+    from stagecoach_cli.display.live import open_view
 
     view = open_view(out)
     try:
@@ -104,9 +104,10 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
     """Return the run as its record and its progress files tell it."""
     import time
 
-    from stagecoach_cli.tail import ProgressTail
-    from stagecoach_cli.view import LIVING, Snapshot, StageRow
+    from stagecoach_api.status import LIVING
+    from stagecoach_core.snapshot import Snapshot, StageRow
     from stagecoach_core.values import Found, StageState, StageView
+    from stagecoach_local.tail import ProgressTail
 
     started = {(item.stage, item.number): item.started for item in record.attempts}
     locked = folder.is_locked
@@ -145,10 +146,10 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
 
 
 def show_cluster(out: Console, name: str, choice: ClusterChoice, watch: bool) -> None:
-    from stagecoach_cli.cluster_run import cluster_run
-    from stagecoach_cli.view import open_view
-    from stagecoach_cli.watching import watch as watch_run
-    from stagecoach_cli.worlds import cluster_of
+    from stagecoach_cli.cluster.runs import cluster_run
+    from stagecoach_cli.cluster.watch import watch as watch_run
+    from stagecoach_cli.display.live import open_view
+    from stagecoach_cli.target import cluster_of
 
     api, name = cluster_of(name, choice)
     if not watch:
@@ -166,9 +167,9 @@ def print_cluster(out: Console, run: ClusterRun) -> None:
     """Print a cluster's run: state, stages, what is out of order, failures."""
     import time
 
-    from stagecoach_cli.cluster_run import snapshot_of, troubles_of
-    from stagecoach_cli.summary import print_failures
-    from stagecoach_cli.view import render_rows
+    from stagecoach_cli.cluster.runs import snapshot_of, troubles_of
+    from stagecoach_cli.display.live import render_rows
+    from stagecoach_cli.display.summary import print_failures
 
     snapshot = snapshot_of(run, time.time())
     state = run.state.value.lower() if run.refusal is None else "not accepted"
@@ -187,8 +188,8 @@ def print_cluster(out: Console, run: ClusterRun) -> None:
 
 def show_all(out: Console, choice: ClusterChoice) -> None:
     """Print the runs of this folder; where there are none, or a cluster is asked for, the cluster's."""
-    from stagecoach_cli.cluster_api import NotConfigured, connect
-    from stagecoach_cli.workspace import here
+    from stagecoach_cli.cluster.api import NotConfigured, connect
+    from stagecoach_local.workspace import here
 
     known = [] if choice.is_given else here().known_runs()
     if known:
@@ -213,8 +214,8 @@ def runs_table(folders: list[RunFolder]) -> Table:
     """Return one row for each run of the workspace, the newest last."""
     import time
 
-    from stagecoach_cli.summary import empty_table
-    from stagecoach_cli.view import FINISHED
+    from stagecoach_api.status import FINISHED
+    from stagecoach_cli.display.summary import empty_table
 
     records = [(folder, record) for folder in folders if (record := folder.load()) is not None]
     records.sort(key=lambda item: item[1].updated)
@@ -230,8 +231,8 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
 def cluster_table(bodies: list[Body]) -> Table:
     """Return one row for each run of a cluster, the newest last."""
-    from stagecoach_cli.cluster_run import cluster_run
-    from stagecoach_cli.summary import empty_table
+    from stagecoach_cli.cluster.runs import cluster_run
+    from stagecoach_cli.display.summary import empty_table
 
     table = empty_table("Run", "State", "Stage", ">Progress", ">Restarts", "Created")
     for body in sorted(bodies, key=lambda item: str(item["metadata"].get("creationTimestamp", ""))):

@@ -17,12 +17,12 @@ from stagecoach_cli.commands.options import (
     set_option,
     wait_option,
 )
-from stagecoach_cli.main import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_INVALID
+from stagecoach_cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_INVALID
 
 if TYPE_CHECKING:
-    from stagecoach_api.loading import LoadedRun
-    from stagecoach_cli.cluster_api import ClusterApi
-    from stagecoach_cli.cluster_run import ClusterRun
+    from stagecoach_api.reading.loading import LoadedRun
+    from stagecoach_cli.cluster.api import ClusterApi
+    from stagecoach_cli.cluster.runs import ClusterRun
 
 
 @click.command("submit")
@@ -48,8 +48,8 @@ def command(
     """
     with explained():
         from stagecoach_api.names import API_GROUP, SINGULAR
-        from stagecoach_cli.cluster_api import Changed, ClusterChoice, connect
-        from stagecoach_cli.prepare import check
+        from stagecoach_cli.cluster.api import Changed, ClusterChoice, connect
+        from stagecoach_local.prepare import check
 
         given = [*overrides, *([f"storage.uri={storage}"] if storage is not None else [])]
         loaded = check(file, given, inputs=False)
@@ -80,10 +80,10 @@ def follow(api: ClusterApi, name: str) -> int:
     """Show the run until it is over; return the exit code."""
     import time
 
-    from stagecoach_cli.cluster_run import snapshot_of, troubles_of
-    from stagecoach_cli.summary import print_failures
-    from stagecoach_cli.view import open_view
-    from stagecoach_cli.watching import watch
+    from stagecoach_cli.cluster.runs import snapshot_of, troubles_of
+    from stagecoach_cli.cluster.watch import watch
+    from stagecoach_cli.display.live import open_view
+    from stagecoach_cli.display.summary import print_failures
 
     out = console()
     view = open_view(out)

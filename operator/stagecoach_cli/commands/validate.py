@@ -15,7 +15,7 @@ from stagecoach_cli.commands.options import explained, file_argument, set_option
 def command(file: Path, overrides: tuple[str, ...]) -> None:
     """Check a run file: fields, values, graph, local inputs. All problems are told at once; exit code 2 for any."""
     with explained():
-        from stagecoach_cli.prepare import check
+        from stagecoach_local.prepare import check
 
         loaded = check(file, overrides)
         stages = len(loaded.run.spec.stages)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from core_makers import attempt
-
 from stagecoach_api.outcomes import Cause
 from stagecoach_core.policies.cancel import stop_cancelled
 from stagecoach_core.values import Stop
+from tests.core.makers import attempt
 
 
 def test_an_attempt_of_a_cancelled_run_is_stopped_uncharged() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from core_makers import attempt
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_core.policies.replan import stop_removed, stop_second, stop_superseded
+from tests.core.makers import attempt
 
 
 @pytest.mark.parametrize(

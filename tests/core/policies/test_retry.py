@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from core_makers import attempt, failed
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import Retries
 from stagecoach_core.policies.retry import backoff_seconds, judge, without_result
 from stagecoach_core.values import Attempt
+from tests.core.makers import attempt, failed
 
 D = "digest"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from core_makers import attempt, data_stage, plan_for
 
 from stagecoach_core.policies.selection import UnknownStage, starting_from, stop_unselected, until
+from tests.core.makers import attempt, data_stage, plan_for
 
 PLAN = plan_for(data_stage("corpus"), data_stage("words", "corpus"), data_stage("model", "words"), data_stage("other"))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from core_makers import attempt
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_core.policies.timeout import HangLimits, deadline, overdue
 from stagecoach_core.values import Attempt, AttemptState
+from tests.core.makers import attempt
 
 BEATING = attempt("a", "d", started=0.0, running_since=100.0, heartbeat=1000.0)
 

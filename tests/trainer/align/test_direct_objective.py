@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import make_context, make_model
 from torch import Tensor
 
 from stagecoach_api.stages.dpo import DirectLoss
@@ -20,10 +19,11 @@ from stagecoach_trainer.align.direct_held_out import DirectSet, direct_figures
 from stagecoach_trainer.align.direct_objective import AnswerLoss, DirectObjective, sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit, mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, fill_table, windows
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence, pairs_of
-from stagecoach_trainer.train.attention import short_attention
+from tests.trainer.models.makers import make_context, make_model
 
 ROWS = 300
 CPU = torch.device("cpu")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_makers import SHARED, make_context, write_jsonl
 
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
 from stagecoach_api.stages.data import DataStage
@@ -14,8 +13,10 @@ from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Answer, Record, RecordError, Turn, detect_format, parser_for
 from stagecoach_trainer.data.records import read_index, read_records, record_to_json, require_no_answers
 from stagecoach_trainer.data.steps import content_hash, prompt_hash
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.data import run
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import make_context, write_jsonl
 
 NO_FIELDS = FieldMapping()
 QUESTION = (Turn(Role.USER, "q"),)

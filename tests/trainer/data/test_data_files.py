@@ -12,7 +12,7 @@ import zstandard
 
 from stagecoach_trainer.data import files
 from stagecoach_trainer.data.files import Raw, read_values
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 VALUES = [{"text": "白日依山尽"}, {"text": 'quote " brace } and \\ "'}, {"text": "", "n": [1, {"a": None}]}]
 

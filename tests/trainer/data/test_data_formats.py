@@ -5,11 +5,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from data_makers import SHARED
 
 from stagecoach_api.references import FieldMapping, Format
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Record, RecordError, Turn, detect_format, parser_for
+from tests import SHARED_DATA as SHARED
 
 NO_FIELDS = FieldMapping()
 USER, ASSISTANT, SYSTEM, CALL, ENVIRONMENT = (

@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from data_makers import SHARED, make_context, write_jsonl
 
 from stagecoach_api.references import Format, RecordSource, Split
 from stagecoach_trainer.data.records import Record, Role, Turn, read_records
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import make_context, write_jsonl
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_makers import SHARED, FolderContext, make_context, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from s3_makers import REGION, S3Server, make_bucket
 
 from stagecoach_api.references import RecordSource, Split
 from stagecoach_api.stages.data import DataStage
 from stagecoach_api.store import open_store
 from stagecoach_trainer.data.funnel import Funnel
 from stagecoach_trainer.data.records import Record, read_records
-from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.stages.data import run
+from tests import SHARED_DATA as SHARED
+from tests.s3 import REGION, S3Server, make_bucket
+from tests.trainer.data.makers import FolderContext, make_context, write_jsonl
 
 
 def stage(**fields: Any) -> DataStage:

@@ -19,7 +19,7 @@ from stagecoach_api.stages.data import (
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Record, Turn
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 
 def one(step: DataStep) -> StepCounter:

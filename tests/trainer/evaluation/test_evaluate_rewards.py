@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base, write_lines
-from model_makers import make_context, make_model
-from preference_makers import rewards_of
-from reward_makers import TinyJudge, endpoint_of, evaluate_stage, feedback_term, serve
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import GateFailed, UserError
-from stagecoach_trainer.evaluation.generation import Prompter
 from stagecoach_trainer.evaluation.rewards import win_rate
+from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
 from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.rewards import Judgement
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import GateFailed, UserError
 from stagecoach_trainer.stages.evaluate import run
+from tests.trainer.align.makers import rewards_of
+from tests.trainer.evaluation.makers import (
+    QUESTIONS,
+    chat_tokenizer,
+    naive_answer,
+    save_chat_adapter,
+    save_chat_base,
+    write_lines,
+)
+from tests.trainer.models.makers import make_context, make_model
+from tests.trainer.rewards.makers import TinyJudge, endpoint_of, evaluate_stage, feedback_term, serve
 
 TERMS = (
     {"name": "characters", "expression": "characters", "weight": 0.5},

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import pytest
-from reward_makers import evaluate_stage
 
 from stagecoach_api.stages.evaluate import EvaluateStage, Gate
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.rewards.makers import evaluate_stage
 
 METRICS = {"heldOut.zh.bitsPerCharacter": 2.5, "verse.exactMatch": 0.75, "broken": math.nan, "endless": math.inf}
 

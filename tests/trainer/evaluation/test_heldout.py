@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_makers import chat_tokenizer, lively_model, write_lines
-from model_makers import make_context, make_tokenizer
 
 from stagecoach_api.references import NamedSource
 from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation.heldout import HeldOutFigures, measure_held_out
-from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.text.encoding import Encoder
+from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, write_lines
+from tests.trainer.models.makers import make_context, make_tokenizer
 
 TEXTS = ("the quick brown fox", "白日依山尽 黄河入海流", "a model learns what the next word is " * 6, "x")
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from evaluation_makers import chat_tokenizer, lively_model, save_chat_base, write_lines
-from model_makers import make_context
 
 from stagecoach_api.artifacts import REPORT
 from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation import lm_eval_tasks
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_own_task
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.evaluate import run
+from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_chat_base, write_lines
+from tests.trainer.models.makers import make_context
 
 CHOICES = ["fox", "dog", "白日"]
 DOCUMENTS = [{"question": f"the quick {word} jumps over the", "gold": index % 3} for index, word in enumerate("abcdef")]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_makers import lively_model
 
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation.proof import Witness, kl_divergence, proof_rows
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.evaluation.makers import lively_model
 
 
 def test_the_divergence_is_torchs() -> None:

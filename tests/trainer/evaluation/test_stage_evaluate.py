@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base, write_lines
-from model_makers import make_context, make_tokenizer, report_of, save_base
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import GateFailed, Interrupted, UserError
-from stagecoach_trainer.evaluation.generation import Prompter
+from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import GateFailed, Interrupted, UserError
 from stagecoach_trainer.stages.evaluate import run
+from tests.trainer.evaluation.makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base, write_lines
+from tests.trainer.models.makers import make_context, make_tokenizer, report_of, save_base
 
 TEXTS = ({"text": "the quick brown fox"}, {"text": "白日依山尽 | 黄河入海流"})
 CONFIG: dict[str, Any] = {

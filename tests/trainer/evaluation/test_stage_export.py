@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base
-from model_makers import FAMILIES, make_context, make_model, report_of, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stagecoach_api.artifacts import CARD, REPORT, REPORT_TEXT, ModelCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.export import ExportStage
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.evaluation.generation import Prompter
+from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_folder, load_model
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages import export as export_module
 from stagecoach_trainer.stages.export import run
 from stagecoach_trainer.text.vocabulary import load_tokenizer
+from tests.trainer.evaluation.makers import QUESTIONS, chat_tokenizer, naive_answer, save_chat_adapter, save_chat_base
+from tests.trainer.models.makers import FAMILIES, make_context, make_model, report_of, save_family
 
 SAMPLES = {"prompts": list(QUESTIONS[:2]), "generation": {"maxNewTokens": 5}}
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_makers import make_context, make_model, make_tokenizer, outside, save_base
 from safetensors.torch import load_file, save_file
 
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
 from stagecoach_api.references import Reference
 from stagecoach_api.training import LoraTraining, NewRows, Trainable
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_folder, load_model, locate_base, name_base
 from stagecoach_trainer.models.resize import grow
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.trainable import choose_trainable
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_context, make_model, make_tokenizer, outside, save_base
 
 
 class Canary:

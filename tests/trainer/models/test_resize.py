@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_makers import make_model, make_tokenizer
 
 from stagecoach_api.training import NewRows
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.models.new_model import Architecture, build_model
 from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow
-from stagecoach_trainer.models.scratch import Architecture, build_model
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_model, make_tokenizer
 
 EXTRA = ("龘", "▁龘靐", "<|new|>")
 

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import make_context, make_model, make_tokenizer, outside, save_base
-from preference_makers import rewards_of
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.sft import Template, TemplateName
 from stagecoach_api.training import LoraTraining, Trainable
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model, with_system
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.trainable import choose_trainable
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import apply_template
+from tests.trainer.align.makers import rewards_of
+from tests.trainer.models.makers import make_context, make_model, make_tokenizer, outside, save_base
 
 CPU = torch.device("cpu")
 TALK = ({"role": "user", "content": "what is a dog"},)

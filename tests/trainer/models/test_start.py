@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import CONTEXT, FAMILIES, family_config, make_tokenizer, report_of, save_family
 from torch import nn
-from train_makers import training
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
-from workshop_makers import Workshop
 
 from stagecoach_api.stages.pretrain import RopeScaling, RopeScalingName
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.start import position_change
-from stagecoach_trainer.train.loop import prepare_network
+from stagecoach_trainer.loop.loop import prepare_network
+from stagecoach_trainer.models.starting_point import position_change
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.loop.makers import training
+from tests.trainer.models.makers import CONTEXT, FAMILIES, family_config, make_tokenizer, report_of, save_family
+from tests.trainer.stages.makers import Workshop
 
 NOT_PACKED = ("bloom", "opt")
 """BLOOM's ALiBi counts from the beginning of the row; OPT's mask is made without looking at the positions."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import make_model
 
 from stagecoach_api.training import EmbeddingTraining, FullTraining, LoraTraining, Rows, Trainable
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.kernels.causal import CausalLoss, head_weight
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters, join_rows
-from stagecoach_trainer.train.causal import CausalLoss, head_weight
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_model
 
 NEW = range(90, 100)
 
@@ -52,7 +52,7 @@ def test_new_rows_alone_move_and_old_rows_stay_bit_for_bit_under_weight_decay(ti
 
 
 def test_split_rows_give_the_chunked_loss_the_same_gradients_as_whole_matrices() -> None:
-    from stagecoach_trainer.train.collate import Batch
+    from stagecoach_trainer.batches.collate import Batch
 
     def gradients(rows: Rows) -> list[torch.Tensor]:
         model = make_model(100)

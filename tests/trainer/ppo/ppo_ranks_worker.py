@@ -17,7 +17,21 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from ppo_makers import (
+
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.training import Precision, Sharding
+from stagecoach_trainer.engine.precision import DTYPES
+from stagecoach_trainer.engine.sharded import shard_frozen
+from stagecoach_trainer.ppo import rollout
+from stagecoach_trainer.ppo.rollout import CopySampler
+from stagecoach_trainer.rewards.model import ModelTerm
+from stagecoach_trainer.rewards.term import Judged
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home, complete_marks
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.distributed import process_group, world_from
+from stagecoach_trainer.runtime.errors import Diverged, Interrupted
+from tests.trainer.loop.makers import context, training
+from tests.trainer.ppo.makers import (
     digit_judge,
     digit_model,
     ranks_configuration,
@@ -27,20 +41,6 @@ from ppo_makers import (
     uneven_configuration,
     with_adapter,
 )
-from train_makers import context, training
-
-from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_api.training import Precision, Sharding
-from stagecoach_trainer.context import World
-from stagecoach_trainer.distributed import process_group, world_from
-from stagecoach_trainer.errors import Diverged, Interrupted
-from stagecoach_trainer.ppo import rollout
-from stagecoach_trainer.ppo.rollout import CopySampler
-from stagecoach_trainer.rewards.judged import Judged
-from stagecoach_trainer.rewards.model import ModelTerm
-from stagecoach_trainer.train.places import checkpoints_home, complete_marks
-from stagecoach_trainer.train.precision import DTYPES
-from stagecoach_trainer.train.sharded import shard_frozen
 
 CPU = torch.device("cpu")
 PRECISIONS = (Precision.FP32, Precision.BF16)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppo_makers import FunctionTerm, configuration, ppo_job, reward_of
-from train_makers import context, equal_weights, weights
 
-from stagecoach_trainer.errors import Interrupted
 from stagecoach_trainer.ppo import average
 from stagecoach_trainer.ppo.average import WeightAverage
 from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.runtime.errors import Interrupted
+from tests.trainer.loop.makers import context, equal_weights, weights
+from tests.trainer.ppo.makers import FunctionTerm, configuration, ppo_job, reward_of
 
 UPDATES, SAMPLES, DECAY = 4, 8, 0.75
 Weights = dict[str, torch.Tensor]

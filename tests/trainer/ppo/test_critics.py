@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import make_context, make_model, make_tokenizer, report_of, save_base
-from ppo_makers import adapter_stage, save_adapted_reward
-from train_makers import weights
 from transformers import PhiConfig, PhiForCausalLM
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.dropout import switch_off_dropout
+from stagecoach_trainer.kernels.answer_log_probs import collate_answers
+from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.ppo import loop
+from stagecoach_trainer.ppo.job import PpoJob
 from stagecoach_trainer.ppo.objectives import CriticObjective
-from stagecoach_trainer.ppo.setting import PpoJob
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.ppo import run
 from stagecoach_trainer.text.templates import apply_template
-from stagecoach_trainer.train.answers import collate_answers
+from tests.trainer.loop.makers import weights
+from tests.trainer.models.makers import make_context, make_model, make_tokenizer, report_of, save_base
+from tests.trainer.ppo.makers import adapter_stage, save_adapted_reward
 
 BIAS = -3.5
 SHORT = {"name": "short", "length": {"atMost": 12}}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_makers import context, disk_full_beyond
 
-from stagecoach_trainer.context import World
 from stagecoach_trainer.ppo.experience import PER_TOKEN, Experience, Pool, write_chunk
-from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
+from stagecoach_trainer.ppo.saved_rollouts import KeptAnswers, name_of
+from stagecoach_trainer.runtime.context import World
+from tests.trainer.loop.makers import context, disk_full_beyond
 
 ALL = ("prompt", "answer", *PER_TOKEN)
 

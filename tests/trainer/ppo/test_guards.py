@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppo_makers import FunctionTerm, configuration, digit_model, echoes, ppo_job, reward_of
-from train_makers import context, equal_weights, weights
 
 from stagecoach_api.stages.ppo import Guards, PpoStage
-from stagecoach_trainer.errors import Diverged, UserError
 from stagecoach_trainer.ppo.guards import UpdateFigures, Watch
 from stagecoach_trainer.ppo.loop import train_policy
-from stagecoach_trainer.rewards.judged import Judged
+from stagecoach_trainer.rewards.term import Judged
+from stagecoach_trainer.runtime.errors import Diverged, UserError
+from tests.trainer.loop.makers import context, equal_weights, weights
+from tests.trainer.ppo.makers import FunctionTerm, configuration, digit_model, echoes, ppo_job, reward_of
 
 GOOD = UpdateFigures(
     kl=0.5, entropy=1.0, ended_share=0.9, length=20.0, max_abs_reward=3.0, reward_deviation=0.4, value_loss=0.1
@@ -320,7 +320,7 @@ def test_after_as_many_rollbacks_as_allowed_it_stops(tmp_path: Path) -> None:
 
 
 def test_a_run_resumed_after_a_rollback_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    from stagecoach_trainer.errors import Interrupted
+    from stagecoach_trainer.runtime.errors import Interrupted
 
     def flawed(stop: Any = None) -> Any:
         asked = [0]

@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppo_makers import (
+
+from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_trainer.loop import checkpoint
+from stagecoach_trainer.ppo import saved_rollouts as kept
+from stagecoach_trainer.ppo.job import PpoJob, PpoResult, own_mini_batches
+from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted
+from tests import ROOT
+from tests.trainer.loop.makers import RandomPlan, complete_steps, context, equal_weights, row, weights
+from tests.trainer.ppo.makers import (
     FunctionTerm,
     configuration,
     digit_model,
@@ -26,16 +37,6 @@ from ppo_makers import (
     reward_of,
     with_adapter,
 )
-from train_makers import RandomPlan, complete_steps, context, equal_weights, row, weights
-
-from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Interrupted
-from stagecoach_trainer.ppo import kept
-from stagecoach_trainer.ppo.loop import train_policy
-from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, own_mini_batches
-from stagecoach_trainer.train import checkpoint
-from stagecoach_trainer.train.places import checkpoints_home
 
 HERE = Path(__file__).parent
 UPDATES, SAMPLES, ROUNDS = 5, 16, 4
@@ -172,7 +173,7 @@ def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(t
     script = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_ppo_loop; test_ppo_loop.be_killed({str(folder)!r})"
     )
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
     assert worker.wait(250) == -signal.SIGKILL
     here = context(folder)

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppo_makers import digit_model
 from torch import Tensor
 
 from stagecoach_api.stages.ppo import PolicyLoss
+from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
+from stagecoach_trainer.kernels.answer_log_probs import collate_answers
+from stagecoach_trainer.kernels.attention import short_attention
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.ppo.experience import Experience
 from stagecoach_trainer.ppo.objectives import (
@@ -21,9 +23,7 @@ from stagecoach_trainer.ppo.objectives import (
     Whitening,
     collate_experiences,
 )
-from stagecoach_trainer.train.answers import collate_answers
-from stagecoach_trainer.train.attention import short_attention
-from stagecoach_trainer.train.rows import IGNORE, Ids, Row
+from tests.trainer.ppo.makers import digit_model
 
 CPU = torch.device("cpu")
 LENGTHS = ((3, 4), (5, 1), (2, 6))

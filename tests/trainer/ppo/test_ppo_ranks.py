@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ppo_makers import ranks_configuration, run_to_end
-from ranks_makers import report_of_two_ranks
-from train_makers import context
+
+from tests.trainer.loop.makers import context
+from tests.trainer.ppo.makers import ranks_configuration, run_to_end
+from tests.trainer.ranks import report_of_two_ranks
 
 CASES = ("0-fp32", "2-fp32", "3-fp32", "3-bf16")
 HERE = Path(__file__).parent

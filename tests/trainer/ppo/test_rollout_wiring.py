@@ -11,13 +11,22 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from ppo_makers import END, FIRST_DIGIT, FunctionTerm, configuration, digit_model, echoes, ppo_job, reward_of
-from train_makers import context
 
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.ppo.experience import Experience
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.ppo.rollout import Rollouts
+from tests.trainer.loop.makers import context
+from tests.trainer.ppo.makers import (
+    END,
+    FIRST_DIGIT,
+    FunctionTerm,
+    configuration,
+    digit_model,
+    echoes,
+    ppo_job,
+    reward_of,
+)
 
 Array = npt.NDArray[np.float64]
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppo_makers import END, configuration, digit_model, digit_tokenizer, with_adapter
 from safetensors.torch import load_file
 
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.ppo.sampling import Decoding
+from stagecoach_trainer.generation.sampling import Decoding
+from stagecoach_trainer.kernels.causal import CausalLoss
 from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
-from stagecoach_trainer.train.causal import CausalLoss
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.ppo.makers import END, configuration, digit_model, digit_tokenizer, with_adapter
 
 DECODING = Decoding(max_new_tokens=6, temperature=0.7, top_p=0.9, ends=(END,))
 PROMPTS = [np.array([1, 5, 6], np.int32), np.array([1, 7], np.int32)]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reward_makers import Behaviour, Endpoint, TinyJudge, endpoint_of, serve
 
 from stagecoach_api import rewards as api
 from stagecoach_api.names import ENV_ENDPOINT_KEYS
 from stagecoach_api.outcomes import Cause, cause_of_exit
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards.endpoint import Chat, EndpointUnavailable, Judge
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.rewards.makers import Behaviour, Endpoint, TinyJudge, endpoint_of, serve
 
 SECRET = "sk-very-secret"  # noqa: S105
 

@@ -9,20 +9,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluation_makers import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_makers import make_context
-from reward_makers import Behaviour, Chat, Endpoint, TinyJudge, endpoint_of, feedback_term, make_judged, serve
 
 from stagecoach_api.rewards import RewardTerm
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards import RewardSum, propositions
-from stagecoach_trainer.rewards.asking import read_mark, read_yes_or_no
 from stagecoach_trainer.rewards.hinge import fit_weights, objective
-from stagecoach_trainer.rewards.judged import share_of
-from stagecoach_trainer.train import collectives
+from stagecoach_trainer.rewards.judge_prompts import read_mark, read_yes_or_no
+from stagecoach_trainer.rewards.term import share_of
+from stagecoach_trainer.runtime import collectives
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.evaluation.makers import write_lines
+from tests.trainer.models.makers import make_context
+from tests.trainer.rewards.makers import (
+    Behaviour,
+    Chat,
+    Endpoint,
+    TinyJudge,
+    endpoint_of,
+    feedback_term,
+    make_judged,
+    serve,
+)
 
 ANSWERS = ("a fox is an animal", "白日依山尽", "the dog sleeps", "x", "举头望明月 低头思故乡")
 

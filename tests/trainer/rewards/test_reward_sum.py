@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_makers import chat_tokenizer
-from model_makers import make_context, make_model, make_tokenizer
-from preference_makers import rewards_of
-from reward_makers import feedback_term, make_judged
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.rewards import RewardTerm
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
 from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.rewards import Judged, RewardSum, plugin
-from stagecoach_trainer.rewards.judged import prompt_text
+from stagecoach_trainer.rewards.term import prompt_text
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.align.makers import rewards_of
+from tests.trainer.evaluation.makers import chat_tokenizer
+from tests.trainer.models.makers import make_context, make_model, make_tokenizer
+from tests.trainer.rewards.makers import feedback_term, make_judged
 
 
 def build(root: Path, *terms: dict[str, Any], inputs: dict[str, Path] | None = None) -> RewardSum:
@@ -220,7 +220,7 @@ def test_a_domain_that_no_reward_model_heeds_is_a_mistake(tmp_path: Path, model:
 
 
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
-    from evaluation_makers import save_chat_base
+    from tests.trainer.evaluation.makers import save_chat_base
 
     with pytest.raises(UserError, match="no reward model"):
         build(tmp_path, {"model": {"uri": "m"}}, inputs={"m": save_chat_base(tmp_path / "m")})

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_makers import make_context
-from reward_makers import make_judged
 
 from stagecoach_api.rewards import RewardTerm
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards import RewardSum
 from stagecoach_trainer.rewards.arithmetic import arithmetic_value, equations
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_context
+from tests.trainer.rewards.makers import make_judged
 
 
 def value(tmp_path: Any, answer: str, **member: Any) -> float:

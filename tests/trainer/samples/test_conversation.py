@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_makers import DATA, make_tokenizer
 
 from stagecoach_api.references import Format, RecordSource
 from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, TooLong, Turns
 from stagecoach_trainer.data.records import Record, Turn, read_path
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, document
-from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer, apply_template, message_of, parse_tools
 from stagecoach_trainer.text.vocabulary import load_tokenizer
+from tests import SHARED_DATA as DATA
+from tests.trainer.models.makers import make_tokenizer
 
 NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]
 FILES = ["alpaca_zh.json", "alpaca_en.json", "huangdi_tcm_sample.json", "toolcall_sharegpt_zh.json"]

@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from model_makers import DATA, make_tokenizer
 
 from stagecoach_api.references import RecordSource
 from stagecoach_api.stages.sft import Feedback, Hindsight, HindsightMode, Loss, Template, TemplateName, TooLong
 from stagecoach_trainer.data.formats import Answer
 from stagecoach_trainer.data.records import Record, Role, Turn, read_path
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample
-from stagecoach_trainer.samples.encoding import Encoder
 from stagecoach_trainer.samples.hindsight import HindsightEncoder, asked_prompt, choose_feedback
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer, apply_template, message_of
 from stagecoach_trainer.text.vocabulary import load_tokenizer
+from tests import SHARED_DATA as DATA
+from tests.trainer.models.makers import make_tokenizer
 
 NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]
 VICUNA, CHATML = Template(name=TemplateName.VICUNA), Template(name=TemplateName.CHATML)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from stagecoach_api.stages.pretrain import PretrainStage
 from stagecoach_api.training import Schedule
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.batches.rows import IGNORE, Row
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.plan import MixedPlan, Planner, cut_into_pieces, phase_settings
-from stagecoach_trainer.samples.tokens import TokenShard
-from stagecoach_trainer.train.rows import IGNORE, Row
+from stagecoach_trainer.samples.token_cache import TokenShard
 
 BOS, EOS = 1, 2
 

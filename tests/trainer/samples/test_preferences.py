@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_makers import SHARED, make_context, write_jsonl
-from model_makers import make_tokenizer
 
 from stagecoach_api.references import RecordSource
 from stagecoach_api.stages.reward_model import RewardModelStage
 from stagecoach_api.stages.sft import Role, Template, TemplateName
 from stagecoach_trainer.data.records import Record, Turn, read_records
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.preferences import (
     GROUP_LOSSES,
     Counting,
@@ -31,6 +29,9 @@ from stagecoach_trainer.samples.preferences import (
 )
 from stagecoach_trainer.text.templates import apply_template, message_of
 from stagecoach_trainer.text.vocabulary import load_tokenizer
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import make_context, write_jsonl
+from tests.trainer.models.makers import make_tokenizer
 
 REAL = RecordSource(uri=str(SHARED / "preference" / "comparison_zh.json"))
 

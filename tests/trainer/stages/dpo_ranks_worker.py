@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model_makers import make_context
-from preference_makers import LEARNS
-
 from stagecoach_api.stages.dpo import DpoStage
-from stagecoach_trainer.context import World
-from stagecoach_trainer.distributed import process_group, world_from
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.dpo import run
+from tests.trainer.align.makers import LEARNS
+from tests.trainer.models.makers import make_context
 
 CONFIG: dict[str, Any] = LEARNS | {
     "reference": {"uri": "other"},

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model_makers import make_context, report_of
-from ppo_makers import adapter_stage
-
-from stagecoach_trainer.context import World
-from stagecoach_trainer.distributed import process_group, world_from
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.ppo import run
+from tests.trainer.models.makers import make_context, report_of
+from tests.trainer.ppo.makers import adapter_stage
 
 
 def history_of(folder: Path, world: World, zero: int) -> list[dict[str, Any]]:

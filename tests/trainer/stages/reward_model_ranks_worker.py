@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_makers import make_context, report_of
-from preference_makers import LEARNS, rewards_of
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.reward_model import RewardModelStage
-from stagecoach_trainer.context import World
-from stagecoach_trainer.distributed import process_group, world_from
 from stagecoach_trainer.models.reward import load_reward_model
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.reward_model import run
+from tests.trainer.align.makers import LEARNS, rewards_of
+from tests.trainer.models.makers import make_context, report_of
 
 CONFIG: dict[str, Any] = LEARNS | {
     "sequenceLength": 64,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from model_makers import make_tokenizer, save_base
-from preference_makers import write_labels
-from ranks_makers import report_of_two_ranks
+
+from tests.trainer.align.makers import write_labels
+from tests.trainer.models.makers import make_tokenizer, save_base
+from tests.trainer.ranks import report_of_two_ranks
 
 HERE = Path(__file__).parent
 STAGES = ("0", "3")

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import content_of, make_context, make_tokenizer, report_of, save_base
-from preference_makers import LEARNS, preference_context, write_labels, write_pairs
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.dpo import DpoStage
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Interrupted, UserError
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.stages import dpo
 from stagecoach_trainer.stages.dpo import run
+from tests.trainer.align.makers import LEARNS, preference_context, write_labels, write_pairs
+from tests.trainer.models.makers import content_of, make_context, make_tokenizer, report_of, save_base
 
 KTO = {"kto": {"beta": 0.5}}
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_makers import make_context, make_tokenizer, save_base
-from ppo_makers import adapter_stage, save_adapted_reward
-from preference_makers import rewards_of
-from ranks_makers import report_of_two_ranks
 
 from stagecoach_api.references import Reference
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.ppo import loop
-from stagecoach_trainer.ppo.setting import PpoJob
-from stagecoach_trainer.ppo.sharing import memory_of
+from stagecoach_trainer.ppo.job import PpoJob
+from stagecoach_trainer.ppo.shared_weights import memory_of
 from stagecoach_trainer.stages.ppo import run
+from tests.trainer.align.makers import rewards_of
+from tests.trainer.models.makers import make_context, make_tokenizer, save_base
+from tests.trainer.ppo.makers import adapter_stage, save_adapted_reward
+from tests.trainer.ranks import report_of_two_ranks
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import content_of, make_context, make_tokenizer, report_of, save_base, save_family
-from reward_makers import Chat, Endpoint, endpoint_of, serve
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Interrupted, UserError
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.models.save import save_model
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.stages.ppo import run
 from stagecoach_trainer.text.templates import apply_template
+from tests.trainer.models.makers import content_of, make_context, make_tokenizer, report_of, save_base, save_family
+from tests.trainer.rewards.makers import Chat, Endpoint, endpoint_of, serve
 
 PROMPTS = ("what is a fox", "the lazy dog", "a task for the model", "brown words", "over the quick dog", "next")
 SHORT = {"name": "short", "length": {"atMost": 12}}
@@ -340,7 +340,7 @@ def test_a_reward_expression_that_tries_to_import_is_refused(tmp_path: Path) -> 
 
 
 def test_a_constant_reward_stops_the_stage_and_says_so(tmp_path: Path) -> None:
-    from stagecoach_trainer.errors import Diverged
+    from stagecoach_trainer.runtime.errors import Diverged
 
     with pytest.raises(Diverged, match=r"update 3: constant reward.*guards.minRewardDeviation"):
         run(stage(rewards=[{"name": "same", "expression": "1"}], budget={"steps": 5}), context_for(tmp_path))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_makers import make_context, make_tokenizer, outside
 from safetensors.torch import load_file
-from workshop_makers import Workshop, write_texts
 
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_context, make_tokenizer, outside
+from tests.trainer.stages.makers import Workshop, write_texts
 
 SHAPE = {"hiddenSize": 32, "intermediateSize": 48, "numLayers": 1, "numHeads": 4, "maxPositionEmbeddings": 64}
 

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base
-from preference_makers import BAD, GOOD, LEARNS, preference_context, rewards_of, write_pairs
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.reward_model import (
@@ -25,11 +23,13 @@ from stagecoach_api.stages.reward_model import (
 )
 from stagecoach_trainer.align.held_out import length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, collate_pairs
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Interrupted, UserError
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence, pairs_of
 from stagecoach_trainer.stages.reward_model import run
+from tests.trainer.align.makers import BAD, GOOD, LEARNS, preference_context, rewards_of, write_pairs
+from tests.trainer.models.makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base
 
 PAIR = PreferenceLoss(pair=PairLoss())
 RANKED = PreferenceLoss(ranked=RankedLoss())

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_makers import write_jsonl
 from safetensors.numpy import load_file
-from workshop_makers import Workshop
 
 from stagecoach_api.stages.sft import SftStage
-from stagecoach_trainer.errors import Interrupted, UserError
-from stagecoach_trainer.samples import hiding
+from stagecoach_trainer.batches.rows import Row
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.samples import token_masking as hiding
 from stagecoach_trainer.stages.sft import run
-from stagecoach_trainer.train.rows import Row
+from tests.trainer.data.makers import write_jsonl
+from tests.trainer.stages.makers import Workshop
 
 PREFERENCES = [{"uri": "preferences", "name": "preferences"}]
 

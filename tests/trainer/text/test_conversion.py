@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_makers import CHINESE, LLAMA, SHARED
 from transformers import AutoTokenizer, LlamaConfig
 
 from stagecoach_api.references import RecordSource
@@ -31,6 +30,8 @@ from stagecoach_trainer.text.pieces import (
     train_vocabulary,
 )
 from stagecoach_trainer.text.vocabulary import encode_batch, load_tokenizer
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import CHINESE, LLAMA
 
 NASTY = (
     "",

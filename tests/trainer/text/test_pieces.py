@@ -3,11 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from data_makers import CHINESE, LLAMA, SHARED
 
 from stagecoach_api.references import RecordSource
 from stagecoach_api.stages.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.pieces import (
     BYTE,
     CONTROL,
@@ -24,6 +23,8 @@ from stagecoach_trainer.text.pieces import (
     train_vocabulary,
     unreachable_pieces,
 )
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import CHINESE, LLAMA
 
 ON = (RecordSource(uri="corpus.jsonl"),)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_makers import DATA, make_tokenizer
 
 from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, Turns
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import CHATML_END, Renderer, apply_template, chat_template, parse_tools
+from tests import SHARED_DATA as DATA
+from tests.trainer.models.makers import make_tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "toolCall", "observation": "environment"}
 NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_makers import CHINESE, LLAMA, SHARED, FolderContext, make_context, write_jsonl
 
 from stagecoach_api.stages.tokenizer import TokenizerStage, TrainVocabulary
-from stagecoach_trainer.context import StageOutcome
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.context import StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.tokenizer import run, sample_lines
 from stagecoach_trainer.text.pieces import load_vocabulary, sentences, train_vocabulary
+from tests import SHARED_DATA as SHARED
+from tests.trainer.data.makers import CHINESE, LLAMA, FolderContext, make_context, write_jsonl
 
 BASE = {"uri": str(LLAMA)}
 POEMS = {"uri": str(SHARED / "corpus" / "chinese_classics.jsonl"), "maxSamples": 400}

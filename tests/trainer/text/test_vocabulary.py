@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_makers import LLAMA
 
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.conversion import save_vocabulary
 from stagecoach_trainer.text.pieces import load_vocabulary
 from stagecoach_trainer.text.vocabulary import encode_batch, encode_stream, load_tokenizer
+from tests.trainer.data.makers import LLAMA
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_trainer.align.direct_objective import AnswerLoss, collate_sequences
 from stagecoach_trainer.align.reference_table import Scorer
-from stagecoach_trainer.context import World
+from stagecoach_trainer.engine.precision import MixedPrecision
+from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.causal import causal_model, output_layer
+from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.loop.job import Report
+from stagecoach_trainer.loop.loop import training_device
+from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.preferences import TokenSequence
-from stagecoach_trainer.train.attention import short_attention
-from stagecoach_trainer.train.causal import causal_model, output_layer
-from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.job import Report
-from stagecoach_trainer.train.loop import training_device
-from stagecoach_trainer.train.precision import MixedPrecision
 
 
 def answers_at_once(micro_batch_rows: int | None) -> int:

@@ -18,9 +18,9 @@ from stagecoach_trainer.align.direct_objective import direct_losses, prompt_and_
 from stagecoach_trainer.align.held_out import pair_places
 from stagecoach_trainer.align.mismatched import mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, windows
-from stagecoach_trainer.context import World
+from stagecoach_trainer.loop.job import Report
+from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.preferences import Group, TokenSequence
-from stagecoach_trainer.train.job import Report
 
 
 class DirectSet:

@@ -18,11 +18,11 @@ from stagecoach_api.stages.dpo import DirectLoss, SigmoidLoss
 from stagecoach_trainer.align.direct import ipo_losses, kl_point, kto_losses, log_ratios, sigmoid_losses
 from stagecoach_trainer.align.mismatched import PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.engine.objective import UnpackedObjective
+from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
+from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.samples.preferences import Counting, Group, Grouping, TokenSequence
-from stagecoach_trainer.train.answers import AnswerBatch, AnswerModel, collate_answers
-from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.objective import UnpackedObjective
-from stagecoach_trainer.train.rows import Ids
 
 
 def grouping_of(loss: DirectLoss) -> Grouping:

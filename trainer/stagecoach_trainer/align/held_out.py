@@ -18,10 +18,10 @@ from torch import Tensor
 from stagecoach_api.stages.reward_model import PreferenceLoss
 from stagecoach_trainer.align.objectives import collate_pairs, preference_losses
 from stagecoach_trainer.align.ranking import pair_figures, pair_weights
-from stagecoach_trainer.context import World
+from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.loop.job import Report
+from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.preferences import Group
-from stagecoach_trainer.train.deal import deal
-from stagecoach_trainer.train.job import Report
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from stagecoach_api.stages.reward_model import PreferenceLoss
 from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
+from stagecoach_trainer.engine.objective import UnpackedObjective
+from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
 from stagecoach_trainer.samples.preferences import Counting, Group
-from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.objective import UnpackedObjective
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stagecoach_api.artifacts import digest_of
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples.preferences import TokenSequence
 
 VERSION = 2

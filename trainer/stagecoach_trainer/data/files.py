@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 """Longest line or JSON value that is read; a longer one is malformed."""

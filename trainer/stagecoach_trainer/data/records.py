@@ -13,7 +13,7 @@ from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.answers import canonical_preferences
 from stagecoach_trainer.data.files import Layout, layout_of, read_values
 from stagecoach_trainer.data.formats import Answer, Parse, Record, RecordError, Turn, detect_format, parser_for
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 __all__ = [
     "INDEX",

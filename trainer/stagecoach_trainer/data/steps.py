@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from stagecoach_api.scripts import Script
+from stagecoach_api.character_sets import Script
 from stagecoach_api.stages.data import (
     CharacterShare,
     DataStep,
@@ -26,7 +26,7 @@ from stagecoach_api.stages.data import (
     UnicodeForm,
 )
 from stagecoach_trainer.data.formats import Record
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 HASH_BYTES = 16
 """128 bits: among 10^12 texts two collide with a chance below 10^-14."""

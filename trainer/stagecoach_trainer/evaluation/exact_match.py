@@ -9,11 +9,11 @@ from typing import Any
 
 from stagecoach_api.stages.evaluate import ExactMatch
 from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.records import Fetches, Record, read_records
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.evaluation.generation import Prompter, Report, generate
+from stagecoach_trainer.generation.generation import Prompter, Report, generate
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import message_of, parse_tools
-from stagecoach_trainer.train.rows import Ids
 
 SHOWN = 8
 """Cases of each kind (right, wrong) that the report shows."""

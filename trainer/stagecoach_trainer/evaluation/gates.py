@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stagecoach_api.stages.evaluate import EvaluateStage, Gate, GateFailure
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.evaluation.rewards import reward_metrics
+from stagecoach_trainer.runtime.errors import UserError
 
 HELD_OUT_METRICS = ("loss", "perplexity", "bitsPerCharacter", "perplexityPerCharacter", "tokensPerCharacter")
 MAX_LISTED = 60

@@ -14,12 +14,12 @@ from typing import Any
 from stagecoach_api.references import NamedSource
 from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_api.stages.sft import Loss
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.samples.sources import conversation_held_out, is_conversation, text_held_out
-from stagecoach_trainer.train.job import HeldOutSet
-from stagecoach_trainer.train.measure import Measured, measure
-from stagecoach_trainer.train.rows import Row
+from stagecoach_trainer.batches.rows import Row
+from stagecoach_trainer.loop.job import HeldOutSet
+from stagecoach_trainer.loop.measure import Measured, measure
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.datasets import conversation_held_out, is_conversation, text_held_out
 
 SLICE_BATCHES = 8
 """Micro-batches measured between two reports of progress."""

@@ -17,8 +17,8 @@ import yaml
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import LmEvalTask
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 
 CODE_KEYS = ("class", "include", "custom_dataset", "process_docs", "process_results")
 DATA_FILE_BUILDERS = ("json", "csv", "text", "parquet")

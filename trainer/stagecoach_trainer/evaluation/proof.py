@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 ROW_TOKENS = 128
 """Tokens of one row of the proof's input; also bounds what is held at once: T · V log-probabilities."""

@@ -10,10 +10,10 @@ from typing import Any
 from stagecoach_api.stages.evaluate import RewardTask
 from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.records import Fetches, Record, read_records
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.evaluation.generation import Prompter, Report, generate
+from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.rewards import Judged, Judgement, RewardSum
-from stagecoach_trainer.rewards.judged import prompt_text
+from stagecoach_trainer.rewards.term import prompt_text
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import Message, message_of
 
 SHOWN = 6

@@ -14,8 +14,6 @@ from pydantic import ValidationError
 from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.resize import check_sizes, grow, num_rows
 from stagecoach_trainer.models.safety import (
     ADAPTER_CONFIG,
@@ -24,6 +22,8 @@ from stagecoach_trainer.models.safety import (
     read_json,
     require_folder,
 )
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.vocabulary import SENTENCEPIECE_FILE, TOKENIZER_FILE, load_tokenizer
 
 if TYPE_CHECKING:

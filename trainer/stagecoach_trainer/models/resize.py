@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stagecoach_api.training import NewRows
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 MAX_PADDING_SHARE = 0.01
 PADDING_MULTIPLE = 64
@@ -121,7 +121,7 @@ def _new_rows(
 
 def _sub_tokens(old_tokenizer: Any, new_tokenizer: Any, old: int, new: int) -> list[list[int]]:
     """Return, for each new token, the ids its text has in the old vocabulary; empty where it has none."""
-    from stagecoach_trainer.samples.encoding import Encoder
+    from stagecoach_trainer.text.encoding import Encoder
 
     pieces = new_tokenizer.convert_ids_to_tokens(list(range(old, new)))
     texts = [_text_of(new_tokenizer, index, piece) for index, piece in zip(range(old, new), pieces, strict=True)]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
-from stagecoach_trainer.context import StageContext, World
 from stagecoach_trainer.data.records import Record, Turn
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.kernels.causal import causal_model
+from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.load import (
     Head,
     load_folder,
@@ -37,12 +37,12 @@ from stagecoach_trainer.models.load import (
 )
 from stagecoach_trainer.models.resize import check_sizes, num_rows
 from stagecoach_trainer.models.safety import ADAPTER_CONFIG, CONFIG, check_adapter_folder, read_json, require_folder
+from stagecoach_trainer.runtime.collectives import max_over_ranks
+from stagecoach_trainer.runtime.context import StageContext, World
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder
-from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
-from stagecoach_trainer.train.causal import causal_model
-from stagecoach_trainer.train.collectives import max_over_ranks
-from stagecoach_trainer.train.unpadded import states_at
 
 HEAD = "score"
 """Name of the linear head, as transformers has it."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stagecoach_api.artifacts import CARD, ModelCard
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.models.safety import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,6 +21,7 @@ from stagecoach_trainer.models.safety import (
     check_adapter_folder,
     check_model_folder,
 )
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.vocabulary import CONFIG_FILE, SPECIAL_TOKENS_FILE, load_tokenizer
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stagecoach_api.training import LoraTraining, Rows, Trainable
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 ADAPTER = "default"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 
 def require_same_vocabulary(policys: Any, others: Any, whose: str, remedy: str) -> None:

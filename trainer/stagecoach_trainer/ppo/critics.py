@@ -11,13 +11,13 @@ import torch
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.training import Rows
-from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.models.load import load_model, read_card
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.safety import CONFIG, read_json, require_folder
-from stagecoach_trainer.models.start import Start
+from stagecoach_trainer.models.starting_point import Start
 from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
 from stagecoach_trainer.models.vocabularies import require_same_vocabulary
+from stagecoach_trainer.runtime.context import StageContext
 
 CLASSIFIER = "ForSequenceClassification"
 """End of the name of an architecture that is a reward model."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from stagecoach_trainer.train.rows import Ids
+from stagecoach_trainer.batches.rows import Ids
 
 Floats = npt.NDArray[np.float32]
 

@@ -14,23 +14,28 @@ import numpy as np
 from torch import nn
 
 from stagecoach_api.stages.ppo import GuardAction
-from stagecoach_trainer import garbage
 from stagecoach_trainer.align.kl import kl_price
-from stagecoach_trainer.context import StageContext
-from stagecoach_trainer.errors import Diverged, Interrupted
-from stagecoach_trainer.evaluation.placing import place
+from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.engine.engine import StepReport
+from stagecoach_trainer.engine.plain import PlainEngine
+from stagecoach_trainer.engine.precision import DTYPES
+from stagecoach_trainer.engine.sharded import shard_frozen, shards_what_is_asked
+from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.loop.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
+from stagecoach_trainer.loop.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
+from stagecoach_trainer.loop.metrics import Meter, StepFlops
+from stagecoach_trainer.loop.state import (
+    Progression,
+    TrainingState,
+    gather_random_states,
+    seed_everything,
+    set_random_state,
+)
+from stagecoach_trainer.models.placement import place
 from stagecoach_trainer.ppo.average import WeightAverage
 from stagecoach_trainer.ppo.experience import Pool
 from stagecoach_trainer.ppo.guards import Watch
-from stagecoach_trainer.ppo.objectives import (
-    CriticObjective,
-    Policy,
-    PolicyObjective,
-    Whitening,
-    collate_experiences,
-)
-from stagecoach_trainer.ppo.rollout import Harvest, Rollouts, Tally, make_sampler
-from stagecoach_trainer.ppo.setting import (
+from stagecoach_trainer.ppo.job import (
     BaseBelowAdapter,
     PpoJob,
     PpoResult,
@@ -40,26 +45,21 @@ from stagecoach_trainer.ppo.setting import (
     micro_batches,
     own_mini_batches,
 )
-from stagecoach_trainer.ppo.sharing import share_frozen
-from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
-from stagecoach_trainer.train.attention import short_attention
-from stagecoach_trainer.train.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
-from stagecoach_trainer.train.collectives import agree, max_over_ranks, sum_over_ranks, wait_for_all
-from stagecoach_trainer.train.deal import deal
-from stagecoach_trainer.train.engine import StepReport
-from stagecoach_trainer.train.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
-from stagecoach_trainer.train.metrics import Meter, StepFlops
-from stagecoach_trainer.train.places import Mark
-from stagecoach_trainer.train.plain import PlainEngine
-from stagecoach_trainer.train.precision import DTYPES
-from stagecoach_trainer.train.sharded import shard_frozen, shards_what_is_asked
-from stagecoach_trainer.train.state import (
-    Progression,
-    TrainingState,
-    gather_random_states,
-    seed_everything,
-    set_random_state,
+from stagecoach_trainer.ppo.objectives import (
+    CriticObjective,
+    Policy,
+    PolicyObjective,
+    Whitening,
+    collate_experiences,
 )
+from stagecoach_trainer.ppo.rollout import Harvest, Rollouts, Tally, make_sampler
+from stagecoach_trainer.ppo.shared_weights import share_frozen
+from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
+from stagecoach_trainer.runtime import gc_pause as garbage
+from stagecoach_trainer.runtime.checkpoint_paths import Mark
+from stagecoach_trainer.runtime.collectives import agree, max_over_ranks, sum_over_ranks, wait_for_all
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Diverged, Interrupted
 
 log = logging.getLogger(__name__)
 

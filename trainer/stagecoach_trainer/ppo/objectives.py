@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from stagecoach_api.stages.ppo import PolicyLoss
 from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
 from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
+from stagecoach_trainer.batches.collate import Batch, collate
+from stagecoach_trainer.engine.objective import MicroBatch, UnpackedObjective
+from stagecoach_trainer.engine.packing_check import check_packing
+from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
+from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.reward import decoder_of, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
-from stagecoach_trainer.train.answers import AnswerBatch, AnswerModel, collate_answers
-from stagecoach_trainer.train.canary import check_packing
-from stagecoach_trainer.train.collate import Batch, collate
-from stagecoach_trainer.train.fast_llama import fast_llama
-from stagecoach_trainer.train.objective import MicroBatch, UnpackedObjective
-from stagecoach_trainer.train.unpadded import states_at
 
 
 @dataclass(frozen=True)

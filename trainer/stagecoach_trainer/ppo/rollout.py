@@ -22,25 +22,25 @@ from stagecoach_api.stages.ppo import Rollout, RolloutEngine
 from stagecoach_api.store import StoreError
 from stagecoach_trainer.align.advantages import generalized_advantages
 from stagecoach_trainer.align.kl import answer_sums, k1, token_rewards
-from stagecoach_trainer.context import StageContext, World
-from stagecoach_trainer.evaluation.generation import end_ids
-from stagecoach_trainer.evaluation.placing import place
+from stagecoach_trainer.batches.collate import PADDING_TOKEN
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.engine.engine import Engine
+from stagecoach_trainer.engine.sharded import PARAMETERS_SHARDED, gathered
+from stagecoach_trainer.generation.generation import end_ids
+from stagecoach_trainer.generation.sampling import Calls, Decoding, Sampled, sample_answers, uniforms
+from stagecoach_trainer.kernels.answer_log_probs import collate_answers
+from stagecoach_trainer.kernels.causal import CausalLoss, causal_model
+from stagecoach_trainer.models.placement import place
 from stagecoach_trainer.ppo.experience import Experience, Pool
 from stagecoach_trainer.ppo.guards import UpdateFigures
-from stagecoach_trainer.ppo.kept import KeptAnswers, name_of
+from stagecoach_trainer.ppo.job import PpoJob, ReferenceModel
 from stagecoach_trainer.ppo.objectives import Whitening
-from stagecoach_trainer.ppo.sampling import Calls, Decoding, Sampled, sample_answers, uniforms
-from stagecoach_trainer.ppo.setting import PpoJob, ReferenceModel
+from stagecoach_trainer.ppo.saved_rollouts import KeptAnswers, name_of
 from stagecoach_trainer.ppo.state import PpoProgress
-from stagecoach_trainer.rewards.judged import Judged, Judgement
+from stagecoach_trainer.rewards.term import Judged, Judgement
+from stagecoach_trainer.runtime.collectives import max_over_ranks, sum_over_ranks
+from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.samples.preferences import Prompt
-from stagecoach_trainer.train.answers import collate_answers
-from stagecoach_trainer.train.causal import CausalLoss, causal_model
-from stagecoach_trainer.train.collate import PADDING_TOKEN
-from stagecoach_trainer.train.collectives import max_over_ranks, sum_over_ranks
-from stagecoach_trainer.train.engine import Engine
-from stagecoach_trainer.train.rows import Ids
-from stagecoach_trainer.train.sharded import PARAMETERS_SHARDED, gathered
 
 log = logging.getLogger(__name__)
 

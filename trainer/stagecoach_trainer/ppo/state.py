@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from stagecoach_trainer.engine.engine import MASTER, EngineState
 from stagecoach_trainer.ppo.guards import Watch
-from stagecoach_trainer.train.engine import MASTER, EngineState
 
 POLICY, CRITIC, AVERAGE = "policy:", "critic:", "average:"
 """In front of a parameter's name in a checkpoint."""

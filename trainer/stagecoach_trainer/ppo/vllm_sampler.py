@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.ppo.sampling import Decoding, Sampled
-from stagecoach_trainer.train.causal import CausalLoss, causal_model
-from stagecoach_trainer.train.rows import Ids
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.generation.sampling import Decoding, Sampled
+from stagecoach_trainer.kernels.causal import CausalLoss, causal_model
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import UserError
 
 MEMORY_SHARE = 0.35
 """Share of the GPU's memory that vLLM may take; the rest is the training's."""

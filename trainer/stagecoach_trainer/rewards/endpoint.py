@@ -20,9 +20,9 @@ import openai
 from stagecoach_api.names import ENDPOINT_KEY_FILE, ENV_ENDPOINT_KEYS
 from stagecoach_api.outcomes import ExitCode
 from stagecoach_api.rewards import Endpoint
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import StageError, UserError
-from stagecoach_trainer.rewards.judged import share_of
+from stagecoach_trainer.rewards.term import share_of
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import StageError, UserError
 
 Chat = tuple[Mapping[str, str], ...]
 """Messages of a request: role and content."""

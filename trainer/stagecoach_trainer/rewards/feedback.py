@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from stagecoach_api.rewards import FeedbackReward
-from stagecoach_trainer.context import World
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.rewards.asking import QUOTED, Counts, ask_twice, chat_of, quote, read_mark
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
-from stagecoach_trainer.rewards.judged import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.judge_prompts import QUOTED, Counts, ask_twice, chat_of, quote, read_mark
+from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.errors import UserError
 
 SYSTEM = f"You mark answers of a language model. {QUOTED}"
 MAX_UNPARSABLE = 0.1

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from stagecoach_trainer.context import World
 from stagecoach_trainer.models.reward import RewardModel
-from stagecoach_trainer.rewards.judged import Judged, Term
+from stagecoach_trainer.rewards.term import Judged, Term
+from stagecoach_trainer.runtime.context import World
 
 
 class ModelTerm(Term):

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from stagecoach_api.rewards import PluginReward
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.rewards.judged import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.runtime.errors import UserError
 
 GROUP = "stagecoach.rewards"
 

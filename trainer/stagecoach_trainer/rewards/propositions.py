@@ -12,13 +12,13 @@ import numpy as np
 
 from stagecoach_api.references import NamedSource
 from stagecoach_api.rewards import PropositionReward
-from stagecoach_trainer.context import StageContext
 from stagecoach_trainer.data.records import Record, read_records
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.rewards.asking import QUOTED, Counts, ask_twice, chat_of, quote, read_yes_or_no
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
 from stagecoach_trainer.rewards.hinge import Fitted, Matrix, fit_weights
-from stagecoach_trainer.rewards.judged import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.judge_prompts import QUOTED, Counts, ask_twice, chat_of, quote, read_yes_or_no
+from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import message_of
 
 SYSTEM = f"You judge whether a statement on an answer of a language model is true. {QUOTED} Reply with yes or no only."

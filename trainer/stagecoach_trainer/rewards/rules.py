@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from stagecoach_api.expressions import ExpressionError, Figures, parse_expression
 from stagecoach_api.rewards import FormatReward, LanguageReward, LengthReward, RepetitionReward
 from stagecoach_trainer.data.steps import SCRIPTS, count_characters
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.rewards.judged import Judged, Term, describe, message_text
+from stagecoach_trainer.rewards.term import Judged, Term, describe, message_text
+from stagecoach_trainer.runtime.errors import UserError
 
 
 class TextTerm(Term):

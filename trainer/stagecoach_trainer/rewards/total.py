@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagecoach_api.rewards import REWARD_MEMBERS, RewardTerm, RewardTerms
 from stagecoach_api.training import Precision
-from stagecoach_trainer.context import StageContext, World
-from stagecoach_trainer.errors import UserError
 from stagecoach_trainer.rewards.arithmetic import arithmetic_value
-from stagecoach_trainer.rewards.judged import Judged, Judgement, Term, describe, share_of
 from stagecoach_trainer.rewards.rules import (
     ExpressionTerm,
     TextTerm,
@@ -21,6 +18,9 @@ from stagecoach_trainer.rewards.rules import (
     length_term,
     repetition_term,
 )
+from stagecoach_trainer.rewards.term import Judged, Judgement, Term, describe, share_of
+from stagecoach_trainer.runtime.context import StageContext, World
+from stagecoach_trainer.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +217,7 @@ class RewardSum:
         own = {item.config.name: item.term.counts() for item in self._terms}
         if self._world.size == 1:
             return own
-        from stagecoach_trainer.train.collectives import sum_over_ranks
+        from stagecoach_trainer.runtime.collectives import sum_over_ranks
 
         totals = iter(sum_over_ranks([float(n) for counts in own.values() for n in counts.values()], self._world))
         return {name: {what: int(next(totals)) for what in counts} for name, counts in own.items()}
@@ -248,7 +248,7 @@ def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
 def _model_term(value: Any, workshop: _Workshop) -> Term:
     import torch
 
-    from stagecoach_trainer.evaluation.placing import DTYPES
+    from stagecoach_trainer.models.placement import DTYPES
     from stagecoach_trainer.models.reward import load_reward_model
     from stagecoach_trainer.rewards.model import ModelTerm
 

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
+from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.records import Record, require_no_answers
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of, parse_tools
-from stagecoach_trainer.train.rows import Ids
 
 BATCH_RECORDS = 256
 

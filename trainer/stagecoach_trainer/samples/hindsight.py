@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from stagecoach_api.stages.sft import Feedback, Hindsight, HindsightMode, Loss, Role, TooLong, Turns
+from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.formats import Turn
 from stagecoach_trainer.data.records import Record
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import Conversation, ConversationEncoder, Sample, conversation_of
-from stagecoach_trainer.samples.encoding import Encoder
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
-from stagecoach_trainer.train.rows import Ids
 
 PROBE = "\u2042"
 """Stands for an answer while the template is asked what it puts around one; in no template's own text."""

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from stagecoach_api.stages.pretrain import Phase
 from stagecoach_api.training import Batch, Budget, Schedule, Training
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.samples.mixing import Int64, Mix, Stream, make_key, splitmix
-from stagecoach_trainer.samples.packing import PackedRows, one_per_row, pack
+from stagecoach_trainer.batches.mixing import Int64, Mix, Stream, make_key, splitmix
+from stagecoach_trainer.batches.packing import PackedRows, one_per_row, pack
+from stagecoach_trainer.batches.rows import IGNORE, Row
+from stagecoach_trainer.batches.schedule import learning_rate
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.rows import pack_rows
-from stagecoach_trainer.samples.tokens import TokenShard
-from stagecoach_trainer.train.rows import IGNORE, Row
-from stagecoach_trainer.train.schedule import learning_rate
+from stagecoach_trainer.samples.token_cache import TokenShard
 
 WHOLE = "main"
 """Name of the only phase of a stage without phases."""

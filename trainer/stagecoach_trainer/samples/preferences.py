@@ -22,18 +22,18 @@ import numpy.typing as npt
 from stagecoach_api.references import RecordSource
 from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
 from stagecoach_api.training import Training
-from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.batches.mixing import Int64
+from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.formats import Answer, Turn
 from stagecoach_trainer.data.records import Fetches, Record, read_records
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import Conversation, ConversationEncoder, conversation_of
-from stagecoach_trainer.samples.encoding import Encoder
-from stagecoach_trainer.samples.mixing import Int64
+from stagecoach_trainer.samples.datasets import source_key, tokenizer_digest
 from stagecoach_trainer.samples.plan import MixedPlan, PhaseSettings, Planner, Units, UnitsKey, phase_settings
-from stagecoach_trainer.samples.sources import source_key, tokenizer_digest
-from stagecoach_trainer.samples.tokens import ShardWriter, TokenShard, token_shard
+from stagecoach_trainer.samples.token_cache import ShardWriter, TokenShard, token_shard
+from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import GENERATED, Message, Renderer
-from stagecoach_trainer.train.rows import Ids
 
 LIKED, DISLIKED = -1, -2
 """Marks of answers that are judged one by one."""

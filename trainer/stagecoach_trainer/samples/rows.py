@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stagecoach_trainer.batches.packing import pack
+from stagecoach_trainer.batches.rows import IGNORE, Row
 from stagecoach_trainer.samples.conversation import Sample
-from stagecoach_trainer.samples.packing import pack
-from stagecoach_trainer.train.rows import IGNORE, Row
 
 
 def row_of(sample: Sample) -> Row:

@@ -10,13 +10,13 @@ from pathlib import Path
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.references import Split
 from stagecoach_api.stages.data import DataSource, DataStage, Order
-from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.data.formats import Record
 from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
 from stagecoach_trainer.data.records import INDEX, Malformed, read_path, sort_of
 from stagecoach_trainer.data.shards import RecordSink, ShardWriter, ShufflingWriter, split_index
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash, prompt_hash
-from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 
 RECORDS_PER_HEARTBEAT = 512
 EXPANSION = 4

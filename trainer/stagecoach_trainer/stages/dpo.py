@@ -15,12 +15,15 @@ from stagecoach_trainer.align.direct_held_out import DirectSet
 from stagecoach_trainer.align.direct_objective import DirectObjective, counting_of, grouping_of, sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable, Scorer, fill_table
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.batches.rows import StepPlan
+from stagecoach_trainer.loop.job import TrainingJob
+from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.load import load_model, own_tokenizer
-from stagecoach_trainer.models.start import Start, position_change, save_result
+from stagecoach_trainer.models.starting_point import Start, position_change, save_result
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import (
     GROUP_LOSSES,
@@ -33,9 +36,6 @@ from stagecoach_trainer.samples.preferences import (
 )
 from stagecoach_trainer.stages.reports import training_text, write_report
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
-from stagecoach_trainer.train.job import TrainingJob
-from stagecoach_trainer.train.loop import train
-from stagecoach_trainer.train.rows import StepPlan
 
 
 def run(config: DpoStage, context: StageContext) -> StageOutcome:

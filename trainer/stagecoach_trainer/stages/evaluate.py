@@ -10,18 +10,18 @@ from typing import Any
 
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.evaluate import EvaluateStage, Rival
-from stagecoach_trainer.context import StageContext, StageOutcome, World
-from stagecoach_trainer.errors import GateFailed, Interrupted
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
-from stagecoach_trainer.evaluation.generation import answer_samples
 from stagecoach_trainer.evaluation.heldout import measure_held_out
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness
-from stagecoach_trainer.evaluation.placing import DTYPES, compute_device, place
 from stagecoach_trainer.evaluation.report import EvaluationReport
 from stagecoach_trainer.evaluation.rewards import Opened, compare_by_reward
+from stagecoach_trainer.generation.generation import answer_samples
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.models.placement import DTYPES, compute_device, place
 from stagecoach_trainer.rewards import RewardSum
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
+from stagecoach_trainer.runtime.errors import GateFailed, Interrupted
 from stagecoach_trainer.text.templates import apply_template
 
 NO_TEMPLATE = "the tokenizer has no chat template and the stage names none: prompts are continued as plain text"

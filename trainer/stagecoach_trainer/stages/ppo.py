@@ -9,22 +9,22 @@ from typing import Any
 from stagecoach_api.stages.ppo import PpoStage, PretrainingMix
 from stagecoach_api.stages.sft import Loss, TooLong
 from stagecoach_api.training import Batch, Budget, Schedule
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.dropout import switch_off_dropout
+from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
+from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.start import Start, save_result
+from stagecoach_trainer.models.starting_point import Start, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.ppo.critics import make_critic
-from stagecoach_trainer.ppo.setting import PpoJob, PpoResult, PromptPlan
-from stagecoach_trainer.ppo.sharing import share_frozen
+from stagecoach_trainer.ppo.job import PpoJob, PpoResult, PromptPlan
+from stagecoach_trainer.ppo.shared_weights import share_frozen
 from stagecoach_trainer.rewards.total import RewardSum
-from stagecoach_trainer.samples.mixing import Mix, Stream, make_key
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.datasets import LOSSES, check_losses, conversation_shard, is_conversation, text_shard
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
 from stagecoach_trainer.samples.preferences import PromptSet, read_prompts
-from stagecoach_trainer.samples.sources import LOSSES, check_losses, conversation_shard, is_conversation, text_shard
-from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.samples.token_cache import TokenShard
 from stagecoach_trainer.stages.reports import table, trained_words, write_report
 from stagecoach_trainer.stages.training import start_with_template
 
@@ -101,8 +101,8 @@ def _start(config: PpoStage, context: StageContext) -> tuple[Start, list[str]]:
 def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     import torch
 
-    from stagecoach_trainer.train.loop import training_device
-    from stagecoach_trainer.train.sharded import shards_what_is_asked
+    from stagecoach_trainer.engine.sharded import shards_what_is_asked
+    from stagecoach_trainer.loop.loop import training_device
 
     rows = config.rollout.batch_rows
     whole = not shards_what_is_asked(config, context.world)  # else they get to the device one after the other

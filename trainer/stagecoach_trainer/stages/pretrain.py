@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from stagecoach_api.stages.pretrain import PretrainStage
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.start import Start, position_change, start_from_model, start_from_nothing
+from stagecoach_trainer.models.starting_point import Start, position_change, start_from_model, start_from_nothing
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.datasets import check_losses, text_held_out, text_shard
 from stagecoach_trainer.samples.plan import Planner, phase_settings
-from stagecoach_trainer.samples.sources import check_losses, text_held_out, text_shard
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 
 

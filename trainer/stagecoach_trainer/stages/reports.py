@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
-from stagecoach_trainer.context import StageContext
+from stagecoach_trainer.runtime.context import StageContext
 
 
 def write_report(context: StageContext, report: Mapping[str, Any], text: str) -> None:

@@ -11,11 +11,12 @@ from stagecoach_api.artifacts import RewardCard
 from stagecoach_api.stages.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
 from stagecoach_trainer.align.held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, counting_of
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import Diverged, UserError
+from stagecoach_trainer.loop.job import TrainingJob, TrainingResult
 from stagecoach_trainer.models.reward import make_reward_model
-from stagecoach_trainer.models.start import save_result
+from stagecoach_trainer.models.starting_point import save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import Diverged, UserError
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import (
     GROUP_LOSSES,
@@ -29,7 +30,6 @@ from stagecoach_trainer.samples.preferences import (
 )
 from stagecoach_trainer.stages.reports import table, training_text, write_report
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
-from stagecoach_trainer.train.job import TrainingJob, TrainingResult
 
 BIAS_ANSWERS = 1024
 """Answers of the training set from which the bias is found, at most."""
@@ -45,7 +45,7 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
 
     Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
     """
-    from stagecoach_trainer.train.loop import train
+    from stagecoach_trainer.loop.loop import train
 
     _check(config)
     language_model, warnings = start_with_template(context, config.model, config.template, config.sequence_length)

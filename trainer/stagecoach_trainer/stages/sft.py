@@ -7,22 +7,22 @@ from typing import Any
 
 from stagecoach_api.references import NamedSource
 from stagecoach_api.stages.sft import HindsightMode, SftStage
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.models.start import position_change, start_from_model
-from stagecoach_trainer.samples.hiding import Hiding, filler_of, hidden_share, hide_in
-from stagecoach_trainer.samples.hindsight import COUNTS
-from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
-from stagecoach_trainer.samples.sources import (
+from stagecoach_trainer.loop.job import HeldOutSet
+from stagecoach_trainer.models.starting_point import position_change, start_from_model
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.samples.datasets import (
     check_losses,
     conversation_held_out,
     conversation_shard,
     is_conversation,
     text_held_out,
 )
-from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.samples.hindsight import COUNTS
+from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
+from stagecoach_trainer.samples.token_cache import TokenShard
+from stagecoach_trainer.samples.token_masking import Hiding, filler_of, hidden_share, hide_in
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 from stagecoach_trainer.text.templates import apply_template
-from stagecoach_trainer.train.job import HeldOutSet
 
 
 def run(config: SftStage, context: StageContext) -> StageOutcome:

@@ -11,9 +11,9 @@ from typing import Any
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.references import RecordSource, Reference
 from stagecoach_api.stages.tokenizer import AddTokens, MergedScore, MergeVocabulary, TokenizerStage, TrainVocabulary
-from stagecoach_trainer.context import StageContext, StageOutcome
 from stagecoach_trainer.data.records import read_records
-from stagecoach_trainer.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.text.conversion import save_vocabulary
 from stagecoach_trainer.text.measure import PROBES, Measured, Meter, piece_facts
 from stagecoach_trainer.text.pieces import (

@@ -9,17 +9,17 @@ from typing import Any
 from stagecoach_api.references import Reference
 from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import MeasuredTraining
-from stagecoach_trainer.context import StageContext, StageOutcome
-from stagecoach_trainer.errors import UserError
-from stagecoach_trainer.models.start import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
+from stagecoach_trainer.models.starting_point import Start, position_change, save_result, start_as_it_is
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.datasets import LOSSES
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
-from stagecoach_trainer.samples.sources import LOSSES
-from stagecoach_trainer.samples.tokens import TokenShard
+from stagecoach_trainer.samples.token_cache import TokenShard
 from stagecoach_trainer.stages.reports import training_text, write_report
 from stagecoach_trainer.text.templates import apply_template
-from stagecoach_trainer.train.job import HeldOutSet, TrainingJob, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def start_with_template(
 
 def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Prepared) -> StageOutcome:
     """Train, write the result and the report to the output, and return what the stage says of itself."""
-    from stagecoach_trainer.train.loop import train
+    from stagecoach_trainer.loop.loop import train
 
     start = prepared.start
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)

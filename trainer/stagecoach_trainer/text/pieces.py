@@ -13,7 +13,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
 from stagecoach_api.stages.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 protocol: Any = sentencepiece_model_pb2
 """SentencePiece's messages; the module makes its classes when it is imported, so the type checker sees none."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, Turns
-from stagecoach_trainer.errors import UserError
+from stagecoach_trainer.runtime.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 CHATML_START = "<|im_start|>"

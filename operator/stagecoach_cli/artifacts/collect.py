@@ -1,0 +1,141 @@
+"""Artifacts that nothing needs any more: what they are, and how they go.
+
+An artifact is needed when a pointer names it (`runs/**` in the store) or a run that is not finished, when it is young,
+or when a needed artifact was made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from stagecoach_api.artifacts import Manifest, artifact_prefix, manifest_key
+from stagecoach_api.store import NotFound, Store, StoreEntry
+from stagecoach_api.stores.lookup import read_manifest
+from stagecoach_cli.artifacts.store import DIGEST_LENGTH, pointers, split_uri
+from stagecoach_local.workspace import RunRecord
+
+READ_THREADS = 8
+ARTIFACTS = "artifacts"
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """One artifact of a store: finished, or what attempts have left of it so far."""
+
+    digest: str
+    """Stage digest."""
+    num_objects: int
+    size: int
+    """Bytes of all its objects, checkpoints and logs included."""
+    newest: float
+    """When its newest object was written, in seconds since the epoch."""
+    is_finished: bool
+    """It has a manifest."""
+    kind: str = ""
+    """Stage kind. Empty: it has no manifest."""
+    parents: frozenset[str] = frozenset()
+    """Stage digests of what it was made from, as far as they are artifacts."""
+
+
+# -- pure --------------------------------------------------------------------------------------------------------------
+
+
+def unneeded(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str], young_since: float) -> list[StoredArtifact]:
+    """Return the artifacts that nothing needs, the oldest first.
+
+    `roots`: stage digests in use. `young_since`: seconds since the epoch; what has an object written later is needed,
+    for somebody may be at work on it.
+    """
+    young = {item.digest for item in artifacts.values() if item.newest > young_since}
+    needed = reachable(artifacts, young | set(roots))
+    return sorted(
+        (item for item in artifacts.values() if item.digest not in needed), key=lambda item: (item.newest, item.digest)
+    )
+
+
+def reachable(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str]) -> set[str]:
+    """Return the roots and everything they were made from."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        digest = waiting.pop()
+        if digest not in found:
+            found.add(digest)
+            known = artifacts.get(digest)
+            waiting += known.parents if known is not None else ()
+    return found
+
+
+def collected(entries: Iterable[StoreEntry]) -> dict[str, StoredArtifact]:
+    """Return the artifacts of a listing, kinds and parents unknown. What lies beside them is nobody's to delete."""
+    found: dict[str, StoredArtifact] = {}
+    for entry in entries:
+        root, _, rest = entry.key.partition("/")
+        digest, slash, _ = rest.partition("/")
+        if root != ARTIFACTS or not slash or not is_digest(digest):
+            continue
+        known = found.get(digest, StoredArtifact(digest, 0, 0, 0.0, False))
+        found[digest] = replace(
+            known,
+            num_objects=known.num_objects + 1,
+            size=known.size + entry.size,
+            newest=max(known.newest, entry.modified),
+            is_finished=known.is_finished or entry.key == manifest_key(digest),
+        )
+    return found
+
+
+def is_digest(text: str) -> bool:
+    return len(text) == DIGEST_LENGTH and set(text) <= set("0123456789abcdef")
+
+
+def parents_of(manifest: Manifest) -> frozenset[str]:
+    """Return the stage digests an artifact was made from; an input given as an artifact's URI counts, too."""
+    named = {parent.stage_digest for parent in manifest.parents if parent.stage_digest is not None}
+    by_uri = {parts[1] for parent in manifest.parents if (parts := split_uri(parent.uri)) is not None}
+    return frozenset(named | by_uri)
+
+
+def digests_of_record(record: RunRecord) -> set[str]:
+    """Return the stage digests that a run of this folder has in use: of its stages, and of living attempts."""
+    stages = {stage.digest for stage in record.stages.values() if stage.digest is not None}
+    return stages | {attempt.digest for attempt in record.attempts if attempt.ended is None}
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+def survey(store: Store) -> dict[str, StoredArtifact]:
+    """List every artifact of a store, and read every manifest.
+
+    Raises Corrupt for one that cannot be read: what it was made from is not known then, so nothing may be deleted.
+    """
+    found = collected(store.list(ARTIFACTS))
+
+    def read(item: StoredArtifact) -> StoredArtifact:
+        if not item.is_finished:
+            return item
+        try:
+            manifest = read_manifest(store, item.digest)
+        except NotFound:  # somebody deletes at the same time
+            return replace(item, is_finished=False)
+        return replace(item, kind=manifest.kind, parents=parents_of(manifest))
+
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="manifests") as pool:
+        return {item.digest: item for item in pool.map(read, found.values())}
+
+
+def pointed(store: Store) -> set[str]:
+    """Return the stage digests that pointers name. Raises Corrupt for a pointer that cannot be read."""
+    return {item.pointer.stage_digest for item in pointers(store)}
+
+
+def delete(store: Store, artifacts: Iterable[StoredArtifact]) -> Iterator[StoredArtifact]:
+    """Delete artifacts, each one's manifest before the rest, so that half of one never counts; yield each when gone."""
+    for item in artifacts:
+        if item.is_finished:
+            store.delete(manifest_key(item.digest))
+        store.delete(artifact_prefix(item.digest))
+        yield item

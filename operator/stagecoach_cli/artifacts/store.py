@@ -1,0 +1,267 @@
+"""Artifacts in a store: found by name or digest, fetched, verified, traced to where they come from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stagecoach_api.artifacts import (
+    Manifest,
+    Parent,
+    Pointer,
+    StoredObject,
+    content_digest,
+    manifest_key,
+    output_prefix,
+)
+from stagecoach_api.store import Corrupt, NotFound, Store, StoreError, external_digest, list_external
+from stagecoach_api.stores.base import sha256_of_file
+from stagecoach_api.stores.lookup import artifact_uri, read_manifest
+
+DIGEST_LENGTH = 64
+SHORTEST_PREFIX = 6
+
+
+class UnknownArtifact(Exception):
+    """What was asked for names no artifact; the message says what there is."""
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """A pointer, and the run it belongs to."""
+
+    namespace: str
+    run: str
+    pointer: Pointer
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}/{self.pointer.stage}"
+
+
+def pointers(store: Store, run: str | None = None) -> list[Pointed]:
+    """Return the pointers of every run, or of the one called `RUN` or `NAMESPACE/RUN`, oldest first in each run."""
+    found = []
+    for entry in store.list("runs"):
+        parts = entry.key.split("/")
+        if len(parts) != 4 or not parts[3].endswith(".json"):
+            continue
+        if run is None or run in (parts[2], f"{parts[1]}/{parts[2]}"):
+            found.append(Pointed(parts[1], parts[2], _read_pointer(store, entry.key)))
+    return sorted(found, key=lambda item: (item.namespace, item.run, item.pointer.recorded))
+
+
+def _read_pointer(store: Store, key: str) -> Pointer:
+    try:
+        return Pointer.model_validate_json(store.read(key))
+    except ValidationError as error:
+        raise Corrupt(
+            key, "is not a pointer; delete it, and run the stage's file again to have it rewritten"
+        ) from error
+
+
+def split_uri(uri: str) -> tuple[str, str] | None:
+    """Take `…/artifacts/<digest>[/output]` apart into storage URI and stage digest. None: it is no artifact's URI."""
+    root, _, rest = uri.rstrip("/").rpartition("/artifacts/")
+    digest = rest.split("/")[0]
+    if not root or len(digest) != DIGEST_LENGTH:
+        return None
+    return root, digest
+
+
+def find(store: Store, name: str) -> str:
+    """Return the stage digest that `RUN/STAGE`, `NAMESPACE/RUN/STAGE`, a digest or the start of one stands for.
+
+    Raises UnknownArtifact.
+    """
+    if len(name) == DIGEST_LENGTH and "/" not in name:
+        return name
+    every = pointers(store)
+    if "/" in name:
+        digests = {item.pointer.stage_digest for item in every if name in (item.name, f"{item.namespace}/{item.name}")}
+    else:
+        starts = name if len(name) >= SHORTEST_PREFIX else "-"
+        digests = {item.pointer.stage_digest for item in every if item.pointer.stage_digest.startswith(starts)}
+    if len(digests) == 1:
+        return digests.pop()
+    known = ", ".join(item.name for item in every) or "none"
+    if digests:
+        raise UnknownArtifact(f"`{name}` stands for {len(digests)} artifacts; give NAMESPACE/RUN/STAGE or more digits")
+    raise UnknownArtifact(f"no artifact `{name}` in {store.uri}; give RUN/STAGE or a digest. There are: {known}")
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(store: Store, digest: str, folder: Path) -> Iterator[tuple[StoredObject, Path]]:
+    """Download an artifact's output into `folder`, every object checked against the manifest; yield each as it comes.
+
+    Raises NotFound, Corrupt, and FileExistsError for a folder that is not empty.
+    """
+    manifest = read_manifest(store, digest)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder; give another one")
+    for item in manifest.objects:
+        target = folder / item.path
+        store.download(f"{output_prefix(digest)}/{item.path}", target, item)
+        yield item, target
+
+
+# -- lineage -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """An artifact of a lineage, or an input from outside."""
+
+    key: str
+    """How the one that reads it calls it: `stage:NAME` or `uri:URI`; the name asked for at the root."""
+    digest: str
+    """Content digest."""
+    uri: str
+    stage_digest: str | None = None
+    """None: from outside."""
+    manifest: Manifest | None = None
+    """None: from outside, or its manifest is gone."""
+    parents: tuple[Ancestor, ...] = ()
+
+
+def lineage(store: Store, digest: str, name: str) -> Ancestor:
+    """Return an artifact and everything it comes from. Raises NotFound where the artifact itself is missing."""
+    manifest = read_manifest(store, digest)
+    return Ancestor(
+        key=name,
+        digest=manifest.content_digest,
+        uri=artifact_uri(store.uri, digest),
+        stage_digest=digest,
+        manifest=manifest,
+        parents=tuple(_ancestor(store, parent) for parent in manifest.parents),
+    )
+
+
+def _ancestor(store: Store, parent: Parent) -> Ancestor:
+    if parent.stage_digest is None:
+        return Ancestor(parent.key, parent.digest, parent.uri)
+    try:
+        return lineage(store, parent.stage_digest, parent.key)
+    except NotFound:
+        return Ancestor(parent.key, parent.digest, parent.uri, parent.stage_digest)
+
+
+def flatten(root: Ancestor) -> list[Ancestor]:
+    """Return every different member of a lineage, those that others come from first."""
+    found: dict[str, Ancestor] = {}
+
+    def visit(item: Ancestor) -> None:
+        for parent in item.parents:
+            visit(parent)
+        found.setdefault(item.stage_digest or f"{item.uri} {item.digest}", item)
+
+    visit(root)
+    return list(found.values())
+
+
+# -- verifying ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One member of a lineage, re-hashed."""
+
+    member: Ancestor
+    num_objects: int
+    num_bytes: int
+    faults: tuple[str, ...] = ()
+    """What is wrong, each with the object's key."""
+    notes: tuple[str, ...] = ()
+    """What could not be checked, or is odd without being wrong."""
+
+
+@dataclass
+class _Tally:
+    num_objects: int = 0
+    num_bytes: int = 0
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(
+    store: Store, digest: str, name: str, endpoint: str | None = None, region: str | None = None
+) -> Iterator[Checked]:
+    """Re-hash everything the lineage of an artifact names; yield each member with what is wrong.
+
+    `endpoint`, `region`: of S3, for inputs from outside.
+    """
+    for member in flatten(lineage(store, digest, name)):
+        tally = _Tally()
+        if member.stage_digest is None:
+            _verify_external(member, tally, endpoint, region)
+        elif member.manifest is None:
+            tally.faults.append(f"{manifest_key(member.stage_digest)}: the manifest is gone")
+        else:
+            _verify_artifact(store, member.stage_digest, member.manifest, tally)
+        yield Checked(member, tally.num_objects, tally.num_bytes, tuple(tally.faults), tuple(tally.notes))
+
+
+def _verify_artifact(store: Store, digest: str, manifest: Manifest, tally: _Tally) -> None:
+    prefix = output_prefix(digest)
+    if manifest.stage_digest != digest:
+        tally.faults.append(f"{manifest_key(digest)}: names another stage digest, {manifest.stage_digest}")
+    if content_digest(manifest.objects) != manifest.content_digest:
+        tally.faults.append(f"{manifest_key(digest)}: its content digest is not that of the objects it lists")
+    for item in manifest.objects:
+        tally.num_objects += 1
+        tally.num_bytes += item.size
+        fault = _fault(store, f"{prefix}/{item.path}", item)
+        if fault:
+            tally.faults.append(fault)
+    listed = {f"{prefix}/{item.path}" for item in manifest.objects}
+    extra = [entry.key for entry in store.list(prefix) if entry.key not in listed]
+    tally.notes.extend(f"{key}: is not in the manifest" for key in extra)
+
+
+def _fault(store: Store, key: str, expected: StoredObject) -> str:
+    """Return what is wrong with an object, with its key; empty where its bytes are the promised ones."""
+    local = store.local_path(key)
+    try:
+        if local is None:
+            with tempfile.TemporaryDirectory() as folder:
+                store.download(key, Path(folder) / "object", expected)
+            return ""
+        return _difference(key, local, expected)
+    except Corrupt as error:
+        return str(error)
+    except (NotFound, FileNotFoundError):
+        return f"{key}: is missing"
+
+
+def _difference(key: str, path: Path, expected: StoredObject) -> str:
+    size = path.stat().st_size
+    if size != expected.size:
+        return f"{key}: has {size} bytes, the manifest says {expected.size}"
+    sha256 = sha256_of_file(path)
+    if sha256 != expected.sha256:
+        return f"{key}: its bytes have changed: sha256 {sha256[:16]}…, the manifest says {expected.sha256[:16]}…"
+    return ""
+
+
+def _verify_external(member: Ancestor, tally: _Tally, endpoint: str | None, region: str | None) -> None:
+    try:
+        _, entries = list_external(member.uri, endpoint, region)
+    except NotFound:
+        tally.notes.append(f"{member.uri}: the input is gone, so it could not be checked")
+        return
+    except StoreError as error:
+        tally.notes.append(f"{error}; not checked")
+        return
+    tally.num_objects = len(entries)
+    tally.num_bytes = sum(entry.size for entry in entries)
+    if external_digest(entries) != member.digest:
+        tally.faults.append(f"{member.uri}: has changed since it was read")

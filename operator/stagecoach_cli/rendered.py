@@ -1,0 +1,98 @@
+"""The objects that the operator would create for a run, drawn up without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
+from stagecoach_api.spec import TrainingRun
+from stagecoach_core.manifests.configmap import config_map
+from stagecoach_core.manifests.jobset import job_set
+from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.stage_attempt import StageAttempt
+from stagecoach_core.plan import make_plan
+from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
+from stagecoach_core.values import External, Plan, StageView
+
+UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
+"""Stands for the UID that the API server gives a run: part of the hash in every name."""
+
+
+def cluster_plan(run: TrainingRun, local: Plan, code: str) -> Plan:
+    """Return the plan the operator would make: stages in their own images, all else as in the local one."""
+    externals: dict[str, External] = {}
+    for planned in local.stages.values():
+        externals |= planned.externals
+    return make_plan(run, externals, code)
+
+
+def manifests(
+    run: TrainingRun, plan: Plan, views: Mapping[str, StageView], settings: BuildSettings, storage_uri: str
+) -> list[dict[str, Any]]:
+    """Return ConfigMap and JobSet of the first attempt of every stage, in topological order."""
+    found: list[dict[str, Any]] = []
+    credentials = run.spec.storage.credentials
+    for name, planned in plan.stages.items():
+        attempt = StageAttempt(
+            run_uid=UNKNOWN_UID,
+            stage=planned.stage,
+            told=_told(run, plan, name, views, storage_uri),
+            credentials=None if credentials is None else credentials.secret_name,
+        )
+        found += [config_map(attempt, settings), job_set(attempt, settings)]
+    return found
+
+
+def _told(run: TrainingRun, plan: Plan, name: str, views: Mapping[str, StageView], storage_uri: str) -> ResolvedStage:
+    """Return what a stage would be told; words in angle brackets stand for what no finished stage says yet."""
+    finished = artifacts_of(views)
+    stage = plan.stages[name].stage
+    reads = {reference.stage for _, reference in stage.references() if reference.stage is not None}
+    open_reads = sorted(reads - finished.keys())
+    inputs = _inputs_so_far(plan, name) if open_reads else resolved_inputs(plan.stages[name], finished)
+    return resolved_stage(
+        plan=plan,
+        name=name,
+        digest=views[name].digest or f"<known when {', '.join(open_reads)} is finished>",
+        inputs=inputs,
+        attempt=1,
+        storage_uri=storage_uri,
+        storage_endpoint=run.spec.storage.endpoint,
+        storage_region=run.spec.storage.region,
+    )
+
+
+def _inputs_so_far(plan: Plan, name: str) -> dict[str, ResolvedInput]:
+    planned = plan.stages[name]
+    inputs = {key: ResolvedInput(uri=found.uri, digest=found.digest) for key, found in planned.externals.items()}
+    for read in sorted({item.stage for _, item in planned.stage.references() if item.stage is not None}):
+        inputs[f"stage:{read}"] = ResolvedInput(
+            uri=f"<output of {read}>", digest=f"<content digest of {read}>", stage_digest=f"<stage digest of {read}>"
+        )
+    return inputs
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as people would, and never an alias, which kubectl's users would stumble over."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        del data
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(documents: list[dict[str, Any]]) -> str:
+    """Return YAML documents, members in the order they have."""
+    return yaml.dump_all(documents, Dumper=_Dumper, allow_unicode=True, sort_keys=False, explicit_start=True, width=120)

@@ -1,0 +1,136 @@
+"""The attempts of a run on this machine: what is written down of them, their processes, their progress."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from stagecoach_api.outcomes import AttemptResult, cause_of_exit
+from stagecoach_api.progress import ProgressEvent
+from stagecoach_core.policies.ending import cause_of_end
+from stagecoach_core.values import Attempt, AttemptState
+from stagecoach_local.processes import AttemptProcess
+from stagecoach_local.tail import ProgressTail, last_lines
+from stagecoach_local.workspace import AttemptFolder, AttemptRecord
+
+MESSAGE_LINES = 15
+"""Lines of the log that stand in for the message of an attempt that left none."""
+
+
+@dataclass
+class LiveAttempt:
+    """An attempt whose process has not been seen to end."""
+
+    record: AttemptRecord
+    folder: AttemptFolder
+    process: AttemptProcess
+    tail: ProgressTail = field(init=False)
+    progress: ProgressEvent | None = None
+    longest_silence: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tail = ProgressTail(self.folder.progress)
+
+    def refresh(self) -> None:
+        """Read what the trainer has told since the last time."""
+        event = self.tail.newest()
+        if event is None or event is self.progress:
+            return
+        before = self.record.started if self.progress is None else self.progress.time
+        self.longest_silence = max(self.longest_silence, event.time - before)
+        self.progress = event
+
+    def observed(self) -> Attempt:
+        """Return the attempt as the core sees it."""
+        record = self.record
+        return Attempt(
+            stage=record.stage,
+            digest=record.digest,
+            number=record.number,
+            state=AttemptState.STOPPING if record.stopping else AttemptState.RUNNING,
+            started=record.started,
+            running_since=record.started,
+            cause=record.stop_cause,
+            message=record.stopping,
+            heartbeat=None if self.progress is None else self.progress.time,
+            longest_silence=self.longest_silence,
+        )
+
+
+def observed_end(record: AttemptRecord) -> Attempt:
+    """Return an ended attempt as the core sees it."""
+    return Attempt(
+        stage=record.stage,
+        digest=record.digest,
+        number=record.number,
+        state=AttemptState.ENDED,
+        started=record.started,
+        running_since=record.started,
+        ended=record.ended,
+        cause=record.cause,
+        message=record.message,
+    )
+
+
+def ended_record(attempt: LiveAttempt, now: float) -> AttemptRecord:
+    """Return the record of an attempt whose process is gone: what its result file says, else what its end tells."""
+    code = attempt.process.exit_code
+    result = read_result(attempt.folder)
+    if result is None and code is not None and code > 0:
+        result = AttemptResult(exit_code=code, cause=cause_of_exit(code))
+    cause = cause_of_end(attempt.record.stop_cause, result)
+    message = result.message if result is not None else ""
+    if cause is not None and not message:
+        message = _message(attempt, code)
+    return attempt.record.model_copy(
+        update={
+            "ended": _end_time(attempt, now),
+            "cause": cause,
+            "message": message,
+            "content_digest": None if result is None else result.content_digest,
+            "last_step": None if result is None else result.last_step,
+        }
+    )
+
+
+def read_result(folder: AttemptFolder) -> AttemptResult | None:
+    """Return what the launcher left behind; None where it left nothing, or nothing whole."""
+    try:
+        return AttemptResult.model_validate_json(folder.result.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _end_time(attempt: LiveAttempt, now: float) -> float:
+    """Return when the attempt ended. Of one that another driver started, its files know best."""
+    if attempt.process.is_ours:
+        return now
+    times = [attempt.record.started]
+    for path in (attempt.folder.log, attempt.folder.progress, attempt.folder.result):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return min(now, max(times))
+
+
+def _message(attempt: LiveAttempt, code: int | None) -> str:
+    if code is None:
+        said = "its process is gone and left no result: it was killed, or the machine was restarted"
+    elif code < 0:
+        said = f"it was killed by {_signal_name(-code)}{_HINTS.get(-code, '')}"
+    else:
+        said = f"it ended with exit code {code} and left no result"
+    lines = last_lines(attempt.folder.log, MESSAGE_LINES)
+    return "\n".join([said, *lines])[-2400:] if code is not None and code > 0 else said
+
+
+_HINTS: dict[int, str] = {signal.SIGKILL: " (by hand, or because memory ran out)"}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

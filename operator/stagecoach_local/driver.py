@@ -1,0 +1,283 @@
+"""The local driver: stages as processes on this machine.
+
+It observes processes, result files, progress files and the store into one `Observed`, lets the core decide, carries
+the decision out, and looks again. All rules (what may start, what is tried again, when it is over) are the core's, the
+same as on a cluster; only what fits on this machine at once is decided here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from stagecoach_api.artifacts import Manifest, artifact_prefix
+from stagecoach_api.outcomes import Cause
+from stagecoach_api.status import FINISHED
+from stagecoach_core.decide import decide
+from stagecoach_core.resolve import artifacts_of
+from stagecoach_core.snapshot import Snapshot, StageRow, View
+from stagecoach_core.values import (
+    Action,
+    Decision,
+    Found,
+    LookUp,
+    Missing,
+    Observed,
+    RunState,
+    StageState,
+    StageView,
+    Start,
+    Stop,
+)
+from stagecoach_local import processes
+from stagecoach_local.attempts import LiveAttempt, ended_record, observed_end
+from stagecoach_local.launch import launch
+from stagecoach_local.lookup import ask
+from stagecoach_local.machine import HEAVY_KINDS, Machine, admits
+from stagecoach_local.records import Ledger
+from stagecoach_local.run_job import Job
+from stagecoach_local.store_outages import Patience
+from stagecoach_local.workspace import AttemptRecord
+
+ORPHANED = "its driver is gone"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the work on a run ended."""
+
+    decision: Decision
+    snapshot: Snapshot
+    manifests: Mapping[str, Manifest]
+    """Manifests of the finished stages, by stage digest."""
+    interrupted: bool
+
+
+@dataclass
+class Driver:
+    """Works on one run until it is finished, fails, or is interrupted. The caller holds the run's lock."""
+
+    job: Job
+    view: View
+    interrupts: Callable[[], int] = lambda: 0
+    """How often the user has asked to stop."""
+    cancelled: Callable[[], bool] = lambda: False
+    """Whether the user has asked to end the run."""
+    clock: Callable[[], float] = time.time
+
+    _since: float = 0.0
+    _ended: list[AttemptRecord] = field(default_factory=list)
+    _living: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
+    _answers: dict[str, Found | Missing] = field(default_factory=dict)
+    _manifests: dict[str, Manifest] = field(default_factory=dict)
+    _told: int = 0
+    _ended_event: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._patience = Patience(self.job.store_pause_seconds, self.view.say, self.clock)
+        self._ledger = Ledger(self.job, self._patience)
+
+    def run(self) -> Outcome:
+        """Work on the run. Raises StoreError and OSError; living attempts are stopped first, whatever happens."""
+        self._since = self.clock()
+        self._remember()
+        try:
+            while True:
+                self._ended_event.clear()
+                decision, snapshot, acted = self._step()
+                if self._is_over(decision):
+                    return Outcome(decision, snapshot, self._manifests, interrupted=self.interrupts() > 0)
+                if not acted:
+                    self._ended_event.wait(self.job.poll_seconds)
+        finally:
+            self._stop_all()
+
+    def _is_over(self, decision: Decision) -> bool:
+        """Whether nothing is left to do; who is interrupted does not wait for the last pointer."""
+        if self._living or decision.state is RunState.PROGRESSING:
+            return False
+        return self.interrupts() > 0 or self._ledger.is_complete(decision.stages)
+
+    # -- one turn ------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> tuple[Decision, Snapshot, bool]:
+        """Observe, decide, act, tell. Returns also whether anything was done, so that the next turn is due at once."""
+        self._reap()
+        self._heed_interrupts()
+        now = self.clock()
+        decision = decide(self.job.plan, self._observed(), now)
+        views = dict(decision.stages)
+        done = [action for action in decision.actions if self._carry_out(action, views)]
+        self._ledger.point(views, now)
+        records = [*self._ended, *(attempt.record for attempt in self._living.values())]
+        self._ledger.save(decision, views, self._manifests, records, now)
+        snapshot = self._snapshot(decision, views, now)
+        if not any(isinstance(action, LookUp) for action in done):
+            self.view.show(snapshot)
+        return decision, snapshot, bool(done)
+
+    def _observed(self) -> Observed:
+        for attempt in self._living.values():
+            attempt.refresh()
+        return Observed(
+            attempts=tuple(
+                [observed_end(record) for record in self._ended]
+                + [attempt.observed() for attempt in self._living.values()]
+            ),
+            artifacts=dict(self._answers),
+            since=self._since,
+            suspend=self.job.suspend or self.interrupts() > 0,
+            cancel=self.job.cancel or self.cancelled(),
+            selected=self.job.selected,
+            forced=self.job.forced,
+            forced_since=self._since,
+        )
+
+    def _snapshot(self, decision: Decision, views: Mapping[str, StageView], now: float) -> Snapshot:
+        return Snapshot(
+            run=self.job.plan.run,
+            storage=self.job.store.uri,
+            state=decision.state,
+            now=now,
+            rows=tuple(self._row(name, view) for name, view in views.items()),
+            message=decision.message,
+        )
+
+    def _row(self, name: str, view: StageView) -> StageRow:
+        living = next((item for key, item in self._living.items() if key[0] == name), None)
+        manifest = self._manifests.get(view.digest or "") if view.state in FINISHED else None
+        return StageRow(
+            name=name,
+            kind=self.job.kind(name),
+            view=view,
+            progress=None if living is None else living.progress,
+            started=None if living is None else living.record.started,
+            seconds=None if manifest is None else manifest.seconds,
+            ranks=self.job.ranks(name),
+            log=self.job.folder.attempt(name, view.attempt).log if view.attempt else None,
+        )
+
+    # -- actions -------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, action: Action, views: dict[str, StageView]) -> bool:
+        """Do what was decided; return whether it was done. What was not is decided again."""
+        if isinstance(action, LookUp):
+            return self._patience.ask(lambda: self._look_up(action))
+        if isinstance(action, Stop):
+            self._stop(action)
+            return True
+        return self._start(action, views)
+
+    def _look_up(self, action: LookUp) -> None:
+        """Ask the store whether a stage's work is done."""
+        answer, manifest = ask(self.job.store, action.digest, self.clock())
+        self._answers[action.digest] = answer
+        if manifest is not None:
+            self._manifests[action.digest] = manifest
+
+    def _start(self, action: Start, views: dict[str, StageView]) -> bool:
+        """Start an attempt if this machine has room for it; else say what it waits for."""
+        kind = self.job.kind(action.stage)
+        running = [self.job.kind(stage) for stage, _ in self._living if stage in self.job.plan.stages]
+        if not admits(self.job.machine, kind, running):
+            waiting = room(self.job.machine, kind)
+            views[action.stage] = replace(views[action.stage], state=StageState.PENDING, waiting_for=waiting)
+            return False
+        anew = action.stage in self.job.forced and not self._tried_since(action)
+        if anew and not self._patience.ask(lambda: self._forget(action.digest)):
+            return False
+        attempt = launch(self.job, action, artifacts_of(views), self.clock(), self._ended_event.set)
+        self._living[action.stage, action.number] = attempt
+        return True
+
+    def _forget(self, digest: str) -> None:
+        """Delete an artifact and its checkpoints: they would be found again, and nothing overwrites an artifact."""
+        self.job.store.delete(artifact_prefix(digest))
+        shutil.rmtree(self.job.workspace.checkpoints(digest), ignore_errors=True)
+
+    def _stop(self, action: Stop) -> None:
+        attempt = self._living.get((action.stage, action.number))
+        if attempt is not None and not attempt.record.stopping:
+            self._ask_to_stop(attempt, action.reason, action.cause)
+
+    def _ask_to_stop(self, attempt: LiveAttempt, reason: str, cause: Cause) -> None:
+        attempt.record = attempt.record.model_copy(
+            update={"stopping": reason, "stopping_since": self.clock(), "stop_cause": cause}
+        )
+        attempt.process.terminate()
+
+    # -- attempts ------------------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        """Take up what an earlier driver of this run left behind: ended attempts, and processes that may still live."""
+        record = self.job.folder.load()
+        for attempt in () if record is None else record.attempts:
+            if attempt.ended is not None:
+                self._ended.append(attempt)
+                continue
+            folder = self.job.folder.attempt(attempt.stage, attempt.number)
+            process = processes.adopt(attempt.pid, attempt.process_created, folder.stage_file)
+            live = LiveAttempt(attempt, folder, process)
+            self._living[attempt.stage, attempt.number] = live
+            if process.is_alive:
+                # Its launcher has seen our predecessor's pipe close and is stopping already.
+                self.view.say(f"{attempt.stage}: attempt {attempt.number} is still stopping, its driver was killed")
+                self._ask_to_stop(live, ORPHANED, Cause.PREEMPTION)
+
+    def _reap(self) -> None:
+        """Write down attempts whose process has ended, and kill those that do not end when asked."""
+        now = self.clock()
+        for key, attempt in list(self._living.items()):
+            if attempt.process.is_alive:
+                since = attempt.record.stopping_since
+                if since is not None and now - since > self.job.grace_seconds:
+                    attempt.process.kill()
+                continue
+            attempt.process.sweep()
+            attempt.refresh()
+            record = ended_record(attempt, now)
+            self._ended.append(record)
+            del self._living[key]
+            self._answers.pop(record.digest, None)
+            attempt.folder.drop_scratch()
+
+    def _heed_interrupts(self) -> None:
+        """Say what Ctrl-C does; at the second one, kill."""
+        count = self.interrupts()
+        if count and not self._told and self._living:
+            names = ", ".join(stage for stage, _ in self._living)
+            self.view.say(f"stopping {names} at a checkpoint; press Ctrl-C again to kill")
+        self._told = count
+        if count > 1:
+            for attempt in self._living.values():
+                attempt.process.kill()
+
+    def _stop_all(self) -> None:
+        """Leave no process behind. There are living ones only when an error ends the driver."""
+        for attempt in self._living.values():
+            attempt.process.terminate()
+        deadline = time.monotonic() + self.job.grace_seconds
+        while any(attempt.process.is_alive for attempt in self._living.values()) and time.monotonic() < deadline:
+            if self.interrupts() > 1:
+                break
+            time.sleep(self.job.poll_seconds)
+        for attempt in self._living.values():
+            attempt.process.kill()
+
+    def _tried_since(self, action: Start) -> bool:
+        """Whether this invocation has worked on the stage at this digest already."""
+        return any(
+            record.stage == action.stage and record.digest == action.digest and record.started >= self._since
+            for record in self._ended
+        )
+
+
+def room(machine: Machine, kind: str) -> str:
+    """Return what a stage that does not fit beside the living ones waits for."""
+    if kind in HEAVY_KINDS:
+        slots = machine.heavy_slots
+        return f"room to run: {machine.cores} cores take {slots} training or measuring stage{'s' * (slots > 1)} at once"
+    return f"room to run: {machine.cores} cores take {machine.light_slots} such stages at once"

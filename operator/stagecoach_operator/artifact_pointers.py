@@ -1,0 +1,73 @@
+"""Pointers: small files in the store through which a run's stages are found by name. Written where the operator may.
+
+An operator that may only read manifests leaves them out: the run's status names the artifacts, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from stagecoach_api.artifacts import Pointer, pointer_key
+from stagecoach_api.spec import Storage
+from stagecoach_api.store import AccessDenied, StoreError
+from stagecoach_core.values import StageState, StageView
+from stagecoach_operator.artifact_lookup import Lookups, StoreKey, store_key
+from stagecoach_operator.planning import Snapshot
+from stagecoach_operator.watched import RunView
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Pointers:
+    """Writes the pointer of every stage that is finished, once."""
+
+    lookups: Lookups
+    _written: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Stage digests by stage, by the run's UID."""
+    _closed: set[StoreKey] = field(default_factory=set)
+    """Stores that the operator may not write to."""
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def point(self, run: RunView, snapshot: Snapshot, views: Mapping[str, StageView], now: float) -> None:
+        """Write the pointers that are missing, some time, without anybody waiting for it."""
+        if store_key(snapshot.storage) in self._closed:
+            return
+        known = self._written.setdefault(run.meta.uid, {})
+        for name, view in views.items():
+            found = view.artifact
+            if found is None or known.get(name) == found.stage_digest:
+                continue
+            known[name] = found.stage_digest
+            pointer = Pointer(
+                stage=name,
+                kind=snapshot.plan.stages[name].stage.kind,
+                stage_digest=found.stage_digest,
+                content_digest=found.content_digest,
+                uri=found.uri,
+                cached=view.state is StageState.CACHED,
+                recorded=now,
+            )
+            self._begin(run, snapshot.storage, pointer)
+
+    def forget(self, run_uid: str) -> None:
+        self._written.pop(run_uid, None)
+
+    def _begin(self, run: RunView, storage: Storage, pointer: Pointer) -> None:
+        task = asyncio.get_running_loop().create_task(self._write(run, storage, pointer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _write(self, run: RunView, storage: Storage, pointer: Pointer) -> None:
+        key = pointer_key(run.meta.namespace, run.meta.name, pointer.stage)
+        data = pointer.model_dump_json(indent=1).encode()
+        try:
+            await self.lookups.in_thread(lambda: self.lookups.store(storage).write(key, data))
+        except AccessDenied:
+            self._closed.add(store_key(storage))
+        except StoreError as error:
+            self._written.get(run.meta.uid, {}).pop(pointer.stage, None)
+            log.warning("%s/%s: the pointer of `%s`: %s", *run.key, pointer.stage, error)

@@ -1,0 +1,282 @@
+"""What is wrong with stages that learn from preferences or from a reward is told with the field and the way out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from stagecoach_api.problems import InvalidRun, Problem
+from stagecoach_api.reading.validation import validate
+
+RUN = """
+apiVersion: stagecoach.dev/v1alpha1
+kind: TrainingRun
+metadata: {name: demo}
+spec:
+  storage: {uri: "s3://models/demo"}
+  stages:
+  - name: sft
+    sft:
+      model: {uri: base}
+      data: [{uri: alpaca.json, format: alpaca}, {uri: ranked.json, format: ranked}]
+      hindsight: {}
+      template: {name: alpaca}
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-4}
+  - name: reward
+    rewardModel:
+      model: {stage: sft}
+      data: [{uri: zh.json, format: pairs, domain: zh}, {uri: en.json, format: comparison, domain: en}, {uri: c.json}]
+      heldOut: {sets: [{name: zh, uri: held.json, domain: zh}]}
+      domains: [{name: zh, system: helpful}, {name: en, system: harmless}]
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-5}
+  - name: ppo
+    ppo:
+      model: {stage: sft}
+      data: [{uri: prompts.json, format: messages}, {uri: zh.json, format: pairs}]
+      pretraining: {data: [{uri: text.jsonl, format: text}], weight: 1}
+      rewards: [{name: judge, model: {stage: reward}}]
+      critic: {warmupUpdates: 3}
+      policy: {miniBatchSamples: 4}
+      rollout: {maxNewTokens: 64}
+      sequenceLength: 128
+      batch: {samples: 8}
+      budget: {steps: 10}
+      optimizer: {learningRate: 1.0e-6}
+  - name: dpo
+    dpo:
+      model: {stage: sft}
+      data: [{uri: zh.json, format: ranked}]
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-6}
+  - name: kto
+    dpo:
+      model: {stage: sft}
+      data: [{uri: labels.json, format: labels}, {uri: zh.json, format: comparison}, {uri: ranked.json, format: ranked}]
+      loss: {kto: {}}
+      batch: {samples: 8}
+      optimizer: {learningRate: 1.0e-6}
+  - name: score
+    evaluate:
+      model: {stage: ppo}
+      rewards:
+      - name: chat
+        data: {name: chat, uri: prompts.json}
+        rewards: [{name: judge, model: {stage: reward}}]
+        rivals: [{name: sft, model: {stage: sft}}, {name: dpo, model: {stage: dpo}}]
+      gates:
+      - {metric: chat.reward, atLeast: 0}
+      - {metric: chat.reward.sft, atMost: 2}
+      - {metric: chat.winRate.dpo, atLeast: 0.5}
+"""
+
+
+def problems_of(*edits: tuple[str, Any]) -> list[Problem]:
+    """Return what is wrong with the run, `stage.field.field` of it set to other values."""
+    run = yaml.safe_load(RUN)
+    for path, value in edits:
+        name, *steps = path.split(".")
+        here: Any = next(stage for stage in run["spec"]["stages"] if stage["name"] == name)
+        here = here[next(kind for kind in here if kind != "name")]
+        for step in steps[:-1]:
+            here = here[int(step)] if isinstance(here, list) else here.setdefault(step, {})
+        if isinstance(here, list):
+            here[int(steps[-1])] = copy.deepcopy(value)
+        elif value is None:
+            del here[steps[-1]]
+        else:
+            here[steps[-1]] = copy.deepcopy(value)
+    try:
+        validate(run)
+    except InvalidRun as error:
+        return list(error.problems)
+    return []
+
+
+def test_a_run_of_all_alignment_stages_is_valid() -> None:
+    assert problems_of() == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_critic_starts_from_a_reward_model_or_a_language_model(stage: str) -> None:
+    assert problems_of(("ppo.critic.model", {"stage": stage})) == []
+
+
+BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
+    *(
+        (
+            f"a {name} stage does not learn from {layout}",
+            (f"{name}.data.0.format", layout),
+            f"spec.stages[{number}].{kind}.data[0].format",
+            ("do not say which answer is preferred", "(pairs, comparison, ranked)", "`sft`"),
+        )
+        for number, name, kind in ((1, "reward", "rewardModel"), (3, "dpo", "dpo"), (4, "kto", "dpo"))
+        for layout in ("text", "alpaca", "sharegpt", "messages")
+    ),
+    (
+        "held-out sets are preferences too",
+        ("reward.heldOut.sets.0.format", "text"),
+        "spec.stages[1].rewardModel.heldOut.sets[0].format",
+        ("do not say which answer is preferred",),
+    ),
+    (
+        "a reward model does not learn from labels",
+        ("reward.data.0.format", "labels"),
+        "spec.stages[1].rewardModel.data[0].format",
+        ("judge one answer each", "`loss: {kto: {}}`"),
+    ),
+    (
+        "DPO does not learn from labels",
+        ("dpo.data.0.format", "labels"),
+        "spec.stages[3].dpo.data[0].format",
+        ("compares two answers", "set `loss: {kto: {}}`"),
+    ),
+    (
+        "fine-tuning on ranked answers needs hindsight",
+        ("sft.hindsight", None),
+        "spec.stages[0].sft.data[1].format",
+        ("several answers", "add `hindsight: {}`", "`rewardModel` or `dpo`"),
+    ),
+    (
+        "hindsight needs ranked answers",
+        ("sft.data.1.format", "labels"),
+        "spec.stages[0].sft.data[1].format",
+        ("`hindsight` needs ranked ones", "`dpo`"),
+    ),
+    (
+        "plain text is no prompt",
+        ("ppo.data.0.format", "text"),
+        "spec.stages[2].ppo.data[0].format",
+        ("asks nothing", "`pretraining.data`"),
+    ),
+    (
+        "preferences are no text to predict",
+        ("ppo.pretraining.data.0.format", "pairs"),
+        "spec.stages[2].ppo.pretraining.data[0].format",
+        ("no text to predict", "give text or conversations"),
+    ),
+    (
+        "a set's domain exists",
+        ("reward.data.1.domain", "zn"),
+        "spec.stages[1].rewardModel.data[1].domain",
+        ("one of `domains`", "use one of: zh, en"),
+    ),
+    (
+        "a held-out set's domain exists",
+        ("reward.heldOut.sets.0.domain", "zn"),
+        "spec.stages[1].rewardModel.heldOut.sets[0].domain",
+        ("one of `domains`", "use one of: zh, en"),
+    ),
+    (
+        "domains have names of their own",
+        ("reward.domains", [{"name": name, "system": "s"} for name in ("zh", "en", "zh")]),
+        "spec.stages[1].rewardModel.domains[2].name",
+        ("must be unique", "rename"),
+    ),
+    (
+        "an answer leaves room for its prompt",
+        ("ppo.rollout.maxNewTokens", 128),
+        "spec.stages[2].ppo.rollout.maxNewTokens",
+        ("below 128 (`sequenceLength`)", "shorten"),
+    ),
+    (
+        "a policy that is nowhere sharded answers itself",
+        ("ppo.rollout.wholeCopy", False),
+        "spec.stages[2].ppo.rollout.wholeCopy",
+        ("whole on every rank", "set `sharding: {zero: 3}`"),
+    ),
+    (
+        "vLLM answers from a copy of its own",
+        ("ppo.rollout", {"maxNewTokens": 16, "wholeCopy": False, "engine": "vllm"}),
+        "spec.stages[2].ppo.rollout.wholeCopy",
+        ("a copy of its own", "`engine: transformers`"),
+    ),
+    (
+        "the policy learns after the critic's warm-up",
+        ("ppo.critic.warmupUpdates", 10),
+        "spec.stages[2].ppo.critic.warmupUpdates",
+        ("below 10 (`budget.steps`)", "the policy never learns"),
+    ),
+    (
+        "a reward is not given by a policy",
+        ("ppo.rewards.0.model", {"stage": "sft"}),
+        "spec.stages[2].ppo.rewards[0].model.stage",
+        ("of kind rewardModel", "name one of reward"),
+    ),
+    (
+        "a policy learns without dropout",
+        ("ppo.attentionDropout", 0.1),
+        "spec.stages[2].ppo.attentionDropout",
+        ("must be 0", "what it said when it answered", "leave it out"),
+    ),
+    (
+        "a policy's adapter learns without dropout",
+        ("ppo.trainable", {"lora": {"dropout": 0.05}}),
+        "spec.stages[2].ppo.trainable.lora.dropout",
+        ("must be 0", "what it said when it answered", "leave it out"),
+    ),
+    (
+        "a rival is no reward model",
+        ("score.rewards.0.rivals.0.model.stage", "reward"),
+        "spec.stages[5].evaluate.rewards[0].rivals[0].model.stage",
+        ("of kind pretrain or sft or dpo or ppo or export",),
+    ),
+    (
+        "a policy is not held to a reward model",
+        ("dpo.reference", {"stage": "reward"}),
+        "spec.stages[3].dpo.reference.stage",
+        ("of kind pretrain or sft or dpo or ppo or export",),
+    ),
+    (
+        "exact match asks for one right answer",
+        ("score.exactMatch", [{"name": "m", "data": {"name": "m", "uri": "m.json", "format": "pairs"}}]),
+        "spec.stages[5].evaluate.exactMatch[0]",
+        ("several answers", "`rewards`"),
+    ),
+    (
+        "a gate watches a task's reward",
+        ("score.gates.0.metric", "chta.reward"),
+        "spec.stages[5].evaluate.gates[0].metric",
+        ("a task in `rewards`", "did you mean `chat.reward`?"),
+    ),
+    (
+        "a gate watches a rival's reward",
+        ("score.gates.1.metric", "chat.reward.ppo"),
+        "spec.stages[5].evaluate.gates[1].metric",
+        ("one of its `rivals`",),
+    ),
+    (
+        "a gate watches the win rate over a rival",
+        ("score.gates.2.metric", "chat.winRate.dpp"),
+        "spec.stages[5].evaluate.gates[2].metric",
+        ("did you mean `chat.winRate.dpo`?",),
+    ),
+    (
+        "a win rate is a share",
+        ("score.gates.2.atLeast", 50),
+        "spec.stages[5].evaluate.gates[2].atLeast",
+        ("a share is never above 1", "0.9 for 90 %"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "path", "words"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_is_one_clear_problem(edit: tuple[str, Any], path: str, words: tuple[str, ...]) -> None:
+    found = problems_of(edit)
+    assert [problem.path for problem in found] == [path]
+    assert [word for word in words if word not in str(found[0])] == []
+
+
+def test_what_cannot_be_known_is_not_refused() -> None:
+    assert problems_of(("reward.domains", None)) == []  # domains are then only rows of the report
+    assert problems_of(("score.gates.0.metric", "other.reward"), ("score.lmEval", [{"task": "x"}])) == []
+    assert problems_of(("ppo.budget", {"epochs": 1})) == []
+    assert problems_of(("sft.data.1.format", "auto"), ("sft.hindsight", None)) == []
+
+
+def test_a_sharded_policy_may_answer_from_its_shards() -> None:
+    assert problems_of(("ppo.rollout.wholeCopy", False), ("ppo.sharding", {"zero": 3})) == []

@@ -1,0 +1,98 @@
+"""The chart as Helm renders it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests import ROOT
+from tests.cluster.build import Builder
+from tests.cluster.layout import DEFAULT_CACHE, ENV_CACHE
+from tests.cluster.versions import read_versions
+
+CHART = ROOT / "charts" / "stagecoach"
+RELEASE = "stagecoach"
+NAMESPACE = "training"
+WITHOUT_DEFINITION = {"crds": {"install": False}}
+"""Ten times faster to render, and to compare."""
+
+Body = dict[str, Any]
+
+
+@cache
+def helm() -> str:
+    """Return the Helm that the test cluster is pinned to, else the one in PATH, else build the pinned one with Go."""
+    builder = Builder(read_versions(), Path(os.environ.get(ENV_CACHE, DEFAULT_CACHE)))
+    pinned = builder.program("helm", "helm")
+    installed = shutil.which("helm")
+    if not pinned.exists() and installed is not None:
+        return installed
+    builder.ensure([("helm", ["helm"])])
+    return str(pinned)
+
+
+def run_helm(*arguments: str, values: Mapping[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Helm with values on its standard input."""
+    return subprocess.run(
+        [helm(), *arguments, "--values", "-"],
+        input=json.dumps(dict(values or {})),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rendered_text(values: Mapping[str, Any] | None = None, *, release: str = RELEASE) -> str:
+    """Return what `helm template` prints for some values over the defaults."""
+    done = run_helm("template", release, str(CHART), "--namespace", NAMESPACE, values=values)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def render(values: Mapping[str, Any] | None = None, *, release: str = RELEASE) -> list[Body]:
+    """Return the rendered objects, hooks included."""
+    return [body for body in yaml.safe_load_all(rendered_text(values, release=release)) if body]
+
+
+def of_kind(objects: Sequence[Body], *kinds: str) -> list[Body]:
+    return [body for body in objects if body["kind"] in kinds]
+
+
+def the(objects: Sequence[Body], kind: str, suffix: str = "") -> Body:
+    """Return the one object of a kind whose name ends so."""
+    (found,) = [body for body in of_kind(objects, kind) if body["metadata"]["name"].endswith(suffix)]
+    return found
+
+
+def pod_specs(objects: Sequence[Body]) -> dict[str, Body]:
+    """Return the pods of everything that has some, by kind and name."""
+    found = {}
+    for body in objects:
+        spec = body if body["kind"] == "Pod" else body.get("spec", {}).get("template")
+        if spec is not None:
+            found[f"{body['kind']}/{body['metadata']['name']}"] = spec["spec"]
+    return found
+
+
+def nested(path: str, value: object) -> Body:
+    """Return values in which only the one at a dotted path is given."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Body:
+    """Return both, sections member by member."""
+    found = dict(one)
+    for name, value in other.items():
+        found[name] = merged(found[name], value) if isinstance(found.get(name), Mapping) else value
+    return found

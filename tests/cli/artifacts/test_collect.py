@@ -1,0 +1,312 @@
+"""Artifacts nothing needs: which they are, as a property of any store; and how they go, on a folder and on S3."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagecoach_api.artifacts import (
+    Manifest,
+    Parent,
+    Pointer,
+    StoredObject,
+    canonical_json,
+    checkpoint_prefix,
+    content_digest,
+    manifest_key,
+    output_prefix,
+    pointer_key,
+)
+from stagecoach_api.store import Corrupt, Store, StoreEntry
+from stagecoach_cli.artifacts.collect import (
+    StoredArtifact,
+    collected,
+    delete,
+    digests_of_record,
+    parents_of,
+    pointed,
+    reachable,
+    survey,
+    unneeded,
+)
+from stagecoach_cli.display.numbers import size
+from tests.cli.cluster.makers import NAMESPACE, FakeCluster, stage_status
+from tests.cli.makers import Bench, Cli, chain
+
+NOW = 1_800_000_000.0
+DAY = 86_400.0
+KEPT, PARENT, OLD, YOUNG, HALF = (letter * 64 for letter in "abcde")
+
+
+# -- which they are ----------------------------------------------------------------------------------------------------
+
+DIGESTS = st.integers(min_value=0, max_value=15).map(lambda number: f"{number:064x}")
+ARTIFACTS = st.builds(
+    StoredArtifact,
+    digest=DIGESTS,
+    num_objects=st.just(1),
+    size=st.just(1),
+    newest=st.floats(min_value=0, max_value=100),
+    is_finished=st.booleans(),
+    parents=st.frozensets(DIGESTS, max_size=4),
+)
+STORES = st.lists(ARTIFACTS, max_size=16).map(lambda items: {item.digest: item for item in items})
+
+
+@given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100))
+def test_nothing_goes_that_is_a_root_is_young_or_that_one_of_these_was_made_from(
+    artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float
+) -> None:
+    garbage = {item.digest for item in unneeded(artifacts, roots, young_since)}
+    needed = {digest for digest, item in artifacts.items() if digest in roots or item.newest > young_since}
+    while True:  # an oracle: grow the set step by step until it is closed
+        more = needed | {parent for digest in needed & artifacts.keys() for parent in artifacts[digest].parents}
+        if more == needed:
+            break
+        needed = more
+    assert garbage == artifacts.keys() - needed
+
+
+@given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100), st.data())
+def test_a_further_root_never_makes_more_garbage(
+    artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float, data: st.DataObject
+) -> None:
+    more = roots | {data.draw(DIGESTS)}
+    before = {item.digest for item in unneeded(artifacts, roots, young_since)}
+    assert {item.digest for item in unneeded(artifacts, more, young_since)} <= before
+
+
+@given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100))
+def test_what_is_left_after_a_collection_is_no_garbage(
+    artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float
+) -> None:
+    gone = {item.digest for item in unneeded(artifacts, roots, young_since)}
+    left = {digest: item for digest, item in artifacts.items() if digest not in gone}
+    assert unneeded(left, roots, young_since) == []
+
+
+def test_a_lineage_with_a_loop_ends() -> None:
+    pair = {
+        KEPT: StoredArtifact(KEPT, 1, 1, 0.0, True, parents=frozenset({OLD})),
+        OLD: StoredArtifact(OLD, 1, 1, 0.0, True, parents=frozenset({KEPT})),
+    }
+    assert reachable(pair, {KEPT}) == {KEPT, OLD}
+
+
+def test_only_artifacts_are_collected_and_their_newest_object_counts() -> None:
+    entries = [
+        StoreEntry(f"artifacts/{OLD}/output/model", 100, "", NOW - 5),
+        StoreEntry(f"artifacts/{OLD}/manifest.json", 10, "", NOW - 9),
+        StoreEntry(f"artifacts/{HALF}/checkpoints/step-00000001/manifest.json", 1, "", NOW),
+        StoreEntry("artifacts/README", 1, "", 0.0),
+        StoreEntry(f"artifacts/{'x' * 64}/output/model", 1, "", 0.0),
+        StoreEntry(f"runs/{OLD}/a", 1, "", 0.0),
+    ]
+    assert collected(entries) == {
+        OLD: StoredArtifact(OLD, 2, 110, NOW - 5, True),
+        HALF: StoredArtifact(HALF, 1, 1, NOW, False),
+    }
+
+
+# -- how they go -------------------------------------------------------------------------------------------------------
+
+
+def publish(store: Store, digest: str, *parents: Parent) -> None:
+    store.write(f"{output_prefix(digest)}/model", b"weights")
+    item = StoredObject(path="model", size=7, sha256="0" * 64)
+    manifest = Manifest(
+        stage_digest=digest,
+        content_digest=content_digest([item]),
+        kind="sft",
+        objects=(item,),
+        parents=parents,
+        config={},
+        code="test",
+        seed=0,
+        created=0.0,
+    )
+    store.write(manifest_key(digest), canonical_json(manifest.model_dump(mode="json")))
+
+
+def point(store: Store, digest: str, stage: str = "sft") -> None:
+    pointer = Pointer(
+        stage=stage, kind="sft", stage_digest=digest, content_digest="0" * 64, uri="u", cached=False, recorded=0.0
+    )
+    store.write(pointer_key("default", "tiny", stage), pointer.model_dump_json().encode())
+
+
+def parent(digest: str) -> Parent:
+    return Parent(key="stage:base", digest="0" * 64, stage_digest=digest, uri="s3://elsewhere")
+
+
+@pytest.fixture
+def filled(store: Store) -> Store:
+    """A pointed artifact and its parent; two that nobody names; and what an attempt has left."""
+    publish(store, PARENT)
+    publish(store, KEPT, parent(PARENT))
+    point(store, KEPT)
+    publish(store, OLD)
+    publish(store, YOUNG)
+    store.write(f"{checkpoint_prefix(HALF, 1)}/manifest.json", b"{}")
+    store.write(f"{checkpoint_prefix(HALF, 1)}/state", b"state")
+    return store
+
+
+def digests_in(store: Store) -> set[str]:
+    return {entry.key.split("/")[1] for entry in store.list("artifacts")}
+
+
+def test_a_store_is_surveyed_with_kinds_sizes_times_and_parents(filled: Store) -> None:
+    before = time.time()
+    found = survey(filled)
+    assert set(found) == {KEPT, PARENT, OLD, YOUNG, HALF}
+    assert (found[KEPT].kind, found[KEPT].parents, found[KEPT].num_objects) == ("sft", {PARENT}, 2)
+    assert (found[HALF].kind, found[HALF].is_finished, found[HALF].size) == ("", False, 7)
+    assert all(abs(before - item.newest) < 120 for item in found.values())
+    assert pointed(filled) == {KEPT}
+
+
+def test_unneeded_artifacts_go_whole_and_the_others_stay_untouched(filled: Store) -> None:
+    kept = {entry.key: filled.read(entry.key) for entry in filled.list() if KEPT in entry.key or PARENT in entry.key}
+    found = {digest: replace(item, newest=NOW - 2 * DAY) for digest, item in survey(filled).items()}
+    found[YOUNG] = replace(found[YOUNG], newest=NOW - 60)
+    garbage = unneeded(found, pointed(filled), NOW - DAY)
+    assert {item.digest for item in delete(filled, garbage)} == {OLD, HALF}
+    assert digests_in(filled) == {KEPT, PARENT, YOUNG}
+    assert {key: filled.read(key) for key in kept} == kept
+
+
+class Watched:
+    """A store whose deletions are written down."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.deleted: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def delete(self, prefix: str) -> None:
+        self.deleted.append(prefix)
+        self._store.delete(prefix)
+
+
+def test_a_manifest_goes_before_the_rest_of_its_artifact(filled: Store) -> None:
+    watched = Watched(filled)
+    found = survey(filled)
+    list(delete(watched, [found[OLD], found[HALF]]))  # type: ignore[arg-type]
+    assert watched.deleted == [manifest_key(OLD), f"artifacts/{OLD}", f"artifacts/{HALF}"]
+
+
+@pytest.mark.parametrize("key", [manifest_key(KEPT), pointer_key("default", "tiny", "sft")])
+def test_a_store_that_cannot_be_read_wholly_is_not_judged(filled: Store, key: str) -> None:
+    filled.write(key, b"{}")
+    with pytest.raises(Corrupt, match=key):
+        unneeded(survey(filled), pointed(filled), NOW)
+
+
+def test_an_input_given_as_an_artifacts_uri_is_a_parent(store: Store) -> None:
+    by_uri = Parent(key="uri:x", digest="0" * 64, uri=f"s3://models/x/artifacts/{PARENT}/output")
+    outside = Parent(key="uri:y", digest="0" * 64, uri="s3://models/base")
+    publish(store, KEPT, by_uri, outside)
+    assert survey(store)[KEPT].parents == {PARENT}
+    assert parents_of(Manifest.model_validate_json(store.read(manifest_key(KEPT)))) == {PARENT}
+
+
+@pytest.mark.parametrize(
+    ("given_size", "said"), [(812, "812 B"), (12_345, "12.3 kB"), (1.5e9, "1.5 GB"), (2e12, "2 TB")]
+)
+def test_sizes_read_well(given_size: float, said: str) -> None:
+    assert size(given_size) == said
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A folder in which a chain has run twice, the second time with an edit; every file is two days old."""
+    monkeypatch.chdir(tmp_path)
+    made = Bench(tmp_path)
+    made.write(chain())
+    made.drive()
+    made.drive("stages.base.optimizer.learningRate=0.002")
+    age(made)
+    return made
+
+
+def age(bench: Bench, days: float = 2.0) -> None:
+    for path in bench.workspace.default_storage.rglob("*"):
+        os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def artifacts(bench: Bench) -> set[str]:
+    return {path.name for path in (bench.workspace.default_storage / "artifacts").iterdir()}
+
+
+def test_what_an_edit_has_left_behind_is_listed_then_deleted(bench: Bench, cli: Cli) -> None:
+    in_use = digests_of_record(bench.record())
+    before = artifacts(bench)
+    assert (len(before), len(in_use)) == (9, 6)
+    code, output = cli("artifacts", "gc")
+    assert code == 0
+    listed = {word for line in output.splitlines() for word in line.split()[:1] if len(word) == 64 and word[0] != "─"}
+    assert listed == before - in_use
+    assert "3 of 9 artifacts" in output
+    assert "could be deleted; --delete does it" in output
+    assert artifacts(bench) == before
+    code, output = cli("artifacts", "gc", "--delete")
+    assert (code, artifacts(bench)) == (0, in_use)
+    assert "nothing to delete among 6 artifacts" in cli("artifacts", "gc", "--delete")[1]
+    assert cli("artifacts", "verify", "tiny/release")[0] == 0
+
+
+def test_what_is_young_stays(bench: Bench, cli: Cli) -> None:
+    age(bench, 0.5)
+    assert "nothing to delete" in cli("artifacts", "gc")[1]
+    assert "3 of 9 artifacts" in cli("artifacts", "gc", "--older-than", "0.25")[1]
+
+
+def test_what_an_interrupted_run_of_this_folder_has_begun_stays(bench: Bench, cli: Cli) -> None:
+    begun = bench.workspace.default_storage / "artifacts" / HALF / "checkpoints" / "step-00000001" / "state"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"state")
+    age(bench)
+    folder = bench.workspace.run("default", "tiny")
+    record = bench.record()
+    stages = {**record.stages, "base": record.stages["base"].model_copy(update={"digest": HALF})}
+    folder.save(record.model_copy(update={"stages": stages}))
+    cli("artifacts", "gc", "--delete")
+    assert HALF in artifacts(bench)
+
+
+def test_runs_of_the_cluster_count_for_a_storage_on_s3(
+    filled: Store, cluster: FakeCluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if filled.local_path("") is not None:
+        cli("artifacts", "gc", "--storage", filled.uri, "--older-than", "0")
+        assert cluster.requests == []  # pods do not see a folder of this machine
+        return
+    options = ["artifacts", "gc", "--storage", filled.uri, "--endpoint", str(getattr(filled, "endpoint", ""))]
+    options += ["--older-than", "0", "--delete"]
+    time.sleep(1.1)  # S3 tells times in whole seconds
+    cluster.add_run(stage_status(digest=HALF), namespace="far-away")
+    cluster.refused["GET"] = (403, "you cannot list trainingruns at the cluster scope")
+    code, output = cli(*options)
+    assert (code, "none is deleted" in output, "--no-cluster" in output) == (1, True, True)
+    assert digests_in(filled) == {KEPT, PARENT, OLD, YOUNG, HALF}
+    assert cli(*[item for item in options if item != "--delete"])[0] == 0
+    cluster.refused.clear()
+    assert cli(*options)[0] == 0
+    assert digests_in(filled) == {KEPT, PARENT, HALF}
+    assert cli(*options, "-n", NAMESPACE)[0] == 0  # where that run is not
+    assert digests_in(filled) == {KEPT, PARENT}
+    cluster.is_installed = False
+    assert cli(*options)[0] == 0

@@ -1,0 +1,113 @@
+"""The workspace folder: records, locks, atomic writes; and files that grow."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from stagecoach_api.progress import ProgressEvent
+from stagecoach_local.tail import ProgressTail, last_lines
+from stagecoach_local.workspace import RunLocked, RunRecord, Workspace, WorkspaceError, write_atomically
+
+
+def record(run: str, namespace: str = "default") -> RunRecord:
+    return RunRecord(namespace=namespace, run=run, file="/run.yaml", storage_uri="file:///store", updated=1.0)
+
+
+def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run("default", "tiny")
+    assert folder.load() is None
+    folder.save(record("tiny"))
+    assert folder.load() == record("tiny")
+
+
+def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run("default", "tiny")
+    folder.save(record("tiny"))
+    folder.state_file.write_text('{"run": "tiny"}', encoding="utf-8")
+    with pytest.raises(WorkspaceError, match=r"state\.json: .* move the file away"):
+        folder.load()
+
+
+def test_a_run_is_found_by_name_and_by_namespace(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    for namespace, name in (("default", "tiny"), ("team", "tiny"), ("team", "large")):
+        workspace.run(namespace, name).save(record(name, namespace))
+    assert workspace.find("large").path == tmp_path / "runs" / "team" / "large"
+    assert workspace.find("team/tiny").path == tmp_path / "runs" / "team" / "tiny"
+    with pytest.raises(WorkspaceError, match="several namespaces; give one of default/tiny, team/tiny"):
+        workspace.find("tiny")
+    with pytest.raises(WorkspaceError, match=r"no run `other`.*default/tiny, team/large, team/tiny"):
+        workspace.find("other")
+
+
+def test_a_run_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run("default", "tiny")
+    assert not folder.is_locked
+    with folder.lock():
+        assert folder.is_locked
+        with pytest.raises(RunLocked, match=r"worked on by process \d+ since"), folder.lock():
+            pass
+        with Workspace(tmp_path).run("default", "other").lock():
+            pass
+    assert not folder.is_locked
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, None)  # type: ignore[arg-type]
+    assert [item.name for item in tmp_path.iterdir()] == ["state.json"]
+    assert path.read_bytes() == b"old"
+
+
+def test_an_atomic_write_to_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_bytes(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, which knows no name
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/state\.json'"):
+        write_atomically(tmp_path / "state.json", b"new")
+
+
+def test_of_an_ended_attempt_the_words_stay_and_the_scratch_goes(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).run("default", "tiny").attempt("one", 1)
+    for name in ("output/model", "spool/range-0000", "logs/metrics.jsonl", "outcomes/rank-00000.json", "log.txt"):
+        write_atomically(folder.path / name, b"x")
+    folder.drop_scratch()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["log.txt", "logs", "outcomes"]
+
+
+def test_the_workspace_keeps_itself_out_of_git(tmp_path: Path) -> None:
+    Workspace(tmp_path / "w").prepare()
+    assert (tmp_path / "w" / ".gitignore").read_text(encoding="utf-8") == "*\n"
+
+
+def line(number: int) -> str:
+    return ProgressEvent(time=float(number), activity="train", done=number).model_dump_json()
+
+
+def test_progress_is_the_last_whole_event_and_only_new_bytes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    tail = ProgressTail(path)
+    assert tail.newest() is None
+    path.write_text(f"{line(1)}\n{line(2)}\nnonsense\n{line(3)[:10]}", encoding="utf-8")
+    newest = tail.newest()
+    assert newest is not None
+    assert newest.done == 2
+    assert tail.newest() is newest
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line(3)[10:]}\n")
+    newest = tail.newest()
+    assert newest is not None
+    assert newest.done == 3
+
+
+def test_the_last_lines_of_a_log_leave_out_what_a_progress_bar_overwrote(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    assert last_lines(path, 3) == []
+    path.write_bytes(b"x" * 40_000 + b"\nfirst\n\n 10%\r 50%\r100%\nlast \xff\n")
+    assert last_lines(path, 3) == ["first", "100%", "last �"]

@@ -1,0 +1,663 @@
+"""Makers for tests of the operator: an API server in memory, a JobSet controller, a kubelet that does as it is told.
+
+The API server honours what the operator relies on: resource versions, preconditions, 409 on creation, merge patches on
+the object and on its status, foreground deletion that waits for pods, the garbage collection of what a deleted object
+owned. What the real one does beyond that is proved on a real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stagecoach_api import names
+from stagecoach_api.artifacts import Manifest, manifest_key
+from stagecoach_api.spec import Storage
+from stagecoach_api.status import Condition, ConditionType, StageStatus, TrainingRunStatus
+from stagecoach_api.store import open_store
+from stagecoach_operator.artifact_lookup import Lookups
+from stagecoach_operator.cluster import Cluster
+from stagecoach_operator.events import RunEvent
+from stagecoach_operator.kube import (
+    CONFIG_MAPS,
+    JOBSETS,
+    PODS,
+    TRAINING_RUNS,
+    WORKLOADS,
+    AlreadyExists,
+    Body,
+    Conflict,
+    KubeError,
+    Listing,
+    NotFound,
+    NotServed,
+    Resource,
+    Unavailable,
+)
+from stagecoach_operator.progress_reports import Board
+from stagecoach_operator.reconcile import Reconciler
+from stagecoach_operator.settings import Settings
+from stagecoach_operator.watched import Cache, RunView, jobset_view, pod_view, run_view, workload_view
+
+NAMESPACE = "team"
+START = 1_800_000_000.0
+FOREGROUND = "foregroundDeletion"
+
+Key = tuple[str, str, str]
+"""Plural, namespace, name."""
+
+
+def stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Killed(BaseException):
+    """The operator was killed here. No `except Exception` may survive it."""
+
+
+@dataclass
+class FakeApi:
+    """An API server in memory. Writes are counted, may fail as told, and may be the last thing an operator does."""
+
+    clock: Callable[[], float]
+    objects: dict[Key, Body] = field(default_factory=dict)
+    watchers: list[Callable[[Resource, str, Body], None]] = field(default_factory=list)
+    writes: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    before_write: Callable[[int, str], None] = lambda number, what: None
+    after_write: Callable[[int, str], None] = lambda number, what: None
+    unserved: set[str] = field(default_factory=set)
+    _versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _uids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    # -- Kube ----------------------------------------------------------------------------------------------------------
+
+    async def create(self, resource: Resource, body: Body) -> Body:
+        with self._writing(f"create {resource.plural} {body['metadata'].get('name')}"):
+            return self.add(resource, body)
+
+    async def apply(self, resource: Resource, body: Body) -> Body:
+        with self._writing(f"apply {resource.plural} {body['metadata']['name']}"):
+            key = self._key(resource, body)
+            if key not in self.objects:
+                return self.add(resource, body)
+            return self._merge(resource, key, {name: body[name] for name in body if name != "metadata"})
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Body:
+        await asyncio.sleep(0)
+        self._must_serve(resource)
+        self.reads.append(f"get {resource.plural} {name}")
+        return copy.deepcopy(self._found(resource, namespace, name))
+
+    async def list(
+        self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
+    ) -> Listing:
+        await asyncio.sleep(0)
+        self._must_serve(resource)
+        self.reads.append(f"list {resource.plural}")
+        wanted = dict(part.split("=", 1) for part in labels.split(",") if part)
+        items = [
+            copy.deepcopy(item)
+            for key, item in self.objects.items()
+            if key[0] == resource.plural
+            and namespace in (None, key[1])
+            and wanted.items() <= (item["metadata"].get("labels") or {}).items()
+            and _has_fields(item, fields)
+        ]
+        return Listing(tuple(items), str(self.version))
+
+    async def patch(self, resource: Resource, namespace: str, name: str, patch: Body, subresource: str = "") -> Body:
+        with self._writing(f"patch {resource.plural}/{subresource or 'object'} {name}"):
+            found = self._found(resource, namespace, name)
+            given = dict(patch.get("metadata") or {})
+            for precondition in ("uid", "resourceVersion"):
+                if given.pop(precondition, found["metadata"][precondition]) != found["metadata"][precondition]:
+                    raise Conflict(f"{name}: {precondition} differs")
+            if subresource:
+                change: Body = {subresource: patch.get(subresource, {})}
+            else:
+                change = {**{key: value for key, value in patch.items() if key != "status"}, "metadata": given}
+            return self._merge(resource, (resource.plural, namespace, name), json.loads(json.dumps(change)))
+
+    async def replace(self, resource: Resource, body: Body) -> Body:
+        with self._writing(f"replace {resource.plural} {body['metadata']['name']}"):
+            found = self._found(resource, body["metadata"]["namespace"], body["metadata"]["name"])
+            if body["metadata"].get("resourceVersion") != found["metadata"]["resourceVersion"]:
+                raise Conflict("the object has been modified")
+            self.objects[self._key(resource, body)] = copy.deepcopy(body)
+            return self._changed(resource, self._key(resource, body))
+
+    async def delete(
+        self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
+    ) -> None:
+        with self._writing(f"delete {resource.plural} {name}"):
+            found = self._found(resource, namespace, name)
+            if uid is not None and found["metadata"]["uid"] != uid:
+                raise Conflict(f"{name}: uid differs")
+            self.remove(resource, namespace, name, foreground)
+
+    async def read(self, path: str) -> Any:
+        raise NotFound(path)
+
+    # -- what the rest of the cluster does -----------------------------------------------------------------------------
+
+    def add(self, resource: Resource, body: Body) -> Body:
+        """Create an object without counting a write."""
+        self._must_serve(resource)
+        key = self._key(resource, body)
+        if key in self.objects:
+            raise AlreadyExists(f"{resource.plural} {key[2]} already exists")
+        made: Body = json.loads(json.dumps(body))
+        made["metadata"] |= {
+            "uid": f"uid-{next(self._uids)}",
+            "creationTimestamp": stamp(self.clock()),
+            "generation": 1,
+        }
+        self.objects[key] = made
+        return self._changed(resource, key, "ADDED")
+
+    def edit(self, resource: Resource, namespace: str, name: str, **change: Any) -> Body:
+        """Change an object as somebody else would."""
+        return self._merge(resource, (resource.plural, namespace, name), change)
+
+    def edit_spec(self, name: str, **change: Any) -> Body:
+        """Edit a run's spec."""
+        return self.edit(TRAINING_RUNS, NAMESPACE, name, spec=change)
+
+    def remove(self, resource: Resource, namespace: str, name: str, foreground: bool = False) -> None:
+        """Delete an object: at once, or, in the foreground or with finalizers, when nothing holds it any more."""
+        key = (resource.plural, namespace, name)
+        metadata = self.objects[key]["metadata"]
+        if "deletionTimestamp" not in metadata:
+            metadata["deletionTimestamp"] = stamp(self.clock())
+            if foreground:
+                metadata["finalizers"] = [*(metadata.get("finalizers") or ()), FOREGROUND]
+            self._changed(resource, key)
+        self.collect()
+
+    def collect(self) -> None:
+        """The garbage collector: foreground deletion goes down to the pods and up again; orphans go."""
+        changed = True
+        while changed:
+            changed = False
+            for key, item in list(self.objects.items()):
+                if key in self.objects and self._collect_one(key, item):
+                    changed = True
+
+    def _collect_one(self, key: Key, item: Body) -> bool:
+        resource, metadata = _RESOURCES[key[0]], item["metadata"]
+        owned = [other for other in self.objects.values() if _owner(other) == metadata["uid"]]
+        if "deletionTimestamp" in metadata:
+            finalizers = metadata.get("finalizers") or []
+            if FOREGROUND in finalizers:
+                started = False
+                for other in owned:
+                    if "deletionTimestamp" not in other["metadata"]:
+                        kind = _RESOURCES_BY_KIND[other["kind"]]
+                        other["metadata"]["deletionTimestamp"] = stamp(self.clock())
+                        finalizer = [PODS_END] if kind is PODS and _runs(other) else [FOREGROUND]
+                        other["metadata"]["finalizers"] = finalizer
+                        self._changed(kind, self._key(kind, other))
+                        started = True
+                if owned:
+                    return started
+                finalizers = [name for name in finalizers if name != FOREGROUND]
+                metadata["finalizers"] = finalizers
+            if not finalizers:
+                self._drop(resource, key)
+                return True
+            return False
+        owner = _owner(item)
+        if owner and all(other["metadata"]["uid"] != owner for other in self.objects.values()):
+            self.remove(resource, key[1], key[2], foreground=key[0] != PODS.plural)
+            return True
+        return False
+
+    def end_pod(self, pod: Body) -> None:
+        """Let go of a pod that was being deleted and whose process has ended."""
+        key = self._key(PODS, pod)
+        if key in self.objects and "deletionTimestamp" in self.objects[key]["metadata"]:
+            self.objects[key]["metadata"]["finalizers"] = []
+            self.collect()
+
+    @property
+    def version(self) -> int:
+        return max((int(item["metadata"]["resourceVersion"]) for item in self.objects.values()), default=0)
+
+    def all_of(self, resource: Resource) -> list[Body]:
+        return [item for key, item in self.objects.items() if key[0] == resource.plural]
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _writing(self, what: str) -> _Write:
+        return _Write(self, what)
+
+    def _must_serve(self, resource: Resource) -> None:
+        if resource.plural in self.unserved:
+            raise NotServed("404 page not found")
+
+    def _found(self, resource: Resource, namespace: str, name: str) -> Body:
+        self._must_serve(resource)
+        try:
+            return self.objects[resource.plural, namespace, name]
+        except KeyError:
+            raise NotFound(f"{resource.plural} {name} not found") from None
+
+    def _merge(self, resource: Resource, key: Key, change: Body) -> Body:
+        before = copy.deepcopy(self.objects[key])
+        self.objects[key] = merged(self.objects[key], change)
+        if self.objects[key] == before:
+            return copy.deepcopy(before)
+        if self.objects[key].get("spec") != before.get("spec"):
+            self.objects[key]["metadata"]["generation"] += 1
+        answer = self._changed(resource, key)
+        self.collect()
+        return answer
+
+    def _changed(self, resource: Resource, key: Key, kind: str = "MODIFIED") -> Body:
+        item = self.objects[key]
+        item["metadata"]["resourceVersion"] = str(next(self._versions) + 100)
+        self._tell(resource, kind, item)
+        return copy.deepcopy(item)
+
+    def _drop(self, resource: Resource, key: Key) -> None:
+        item = self.objects.pop(key)
+        item["metadata"]["resourceVersion"] = str(next(self._versions) + 100)
+        self._tell(resource, "DELETED", item)
+
+    def _tell(self, resource: Resource, kind: str, item: Body) -> None:
+        for watcher in list(self.watchers):
+            watcher(resource, kind, copy.deepcopy(item))
+
+    @staticmethod
+    def _key(resource: Resource, body: Body) -> Key:
+        return resource.plural, body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+class _Write:
+    """One write: counted, with a place to fail or to be killed before and after it."""
+
+    def __init__(self, api: FakeApi, what: str) -> None:
+        self._api, self._what = api, what
+
+    def __enter__(self) -> None:
+        self._number = len(self._api.writes)
+        self._api.before_write(self._number, self._what)
+        self._api.writes.append(self._what)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self._api.after_write(self._number, self._what)
+
+
+PODS_END = "kubelet"
+_RESOURCES = {item.plural: item for item in (TRAINING_RUNS, JOBSETS, PODS, CONFIG_MAPS, WORKLOADS)}
+_RESOURCES |= {"leases": Resource("coordination.k8s.io", "v1", "leases", "Lease")}
+_RESOURCES |= {"events": Resource("", "v1", "events", "Event")}
+_RESOURCES_BY_KIND = {item.kind: item for item in _RESOURCES.values()}
+
+
+def _runs(pod: Body) -> bool:
+    return (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
+
+
+def _owner(body: Body) -> str:
+    owners = body["metadata"].get("ownerReferences") or []
+    return str(owners[0]["uid"]) if owners else ""
+
+
+def _has_fields(item: Body, fields: str) -> bool:
+    for part in filter(None, fields.split(",")):
+        path, _, value = part.partition("=")
+        found: Any = item
+        for name in path.split("."):
+            found = (found or {}).get(name)
+        if found != value:
+            return False
+    return True
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """RFC 7386."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merged(result.get(name), value)
+    return result
+
+
+# -- the rest of the cluster -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ends:
+    """How the next pods of a stage end."""
+
+    exit_code: int = 0
+    cause: str | None = None
+    message: str = ""
+    publishes: bool = True
+    raw: str | None = None
+    """Termination message as it stands, instead of a result."""
+    reason: str = ""
+    disruption: str = ""
+
+
+@dataclass
+class World:
+    """A cluster: the API server, a JobSet controller, a kubelet whose trainers publish what they are told to."""
+
+    folder: Path
+    settings: Settings = field(init=False)
+    now: float = START
+    api: FakeApi = field(init=False)
+    ends: dict[str, list[Ends]] = field(default_factory=dict)
+    """How the attempts of a stage end, one after the other; when it is empty, they succeed."""
+    waits: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Stages whose pods do not run, and the waiting state they show."""
+    holds: set[str] = field(default_factory=set)
+    """Stages whose pods run until they are let go."""
+    pods_made: list[str] = field(default_factory=list)
+    two_at_once: list[str] = field(default_factory=list)
+    """Stages of which two pods 0 ran at once: there must be none."""
+
+    def __post_init__(self) -> None:
+        self.api = FakeApi(lambda: self.now)
+        self.store = open_store(str(self.folder / "store"))
+        self.settings = Settings(
+            trainer_image="trainer:1",
+            trainer_code="code-1",
+            storage=Storage(uri=f"file://{self.folder}/store", inputs=f"file://{self.folder}/inputs"),
+        )
+        (self.folder / "inputs").mkdir(parents=True, exist_ok=True)
+
+    def clock(self) -> float:
+        """Time goes on a little with every look at it, as it does in earnest."""
+        self.now += 0.001
+        return self.now
+
+    def input(self, name: str, text: str = "text\n") -> str:
+        (self.folder / "inputs" / name).write_text(text, encoding="utf-8")
+        return name
+
+    def submit(self, *stages: dict[str, Any], name: str = "demo", **spec: Any) -> str:
+        """Create a run; return its UID."""
+        body = {
+            "apiVersion": names.API_GROUP_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": name, "namespace": NAMESPACE},
+            "spec": {"stages": list(stages), **spec},
+        }
+        return str(self.api.add(TRAINING_RUNS, body)["metadata"]["uid"])
+
+    def run(self, name: str = "demo") -> RunView:
+        return run_view(self.api.objects[TRAINING_RUNS.plural, NAMESPACE, name])
+
+    def status(self, name: str = "demo") -> TrainingRunStatus:
+        return self.run(name).status
+
+    def stage(self, stage: str, name: str = "demo") -> StageStatus:
+        return next(item for item in self.status(name).stages if item.name == stage)
+
+    def condition(self, kind: ConditionType, name: str = "demo") -> Condition:
+        return next(item for item in self.status(name).conditions if item.type is kind)
+
+    def jobsets(self) -> list[str]:
+        return [item["metadata"]["name"] for item in self.api.all_of(JOBSETS)]
+
+    # -- controllers ---------------------------------------------------------------------------------------------------
+
+    def tick(self) -> bool:
+        """Let JobSet controller and kubelet do one thing each; return whether they did anything."""
+        did = False
+        for jobset in self.api.all_of(JOBSETS):
+            did = self._make_pods(jobset) or did
+        for pod in self.api.all_of(PODS):
+            did = self._work_on(pod) or did
+        self.api.collect()
+        return did
+
+    def _make_pods(self, jobset: Body) -> bool:
+        metadata = jobset["metadata"]
+        own = [pod for pod in self.api.all_of(PODS) if _owner(pod) == metadata["uid"]]
+        if own or "deletionTimestamp" in metadata or jobset["spec"].get("suspend") or jobset.get("status"):
+            return False
+        job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+        stage = metadata["labels"][names.LABEL_STAGE]
+        if any(_runs(pod) and pod["metadata"]["labels"][names.LABEL_STAGE] == stage for pod in self.api.all_of(PODS)):
+            self.two_at_once.append(stage)
+        for index in range(job["parallelism"]):
+            self.pods_made.append(metadata["name"])
+            self.api.add(
+                PODS,
+                {
+                    "apiVersion": "v1",
+                    "kind": "Pod",
+                    "metadata": {
+                        "name": f"{metadata['name']}-w-0-{index}-{len(self.pods_made)}",
+                        "namespace": metadata["namespace"],
+                        "labels": {**metadata["labels"], names.COMPLETION_INDEX: str(index)},
+                        "ownerReferences": [{"kind": "JobSet", "uid": metadata["uid"], "controller": True}],
+                    },
+                    "spec": {"nodeName": f"node-{index}"},
+                    "status": {"phase": "Pending"},
+                },
+            )
+        return True
+
+    def _work_on(self, pod: Body) -> bool:
+        labels, phase = pod["metadata"]["labels"], pod["status"]["phase"]
+        stage, index = labels[names.LABEL_STAGE], int(labels[names.COMPLETION_INDEX])
+        if phase in ("Succeeded", "Failed"):
+            self.api.end_pod(pod)
+            return False
+        if "deletionTimestamp" in pod["metadata"]:
+            self._finish(pod, Ends(75, "preemption", "asked to stop, checkpoint saved"), index)
+            return True
+        if stage in self.waits:
+            waiting = {"name": names.TRAINER_CONTAINER, "state": {"waiting": self.waits[stage]}}
+            status = {"phase": "Pending", "containerStatuses": [waiting]}
+            return self._set_status(pod, status)
+        if phase == "Pending":
+            running = {"name": names.TRAINER_CONTAINER, "state": {"running": {"startedAt": stamp(self.now)}}}
+            return self._set_status(pod, {"phase": "Running", "containerStatuses": [running]})
+        if stage in self.holds:
+            return False
+        queued = self.ends.get(stage)
+        ends = queued[0] if queued else Ends()
+        if queued and index == self._last_index(pod):
+            queued.pop(0)
+        self._finish(pod, ends, index)
+        return True
+
+    def _last_index(self, pod: Body) -> int:
+        owner = _owner(pod)
+        return max(
+            int(other["metadata"]["labels"][names.COMPLETION_INDEX])
+            for other in self.api.all_of(PODS)
+            if _owner(other) == owner
+        )
+
+    def _finish(self, pod: Body, ends: Ends, index: int) -> None:
+        content = None
+        if ends.exit_code == 0 and ends.cause is None and index == 0 and ends.publishes:
+            content = self._publish(pod)
+        result = {"exitCode": ends.exit_code, "cause": ends.cause, "message": ends.message, "contentDigest": content}
+        message = json.dumps(result) if ends.raw is None else ends.raw
+        code = ends.exit_code if ends.exit_code >= 0 else 128 - ends.exit_code
+        terminated = {
+            "exitCode": code,
+            "reason": ends.reason or ("Completed" if code == 0 else "Error"),
+            "message": message,
+            "finishedAt": stamp(self.now),
+            "startedAt": stamp(self.now - 1),
+        }
+        status: Body = {
+            "phase": "Succeeded" if code == 0 else "Failed",
+            "containerStatuses": [{"name": names.TRAINER_CONTAINER, "state": {"terminated": terminated}}],
+        }
+        if ends.disruption:
+            condition = {
+                "type": "DisruptionTarget",
+                "status": "True",
+                "reason": ends.disruption,
+                "message": "by a test",
+            }
+            status["conditions"] = [condition]
+        self._set_status(pod, status)
+
+    def _set_status(self, pod: Body, status: Body) -> bool:
+        key = pod["metadata"]["namespace"], pod["metadata"]["name"]
+        before = pod["metadata"]["resourceVersion"]
+        return bool(self.api.edit(PODS, *key, status=status)["metadata"]["resourceVersion"] != before)
+
+    def _publish(self, pod: Body) -> str:
+        """Do what a trainer does: write the manifest, if nobody was first; return its content digest."""
+        told = self._told(pod)
+        content = digest(told["digest"])
+        manifest = Manifest(
+            stage_digest=told["digest"],
+            content_digest=content,
+            kind=told["kind"],
+            objects=(),
+            config={},
+            code=told["code"],
+            seed=0,
+            created=self.now,
+        )
+        self.store.commit(manifest_key(told["digest"]), manifest.model_dump_json().encode())
+        return content
+
+    def _told(self, pod: Body) -> Body:
+        name = pod["metadata"]["name"].rsplit("-w-0-", 1)[0]
+        found = self.api.objects[CONFIG_MAPS.plural, pod["metadata"]["namespace"], name]
+        told: Body = json.loads(found["data"][names.STAGE_FILE])
+        return told
+
+
+def digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+MAX_TURNS = 3000
+
+# -- an operator that is driven by hand --------------------------------------------------------------------------------
+
+
+class Operator:
+    """The reconciler over a world, its turns taken one by one; watching begins with what there is."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.cache = Cache()
+        self.due: dict[str, None] = {}
+        self.timers: dict[str, float] = {}
+        self.events: list[RunEvent] = []
+        self.turns = 0
+        self.lookups = Lookups(2, clock=world.clock)
+        cluster = Cluster(world.api, self.cache, world.settings)
+        self.reconciler = Reconciler(
+            cluster=cluster,
+            lookups=self.lookups,
+            board=Board(),
+            wake=self.wake,
+            announce=lambda run, events: self.events.extend(events),
+            clock=world.clock,
+        )
+        for resource in (TRAINING_RUNS, JOBSETS, PODS, WORKLOADS):
+            for item in world.api.all_of(resource):
+                self.hear(resource, "ADDED", copy.deepcopy(item))
+        world.api.watchers.append(self.hear)
+
+    def wake(self, uid: str) -> None:
+        self.due[uid] = None
+
+    def hear(self, resource: Resource, kind: str, body: Body) -> None:
+        """What the handlers do with an event of the watch."""
+        uid = body["metadata"]["uid"]
+        if kind == "DELETED":
+            run_uid = self.cache.remove(uid)
+        elif resource is TRAINING_RUNS:
+            run_uid = uid if self.cache.put_run(run_view(body)) else None
+        else:
+            view = {JOBSETS.plural: jobset_view, PODS.plural: pod_view, WORKLOADS.plural: workload_view}
+            run_uid = self.cache.put(view[resource.plural](body)) if resource.plural in view else None  # type: ignore[operator]
+        if run_uid:
+            self.wake(run_uid)
+
+    def die(self) -> None:
+        self.world.api.watchers.remove(self.hear)
+        self.lookups.close()
+
+    async def settle(self) -> None:
+        """Take turns until nothing is due; answers of the store are waited for."""
+        while True:
+            for uid, moment in list(self.timers.items()):
+                if moment <= self.world.now:
+                    del self.timers[uid]
+                    self.wake(uid)
+            if not self.due:
+                if not await self._answers_came():
+                    return
+                continue
+            uid = next(iter(self.due))
+            del self.due[uid]
+            await self.turn(uid)
+
+    async def turn(self, uid: str) -> None:
+        self.turns += 1
+        if self.turns > MAX_TURNS:
+            raise AssertionError(f"the operator never rests; its last writes: {self.world.api.writes[-8:]}")
+        try:
+            moment = await self.reconciler.reconcile(uid)
+        except Unavailable as error:
+            moment = self.world.now + (error.retry_after or 0.2)
+        except KubeError:
+            moment = self.world.now + 0.2
+        self.timers.pop(uid, None)
+        if moment is not None:
+            self.timers[uid] = moment
+
+    async def _answers_came(self) -> bool:
+        """Wait for the store's threads: answers to questions, and pointers being written."""
+        await asyncio.gather(*self.reconciler._pointers._tasks)
+        for _ in range(200):
+            if self.due:
+                return True
+            if not any(answers.asking for answers in self.lookups._answers.values()):
+                return False
+            await asyncio.sleep(0.005)
+        return bool(self.due)
+
+
+async def drive(world: World, operator: Operator, seconds: float = 3600.0) -> None:
+    """Let operator and cluster take turns until nothing more happens within `seconds` of the world's time."""
+    end = world.now + seconds
+    while world.now < end:
+        await operator.settle()
+        if world.tick() or operator.due:
+            world.now += 0.25
+            continue
+        coming = min(operator.timers.values(), default=None)
+        if coming is None or coming > end:
+            return
+        world.now = max(world.now + 0.001, coming)
+
+
+def data_stage(name: str, *inputs: str, uri: str = "a.txt", **settings: Any) -> dict[str, Any]:
+    """A `data` stage that reads the stages `inputs`, or a file where there are none."""
+    sources = [{"stage": item} for item in inputs] or [{"uri": uri}]
+    return {"name": name, "data": {"sources": sources}, **settings}

@@ -1,0 +1,283 @@
+"""The launcher and its workers as processes: every way to end becomes the right exit code and result file."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stagecoach_api.artifacts import Manifest, manifest_key
+from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode
+from stagecoach_trainer.launcher.__main__ import worker_command
+from stagecoach_trainer.runtime.attempt_files import replace_file
+from stagecoach_trainer.runtime.outcomes import (
+    MAX_RESULT_BYTES,
+    WorkerOutcome,
+    combine,
+    failure,
+    read_outcomes,
+    serialise,
+    torchrun_deaths,
+)
+from tests.s3 import free_port
+from tests.trainer.makers import DIGEST, Attempt, make_attempt, make_pods
+
+WRITES = """
+from stagecoach_trainer.runtime.context import StageOutcome
+def run(config, context):
+    (context.output / "report.json").write_text("{}")
+    return StageOutcome(tokens=5, metrics={"loss": 1.5})
+"""
+RAISES = """
+from stagecoach_trainer.runtime.errors import UserError
+def run(config, context):
+    raise UserError("data.sources[0].uri: corpus.jsonl is empty; give records")
+"""
+DISK_IS_FULL = """
+import errno
+def run(config, context):
+    raise OSError(errno.ENOSPC, "No space left on device", str(context.output / "part-00000"))
+"""
+BUG = """
+def run(config, context):
+    return {}["missing"]
+"""
+KILLED = """
+import os, signal
+def run(config, context):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+WAITS = """
+import time
+def run(config, context):
+    context.progress.report("read")
+    time.sleep(600)
+"""
+TRAINS = """
+import time
+from stagecoach_trainer.runtime.context import StageOutcome
+from stagecoach_trainer.loop.job import TrainingJob
+from stagecoach_trainer.loop.loop import train
+from tests.trainer.loop.makers import RandomPlan, tiny_model
+
+class Slow(RandomPlan):
+    def learning_rate(self, step):
+        time.sleep(0.05 if step < 3 or context_of["stop"].is_set() else 0.5)
+        return super().learning_rate(step)
+
+context_of = {}
+
+def run(config, context):
+    context_of["stop"] = context.stop
+    model = tiny_model()
+    result = train(TrainingJob(model, config, Slow(num_steps=8)), context)
+    if context.world.is_main:
+        (context.output / "weights").write_bytes(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
+    return StageOutcome(result.tokens, result.metrics)
+"""
+ONE_RANK_FAILS = """
+import torch, torch.distributed as dist
+from stagecoach_trainer.runtime.errors import UserError
+def run(config, context):
+    if context.world.rank == 1:
+        raise UserError("rank 1 found a bad record in corpus.jsonl:7")
+    dist.all_reduce(torch.zeros(1))
+"""
+
+
+def wait_for_progress(attempt: Attempt, activity: str, done: float, seconds: float = 150.0) -> None:
+    """Wait until the progress file says that `activity` got as far as `done`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lines = attempt.progress.read_text().splitlines() if attempt.progress.exists() else []
+        events = [json.loads(line) for line in lines]
+        if any(event["activity"] == activity and event["done"] >= done for event in events):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(attempt.log)
+
+
+def test_a_stage_that_is_done_is_published_with_its_manifest_last(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, WRITES)
+    assert attempt.run() == 0, attempt.log
+    manifest = Manifest.model_validate_json((attempt.store / manifest_key(DIGEST)).read_bytes())
+    assert attempt.result.exit_code == ExitCode.DONE
+    assert attempt.result.content_digest == manifest.content_digest
+    assert manifest.tokens == 5
+    assert manifest.environment["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "cause", "message"),
+    [
+        pytest.param(RAISES, 64, Cause.USER, "corpus.jsonl is empty; give records", id="an error of the run"),
+        pytest.param(DISK_IS_FULL, 74, Cause.INFRASTRUCTURE, "disk full: .*part-00000", id="a full disk"),
+        pytest.param(BUG, 1, Cause.INFRASTRUCTURE, "KeyError: 'missing'\n.*stand_in.py:3 in run", id="a bug"),
+        pytest.param(KILLED, 137, Cause.INFRASTRUCTURE, "killed by signal 9.*memory", id="kill -9"),
+    ],
+)
+def test_an_attempt_that_fails_says_why(tmp_path: Path, code: str, exit_code: int, cause: Cause, message: str) -> None:
+    attempt = make_attempt(tmp_path, code)
+    assert attempt.run() == exit_code
+    assert attempt.result.cause is cause
+    assert re.search(message, attempt.result.message, re.DOTALL), attempt.result.message
+
+
+def test_a_configuration_that_is_wrong_ends_before_anything_is_imported(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, "raise RuntimeError('imported')", config={"sources": [], "colour": "red"})
+    assert attempt.run() == ExitCode.USER_ERROR
+    assert "sources" in attempt.result.message
+    assert "colour" in attempt.result.message
+    assert "imported" not in attempt.log
+
+
+@pytest.mark.parametrize("way", ["sigterm", "end of standard input"])
+def test_asked_to_stop_a_stage_without_checkpoints_ends_at_once(tmp_path: Path, way: str) -> None:
+    attempt = make_attempt(tmp_path, WAITS)
+    launcher = attempt.start()
+    wait_for_progress(attempt, "read", 0)
+    if way == "sigterm":
+        launcher.send_signal(signal.SIGTERM)
+    else:
+        assert launcher.stdin is not None
+        launcher.stdin.close()
+    assert launcher.wait(30) == ExitCode.INTERRUPTED
+    assert attempt.result.cause is Cause.PREEMPTION
+
+
+def test_workers_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, WAITS)
+    launcher = attempt.start()
+    wait_for_progress(attempt, "read", 0)
+    worker = int((attempt.work / "outcomes" / "rank-00000.pid").read_text())
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (attempt.work / "outcomes" / "rank-00000.json").exists():
+        time.sleep(0.05)
+    assert read_outcomes(attempt.work)[0].result.exit_code == ExitCode.INTERRUPTED
+    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=30)
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.timeout(300)
+def test_training_asked_to_stop_saves_and_goes_on_in_the_next_attempt(tmp_path: Path) -> None:
+    whole = make_attempt(tmp_path / "whole", TRAINS, "pretrain")
+    attempt = make_attempt(tmp_path / "stopped", TRAINS, "pretrain")
+    launcher = attempt.start()
+    wait_for_progress(attempt, "train", 3)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == ExitCode.INTERRUPTED, attempt.log
+    assert attempt.result.cause is Cause.PREEMPTION
+    last_step = attempt.result.last_step
+    assert last_step is not None
+    assert last_step >= 3
+    checkpoints = attempt.store / "artifacts" / DIGEST / "checkpoints"
+    assert list(checkpoints.iterdir())
+    again = make_attempt(tmp_path / "stopped", TRAINS, "pretrain", number=2)
+    assert again.run() == 0, again.log
+    assert f"going on after step {last_step} of 8" in again.log
+    assert not checkpoints.exists() or not list(checkpoints.iterdir())
+    assert whole.run() == 0, whole.log
+    assert again.result.content_digest == whole.result.content_digest
+
+
+@pytest.mark.timeout(300)
+def test_under_torchrun_the_rank_that_failed_first_is_named(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, ONE_RANK_FAILS, "pretrain", ranks=2)
+    assert attempt.run() == ExitCode.USER_ERROR, attempt.log
+    assert attempt.result.message == "rank 1 found a bad record in corpus.jsonl:7"
+
+
+@pytest.mark.timeout(300)
+def test_two_pods_make_what_two_ranks_of_one_machine_make(tmp_path: Path) -> None:
+    local = make_attempt(tmp_path / "local", TRAINS, "pretrain", ranks=2)
+    assert local.run() == 0, local.log
+    pods = make_pods(tmp_path / "pods", TRAINS, 2, free_port())
+    launchers = [pod.start() for pod in pods]
+    assert [launcher.wait(200) for launcher in launchers] == [0, 0], pods[0].log + pods[1].log
+    assert pods[0].result.content_digest == local.result.content_digest
+    assert pods[1].result.content_digest is None
+
+
+@pytest.mark.timeout(300)
+def test_the_pod_whose_rank_failed_names_the_failure_and_the_others_only_lost_it(tmp_path: Path) -> None:
+    pods = make_pods(tmp_path, ONE_RANK_FAILS, 2, free_port())
+    launchers = [pod.start() for pod in pods]
+    codes = [launcher.wait(200) for launcher in launchers]
+    assert codes[1] == ExitCode.USER_ERROR, pods[1].log
+    assert pods[1].result.message == "rank 1 found a bad record in corpus.jsonl:7"
+    assert pods[0].result.cause is Cause.INFRASTRUCTURE, pods[0].log
+
+
+def test_several_ranks_run_under_torchrun_and_one_does_not() -> None:
+    assert "torch.distributed.run" not in worker_command(1, 1, 300, {})
+    several = worker_command(1, 4, 300, {})
+    assert {"--nproc-per-node=4", "--standalone", "--max-restarts=0", "--shutdown-timeout=300"} <= set(several)
+
+
+def test_on_several_nodes_the_rank_is_the_pods_index() -> None:
+    environment = {"PET_NODE_RANK": "3", "PET_MASTER_ADDR": "pod-0"}
+    command = worker_command(16, 8, 300, environment)
+    assert {"--nnodes=16", "--node-rank=3", "--master-addr=pod-0", "--master-port=29500"} <= set(command)
+
+
+def outcome(code: int, named: bool, at: float, message: str = "") -> WorkerOutcome:
+    return WorkerOutcome(failure(code, message), named, at)
+
+
+def test_the_first_failure_that_names_itself_is_the_reason() -> None:
+    outcomes = {
+        0: outcome(1, False, 1.0, "connection closed by peer"),
+        1: outcome(64, True, 2.0, "bad data"),
+        2: outcome(66, True, 3.0, "loss is nan"),
+    }
+    assert combine(outcomes, range(3), 1).message == "bad data"
+
+
+def test_a_rank_that_left_no_word_explains_failures_that_cannot_name_themselves() -> None:
+    outcomes = {0: outcome(1, False, 1.0, "connection closed by peer")}
+    assert "rank 1 ended without a word" in combine(outcomes, range(2), 1).message
+
+
+def test_torchrun_tells_what_its_workers_died_of() -> None:
+    text = b"""
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_11:00:00
+  host      : pod-1
+  rank      : 1 (local_rank: 0)
+  exitcode  : -9 (pid: 42)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 42
+"""
+    assert torchrun_deaths(text) == {42: -9}
+    assert torchrun_deaths(b"exit") == {}
+
+
+def test_workers_that_are_all_done_are_done() -> None:
+    done = WorkerOutcome(AttemptResult(exit_code=0, content_digest="ab"), True, 1.0)
+    other = WorkerOutcome(AttemptResult(exit_code=0), True, 0.5)
+    assert combine({0: done, 1: other}, range(2), 0).content_digest == "ab"
+
+
+def test_a_long_message_is_cut_in_the_middle_to_what_a_pod_may_say() -> None:
+    result = failure(64, "错误" * 1200 + "end")
+    assert len(serialise(result)) <= MAX_RESULT_BYTES
+    assert AttemptResult.model_validate_json(serialise(result)).message.endswith("错误") or "…" in result.message
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    path = tmp_path / "termination-log"
+    replace_file(path, b"{}")
+    assert path.read_bytes() == b"{}"
+    assert [item.name for item in tmp_path.iterdir()] == ["termination-log"]

@@ -1,0 +1,87 @@
+"""One rank of `test_ranks.py`: trains the tiny model with each way of sharding and writes what came of it as JSON.
+
+python ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, such as 2-fp32
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagecoach_api.training import MeasuredTraining, Sharding
+from stagecoach_trainer.loop.job import TrainingJob
+from stagecoach_trainer.loop.loop import train
+from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.runtime.distributed import process_group, world_from
+from stagecoach_trainer.runtime.errors import Interrupted
+from tests.trainer.loop.makers import RandomPlan, context, tiny_model, training
+
+NUM_ROWS = 5
+"""Odd: one of two ranks has a row less."""
+
+
+@dataclass(frozen=True)
+class StoppingPlan(RandomPlan):
+    """Sets the stop flag of its rank in the step with index `at`."""
+
+    at: int = 3
+    stop: threading.Event | None = None
+
+    def learning_rate(self, step: int) -> float:
+        if step == self.at and self.stop is not None:
+            self.stop.set()
+        return super().learning_rate(step)
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    world = world_from(os.environ)
+    report = {}
+    with process_group(world):
+        for case in cases:
+            config = configuration(case)
+            interrupt(folder / case / "resumed", world, config)
+            report[case] = {name: run(folder / case / name, world, config) for name in ("whole", "resumed")}
+    if world.is_main:
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+def configuration(case: str) -> MeasuredTraining:
+    stage, precision = case.split("-")
+    return training(
+        precision=precision,
+        sharding=Sharding(zero=int(stage)),
+        checkpoints={"every_steps": 2},
+        attention_dropout=0.1 if precision == "bf16" else 0.0,
+    )
+
+
+def interrupt(folder: Path, world: World, config: MeasuredTraining) -> None:
+    """Train until the last rank is asked to stop in step 4."""
+    here = context(folder, world)
+    plan = StoppingPlan(num_rows=NUM_ROWS, stop=here.stop if world.rank == world.size - 1 else None)
+    try:
+        train(TrainingJob(tiny_model(), config, plan), here)
+    except Interrupted as error:
+        if "after step 4 of 6" not in str(error):
+            raise
+    else:
+        raise RuntimeError("the stop flag was not seen")
+
+
+def run(folder: Path, world: World, config: MeasuredTraining) -> dict[str, Any]:
+    """Train to the end; return the losses and the bytes of the final weights."""
+    model = tiny_model()
+    result = train(TrainingJob(model, config, RandomPlan(num_rows=NUM_ROWS)), context(folder, world))
+    named = model.named_parameters() if world.is_main else ()  # the others' weights are of no use any more
+    weights = {name: item.detach().numpy().tobytes().hex() for name, item in named}
+    return {"losses": [point["loss"] for point in result.history], "weights": weights}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Checkpoints and resume at one rank: every way of stopping ends with the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stagecoach_api.artifacts import checkpoint_prefix
+from stagecoach_trainer.loop.checkpoint import steps_to_delete
+from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
+from stagecoach_trainer.loop.loop import train
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted
+from tests import ROOT
+from tests.trainer.loop.makers import (
+    RandomPlan,
+    complete_steps,
+    context,
+    disk_full_beyond,
+    equal_weights,
+    row,
+    tiny_model,
+    training,
+    weights,
+)
+
+HELD_OUT = (HeldOutSet("zh", (row((10, 9), 1), row((12,), 2)), 40),)
+HERE = Path(__file__).parent
+
+
+def configuration(precision: str = "fp32", **settings: Any) -> Any:
+    return training(
+        precision=precision, checkpoints={"every_steps": 2, **settings}, attention_dropout=0.1, micro_batch_rows=2
+    )
+
+
+def run(here: StageContext, precision: str = "fp32", plan: RandomPlan | None = None, **settings: Any) -> Any:
+    """Train to the end in `here`; return the result and the final weights."""
+    model = tiny_model()
+    result = train(TrainingJob(model, configuration(precision, **settings), plan or RandomPlan(), HELD_OUT), here)
+    return result, weights(model)
+
+
+class Stopping(RandomPlan):
+    """Asks to stop in step `at`."""
+
+    def __init__(self, here: StageContext, at: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "_stop", (here.stop, at))
+
+    def learning_rate(self, step: int) -> float:
+        stop, at = vars(self)["_stop"]
+        if step == at:
+            stop.set()
+        return super().learning_rate(step)
+
+
+def stop_after(folder: Path, steps: int, precision: str = "fp32", **settings: Any) -> None:
+    here = context(folder)
+    with pytest.raises(Interrupted, match=f"after step {steps} of 6; a checkpoint is saved"):
+        run(here, precision, Stopping(here, steps - 1), **settings)
+
+
+def checkpoints(here: StageContext) -> Path:
+    home = here.store.local_path(checkpoint_prefix(here.resolved.digest, 0))
+    assert home is not None
+    return home.parent
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_stopped_twice_a_run_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: Path, precision: str) -> None:
+    whole, whole_weights = run(context(tmp_path / "whole"), precision)
+    stop_after(tmp_path / "stopped", 3, precision)
+    stop_after(tmp_path / "stopped", 5, precision)
+    resumed, resumed_weights = run(context(tmp_path / "stopped"), precision)
+    assert equal_weights(resumed_weights, whole_weights)
+    assert resumed == whole
+
+
+def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
+    whole, whole_weights = run(context(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    script = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_resume; test_resume.be_killed({str(folder)!r})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    assert worker.wait(120) == -signal.SIGKILL
+    assert max(complete_steps(checkpoints(context(folder)))) == 4
+    resumed, resumed_weights = run(context(folder))
+    assert equal_weights(resumed_weights, whole_weights)
+    assert resumed == whole
+
+
+def be_killed(folder: str) -> None:
+    """Train, and die by SIGKILL in the sixth step, when the checkpoint of step 4 is complete."""
+    here = context(Path(folder))
+
+    class Deadly(RandomPlan):
+        def learning_rate(self, step: int) -> float:
+            if step == 5:
+                while complete_steps(checkpoints(here)) != [2, 4]:
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().learning_rate(step)
+
+    run(here, plan=Deadly())
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, whole_weights = run(context(tmp_path / "whole"))
+    stop_after(tmp_path / "stopped", 5)
+    here = context(tmp_path / "stopped")
+    broken = checkpoints(here) / "step-00000005" / "exp_avg.safetensors"
+    data = bytearray(broken.read_bytes())
+    data[-7] ^= 1
+    broken.write_bytes(data)
+    with caplog.at_level("INFO"):
+        resumed, resumed_weights = run(here)
+    assert "step-00000005/exp_avg.safetensors: the bytes are not the ones that were saved" in caplog.text
+    assert "going on after step 4 of 6" in caplog.text
+    assert equal_weights(resumed_weights, whole_weights)
+    assert resumed == whole
+
+
+def test_half_a_checkpoint_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop_after(tmp_path, 3)
+    half = checkpoints(context(tmp_path)) / "step-00000004"
+    half.mkdir()
+    (half / "master.safetensors").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        run(context(tmp_path))
+    assert "going on after step 3" in caplog.text
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    run(here, plan=RandomPlan(num_steps=13), keep_last=2, keep_every_steps=6)
+    assert complete_steps(checkpoints(here)) == [6, 10, 12]
+
+
+def test_what_is_kept_is_the_newest_and_multiples() -> None:
+    assert steps_to_delete([2, 4, 6, 8, 10], keep_last=2, keep_every=None) == [2, 4, 6]
+    assert steps_to_delete([2, 4, 6, 8, 10], keep_last=1, keep_every=4) == [2, 6]
+    assert steps_to_delete([2], keep_last=3, keep_every=None) == []
+
+
+def test_a_checkpoint_holds_nothing_but_safetensors_and_json_and_no_frozen_weight(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    model = tiny_model()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    train(TrainingJob(model, configuration(), RandomPlan(num_steps=3)), here)
+    folder = checkpoints(here) / "step-00000002"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "exp_avg.safetensors",
+        "exp_avg_sq.safetensors",
+        "manifest.json",
+        "master.safetensors",
+        "rng-00000.safetensors",
+        "state.json",
+    ]
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    assert {item["path"] for item in manifest["objects"]} == set(names) - {"manifest.json"}
+    from safetensors import safe_open
+
+    with safe_open(folder / "master.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["lm_head.weight"]
+
+
+def test_checkpoints_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_path: Path) -> None:
+    from stagecoach_api.store import FolderStore
+
+    class Remote(FolderStore):
+        """A folder that behaves like S3: nothing in it can be read in place."""
+
+        def local_path(self, key: str) -> Path | None:
+            return None
+
+    def remote(machine: str) -> StageContext:
+        here = context(tmp_path / machine)
+        from dataclasses import replace
+
+        from stagecoach_api.stores.base import FolderLocation
+
+        return replace(here, store=Remote(FolderLocation(tmp_path / "bucket")))
+
+    first = remote("first")
+    with pytest.raises(Interrupted):
+        run(first, plan=Stopping(first, 3))
+    whole: tuple[TrainingResult, Any] = run(context(tmp_path / "whole"))
+    resumed = run(remote("second"))
+    assert equal_weights(resumed[1], whole[1])
+    assert complete_steps(tmp_path / "second" / "cache" / "checkpoints" / ("d" * 64))
+
+
+def test_a_full_disk_is_told_as_the_system_tells_it_and_half_a_checkpoint_is_not_left(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    with disk_full_beyond(4096), pytest.raises(OSError, match=r"master\.safetensors") as caught:
+        run(here)
+    assert caught.value.errno == errno.EFBIG
+    assert complete_steps(checkpoints_home(here.store, here.cache, here.resolved.digest)) == []

@@ -1,0 +1,136 @@
+"""Makers for tests of whole attempts: a stage file, its environment, and stand-ins for stage modules.
+
+Stand-ins are put in the place of real stage modules by a `sitecustomize.py` on the worker's path: the worker itself
+runs as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.outcomes import AttemptResult
+from tests import ROOT
+
+DIGEST = "d" * 64
+
+DATA_CONFIG: dict[str, Any] = {"sources": [{"uri": "corpus.jsonl"}]}
+PRETRAIN_CONFIG: dict[str, Any] = {
+    "architecture": {"hiddenSize": 32, "intermediateSize": 64, "numLayers": 2, "numHeads": 4},
+    "tokenizer": {"uri": "vocabulary"},
+    "data": [{"uri": "corpus.jsonl"}],
+    "batch": {"samples": 4, "microBatchRows": 2},
+    "optimizer": {"learningRate": 0.01},
+    "precision": "fp32",
+    "checkpoints": {"everySteps": 2},
+}
+
+SITE = """
+import sys
+from stagecoach_trainer.stages import STAGE_MODULES
+STAGE_MODULES.update(data="stand_in", pretrain="stand_in")
+"""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt in a folder of its own, with the code of its stage; of several pods, one of them."""
+
+    folder: Path
+    pod: Mapping[str, str] = field(default_factory=dict)
+    """What the environment of a pod says beside."""
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def progress(self) -> Path:
+        return self.work / "progress.jsonl"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "STAGECOACH_STAGE_FILE": str(self.work / "stage.json"),
+            "STAGECOACH_WORK_DIR": str(self.work),
+            "STAGECOACH_CACHE_DIR": str(self.folder / "cache"),
+            "STAGECOACH_RESULT_FILE": str(self.work / "result.json"),
+            "STAGECOACH_PROGRESS_FILE": str(self.progress),
+            "STAGECOACH_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(self.folder / "site"), str(ROOT)]),
+            **self.pod,
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the launcher, standard input held open."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "stagecoach_trainer.launcher", *arguments],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=(self.folder / "log.txt").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self) -> int:
+        """Run the launcher to its end; return its exit code."""
+        with self.start() as launcher:
+            return launcher.wait(200)
+
+    @property
+    def result(self) -> AttemptResult:
+        return AttemptResult.model_validate_json((self.work / "result.json").read_bytes())
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+
+def make_attempt(
+    folder: Path, code: str, kind: str = "data", config: dict[str, Any] | None = None, ranks: int = 1, number: int = 1
+) -> Attempt:
+    """Write the stage file of an attempt. `code`: a module with `run(config, context)`."""
+    attempt = Attempt(folder)
+    attempt.work.mkdir(parents=True, exist_ok=True)
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    (folder / "site" / "stand_in.py").write_text(code)
+    stage = ResolvedStage(
+        namespace="default",
+        run="test",
+        stage="stage",
+        kind=kind,
+        attempt=number,
+        digest=DIGEST,
+        config=config or {"data": DATA_CONFIG, "pretrain": PRETRAIN_CONFIG}[kind],
+        seed=0,
+        code="c" * 64,
+        storage_uri=str(attempt.store),
+        ranks_per_node=ranks,
+    )
+    (attempt.work / "stage.json").write_text(json.dumps(stage.model_dump(mode="json")))
+    return attempt
+
+
+def make_pods(folder: Path, code: str, num_nodes: int, port: int) -> list[Attempt]:
+    """Write an attempt at a training stage whose pods, of one rank each, are processes of this machine."""
+    pods = []
+    for index in range(num_nodes):
+        attempt = make_attempt(folder / f"pod-{index}", code, "pretrain")
+        stage = json.loads((attempt.work / "stage.json").read_text())
+        stage |= {"numNodes": num_nodes, "storageUri": str(folder / "pod-0" / "store")}
+        (attempt.work / "stage.json").write_text(json.dumps(stage))
+        meeting = {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port)}
+        pods.append(replace(attempt, pod={"PET_NNODES": str(num_nodes), "PET_NPROC_PER_NODE": "1", **meeting}))
+    return pods

@@ -1,0 +1,88 @@
+"""Rows to tensors.
+
+B rows, T positions of the longest row, M positions with loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagecoach_trainer.batches.rows import IGNORE, Row
+
+PADDING_TOKEN = 0
+"""Stands behind the end of short rows, where causal attention never looks. Any id would do."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as the model takes it."""
+
+    tokens: Tensor
+    """Token ids [B, T], padded on the right."""
+
+    positions: Tensor | None
+    """Position of each token in its own sample [B, T]. None: every row is one sample, and positions just count."""
+
+    loss_at: Tensor
+    """Positions with loss, as indices into the flattened [B · T], ascending [M]."""
+
+    targets: Tensor
+    """Ids to be predicted there [M]."""
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device, from pinned memory without waiting."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        positions = None if self.positions is None else move(self.positions)
+        return Batch(move(self.tokens), positions, move(self.loss_at), move(self.targets))
+
+    def pinned(self) -> Batch:
+        """Copy to page-locked memory, from which a GPU fetches while it computes."""
+        positions = None if self.positions is None else self.positions.pin_memory()
+        return Batch(self.tokens.pin_memory(), positions, self.loss_at.pin_memory(), self.targets.pin_memory())
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Lay out rows as one micro-batch, padded to the longest of them.
+
+    No attention mask is made: with one, or with a cache, transformers lets packed samples see each other. An empty
+    micro-batch becomes one token without loss, so that a rank without work still takes part in collective calls.
+    """
+    length = max((row.num_tokens for row in rows), default=1)
+    num_rows = max(1, len(rows))
+    tokens = np.full((num_rows, length), PADDING_TOKEN, dtype=np.int64)
+    labels = np.full((num_rows, length), IGNORE, dtype=np.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : row.num_tokens] = row.tokens
+        labels[index, : row.num_tokens] = row.labels
+    flat = labels.reshape(-1)
+    loss_at = np.flatnonzero(flat != IGNORE)
+    packed = any(len(row.lengths) > 1 for row in rows)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(_positions(rows, length)) if packed else None,
+        loss_at=torch.from_numpy(loss_at),
+        targets=torch.from_numpy(flat[loss_at]),
+    )
+
+
+def _positions(rows: Sequence[Row], length: int) -> np.ndarray:
+    """Return positions that start at 0 with each sample, and once more with the padding [B, T]."""
+    positions = np.empty((len(rows), length), dtype=np.int64)
+    for index, row in enumerate(rows):
+        lengths = [*row.lengths, length - row.num_tokens]
+        positions[index] = np.concatenate([np.arange(size, dtype=np.int64) for size in lengths])
+    return positions

@@ -1,0 +1,204 @@
+"""Answers to prompts: rendered by the chat template, generated in batches, greedily or by sampling.
+
+B prompts of a batch, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagecoach_api.stages.evaluate import Generation, Samples
+from stagecoach_api.stages.sft import Role
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.models.load import positions_of
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.hindsight import lead_in
+from stagecoach_trainer.text.encoding import Encoder
+from stagecoach_trainer.text.templates import Message, Renderer, message_of
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one prompt."""
+
+    text: str
+    """Decoded, special tokens left out."""
+
+    num_tokens: int
+    """Tokens generated, the end token apart."""
+
+    ended: bool
+    """The model said the end token; else it was cut at `maxNewTokens`."""
+
+
+class Prompter:
+    """Turns messages into the ids a served model would be given."""
+
+    def __init__(self, tokenizer: Any, settings: Generation | None = None) -> None:
+        self._tokenizer = tokenizer
+        words = None if settings is None else settings.answer_begins_with
+        self._lead_in = "" if words is None else lead_in(words)
+        self._encoder = Encoder(tokenizer)
+        self.has_template = tokenizer.chat_template is not None
+        """Without a chat template the last message is continued as plain text."""
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> Ids:
+        """Return the prompt's ids [T]: the conversation with the generation prompt, special tokens read as such, and
+        what the answer is made to begin with."""
+        if self.has_template:
+            text = Renderer(self._tokenizer).render(messages, tools, add_generation_prompt=True)
+            return self._encoder.prompts([text + self._lead_in])[0]
+        ids = self._encoder.documents([str(messages[-1]["content"]) + self._lead_in])[0]
+        start = [] if self._encoder.bos is None else [self._encoder.bos]
+        return np.concatenate([np.asarray(start, dtype=np.int32), ids])
+
+    def encode_question(self, prompt: str) -> Ids:
+        """Like `encode`, for one thing a user says."""
+        return self.encode([message_of(Role.USER, prompt)])
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    settings: Generation,
+    batch_rows: int,
+    seed: int,
+    report: Report = lambda done, total: None,
+) -> list[Answer]:
+    """Return one answer per prompt, in order.
+
+    Prompts of like length share a batch, padded on the left, where the mask hides it. Sampling draws from `seed`, so
+    that equal calls give equal answers; torch's own random state is left alone.
+    Raises UserError for a prompt that leaves no room for an answer.
+    """
+    limits = [room(model, ids, settings.max_new_tokens) for ids in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
+    answers: dict[int, Answer] = {}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for batch in _batches(order, limits, batch_rows):
+            said = _generate_batch(model, tokenizer, [prompts[index] for index in batch], settings, limits[batch[0]])
+            answers.update(zip(batch, said, strict=True))
+            report(len(answers), len(prompts))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def answer_samples(
+    samples: Samples,
+    model: Any,
+    tokenizer: Any,
+    batch_rows: int,
+    seed: int,
+    report: Report = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Return prompts and answers in the form reports show."""
+    prompter = Prompter(tokenizer, samples.generation)
+    prompts = [prompter.encode_question(prompt) for prompt in samples.prompts]
+    answers = generate(model, tokenizer, prompts, samples.generation, batch_rows, seed, report)
+    return [
+        {"prompt": prompt, "answer": answer.text, "tokens": answer.num_tokens, "ended": answer.ended}
+        for prompt, answer in zip(samples.prompts, answers, strict=True)
+    ]
+
+
+def room(model: Any, prompt: Ids, wanted: int) -> int:
+    """Return how many tokens an answer may have: `wanted`, or what the model's positions leave."""
+    positions = positions_of(model.config)
+    if positions is None:
+        return wanted
+    if len(prompt) >= positions:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer: the model has {positions} positions; "
+            "shorten the prompt"
+        )
+    return min(wanted, positions - len(prompt))
+
+
+def _batches(order: Sequence[int], limits: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Cut `order` into batches in which all prompts have the same limit."""
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and len(batches[-1]) < batch_rows and limits[batches[-1][0]] == limits[index]:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[Ids], settings: Generation, max_new_tokens: int
+) -> list[Answer]:
+    ends = end_ids(model, tokenizer)
+    padding = ends[0] if ends else 0
+    tokens, mask = pad_left(prompts, padding)
+    output = model.generate(
+        input_ids=tokens.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=generation_config(settings, max_new_tokens, ends, padding),
+    )
+    said = output[:, tokens.shape[1] :].tolist()
+    return [_answer(tokenizer, ids, set(ends)) for ids in said]
+
+
+def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:
+    length = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(text, length, length < len(ids))
+
+
+def pad_left(prompts: Sequence[Ids], padding: int) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask, int64 [B, T]: prompts end at the same place, where their answers begin."""
+    length = max(len(ids) for ids in prompts)
+    tokens = np.full((len(prompts), length), padding, dtype=np.int64)
+    mask = np.zeros((len(prompts), length), dtype=np.int64)
+    for row, ids in enumerate(prompts):
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end token, and those the model's own settings name."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    own = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *own] if token is not None))
+
+
+def generation_settings(settings: Generation) -> dict[str, Any]:
+    """Return what `generation_config.json` says for `settings`; nothing else than these is left to chance."""
+    if settings.temperature == 0:
+        return {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,  # transformers' default is 50
+        "max_new_tokens": settings.max_new_tokens,
+    }
+
+
+def generation_config(settings: Generation, max_new_tokens: int, ends: list[int], padding: int) -> Any:
+    """Return transformers' settings. What the model's own file says beside the end tokens does not count here."""
+    import transformers
+
+    make: Any = transformers.GenerationConfig
+    chosen = generation_settings(settings) | {"max_new_tokens": max_new_tokens}
+    return make(
+        **chosen,
+        eos_token_id=ends or None,
+        pad_token_id=padding,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        num_return_sequences=1,
+    )

@@ -1,0 +1,130 @@
+"""Attention over short rows on a CPU, as plain batched matrix products.
+
+PyTorch's flash kernel for CPUs takes twice as long for a few hundred tokens, most of it in the backward pass. Where the
+probabilities are too many to keep, or on a GPU, its kernel is used as before. Position by position the two agree to
+rounding.
+
+B rows, H heads, T tokens, C width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagecoach_trainer.kernels.causal import causal_model
+from stagecoach_trainer.kernels.ragged_rows import RaggedRows
+
+NAME = "stagecoach_short"
+REPLACED = "sdpa"
+ROWS_KEYWORD = "stagecoach_rows"
+"""Keyword by which rows without padding reach attention."""
+LARGEST_PROBABILITIES = 1 << 22
+"""B · H · T · T up to which the probabilities are kept for the backward pass: 8 MiB a layer in bf16."""
+
+
+@contextmanager
+def short_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a model on a CPU use `attend` where it would use PyTorch's kernel, for as long as the block lasts."""
+    config = causal_model(model).config
+    if device.type != "cpu" or config._attn_implementation != REPLACED:
+        yield
+        return
+    _register()
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = REPLACED
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    stagecoach_rows: RaggedRows | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention's output [B, T, H, C]; in the form transformers calls its attention functions.
+
+    `query` [B, H, T, C]; `key`, `value` [B, a divisor of H, S, C]; `attention_mask` [B, 1, T, S], true where a position
+    is seen, or None for plain causal attention. S is T or, where a cache stands in front of one new token, more.
+    `stagecoach_rows`: the one row is made of these, each with causal attention of its own; the mask is not looked at.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if stagecoach_rows is not None:
+        return _attend_rows(module, query, key, value, stagecoach_rows, scale, dropout), None
+    rows, heads, length, width = query.shape
+    seen = key.shape[2]
+    plain = attention_mask is None or attention_mask.dtype is torch.bool
+    if not plain or length not in (1, seen) or rows * heads * length * seen > LARGEST_PROBABILITIES:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return output
+    groups = heads // key.shape[1]
+    q = query.reshape(rows * heads, length, width)
+    k, v = (repeat_kv(item, groups).reshape(rows * heads, seen, width) for item in (key, value))
+    result = _weighted_values(q, k, v, hidden_positions(attention_mask, q, seen), scale, dropout, module.training)
+    return result.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+def _attend_rows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: RaggedRows, scale: float, dropout: float
+) -> Tensor:
+    """Return the output [1, N, H, C] of tokens [1, H, N, C] that lie one behind the other."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (rows.spread(item) for item in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    if q.shape[0] * q.shape[1] ** 2 > LARGEST_PROBABILITIES:
+        drop = dropout if module.training else 0.0
+        found = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True, scale=scale)
+        return rows.collect(found)
+    bias = hidden_positions(None, q, q.shape[1])
+    return rows.collect(_weighted_values(q, k, v, bias, scale, dropout, module.training))
+
+
+def _weighted_values(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout: float, training: bool
+) -> Tensor:
+    """Return the mean of the values [B · H, T, C], weighted by attention; `bias` is added to the scores."""
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    p = torch.softmax(scores, dim=-1)
+    if dropout:
+        p = torch.dropout(p, dropout, training)
+    return torch.bmm(p, v)
+
+
+def hidden_positions(attention_mask: Tensor | None, q: Tensor, seen: int) -> Tensor:
+    """Return what is added to the scores of `q` [B · H, T, C]: −∞, or as good as it, where one of the `seen` positions
+    is not seen [1 or B · H, T, S].
+
+    A position of padding in front sees none at all; with −∞ its states would be no numbers, and 0 times those is none
+    either.
+    """
+    length = q.shape[1]
+    if attention_mask is None:
+        return q.new_full((1, length, seen), float("-inf")).triu_(1 + seen - length)
+    unseen = torch.finfo(q.dtype).min / 2
+    bias = torch.zeros_like(attention_mask, dtype=q.dtype).masked_fill_(~attention_mask, unseen)
+    rows = attention_mask.shape[0]
+    return bias.expand(rows, len(q) // rows, length, seen).reshape(-1, length, seen)

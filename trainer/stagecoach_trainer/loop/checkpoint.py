@@ -1,0 +1,341 @@
+"""Checkpoints: the training state as safetensors and JSON, complete when its manifest lies beside them.
+
+    step-00001200/{master,exp_avg,exp_avg_sq}.safetensors   fp32, by parameter name; frozen parameters are not stored
+                  rng-00000.safetensors …                   random-number state of each rank
+                  state.json                                counters, data cursor, measurements, loss scale
+                  manifest.json                             last: names, sizes and sha256 of the others
+
+They are written, read back and uploaded by a thread, off the critical path. Nothing is ever pickled. None is ever
+written over: what is saved again at a step saved already is another version, `step-00001200-0001` (`Mark`), and what it
+supersedes is deleted once it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoints_prefix
+from stagecoach_api.store import StoreError
+from stagecoach_api.stores.base import sha256_of_file
+from stagecoach_api.training import Checkpoints
+from stagecoach_trainer.engine.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
+from stagecoach_trainer.loop.state import Progression, TrainingState
+from stagecoach_trainer.runtime.attempt_files import replace_file
+from stagecoach_trainer.runtime.checkpoint_paths import Mark, checkpoints_home, complete_marks
+from stagecoach_trainer.runtime.collectives import agree
+from stagecoach_trainer.runtime.context import StageContext, World
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE_FILE = "state.json"
+PREFIXES = (MASTER, MOMENT_1, MOMENT_2)
+DEFAULT_CHECKPOINTS = 10
+"""Checkpoints per stage where `everySteps` is not given."""
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+# -- one checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Write a checkpoint, read every byte of it back, and only then declare it complete.
+
+    Raises OSError (a full disk), BrokenCheckpoint where what was read back is not what was written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        objects = list(_write_files(folder, state))
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "ranks": len(state.random_states),
+            "objects": [item.model_dump(mode="json") for item in objects],
+        }
+        replace_file(folder / MANIFEST, canonical_json(manifest))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and a full disk needs the room
+        raise
+
+
+def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
+    for prefix in PREFIXES:
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state.engine.tensors.items()
+            if name.startswith(prefix)
+        }
+        yield _write_tensors(folder / f"{prefix.rstrip('/')}.safetensors", tensors)
+    for rank, random_state in enumerate(state.random_states):
+        yield _write_tensors(folder / f"rng-{rank:05d}.safetensors", random_state)
+    about = {
+        "progression": state.progression.to_json(),
+        "numSteps": state.engine.num_steps,
+        "lossScale": state.engine.loss_scale,
+        "goodSteps": state.engine.good_steps,
+    }
+    path = folder / STATE_FILE
+    path.write_bytes(canonical_json(about))
+    yield _described(path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredObject:
+    """Write contiguous CPU tensors on to the disk and compare what comes back with what is in memory."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise _system_error(error, path) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bytes_of(written.get_tensor(name)), _bytes_of(tensor)):
+                raise BrokenCheckpoint(f"{path}: `{name}` does not come back from the disk as it was written")
+    return _described(path)
+
+
+def _system_error(error: SafetensorError, path: Path) -> Exception:
+    """Return what the system said, such as that the disk is full: safetensors tells it in words only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return error if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _described(path: Path) -> StoredObject:
+    return StoredObject(path=path.name, size=path.stat().st_size, sha256=sha256_of_file(path))
+
+
+def read_checkpoint(folder: Path, rank: int) -> TrainingState:
+    """Read a checkpoint whose bytes are checked; the random states hold only this rank's, if there is one.
+
+    Tensors are read from the disk as they are used. Raises BrokenCheckpoint.
+    """
+    objects = read_manifest(folder)
+    for item in objects:
+        _check(folder, item)
+    about = json.loads((folder / STATE_FILE).read_bytes())
+    tensors: dict[str, Tensor] = {}
+    for prefix in PREFIXES:
+        found = _read_tensors(folder / f"{prefix.rstrip('/')}.safetensors")
+        tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    own_states = folder / f"rng-{rank:05d}.safetensors"
+    return TrainingState(
+        progression=Progression.from_json(about["progression"]),
+        engine=EngineState(tensors, about["numSteps"], about["lossScale"], about["goodSteps"]),
+        random_states=(_read_tensors(own_states),) if own_states.is_file() else (),
+    )
+
+
+def read_manifest(folder: Path) -> tuple[StoredObject, ...]:
+    """Return what a complete checkpoint consists of. Raises BrokenCheckpoint."""
+    path = folder / MANIFEST
+    try:
+        about: dict[str, Any] = json.loads(path.read_bytes())
+        if about["format"] != FORMAT:
+            raise BrokenCheckpoint(f"{path}: format {about['format']} is not {FORMAT}, which this version reads")
+        return tuple(StoredObject.model_validate(item) for item in about["objects"])
+    except (OSError, ValueError, KeyError) as error:
+        raise BrokenCheckpoint(f"{path}: cannot be read ({error})") from error
+
+
+def _check(folder: Path, item: StoredObject) -> None:
+    path = folder / item.path
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{path}: is missing")
+    if path.stat().st_size != item.size or sha256_of_file(path) != item.sha256:
+        raise BrokenCheckpoint(f"{path}: the bytes are not the ones that were saved")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+# -- all checkpoints of a stage ----------------------------------------------------------------------------------------
+
+
+class CheckpointBook:
+    """The checkpoints of one stage on this machine and in the store."""
+
+    def __init__(self, context: StageContext, config: Checkpoints, num_steps: int) -> None:
+        self._store = context.store
+        self._prefix = checkpoints_prefix(context.resolved.digest)
+        self._home = checkpoints_home(context.store, context.cache, context.resolved.digest)
+        self._is_in_store = context.store.local_path(self._prefix) is not None
+        self._config = config
+        self._every = config.every_steps or max(1, -(-num_steps // DEFAULT_CHECKPOINTS))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self.newest: Mark | None = None
+        """The newest checkpoint known to be complete."""
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of `newest`."""
+        return None if self.newest is None else self.newest.step
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether a checkpoint is to be saved after `step` steps."""
+        return step % self._every == 0
+
+    # saving
+
+    def save(self, state: TrainingState, healthy: int | None = None) -> None:
+        """Save a state, which must not change any more, in the background; waits for the save before it.
+
+        `healthy`: `find_before` of this step or a later one must still find what it finds now.
+        Raises what went wrong with that one.
+        """
+        self.wait()
+        self._pending = self._writer.submit(self._save, state, healthy)
+
+    def wait(self) -> None:
+        """Wait until the last save is complete and published. Raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for a save in progress, whatever comes of it, and stop the thread."""
+        self._writer.shutdown(wait=True)
+
+    def _save(self, state: TrainingState, healthy: int | None) -> None:
+        mark = self._next(state.step)
+        folder = self._home / mark.name
+        write_checkpoint(folder, state)
+        if not self._is_in_store:
+            self._upload(folder)
+        self.newest = mark
+        self._delete_old(healthy)
+
+    def _next(self, step: int) -> Mark:
+        """Return the mark of a checkpoint that is to be the newest."""
+        if self.newest is None:
+            return Mark(0, step)
+        return Mark(self.newest.version + (step <= self.newest.step), step)
+
+    def _upload(self, folder: Path) -> None:
+        for item in read_manifest(folder):
+            self._store.upload(folder / item.path, f"{self._prefix}/{folder.name}/{item.path}")
+        self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+
+    def _delete_old(self, healthy: int | None) -> None:
+        marks = self._complete()
+        kept = living(marks)
+        steps = [mark.step for mark in kept]
+        old = set(steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps))
+        if healthy is not None:
+            old.discard(max((step for step in steps if step <= healthy), default=steps[0]))
+        for mark in marks:
+            if mark not in kept or mark.step in old:
+                self._store.delete(f"{self._prefix}/{mark.name}")
+                shutil.rmtree(self._home / mark.name, ignore_errors=True)
+
+    def _complete(self) -> list[Mark]:
+        """Return the complete checkpoints here and in the store, the oldest first."""
+        return sorted({*complete_marks(self._home), *self._marks_in_store()})
+
+    # restoring
+
+    def find_newest(self) -> Mark | None:
+        """Return the newest checkpoint whose every byte is right, brought to this machine if need be.
+
+        One that is broken is named in the log, deleted, and the one before it is taken.
+        """
+        self.newest = next((mark for mark in reversed(self._complete()) if self._make_usable(mark)), None)
+        return self.newest
+
+    def find_before(self, step: int) -> Mark | None:
+        """Return the newest checkpoint of `step` steps at most, or else the oldest there is; its bytes are right."""
+        marks = living(self._complete())
+        before = [mark for mark in marks if mark.step <= step]
+        return next((mark for mark in [*reversed(before), *marks[len(before) :]] if self._make_usable(mark)), None)
+
+    def bring(self, mark: Mark) -> Path:
+        """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
+        folder = self._home / mark.name
+        if not (folder / MANIFEST).is_file():
+            self._download(folder)
+        return folder
+
+    def _make_usable(self, mark: Mark) -> bool:
+        folder = self._home / mark.name
+        for _ in range(1 if self._is_in_store else 2):  # a broken local copy is replaced by the store's
+            try:
+                self.bring(mark)
+                for item in read_manifest(folder):
+                    _check(folder, item)
+            except BrokenCheckpoint as error:
+                log.warning("checkpoint of step %d is broken: %s", mark.step, error)
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                return True
+        log.warning("checkpoint of step %d cannot be used; the one before it is taken", mark.step)
+        with contextlib.suppress(StoreError):
+            self._store.delete(f"{self._prefix}/{mark.name}")
+        return False
+
+    def _marks_in_store(self) -> list[Mark]:
+        if self._is_in_store:
+            return []
+        marks = []
+        for entry in self._store.list(self._prefix):
+            name, _, file = entry.key.removeprefix(f"{self._prefix}/").partition("/")
+            mark = Mark.of(name)
+            if mark is not None and file == MANIFEST:
+                marks.append(mark)
+        return marks
+
+    def _download(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        prefix = f"{self._prefix}/{folder.name}"
+        try:
+            manifest = self._store.read(f"{prefix}/{MANIFEST}")
+            for about in json.loads(manifest)["objects"]:
+                item = StoredObject.model_validate(about)
+                self._store.download(f"{prefix}/{item.path}", folder / item.path, item)
+            replace_file(folder / MANIFEST, manifest)
+        except (StoreError, ValueError, KeyError) as error:
+            raise BrokenCheckpoint(str(error)) from error
+
+
+def agree_on_mark(mark: Mark | None, world: World) -> Mark | None:
+    """Return rank 0's mark on every rank."""
+    version, step = (agree(value, world) for value in ((mark.version, mark.step) if mark else (None, None)))
+    return None if version is None or step is None else Mark(version, step)
+
+
+def living(marks: list[Mark]) -> list[Mark]:
+    """Return those of `marks` (ascending) that no newer one has gone back behind."""
+    kept: list[Mark] = []
+    for mark in reversed(marks):
+        if not kept or mark.step < kept[-1].step:
+            kept.append(mark)
+    return kept[::-1]
+
+
+def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
+    """Return which of the saved `steps` (ascending) are kept neither as newest nor as multiples of `keep_every`."""
+    return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]

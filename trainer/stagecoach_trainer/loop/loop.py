@@ -1,0 +1,311 @@
+"""The training loop: restore, prove packing, measure, step by step, measure, hand back the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from stagecoach_api.training import Offload, Training
+from stagecoach_trainer.batches.rows import Unit
+from stagecoach_trainer.engine.engine import Engine, StepReport
+from stagecoach_trainer.engine.objective import LanguageModelling, Objective
+from stagecoach_trainer.engine.plain import PlainEngine
+from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.causal import causal_model, set_rope_theta
+from stagecoach_trainer.kernels.dropout import set_attention_dropout
+from stagecoach_trainer.loop.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
+from stagecoach_trainer.loop.job import HeldOut, HeldOutSet, TrainingJob, TrainingResult
+from stagecoach_trainer.loop.metrics import Meter, StepFlops
+from stagecoach_trainer.loop.prefetch import Prefetcher, StepInput
+from stagecoach_trainer.loop.state import (
+    Progression,
+    TrainingState,
+    gather_random_states,
+    seed_everything,
+    set_random_state,
+)
+from stagecoach_trainer.runtime import gc_pause as garbage
+from stagecoach_trainer.runtime.collectives import sum_over_ranks, wait_for_all
+from stagecoach_trainer.runtime.context import StageContext, World
+from stagecoach_trainer.runtime.errors import Diverged, Interrupted, UserError
+
+log = logging.getLogger(__name__)
+
+HISTORY_POINTS = 200
+SMALLEST_LOSS_SCALE = 1.0
+__all__ = ["HeldOutSet", "TrainingJob", "TrainingResult", "train"]
+
+
+def train(job: TrainingJob, context: StageContext) -> TrainingResult:
+    """Train, going on from the newest complete checkpoint if there is one.
+
+    Afterwards `job.model` holds the final weights in fp32 on the CPU (on rank 0). Raises Interrupted after a
+    checkpoint when `context.stop` is set, Diverged when the loss is no number, UserError for batches without any loss
+    and for packing that leaks.
+    """
+    prepare_network(job.model, job.config)
+    device = training_device(context.world)
+    objective = job.objective or LanguageModelling()
+    engine = build_engine(job.model, job.config, context.world, device, objective)
+    book = CheckpointBook(context, job.config.checkpoints, job.steps.num_steps)
+    logs = context.work / "logs" if context.world.is_main else None
+    flops = StepFlops(job.model, device, context.world.size)
+    meter = Meter(logs, context.progress, job.steps.num_steps, flops)
+    fast = short_attention(job.model, device), objective.speed_up(engine.loss, device, engine.dtype)
+    with meter, contextlib.closing(book), fast[0], fast[1]:
+        return Loop(job, context, engine, objective, book, meter).run()
+
+
+def prepare_network(model: nn.Module, config: Training) -> None:
+    """Set what training needs of the model itself."""
+    causal = causal_model(model)
+    if config.gradient_checkpointing:
+        causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    set_attention_dropout(causal, config.attention_dropout)
+    model.train()
+
+
+def training_device(world: World) -> torch.device:
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_engine(
+    model: nn.Module, config: Training, world: World, device: torch.device, objective: Objective
+) -> Engine:
+    """Return the plain engine where nothing is sharded, else DeepSpeed's."""
+    sharding = config.sharding
+    offloads = Offload.CPU in (sharding.offload_optimizer, sharding.offload_parameters)
+    if offloads or (world.size > 1 and sharding.zero > 0):
+        from stagecoach_trainer.engine.sharded import ShardedEngine
+
+        return ShardedEngine(model, config, world, device, objective)
+    return PlainEngine(model, config, world, device, objective)
+
+
+class Loop:
+    """One run of a training stage. The methods are its steps, in order."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        context: StageContext,
+        engine: Engine,
+        objective: Objective,
+        book: CheckpointBook,
+        meter: Meter,
+    ) -> None:
+        self._job = job
+        self._config = job.config
+        self._plan = job.steps
+        self._context = context
+        self._world = context.world
+        self._engine = engine
+        self._objective = objective
+        self._book = book
+        self._meter = meter
+        self._at = Progression()
+        self._micro_rows = job.config.batch.micro_batch_rows or 1
+
+    def run(self) -> TrainingResult:
+        """Train to the end."""
+        self._restore()
+        if self._at.step < self._plan.num_steps:
+            self._prove(self._plan.rows(self._at.step))
+        if self._at.step == 0:
+            self._at.before = self._before()
+        gc.collect()
+        garbage.take_up()
+        try:
+            self._make_steps()
+        finally:
+            gc.unfreeze()
+        after = self._after()
+        self._book.wait()
+        self._engine.finish()
+        metrics = {"loss": self._at.loss} | self._at.before | after
+        return TrainingResult(self._at.tokens, self._at.step, metrics, tuple(self._at.history))
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Take up the newest complete checkpoint; rank 0 decides which."""
+        mark = agree_on_mark(self._book.find_newest() if self._world.is_main else None, self._world)
+        seed_everything(self._context.seed, self._world.rank)
+        if mark is None:
+            return
+        if self._world.local_rank == 0:
+            self._book.bring(mark)
+        wait_for_all(self._world)
+        state = read_checkpoint(self._book.bring(mark), self._world.rank)
+        self._engine.load_state(state.engine)
+        self._at = state.progression
+        seed_everything(self._context.seed + mark.step, self._world.rank)
+        if state.random_states:
+            set_random_state(state.random_states[0])
+        if self._world.is_main:
+            log.info("going on after step %d of %d", mark.step, self._plan.num_steps)
+
+    def _prove(self, units: Sequence[Unit]) -> None:
+        self._objective.prove(self._engine.loss, units, self._engine.device, self._engine.dtype)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def _make_steps(self) -> None:
+        pin = self._engine.device.type == "cuda"
+        prefetcher = Prefetcher(self._plan, self._objective, self._at.step, self._micro_rows, self._world, pin)
+        with contextlib.closing(prefetcher):
+            self._meter.pause()
+            for item in prefetcher:
+                self._make_step(item, prefetcher)
+                if self._at.stopped_early:
+                    return
+
+    def _make_step(self, item: StepInput, prefetcher: Prefetcher) -> None:
+        self._set_rope(item.step)
+        self._prove(item.units)
+        if item.num_targets == 0:
+            raise UserError(
+                f"step {item.step + 1}: nothing in the whole batch carries loss; check `loss.roles`, the template and "
+                "`sequenceLength`, or raise `batch`"
+            )
+        learning_rate = self._plan.learning_rate(item.step)
+        loss_part = self._accumulate(item)
+        report = self._engine.step(learning_rate)
+        loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
+        self._refuse_nonsense(item.step, loss, report)
+        self._at.step = item.step + 1
+        self._at.tokens += item.num_tokens
+        self._at.loss = loss
+        self._record(item, loss, learning_rate, report, prefetcher.waited_seconds)
+        self._between_steps(stops > 0)
+
+    def _accumulate(self, item: StepInput) -> float:
+        """Compute all micro-batches; return this rank's part of the loss."""
+        scale = 1.0 / item.num_targets
+        alone = self._world.size == 1
+        batches = [batch for batch in item.batches if batch.num_targets or not alone]
+        parts = [
+            self._engine.accumulate(batch, scale, last=index + 1 == len(batches)) for index, batch in enumerate(batches)
+        ]
+        return float(torch.stack(parts).double().sum())
+
+    def _refuse_nonsense(self, step: int, loss: float, report: StepReport) -> None:
+        if math.isfinite(loss) and (math.isfinite(report.gradient_norm) or report.skipped):
+            return
+        with contextlib.suppress(Exception):
+            self._book.wait()
+        good = self._book.newest_step
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {report.gradient_norm}"
+        where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is that of step {good}"
+        raise Diverged(
+            f"{what} at step {step + 1}; {where}. Lower `optimizer.learningRate`, lengthen `schedule.warmupSteps`, "
+            "lower `optimizer.clip`, or look at the data of this step"
+        )
+
+    def _record(
+        self, item: StepInput, loss: float, learning_rate: float, report: StepReport, waited_seconds: float
+    ) -> None:
+        figures = {"loss": loss, "learningRate": learning_rate, "gradNorm": report.gradient_norm}
+        if not math.isfinite(report.gradient_norm):
+            del figures["gradNorm"]
+        every = max(1, self._plan.num_steps // HISTORY_POINTS)
+        if self._at.step % every == 0 or self._at.step in (1, self._plan.num_steps):
+            self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **figures})
+        length = max(batch.tokens.shape[1] for batch in item.batches)
+        padding = 1.0 - item.num_own_tokens / item.num_slots
+        self._meter.step(self._at.step, figures, item.num_tokens, length, waited_seconds, padding)
+
+    def _between_steps(self, stop: bool) -> None:
+        """Measure, save, stop: whatever is due after a step."""
+        step, last = self._at.step, self._at.step == self._plan.num_steps
+        every = self._config.held_out.every_steps
+        measured = every is not None and step % every == 0 and not last
+        if measured:
+            self._measure_during()
+        saved = self._book.is_due(step) and not last
+        if saved or (stop and not last):
+            self._save()
+        if stop and not last:
+            self._finish_saving()
+            raise Interrupted(f"stopped after step {step} of {self._plan.num_steps}; a checkpoint is saved")
+        if measured or saved:
+            self._meter.pause()
+
+    def _save(self) -> None:
+        engine_state = self._engine.state()
+        random_states = gather_random_states(self._world)
+        if self._world.is_main:
+            progression = Progression.from_json(self._at.to_json())
+            progression.history = list(self._at.history)
+            self._book.save(TrainingState(progression, engine_state, random_states))
+
+    def _finish_saving(self) -> None:
+        """Return when the checkpoint is complete, on all ranks at the same time: the first to leave takes the others
+        along."""
+        if self._world.is_main:
+            self._book.wait()
+        wait_for_all(self._world)
+
+    def _set_rope(self, step: int) -> None:
+        theta = self._plan.rope_theta(step)
+        if theta is not None and set_rope_theta(self._job.model, theta) and self._world.is_main:
+            log.info("step %d: the base of the rotary embedding is %g", step + 1, theta)
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def _measurements(self, sets: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, Mapping[str, float]]]:
+        engine, progress = self._engine, self._context.progress
+        for held_out in sets:
+            yield (
+                held_out,
+                held_out.measure(
+                    engine.loss,
+                    self._micro_rows,
+                    engine.device,
+                    self._world,
+                    lambda done, total: progress.report("measure", done, total, "batches"),
+                ),
+            )
+
+    def _before(self) -> dict[str, float]:
+        if self._plan.num_steps:
+            self._set_rope(0)
+        return self._write_figures(".before")
+
+    def _after(self) -> dict[str, float]:
+        return self._write_figures("", self._job.at_end)
+
+    def _write_figures(self, when: str, others: Sequence[HeldOut] = ()) -> dict[str, float]:
+        named = [
+            (f"heldOut.{held_out.name}{when}", found) for held_out, found in self._measurements(self._job.held_out)
+        ]
+        named += [(item.name, found) for item, found in self._measurements(others)]
+        figures = {f"{name}.{figure}": value for name, found in named for figure, value in found.items()}
+        self._meter.write(self._at.step, figures)
+        return figures
+
+    def _measure_during(self) -> None:
+        found = {held_out.name: figures for held_out, figures in self._measurements(self._job.held_out)}
+        figures = {
+            f"heldOut.{name}.{figure}": value for name, all_of in found.items() for figure, value in all_of.items()
+        }
+        self._meter.write(self._at.step, figures)
+        losses = {f"heldOut.{name}.loss": all_of["loss"] for name, all_of in found.items()}
+        self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **losses})
+        stop = self._config.early_stop
+        if stop is None:
+            return
+        loss = found[stop.set]["loss"]
+        if self._at.best is None or loss < self._at.best - stop.min_delta:
+            self._at.best, self._at.without_improvement = loss, 0
+            return
+        self._at.without_improvement += 1
+        if self._at.without_improvement >= stop.patience:
+            self._at.stopped_early = True
+            log.info("step %d: the loss on `%s` no longer falls; training ends", self._at.step, stop.set)

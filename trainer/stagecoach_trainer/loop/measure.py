@@ -1,0 +1,86 @@
+"""Held-out loss: nats per token, bits per character, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stagecoach_trainer.batches.collate import collate
+from stagecoach_trainer.batches.rows import Row
+from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.engine.packing_check import samples_apart
+from stagecoach_trainer.kernels.causal import CausalLoss
+from stagecoach_trainer.runtime.context import World
+
+DEFAULT_MEASURE_ROWS = 8
+LARGEST_EXPONENT = 709.0
+"""Above it `exp` overflows."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a set of rows came to."""
+
+    nll: float
+    """Summed negative log-likelihood in nats."""
+
+    tokens: int
+    """Positions with loss."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it exceeds what a float holds."""
+        return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
+
+    def bits_per_character(self, characters: int) -> float:
+        return self.nll / math.log(2.0) / characters
+
+
+def measure(
+    model: nn.Module, rows: Sequence[Row], batch_rows: int = DEFAULT_MEASURE_ROWS, dtype: torch.dtype | None = None
+) -> Measured:
+    """Measure a model on rows, on one rank, without dropout. `dtype`: compute under autocast in it; None: as it is."""
+    device = next(model.parameters()).device
+    autocast = nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype)
+    with autocast:
+        return measure_with(CausalLoss(model), rows, batch_rows, device, World())
+
+
+def measure_with(
+    loss: CausalLoss,
+    rows: Sequence[Row],
+    batch_rows: int,
+    device: torch.device,
+    world: World,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """Measure with a loss module, the rows shared out over the ranks; every rank returns the whole. Packed rows are
+    taken apart for a model that sees through packing.
+
+    `report(done, total)` is called after each micro-batch.
+    """
+    share = deal(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
+    was_training = loss.training
+    loss.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            for index, micro_batch in enumerate(share.micro_batches):
+                total += loss(collate(micro_batch).to(device), 1.0).double().cpu()
+                report(index + 1, len(share.micro_batches))
+    finally:
+        loss.train(was_training)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return Measured(float(total), share.num_targets)

@@ -1,0 +1,140 @@
+"""Figures of each step: to `logs/metrics.jsonl`, to TensorBoard, and as the heartbeat."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from stagecoach_trainer.kernels.causal import causal_model, output_layer
+from stagecoach_trainer.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+"""Dense bf16 multiply-adds per second times two, from NVIDIA's data sheets (SXM where there are several)."""
+
+SHOWN = ("loss", "reward", "kl", "learningRate", "tokensPerSecond", "gradNorm")
+
+
+class Meter:
+    """Turns what a step did into figures and writes them. Only rank 0 has files."""
+
+    def __init__(self, logs: Path | None, progress: Progress, num_steps: int, flops: StepFlops) -> None:
+        self._progress = progress
+        self._num_steps = num_steps
+        self._flops = flops
+        self._file = None
+        self._events: EventFileWriter | None = None
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+            self._file = (logs / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._folder = logs / "tensorboard"
+        self._mark = time.perf_counter()
+        self._waited = 0.0
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+
+    def pause(self) -> None:
+        """What was done since the last step (measuring, saving) is not the next step's time."""
+        self._mark = time.perf_counter()
+
+    def step(
+        self, step: int, figures: Mapping[str, float], tokens: int, length: int, waited: float, padding_share: float
+    ) -> None:
+        """Record a step that ended now.
+
+        `tokens`: of the global batch; `length`: of its longest row; `waited`: seconds waited for data since the
+        beginning; `padding_share`: share of this rank's places that hold padding.
+        """
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        waited, self._waited = waited - self._waited, waited
+        row = dict(figures) | {
+            "tokensPerSecond": tokens / seconds,
+            "dataWaitShare": min(1.0, waited / seconds),
+            "paddingShare": padding_share,
+            "seconds": seconds,
+        }
+        mfu = self._flops.utilisation(tokens, length, seconds)
+        if mfu is not None:
+            row["mfu"] = mfu
+        shown = {name: row[name] for name in SHOWN if name in row}
+        self._progress.report("train", step, self._num_steps, "steps", shown)
+        self.write(step, row)
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Record figures at a step."""
+        if self._file is None:
+            return
+        now = time.time()
+        self._file.write(json.dumps({"step": step, "time": now, **row}) + "\n")
+        if self._events is None:
+            self._events = self._open_events()
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+
+    def _open_events(self) -> EventFileWriter:
+        """Import TensorBoard's writer only now, behind the first step; that time is not the next step's."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        writer = EventFileWriter(str(self._folder))
+        self.pause()
+        return writer
+
+
+class StepFlops:
+    """Model FLOPs of a step, and their share of what the devices could do (MFU, arXiv 2204.02311, appendix B)."""
+
+    def __init__(self, model: nn.Module, device: torch.device, num_devices: int) -> None:
+        config = causal_model(model).config
+        embedding = causal_model(model).get_input_embeddings()
+        looked_up = {id(parameter) for parameter in embedding.parameters()}
+        head = {id(parameter) for parameter in output_layer(model).parameters()}
+        used = [item for item in model.parameters() if id(item) not in looked_up - head]
+        num_used = sum(item.numel() for item in used)
+        num_trained = sum(item.numel() for item in used if item.requires_grad)
+        self._per_token = 4 * num_used + 2 * num_trained  # forward, gradient of activations; gradient of weights
+        self._per_token_and_position = 12 * config.num_hidden_layers * config.hidden_size
+        self._peak = device_peak(device)
+        self._num_devices = num_devices
+
+    def utilisation(self, tokens: int, length: int, seconds: float) -> float | None:
+        """Return the MFU; None where the device's peak is not known (every CPU's)."""
+        if self._peak is None:
+            return None
+        flops = tokens * (self._per_token + self._per_token_and_position * length)
+        return float(flops / seconds / (self._peak * self._num_devices))
+
+
+def device_peak(device: torch.device) -> float | None:
+    """Return the peak FLOP/s of a device in bf16, if it is in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,178 @@
+"""What a training stage starts from: a model, the vocabulary it is trained with, and the rows that are new in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagecoach_api.artifacts import ModelCard, ResolvedInput, RewardCard
+from stagecoach_api.references import Reference
+from stagecoach_api.stages.pretrain import Architecture, RopeScaling, RopeScalingName
+from stagecoach_api.training import NewRows, TextTraining
+from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base, positions_of
+from stagecoach_trainer.models.new_model import build_model
+from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow, num_rows
+from stagecoach_trainer.models.save import save_adapter, save_model
+from stagecoach_trainer.models.trainable import TrainableModel, join_rows
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.text.vocabulary import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model ready to be given its trainable parameters."""
+
+    model: Any
+    tokenizer: Any
+    vocabulary: Path
+    """Folder the vocabulary's files are copied from."""
+
+    new_rows: range
+    """Ids of the rows that the vocabulary's growth added, in this stage or an earlier one."""
+
+    loaded: LoadedModel | None
+    """Where the model came from. None: from nothing."""
+
+    grown: NewRows | None
+    """How new rows were made in this stage. None: none were."""
+
+    seed: int
+
+
+def start_from_nothing(context: StageContext, shape: Architecture, tokenizer: Reference) -> Start:
+    """Return a new model for the vocabulary that `tokenizer` names."""
+    path = context.fetch(tokenizer)
+    vocabulary = load_tokenizer(path)
+    model = build_model(shape, vocabulary, context.seed)
+    return Start(model, vocabulary, path, range(0), None, None, context.seed)
+
+
+def start_from_model(
+    context: StageContext, config: TextTraining, model: Reference, change_config: ConfigChange | None = None
+) -> Start:
+    """Return the model that `model` names, grown to the stage's `tokenizer` where that is larger.
+
+    Raises UserError for a vocabulary that is smaller or moves old ids, and for growth under an adapter that is to be
+    trained on.
+    """
+    continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
+    loaded = load_model(context, model, merge=not continued, change_config=change_config)
+    if config.tokenizer is None:
+        return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
+    path = context.fetch(config.tokenizer)
+    tokenizer = load_tokenizer(path)
+    if loaded.tokenizer is not None:
+        check_old_ids(loaded.tokenizer, tokenizer, str(path))
+    if len(tokenizer) <= num_rows(loaded.model):
+        check_sizes(loaded.model, tokenizer, str(path))
+        return _start(context, loaded, tokenizer, path, None)
+    if continued and loaded.card.adapter:
+        raise UserError(
+            f"tokenizer: it has {len(tokenizer)} tokens and the model {num_rows(loaded.model)} rows; an adapter that "
+            "is trained on (`continueAdapter`) cannot grow; start a new adapter, or merge this one first"
+        )
+    how = config.resize.new_rows
+    rows = grow(loaded.model, loaded.tokenizer, tokenizer, how, context.seed)
+    return Start(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
+
+
+def start_as_it_is(
+    context: StageContext, model: Reference, change_config: ConfigChange | None = None, merge: bool = True
+) -> Start:
+    """Return the model that `model` names with its own vocabulary. `merge`: an adapter is merged into its base."""
+    loaded = load_model(context, model, merge=merge, change_config=change_config)
+    return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
+
+
+def _start(context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Path, grown: NewRows | None) -> Start:
+    old = loaded.card.old_rows
+    rows = range(0) if old is None else range(old, num_rows(loaded.model))
+    return Start(loaded.model, tokenizer, path, rows, loaded, grown, context.seed)
+
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+def position_change(
+    longest: int, theta: float | None = None, scaling: RopeScaling | None = None, must_rotate: bool = False
+) -> ConfigChange:
+    """Return a change of a configuration's positions: a new base, stretched positions, and a stated context of at
+    least `longest` tokens.
+
+    Positions that are not rotary stay as they are: learned ones (GPT-2, OPT) end where they end, and ALiBi (BLOOM) has
+    no end. The change raises UserError where more is asked of them; `must_rotate`: something is, later on.
+    """
+
+    def change(config: PreTrainedConfig) -> None:
+        rotary = getattr(config, "rope_parameters", None)
+        if rotary is None:
+            _require_no_change(config, longest, must_rotate or theta is not None or scaling is not None)
+            return
+        rope = dict(rotary)
+        stated = int(config.max_position_embeddings)
+        if theta is not None:
+            rope["rope_theta"] = theta
+        if scaling is not None:
+            rope.update(rope_type=scaling.name.value, factor=scaling.factor)
+            if scaling.name is RopeScalingName.YARN:
+                rope["original_max_position_embeddings"] = stated
+            if scaling.name is not RopeScalingName.DYNAMIC:
+                stated = int(stated * scaling.factor)
+        config.rope_parameters = rope
+        dynamic = rope.get("rope_type") == RopeScalingName.DYNAMIC.value  # stretches from the stated context on
+        config.max_position_embeddings = stated if dynamic else max(stated, longest)
+
+    return change
+
+
+def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool) -> None:
+    if must_rotate:
+        raise UserError(f"ropeTheta, ropeScaling: {config.model_type} has no rotary positions; leave them out")
+    learned = positions_of(config)
+    if learned is not None and longest > learned:
+        raise UserError(
+            f"sequenceLength: {longest} tokens, and the {config.model_type} has learned positions for {learned}; "
+            f"give {learned} at most"
+        )
+
+
+# -- the result --------------------------------------------------------------------------------------------------------
+
+
+def save_result(context: StageContext, start: Start, trained: TrainableModel, reward: RewardCard | None = None) -> None:
+    """Write the trained model or adapter with vocabulary and card to the stage's output, and read it back.
+
+    `reward`: what the card of a reward model says.
+    """
+    old_rows = start.new_rows.start if start.new_rows else None
+    if not trained.adapter:
+        join_rows(trained.model)
+        card = ModelCard(adapter=False, old_rows=old_rows, reward=reward)
+        save_model(trained.model, start.tokenizer, start.vocabulary, context.output, card)
+        return
+    card = _adapter_card(context, start).model_copy(update={"old_rows": old_rows, "reward": reward})
+    save_adapter(trained.model, start.tokenizer, start.vocabulary, context.output, card)
+
+
+def _adapter_card(context: StageContext, start: Start) -> ModelCard:
+    loaded, storage = start.loaded, context.resolved.storage_uri
+    if loaded is None:
+        raise UserError("trainable.lora: an adapter needs a `model` to sit on; a new `architecture` has none to load")
+    if _is_continued(trained_on=start.model):
+        below = loaded.card.base
+        base = None if below is None else name_base(locate_base(below, loaded.source, storage), storage)
+        return loaded.card.model_copy(update={"base": base})
+    base_source: ResolvedInput = name_base(loaded.source, storage)
+    seed = start.seed if start.grown is NewRows.RANDOM else None
+    return ModelCard(adapter=True, base=base_source, new_rows=start.grown and start.grown.value, resize_seed=seed)
+
+
+def _is_continued(trained_on: Any) -> bool:
+    from peft import PeftModel
+
+    return isinstance(trained_on, PeftModel)

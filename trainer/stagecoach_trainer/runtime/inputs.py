@@ -1,0 +1,167 @@
+"""Inputs of a stage as local paths: artifacts, each byte checked against the manifest, and external files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from stagecoach_api.artifacts import Manifest, ResolvedInput, StoredObject, content_digest, manifest_key, output_prefix
+from stagecoach_api.store import Corrupt, Store, StoreEntry, external_digest, list_external, open_store
+from stagecoach_api.stores.base import FolderLocation, check_expected, parse_location, sha256_of_file
+from stagecoach_trainer.runtime.errors import UserError
+
+GLOB_CHARACTERS = frozenset("*?[")
+PARALLEL_TRANSFERS = 8
+
+
+def fetch_input(
+    found: ResolvedInput, store: Store, cache: Path, endpoint: str | None = None, region: str | None = None
+) -> Path:
+    """Return a local folder (or, for one external file, that file) with the input's content.
+
+    An artifact in a folder store is read in place, one on S3 is downloaded once to `cache/inputs/<digest>`; either way
+    each object's sha256 is compared with the manifest. External inputs must still be what the run was planned with.
+    `endpoint`, `region`: of the S3 service external inputs lie in; None: the store's.
+    Raises Corrupt naming the object whose bytes differ, NotFound, and UserError for an external input that changed.
+    """
+    if found.stage_digest is not None:
+        return _fetch_artifact(found, found.stage_digest, store, cache)
+    endpoint = endpoint or getattr(store, "endpoint", None)
+    return _fetch_external(found, cache, endpoint, region or getattr(store, "region", None))
+
+
+def fetch_files(found: ResolvedInput, store: Store, cache: Path) -> list[Path]:
+    """Return the files of an input: `input_files` of where it was fetched to."""
+    return input_files(fetch_input(found, store, cache))
+
+
+def input_files(path: Path) -> list[Path]:
+    """Return `path` itself where it is a file, else all files below it, sorted, hidden ones left out."""
+    if path.is_file():
+        return [path]
+    return sorted(item for item in path.rglob("*") if item.is_file() and not _is_hidden(item.relative_to(path)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(found: ResolvedInput, stage_digest: str, store: Store) -> Manifest:
+    """Return the manifest of an input artifact. Raises Corrupt unless it is the one the stage was resolved with."""
+    key = manifest_key(stage_digest)
+    manifest = Manifest.model_validate_json(store.read(key))
+    digest = content_digest(manifest.objects)
+    if digest != manifest.content_digest:
+        raise Corrupt(key, "the manifest does not agree with its own content digest: it was changed by hand or damaged")
+    if digest != found.digest:
+        raise Corrupt(
+            key,
+            f"the artifact is not the one this stage was planned with (content {digest[:12]}…, planned "
+            f"{found.digest[:12]}…): run the plan again",
+        )
+    return manifest
+
+
+def _fetch_artifact(found: ResolvedInput, stage_digest: str, store: Store, cache: Path) -> Path:
+    store = _store_of(found, stage_digest, store)
+    manifest = read_manifest(found, stage_digest, store)
+    prefix = output_prefix(stage_digest)
+    in_place = store.local_path(prefix)
+    if in_place is not None:
+        _verify(in_place, prefix, manifest.objects)
+        return in_place
+    folder = cache / "inputs" / found.digest
+    with _locked(cache, found.digest):
+        _download_objects(store, prefix, manifest.objects, folder)
+    return folder
+
+
+def _store_of(found: ResolvedInput, stage_digest: str, store: Store) -> Store:
+    """Return the store an artifact lies in: the run's own, unless its URI says otherwise."""
+    root = found.uri.rstrip("/").removesuffix("/" + output_prefix(stage_digest))
+    if root == store.uri.rstrip("/"):
+        return store
+    return open_store(root, endpoint=getattr(store, "endpoint", None), region=getattr(store, "region", None))
+
+
+def _verify(folder: Path, prefix: str, objects: Sequence[StoredObject]) -> None:
+    for item in objects:
+        path = folder / item.path
+        if not path.is_file():
+            raise Corrupt(f"{prefix}/{item.path}", "the manifest names this object, and it is missing")
+        check_expected(f"{prefix}/{item.path}", path.stat().st_size, sha256_of_file(path), item)
+
+
+def _download_objects(store: Store, prefix: str, objects: Sequence[StoredObject], folder: Path) -> None:
+    def download(item: StoredObject) -> None:
+        path = folder / item.path
+        if path.is_file() and path.stat().st_size == item.size and sha256_of_file(path) == item.sha256:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.download(f"{prefix}/{item.path}", path, item)
+
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+        list(pool.map(download, objects))
+
+
+# -- external files ----------------------------------------------------------------------------------------------------
+
+
+def _fetch_external(found: ResolvedInput, cache: Path, endpoint: str | None, region: str | None) -> Path:
+    root, entries = list_external(found.uri, endpoint, region)
+    digest = external_digest(entries)
+    if digest != found.digest:
+        raise UserError(
+            f"{found.uri}: the input changed since this stage was planned (content {digest[:12]}…, planned "
+            f"{found.digest[:12]}…); run it again, so that it is planned anew"
+        )
+    location = parse_location(found.uri)
+    if isinstance(location, FolderLocation) and not _is_glob(found.uri):
+        return location.path
+    folder = cache / "inputs" / found.digest
+    with _locked(cache, found.digest):
+        _gather(entries, folder, open_store(root, endpoint, region))
+    if _is_glob(found.uri) or found.uri.rstrip("/") != f"{root.rstrip('/')}/{entries[0].key}":
+        return folder
+    return folder / entries[0].key
+
+
+def _is_glob(uri: str) -> bool:
+    return bool(GLOB_CHARACTERS & set(uri))
+
+
+def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
+    """Bring the listed files, and only them, into `folder`: links to local files, downloads of remote ones."""
+    location = parse_location(source.uri)
+
+    def bring(entry: StoreEntry) -> None:
+        path = folder / entry.key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(location, FolderLocation):
+            path.unlink(missing_ok=True)
+            path.symlink_to(location.path / entry.key)
+        elif not (path.is_file() and path.stat().st_size == entry.size):
+            source.download(entry.key, path)
+
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
+        list(pool.map(bring, entries))
+
+
+@contextmanager
+def _locked(cache: Path, digest: str) -> Iterator[None]:
+    """Let one process of this machine at a time fill the folder of an input."""
+    folder = cache / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / f"{digest}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,111 @@
+"""How workers tell the launcher how they ended: torchrun turns every exit code into 1."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode, cause_of_exit
+from stagecoach_trainer.runtime.attempt_files import outcomes_folder, replace_file
+
+MAX_RESULT_BYTES = 4000
+"""A Pod's termination message is cut at 4,096 bytes; a cut JSON is no JSON."""
+
+GENERIC_FAILURE = 1
+"""Exit code of a worker that ended in a way it could not name."""
+
+
+@dataclass(frozen=True)
+class WorkerOutcome:
+    """How one rank ended."""
+
+    result: AttemptResult
+    named: bool
+    """The error is one of the contract's; false for an unexpected exception, often a consequence of another rank's."""
+    time: float
+    """Seconds since the epoch."""
+
+
+def write_outcome(work: Path, rank: int, outcome: WorkerOutcome) -> None:
+    folder = outcomes_folder(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"result": outcome.result.model_dump(mode="json"), "named": outcome.named, "time": outcome.time}
+    replace_file(folder / f"rank-{rank:05d}.json", json.dumps(about).encode())
+
+
+def read_outcomes(work: Path) -> dict[int, WorkerOutcome]:
+    """Return the outcome of every rank that left one."""
+    outcomes = {}
+    for path in sorted(outcomes_folder(work).glob("rank-*.json")):
+        about = json.loads(path.read_text())
+        result = AttemptResult.model_validate(about["result"])
+        outcomes[int(path.stem.removeprefix("rank-"))] = WorkerOutcome(result, about["named"], about["time"])
+    return outcomes
+
+
+def combine(outcomes: dict[int, WorkerOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
+    """Return the attempt's result from what the workers of these ranks left and the exit code of the process that held
+    them.
+
+    One rank's failure brings the others down, so the first failure that names itself is the reason; a rank that left
+    no word died of a signal, which explains failures that could not name themselves.
+    """
+    failures = [outcome for outcome in outcomes.values() if outcome.result.exit_code != ExitCode.DONE]
+    named = [outcome for outcome in failures if outcome.named]
+    if named:
+        return min(named, key=lambda outcome: outcome.time).result
+    silent = sorted(set(ranks) - set(outcomes))
+    if exit_code != ExitCode.DONE and (silent or not failures):
+        return _without_a_word(silent, exit_code)
+    if failures:
+        return min(failures, key=lambda outcome: outcome.time).result
+    if silent or not outcomes:
+        return _without_a_word(silent, GENERIC_FAILURE)
+    return outcomes[min(outcomes)].result
+
+
+def torchrun_deaths(text: bytes) -> dict[int, int]:
+    """Return the exit codes of dead workers by process id, from what torchrun says of them at its end: its own code is
+    1 whatever they died of."""
+    return {int(pid): int(code) for code, pid in _DEATH.findall(text)}
+
+
+_DEATH = re.compile(rb"^\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
+
+
+def _without_a_word(silent: list[int], exit_code: int) -> AttemptResult:
+    who = "the worker" if silent in ([], [0]) else f"rank {', '.join(map(str, silent))}"
+    message = f"{who} ended without a word, exit code {exit_code}; its log has the last lines"
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        message = f"{who} was killed by signal {-exit_code} ({name})"
+    if exit_code == -signal.SIGKILL:
+        message += "; the usual reason is that memory ran out"
+    return AttemptResult(exit_code=exit_code, cause=cause_of_exit(exit_code), message=message)
+
+
+def failure(exit_code: int, message: str, last_step: int | None = None) -> AttemptResult:
+    """Return the result of an attempt that failed, its message cut to what the contract allows."""
+    cause = cause_of_exit(exit_code)
+    return fitting(AttemptResult(exit_code=exit_code, cause=cause, message=message[:2500], last_step=last_step))
+
+
+def interrupted(message: str) -> AttemptResult:
+    return AttemptResult(exit_code=ExitCode.INTERRUPTED, cause=Cause.PREEMPTION, message=message)
+
+
+def fitting(result: AttemptResult) -> AttemptResult:
+    """Cut the middle of the message until the result's JSON has at most MAX_RESULT_BYTES bytes."""
+    while len(serialise(result)) > MAX_RESULT_BYTES:
+        keep = len(result.message) * 9 // 20
+        message = f"{result.message[:keep]} … {result.message[-keep:]}"
+        result = result.model_copy(update={"message": message})
+    return result
+
+
+def serialise(result: AttemptResult) -> bytes:
+    return result.model_dump_json(exclude_none=True).encode()

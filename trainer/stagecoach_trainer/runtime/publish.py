@@ -1,0 +1,186 @@
+"""Publishing a stage: its files are uploaded, its manifest is committed last. Rank 0 only. Knows no torch itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from stagecoach_api.artifacts import (
+    Manifest,
+    Parent,
+    ResolvedStage,
+    StoredObject,
+    attempt_logs_prefix,
+    attempt_prefix,
+    canonical_json,
+    content_digest,
+    manifest_key,
+    output_prefix,
+    parse_rank_log_name,
+)
+from stagecoach_api.names import ENV_THREADS
+from stagecoach_trainer.runtime.attempt_files import logs_folder
+from stagecoach_trainer.runtime.checkpoint_paths import delete_checkpoints
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome
+from stagecoach_trainer.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PARALLEL_UPLOADS = 8
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "tokenizers", "sentencepiece", "safetensors", "numpy")
+ATTEMPT_FILE = "attempt.json"
+
+
+def publish(context: StageContext, outcome: StageOutcome, started: float) -> str:
+    """Upload `context.output`, commit the manifest, delete the stage's checkpoints; return the content digest.
+
+    `started`: seconds since the epoch at which this attempt began. If somebody published the stage first, theirs
+    counts: its content digest is returned, with a warning where the content differs. Raises UserError for an empty
+    output, StoreError.
+    """
+    resolved, store = context.resolved, context.store
+    key = manifest_key(resolved.digest)
+    context.progress.report("publish")
+    if not store.exists(key):
+        objects = upload_folder(context, context.output, output_prefix(resolved.digest))
+        if not objects:
+            raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so there is no artifact")
+        seconds = time.time() - started + _seconds_of_earlier_attempts(context)
+        manifest = _manifest(context, outcome, objects, seconds)
+        if store.commit(key, canonical_json(manifest.model_dump(mode="json"))):
+            delete_checkpoints(store, context.cache, resolved.digest)
+            return manifest.content_digest
+        _warn_if_different(context, manifest)
+    return Manifest.model_validate_json(store.read(key)).content_digest
+
+
+def upload_folder(context: StageContext, folder: Path, prefix: str) -> list[StoredObject]:
+    """Upload all files of a folder below `prefix`; what lay there before is deleted first."""
+    context.store.delete(prefix)
+    return _upload_files(context, folder, _files_below(folder), prefix)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _upload_files(context: StageContext, folder: Path, files: list[Path], prefix: str) -> list[StoredObject]:
+    def upload(path: Path) -> StoredObject:
+        name = path.relative_to(folder).as_posix()
+        stored = context.store.upload(path, f"{prefix}/{name}")
+        return StoredObject(path=name, size=stored.size, sha256=stored.sha256)
+
+    objects: list[StoredObject] = []
+    with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
+        for item in pool.map(upload, files):
+            objects.append(item)
+            context.progress.report("publish", len(objects), len(files), "files")
+    return objects
+
+
+def upload_attempt(context: StageContext, started: float) -> None:
+    """Upload metrics of this attempt, and how long it took; they are no part of the artifact. What the ranks printed
+    lies in the same folder and is the launcher's to store."""
+    digest, attempt, logs = context.resolved.digest, context.resolved.attempt, logs_folder(context.work)
+    files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
+    _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
+    about = {"attempt": attempt, "seconds": round(time.time() - started, 3)}
+    context.store.write(f"{attempt_prefix(digest, attempt)}/{ATTEMPT_FILE}", canonical_json(about))
+
+
+def environment(resolved: ResolvedStage) -> dict[str, JsonValue]:
+    """Return what the last digits of a result depend on: ranks, threads, processor, library versions."""
+    result: dict[str, JsonValue] = {
+        "ranks": resolved.num_nodes * resolved.ranks_per_node,
+        "nodes": resolved.num_nodes,
+        "threads": int(os.environ.get(ENV_THREADS, "0")) or None,
+        "processor": processor(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+    }
+    gpu = _gpu_name()
+    if gpu is not None:
+        result["gpu"] = gpu
+    for name in LIBRARIES:
+        try:
+            result[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return result
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's model, with family and stepping where Linux tells them."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model|stepping)\s*:\s*(.+)$", text, re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    parts = [f"{word} {found[key]}" for key, word in _CPU_FIELDS.items() if key in found]
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+_CPU_FIELDS = {"cpu family": "family", "model": "model", "stepping": "stepping"}
+
+
+def _gpu_name() -> str | None:
+    torch = sys.modules.get("torch")  # a stage that never imported it used no GPU
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_name())
+
+
+def _manifest(context: StageContext, outcome: StageOutcome, objects: list[StoredObject], seconds: float) -> Manifest:
+    resolved = context.resolved
+    gpus = context.world.size if _gpu_name() else 0
+    return Manifest(
+        stage_digest=resolved.digest,
+        content_digest=content_digest(objects),
+        kind=resolved.kind,
+        objects=tuple(objects),
+        parents=tuple(
+            Parent(key=key, digest=found.digest, stage_digest=found.stage_digest, uri=found.uri)
+            for key, found in sorted(resolved.inputs.items())
+        ),
+        config=resolved.config,
+        code=resolved.code,
+        seed=resolved.seed,
+        tokens=outcome.tokens,
+        seconds=round(seconds, 3),
+        gpu_seconds=round(seconds * gpus, 3),
+        environment=environment(resolved),
+        metrics=dict(outcome.metrics),
+        created=time.time(),
+    )
+
+
+def _seconds_of_earlier_attempts(context: StageContext) -> float:
+    total = 0.0
+    attempts = attempt_prefix(context.resolved.digest, context.resolved.attempt).rpartition("/")[0]
+    for entry in context.store.list(attempts):
+        if entry.key.endswith(f"/{ATTEMPT_FILE}"):
+            about = json.loads(context.store.read(entry.key))
+            total += about["seconds"] if about["attempt"] != context.resolved.attempt else 0.0
+    return total
+
+
+def _warn_if_different(context: StageContext, ours: Manifest) -> None:
+    theirs = Manifest.model_validate_json(context.store.read(manifest_key(ours.stage_digest)))
+    if theirs.content_digest != ours.content_digest:
+        log.warning(
+            "stage `%s` was published by another attempt with different content (%s…, ours %s…); theirs counts",
+            context.resolved.stage,
+            theirs.content_digest[:12],
+            ours.content_digest[:12],
+        )

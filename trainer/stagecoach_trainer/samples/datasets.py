@@ -1,0 +1,269 @@
+"""Data sets as token shards, and held-out sets as rows to measure on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from stagecoach_api.references import NamedSource, RecordSource
+from stagecoach_api.stages.sft import Hindsight, HindsightMode, Loss, TooLong
+from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
+from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.loop.job import HeldOutSet
+from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.conversation import ConversationEncoder, document
+from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, HindsightEncoder
+from stagecoach_trainer.samples.rows import pack_rows, row_of
+from stagecoach_trainer.samples.token_cache import ShardWriter, TokenShard, token_shard
+from stagecoach_trainer.text.encoding import Encoder
+from stagecoach_trainer.text.templates import Renderer
+
+BATCH_CHARACTERS = 1 << 20
+
+LOSSES = ("tooLong", "cut", "noLoss", "emptyText")
+"""Counts of samples that were dropped, shortened or left without loss."""
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of everything that decides how a tokenizer encodes."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
+    """Return what a source's records depend on; not where it lies, nor its name."""
+    chosen = source.model_dump(mode="json", include={"split", "format", "fields", "max_samples"})
+    return {"input": context.input(source).digest, "source": chosen}
+
+
+# -- training sets -----------------------------------------------------------------------------------------------------
+
+
+def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> TokenShard:
+    """Return the documents of a set, each with the tokens that begin and end a text.
+
+    Raises UserError for conversations and for a set without text.
+    """
+    key = {"kind": "text", **source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
+
+    def build(writer: ShardWriter) -> Mapping[str, int]:
+        return _write_documents(read_records(context, source), Encoder(tokenizer), writer)
+
+    return token_shard(context, key, f"tokenise {source.label}", build)
+
+
+def _write_documents(records: Iterable[Record], encoder: Encoder, writer: ShardWriter) -> Mapping[str, int]:
+    counts: Counter[str] = Counter(records=0, samples=0, tokens=0, characters=0)
+    for batch in batches_of(texts_of(records)):
+        writer.report()
+        for text, ids in zip(batch, encoder.documents(batch), strict=True):
+            counts["records"] += 1
+            if not len(ids):
+                counts["emptyText"] += 1
+                continue
+            whole = document(encoder, ids)
+            writer.add(whole)
+            counts.update(samples=1, tokens=len(whole), characters=len(text))
+    return counts
+
+
+def conversation_shard(
+    context: StageContext,
+    source: RecordSource,
+    tokenizer: Any,
+    loss: Loss,
+    too_long: TooLong,
+    sequence_length: int,
+    hindsight: Hindsight | None = None,
+) -> TokenShard:
+    """Return the conversations of a set as samples of at most `sequence_length` tokens, with the mask of what the model
+    must say. The tokenizer carries the chat template. `hindsight`: what becomes of preference records.
+
+    Raises UserError naming a record that cannot be rendered, or, without `hindsight`, one that compares answers.
+    """
+    key = {
+        "kind": "conversation",
+        **source_key(context, source),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "template": tokenizer.chat_template,
+        "loss": loss.model_dump(mode="json"),
+        "tooLong": too_long.value,
+        "sequenceLength": sequence_length,
+        **_hindsight_key(hindsight, context.seed),
+    }
+
+    def build(writer: ShardWriter) -> Mapping[str, int]:
+        encoder = _encoder_of(tokenizer, loss, too_long, sequence_length, hindsight, context.seed)
+        for sample in encoder.encode(read_records(context, source)):
+            writer.add(sample.ids, sample.trained)
+        return encoder.counts
+
+    return token_shard(context, key, f"tokenise {source.label}", build)
+
+
+def _hindsight_key(hindsight: Hindsight | None, seed: int) -> dict[str, Any]:
+    """Return what the samples of preference records depend on; hidden tokens are hidden later."""
+    if hindsight is None:
+        return {}
+    if hindsight.mode is HindsightMode.BEST:
+        return {"hindsight": {"mode": hindsight.mode.value}}
+    words = hindsight.model_dump(mode="json", include={"mode", "feedback"})
+    return {"hindsight": {**words, "seed": seed}}
+
+
+def _encoder_of(
+    tokenizer: Any, loss: Loss, too_long: TooLong, sequence_length: int, hindsight: Hindsight | None, seed: int
+) -> ConversationEncoder:
+    parts = (Encoder(tokenizer), Renderer(tokenizer), loss, too_long, sequence_length)
+    return ConversationEncoder(*parts) if hindsight is None else HindsightEncoder(*parts, hindsight, seed)
+
+
+def check_losses(
+    counts: Mapping[str, Mapping[str, int]],
+    largest_share: float,
+    where: str = "data",
+    remedy: str = "raise `sequenceLength`, choose another `tooLong`, or allow more",
+) -> None:
+    """Raise UserError where more samples than `maxDroppedShare` were dropped, cut or left without loss, or none is
+    left. `counts`: by data set; `where`: the sets' field path."""
+    lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOSSES, SAME_ANSWERS))
+    kept = sum(found.get("samples", 0) for found in counts.values())
+    cut = sum(found.get("cut", 0) for found in counts.values())
+    reasons = "; ".join(f"{name}: {describe_losses(found)}" for name, found in counts.items())
+    if kept == 0:
+        raise UserError(f"{where}: no sample to train on is left ({reasons})")
+    share = lost / (kept + lost - cut)
+    if share > largest_share:
+        raise UserError(
+            f"{where}: {share:.1%} of the samples were dropped, cut or carry no loss, more than `maxDroppedShare` "
+            f"{largest_share:.1%} ({reasons}); {remedy}"
+        )
+
+
+def describe_losses(counts: Mapping[str, int]) -> str:
+    """Return the counts that matter where samples were lost, for people."""
+    names = ("records", "samples", *LOSSES, "splitRecords", "extraSamples", *COUNTS)
+    return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
+
+
+# -- held-out sets -----------------------------------------------------------------------------------------------------
+
+
+def text_held_out(
+    context: StageContext, source: NamedSource, tokenizer: Any, sequence_length: int, max_tokens: int
+) -> HeldOutSet:
+    """Return a text set to measure on: the token that begins a text and the document, `max_tokens` in all."""
+    return measured_text(source.name, texts_of(read_records(context, source)), tokenizer, sequence_length, max_tokens)
+
+
+def measured_text(name: str, texts: Iterable[str], tokenizer: Any, sequence_length: int, max_tokens: int) -> HeldOutSet:
+    """Return documents as rows to measure on. A document longer than a row is cut into pieces, and the first token of
+    a piece is predicted at the end of the one before. The last document is shortened to what `max_tokens` leaves.
+    Raises UserError where there is nothing to measure.
+    """
+    encoder = Encoder(tokenizer)
+    pieces: list[Row] = []
+    left, characters = max_tokens, 0
+    for text, ids in _encoded(texts, encoder):
+        if left <= 0:
+            break
+        kept, used = (ids, text) if len(ids) <= left else _shortened(encoder, text, left)
+        left -= len(kept)
+        characters += len(used)
+        pieces += _pieces(_begun(encoder, kept), sequence_length)
+    if not any(piece.num_targets for piece in pieces):
+        raise UserError(f"heldOut.sets: {name} holds no text to measure")
+    return HeldOutSet(name, pack_rows(pieces, sequence_length), characters)
+
+
+def _encoded(texts: Iterable[str], encoder: Encoder) -> Iterator[tuple[str, Ids]]:
+    for batch in batches_of(texts, BATCH_CHARACTERS >> 3):
+        yield from zip(batch, encoder.documents(batch), strict=True)
+
+
+def _shortened(encoder: Encoder, text: str, most: int) -> tuple[Ids, str]:
+    """Return the beginning of a text that has at most `most` tokens."""
+    ids = encoder.documents([text])[0]
+    while len(ids) > most:
+        text = text[: max(0, min(len(text) - 1, len(text) * most // len(ids)))]
+        ids = encoder.documents([text])[0]
+    return ids, text
+
+
+def _begun(encoder: Encoder, ids: Ids) -> Ids:
+    return ids if encoder.bos is None else np.concatenate([np.array([encoder.bos], np.int32), ids])
+
+
+def _pieces(ids: Ids, sequence_length: int) -> Iterator[Row]:
+    labels = np.append(ids[1:], np.int32(IGNORE)).astype(np.int32)
+    for start in range(0, len(ids), sequence_length):
+        piece = slice(start, start + sequence_length)
+        if (labels[piece] != IGNORE).any():
+            yield Row(ids[piece], labels[piece], (len(ids[piece]),))
+
+
+def conversation_held_out(
+    context: StageContext,
+    source: NamedSource,
+    tokenizer: Any,
+    loss: Loss,
+    sequence_length: int,
+    max_tokens: int,
+    hindsight: Hindsight | None = None,
+) -> HeldOutSet:
+    """Return a conversation set to measure on: the tokens that the model must say; what is too long is left out.
+    Preference records are measured in the form `hindsight` trains on, with nothing hidden."""
+    encoder = _encoder_of(tokenizer, loss, TooLong.DROP, sequence_length, hindsight, context.seed)
+    rows: list[Row] = []
+    left, characters = max_tokens, 0
+    for sample in encoder.encode(read_records(context, source)):
+        row = row_of(sample)
+        if rows and row.num_targets > left:
+            break
+        rows.append(row)
+        left -= row.num_targets
+        characters += sample.characters
+    if not rows:
+        raise UserError(f"heldOut.sets: {source.name} holds no conversation to measure ({encoder.counts})")
+    return HeldOutSet(source.name, pack_rows(rows, sequence_length), characters)
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def texts_of(records: Iterable[Record]) -> Iterator[str]:
+    """Yield the text of each record. Raises UserError for a conversation."""
+    for record in records:
+        if record.text is None:
+            raise UserError(
+                f"{record.where}: a conversation where plain text is expected; `sft` trains on conversations, and a "
+                "`data` stage makes text of them"
+            )
+        yield record.text
+
+
+def is_conversation(context: StageContext, source: RecordSource) -> bool:
+    """Return whether a source's first record is a conversation. Raises UserError for an empty source."""
+    for record in islice(read_records(context, source), 1):
+        return record.text is None
+    raise UserError(f"{source.key}: the data set is empty")
+
+
+def batches_of(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
+    """Yield texts in lists of about `characters` characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,1 +1,0 @@
-"""The training loop that `pretrain` and `sft` share. Imports nothing: `rows` and `places` need no torch."""
