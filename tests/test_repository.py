@@ -28,8 +28,8 @@ def test_the_operator_folder_is_no_package_since_it_would_shadow_the_standard_li
     assert not (ROOT / "operator" / "__init__.py").exists()
 
 
-def test_no_test_folder_is_a_package() -> None:
-    assert list((ROOT / "tests").rglob("__init__.py")) == []
+def test_the_test_suite_is_one_package_whose_folders_have_no_init_file() -> None:
+    assert list((ROOT / "tests").rglob("__init__.py")) == [ROOT / "tests" / "__init__.py"]
 
 
 def pins(lock: Path) -> dict[str, set[str]]:
