@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = re.compile(r"(^|/)(requirements[^/]*\.(lock|txt)|LICENSE|.*\.json|.*/golden/.*|\.ci/wording\..*)$|^examples/data/")
+SKIPPED = re.compile(
+    r"(^|/)(requirements[^/]*\.(lock|txt)|LICENSE|.*\.json|.*/golden/.*|\.ci/wording\..*)$|^examples/data/"
+)
+"""Locks, licence, data and golden files, and the list itself."""
 PAGES = (".md", ".yaml", ".yml", ".toml", ".tpl", ".txt", ".j2", "Dockerfile", "Makefile", "run")
 
 
