@@ -15,6 +15,8 @@ from transformers import LlamaForCausalLM
 from bench.measuring import Child, num_threads, run_child
 from bench.workload import LEARNING_RATE, TOKENS, ClockedPlan, Run
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage, digest_of, output_prefix
+from stagecoach_api.kinds import STAGE_KINDS
+from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_api.names import (
     ENV_CACHE_DIR,
     ENV_PROGRESS_FILE,
@@ -24,8 +26,6 @@ from stagecoach_api.names import (
     ENV_WORK_DIR,
 )
 from stagecoach_api.references import Reference
-from stagecoach_api.stages import STAGE_KINDS
-from stagecoach_api.stages.pretrain import PretrainStage
 from stagecoach_api.store import external_digest, list_external
 from stagecoach_trainer.batches.rows import Row
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from stagecoach_api.expressions import Figures, parse_expression
+from stagecoach_api.kinds import TRAINING_KINDS
 from stagecoach_api.reading.loading import load_run
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
 from tests import ROOT

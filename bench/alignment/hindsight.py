@@ -163,7 +163,7 @@ def make_tokenizer() -> Any:
 
 def save_model(folder: Path, seed: int) -> None:
     """Write a LLaMA of 2 layers of width 64 with new weights, and its vocabulary."""
-    from stagecoach_api.stages.pretrain import Architecture
+    from stagecoach_api.kinds.pretrain import Architecture
     from stagecoach_trainer.models.new_model import build_model
 
     shape = Architecture(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, max_position_embeddings=64)
@@ -180,7 +180,7 @@ def run_sft(
 ) -> tuple[Path, Mapping[str, float]]:
     """Run an `sft` stage in a folder of its own; return its output and its metrics."""
     from bench.ours import resolve
-    from stagecoach_api.stages.sft import SftStage
+    from stagecoach_api.kinds.sft import SftStage
     from stagecoach_trainer.run_stage import Attempt, build_context
     from stagecoach_trainer.runtime.context import World
     from stagecoach_trainer.stages.sft import run

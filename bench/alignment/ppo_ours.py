@@ -21,7 +21,7 @@ import numpy as np
 
 from bench.alignment import ppo_task as task
 from bench.ours import NEVER, resolve
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.batches.mixing import Mix, Stream
 from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
 from stagecoach_trainer.rewards.term import Judged, Judgement

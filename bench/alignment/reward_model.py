@@ -160,7 +160,7 @@ def lines() -> Any:
 def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path], seed: int = 7) -> dict[str, float]:
     """Run one `rewardModel` stage and return its metrics."""
     from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
-    from stagecoach_api.stages.reward_model import RewardModelStage
+    from stagecoach_api.kinds.reward_model import RewardModelStage
     from stagecoach_api.store import external_digest, list_external, open_store
     from stagecoach_trainer.runtime.context import StageContext, World
     from stagecoach_trainer.runtime.progress import Progress

@@ -18,7 +18,7 @@ import numpy as np
 from bench.alignment import preference_task as task
 from bench.ours import NEVER, OPTIMIZER, resolve
 from bench.workload import ClockedPlan
-from stagecoach_api.stages.reward_model import RewardModelStage
+from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence
 
 

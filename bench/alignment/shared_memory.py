@@ -58,7 +58,7 @@ def make_base(folder: Path) -> None:
 def configuration() -> Any:
     """A PPO stage under LoRA."""
     from bench.ours import NEVER
-    from stagecoach_api.stages.ppo import PpoStage
+    from stagecoach_api.kinds.ppo import PpoStage
 
     return PpoStage.model_validate(
         {

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagecoach_api.code import code_identity
+    from stagecoach_api.kinds import STAGE_KINDS
     from stagecoach_api.problems import InvalidRun, Problem
     from stagecoach_api.reading.loading import LoadedRun, load_run, parse_run
     from stagecoach_api.reading.validation import validate
     from stagecoach_api.spec import Stage, TrainingRun
-    from stagecoach_api.stages import STAGE_KINDS
     from stagecoach_api.status import RunState, StageState, TrainingRunStatus
 
 __all__ = [
@@ -38,7 +38,7 @@ _HOMES = {
     "stagecoach_api.reading.loading": ("LoadedRun", "load_run", "parse_run"),
     "stagecoach_api.problems": ("InvalidRun", "Problem"),
     "stagecoach_api.spec": ("Stage", "TrainingRun"),
-    "stagecoach_api.stages": ("STAGE_KINDS",),
+    "stagecoach_api.kinds": ("STAGE_KINDS",),
     "stagecoach_api.status": ("RunState", "StageState", "TrainingRunStatus"),
     "stagecoach_api.reading.validation": ("validate",),
 }

@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Model, Name, ShortText, Uri
-from stagecoach_api.pods import LabelKey, Pods, Quantity
-from stagecoach_api.references import Reference
-from stagecoach_api.stages import (
+from stagecoach_api.kinds import (
     STAGE_KINDS,
     DataStage,
     DpoStage,
@@ -22,8 +20,10 @@ from stagecoach_api.stages import (
     SftStage,
     TokenizerStage,
 )
-from stagecoach_api.stages.evaluate import LmEvalTask
-from stagecoach_api.stages.tokenizer import AddTokens
+from stagecoach_api.kinds.evaluate import LmEvalTask
+from stagecoach_api.kinds.tokenizer import AddTokens
+from stagecoach_api.pods import LabelKey, Pods, Quantity
+from stagecoach_api.references import Reference
 
 
 class SecretReference(Model):

@@ -10,10 +10,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from stagecoach_api.artifacts import Manifest
+from stagecoach_api.kinds import PretrainStage, TokenizerStage
+from stagecoach_api.kinds.pretrain import Architecture
 from stagecoach_api.references import Reference
 from stagecoach_api.spec import Stage
-from stagecoach_api.stages import PretrainStage, TokenizerStage
-from stagecoach_api.stages.pretrain import Architecture
 from stagecoach_api.training import Training
 from stagecoach_core.values import Plan
 

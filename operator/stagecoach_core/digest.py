@@ -14,9 +14,9 @@ from pydantic import JsonValue
 
 from stagecoach_api.artifacts import digest_of
 from stagecoach_api.base import Model
+from stagecoach_api.kinds.pretrain import DataWeight
 from stagecoach_api.references import Reference
 from stagecoach_api.spec import FILE_FIELDS, Stage
-from stagecoach_api.stages.pretrain import DataWeight
 from stagecoach_api.training import Training
 from stagecoach_core.values import Found, PlannedStage
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagecoach_api.kinds import TRAINING_KINDS
 from stagecoach_api.spec import Stage
-from stagecoach_api.stages import TRAINING_KINDS
 from stagecoach_core.quantities import asked_threads
 
 HEAVY_KINDS = TRAINING_KINDS | {"evaluate", "export"}

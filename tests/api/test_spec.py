@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 import stagecoach_api
 from stagecoach_api.fields import fields_of, model_at, shape_of, walk_models
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
 from tests.api.makers import document, edited
 
 HEAVY = ("torch", "transformers", "boto3", "botocore", "kopf", "kubernetes", "click", "rich", "jinja2", "numpy")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
+from stagecoach_api.kinds import DataStage
 from stagecoach_api.outcomes import Cause, ExitCode
-from stagecoach_api.stages import DataStage
 from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
 from stagecoach_trainer import run_stage as module
 from stagecoach_trainer.__main__ import outcome_of, pin_threads, read_stage

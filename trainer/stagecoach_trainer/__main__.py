@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.base import Model
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import (
     ENV_CACHE_DIR,
     ENV_PROGRESS_FILE,
@@ -34,7 +35,6 @@ from stagecoach_api.names import (
     ENV_WORK_DIR,
 )
 from stagecoach_api.outcomes import AttemptResult, ExitCode
-from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
 from stagecoach_api.training import Training
 from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe

@@ -10,10 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 from stagecoach_api.fields import FieldPath, Shape, fields_of, shape_of
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.problems import MISSING, InvalidRun, Problem, suggest
 from stagecoach_api.reading.yaml_reader import read_yaml
 from stagecoach_api.spec import Stage, TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
 
 _SEGMENT = re.compile(r"\.|\[(\d+)\]")
 

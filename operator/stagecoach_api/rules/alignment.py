@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from stagecoach_api.kinds import DpoStage, PpoStage, RewardModelStage, SftStage
+from stagecoach_api.kinds.ppo import RolloutEngine
 from stagecoach_api.problems import suggest
 from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
-from stagecoach_api.stages import DpoStage, PpoStage, RewardModelStage, SftStage
-from stagecoach_api.stages.ppo import RolloutEngine
 from stagecoach_api.training import MeasuredTraining
 
 PARAMETERS_SHARDED = 3

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from stagecoach_api.base import Model
 from stagecoach_api.fields import FieldPath, format_path
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.problems import Problem
-from stagecoach_api.stages import STAGE_KINDS
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.kinds import DataStage
 from stagecoach_api.problems import suggest
 from stagecoach_api.references import Split
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, Link
-from stagecoach_api.stages import DataStage
 
 MAX_CYCLES = 16
 """More are not reported at once."""

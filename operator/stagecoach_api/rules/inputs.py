@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.kinds import DataStage, EvaluateStage, TokenizerStage
 from stagecoach_api.problems import suggest
 from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs, walk
-from stagecoach_api.stages import DataStage, EvaluateStage, TokenizerStage
 from stagecoach_api.training import MeasuredTraining, Training
 
 URI_FIELDS = frozenset({"uri", "inputs", "charactersFrom"})

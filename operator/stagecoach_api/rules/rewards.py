@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from stagecoach_api.expressions import ExpressionError, parse_expression
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.kinds import EvaluateStage, PpoStage, RewardModelStage
 from stagecoach_api.problems import suggest
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_api.rules.draft import Draft, Fault, configs
-from stagecoach_api.stages import EvaluateStage, PpoStage, RewardModelStage
 
 Terms = Sequence[RewardTerm]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.kinds import PretrainStage, SftStage
 from stagecoach_api.problems import suggest
 from stagecoach_api.references import Format, RecordSource, Reference, Split
 from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
-from stagecoach_api.stages import PretrainStage, SftStage
 from stagecoach_api.training import MeasuredTraining, Rows, ScheduleName, Training
 
 EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})

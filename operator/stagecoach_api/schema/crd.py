@@ -13,18 +13,18 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.base import Model
+from stagecoach_api.conversation import Template
 from stagecoach_api.fields import fields_of, shape_of, walk_models
+from stagecoach_api.kinds import STAGE_KINDS, PpoStage, PretrainStage, TokenizerStage
+from stagecoach_api.kinds.data import DataStep, Match
+from stagecoach_api.kinds.dpo import DirectLoss
+from stagecoach_api.kinds.evaluate import Gate, LmEvalTask
+from stagecoach_api.kinds.pretrain import Architecture
+from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_api.pods import Pods, Toleration, Volume
 from stagecoach_api.references import Reference
 from stagecoach_api.rewards import REWARD_MEMBERS, PropositionReward, RewardTerm
 from stagecoach_api.spec import Metadata, Queue, RunSpec, Stage, TrainingRun
-from stagecoach_api.stages import STAGE_KINDS, PpoStage, PretrainStage, TokenizerStage
-from stagecoach_api.stages.data import DataStep, Match
-from stagecoach_api.stages.dpo import DirectLoss
-from stagecoach_api.stages.evaluate import Gate, LmEvalTask
-from stagecoach_api.stages.pretrain import Architecture
-from stagecoach_api.stages.reward_model import PreferenceLoss
-from stagecoach_api.stages.sft import Template
 from stagecoach_api.status import TrainingRunStatus
 from stagecoach_api.training import Batch, Budget, Sharding, Trainable
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from stagecoach_api.base import Model
 from stagecoach_api.fields import fields_of, walk_models
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import API_GROUP_VERSION, KIND
 from stagecoach_api.schema.crd import EXACTLY_ONE, PRINTER_COLUMNS
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.status import ConditionType, Reason, TrainingRunStatus
 
 Schema = dict[str, Any]

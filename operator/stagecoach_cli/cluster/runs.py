@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from stagecoach_api import names
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.spec import Storage
-from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.status import (
     AttemptStatus,
     Condition,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
-from stagecoach_api.stages import TRAINING_KINDS
+from stagecoach_api.kinds import TRAINING_KINDS
 from stagecoach_api.status import FINISHED
 from stagecoach_api.store import Store, StoreError
 from stagecoach_cli.display.live import causes

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stagecoach_api.fields import fields_of, shape_of, walk_models
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.problems import InvalidRun, Problem, format_value, nearest
 from stagecoach_api.reading.validation import validate
 from stagecoach_api.references import RecordSource, Reference
 from stagecoach_api.rules import RULES
 from stagecoach_api.rules.graph import INPUT_KINDS
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
 from tests.api.makers import REMOVED, document, edited
 
 SHA = "a" * 64

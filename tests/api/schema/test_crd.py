@@ -15,6 +15,8 @@ from pydantic import Field
 
 from stagecoach_api.base import Model
 from stagecoach_api.fields import FieldPath, fields_of, format_path, walk_models
+from stagecoach_api.kinds import STAGE_KINDS
+from stagecoach_api.kinds.ppo import Guards
 from stagecoach_api.problems import InvalidRun
 from stagecoach_api.reading.loading import load_run
 from stagecoach_api.reading.validation import validate
@@ -28,8 +30,6 @@ from stagecoach_api.schema.crd import (
 )
 from stagecoach_api.schema.editor_schema import editor_schema
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
-from stagecoach_api.stages.ppo import Guards
 from stagecoach_api.status import TrainingRunStatus
 from tests import ROOT
 from tests.api.makers import REMOVED, document, edited

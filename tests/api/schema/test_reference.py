@@ -8,9 +8,9 @@ import pytest
 
 from stagecoach_api.base import Model
 from stagecoach_api.fields import fields_of, shape_of, walk_models
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.schema.reference import reference_page
 from stagecoach_api.spec import TrainingRun
-from stagecoach_api.stages import STAGE_KINDS
 from stagecoach_api.status import Reason, TrainingRunStatus
 from tests import ROOT
 

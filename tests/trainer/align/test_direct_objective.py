@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagecoach_api.stages.dpo import DirectLoss
+from stagecoach_api.kinds.dpo import DirectLoss
 from stagecoach_trainer.align.answer_scores import score_answers
 from stagecoach_trainer.align.direct_held_out import DirectSet, direct_figures
 from stagecoach_trainer.align.direct_objective import AnswerLoss, DirectObjective, sequences_of

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from stagecoach_api.conversation import Role
+from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
-from stagecoach_api.stages.data import DataStage
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Answer, Record, RecordError, Turn, detect_format, parser_for
 from stagecoach_trainer.data.records import read_index, read_records, record_to_json, require_no_answers
 from stagecoach_trainer.data.steps import content_hash, prompt_hash

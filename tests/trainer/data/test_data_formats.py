@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Record, RecordError, Turn, detect_format, parser_for
 from tests import SHARED_DATA as SHARED
 

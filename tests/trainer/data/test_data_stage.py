@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.references import RecordSource, Split
-from stagecoach_api.stages.data import DataStage
 from stagecoach_api.store import open_store
 from stagecoach_trainer.data.funnel import Funnel
 from stagecoach_trainer.data.records import Record, read_records

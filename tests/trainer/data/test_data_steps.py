@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from stagecoach_api.stages.data import (
+from stagecoach_api.conversation import Role
+from stagecoach_api.kinds.data import (
     CharacterShare,
     DataStep,
     Deduplicate,
@@ -16,7 +17,6 @@ from stagecoach_api.stages.data import (
     Script,
     UnicodeForm,
 )
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.formats import Record, Turn
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
 from stagecoach_trainer.runtime.errors import UserError

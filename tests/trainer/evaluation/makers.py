@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from stagecoach_api.artifacts import ModelCard
+from stagecoach_api.conversation import Template, TemplateName
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.sft import Template, TemplateName
 from stagecoach_api.training import LoraTraining, NewRows, Trainable
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.resize import grow

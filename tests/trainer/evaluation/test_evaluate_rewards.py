@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
+from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_trainer.evaluation.rewards import win_rate
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_model

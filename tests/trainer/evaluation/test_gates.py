@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach_api.stages.evaluate import EvaluateStage, Gate
+from stagecoach_api.kinds.evaluate import EvaluateStage, Gate
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.rewards.makers import evaluate_stage

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import NamedSource
-from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_trainer.evaluation.heldout import HeldOutFigures, measure_held_out
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.encoding import Encoder

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from stagecoach_api.artifacts import REPORT
-from stagecoach_api.stages.evaluate import EvaluateStage
+from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_trainer.evaluation import lm_eval_tasks
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_own_task
 from stagecoach_trainer.runtime.errors import UserError

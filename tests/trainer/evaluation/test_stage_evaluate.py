@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.evaluate import EvaluateStage
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stagecoach_api.artifacts import CARD, REPORT, REPORT_TEXT, ModelCard
+from stagecoach_api.kinds.export import ExportStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.export import ExportStage
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_folder, load_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_api.stages.evaluate import Generation
+from stagecoach_api.generation import Generation
 from stagecoach_trainer.generation.generation import Prompter, generate, generation_settings, pad_left
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.hindsight import asked_prompt

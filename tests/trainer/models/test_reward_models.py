@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
+from stagecoach_api.conversation import Template, TemplateName
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.sft import Template, TemplateName
 from stagecoach_api.training import LoraTraining, Trainable
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model, with_system

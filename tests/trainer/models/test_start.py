@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from stagecoach_api.stages.pretrain import RopeScaling, RopeScalingName
+from stagecoach_api.kinds.pretrain import RopeScaling, RopeScalingName
 from stagecoach_trainer.loop.loop import prepare_network
 from stagecoach_trainer.models.starting_point import position_change
 from stagecoach_trainer.runtime.errors import UserError

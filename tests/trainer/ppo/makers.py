@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
+from stagecoach_api.conversation import Template, TemplateName
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.rewards import RewardTerm
-from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_api.stages.sft import Template, TemplateName
 from stagecoach_api.training import LoraTraining, Sharding, Trainable
 from stagecoach_trainer.batches.mixing import Mix, Stream
 from stagecoach_trainer.models.load import load_folder

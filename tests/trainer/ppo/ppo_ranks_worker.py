@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.training import Precision, Sharding
 from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.engine.sharded import shard_frozen

@@ -12,8 +12,8 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_trainer.kernels.answer_log_probs import collate_answers
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_folder

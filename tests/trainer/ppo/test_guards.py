@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_api.stages.ppo import Guards, PpoStage
+from stagecoach_api.kinds.ppo import Guards, PpoStage
 from stagecoach_trainer.ppo.guards import UpdateFigures, Watch
 from stagecoach_trainer.ppo.loop import train_policy
 from stagecoach_trainer.rewards.term import Judged

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.loop import checkpoint
 from stagecoach_trainer.ppo import saved_rollouts as kept
 from stagecoach_trainer.ppo.job import PpoJob, PpoResult, own_mini_batches

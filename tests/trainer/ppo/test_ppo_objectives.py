@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stagecoach_api.stages.ppo import PolicyLoss
+from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
 from stagecoach_trainer.kernels.answer_log_probs import collate_answers
 from stagecoach_trainer.kernels.attention import short_attention

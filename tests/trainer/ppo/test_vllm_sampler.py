@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.generation.sampling import Decoding
 from stagecoach_trainer.kernels.causal import CausalLoss
 from stagecoach_trainer.ppo.vllm_sampler import VllmSampler

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong, Turns
 from stagecoach_api.references import Format, RecordSource
-from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, TooLong, Turns
 from stagecoach_trainer.data.records import Record, Turn, read_path
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, document

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from stagecoach_api.conversation import Loss, Template, TemplateName, TooLong
+from stagecoach_api.kinds.sft import Feedback, Hindsight, HindsightMode
 from stagecoach_api.references import RecordSource
-from stagecoach_api.stages.sft import Feedback, Hindsight, HindsightMode, Loss, Template, TemplateName, TooLong
 from stagecoach_trainer.data.formats import Answer
 from stagecoach_trainer.data.records import Record, Role, Turn, read_path
 from stagecoach_trainer.runtime.errors import UserError

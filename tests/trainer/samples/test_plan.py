@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_api.stages.pretrain import PretrainStage
+from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_api.training import Schedule
 from stagecoach_trainer.batches.rows import IGNORE, Row
 from stagecoach_trainer.runtime.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stagecoach_api.conversation import Role, Template, TemplateName
+from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_api.references import RecordSource
-from stagecoach_api.stages.reward_model import RewardModelStage
-from stagecoach_api.stages.sft import Role, Template, TemplateName
 from stagecoach_trainer.data.records import Record, Turn, read_records
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.preferences import (

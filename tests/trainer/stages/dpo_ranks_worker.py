@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.stages.dpo import DpoStage
+from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.dpo import run

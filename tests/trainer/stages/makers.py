@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.stages.pretrain import PretrainStage
-from stagecoach_api.stages.sft import SftStage
+from stagecoach_api.kinds.pretrain import PretrainStage
+from stagecoach_api.kinds.sft import SftStage
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from tests.trainer.models.makers import SENTENCES, make_context, make_tokenizer, save_base
 

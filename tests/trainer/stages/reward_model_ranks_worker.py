@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.reward_model import RewardModelStage
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group, world_from

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.models.save import save_model

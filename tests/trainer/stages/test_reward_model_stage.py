@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_api.references import Reference
-from stagecoach_api.stages.reward_model import (
+from stagecoach_api.kinds.reward_model import (
     BiasOn,
     FocalLoss,
     PairLoss,
@@ -21,6 +20,7 @@ from stagecoach_api.stages.reward_model import (
     RankedLoss,
     RewardModelStage,
 )
+from stagecoach_api.references import Reference
 from stagecoach_trainer.align.held_out import length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, collate_pairs
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model

@@ -124,8 +124,8 @@ def test_more_dropped_samples_than_allowed_fail_the_stage(workshop: Workshop) ->
 
 
 def test_tokenised_shards_are_made_once_and_used_again(workshop: Workshop) -> None:
+    from stagecoach_api.conversation import Loss, Template, TemplateName, TooLong
     from stagecoach_api.references import WeightedSource
-    from stagecoach_api.stages.sft import Loss, Template, TemplateName, TooLong
     from stagecoach_trainer.samples import datasets as sources
     from stagecoach_trainer.samples.datasets import conversation_shard
     from stagecoach_trainer.text.templates import apply_template

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from stagecoach_api.stages.sft import SftStage
+from stagecoach_api.kinds.sft import SftStage
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples import token_masking as hiding

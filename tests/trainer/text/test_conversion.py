@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
-from stagecoach_api.references import RecordSource
-from stagecoach_api.stages.tokenizer import (
+from stagecoach_api.kinds.tokenizer import (
     Algorithm,
     MergedCharacters,
     MergedScore,
     Normalization,
     TrainVocabulary,
 )
+from stagecoach_api.references import RecordSource
 from stagecoach_trainer.text.conversion import merges, save_vocabulary
 from stagecoach_trainer.text.measure import PROBES
 from stagecoach_trainer.text.pieces import (

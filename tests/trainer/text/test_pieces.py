@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from stagecoach_api.kinds.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
 from stagecoach_api.references import RecordSource
-from stagecoach_api.stages.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.pieces import (
     BYTE,

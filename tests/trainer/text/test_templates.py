@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, Turns
+from stagecoach_api.conversation import Loss, Role, Template, TemplateName, Turns
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import CHATML_END, Renderer, apply_template, chat_template, parse_tools
 from tests import SHARED_DATA as DATA

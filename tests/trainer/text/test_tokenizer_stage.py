@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach_api.stages.tokenizer import TokenizerStage, TrainVocabulary
+from stagecoach_api.kinds.tokenizer import TokenizerStage, TrainVocabulary
 from stagecoach_trainer.runtime.context import StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.tokenizer import run, sample_lines

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stagecoach_api.stages.dpo import DpoStage
+from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_trainer.align.direct_objective import AnswerLoss, collate_sequences
 from stagecoach_trainer.align.reference_table import Scorer
 from stagecoach_trainer.engine.precision import MixedPrecision

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagecoach_api.stages.dpo import DirectLoss
+from stagecoach_api.kinds.dpo import DirectLoss
 from stagecoach_trainer.align.answer_scores import answers_at_once, score_answers
 from stagecoach_trainer.align.direct import kl_point, log_ratios
 from stagecoach_trainer.align.direct_objective import direct_losses, prompt_and_answer, sequences_of

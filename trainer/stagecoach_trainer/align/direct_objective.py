@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagecoach_api.stages.dpo import DirectLoss, SigmoidLoss
+from stagecoach_api.kinds.dpo import DirectLoss, SigmoidLoss
 from stagecoach_trainer.align.direct import ipo_losses, kl_point, kto_losses, log_ratios, sigmoid_losses
 from stagecoach_trainer.align.mismatched import PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagecoach_api.stages.reward_model import PreferenceLoss
+from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_trainer.align.objectives import collate_pairs, preference_losses
 from stagecoach_trainer.align.ranking import pair_figures, pair_weights
 from stagecoach_trainer.batches.shard import deal

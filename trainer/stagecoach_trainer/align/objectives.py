@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagecoach_api.stages.reward_model import PreferenceLoss
+from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
 from stagecoach_trainer.engine.objective import UnpackedObjective
 from stagecoach_trainer.kernels.fast_llama import fast_llama

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.turns import (
     MESSAGES_TURNS,
     Answer,

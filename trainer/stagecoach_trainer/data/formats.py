@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stagecoach_api.conversation import Role
 from stagecoach_api.references import PREFERENCE_FORMATS, FieldMapping, Format
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.answers import detect_preferences, preference_parser
 from stagecoach_trainer.data.turns import (
     MESSAGES_TURNS,

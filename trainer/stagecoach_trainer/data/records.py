@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
-from stagecoach_api.stages.sft import Role
 from stagecoach_trainer.data.answers import canonical_preferences
 from stagecoach_trainer.data.files import Layout, layout_of, read_values
 from stagecoach_trainer.data.formats import Answer, Parse, Record, RecordError, Turn, detect_format, parser_for

@@ -1,7 +1,7 @@
 """The steps of the `data` pipeline. Each is a small class with one method and counters of its own.
 
 A step takes a record and gives it back, perhaps changed, or says why it is dropped. To add one: a member of
-`stagecoach_api.stages.data.DataStep`, a class here, a line in `STEPS`.
+`stagecoach_api.kinds.data.DataStep`, a class here, a line in `STEPS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from stagecoach_api.character_sets import Script
-from stagecoach_api.stages.data import (
+from stagecoach_api.kinds.data import (
     CharacterShare,
     DataStep,
     Deduplicate,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_api.stages.sft import Role
+from stagecoach_api.conversation import Role
 
 
 class RecordError(ValueError):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from stagecoach_api.stages.evaluate import ExactMatch
-from stagecoach_api.stages.sft import Role
+from stagecoach_api.conversation import Role
+from stagecoach_api.kinds.evaluate import ExactMatch
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.records import Fetches, Record, read_records
 from stagecoach_trainer.generation.generation import Prompter, Report, generate

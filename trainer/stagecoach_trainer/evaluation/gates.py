@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stagecoach_api.stages.evaluate import EvaluateStage, Gate, GateFailure
+from stagecoach_api.kinds.evaluate import EvaluateStage, Gate, GateFailure
 from stagecoach_trainer.evaluation.rewards import reward_metrics
 from stagecoach_trainer.runtime.errors import UserError
 

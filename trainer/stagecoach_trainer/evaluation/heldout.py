@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stagecoach_api.conversation import Loss
+from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import NamedSource
-from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_api.stages.sft import Loss
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.loop.measure import Measured, measure

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from stagecoach_api.kinds.evaluate import LmEvalTask
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.evaluate import LmEvalTask
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from stagecoach_api.stages.evaluate import RewardTask
-from stagecoach_api.stages.sft import Role
+from stagecoach_api.conversation import Role
+from stagecoach_api.kinds.evaluate import RewardTask
 from stagecoach_trainer.data.records import Fetches, Record, read_records
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.rewards import Judged, Judgement, RewardSum

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stagecoach_api.stages.evaluate import Generation, Samples
-from stagecoach_api.stages.sft import Role
+from stagecoach_api.conversation import Role
+from stagecoach_api.generation import Generation, Samples
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.models.load import positions_of
 from stagecoach_trainer.runtime.errors import UserError

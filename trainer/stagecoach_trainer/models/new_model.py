@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stagecoach_api.stages.pretrain import Architecture
+from stagecoach_api.kinds.pretrain import Architecture
 
 
 def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
+from stagecoach_api.conversation import Loss, Role, TooLong, Turns
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
 from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.kernels.causal import causal_model
 from stagecoach_trainer.kernels.unpadded import states_at

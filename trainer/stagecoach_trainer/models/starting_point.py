@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagecoach_api.artifacts import ModelCard, ResolvedInput, RewardCard
+from stagecoach_api.kinds.pretrain import Architecture, RopeScaling, RopeScalingName
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.pretrain import Architecture, RopeScaling, RopeScalingName
 from stagecoach_api.training import NewRows, TextTraining
 from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base, positions_of
 from stagecoach_trainer.models.new_model import build_model

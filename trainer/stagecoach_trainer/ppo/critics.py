@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.ppo import PpoStage
 from stagecoach_api.training import Rows
 from stagecoach_trainer.models.load import load_model, read_card
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model

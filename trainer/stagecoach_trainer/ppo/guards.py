@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stagecoach_api.stages.ppo import Guards
+from stagecoach_api.kinds.ppo import Guards
 
 
 @dataclass(frozen=True)

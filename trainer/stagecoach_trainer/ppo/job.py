@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.training import Precision
 from stagecoach_trainer.batches.mixing import Mix
 from stagecoach_trainer.batches.rows import StepPlan

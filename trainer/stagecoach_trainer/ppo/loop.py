@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import nn
 
-from stagecoach_api.stages.ppo import GuardAction
+from stagecoach_api.kinds.ppo import GuardAction
 from stagecoach_trainer.align.kl import kl_price
 from stagecoach_trainer.batches.shard import deal
 from stagecoach_trainer.engine.engine import StepReport

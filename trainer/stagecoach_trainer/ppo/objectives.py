@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagecoach_api.stages.ppo import PolicyLoss
+from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
 from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
 from stagecoach_trainer.batches.collate import Batch, collate

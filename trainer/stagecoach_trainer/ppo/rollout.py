@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stagecoach_api.stages.ppo import Rollout, RolloutEngine
+from stagecoach_api.kinds.ppo import Rollout, RolloutEngine
 from stagecoach_api.store import StoreError
 from stagecoach_trainer.align.advantages import generalized_advantages
 from stagecoach_trainer.align.kl import answer_sums, k1, token_rewards

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stagecoach_api.stages.ppo import PpoStage
+from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.generation.sampling import Decoding, Sampled
 from stagecoach_trainer.kernels.causal import CausalLoss, causal_model

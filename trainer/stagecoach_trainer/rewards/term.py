@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_api.stages.sft import Role
+from stagecoach_api.conversation import Role
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.text.templates import Message
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
+from stagecoach_api.conversation import Loss, Role, TooLong, Turns
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.records import Record, require_no_answers
 from stagecoach_trainer.runtime.errors import UserError

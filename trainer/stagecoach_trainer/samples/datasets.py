@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from stagecoach_api.conversation import Loss, TooLong
+from stagecoach_api.kinds.sft import Hindsight, HindsightMode
 from stagecoach_api.references import NamedSource, RecordSource
-from stagecoach_api.stages.sft import Hindsight, HindsightMode, Loss, TooLong
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
 from stagecoach_trainer.data.records import Record, read_records
 from stagecoach_trainer.loop.job import HeldOutSet

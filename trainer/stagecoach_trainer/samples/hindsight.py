@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from stagecoach_api.stages.sft import Feedback, Hindsight, HindsightMode, Loss, Role, TooLong, Turns
+from stagecoach_api.conversation import Loss, Role, TooLong, Turns
+from stagecoach_api.kinds.sft import Feedback, Hindsight, HindsightMode
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.formats import Turn
 from stagecoach_trainer.data.records import Record

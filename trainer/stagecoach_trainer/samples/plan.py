@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach_api.stages.pretrain import Phase
+from stagecoach_api.kinds.pretrain import Phase
 from stagecoach_api.training import Batch, Budget, Schedule, Training
 from stagecoach_trainer.batches.mixing import Int64, Mix, Stream, make_key, splitmix
 from stagecoach_trainer.batches.packing import PackedRows, one_per_row, pack

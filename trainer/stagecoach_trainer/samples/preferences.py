@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stagecoach_api.conversation import Loss, Role, TooLong, Turns
 from stagecoach_api.references import RecordSource
-from stagecoach_api.stages.sft import Loss, Role, TooLong, Turns
 from stagecoach_api.training import Training
 from stagecoach_trainer.batches.mixing import Int64
 from stagecoach_trainer.batches.rows import Ids

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.kinds.data import DataSource, DataStage, Order
 from stagecoach_api.references import Split
-from stagecoach_api.stages.data import DataSource, DataStage, Order
 from stagecoach_trainer.data.formats import Record
 from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
 from stagecoach_trainer.data.records import INDEX, Malformed, read_path, sort_of

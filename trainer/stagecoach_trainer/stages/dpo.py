@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_api.references import NamedSource
-from stagecoach_api.stages.dpo import DpoStage
 from stagecoach_trainer.align.answer_scores import scoring
 from stagecoach_trainer.align.direct_held_out import DirectSet
 from stagecoach_trainer.align.direct_objective import DirectObjective, counting_of, grouping_of, sequences_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from stagecoach_api.kinds.evaluate import EvaluateStage, Rival
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.evaluate import EvaluateStage, Rival
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
 from stagecoach_trainer.evaluation.heldout import measure_held_out

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, ResolvedInput
-from stagecoach_api.stages.export import ExportStage
+from stagecoach_api.kinds.export import ExportStage
 from stagecoach_api.store import external_digest, list_external
 from stagecoach_api.stores.base import file_uri
 from stagecoach_trainer.evaluation.proof import Divergence, Witness, proof_rows

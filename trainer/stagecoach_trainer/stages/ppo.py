@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from stagecoach_api.stages.ppo import PpoStage, PretrainingMix
-from stagecoach_api.stages.sft import Loss, TooLong
+from stagecoach_api.conversation import Loss, TooLong
+from stagecoach_api.kinds.ppo import PpoStage, PretrainingMix
 from stagecoach_api.training import Batch, Budget, Schedule
 from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
 from stagecoach_trainer.kernels.dropout import switch_off_dropout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagecoach_api.stages.pretrain import PretrainStage
+from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_trainer.models.starting_point import Start, position_change, start_from_model, start_from_nothing
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stagecoach_api.artifacts import RewardCard
-from stagecoach_api.stages.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
+from stagecoach_api.kinds.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
 from stagecoach_trainer.align.held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, counting_of
 from stagecoach_trainer.loop.job import TrainingJob, TrainingResult

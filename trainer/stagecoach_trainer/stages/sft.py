@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stagecoach_api.kinds.sft import HindsightMode, SftStage
 from stagecoach_api.references import NamedSource
-from stagecoach_api.stages.sft import HindsightMode, SftStage
 from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.models.starting_point import position_change, start_from_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome

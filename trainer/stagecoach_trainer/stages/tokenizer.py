@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
+from stagecoach_api.kinds.tokenizer import AddTokens, MergedScore, MergeVocabulary, TokenizerStage, TrainVocabulary
 from stagecoach_api.references import RecordSource, Reference
-from stagecoach_api.stages.tokenizer import AddTokens, MergedScore, MergeVocabulary, TokenizerStage, TrainVocabulary
 from stagecoach_trainer.data.records import read_records
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import Interrupted, UserError

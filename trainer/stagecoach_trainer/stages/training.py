@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stagecoach_api.conversation import Template
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.models.starting_point import Start, position_change, save_result, start_as_it_is

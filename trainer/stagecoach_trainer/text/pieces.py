@@ -12,7 +12,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 
-from stagecoach_api.stages.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
+from stagecoach_api.kinds.tokenizer import Algorithm, MergedCharacters, MergedScore, TrainVocabulary
 from stagecoach_trainer.runtime.errors import UserError
 
 protocol: Any = sentencepiece_model_pb2

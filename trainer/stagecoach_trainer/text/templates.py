@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.stages.sft import Loss, Role, Template, TemplateName, Turns
+from stagecoach_api.conversation import Loss, Role, Template, TemplateName, Turns
 from stagecoach_trainer.runtime.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "chat_templates"

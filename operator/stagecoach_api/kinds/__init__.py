@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from stagecoach_api.base import Model
-from stagecoach_api.stages.data import DataStage
-from stagecoach_api.stages.dpo import DpoStage
-from stagecoach_api.stages.evaluate import EvaluateStage
-from stagecoach_api.stages.export import ExportStage
-from stagecoach_api.stages.ppo import PpoStage
-from stagecoach_api.stages.pretrain import PretrainStage
-from stagecoach_api.stages.reward_model import RewardModelStage
-from stagecoach_api.stages.sft import SftStage
-from stagecoach_api.stages.tokenizer import TokenizerStage
+from stagecoach_api.kinds.data import DataStage
+from stagecoach_api.kinds.dpo import DpoStage
+from stagecoach_api.kinds.evaluate import EvaluateStage
+from stagecoach_api.kinds.export import ExportStage
+from stagecoach_api.kinds.ppo import PpoStage
+from stagecoach_api.kinds.pretrain import PretrainStage
+from stagecoach_api.kinds.reward_model import RewardModelStage
+from stagecoach_api.kinds.sft import SftStage
+from stagecoach_api.kinds.tokenizer import TokenizerStage
 from stagecoach_api.training import Training
 
 STAGE_KINDS: dict[str, type[Model]] = {

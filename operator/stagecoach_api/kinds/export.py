@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from stagecoach_api.base import LongText, Model
+from stagecoach_api.generation import Generation, Samples
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.evaluate import Generation, Samples
 from stagecoach_api.training import Precision
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Count, Fraction, Model, NonNegativeCount
+from stagecoach_api.conversation import Template
 from stagecoach_api.references import Reference, WeightedSource
 from stagecoach_api.rewards import PromptSource, RewardTerms
-from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import Optimizer, Training
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Model
+from stagecoach_api.conversation import Template
 from stagecoach_api.references import Reference
-from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import MeasuredTraining, require_exactly_one
 
 Beta = Annotated[float, Field(ge=1e-6, le=1000.0)]

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stagecoach_api.base import Identifier, LongText, Model
+from stagecoach_api.conversation import Template
 from stagecoach_api.references import NamedSource, Reference, WeightedSource
-from stagecoach_api.stages.sft import Template
 from stagecoach_api.training import HeldOut, MeasuredTraining, require_exactly_one
 
 
