@@ -136,7 +136,7 @@ def connect(choice: ClusterChoice) -> ClusterApi:
         from kubernetes.client import ApiClient, Configuration
     except ModuleNotFoundError as error:
         raise NotConfigured(
-            f"{error.name} is not installed; install `stagecoach[operator]` to ask a cluster"
+            f"{error.name} is not installed; run `pip install 'stagecoach[cluster]'` to work with a cluster"
         ) from error
     configuration = Configuration()
     files = kubeconfig_files()
