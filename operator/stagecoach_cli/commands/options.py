@@ -76,6 +76,7 @@ class InvalidInput(Failure):
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn the errors that users can do something about into a message and an exit code; others pass."""
+    from stagecoach_api.code import UnparsableCode
     from stagecoach_api.problems import InvalidRun
     from stagecoach_api.store import StoreError
     from stagecoach_cli.artifacts.store import UnknownArtifact
@@ -90,7 +91,7 @@ def explained() -> Iterator[None]:
         raise Failure(str(error)) from error
     except (InvalidRun, PlanError, UnknownStage, UnknownArtifact, Unusable, WorkspaceError) as error:
         raise InvalidInput(str(error)) from error
-    except (ClusterError, StoreError, ModuleNotFoundError) as error:
+    except (ClusterError, StoreError, ModuleNotFoundError, UnparsableCode) as error:
         raise Failure(str(error)) from error
     except OSError as error:
         if error.errno == errno.EPIPE:
