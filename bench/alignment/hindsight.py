@@ -211,7 +211,7 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stagecoach_trainer.samples.hindsight import asked_prompt
+    from stagecoach_trainer.samples.hindsight import answer_frame, lead_in
     from stagecoach_trainer.text.encoding import Encoder
     from stagecoach_trainer.text.templates import Renderer
 
@@ -221,7 +221,7 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt}]
         asked = renderer.render(messages, add_generation_prompt=True)
-        texts.append(asked if words is None else asked_prompt(renderer, messages, words))
+        texts.append(asked if words is None else answer_frame(renderer, messages, ()).prompt + lead_in(words))
     ids = torch.tensor(np.stack(Encoder(tokenizer).prompts(texts)), dtype=torch.long)
     with torch.no_grad():
         said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=DIGITS + 1, do_sample=False,

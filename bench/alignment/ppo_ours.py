@@ -26,7 +26,7 @@ from stagecoach_trainer.batches.mixing import Mix, Stream
 from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
 from stagecoach_trainer.rewards.term import Judged, Judgement
 from stagecoach_trainer.rewards.total import RewardSum
-from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.samples.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bench.alignment import preference_task as task
 from bench.ours import NEVER, OPTIMIZER, resolve
 from bench.workload import ClockedPlan
 from stagecoach_api.kinds.reward_model import RewardModelStage
-from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence
+from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence
 
 
 def configuration() -> RewardModelStage:

@@ -89,7 +89,7 @@ def make_job(folder: Path, shared: bool) -> Any:
     from stagecoach_trainer.models.trainable import choose_trainable
     from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
     from stagecoach_trainer.ppo.shared_weights import share_frozen
-    from stagecoach_trainer.samples.preferences import Prompt
+    from stagecoach_trainer.samples.prompts import Prompt
 
     config = configuration()
     random = np.random.default_rng(0)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from stagecoach_trainer.models.reward import Conversation, RewardModel
+from stagecoach_trainer.models.reward import RewardModel
 from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.samples.scoring import AnsweredConversation, encode_answered
 from tests.trainer.evaluation.makers import write_lines
 from tests.trainer.models.makers import make_context, make_tokenizer, save_base
 
@@ -77,7 +78,8 @@ def preference_context(root: Path, kind: str, pairs: tuple[int, int], **inputs: 
 
 
 def rewards_of(
-    model: RewardModel, conversations: Sequence[Conversation], batch_rows: int = 2, domain: str | None = None
+    model: RewardModel, conversations: Sequence[AnsweredConversation], batch_rows: int = 2, domain: str | None = None
 ) -> list[float]:
     """Return the reward of each answer."""
-    return model.score_ids(model.encode(conversations, domain), batch_rows)
+    ids = encode_answered(model.tokenizer, conversations, model.system_prompt(domain))
+    return model.score_ids(ids, batch_rows)

@@ -22,7 +22,7 @@ from stagecoach_trainer.align.reference_table import ReferenceTable, fill_table,
 from stagecoach_trainer.kernels.attention import short_attention
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
-from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence, pairs_of
+from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence, pairs_of
 from tests.trainer.models.makers import make_context, make_model
 
 ROWS = 300

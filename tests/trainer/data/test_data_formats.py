@@ -8,7 +8,8 @@ import pytest
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format
-from stagecoach_trainer.data.formats import Record, RecordError, Turn, detect_format, parser_for
+from stagecoach_trainer.data.formats import detect_format, parser_for
+from stagecoach_trainer.data.records import Record, RecordError, Turn
 from tests import SHARED_DATA as SHARED
 
 NO_FIELDS = FieldMapping()

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from stagecoach_trainer.data import shards
-from stagecoach_trainer.data.formats import Record
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.data.shards import Shard, ShardWriter, ShufflingWriter, split_index
 
 

@@ -15,7 +15,8 @@ from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.references import RecordSource, Split
 from stagecoach_api.store import open_store
 from stagecoach_trainer.data.funnel import Funnel
-from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.stages.data import run
 from tests import SHARED_DATA as SHARED

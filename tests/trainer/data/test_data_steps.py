@@ -17,7 +17,7 @@ from stagecoach_api.kinds.data import (
     Script,
     UnicodeForm,
 )
-from stagecoach_trainer.data.formats import Record, Turn
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
 from stagecoach_trainer.runtime.errors import UserError
 

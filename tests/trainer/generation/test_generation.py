@@ -11,7 +11,7 @@ import torch
 from stagecoach_api.generation import Generation
 from stagecoach_trainer.generation.generation import Prompter, generate, generation_settings, pad_left
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.hindsight import asked_prompt
+from stagecoach_trainer.samples.hindsight import answer_frame, lead_in
 from stagecoach_trainer.text.templates import Renderer
 from tests.trainer.evaluation.makers import QUESTIONS, chat_tokenizer, lively_model, naive_answer
 from tests.trainer.models.makers import make_tokenizer
@@ -107,7 +107,7 @@ def test_a_prompt_is_what_the_chat_template_serves(tokenizer: Any) -> None:
 def test_an_answer_can_be_made_to_begin_with_the_words_of_a_chain_of_hindsight(tokenizer: Any) -> None:
     asked = Prompter(tokenizer, Generation(answer_begins_with="A good answer:")).encode_question("what is a fox")
     messages = [{"role": "user", "content": "what is a fox"}]
-    served = asked_prompt(Renderer(tokenizer), messages, "A good answer:")
+    served = answer_frame(Renderer(tokenizer), messages, ()).prompt + lead_in("A good answer:")
     assert asked.tolist() == tokenizer(served, add_special_tokens=False)["input_ids"]
 
 

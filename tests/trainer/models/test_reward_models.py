@@ -15,11 +15,12 @@ from stagecoach_api.conversation import Template, TemplateName
 from stagecoach_api.references import Reference
 from stagecoach_api.training import LoraTraining, Trainable
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model, with_system
+from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.scoring import encode_answered, with_system
 from stagecoach_trainer.text.templates import apply_template
 from tests.trainer.align.makers import rewards_of
 from tests.trainer.models.makers import make_context, make_model, make_tokenizer, outside, save_base
@@ -102,7 +103,7 @@ def test_a_new_head_is_a_function_of_the_seed_and_leaves_the_random_state_alone(
 def test_texts_are_rendered_by_the_chat_template_with_the_end_token_behind_the_answer() -> None:
     reward = reward_model()
     messages = [*OTHER, {"role": "assistant", "content": "the dog sleeps"}]
-    ids = reward.encode([(OTHER, "the dog sleeps")])[0]
+    ids = encode_answered(reward.tokenizer, [(OTHER, "the dog sleeps")])[0]
     assert ids.tolist() == reward.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ids[-1] == reward.tokenizer.eos_token_id
 

@@ -30,7 +30,7 @@ from stagecoach_trainer.rewards.model import ModelTerm
 from stagecoach_trainer.rewards.term import Judged, Term
 from stagecoach_trainer.rewards.total import RewardSum, _Weighted
 from stagecoach_trainer.runtime.context import StageContext
-from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.samples.prompts import Prompt
 from stagecoach_trainer.text.templates import apply_template
 from tests.trainer.models.makers import make_tokenizer, outside
 

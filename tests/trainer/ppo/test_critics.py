@@ -24,6 +24,7 @@ from stagecoach_trainer.ppo.job import PpoJob
 from stagecoach_trainer.ppo.objectives import CriticObjective
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.scoring import encode_answered
 from stagecoach_trainer.stages.ppo import run
 from stagecoach_trainer.text.templates import apply_template
 from tests.trainer.loop.makers import weights
@@ -95,7 +96,7 @@ def test_at_the_first_update_the_critic_says_what_its_reward_model_says_bias_and
     said: list[tuple[float, float]] = []
 
     def look(job: PpoJob, context: StageContext) -> Any:
-        (ids,) = judge.encode([CHAT])
+        (ids,) = encode_answered(judge.tokenizer, [CHAT])
         critic: Any = CriticObjective(0.2, job.critic_bias).module(job.critic.eval())
         answer = np.append(ids[-2:], np.int32(0))  # its last token is never fed: the value before it is at the real end
         with torch.no_grad():

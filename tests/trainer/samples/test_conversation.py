@@ -10,7 +10,8 @@ import pytest
 
 from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong, Turns
 from stagecoach_api.references import Format, RecordSource
-from stagecoach_trainer.data.records import Record, Turn, read_path
+from stagecoach_trainer.data.reading import read_path
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, document
 from stagecoach_trainer.text.encoding import Encoder

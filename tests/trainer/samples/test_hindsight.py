@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stagecoach_api.conversation import Loss, Template, TemplateName, TooLong
+from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong
 from stagecoach_api.kinds.sft import Feedback, Hindsight, HindsightMode
 from stagecoach_api.references import RecordSource
-from stagecoach_trainer.data.formats import Answer
-from stagecoach_trainer.data.records import Record, Role, Turn, read_path
+from stagecoach_trainer.data.reading import read_path
+from stagecoach_trainer.data.records import Answer, Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample
-from stagecoach_trainer.samples.hindsight import HindsightEncoder, asked_prompt, choose_feedback
+from stagecoach_trainer.samples.hindsight import HindsightEncoder, answer_frame, choose_feedback, lead_in
 from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer, apply_template, message_of
 from stagecoach_trainer.text.vocabulary import load_tokenizer
@@ -143,7 +143,7 @@ def test_what_is_served_is_the_beginning_of_what_was_trained_on_for_real_compari
         assert not last_link.trained[: len(served)].any()
         assert last_link.trained[len(served) :].all()
         messages = [message_of(turn.role, turn.content, turn.input) for turn in record.messages]
-        assert llama.decode(served) == asked_prompt(Renderer(llama), messages, words.good)
+        assert llama.decode(served) == answer_frame(Renderer(llama), messages, ()).prompt + lead_in(words.good)
         begun = asked_ids(llama, record, words.bad)
         assert chain.ids[: len(begun)].tolist() == begun
         answers = [llama.decode(ids) for trained, ids in runs(chain) if trained]

@@ -13,20 +13,12 @@ import pytest
 from stagecoach_api.conversation import Role, Template, TemplateName
 from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_api.references import RecordSource
-from stagecoach_trainer.data.records import Record, Turn, read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.preferences import (
-    GROUP_LOSSES,
-    Counting,
-    Group,
-    Grouping,
-    GroupShard,
-    check_group_losses,
-    group_shard,
-    plan_groups,
-    prompt_records,
-    read_prompts,
-)
+from stagecoach_trainer.samples.groups import LOST_ANSWERS, Counting, Group, GroupShard, check_lost_answers, plan_groups
+from stagecoach_trainer.samples.preferences import Grouping, group_shard
+from stagecoach_trainer.samples.prompts import prompt_records, read_prompts
 from stagecoach_trainer.text.templates import apply_template, message_of
 from stagecoach_trainer.text.vocabulary import load_tokenizer
 from tests import SHARED_DATA as SHARED
@@ -121,7 +113,7 @@ def test_the_real_file_loses_what_does_not_fit_and_says_so(tmp_path: Path, llama
     assert cut.counts["groups"] == len(cut) == fitting.count(2) > 100
     assert cut.counts["tooLong"] == 600 - sum(fitting) > 0
     assert cut.counts["fewAnswers"] == fitting.count(1)
-    assert cut.counts["answersRead"] == cut.counts["answers"] + sum(cut.counts.get(name, 0) for name in GROUP_LOSSES)
+    assert cut.counts["answersRead"] == cut.counts["answers"] + sum(cut.counts.get(name, 0) for name in LOST_ANSWERS)
     assert max(len(sequence.ids) for group in groups_of(cut) for sequence in group.sequences) <= 1024
 
 
@@ -192,16 +184,16 @@ def test_a_prompt_longer_than_the_sequence_leaves_no_group(tmp_path: Path, small
     with pytest.raises(
         UserError, match=r"no preference to learn from is left \(a: records 1, answersRead 2, tooLong 2"
     ):
-        check_group_losses({"a": shard.counts}, 1.0)
+        check_lost_answers({"a": shard.counts}, 1.0)
 
 
 def test_an_answer_that_does_not_fit_leaves_the_others_of_its_prompt(tmp_path: Path, small: Any) -> None:
     value = {"prompt": "the lazy", "answers": ["dog", "fox " * 80, "model"]}
     shard = shard_of(tmp_path, [value], small, sequence_length=80)
     assert [answers_in(small, group) for group in groups_of(shard)] == [["dog", "model"]]
-    check_group_losses({"a": shard.counts}, 0.4)
+    check_lost_answers({"a": shard.counts}, 0.4)
     with pytest.raises(UserError, match=r"33\.3% of the answers .*`maxDroppedShare` 30\.0%.*tooLong 1"):
-        check_group_losses({"a": shard.counts}, 0.3)
+        check_lost_answers({"a": shard.counts}, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from stagecoach_trainer.batches.rows import IGNORE, Row
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
 from stagecoach_trainer.samples.token_cache import TokenShard
-from stagecoach_trainer.samples.token_masking import Hiding, filler_of, hidden_share, hide_in
+from stagecoach_trainer.samples.token_masking import TokenMasking, filler_token, mask_phases, masked_share
 
 FILLER = 3
 MASK = (1 << 64) - 1
@@ -56,7 +56,7 @@ def test_hidden_tokens_are_those_of_an_independent_count(
     expected = [value < evenly[0] * share for value in evenly[1:]]
     firsts = {sum(lengths[:index]) for index in range(len(lengths))}
     row = make_row(lengths)
-    found = Hiding(share, FILLER, seed).hide(row, step, number)
+    found = TokenMasking(share, FILLER, seed).hide(row, step, number)
     for position, token in enumerate(found.tokens.tolist()):
         hidden = expected[position] and position not in firsts
         assert token == (FILLER if hidden else row.tokens[position])
@@ -66,17 +66,17 @@ def test_hidden_tokens_are_those_of_an_independent_count(
 
 
 def test_the_share_of_a_row_lies_evenly_between_0_and_the_largest() -> None:
-    hiding = Hiding(0.1, FILLER, 7)
+    hiding = TokenMasking(0.1, FILLER, 7)
     shares = np.array([hiding.hidden([4000], step, number).mean() for step in range(50) for number in range(8)])
     assert shares.max() < 0.12
     assert shares.mean() == pytest.approx(0.05, abs=0.006)
     assert np.quantile(shares, [0.25, 0.75]) == pytest.approx([0.025, 0.075], abs=0.012)
     assert not np.array_equal(hiding.hidden([4000], 3, 0), hiding.hidden([4000], 3, 1))
     assert not np.array_equal(hiding.hidden([4000], 3, 0), hiding.hidden([4000], 4, 0))
-    assert not Hiding(0.0, FILLER, 7).hidden([4000], 0, 0).any()
+    assert not TokenMasking(0.0, FILLER, 7).hidden([4000], 0, 0).any()
 
 
-def make_plan(hiding: Hiding | None) -> MixedPlan:
+def make_plan(hiding: TokenMasking | None) -> MixedPlan:
     lengths = [9, 14, 30, 5, 22, 17, 11, 30]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     shard = TokenShard(np.arange(100, 100 + offsets[-1], dtype=np.int32), None, offsets, {})
@@ -88,11 +88,11 @@ def make_plan(hiding: Hiding | None) -> MixedPlan:
         optimizer=Optimizer(learning_rate=1.0),
     )
     plan = Planner({"a": shard}, 3).plan(phase_settings(config, ["a"]), config.schedule, 1.0)
-    return plan if hiding is None else MixedPlan(hide_in(plan.phases, hiding), config.schedule, 1.0)
+    return plan if hiding is None else MixedPlan(mask_phases(plan.phases, hiding), config.schedule, 1.0)
 
 
 def test_a_plan_hides_the_same_at_any_step_whatever_came_before() -> None:
-    hiding = Hiding(0.5, FILLER, 11)
+    hiding = TokenMasking(0.5, FILLER, 11)
     shown, whole = make_plan(None), make_plan(hiding)
     assert whole.num_steps == shown.num_steps > 6
     hidden, tokens = 0, 0
@@ -104,7 +104,7 @@ def test_a_plan_hides_the_same_at_any_step_whatever_came_before() -> None:
             assert np.array_equal(row.labels, plain.labels)
             hidden += int((row.tokens == FILLER).sum())
             tokens += row.num_tokens
-    assert hidden_share(shown, hiding) == pytest.approx(hidden / tokens)
+    assert masked_share(shown, hiding) == pytest.approx(hidden / tokens)
     assert 0.1 < hidden / tokens < 0.4
 
 
@@ -112,6 +112,6 @@ def test_the_filler_is_the_unknown_token_or_the_next_best() -> None:
     def tokenizer(unk: int | None, pad: int | None, eos: int | None) -> SimpleNamespace:
         return SimpleNamespace(unk_token_id=unk, pad_token_id=pad, eos_token_id=eos)
 
-    assert [filler_of(tokenizer(*ids)) for ids in ((0, 1, 2), (None, 1, 2), (None, None, 2))] == [0, 1, 2]
+    assert [filler_token(tokenizer(*ids)) for ids in ((0, 1, 2), (None, 1, 2), (None, None, 2))] == [0, 1, 2]
     with pytest.raises(UserError, match="no unknown, padding or end token"):
-        filler_of(tokenizer(None, None, None))
+        filler_token(tokenizer(None, None, None))

@@ -26,7 +26,7 @@ from stagecoach_trainer.align.objectives import RewardObjective, collate_pairs
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
-from stagecoach_trainer.samples.preferences import Counting, Group, TokenSequence, pairs_of
+from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence, pairs_of
 from stagecoach_trainer.stages.reward_model import run
 from tests.trainer.align.makers import BAD, GOOD, LEARNS, preference_context, rewards_of, write_pairs
 from tests.trainer.models.makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base

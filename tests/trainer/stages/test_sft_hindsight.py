@@ -71,7 +71,7 @@ def test_nothing_is_hidden_where_the_largest_share_is_0(workshop: Workshop, monk
     assert "hindsight.hiddenShare" not in shown.metrics
     hidden, other = workshop.sft("hidden", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
     assert hidden.metrics["loss"] != shown.metrics["loss"]
-    monkeypatch.setattr(hiding.Hiding, "hide", lambda self, row, step, number: row)
+    monkeypatch.setattr(hiding.TokenMasking, "hide", lambda self, row, step, number: row)
     _, unhidden = workshop.sft("unhidden", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
     weights = [(path / "model.safetensors").read_bytes() for path in (output, other, unhidden)]
     assert weights[0] == weights[2] != weights[1]
@@ -127,15 +127,15 @@ def test_a_stage_stopped_amid_its_steps_hides_the_same_when_it_goes_on(
     undisturbed = workshop.context("sft", "undisturbed")
     expected = run(stage, undisturbed)
     context = workshop.context("sft", "stopped")
-    hide = hiding.Hiding.hide
+    hide = hiding.TokenMasking.hide
 
-    def stopping(self: hiding.Hiding, row: Row, step: int, number: int) -> Row:
+    def stopping(self: hiding.TokenMasking, row: Row, step: int, number: int) -> Row:
         if step == 5:
             context.stop.set()
         return hide(self, row, step, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hiding.Hiding, "hide", stopping)
+        patch.setattr(hiding.TokenMasking, "hide", stopping)
         with pytest.raises(Interrupted, match=r"stopped after step [1-7] of 8"):
             run(stage, context)
     again = workshop.context("sft", "stopped")

@@ -9,7 +9,7 @@ import pytest
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.conversion import save_vocabulary
 from stagecoach_trainer.text.pieces import load_vocabulary
-from stagecoach_trainer.text.vocabulary import encode_batch, encode_stream, load_tokenizer
+from stagecoach_trainer.text.vocabulary import batches_of, encode_batch, load_tokenizer
 from tests.trainer.data.makers import LLAMA
 
 
@@ -28,10 +28,10 @@ def test_a_batch_becomes_int32_arrays_without_special_tokens(folder: Path) -> No
     assert 2 not in encoded[2]
 
 
-def test_a_stream_gives_what_a_batch_gives(folder: Path) -> None:
+def test_texts_encoded_in_batches_give_the_same_ids_as_in_one(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     texts = [f"text number {number}" for number in range(50)]
-    stream = list(encode_stream(tokenizer, iter(texts), batch_characters=100))
+    stream = [ids for batch in batches_of(iter(texts), 100) for ids in encode_batch(tokenizer, batch)]
     assert [ids.tolist() for ids in stream] == [ids.tolist() for ids in encode_batch(tokenizer, texts)]
 
 

@@ -23,7 +23,7 @@ from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.loop.job import Report
 from stagecoach_trainer.loop.loop import training_device
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.samples.preferences import TokenSequence
+from stagecoach_trainer.samples.groups import TokenSequence
 
 
 def answers_at_once(micro_batch_rows: int | None) -> int:

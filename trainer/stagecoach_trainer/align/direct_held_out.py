@@ -20,7 +20,7 @@ from stagecoach_trainer.align.mismatched import mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, windows
 from stagecoach_trainer.loop.job import Report
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.samples.preferences import Group, TokenSequence
+from stagecoach_trainer.samples.groups import Group, TokenSequence
 
 
 class DirectSet:

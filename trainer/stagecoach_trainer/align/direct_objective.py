@@ -22,7 +22,8 @@ from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.engine.objective import UnpackedObjective
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
 from stagecoach_trainer.kernels.fast_llama import fast_llama
-from stagecoach_trainer.samples.preferences import Counting, Group, Grouping, TokenSequence
+from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence
+from stagecoach_trainer.samples.preferences import Grouping
 
 
 def grouping_of(loss: DirectLoss) -> Grouping:

@@ -21,7 +21,7 @@ from stagecoach_trainer.align.ranking import pair_figures, pair_weights
 from stagecoach_trainer.batches.shard import deal
 from stagecoach_trainer.loop.job import Report
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.samples.preferences import Group
+from stagecoach_trainer.samples.groups import Group
 
 
 @dataclass(frozen=True)

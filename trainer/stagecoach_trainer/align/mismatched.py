@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stagecoach_trainer.batches.rows import StepPlan
-from stagecoach_trainer.samples.preferences import Group, TokenSequence
+from stagecoach_trainer.samples.groups import Group, TokenSequence
 
 MOST_MISMATCHED = 64
 """Sequences that one reference point is estimated from, at most."""

@@ -18,7 +18,7 @@ from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses,
 from stagecoach_trainer.engine.objective import UnpackedObjective
 from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
-from stagecoach_trainer.samples.preferences import Counting, Group
+from stagecoach_trainer.samples.groups import Counting, Group
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from stagecoach_api.artifacts import digest_of
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
-from stagecoach_trainer.samples.preferences import TokenSequence
+from stagecoach_trainer.samples.groups import TokenSequence
 
 VERSION = 2
 """Raised when the code would compute other numbers from the same input."""

@@ -7,15 +7,12 @@ from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import PREFERENCE_FORMATS, FieldMapping, Format
-from stagecoach_trainer.data.answers import detect_preferences, preference_parser
+from stagecoach_trainer.data.preferences import detect_preferences, preference_parser
+from stagecoach_trainer.data.records import Record, RecordError, Turn
 from stagecoach_trainer.data.turns import (
     MESSAGES_TURNS,
     SHAREGPT_TURNS,
-    Answer,
     Parse,
-    Record,
-    RecordError,
-    Turn,
     TurnKeys,
     describe,
     list_of_turns,
@@ -23,8 +20,6 @@ from stagecoach_trainer.data.turns import (
     string_of,
     tools_of,
 )
-
-__all__ = ["Answer", "Parse", "Record", "RecordError", "Turn", "detect_format", "parser_for"]
 
 
 def detect_format(value: Mapping[str, Any], fields: FieldMapping) -> Format:

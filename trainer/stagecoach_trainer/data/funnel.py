@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_trainer.data.records import Malformed
+from stagecoach_trainer.data.reading import Malformed
 from stagecoach_trainer.data.steps import StepCounter
 
 MAX_LISTED = 20

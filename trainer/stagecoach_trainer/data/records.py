@@ -1,85 +1,76 @@
-"""`read_records`: the records of a `data` artifact's split or of files in any layout, one by one, in order."""
+"""Records: documents, conversations and preferences, and their canonical form in shards."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from stagecoach_api.conversation import Role
-from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
-from stagecoach_trainer.data.answers import canonical_preferences
-from stagecoach_trainer.data.files import Layout, layout_of, read_values
-from stagecoach_trainer.data.formats import Answer, Parse, Record, RecordError, Turn, detect_format, parser_for
 from stagecoach_trainer.runtime.errors import UserError
-
-__all__ = [
-    "INDEX",
-    "PREFERENCES",
-    "Answer",
-    "Malformed",
-    "Record",
-    "Role",
-    "Turn",
-    "read_index",
-    "read_path",
-    "read_raw_records",
-    "read_records",
-    "record_to_json",
-    "require_no_answers",
-    "sort_of",
-]
-
-INDEX = "index.json"
-"""A `data` artifact's table of contents."""
 
 PREFERENCES = "preferences"
 """What the index calls records with answers that people compared; the others are `text` and `conversation`."""
 
 
-class Fetches(Protocol):
-    """The part of a stage's context that reading needs."""
-
-    def fetch(self, reference: Reference) -> Path: ...
+class RecordError(ValueError):
+    """A value is no record of its layout; the message says which field, what was got and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Malformed:
-    """Something that is no record."""
+class Turn:
+    """What one speaker says."""
 
-    where: str
-    """`file:line`."""
-
-    reason: str
-
-
-def read_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
-    """Yield the records of `source`, from the first on.
-
-    Raises:
-        UserError: A record is malformed (the message names file and line), the split or the files are not there.
-    """
-    for found in read_raw_records(context, source):
-        if isinstance(found, Malformed):
-            raise UserError(f"{found.where}: {found.reason}; a `data` stage can count and leave out malformed records")
-        yield found
+    role: Role
+    content: str
+    input: str = ""
+    """Alpaca's `input`, kept apart so that a template may join it in its own way."""
 
 
-def read_raw_records(context: Fetches, source: RecordSource) -> Iterator[Record | Malformed]:
-    """Like `read_records`, but what is malformed is yielded, not raised. Counts against `maxSamples` too."""
-    return read_path(context.fetch(source), source)
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of several answers to a prompt, and what people think of it: a rank among the others, or a verdict."""
+
+    content: str
+    rank: int | None = None
+    """Place among the answers of the record; 1 is best, equal ranks are a tie. None: `liked` is given."""
+
+    liked: bool | None = None
+    """Whether it is a good answer. None: `rank` is given."""
 
 
-def read_path(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
-    """Like `read_raw_records`, for a source that is already fetched to `path`."""
-    is_artifact = path.is_dir() and (path / INDEX).is_file()
-    found = _read_artifact(path, source) if is_artifact else _read_files(path, source)
-    for number, record in enumerate(found):
-        if source.max_samples is not None and number >= source.max_samples:
-            return
-        yield record
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One document, one conversation, or one prompt with answers that people compared (a preference record)."""
+
+    text: str | None = None
+    """The document. None: it has turns."""
+
+    messages: tuple[Turn, ...] = ()
+    """The turns of a conversation, or of the prompt in front of `answers`; empty for a document."""
+
+    tools: str | None = None
+    """JSON list of the tools a conversation may call. None: none are given."""
+
+    source: str = ""
+    """Label of the source it came from."""
+
+    where: str = field(default="", compare=False)
+    """`file:line` it was read from."""
+
+    answers: tuple[Answer, ...] = ()
+    """A preference record's answers, the best first where they are ranked; else empty."""
+
+    @property
+    def is_text(self) -> bool:
+        return self.text is not None
+
+    @property
+    def content(self) -> str:
+        """All text of the record: the document, or the text of the turns and of the answers line by line."""
+        if self.text is not None:
+            return self.text
+        parts = [part for turn in self.messages for part in (turn.content, turn.input) if part]
+        return "\n".join([*parts, *(answer.content for answer in self.answers if answer.content)])
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -102,7 +93,7 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
     return {"content": answer.content, **verdict}
 
 
-def sort_of(record: Record) -> str:
+def kind_of(record: Record) -> str:
     """Return what sort of record it is, in the words of a `data` artifact's index."""
     if record.is_text:
         return "text"
@@ -120,100 +111,3 @@ def require_no_answers(record: Record) -> Record:
             "is expected; train on it in a `rewardModel` or `dpo` stage, or in `sft` with `hindsight`"
         )
     return record
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return the index of the `data` artifact in `folder`. Raises UserError where it is none."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return {"format": index["format"], "splits": dict(index["splits"]), "sources": dict(index["sources"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX}: no index of a `data` artifact: {error!r}") from error
-
-
-# -- data artifacts ----------------------------------------------------------------------------------------------------
-
-
-def _read_artifact(folder: Path, source: RecordSource) -> Iterator[Record | Malformed]:
-    index = read_index(folder)
-    split = index["splits"].get(source.split.value)
-    if not split or not split["records"]:
-        advice = "; set `heldOutShare` in the `data` stage" if source.split is Split.HELD_OUT else ""
-        raise UserError(f"{source.key}: the data set has no records in its split `{source.split.value}`{advice}")
-    parse = _artifact_parser(index["format"])
-    for shard in split["shards"]:
-        name = shard["path"]
-        for raw in read_values(folder / name, f"{source.label}/{name}", Layout.LINES):
-            found = _parsed(raw.value, raw.error, parse, f"{source.label}/{name}:{raw.line}")
-            if isinstance(found, Record):
-                found = replace(found, source=str(raw.value.get("source", source.label)))
-            yield found
-
-
-def _artifact_parser(sort: str) -> Parse:
-    if sort == PREFERENCES:
-        return canonical_preferences
-    return parser_for(Format.TEXT if sort == "text" else Format.MESSAGES, FieldMapping(), {})
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _read_files(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
-    detected: Format | None = None if source.format is Format.AUTO else source.format
-    for file, name in _data_files(path, source):
-        layout = layout_of(file)
-        if layout is None and source.format is Format.TEXT:
-            layout = Layout.TEXT
-        if layout is Layout.TEXT:
-            detected = _text_format(detected, name)
-            parse: Parse | None = parser_for(Format.TEXT, FieldMapping(), {})
-        else:
-            parse = None
-        for raw in read_values(file, name, layout):
-            where = f"{name}:{raw.line}"
-            if parse is None and raw.error is None and isinstance(raw.value, Mapping):
-                detected = detected or _detected(raw.value, source.fields, where)
-                parse = parser_for(detected, source.fields, raw.value)
-            found = _parsed(raw.value, raw.error, parse, where)
-            yield replace(found, source=source.label) if isinstance(found, Record) else found
-
-
-def _data_files(path: Path, source: RecordSource) -> list[tuple[Path, str]]:
-    """Return the files of a source with the names that messages use, sorted by name."""
-    if path.is_file():
-        return [(path, (source.uri or path.name).rsplit("/", 1)[-1])]
-    files = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-    )
-    if len(files) > 1:  # a folder may hold a README or a licence beside the data
-        files = [(name, file) for name, file in files if layout_of(file) and not name.lower().endswith(".md")] or files
-    if not files:
-        raise UserError(f"{source.key}: no files there; give a file, a glob or a folder with data in it")
-    return [(file, name) for name, file in files]
-
-
-def _text_format(detected: Format | None, name: str) -> Format:
-    if detected not in (None, Format.TEXT):
-        raise UserError(f"{name}: a text file holds no `{detected}` records; give JSON or Parquet, or `format: text`")
-    return Format.TEXT
-
-
-def _detected(value: Mapping[str, Any], fields: FieldMapping, where: str) -> Format:
-    try:
-        return detect_format(value, fields)
-    except RecordError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _parsed(value: Any, error: str | None, parse: Parse | None, where: str) -> Record | Malformed:
-    if error is not None:
-        return Malformed(where, error)
-    if not isinstance(value, Mapping) or parse is None:
-        return Malformed(where, f"a record must be an object, got {type(value).__name__}")
-    try:
-        return replace(parse(value), where=where)
-    except RecordError as problem:
-        return Malformed(where, str(problem))

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 import zstandard
 
-from stagecoach_trainer.data.formats import Record
-from stagecoach_trainer.data.records import record_to_json
+from stagecoach_trainer.data.records import Record, record_to_json
 
 ZSTD_LEVEL = 3
 RANGE_BYTES = 64 * 1024 * 1024

@@ -25,7 +25,7 @@ from stagecoach_api.kinds.data import (
     Repetition,
     UnicodeForm,
 )
-from stagecoach_trainer.data.formats import Record
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.runtime.errors import UserError
 
 HASH_BYTES = 16

@@ -5,72 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from stagecoach_api.conversation import Role
-
-
-class RecordError(ValueError):
-    """A value is no record of its layout; the message says which field, what was got and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one speaker says."""
-
-    role: Role
-    content: str
-    input: str = ""
-    """Alpaca's `input`, kept apart so that a template may join it in its own way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One of several answers to a prompt, and what people think of it: a rank among the others, or a verdict."""
-
-    content: str
-    rank: int | None = None
-    """Place among the answers of the record; 1 is best, equal ranks are a tie. None: `liked` is given."""
-
-    liked: bool | None = None
-    """Whether it is a good answer. None: `rank` is given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One document, one conversation, or one prompt with answers that people compared (a preference record)."""
-
-    text: str | None = None
-    """The document. None: it has turns."""
-
-    messages: tuple[Turn, ...] = ()
-    """The turns of a conversation, or of the prompt in front of `answers`; empty for a document."""
-
-    tools: str | None = None
-    """JSON list of the tools a conversation may call. None: none are given."""
-
-    source: str = ""
-    """Label of the source it came from."""
-
-    where: str = field(default="", compare=False)
-    """`file:line` it was read from."""
-
-    answers: tuple[Answer, ...] = ()
-    """A preference record's answers, the best first where they are ranked; else empty."""
-
-    @property
-    def is_text(self) -> bool:
-        return self.text is not None
-
-    @property
-    def content(self) -> str:
-        """All text of the record: the document, or the text of the turns and of the answers line by line."""
-        if self.text is not None:
-            return self.text
-        parts = [part for turn in self.messages for part in (turn.content, turn.input) if part]
-        return "\n".join([*parts, *(answer.content for answer in self.answers if answer.content)])
-
+from stagecoach_trainer.data.records import Record, RecordError, Turn
 
 Parse = Callable[[Mapping[str, Any]], Record]
 """Make a record of one value; `source` and `where` are filled in by the reader. Raises RecordError."""

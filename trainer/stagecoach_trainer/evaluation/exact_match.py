@@ -10,7 +10,8 @@ from typing import Any
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import ExactMatch
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.data.records import Fetches, Record, read_records
+from stagecoach_trainer.data.reading import Fetches, read_records
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import message_of, parse_tools

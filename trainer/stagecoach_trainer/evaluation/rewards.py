@@ -9,7 +9,8 @@ from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import RewardTask
-from stagecoach_trainer.data.records import Fetches, Record, read_records
+from stagecoach_trainer.data.reading import Fetches, read_records
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.rewards import Judged, Judgement, RewardSum
 from stagecoach_trainer.rewards.term import prompt_text

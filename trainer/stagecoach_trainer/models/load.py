@@ -191,7 +191,7 @@ def _load_adapter(
     if card.new_rows is not None and len(tokenizer) > num_rows(base.model):
         grow(base.model, base.tokenizer, tokenizer, NewRows(card.new_rows), card.resize_seed)
     check_sizes(base.model, tokenizer, str(path))
-    model = put_on(base.model, path, weights, trainable=not merge)
+    model = apply_adapter(base.model, path, weights, trainable=not merge)
     return LoadedModel(model.merge_and_unload(safe_merge=True) if merge else model, tokenizer, card, path, found)
 
 
@@ -214,7 +214,7 @@ def name_base(source: ResolvedInput, storage_uri: str) -> ResolvedInput:
     return source.model_copy(update={"uri": key}) if source.uri == f"{storage_uri.rstrip('/')}/{key}" else source
 
 
-def put_on(base: Any, path: Path, weights: Path, trainable: bool) -> Any:
+def apply_adapter(base: Any, path: Path, weights: Path, trainable: bool) -> Any:
     """Return `base` with the adapter in `path` on it. Raises UserError where a weight of the file found no place."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open

@@ -21,18 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
-from stagecoach_api.conversation import Loss, Role, TooLong, Turns
 from stagecoach_api.references import Reference
-from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.kernels.causal import causal_model
 from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.load import (
     Head,
+    apply_adapter,
     load_folder,
     load_model,
     locate_base,
     own_tokenizer,
-    put_on,
     read_card,
 )
 from stagecoach_trainer.models.resize import check_sizes, num_rows
@@ -40,21 +38,12 @@ from stagecoach_trainer.models.safety import ADAPTER_CONFIG, CONFIG, check_adapt
 from stagecoach_trainer.runtime.collectives import max_over_ranks
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import ConversationEncoder
-from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Message, Renderer
 
 HEAD = "score"
 """Name of the linear head, as transformers has it."""
 
 PADDING = 0
 """Stands behind the end of short sequences, where causal attention never looks. Any id would do."""
-
-NO_LIMIT = 1 << 40
-"""Tokens: a conversation to be scored is never cut."""
-
-Conversation = tuple[Sequence[Message], str]
-"""The turns so far, and the answer to be scored."""
 
 # -- the network -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +155,7 @@ class RewardModel:
 
     world: World = field(default_factory=World)
 
-    def shared_out(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> RewardModel:
+    def sharded(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> RewardModel:
         """Return this model, computing on `device`, after `shard` has shared the parameters of its body out over the
         ranks. From then on scoring waits for all ranks, whatever each has to score."""
         body = Body(self.model).eval()
@@ -213,46 +202,14 @@ class RewardModel:
                     "rows: it has another vocabulary; score texts, not tokens"
                 )
 
-    def encode(self, conversations: Sequence[Conversation], domain: str | None = None) -> list[npt.NDArray[np.int32]]:
-        """Return the token ids of each conversation with its answer and the end token, as in training: the prompt by
-        the chat template, the system prompt of `domain` in front.
-
-        Raises UserError for an unknown domain, and where the template cannot render a conversation.
-        """
-        system = self._system(domain)
-        records = [_record(messages, answer, system, index) for index, (messages, answer) in enumerate(conversations)]
-        loss = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
-        encoder = ConversationEncoder(
-            Encoder(self.tokenizer), Renderer(self.tokenizer), loss, TooLong.FAIL, sequence_length=NO_LIMIT
-        )
-        return [sample.ids for sample in encoder.encode(records)]
-
-    def _system(self, domain: str | None) -> str | None:
+    def system_prompt(self, domain: str | None) -> str | None:
+        """Return the system prompt of a domain; None for no domain. Raises UserError for an unknown one."""
         if domain is None:
             return None
         if domain not in self.domains:
             known = ", ".join(sorted(self.domains)) or "none"
             raise UserError(f"the reward model knows no domain {domain!r}; its domains are: {known}")
         return self.domains[domain]
-
-
-def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """Return a conversation with `system` in front, in place of its own system prompt. None: its own, if any."""
-    if system is None:
-        return list(messages)
-    has_own = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
-    return [{"role": Role.SYSTEM.value, "content": system}, *(messages[1:] if has_own else messages)]
-
-
-def _record(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Record:
-    where = f"conversation {index} to be scored"
-    if not messages:
-        raise UserError(f"{where}: nothing stands in front of the answer")
-    turns = [
-        Turn(Role(message["role"]), str(message["content"]), str(message.get("input", "")))
-        for message in with_system(messages, system)
-    ]
-    return Record(messages=(*turns, Turn(Role.ASSISTANT, answer)), where=where)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -313,7 +270,7 @@ def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card:
     if card.reward is None or card.base is None:
         raise UserError(f"{path}: an adapter of a language model is no reward model; a `rewardModel` stage makes one")
     base = load_model(context, locate_base(card.base, found, context.resolved.storage_uri))
-    model = put_on(make_reward_model(base.model, seed=0), path, weights, trainable=False)
+    model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
     return model.merge_and_unload(safe_merge=True) if merge else model
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """A model ready to be given its trainable parameters."""
 
     model: Any
@@ -44,17 +44,17 @@ class Start:
     seed: int
 
 
-def start_from_nothing(context: StageContext, shape: Architecture, tokenizer: Reference) -> Start:
+def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Reference) -> StartingPoint:
     """Return a new model for the vocabulary that `tokenizer` names."""
     path = context.fetch(tokenizer)
     vocabulary = load_tokenizer(path)
     model = build_model(shape, vocabulary, context.seed)
-    return Start(model, vocabulary, path, range(0), None, None, context.seed)
+    return StartingPoint(model, vocabulary, path, range(0), None, None, context.seed)
 
 
 def start_from_model(
     context: StageContext, config: TextTraining, model: Reference, change_config: ConfigChange | None = None
-) -> Start:
+) -> StartingPoint:
     """Return the model that `model` names, grown to the stage's `tokenizer` where that is larger.
 
     Raises UserError for a vocabulary that is smaller or moves old ids, and for growth under an adapter that is to be
@@ -78,21 +78,23 @@ def start_from_model(
         )
     how = config.resize.new_rows
     rows = grow(loaded.model, loaded.tokenizer, tokenizer, how, context.seed)
-    return Start(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
+    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
 
 
-def start_as_it_is(
+def start_unchanged(
     context: StageContext, model: Reference, change_config: ConfigChange | None = None, merge: bool = True
-) -> Start:
+) -> StartingPoint:
     """Return the model that `model` names with its own vocabulary. `merge`: an adapter is merged into its base."""
     loaded = load_model(context, model, merge=merge, change_config=change_config)
     return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
 
 
-def _start(context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Path, grown: NewRows | None) -> Start:
+def _start(
+    context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Path, grown: NewRows | None
+) -> StartingPoint:
     old = loaded.card.old_rows
     rows = range(0) if old is None else range(old, num_rows(loaded.model))
-    return Start(loaded.model, tokenizer, path, rows, loaded, grown, context.seed)
+    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, grown, context.seed)
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -144,7 +146,9 @@ def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool
 # -- the result --------------------------------------------------------------------------------------------------------
 
 
-def save_result(context: StageContext, start: Start, trained: TrainableModel, reward: RewardCard | None = None) -> None:
+def save_result(
+    context: StageContext, start: StartingPoint, trained: TrainableModel, reward: RewardCard | None = None
+) -> None:
     """Write the trained model or adapter with vocabulary and card to the stage's output, and read it back.
 
     `reward`: what the card of a reward model says.
@@ -159,7 +163,7 @@ def save_result(context: StageContext, start: Start, trained: TrainableModel, re
     save_adapter(trained.model, start.tokenizer, start.vocabulary, context.output, card)
 
 
-def _adapter_card(context: StageContext, start: Start) -> ModelCard:
+def _adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
     loaded, storage = start.loaded, context.resolved.storage_uri
     if loaded is None:
         raise UserError("trainable.lora: an adapter needs a `model` to sit on; a new `architecture` has none to load")

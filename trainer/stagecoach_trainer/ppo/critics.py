@@ -14,7 +14,7 @@ from stagecoach_api.training import Rows
 from stagecoach_trainer.models.load import load_model, read_card
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.safety import CONFIG, read_json, require_folder
-from stagecoach_trainer.models.starting_point import Start
+from stagecoach_trainer.models.starting_point import StartingPoint
 from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
 from stagecoach_trainer.models.vocabularies import require_same_vocabulary
 from stagecoach_trainer.runtime.context import StageContext
@@ -34,7 +34,7 @@ class NewCritic:
     """Added to all it says: the reward model's, so that the first values are that model's rewards."""
 
 
-def make_critic(config: PpoStage, context: StageContext, start: Start) -> NewCritic:
+def make_critic(config: PpoStage, context: StageContext, start: StartingPoint) -> NewCritic:
     """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
     is an adapter goes on with that adapter, over the base it was made on.
 
@@ -49,7 +49,7 @@ def make_critic(config: PpoStage, context: StageContext, start: Start) -> NewCri
     return NewCritic(_choose_trained(found.model, config, context, start), found.bias)
 
 
-def _starting_point(config: PpoStage, context: StageContext, start: Start) -> NewCritic:
+def _starting_point(config: PpoStage, context: StageContext, start: StartingPoint) -> NewCritic:
     source = config.critic.model
     if source is not None and not _is_reward_model(context, source):
         return NewCritic(_from_language_model(context, source, start))
@@ -66,7 +66,7 @@ def _starting_point(config: PpoStage, context: StageContext, start: Start) -> Ne
     return NewCritic(found.model, found.bias)
 
 
-def _from_language_model(context: StageContext, source: Reference, start: Start) -> Any:
+def _from_language_model(context: StageContext, source: Reference, start: StartingPoint) -> Any:
     loaded = load_model(context, source)
     _require_same(start.tokenizer, loaded.require_tokenizer(), "critic.model: it")
     return make_reward_model(loaded.model, context.seed)
@@ -94,7 +94,7 @@ def _require_same(policys: Any, critics: Any, whose: str) -> None:
     require_same_vocabulary(policys, critics, whose, remedy)
 
 
-def _choose_trained(model: Any, config: PpoStage, context: StageContext, start: Start) -> Any:
+def _choose_trained(model: Any, config: PpoStage, context: StageContext, start: StartingPoint) -> Any:
     """Return the critic with `requires_grad` set. Where the policy's embedding alone is trained, so is the critic's,
     beside its head."""
     trainable = config.trainable

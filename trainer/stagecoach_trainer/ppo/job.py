@@ -20,7 +20,7 @@ from stagecoach_trainer.engine.precision import MixedPrecision
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch
 from stagecoach_trainer.ppo.objectives import Policy
 from stagecoach_trainer.rewards.total import RewardSum
-from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.samples.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from stagecoach_trainer.ppo.state import PpoProgress
 from stagecoach_trainer.rewards.term import Judged, Judgement
 from stagecoach_trainer.runtime.collectives import max_over_ranks, sum_over_ranks
 from stagecoach_trainer.runtime.context import StageContext, World
-from stagecoach_trainer.samples.preferences import Prompt
+from stagecoach_trainer.samples.prompts import Prompt
 
 log = logging.getLogger(__name__)
 

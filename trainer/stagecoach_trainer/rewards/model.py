@@ -13,6 +13,7 @@ from torch import nn
 from stagecoach_trainer.models.reward import RewardModel
 from stagecoach_trainer.rewards.term import Judged, Term
 from stagecoach_trainer.runtime.context import World
+from stagecoach_trainer.samples.scoring import encode_answered
 
 
 class ModelTerm(Term):
@@ -24,7 +25,7 @@ class ModelTerm(Term):
 
     def shard(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> None:
         """Share the model's parameters out over the ranks by `shard`."""
-        self.model = self.model.shared_out(shard, device, world)
+        self.model = self.model.sharded(shard, device, world)
 
     def sit_out(self) -> None:
         self.values([])
@@ -40,6 +41,7 @@ class ModelTerm(Term):
             places.setdefault(judged.domain if self.model.domains else None, []).append(index)
         found: dict[int, npt.NDArray[np.int32]] = {}
         for domain, indices in places.items():
-            ids = self.model.encode([(batch[index].prompt, batch[index].answer) for index in indices], domain)
+            answered = [(batch[index].prompt, batch[index].answer) for index in indices]
+            ids = encode_answered(self.model.tokenizer, answered, self.model.system_prompt(domain))
             found.update(zip(indices, ids, strict=True))
         return [found[index] for index in range(len(batch))]

@@ -12,7 +12,8 @@ import numpy as np
 
 from stagecoach_api.references import NamedSource
 from stagecoach_api.rewards import PropositionReward
-from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
 from stagecoach_trainer.rewards.hinge import Fitted, Matrix, fit_weights
 from stagecoach_trainer.rewards.judge_prompts import QUOTED, Counts, ask_twice, chat_of, quote, read_yes_or_no

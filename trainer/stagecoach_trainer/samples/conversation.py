@@ -25,6 +25,11 @@ from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of,
 
 BATCH_RECORDS = 256
 
+LAST_ANSWER = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
+
+NO_LIMIT = 1 << 62
+"""Sequence length of an encoder that never cuts."""
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -252,17 +257,20 @@ class ConversationEncoder:
         samples: list[Sample] = []
         for turn, prompt, answer in turns:
             last = samples[-1] if samples else None
-            begun = 0
             mask, characters = np.zeros(len(prompt), np.bool_), 0
             if last is not None and np.array_equal(prompt[: len(last.ids)], last.ids):
-                begun = len(last.ids)
-                mask[:begun] = last.trained
+                mask[: len(last.ids)] = last.trained
                 characters = last.characters
                 samples.pop()
             ids = np.concatenate([prompt, answer])
             trained = np.concatenate([mask, np.ones(len(answer), np.bool_)])
             samples.append(Sample(ids, trained, characters + len(turn.content)))
         return samples
+
+
+def last_answer_encoder(tokenizer: Any) -> ConversationEncoder:
+    """Return an encoder of conversations that trains on the last answer only and never cuts a sample."""
+    return ConversationEncoder(Encoder(tokenizer), Renderer(tokenizer), LAST_ANSWER, TooLong.FAIL, NO_LIMIT)
 
 
 def conversation_of(record: Record) -> Conversation:

@@ -14,20 +14,22 @@ from stagecoach_api.conversation import Loss, TooLong
 from stagecoach_api.kinds.sft import Hindsight, HindsightMode
 from stagecoach_api.references import NamedSource, RecordSource
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
-from stagecoach_trainer.data.records import Record, read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, document
 from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, HindsightEncoder
 from stagecoach_trainer.samples.rows import pack_rows, row_of
-from stagecoach_trainer.samples.token_cache import ShardWriter, TokenShard, token_shard
+from stagecoach_trainer.samples.token_cache import TokenShard, TokenShardWriter, token_shard
 from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Renderer
+from stagecoach_trainer.text.vocabulary import batches_of
 
 BATCH_CHARACTERS = 1 << 20
 
-LOSSES = ("tooLong", "cut", "noLoss", "emptyText")
+LOST_SAMPLES = ("tooLong", "cut", "noLoss", "emptyText")
 """Counts of samples that were dropped, shortened or left without loss."""
 
 
@@ -53,15 +55,15 @@ def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> T
     """
     key = {"kind": "text", **source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
 
-    def build(writer: ShardWriter) -> Mapping[str, int]:
+    def build(writer: TokenShardWriter) -> Mapping[str, int]:
         return _write_documents(read_records(context, source), Encoder(tokenizer), writer)
 
     return token_shard(context, key, f"tokenise {source.label}", build)
 
 
-def _write_documents(records: Iterable[Record], encoder: Encoder, writer: ShardWriter) -> Mapping[str, int]:
+def _write_documents(records: Iterable[Record], encoder: Encoder, writer: TokenShardWriter) -> Mapping[str, int]:
     counts: Counter[str] = Counter(records=0, samples=0, tokens=0, characters=0)
-    for batch in batches_of(texts_of(records)):
+    for batch in batches_of(texts_of(records), BATCH_CHARACTERS):
         writer.report()
         for text, ids in zip(batch, encoder.documents(batch), strict=True):
             counts["records"] += 1
@@ -99,7 +101,7 @@ def conversation_shard(
         **_hindsight_key(hindsight, context.seed),
     }
 
-    def build(writer: ShardWriter) -> Mapping[str, int]:
+    def build(writer: TokenShardWriter) -> Mapping[str, int]:
         encoder = _encoder_of(tokenizer, loss, too_long, sequence_length, hindsight, context.seed)
         for sample in encoder.encode(read_records(context, source)):
             writer.add(sample.ids, sample.trained)
@@ -125,7 +127,7 @@ def _encoder_of(
     return ConversationEncoder(*parts) if hindsight is None else HindsightEncoder(*parts, hindsight, seed)
 
 
-def check_losses(
+def check_lost_samples(
     counts: Mapping[str, Mapping[str, int]],
     largest_share: float,
     where: str = "data",
@@ -133,10 +135,10 @@ def check_losses(
 ) -> None:
     """Raise UserError where more samples than `maxDroppedShare` were dropped, cut or left without loss, or none is
     left. `counts`: by data set; `where`: the sets' field path."""
-    lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOSSES, SAME_ANSWERS))
+    lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOST_SAMPLES, SAME_ANSWERS))
     kept = sum(found.get("samples", 0) for found in counts.values())
     cut = sum(found.get("cut", 0) for found in counts.values())
-    reasons = "; ".join(f"{name}: {describe_losses(found)}" for name, found in counts.items())
+    reasons = "; ".join(f"{name}: {describe_samples(found)}" for name, found in counts.items())
     if kept == 0:
         raise UserError(f"{where}: no sample to train on is left ({reasons})")
     share = lost / (kept + lost - cut)
@@ -147,9 +149,9 @@ def check_losses(
         )
 
 
-def describe_losses(counts: Mapping[str, int]) -> str:
+def describe_samples(counts: Mapping[str, int]) -> str:
     """Return the counts that matter where samples were lost, for people."""
-    names = ("records", "samples", *LOSSES, "splitRecords", "extraSamples", *COUNTS)
+    names = ("records", "samples", *LOST_SAMPLES, "splitRecords", "extraSamples", *COUNTS)
     return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
 
 
@@ -254,17 +256,3 @@ def is_conversation(context: StageContext, source: RecordSource) -> bool:
     for record in islice(read_records(context, source), 1):
         return record.text is None
     raise UserError(f"{source.key}: the data set is empty")
-
-
-def batches_of(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Yield texts in lists of about `characters` characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -22,20 +22,23 @@ from typing import Any
 
 import numpy as np
 
-from stagecoach_api.conversation import Loss, Role, TooLong, Turns
+from stagecoach_api.conversation import Loss, Role, TooLong
 from stagecoach_api.kinds.sft import Feedback, Hindsight, HindsightMode
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.data.formats import Turn
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import Conversation, ConversationEncoder, Sample, conversation_of
+from stagecoach_trainer.samples.conversation import (
+    LAST_ANSWER,
+    Conversation,
+    ConversationEncoder,
+    Sample,
+    conversation_of,
+)
 from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
 
 PROBE = "\u2042"
 """Stands for an answer while the template is asked what it puts around one; in no template's own text."""
-
-LAST_ANSWER = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
 
 SAME_ANSWERS = "sameAnswers"
 
@@ -124,7 +127,7 @@ def check_feedback(feedback: Sequence[Feedback]) -> None:
 
 
 @dataclass(frozen=True)
-class AnswerPlace:
+class AnswerFrame:
     """What stands around an answer in a rendered conversation."""
 
     prompt: str
@@ -134,29 +137,23 @@ class AnswerPlace:
     """What the template puts between an answer and the end token."""
 
 
-def answer_place(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerPlace:
+def answer_frame(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerFrame:
     """Return what stands around an answer to `messages`. Raises UserError where the template cannot tell."""
     [turn] = renderer.trained_turns([*messages, {"role": Role.ASSISTANT.value, "content": PROBE}], LAST_ANSWER, tools)
     before, found, after = turn.answer.partition(PROBE)
     if not found:
         raise UserError("the chat template does not show what the assistant says; write {{ message['content'] }} there")
-    return AnswerPlace(turn.prompt + before, after)
+    return AnswerFrame(turn.prompt + before, after)
 
 
 def lead_in(words: str) -> str:
-    """Return feedback words as they stand directly in front of an answer."""
-    return f"{words}\n"
+    """Return feedback text as it appears directly in front of an answer.
 
-
-def asked_prompt(
-    renderer: Renderer, messages: Sequence[Message], words: str, tools: Sequence[Mapping[str, Any]] = ()
-) -> str:
-    """Return the prompt with which a model trained on chains is asked for an answer of the kind that `words` name.
-
-    The same text comes from `apply_chat_template` with a last turn of the assistant that says the words and a newline,
-    and `continue_final_message=True`; servers with OpenAI's interface take that turn as a prefill.
+    A model trained on chains is asked for an answer of that kind with `answer_frame(…).prompt + lead_in(words)`.
+    `apply_chat_template` renders the same text from a last assistant turn that holds `words` and a newline, with
+    `continue_final_message=True`; OpenAI-compatible servers take that turn as a prefill.
     """
-    return answer_place(renderer, messages, tools).prompt + lead_in(words)
+    return f"{words}\n"
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -166,7 +163,7 @@ def asked_prompt(
 class Chain:
     """A preference record, ready to be encoded."""
 
-    place: AnswerPlace
+    place: AnswerFrame
     feedback: Feedback
     answers: tuple[str, ...]
     """From the worst to the best; at least two."""
@@ -255,9 +252,9 @@ class HindsightEncoder(ConversationEncoder):
             where=record.where,
         )
 
-    def _place_of(self, conversation: Conversation) -> AnswerPlace:
+    def _place_of(self, conversation: Conversation) -> AnswerFrame:
         try:
-            return answer_place(self._renderer, conversation.messages, conversation.tools)
+            return answer_frame(self._renderer, conversation.messages, conversation.tools)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from error
 

@@ -57,7 +57,7 @@ class TokenShard:
         return int(self.offsets[-1])
 
 
-class ShardWriter:
+class TokenShardWriter:
     """Appends samples to a shard that is being made."""
 
     def __init__(self, folder: Path, context: StageContext, activity: str) -> None:
@@ -98,7 +98,7 @@ class ShardWriter:
 
 
 def token_shard(
-    context: StageContext, key: Mapping[str, Any], activity: str, build: Callable[[ShardWriter], Mapping[str, int]]
+    context: StageContext, key: Mapping[str, Any], activity: str, build: Callable[[TokenShardWriter], Mapping[str, int]]
 ) -> TokenShard:
     """Return the shard made of what `key` says, from the cache or by `build`, which adds samples and returns counts.
 
@@ -113,13 +113,13 @@ def token_shard(
 
 
 def _make(
-    context: StageContext, folder: Path, activity: str, build: Callable[[ShardWriter], Mapping[str, int]]
+    context: StageContext, folder: Path, activity: str, build: Callable[[TokenShardWriter], Mapping[str, int]]
 ) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        writer = ShardWriter(unfinished, context, activity)
+        writer = TokenShardWriter(unfinished, context, activity)
         writer.close(build(writer))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)

@@ -20,11 +20,11 @@ from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase
 
-KEY_HIDE = 0x48494445
+KEY_MASK = 0x48494445
 MEASURED_STEPS = 32
 
 
-def filler_of(tokenizer: Any) -> int:
+def filler_token(tokenizer: Any) -> int:
     """Return the id that stands for a hidden token: the vocabulary's unknown token, else that for padding, else the
     one that ends a text. Raises UserError for a vocabulary with none of them."""
     for found in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -34,7 +34,7 @@ def filler_of(tokenizer: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Hiding:
+class TokenMasking:
     """Hides a share of each row's input tokens; the share is drawn for each row, evenly from 0 to `max_share`."""
 
     max_share: float
@@ -43,7 +43,7 @@ class Hiding:
 
     def hidden(self, lengths: Sequence[int], step: int, number: int) -> npt.NDArray[np.bool_]:
         """Return which tokens of row `number` of a step are hidden [T]; never the first of a sample."""
-        key = np.uint64(make_key(self.seed, KEY_HIDE, step, number))
+        key = np.uint64(make_key(self.seed, KEY_MASK, step, number))
         random = splitmix(np.arange(1 + sum(lengths), dtype=np.uint64) ^ key) >> np.uint64(11)
         evenly = random.astype(np.float64) * 2.0**-53
         hidden: npt.NDArray[np.bool_] = evenly[1:] < evenly[0] * self.max_share
@@ -57,25 +57,25 @@ class Hiding:
 
 
 @dataclass(frozen=True)
-class HidingPhase(PlannedPhase):
+class MaskedPhase(PlannedPhase):
     """A phase whose rows have hidden tokens."""
 
-    hiding: Hiding
+    hiding: TokenMasking
 
     def rows(self, step: int) -> list[Row]:
         shown = super().rows(step)
         return [self.hiding.hide(row, self.first_step + step, number) for number, row in enumerate(shown)]
 
 
-def hide_in(phases: Sequence[PlannedPhase], hiding: Hiding) -> list[PlannedPhase]:
+def mask_phases(phases: Sequence[PlannedPhase], hiding: TokenMasking) -> list[PlannedPhase]:
     """Return the phases of a plan with hidden tokens in all their rows."""
     return [
-        HidingPhase(**{field.name: getattr(phase, field.name) for field in fields(phase)}, hiding=hiding)
+        MaskedPhase(**{field.name: getattr(phase, field.name) for field in fields(phase)}, hiding=hiding)
         for phase in phases
     ]
 
 
-def hidden_share(plan: MixedPlan, hiding: Hiding) -> float:
+def masked_share(plan: MixedPlan, hiding: TokenMasking) -> float:
     """Return the share of input tokens that is hidden, over at most `MEASURED_STEPS` steps spread over the plan."""
     steps = np.unique(np.linspace(0, plan.num_steps - 1, MEASURED_STEPS).astype(int))
     masks = [

@@ -10,9 +10,9 @@ from pathlib import Path
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.kinds.data import DataSource, DataStage, Order
 from stagecoach_api.references import Split
-from stagecoach_trainer.data.formats import Record
 from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
-from stagecoach_trainer.data.records import INDEX, Malformed, read_path, sort_of
+from stagecoach_trainer.data.reading import INDEX, Malformed, read_path
+from stagecoach_trainer.data.records import Record, kind_of
 from stagecoach_trainer.data.shards import RecordSink, ShardWriter, ShufflingWriter, split_index
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash, prompt_hash
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -141,7 +141,7 @@ class _Work:
         funnel.characters += len(record.content)
 
     def _check_format(self, record: Record, label: str) -> None:
-        found = sort_of(record)
+        found = kind_of(record)
         if self.format and found != self.format:
             raise UserError(
                 f"{record.where}: source {label} gives a {found} record, those before are {self.format} records; "

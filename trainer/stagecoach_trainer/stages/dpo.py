@@ -19,21 +19,21 @@ from stagecoach_trainer.batches.rows import StepPlan
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.load import load_model, own_tokenizer
-from stagecoach_trainer.models.starting_point import Start, position_change, save_result
+from stagecoach_trainer.models.starting_point import StartingPoint, position_change, save_result
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.plan import MixedPlan
-from stagecoach_trainer.samples.preferences import (
-    GROUP_LOSSES,
+from stagecoach_trainer.samples.groups import (
+    LOST_ANSWERS,
     GroupShard,
     TokenSequence,
-    check_group_losses,
-    group_shard,
+    check_lost_answers,
     measured_groups,
     plan_groups,
 )
+from stagecoach_trainer.samples.plan import MixedPlan
+from stagecoach_trainer.samples.preferences import group_shard
 from stagecoach_trainer.stages.reports import training_text, write_report
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
 
@@ -47,7 +47,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
     start, warnings = start_with_template(context, config.model, config.template, config.sequence_length, not continued)
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
-    check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
     warnings += _lonely_answers(config, plan)
     steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, context.world.size)
@@ -63,7 +63,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
         save_result(context, start, trained)
         prepared = Prepared(start, {name: item.shard for name, item in shards.items()}, plan, (), tuple(warnings))
         report = make_report(prepared, result, trained.notes, parameters, result.metrics)
-        columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+        columns = ("records", "groups", "answers", "pairs", "ties", *LOST_ANSWERS)
         write_report(context, report, training_text("dpo", report, columns))
     return StageOutcome(tokens=result.tokens, metrics=result.metrics)
 
@@ -108,7 +108,7 @@ def _score_with_reference(
     config: DpoStage,
     context: StageContext,
     table: ReferenceTable,
-    start: Start,
+    start: StartingPoint,
     trained: TrainableModel,
     streams: Sequence[Iterator[TokenSequence]],
 ) -> None:
@@ -150,7 +150,7 @@ def _load_reference(config: DpoStage, context: StageContext) -> Any:
     return loaded.model
 
 
-def _check_vocabulary(config: DpoStage, context: StageContext, start: Start) -> None:
+def _check_vocabulary(config: DpoStage, context: StageContext, start: StartingPoint) -> None:
     """Raise UserError unless the reference has the policy's vocabulary: both are given the same ids."""
     path = context.fetch(config.reference or config.model)
     tokenizer = own_tokenizer(path)

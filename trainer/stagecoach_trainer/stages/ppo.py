@@ -12,7 +12,7 @@ from stagecoach_api.training import Batch, Budget, Schedule
 from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.starting_point import Start, save_result
+from stagecoach_trainer.models.starting_point import StartingPoint, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.ppo.critics import make_critic
@@ -21,9 +21,15 @@ from stagecoach_trainer.ppo.shared_weights import share_frozen
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.datasets import LOSSES, check_losses, conversation_shard, is_conversation, text_shard
+from stagecoach_trainer.samples.datasets import (
+    LOST_SAMPLES,
+    check_lost_samples,
+    conversation_shard,
+    is_conversation,
+    text_shard,
+)
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
-from stagecoach_trainer.samples.preferences import PromptSet, read_prompts
+from stagecoach_trainer.samples.prompts import PromptSet, read_prompts
 from stagecoach_trainer.samples.token_cache import TokenShard
 from stagecoach_trainer.stages.reports import table, trained_words, write_report
 from stagecoach_trainer.stages.training import start_with_template
@@ -88,7 +94,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def _start(config: PpoStage, context: StageContext) -> tuple[Start, list[str]]:
+def _start(config: PpoStage, context: StageContext) -> tuple[StartingPoint, list[str]]:
     lora = config.trainable.lora
     if lora is not None and lora.continue_adapter:
         raise UserError(
@@ -125,7 +131,7 @@ def _without_dropout(policy: Any, critic: Any) -> list[str]:
     return warnings
 
 
-def _reference(config: PpoStage, context: StageContext, start: Start) -> Any | None:
+def _reference(config: PpoStage, context: StageContext, start: StartingPoint) -> Any | None:
     """Return the frozen model the policy is held to. None: the base below the policy's new adapter is that model."""
     lora = config.trainable.lora
     if config.reference is not None:
@@ -184,7 +190,7 @@ def _texts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str,
         return {}
     shards = {source.label: _shard(config, context, mix, number, tokenizer) for number, source in enumerate(mix.data)}
     counts = {name: shard.counts for name, shard in shards.items()}
-    check_losses(counts, config.max_dropped_share, "pretraining.data", "raise `sequenceLength`, or allow more")
+    check_lost_samples(counts, config.max_dropped_share, "pretraining.data", "raise `sequenceLength`, or allow more")
     return shards
 
 
@@ -251,4 +257,4 @@ def _report_text(report: Mapping[str, Any]) -> str:
 
 
 def _text_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    return ["", *table("text beside", ("records", "samples", "tokens", *LOSSES), counts)] if counts else []
+    return ["", *table("text beside", ("records", "samples", "tokens", *LOST_SAMPLES), counts)] if counts else []

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from stagecoach_api.kinds.pretrain import PretrainStage
-from stagecoach_trainer.models.starting_point import Start, position_change, start_from_model, start_from_nothing
+from stagecoach_trainer.models.starting_point import (
+    StartingPoint,
+    position_change,
+    start_from_model,
+    start_from_scratch,
+)
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.datasets import check_losses, text_held_out, text_shard
+from stagecoach_trainer.samples.datasets import check_lost_samples, text_held_out, text_shard
 from stagecoach_trainer.samples.plan import Planner, phase_settings
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 
@@ -21,7 +26,7 @@ def run(config: PretrainStage, context: StageContext) -> StageOutcome:
     settings = phase_settings(config, [source.label for source in config.data], config.phases)
     start = _start(config, context, max(item.sequence_length for item in settings))
     shards = {source.label: text_shard(context, source, start.tokenizer) for source in config.data}
-    check_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    check_lost_samples({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = Planner(shards, context.seed).plan(settings, config.schedule, config.optimizer.learning_rate)
     held_out = tuple(
         text_held_out(context, source, start.tokenizer, config.sequence_length, config.held_out.max_tokens)
@@ -41,9 +46,9 @@ def _check_positions(config: PretrainStage) -> None:
         raise UserError("ropeTheta: a new model's base stands in `architecture.ropeTheta`")
 
 
-def _start(config: PretrainStage, context: StageContext, longest: int) -> Start:
+def _start(config: PretrainStage, context: StageContext, longest: int) -> StartingPoint:
     if config.architecture is not None and config.tokenizer is not None:
-        start = start_from_nothing(context, config.architecture, config.tokenizer)
+        start = start_from_scratch(context, config.architecture, config.tokenizer)
         if config.rope_scaling is not None or longest > config.architecture.max_position_embeddings:
             raise UserError(
                 f"architecture.maxPositionEmbeddings: {config.architecture.max_position_embeddings} is less than the "

@@ -17,17 +17,16 @@ from stagecoach_trainer.models.starting_point import save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import Diverged, UserError
-from stagecoach_trainer.samples.plan import MixedPlan
-from stagecoach_trainer.samples.preferences import (
-    GROUP_LOSSES,
+from stagecoach_trainer.samples.groups import (
+    LOST_ANSWERS,
     Group,
-    Grouping,
     GroupShard,
-    check_group_losses,
-    group_shard,
+    check_lost_answers,
     measured_groups,
     plan_groups,
 )
+from stagecoach_trainer.samples.plan import MixedPlan
+from stagecoach_trainer.samples.preferences import Grouping, group_shard
 from stagecoach_trainer.stages.reports import table, training_text, write_report
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
 
@@ -51,7 +50,7 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
     language_model, warnings = start_with_template(context, config.model, config.template, config.sequence_length)
     start = replace(language_model, model=make_reward_model(language_model.model, context.seed))
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
-    check_group_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
@@ -183,5 +182,5 @@ def report_text(report: Mapping[str, Any]) -> str:
             more += ["", *table(what, FIGURES, report["heldOut"][found])]
     if report["heldOut"]["sets"]:
         more += ["", "`lengthBaseline` is the accuracy of preferring the longer answer."]
-    columns = ("records", "groups", "answers", "pairs", "ties", *GROUP_LOSSES)
+    columns = ("records", "groups", "answers", "pairs", "ties", *LOST_ANSWERS)
     return training_text("rewardModel", report, columns, more)

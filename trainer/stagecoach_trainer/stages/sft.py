@@ -11,7 +11,7 @@ from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.models.starting_point import position_change, start_from_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.samples.datasets import (
-    check_losses,
+    check_lost_samples,
     conversation_held_out,
     conversation_shard,
     is_conversation,
@@ -20,7 +20,7 @@ from stagecoach_trainer.samples.datasets import (
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
 from stagecoach_trainer.samples.token_cache import TokenShard
-from stagecoach_trainer.samples.token_masking import Hiding, filler_of, hidden_share, hide_in
+from stagecoach_trainer.samples.token_masking import TokenMasking, filler_token, mask_phases, masked_share
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 from stagecoach_trainer.text.templates import apply_template
 
@@ -42,7 +42,7 @@ def run(config: SftStage, context: StageContext) -> StageOutcome:
         )
         for source in config.data
     }
-    check_losses({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    check_lost_samples({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = Planner(shards, context.seed, config.packing).plan(settings, config.schedule, config.optimizer.learning_rate)
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
     plan, figures = _hide(config, context, plan, start.tokenizer)
@@ -57,9 +57,9 @@ def _hide(
     hindsight = config.hindsight
     if hindsight is None or hindsight.mode is not HindsightMode.CHAIN or not hindsight.max_masked_share:
         return plan, {}
-    hiding = Hiding(hindsight.max_masked_share, filler_of(tokenizer), context.seed)
-    hidden = MixedPlan(hide_in(plan.phases, hiding), config.schedule, config.optimizer.learning_rate)
-    return hidden, {"hindsight.hiddenShare": hidden_share(plan, hiding)}
+    hiding = TokenMasking(hindsight.max_masked_share, filler_token(tokenizer), context.seed)
+    hidden = MixedPlan(mask_phases(plan.phases, hiding), config.schedule, config.optimizer.learning_rate)
+    return hidden, {"hindsight.hiddenShare": masked_share(plan, hiding)}
 
 
 def _unused_hindsight(config: SftStage, shards: Mapping[str, TokenShard]) -> list[str]:

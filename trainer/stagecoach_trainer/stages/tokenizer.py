@@ -11,11 +11,12 @@ from typing import Any
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.kinds.tokenizer import AddTokens, MergedScore, MergeVocabulary, TokenizerStage, TrainVocabulary
 from stagecoach_api.references import RecordSource, Reference
-from stagecoach_trainer.data.records import read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.models.safety import read_json
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.text.conversion import save_vocabulary
-from stagecoach_trainer.text.measure import PROBES, Measured, Meter, piece_facts
+from stagecoach_trainer.text.measure import PROBES, EncodingCounts, EncodingMeter, piece_facts
 from stagecoach_trainer.text.pieces import (
     Vocabulary,
     add_characters,
@@ -53,7 +54,7 @@ def run(config: TokenizerStage, context: StageContext) -> StageOutcome:
     trained = None if config.train is None else _train(config.train, lines, context)
     vocabulary, warnings = _combine(config, context, base, trained)
     save_vocabulary(vocabulary, context.output)
-    meter = Meter(base, vocabulary, load_tokenizer(context.output))
+    meter = EncodingMeter(base, vocabulary, load_tokenizer(context.output))
     sets = {source.name: meter.measure(_texts(context, source, "measure")) for source in config.measure_on}
     used_in = sum(measured.characters for measured in sets.values()) + meter.count_uses(_first(lines))
     facts = piece_facts(base, vocabulary, meter.uses, used_in)
@@ -95,9 +96,9 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, tuple[str, 
     found: dict[int, tuple[str, bool]] = {}
     added = folder / "added_tokens.json"
     if added.is_file():
-        found |= {int(index): (str(token), True) for token, index in _read_json(added).items()}
+        found |= {int(index): (str(token), True) for token, index in read_json(added).items()}
     if (folder / TOKENIZER_FILE).is_file():
-        for item in _read_json(folder / TOKENIZER_FILE).get("added_tokens", []):
+        for item in read_json(folder / TOKENIZER_FILE).get("added_tokens", []):
             found[int(item["id"])] = (str(item["content"]), bool(item.get("special")))
     for index, item in config.get("added_tokens_decoder", {}).items():
         found[int(index)] = (str(item["content"]), bool(item.get("special")))
@@ -211,7 +212,9 @@ def _first(lines: Iterable[str]) -> Iterator[str]:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _report(facts: dict[str, Any], sets: dict[str, Measured], probes: Measured, warnings: list[str]) -> dict[str, Any]:
+def _report(
+    facts: dict[str, Any], sets: dict[str, EncodingCounts], probes: EncodingCounts, warnings: list[str]
+) -> dict[str, Any]:
     return {
         "pieces": facts,
         "sets": {name: measured.as_json() for name, measured in sets.items()},
@@ -297,13 +300,3 @@ def _metrics(report: dict[str, Any]) -> dict[str, float]:
     if facts["base"] is not None:
         metrics["asciiChanged"] = sum(part["asciiChanged"] for part in parts)
     return metrics
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value

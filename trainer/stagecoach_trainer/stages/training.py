@@ -10,11 +10,11 @@ from stagecoach_api.conversation import Template
 from stagecoach_api.references import Reference
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
-from stagecoach_trainer.models.starting_point import Start, position_change, save_result, start_as_it_is
+from stagecoach_trainer.models.starting_point import StartingPoint, position_change, save_result, start_unchanged
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.datasets import LOSSES
+from stagecoach_trainer.samples.datasets import LOST_SAMPLES
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
 from stagecoach_trainer.samples.token_cache import TokenShard
@@ -26,7 +26,7 @@ from stagecoach_trainer.text.templates import apply_template
 class Prepared:
     """A training stage, ready but for what learns."""
 
-    start: Start
+    start: StartingPoint
     shards: Mapping[str, TokenShard]
     """Training sets by label."""
 
@@ -51,12 +51,12 @@ def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
 
 def start_with_template(
     context: StageContext, model: Reference, template: Template | None, sequence_length: int, merge: bool = True
-) -> tuple[Start, list[str]]:
+) -> tuple[StartingPoint, list[str]]:
     """Return a model as it is, its vocabulary with a chat template, and warnings for the report.
 
     `merge`: fold an adapter into the weights. Raises UserError where there is no template.
     """
-    start = start_as_it_is(context, model, position_change(sequence_length), merge=merge)
+    start = start_unchanged(context, model, position_change(sequence_length), merge=merge)
     if template is not None:
         return start, apply_template(start.tokenizer, template)
     if start.tokenizer.chat_template is None:
@@ -78,7 +78,7 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
         context.progress.report("save")
         save_result(context, start, trained)
         report = make_report(prepared, result, trained.notes, parameters, metrics)
-        columns = ("records", "samples", "tokens", *LOSSES)
+        columns = ("records", "samples", "tokens", *LOST_SAMPLES)
         text = training_text(context.resolved.kind, report, columns, _ranked_lines(report["data"]))
         write_report(context, report, text)
     return StageOutcome(tokens=result.tokens, metrics=metrics)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stagecoach_trainer.text.pieces import CONTROL, NORMAL, Vocabulary, unreachable_pieces
-from stagecoach_trainer.text.vocabulary import encode_batch
+from stagecoach_trainer.text.vocabulary import batches_of, encode_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ PROBES = (
 
 
 @dataclass
-class Measured:
+class EncodingCounts:
     """Counts over one set of texts."""
 
     texts: int = 0
@@ -91,7 +91,7 @@ def _ratio(count: int | None, whole: int) -> float | None:
     return round(count / whole, 6) if count is not None and whole else None
 
 
-class Meter:
+class EncodingMeter:
     """Encodes text with SentencePiece and transformers, before and after, and counts.
 
     Args:
@@ -107,23 +107,23 @@ class Meter:
         self.uses = np.zeros(vocabulary.size, dtype=np.int64)
         """How often each id came up in anything that was measured: int64 [V]."""
 
-    def measure(self, texts: Iterable[str]) -> Measured:
+    def measure(self, texts: Iterable[str]) -> EncodingCounts:
         """Count over `texts`, with bounded memory."""
-        result = Measured(tokens_before=None if self._base is None else 0)
-        for batch in batches(texts):
+        result = EncodingCounts(tokens_before=None if self._base is None else 0)
+        for batch in batches_of(texts, BATCH_CHARACTERS):
             self._measure_batch(batch, result)
         return result
 
     def count_uses(self, texts: Iterable[str]) -> int:
         """Only count which ids come up; returns the number of characters."""
         characters = 0
-        for batch in batches(texts):
+        for batch in batches_of(texts, BATCH_CHARACTERS):
             characters += sum(map(len, batch))
             for ids in self._new.encode(batch):
                 np.add.at(self.uses, ids, 1)
         return characters
 
-    def _measure_batch(self, batch: list[str], result: Measured) -> None:
+    def _measure_batch(self, batch: list[str], result: EncodingCounts) -> None:
         result.texts += len(batch)
         result.characters += sum(map(len, batch))
         encoded = self._new.encode(batch)
@@ -146,20 +146,6 @@ class Meter:
     def _comes_back(self, text: str, ids: list[int]) -> bool:
         decoded = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return bool(decoded == text and self._new.decode(ids) == text)
-
-
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts into batches of about `BATCH_CHARACTERS`."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def piece_facts(

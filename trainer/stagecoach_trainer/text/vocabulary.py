@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,15 @@ def encode_batch(
     return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
 
-def encode_stream(
-    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch_characters: int = 1 << 20
-) -> Iterable[NDArray[np.int32]]:
-    """Encode any number of texts with bounded memory; yields one array per text, in order."""
+def batches_of(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Yield texts in order, in lists of at least `characters` characters; the last list may have fewer."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= batch_characters:
-            yield from encode_batch(tokenizer, batch)
+        if size >= characters:
+            yield batch
             batch, size = [], 0
     if batch:
-        yield from encode_batch(tokenizer, batch)
+        yield batch

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from stagecoach_api.conversation import Role
 from stagecoach_api.references import Format, RecordSource, Split
-from stagecoach_trainer.data.records import Record, Role, Turn, read_records
+from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 from tests import SHARED_DATA as SHARED
 from tests.trainer.data.makers import make_context, write_jsonl

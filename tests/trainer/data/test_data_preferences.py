@@ -10,8 +10,9 @@ import pytest
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
-from stagecoach_trainer.data.formats import Answer, Record, RecordError, Turn, detect_format, parser_for
-from stagecoach_trainer.data.records import read_index, read_records, record_to_json, require_no_answers
+from stagecoach_trainer.data.formats import detect_format, parser_for
+from stagecoach_trainer.data.reading import read_index, read_records
+from stagecoach_trainer.data.records import Answer, Record, RecordError, Turn, record_to_json, require_no_answers
 from stagecoach_trainer.data.steps import content_hash, prompt_hash
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.data import run

@@ -11,13 +11,10 @@ from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format
+from stagecoach_trainer.data.records import Answer, Record, RecordError, Turn
 from stagecoach_trainer.data.turns import (
     MESSAGES_TURNS,
-    Answer,
     Parse,
-    Record,
-    RecordError,
-    Turn,
     describe,
     list_of_turns,
     optional_string_of,

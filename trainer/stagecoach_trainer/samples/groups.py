@@ -1,0 +1,239 @@
+"""Groups of answers to one prompt, as training takes them: out of token shards, measured, planned.
+
+A group is one sample of a token shard, int32: [K, N, then for each answer its length and its mark, the prompt's N ids,
+the ids of the answers one after the other]. A mark is a rank (from 1), `LIKED` or `DISLIKED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from stagecoach_api.training import Training
+from stagecoach_trainer.batches.mixing import Int64
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.samples.plan import MixedPlan, PhaseSettings, Planner, Units, UnitsKey, phase_settings
+from stagecoach_trainer.samples.token_cache import TokenShard
+
+LIKED, DISLIKED = -1, -2
+"""Marks of answers that are judged one by one."""
+
+LOST_ANSWERS = ("tooLong", "emptyAnswers", "sameAnswers", "fewAnswers")
+"""Counts of answers that are not trained on. With `answers` they make `answersRead`.
+
+`tooLong`: prompt and answer do not fit the sequence; `emptyAnswers`: blank; `sameAnswers`: the same as a better answer
+to the prompt; `fewAnswers`: left without an answer of another rank to be compared with."""
+
+
+class Counting(StrEnum):
+    """What a loss is averaged over."""
+
+    PAIRS = "pairs"
+    GROUPS = "groups"
+    ANSWERS = "answers"
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt and one answer to it."""
+
+    ids: Ids
+    """Token ids [T]: the prompt as served, the answer, the end token."""
+
+    num_prompt: int
+    """Tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers to one prompt, never cut apart (a `Unit`). K answers, P pairs."""
+
+    sequences: tuple[TokenSequence, ...]
+    """K of them, the best first where they are ranked."""
+
+    better: Int64
+    """Place of each pair's better answer in `sequences` [P]; answers of equal rank make no pair."""
+
+    worse: Int64
+    """Place of each pair's other answer [P]."""
+
+    liked: npt.NDArray[np.bool_] | None
+    """Whether an answer is a good one [K]. None: they are ranked."""
+
+    domain: int
+    """Number of the set's domain, as the caller counts them."""
+
+    place: tuple[int, int]
+    """Number of the data set and of the group in it: what names the group in this stage."""
+
+    counting: Counting
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @property
+    def num_targets(self) -> int:
+        """What the group adds to the divisor of the loss."""
+        match self.counting:
+            case Counting.PAIRS:
+                return len(self.better)
+            case Counting.ANSWERS:
+                return len(self.sequences)
+            case Counting.GROUPS:
+                return 1
+
+
+def pairs_of(ranks: Sequence[int]) -> tuple[Int64, Int64]:
+    """Return the places of the better and of the worse answer of every pair of different ranks [P], [P]."""
+    marks = np.asarray(ranks)
+    better, worse = np.nonzero(marks[:, None] < marks[None, :])
+    return better.astype(np.int64), worse.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class GroupShard:
+    """The groups of one data set."""
+
+    shard: TokenShard
+    domain: int = 0
+    number: int = 0
+    """Number of the data set."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What became of the records: `records`, `groups`, `answersRead`, `answers` (kept), `pairs`, `ties` (pairs of
+        equal rank, left out), `tokens`, and `GROUP_LOSSES`."""
+        return self.shard.counts
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter the model: every answer with the prompt in front of it."""
+        return self.counts["tokens"]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def group(self, index: int, counting: Counting) -> Group:
+        """Return the group number `index`."""
+        values = self.shard.tokens[self.shard.offsets[index] : self.shard.offsets[index + 1]]
+        num_answers, num_prompt = int(values[0]), int(values[1])
+        lengths, marks = values[2 : 2 + 2 * num_answers].reshape(num_answers, 2).T.tolist()
+        start = 2 + 2 * num_answers
+        prompt = values[start : start + num_prompt]
+        ends = start + num_prompt + np.cumsum(lengths)
+        sequences = tuple(
+            TokenSequence(np.concatenate([prompt, values[end - length : end]]), num_prompt)
+            for end, length in zip(ends.tolist(), lengths, strict=True)
+        )
+        place = (self.number, index)
+        if min(marks) < 0:
+            nothing = np.empty(0, np.int64)
+            liked = np.array(marks) == LIKED
+            return Group(sequences, nothing, nothing, liked, self.domain, place, counting)
+        return Group(sequences, *pairs_of(marks), None, self.domain, place, counting)
+
+    def groups(self, counting: Counting) -> Iterator[Group]:
+        """Yield all groups, in the order of the records."""
+        return (self.group(index, counting) for index in range(len(self)))
+
+
+def check_lost_answers(counts: Mapping[str, Mapping[str, int]], largest_share: float) -> None:
+    """Raise UserError where more answers than `maxDroppedShare` are not trained on, or none is. `counts`: by set."""
+    lost = sum(found.get(name, 0) for found in counts.values() for name in LOST_ANSWERS)
+    kept = sum(found.get("answers", 0) for found in counts.values())
+    reasons = "; ".join(f"{name}: {describe_groups(found)}" for name, found in counts.items())
+    if kept == 0:
+        raise UserError(f"data: no preference to learn from is left ({reasons})")
+    share = lost / (kept + lost)
+    if share > largest_share:
+        raise UserError(
+            f"data: {share:.1%} of the answers cannot be trained on, more than `maxDroppedShare` {largest_share:.1%} "
+            f"({reasons}); raise `sequenceLength`, mend the data, or allow more"
+        )
+
+
+def measured_groups(shard: GroupShard, counting: Counting, max_tokens: int, name: str) -> list[Group]:
+    """Return the groups of a held-out set from the first on, `max_tokens` in all, one at least.
+
+    Raises UserError where there is none.
+    """
+    groups: list[Group] = []
+    left = max_tokens
+    for group in shard.groups(counting):
+        if groups and group.num_tokens > left:
+            break
+        groups.append(group)
+        left -= group.num_tokens
+    if not groups:
+        raise UserError(f"heldOut.sets: {name} holds no preference to measure ({describe_groups(shard.counts)})")
+    return groups
+
+
+def describe_groups(counts: Mapping[str, int]) -> str:
+    """Return the counts of a set of preferences, for people."""
+    names = ("records", "groups", "answersRead", "answers", *LOST_ANSWERS, "pairs", "ties")
+    return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupUnits:
+    """The groups of several sets, as one (`Units`)."""
+
+    shards: tuple[GroupShard, ...]
+    counting: Counting
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    def rows(self, numbers: Int64) -> list[Group]:
+        """Return the groups of these numbers."""
+        ends = np.cumsum([len(shard) for shard in self.shards])
+        sets = np.searchsorted(ends, numbers, side="right").tolist()
+        return [
+            self.shards[index].group(int(number) - int(ends[index]) + len(self.shards[index]), self.counting)
+            for index, number in zip(sets, numbers.tolist(), strict=True)
+        ]
+
+
+class GroupPlanner(Planner):
+    """Plans steps of groups: `batch.samples` of them, or as many as make `batch.tokens` on average."""
+
+    def __init__(self, shards: Mapping[str, GroupShard], counting: Counting, seed: int) -> None:
+        super().__init__({name: found.shard for name, found in shards.items()}, seed, packing=False)
+        self._groups = tuple(shards.values())
+        self._counting = counting
+
+    def _make_units(self, key: UnitsKey) -> Units:
+        units = GroupUnits(tuple(self._groups[index] for index in key.sets), self._counting)
+        if not len(units):
+            raise self._nothing_in(key)
+        return units
+
+    def _per_step(self, settings: PhaseSettings, mean_tokens: float) -> int:
+        if settings.batch.tokens is not None:
+            return max(1, round(settings.batch.tokens / mean_tokens))
+        return settings.batch.samples or 1
+
+
+def plan_groups(shards: Mapping[str, GroupShard], config: Training, counting: Counting, seed: int) -> MixedPlan:
+    """Return the plan of a stage that trains on groups; `shards` by label, in the order of `config.data`.
+
+    A budget or batch of samples counts groups, and the tokens are those of all answers with their prompts.
+    Raises UserError for weights on some sets only, and for a set with weight and without groups.
+    """
+    settings = phase_settings(config, list(shards))
+    planner = GroupPlanner(shards, counting, seed)
+    return planner.plan(settings, config.schedule, config.optimizer.learning_rate)
