@@ -36,12 +36,13 @@ def output_prefix(digest: str) -> str:
     return f"{artifact_prefix(digest)}/output"
 
 
+def artifact_uri(storage_uri: str, digest: str) -> str:
+    """Return the URI of `output_prefix` in the store at `storage_uri`."""
+    return f"{storage_uri.rstrip('/')}/{output_prefix(digest)}"
+
+
 def checkpoints_prefix(digest: str) -> str:
     return f"{artifact_prefix(digest)}/checkpoints"
-
-
-def checkpoint_prefix(digest: str, step: int) -> str:
-    return f"{checkpoints_prefix(digest)}/{checkpoint_name(step)}"
 
 
 def checkpoint_name(step: int, version: int = 0) -> str:
@@ -103,10 +104,6 @@ def parse_rank_log_name(name: str) -> RankLog | None:
 def pointer_key(namespace: str, run: str, stage: str) -> str:
     """The small file through which a run's stage names its artifact."""
     return f"runs/{namespace}/{run}/{stage}.json"
-
-
-def pointers_prefix(namespace: str, run: str) -> str:
-    return f"runs/{namespace}/{run}"
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------

@@ -7,15 +7,15 @@ from typing import Any
 
 import yaml
 
-from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
+from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.spec import TrainingRun
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set
 from stagecoach_core.manifests.settings import BuildSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.plan import make_plan
-from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
-from stagecoach_core.values import External, Plan, StageView
+from stagecoach_core.resolve import artifacts_of, resolved_stage
+from stagecoach_core.values import External, Found, Plan, StageView, Start
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
 """Stands for the UID that the API server gives a run: part of the hash in every name."""
@@ -39,40 +39,36 @@ def manifests(
         attempt = StageAttempt(
             run_uid=UNKNOWN_UID,
             stage=planned.stage,
-            told=_told(run, plan, name, views, storage_uri),
+            resolved=_resolved(run, plan, name, views, storage_uri),
             credentials=None if credentials is None else credentials.secret_name,
         )
         found += [config_map(attempt, settings), job_set(attempt, settings)]
     return found
 
 
-def _told(run: TrainingRun, plan: Plan, name: str, views: Mapping[str, StageView], storage_uri: str) -> ResolvedStage:
-    """Return what a stage would be told; words in angle brackets stand for what no finished stage says yet."""
-    finished = artifacts_of(views)
-    stage = plan.stages[name].stage
-    reads = {reference.stage for _, reference in stage.references() if reference.stage is not None}
-    open_reads = sorted(reads - finished.keys())
-    inputs = _inputs_so_far(plan, name) if open_reads else resolved_inputs(plan.stages[name], finished)
+def _resolved(
+    run: TrainingRun, plan: Plan, name: str, views: Mapping[str, StageView], storage_uri: str
+) -> ResolvedStage:
+    """Return `stage.json` of a stage's first attempt, with placeholders for values that depend on unfinished stages."""
+    artifacts = artifacts_of(views)
+    reads = {item.stage for _, item in plan.stages[name].stage.references() if item.stage is not None}
+    unfinished = sorted(reads - artifacts.keys())
+    if unfinished:
+        artifacts = {read: _placeholder(read) for read in reads}
+    digest = views[name].digest or f"<known when {', '.join(unfinished)} is finished>"
     return resolved_stage(
         plan=plan,
-        name=name,
-        digest=views[name].digest or f"<known when {', '.join(open_reads)} is finished>",
-        inputs=inputs,
-        attempt=1,
+        start=Start(name, digest, number=1),
+        artifacts=artifacts,
         storage_uri=storage_uri,
         storage_endpoint=run.spec.storage.endpoint,
         storage_region=run.spec.storage.region,
     )
 
 
-def _inputs_so_far(plan: Plan, name: str) -> dict[str, ResolvedInput]:
-    planned = plan.stages[name]
-    inputs = {key: ResolvedInput(uri=found.uri, digest=found.digest) for key, found in planned.externals.items()}
-    for read in sorted({item.stage for _, item in planned.stage.references() if item.stage is not None}):
-        inputs[f"stage:{read}"] = ResolvedInput(
-            uri=f"<output of {read}>", digest=f"<content digest of {read}>", stage_digest=f"<stage digest of {read}>"
-        )
-    return inputs
+def _placeholder(stage: str) -> Found:
+    """Return an artifact whose values name what is not known yet."""
+    return Found(f"<stage digest of {stage}>", f"<content digest of {stage}>", uri=f"<output of {stage}>")
 
 
 # -- YAML --------------------------------------------------------------------------------------------------------------

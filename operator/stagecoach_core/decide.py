@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stagecoach_core.policies.cancel import stop_cancelled
 from stagecoach_core.policies.capacity import fitting, num_ranks
-from stagecoach_core.policies.replan import stop_removed, stop_second, stop_superseded
-from stagecoach_core.policies.selection import stop_unselected
-from stagecoach_core.policies.suspend import stop_suspended
+from stagecoach_core.policies.stopping import (
+    stop_cancelled,
+    stop_duplicate,
+    stop_removed,
+    stop_superseded,
+    stop_suspended,
+    stop_unselected,
+)
 from stagecoach_core.policies.timeout import deadline, overdue
 from stagecoach_core.survey import StageFacts, survey
 from stagecoach_core.values import Action, Attempt, Decision, LookUp, Observed, Plan, Start, Stop
@@ -68,7 +72,7 @@ def _stop(attempt: Attempt, facts: Mapping[str, StageFacts], observed: Observed,
         or stop_suspended(attempt, observed.suspend)
         or stop_unselected(attempt, observed.selected)
         or stop_superseded(attempt, stage.digest, inputs_change=not stage.unsettled)
-        or stop_second(attempt, newest=stage.newest)
+        or stop_duplicate(attempt, newest=stage.newest)
         or overdue(attempt, stage.planned.stage.timeout_seconds, now)
     )
 

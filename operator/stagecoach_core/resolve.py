@@ -1,4 +1,4 @@
-"""From a planned stage to `stage.json`: everything its trainer is told."""
+"""From a planned stage to `stage.json`, the resolved stage: everything its trainer needs to know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
 from stagecoach_core.digest import code_identity
-from stagecoach_core.values import Found, Plan, PlannedStage, StageView
+from stagecoach_core.values import Found, Plan, PlannedStage, StageView, Start
 
 
 def artifacts_of(views: Mapping[str, StageView]) -> dict[str, Found]:
@@ -15,7 +15,7 @@ def artifacts_of(views: Mapping[str, StageView]) -> dict[str, Found]:
 
 
 def resolved_inputs(planned: PlannedStage, artifacts: Mapping[str, Found]) -> dict[str, ResolvedInput]:
-    """Return where every input lies, by `Reference.key`. `artifacts`: by name, of all stages it reads."""
+    """Return every input by `Reference.key`. `artifacts`: of the stages it reads, by name."""
     inputs: dict[str, ResolvedInput] = {}
     for _, reference in planned.stage.references():
         if reference.stage is None:
@@ -31,25 +31,27 @@ def resolved_inputs(planned: PlannedStage, artifacts: Mapping[str, Found]) -> di
 
 def resolved_stage(
     plan: Plan,
-    name: str,
-    digest: str,
-    inputs: Mapping[str, ResolvedInput],
-    attempt: int,
+    start: Start,
+    artifacts: Mapping[str, Found],
     storage_uri: str,
     storage_endpoint: str | None = None,
     storage_region: str | None = None,
 ) -> ResolvedStage:
-    """Return what attempt number `attempt` of a stage is told. `storage_uri` is absolute."""
-    stage = plan.stages[name].stage
+    """Return `stage.json` of the attempt that `start` asks for.
+
+    `artifacts`: of the stages it reads, by name (see `artifacts_of`). `storage_uri`: absolute.
+    """
+    planned = plan.stages[start.stage]
+    stage = planned.stage
     return ResolvedStage(
         namespace=plan.namespace,
         run=plan.run,
-        stage=name,
+        stage=start.stage,
         kind=stage.kind,
-        attempt=attempt,
-        digest=digest,
+        attempt=start.number,
+        digest=start.digest,
         config=stage.config.model_dump(mode="json", by_alias=True),
-        inputs=dict(inputs),
+        inputs=resolved_inputs(planned, artifacts),
         seed=stage.seed or 0,
         code=code_identity(stage, plan.code),
         storage_uri=storage_uri,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stagecoach_core.policies import capacity, suspend
+from stagecoach_core.policies import capacity
 from stagecoach_core.survey import StageFacts
 from stagecoach_core.values import Observed, RunState, StageState, StageView
 
@@ -101,7 +101,7 @@ def _waiting(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str]
     if outlook.failed and not outlook.asking:
         return StageState.SKIPPED, "", f"not started: {_stages(outlook.failed)} failed"
     if outlook.observed.suspend:
-        return StageState.SUSPENDED, suspend.WAITING_FOR, stage.verdict.message
+        return StageState.SUSPENDED, "the run to be resumed", stage.verdict.message
     if stage.upstream:
         return StageState.PENDING, _stages(stage.upstream), ""
     state = StageState.RETRYING if stage.verdict.restarts else StageState.PENDING

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from stagecoach_api.artifacts import Manifest, artifact_prefix
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import FINISHED
+from stagecoach_api.stores.lookup import find_manifest
+from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.snapshot import Snapshot, StageRow, View
@@ -35,7 +37,6 @@ from stagecoach_core.values import (
 from stagecoach_local import processes
 from stagecoach_local.attempts import LiveAttempt, ended_record, observed_end
 from stagecoach_local.launch import launch
-from stagecoach_local.lookup import ask
 from stagecoach_local.machine import HEAVY_KINDS, Machine, admits
 from stagecoach_local.records import Ledger
 from stagecoach_local.run_job import Job
@@ -173,8 +174,9 @@ class Driver:
 
     def _look_up(self, action: LookUp) -> None:
         """Ask the store whether a stage's work is done."""
-        answer, manifest = ask(self.job.store, action.digest, self.clock())
-        self._answers[action.digest] = answer
+        asked_at = self.clock()
+        manifest = find_manifest(self.job.store, action.digest)
+        self._answers[action.digest] = look_up_result(action.digest, manifest, self.job.store.uri, asked_at)
         if manifest is not None:
             self._manifests[action.digest] = manifest
 

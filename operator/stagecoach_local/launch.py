@@ -1,4 +1,4 @@
-"""Starting an attempt: its folder, what it is told, its process."""
+"""Starting an attempt: its folder, its `stage.json`, its process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.names import ENV_CACHE_DIR, ENV_PROGRESS_FILE, ENV_RESULT_FILE, ENV_THREADS, ENV_WORK_DIR
-from stagecoach_core.resolve import resolved_inputs, resolved_stage
+from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Found, Start
 from stagecoach_local import processes
 from stagecoach_local.attempts import LiveAttempt
@@ -28,8 +28,8 @@ def launch(
     processes.end_all(folder.stage_file)
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    told = _told(job, action, artifacts, ranks)
-    write_atomically(folder.stage_file, told.model_dump_json(indent=1).encode())
+    resolved = _resolved(job, action, artifacts, ranks)
+    write_atomically(folder.stage_file, resolved.model_dump_json(indent=1).encode())
     process = processes.start(
         job.launcher, _environment(job, action.stage, folder, ranks), folder.stage_file, folder.log, on_end
     )
@@ -45,19 +45,17 @@ def launch(
     return LiveAttempt(record, folder, process)
 
 
-def _told(job: Job, action: Start, artifacts: Mapping[str, Found], ranks: int) -> ResolvedStage:
+def _resolved(job: Job, action: Start, artifacts: Mapping[str, Found], ranks: int) -> ResolvedStage:
     """Return `stage.json`: the stage as on a cluster, but all ranks on this one node."""
-    told = resolved_stage(
+    resolved = resolved_stage(
         plan=job.plan,
-        name=action.stage,
-        digest=action.digest,
-        inputs=resolved_inputs(job.plan.stages[action.stage], artifacts),
-        attempt=action.number,
+        start=action,
+        artifacts=artifacts,
         storage_uri=job.store.uri,
         storage_endpoint=job.storage_endpoint,
         storage_region=job.storage_region,
     )
-    return told.model_copy(update={"num_nodes": 1, "ranks_per_node": ranks})
+    return resolved.model_copy(update={"num_nodes": 1, "ranks_per_node": ranks})
 
 
 def _environment(job: Job, stage: str, folder: AttemptFolder, ranks: int) -> dict[str, str]:

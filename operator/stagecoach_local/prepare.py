@@ -14,12 +14,12 @@ from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.reading.loading import LoadedRun, load_run
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.store import AccessDenied, Store, StoreError, Unreachable, open_store
-from stagecoach_api.stores.lookup import absolute, input_problems
+from stagecoach_api.stores.lookup import absolute, find_manifest, input_problems
+from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.decide import decide
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import Decision, Found, LookUp, Missing, Observed, Plan
 from stagecoach_local.inputs import HashMemory, input_root, look_up, unknown_external
-from stagecoach_local.lookup import ask
 from stagecoach_local.workspace import Workspace
 
 HASHES_FILE = "hashes.json"
@@ -133,8 +133,8 @@ def look_into_cache(
         if not asked:
             return decision, manifests
         for digest in asked:
-            answer, manifest = ask(prepared.store, digest, now)
-            answers[digest] = answer
+            manifest = find_manifest(prepared.store, digest)
+            answers[digest] = look_up_result(digest, manifest, prepared.store.uri, now)
             if manifest is not None:
                 manifests[digest] = manifest
 

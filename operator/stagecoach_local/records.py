@@ -10,7 +10,8 @@ from functools import partial
 from stagecoach_api.artifacts import Manifest, Pointer, pointer_key
 from stagecoach_api.status import FINISHED
 from stagecoach_api.store import NotFound
-from stagecoach_core.values import Decision, Found, StageState, StageView
+from stagecoach_core.artifacts import pointer_to
+from stagecoach_core.values import Decision, Found, StageView
 from stagecoach_local.run_job import Job
 from stagecoach_local.store_outages import Patience
 from stagecoach_local.workspace import AttemptRecord, RunRecord, StageRecord
@@ -75,15 +76,7 @@ class Ledger:
             found = view.artifact
             if found is None or view.state not in FINISHED or self._pointed.get(name) == found:
                 continue
-            pointer = Pointer(
-                stage=name,
-                kind=self.job.kind(name),
-                stage_digest=found.stage_digest,
-                content_digest=found.content_digest,
-                uri=found.uri,
-                cached=view.state is StageState.CACHED,
-                recorded=now,
-            )
+            pointer = pointer_to(found, self.job.plan, name, view, now)
             if self.patience.ask(partial(self._write_pointer, pointer)):
                 self._pointed[name] = found
 

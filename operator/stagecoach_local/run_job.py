@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stagecoach_api.store import Store
+from stagecoach_api.stores.retry import OUTAGE_PAUSE_SECONDS
 from stagecoach_core.values import Plan
 from stagecoach_local.machine import Machine, num_ranks
 from stagecoach_local.workspace import Invocation, RunFolder, Workspace
@@ -17,9 +18,6 @@ LAUNCHER = (sys.executable, "-m", "stagecoach_trainer.launcher")
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 330.0
 """How long an attempt that was asked to stop may take before it is killed: longer than the launcher itself waits."""
-
-STORE_PAUSE_SECONDS = 15.0
-"""How long a store that does not answer is left alone."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Job:
     launcher: tuple[str, ...] = LAUNCHER
     poll_seconds: float = POLL_SECONDS
     grace_seconds: float = GRACE_SECONDS
-    store_pause_seconds: float = STORE_PAUSE_SECONDS
+    store_pause_seconds: float = OUTAGE_PAUSE_SECONDS
 
     @property
     def folder(self) -> RunFolder:

@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from stagecoach_api.spec import Storage
-from stagecoach_api.store import AccessDenied, NotFound, Store, StoreError
-from stagecoach_api.stores.lookup import artifact_uri, read_manifest
+from stagecoach_api.store import AccessDenied, Store, StoreError
+from stagecoach_api.stores.lookup import find_manifest
+from stagecoach_api.stores.retry import OUTAGE_PAUSE_SECONDS
+from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.values import Found, Missing
 from stagecoach_operator.planning import open_storage
 
 T = TypeVar("T")
-
-PAUSE_SECONDS = 15.0
-"""How long a store that does not answer is left alone."""
 
 StoreKey = tuple[str, str, str]
 """URI, endpoint, region."""
@@ -100,18 +99,14 @@ class Lookups:
             answers.trouble, answers.unreadable = error.message, True
         except StoreError as error:
             answers.trouble = str(error)
-            answers.not_before = self._clock() + PAUSE_SECONDS
+            answers.not_before = self._clock() + OUTAGE_PAUSE_SECONDS
         finally:
             answers.asking.discard(digest)
             on_answer()
 
     def _read(self, storage: Storage, digest: str, now: float) -> Found | Missing:
         store = self.store(storage)
-        try:
-            manifest = read_manifest(store, digest)
-        except NotFound:
-            return Missing(at=now)
-        return Found(digest, manifest.content_digest, artifact_uri(store.uri, digest))
+        return look_up_result(digest, find_manifest(store, digest), store.uri, now)
 
 
 def store_key(storage: Storage) -> StoreKey:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from stagecoach_api.artifacts import Pointer, pointer_key
 from stagecoach_api.spec import Storage
 from stagecoach_api.store import AccessDenied, StoreError
-from stagecoach_core.values import StageState, StageView
+from stagecoach_core.artifacts import pointer_to
+from stagecoach_core.values import StageView
 from stagecoach_operator.artifact_lookup import Lookups, StoreKey, store_key
 from stagecoach_operator.planning import Snapshot
 from stagecoach_operator.watched import RunView
@@ -42,15 +43,7 @@ class Pointers:
             if found is None or known.get(name) == found.stage_digest:
                 continue
             known[name] = found.stage_digest
-            pointer = Pointer(
-                stage=name,
-                kind=snapshot.plan.stages[name].stage.kind,
-                stage_digest=found.stage_digest,
-                content_digest=found.content_digest,
-                uri=found.uri,
-                cached=view.state is StageState.CACHED,
-                recorded=now,
-            )
+            pointer = pointer_to(found, snapshot.plan, name, view, now)
             self._begin(run, snapshot.storage, pointer)
 
     def forget(self, run_uid: str) -> None:

@@ -10,7 +10,7 @@ from stagecoach_api.status import Reason
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set
 from stagecoach_core.manifests.stage_attempt import StageAttempt
-from stagecoach_core.resolve import resolved_inputs, resolved_stage
+from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Found, Start
 from stagecoach_operator.kube import (
     CONFIG_MAPS,
@@ -174,20 +174,19 @@ def lacks_pods(sight: Sight, now: float) -> bool:
 
 def stage_attempt(run: RunView, snapshot: Snapshot, action: Start, artifacts: Mapping[str, Found]) -> StageAttempt:
     """Return what an attempt's manifests are made of."""
-    planned = snapshot.plan.stages[action.stage]
     storage = snapshot.storage
-    told = resolved_stage(
+    resolved = resolved_stage(
         plan=snapshot.plan,
-        name=action.stage,
-        digest=action.digest,
-        inputs=resolved_inputs(planned, artifacts),
-        attempt=action.number,
+        start=action,
+        artifacts=artifacts,
         storage_uri=snapshot.storage_uri,
         storage_endpoint=storage.endpoint,
         storage_region=storage.region,
     )
     credentials = None if storage.credentials is None else storage.credentials.secret_name
-    return StageAttempt(run_uid=run.meta.uid, stage=planned.stage, told=told, credentials=credentials)
+    return StageAttempt(
+        run_uid=run.meta.uid, stage=snapshot.plan.stages[action.stage].stage, resolved=resolved, credentials=credentials
+    )
 
 
 def precondition(run: RunView) -> Body:

@@ -305,9 +305,9 @@ CASES = {
         (Stop("a", 1, "the stage's settings or inputs have changed"),),
         "Stopping Pending Pending",
     ),
-    "an attempt whose input is made anew is stopped": Case(
+    "an attempt whose input is re-created is stopped": Case(
         Observed(attempts=(attempt("b", DB),), artifacts=missing(DA)),
-        (Stop("b", 1, "an input is made anew"), Start("a", DA, 1)),
+        (Stop("b", 1, "an input is being re-created"), Start("a", DA, 1)),
         "Pending Stopping Pending",
     ),
     "an attempt is left alone while the store has not answered about its input": Case(
@@ -320,7 +320,7 @@ CASES = {
     ),
     "of two living attempts the older is stopped": Case(
         Observed(attempts=(attempt("a", DA, 1), attempt("a", DA, 2)), artifacts=missing(DA)),
-        (Stop("a", 1, "attempt 2 of the stage lives beside it"),),
+        (Stop("a", 1, "attempt 2 of the stage replaces it"),),
         "Stopping Pending Pending",
     ),
     "a silent attempt is stopped as a hang": Case(

@@ -1,11 +1,11 @@
-"""`stage.json`: what an attempt is told."""
+"""`stage.json`, the resolved stage of an attempt."""
 
 from __future__ import annotations
 
 from stagecoach_api.artifacts import ResolvedInput
 from stagecoach_api.kinds import SftStage
 from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
-from stagecoach_core.values import StageState, StageView
+from stagecoach_core.values import StageState, StageView, Start
 from tests.core.makers import data_stage, found, plan_for, sft_stage
 
 
@@ -26,12 +26,11 @@ def test_artifacts_come_from_the_finished_stages_of_a_decision() -> None:
 def test_a_resolved_stage_holds_the_configuration_with_every_default() -> None:
     stage = {**sft_stage(), "resources": {"nodes": 2, "gpusPerNode": 8}, "image": "trainer@sha256:1"}
     plan = plan_for(stage, seed=3)
-    inputs = resolved_inputs(plan.stages["sft"], {})
-    resolved = resolved_stage(plan, "sft", "d1", inputs, 4, "s3://models/x", "http://s3")
+    resolved = resolved_stage(plan, Start("sft", "d1", 4), {}, "s3://models/x", "http://s3")
     assert (resolved.namespace, resolved.run, resolved.stage, resolved.kind) == ("default", "demo", "sft", "sft")
     assert (resolved.attempt, resolved.digest, resolved.seed, resolved.code) == (4, "d1", 3, "sha256:1")
     assert (resolved.num_nodes, resolved.ranks_per_node) == (2, 8)
     assert (resolved.storage_uri, resolved.storage_endpoint) == ("s3://models/x", "http://s3")
     assert resolved.config["packing"] is True
     assert SftStage.model_validate(resolved.config) == plan.stages["sft"].stage.config
-    assert resolved.inputs == inputs
+    assert resolved.inputs == resolved_inputs(plan.stages["sft"], {})

@@ -15,7 +15,7 @@ from stagecoach_api.artifacts import Manifest, Pointer, pointer_key
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
-from stagecoach_api.stores.lookup import read_manifest
+from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_operator import artifact_lookup as lookup
 from stagecoach_operator import planning
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
@@ -571,9 +571,9 @@ def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeyp
     def read(store: Store, digest: str) -> Manifest:
         if away[0]:
             raise Unreachable(digest, "cannot be reached (connection refused)")
-        return read_manifest(store, digest)
+        return find_manifest(store, digest)
 
-    monkeypatch.setattr(lookup, "read_manifest", read)
+    monkeypatch.setattr(lookup, "find_manifest", read)
     world.submit(data_stage("a"))
 
     async def scenario() -> None:

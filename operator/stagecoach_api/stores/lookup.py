@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from stagecoach_api.artifacts import Manifest, ResolvedInput, manifest_key, output_prefix
+from stagecoach_api.artifacts import Manifest, ResolvedInput, manifest_key
 from stagecoach_api.problems import Problem
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.stores.base import (
     Corrupt,
     FolderLocation,
+    NotFound,
     Store,
     StoreError,
     file_uri,
@@ -84,9 +85,12 @@ def input_problems(
 # -- artifacts ---------------------------------------------------------------------------------------------------------
 
 
-def artifact_uri(storage_uri: str, digest: str) -> str:
-    """Return the URI of what the stage with this digest made."""
-    return f"{storage_uri.rstrip('/')}/{output_prefix(digest)}"
+def find_manifest(store: Store, digest: str) -> Manifest | None:
+    """Return the manifest of a stage digest, or None if the store has no such artifact. Raises Corrupt."""
+    try:
+        return read_manifest(store, digest)
+    except NotFound:
+        return None
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:

@@ -10,6 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+OUTAGE_PAUSE_SECONDS = 15.0
+"""How long a driver leaves a store alone that did not answer after all retries of a call."""
+
 
 @dataclass(frozen=True)
 class RetryPolicy:

@@ -14,13 +14,14 @@ from stagecoach_api.artifacts import (
     Parent,
     Pointer,
     StoredObject,
+    artifact_uri,
     content_digest,
     manifest_key,
     output_prefix,
 )
 from stagecoach_api.store import Corrupt, NotFound, Store, StoreError, external_digest, list_external
 from stagecoach_api.stores.base import sha256_of_file
-from stagecoach_api.stores.lookup import artifact_uri, read_manifest
+from stagecoach_api.stores.lookup import read_manifest
 
 DIGEST_LENGTH = 64
 SHORTEST_PREFIX = 6

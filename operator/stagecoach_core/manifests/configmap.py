@@ -12,7 +12,7 @@ from stagecoach_core.manifests.stage_attempt import StageAttempt
 
 def config_map(attempt: StageAttempt, settings: BuildSettings) -> dict[str, Any]:
     """Return the ConfigMap. It cannot be changed: every pod of an attempt is told the same, whenever it starts."""
-    data = {STAGE_FILE: attempt.told.model_dump_json(indent=1)}
+    data = {STAGE_FILE: attempt.resolved.model_dump_json(indent=1)}
     if settings.progress_url is not None and settings.progress_ca is not None:
         data[CA_FILE] = settings.progress_ca
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(attempt), "immutable": True, "data": data}

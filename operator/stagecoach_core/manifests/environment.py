@@ -46,8 +46,8 @@ def _places(attempt: StageAttempt) -> dict[str, str]:
 def _rendezvous(attempt: StageAttempt) -> dict[str, str]:
     """Ranks meet at pod 0. Each pod's rank is its index: sorted by name, `-10` would come before `-2`."""
     return {
-        names.ENV_NUM_NODES: str(attempt.told.num_nodes),
-        names.ENV_RANKS_PER_NODE: str(attempt.told.ranks_per_node),
+        names.ENV_NUM_NODES: str(attempt.resolved.num_nodes),
+        names.ENV_RANKS_PER_NODE: str(attempt.resolved.ranks_per_node),
         names.ENV_MASTER_ADDRESS: pod_host(attempt.name, 0),
         names.ENV_MASTER_PORT: str(names.MASTER_PORT),
     }
@@ -63,7 +63,7 @@ def _progress(attempt: StageAttempt, settings: BuildSettings) -> dict[str, str]:
     """Where and as whom the attempt reports."""
     if settings.progress_url is None:
         return {}
-    url = settings.progress_url.rstrip("/") + names.progress_path(attempt.told.namespace, attempt.name)
+    url = settings.progress_url.rstrip("/") + names.progress_path(attempt.resolved.namespace, attempt.name)
     found = {names.ENV_PROGRESS_URL: url, names.ENV_PROGRESS_TOKEN: f"{names.TOKEN_MOUNT}/{names.TOKEN_FILE}"}
     if settings.progress_ca is not None:
         found[names.ENV_PROGRESS_CA] = f"{names.STAGE_MOUNT}/{names.CA_FILE}"

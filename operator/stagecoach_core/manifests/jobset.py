@@ -36,8 +36,8 @@ def job_template(attempt: StageAttempt, settings: BuildSettings) -> dict[str, An
         "metadata": {"labels": labels_of(attempt), "annotations": annotations_of(attempt)},
         "spec": {
             "completionMode": "Indexed",
-            "completions": attempt.told.num_nodes,
-            "parallelism": attempt.told.num_nodes,
+            "completions": attempt.resolved.num_nodes,
+            "parallelism": attempt.resolved.num_nodes,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",  # never a second pod of an index while the first one still ends
             "template": pod_template(attempt, settings),

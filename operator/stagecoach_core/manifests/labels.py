@@ -12,26 +12,26 @@ def labels_of(attempt: StageAttempt) -> dict[str, str]:
     """Return the labels of JobSet, Job, pods and ConfigMap."""
     return {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
-        names.LABEL_RUN: attempt.told.run,
+        names.LABEL_RUN: attempt.resolved.run,
         names.LABEL_RUN_UID: attempt.run_uid,
-        names.LABEL_STAGE: attempt.told.stage,
-        names.LABEL_ATTEMPT: str(attempt.told.attempt),
+        names.LABEL_STAGE: attempt.resolved.stage,
+        names.LABEL_ATTEMPT: str(attempt.resolved.attempt),
     }
 
 
 def annotations_of(attempt: StageAttempt) -> dict[str, str]:
     """Return the annotations of the same; a digest is longer than a label may be."""
-    return {names.ANNOTATION_STAGE_DIGEST: attempt.told.digest}
+    return {names.ANNOTATION_STAGE_DIGEST: attempt.resolved.digest}
 
 
 def metadata(attempt: StageAttempt) -> dict[str, Any]:
     """Return the metadata of an object the run owns directly."""
     return {
         "name": attempt.name,
-        "namespace": attempt.told.namespace,
+        "namespace": attempt.resolved.namespace,
         "labels": labels_of(attempt),
         "annotations": annotations_of(attempt),
-        "ownerReferences": [owner_reference(attempt.told.run, attempt.run_uid)],
+        "ownerReferences": [owner_reference(attempt.resolved.run, attempt.run_uid)],
     }
 
 
@@ -50,8 +50,3 @@ def owner_reference(run: str, run_uid: str) -> dict[str, Any]:
 def managed_selector() -> str:
     """Return the label selector of everything the operator has made."""
     return f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
-
-
-def run_selector(run_uid: str) -> str:
-    """Return the label selector of everything that was made for a run."""
-    return f"{managed_selector()},{names.LABEL_RUN_UID}={run_uid}"

@@ -22,7 +22,7 @@ class StageAttempt:
     """UID of the TrainingRun, which owns everything that is made."""
     stage: Stage
     """The stage with all settings resolved (`PlannedStage.stage`)."""
-    told: ResolvedStage
+    resolved: ResolvedStage
     """`stage.json`."""
     credentials: str | None = None
     """Secret with S3 credentials in the run's namespace. None: the service account's identity."""
@@ -30,7 +30,7 @@ class StageAttempt:
     @property
     def name(self) -> str:
         """Name of its JobSet and its ConfigMap."""
-        return attempt_name(self.told.run, self.told.stage, self.run_uid, self.told.attempt)
+        return attempt_name(self.resolved.run, self.resolved.stage, self.run_uid, self.resolved.attempt)
 
     @property
     def num_threads(self) -> int:

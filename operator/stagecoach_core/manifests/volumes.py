@@ -84,7 +84,7 @@ def _endpoint_key(index: int, secret: str) -> Mount:
 
 def _token(attempt: StageAttempt, seconds: int) -> Mount:
     """A token that is good for one thing: to report progress of this one attempt."""
-    audience = names.progress_audience(attempt.told.namespace, attempt.name)
+    audience = names.progress_audience(attempt.resolved.namespace, attempt.name)
     token = {"audience": audience, "expirationSeconds": seconds, "path": names.TOKEN_FILE}
     source = {"projected": {"defaultMode": SECRET_MODE, "sources": [{"serviceAccountToken": token}]}}
     return Mount("progress-token", names.TOKEN_MOUNT, source, read_only=True)

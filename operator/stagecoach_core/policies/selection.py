@@ -1,14 +1,13 @@
-"""Which stages a command is about: `--until` and `--from`."""
+"""Stages that a command selects: `--until` and `--from`."""
 
 from __future__ import annotations
 
-from stagecoach_api.outcomes import Cause
 from stagecoach_core.graph import ancestors, nearest_name
-from stagecoach_core.values import Attempt, Plan, Stop
+from stagecoach_core.values import Plan
 
 
 class UnknownStage(ValueError):
-    """A stage that the run does not have."""
+    """The run has no stage of this name."""
 
 
 def until(plan: Plan, name: str) -> frozenset[str]:
@@ -18,9 +17,9 @@ def until(plan: Plan, name: str) -> frozenset[str]:
 
 
 def starting_from(plan: Plan, name: str) -> frozenset[str]:
-    """Return `Observed.forced` for `--from NAME`: that stage. Those behind it run again only if its content changes.
+    """Return `Observed.forced` for `--from NAME`: that stage alone.
 
-    Raises UnknownStage.
+    The stages after it run again only if the content of its artifact changes. Raises UnknownStage.
     """
     require_stage(plan, name)
     return frozenset({name})
@@ -33,10 +32,3 @@ def require_stage(plan: Plan, name: str) -> None:
     nearest = nearest_name(name, plan.stages)
     hint = f"did you mean `{nearest}`?" if nearest else f"it has {', '.join(f'`{item}`' for item in plan.stages)}"
     raise UnknownStage(f"run `{plan.run}` has no stage `{name}`; {hint}")
-
-
-def stop_unselected(attempt: Attempt, selected: frozenset[str] | None) -> Stop | None:
-    """Return the order to stop an attempt of a stage that is not to be worked on."""
-    if selected is None or attempt.stage in selected:
-        return None
-    return Stop(attempt.stage, attempt.number, "the stage is not selected", Cause.PREEMPTION)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stagecoach_api.artifacts import ResolvedInput, manifest_key
+from stagecoach_api.artifacts import ResolvedInput, artifact_uri, manifest_key
 from stagecoach_api.store import Corrupt, NotFound, open_store
-from stagecoach_api.stores.lookup import absolute, artifact_uri, find_inputs, read_manifest
+from stagecoach_api.stores.lookup import absolute, find_inputs, find_manifest, read_manifest
 
 DIGEST = "a" * 64
 
@@ -39,14 +39,17 @@ def test_every_input_is_found_or_says_why_not(tmp_path: Path) -> None:
     assert "b.txt" in gone.key
 
 
-def test_a_manifest_that_is_none_is_corrupt_and_a_missing_one_not_found(tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_corrupt_and_a_missing_one_not_found(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
+    assert find_manifest(store, DIGEST) is None
     with pytest.raises(NotFound):
         read_manifest(store, DIGEST)
     store.write(manifest_key(DIGEST), b"{}")
     with pytest.raises(Corrupt, match="delete the artifact"):
         read_manifest(store, DIGEST)
+    with pytest.raises(Corrupt, match="delete the artifact"):
+        find_manifest(store, DIGEST)
 
 
-def test_an_artifact_lies_below_the_storage() -> None:
+def test_an_artifact_is_stored_below_the_storage_uri() -> None:
     assert artifact_uri("s3://bucket/x/", DIGEST) == f"s3://bucket/x/artifacts/{DIGEST}/output"

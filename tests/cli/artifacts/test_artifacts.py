@@ -12,6 +12,7 @@ from stagecoach_api.artifacts import (
     Parent,
     Pointer,
     StoredObject,
+    artifact_uri,
     canonical_json,
     content_digest,
     manifest_key,
@@ -19,7 +20,6 @@ from stagecoach_api.artifacts import (
     pointer_key,
 )
 from stagecoach_api.store import Corrupt, Store
-from stagecoach_api.stores.lookup import artifact_uri
 from stagecoach_cli.artifacts.store import UnknownArtifact, fetch, find, flatten, lineage, split_uri, verify
 
 BASE, TUNED = "a" * 64, "b" * 64

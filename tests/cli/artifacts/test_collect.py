@@ -18,7 +18,8 @@ from stagecoach_api.artifacts import (
     Pointer,
     StoredObject,
     canonical_json,
-    checkpoint_prefix,
+    checkpoint_name,
+    checkpoints_prefix,
     content_digest,
     manifest_key,
     output_prefix,
@@ -154,8 +155,8 @@ def filled(store: Store) -> Store:
     point(store, KEPT)
     publish(store, OLD)
     publish(store, YOUNG)
-    store.write(f"{checkpoint_prefix(HALF, 1)}/manifest.json", b"{}")
-    store.write(f"{checkpoint_prefix(HALF, 1)}/state", b"state")
+    store.write(f"{checkpoints_prefix(HALF)}/{checkpoint_name(1)}/manifest.json", b"{}")
+    store.write(f"{checkpoints_prefix(HALF)}/{checkpoint_name(1)}/state", b"state")
     return store
 
 

@@ -11,7 +11,8 @@ import kubernetes.client.models as kubernetes_models
 from stagecoach_api.spec import Storage
 from stagecoach_core.manifests.settings import BuildSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
-from stagecoach_core.resolve import resolved_inputs, resolved_stage
+from stagecoach_core.resolve import resolved_stage
+from stagecoach_core.values import Start
 from tests.core.makers import plan_of, pretrain_stage, run_of
 
 UID = "6f1d3c1e-8a51-4c0e-9d53-0d6a1b1c2d3e"
@@ -47,19 +48,18 @@ def make_attempt(
     document = {**(stage or pretrain_stage()), **settings}
     place = Storage.model_validate(storage or {"uri": "s3://models/demo"})
     plan = plan_of(run_of(document, name=run))
-    planned = plan.stages[document["name"]]
-    told = resolved_stage(
+    resolved = resolved_stage(
         plan=plan,
-        name=document["name"],
-        digest=DIGEST,
-        inputs=resolved_inputs(planned, {}),
-        attempt=number,
+        start=Start(document["name"], DIGEST, number),
+        artifacts={},
         storage_uri=place.uri or "",
         storage_endpoint=place.endpoint,
         storage_region=place.region,
     )
     credentials = None if place.credentials is None else place.credentials.secret_name
-    return StageAttempt(run_uid=uid, stage=planned.stage, told=told, credentials=credentials)
+    return StageAttempt(
+        run_uid=uid, stage=plan.stages[document["name"]].stage, resolved=resolved, credentials=credentials
+    )
 
 
 def unknown_fields(value: Any, kind: str, path: str = "") -> Iterator[str]:

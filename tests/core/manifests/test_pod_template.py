@@ -106,7 +106,7 @@ def test_every_object_is_labelled_and_owned_by_the_run() -> None:
     metadata = [made["metadata"], job["metadata"], job["spec"]["template"]["metadata"]]
     metadata.append(config_map(attempt, SETTINGS)["metadata"])
     assert all(item["labels"] == wanted for item in metadata)
-    assert all(item["annotations"] == {"stagecoach.dev/stage-digest": attempt.told.digest} for item in metadata)
+    assert all(item["annotations"] == {"stagecoach.dev/stage-digest": attempt.resolved.digest} for item in metadata)
     for item in (metadata[0], metadata[-1]):
         (owner,) = item["ownerReferences"]
         assert (item["name"], owner["uid"], owner["controller"]) == (attempt.name, UID, True)
@@ -138,10 +138,10 @@ def test_ranks_meet_at_pod_0_and_each_pods_rank_is_its_index() -> None:
 
 
 def test_the_launcher_reads_the_variables_the_pod_has() -> None:
-    launcher = pytest.importorskip("stagecoach_trainer.launcher")
+    launcher = pytest.importorskip("stagecoach_trainer.launcher.__main__")
     attempt = make_attempt(resources=A100)
     environment = environment_of(attempt) | {names.ENV_NODE_RANK: "3"}
-    command = launcher.worker_command(attempt.told.num_nodes, attempt.told.ranks_per_node, 300, environment)
+    command = launcher.worker_command(attempt.resolved.num_nodes, attempt.resolved.ranks_per_node, 300, environment)
     assert {"--nnodes=16", "--nproc-per-node=8", "--node-rank=3", "--master-port=29500"} <= set(command)
     assert f"--master-addr={attempt.name}-w-0-0.{attempt.name}" in command
 
@@ -166,8 +166,8 @@ def test_the_stage_is_told_by_a_configmap_that_cannot_change() -> None:
     attempt = make_attempt(storage={"uri": "s3://models/demo", "region": "eu-central-1"})
     made = config_map(attempt, SETTINGS)
     assert made["immutable"] is True
-    assert type(attempt.told).model_validate_json(made["data"]["stage.json"]) == attempt.told
-    assert attempt.told.storage_region == "eu-central-1"
+    assert type(attempt.resolved).model_validate_json(made["data"]["stage.json"]) == attempt.resolved
+    assert attempt.resolved.storage_region == "eu-central-1"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from stagecoach_api.artifacts import checkpoint_prefix
+from stagecoach_api.artifacts import checkpoint_name, checkpoints_prefix
 from stagecoach_trainer.loop.checkpoint import steps_to_delete
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.loop.loop import train
@@ -73,7 +73,7 @@ def stop_after(folder: Path, steps: int, precision: str = "fp32", **settings: An
 
 
 def checkpoints(here: StageContext) -> Path:
-    home = here.store.local_path(checkpoint_prefix(here.resolved.digest, 0))
+    home = here.store.local_path(f"{checkpoints_prefix(here.resolved.digest)}/{checkpoint_name(0)}")
     assert home is not None
     return home.parent
 

@@ -14,7 +14,8 @@ from stagecoach_api.artifacts import (
     StoredObject,
     attempt_logs_prefix,
     attempt_prefix,
-    checkpoint_prefix,
+    checkpoint_name,
+    checkpoints_prefix,
     content_digest,
     manifest_key,
     rank_log_name,
@@ -84,7 +85,7 @@ def test_who_comes_second_keeps_the_first_ones_artifact(
 
 
 def test_checkpoints_of_a_published_stage_are_deleted(stage: StageContext) -> None:
-    key = f"{checkpoint_prefix(stage.resolved.digest, 4)}/manifest.json"
+    key = f"{checkpoints_prefix(stage.resolved.digest)}/{checkpoint_name(4)}/manifest.json"
     stage.store.write(key, b"{}")
     publish(stage, StageOutcome(), time.time())
     assert not stage.store.exists(key)

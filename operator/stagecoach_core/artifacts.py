@@ -1,0 +1,30 @@
+"""A stage's artifact: the outcome of looking it up in the store, and the pointer through which a run names it."""
+
+from __future__ import annotations
+
+from stagecoach_api.artifacts import Manifest, Pointer, artifact_uri
+from stagecoach_core.values import Found, Missing, Plan, StageState, StageView
+
+
+def look_up_result(digest: str, manifest: Manifest | None, storage_uri: str, asked_at: float) -> Found | Missing:
+    """Return the answer to `LookUp` for `Observed.artifacts`.
+
+    `manifest`: the stored manifest of the stage digest, None if there is none. `asked_at`: when the store was asked, in
+    seconds since the epoch. It is the time before the request, because an artifact may be published during it.
+    """
+    if manifest is None:
+        return Missing(at=asked_at)
+    return Found(digest, manifest.content_digest, artifact_uri(storage_uri, digest))
+
+
+def pointer_to(found: Found, plan: Plan, name: str, view: StageView, now: float) -> Pointer:
+    """Return the pointer of stage `name` to its artifact. `now`: seconds since the epoch."""
+    return Pointer(
+        stage=name,
+        kind=plan.stages[name].stage.kind,
+        stage_digest=found.stage_digest,
+        content_digest=found.content_digest,
+        uri=found.uri,
+        cached=view.state is StageState.CACHED,
+        recorded=now,
+    )
