@@ -13,7 +13,7 @@ import numpy as np
 from transformers import LlamaForCausalLM
 
 from bench.measuring import Child, num_threads, run_child
-from bench.workload import LEARNING_RATE, TOKENS, ClockedPlan, Run
+from bench.workload import LEARNING_RATE, TOKENS, ClockedSchedule, GivenPlan, Run
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage, digest_of, output_prefix
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.kinds.pretrain import PretrainStage
@@ -47,7 +47,7 @@ def train_ours(
     """
     from stagecoach_trainer.loop.job import TrainingJob
     from stagecoach_trainer.loop.loop import train
-    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
 
     config = PretrainStage.model_validate(
@@ -64,10 +64,11 @@ def train_ours(
         }
     )
     stage = resolve("pretrain", config.model_dump(mode="json"), [], folder)
-    attempt = Attempt(stage, config, folder / "work", folder / "cache", None, World(), time.time())
-    plan = ClockedPlan(batches, longest)
-    result = train(TrainingJob(model, config, plan), build_context(attempt, threading.Event()))
-    begun = [plan.begun[step] for step in range(len(batches))]
+    attempt = AttemptSettings(stage, config, folder / "work", folder / "cache", None, World(), time.time())
+    schedule = ClockedSchedule.of(config, len(batches))
+    job = TrainingJob(model, config, GivenPlan(batches), schedule=schedule)
+    result = train(job, build_context(attempt, threading.Event()))
+    begun = [schedule.begun[step] for step in range(len(batches))]
     return Run(np.diff(begun)[1:].tolist(), [float(point["loss"]) for point in result.history])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach_trainer.batches.rows import IGNORE, Row
+from stagecoach_trainer.batches.schedule import StepSchedule
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -109,29 +110,25 @@ def row_of(sample: Sample) -> Row:
 
 
 @dataclass
-class ClockedPlan:
-    """The given rows step by step, at one learning rate; notes when each step was begun."""
+class GivenPlan:
+    """The given rows, step by step."""
 
     batches: Sequence[Sequence[Row]]
-    longest: int
-    begun: dict[int, float] = field(default_factory=dict)
 
     @property
     def num_steps(self) -> int:
         return len(self.batches)
 
-    def sequence_length(self, step: int) -> int:
-        return self.longest
-
     def rows(self, step: int) -> Sequence[Row]:
         return self.batches[step]
 
+
+@dataclass(frozen=True)
+class ClockedSchedule(StepSchedule):
+    """A configuration's schedule; records when each step begins."""
+
+    begun: dict[int, float] = field(default_factory=dict)
+
     def learning_rate(self, step: int) -> float:
         self.begun.setdefault(step, time.perf_counter())
-        return LEARNING_RATE
-
-    def phase(self, step: int) -> str:
-        return "bench"
-
-    def rope_theta(self, step: int) -> float | None:
-        return None
+        return super().learning_rate(step)

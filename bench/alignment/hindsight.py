@@ -181,7 +181,7 @@ def run_sft(
     """Run an `sft` stage in a folder of its own; return its output and its metrics."""
     from bench.ours import resolve
     from stagecoach_api.kinds.sft import SftStage
-    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
     from stagecoach_trainer.stages.sft import run
 
@@ -200,7 +200,7 @@ def run_sft(
     uris = [Path(found.uri) for found in (config.model, *config.data, *config.held_out.sets) if found.uri]
     stage = resolve("sft", config.model_dump(mode="json"), uris, folder / name).model_copy(update={"seed": seed})
     place = folder / name
-    attempt = Attempt(stage, config, place / "work", place / "cache", None, World(), time.time())
+    attempt = AttemptSettings(stage, config, place / "work", place / "cache", None, World(), time.time())
     context = build_context(attempt, threading.Event())
     outcome = run(config, context)
     return context.output, outcome.metrics | {"tokens": float(outcome.tokens or 0)}

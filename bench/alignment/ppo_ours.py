@@ -142,7 +142,7 @@ def _ids(words: str) -> np.ndarray:
 def main() -> None:
     """Train, and print what it came to."""
     from stagecoach_trainer.ppo.loop import train_policy
-    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
 
     task_folder, seed, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -151,7 +151,7 @@ def main() -> None:
         folder = Path(name)
         stage = resolve("ppo", job.config.model_dump(mode="json"), [], folder)
         stage = stage.model_copy(update={"seed": seed})
-        attempt = Attempt(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
+        attempt = AttemptSettings(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
         result = train_policy(job, build_context(attempt, threading.Event()))
     plan: Any = job.prompts
     begun, worked = [*plan.begun, time.perf_counter()], [*plan.worked, time.process_time()]

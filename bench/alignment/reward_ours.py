@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.alignment import preference_task as task
 from bench.ours import NEVER, OPTIMIZER, resolve
-from bench.workload import ClockedPlan
+from bench.workload import ClockedSchedule, GivenPlan
 from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence
 
@@ -54,30 +54,23 @@ def main() -> None:
     from stagecoach_trainer.align.objectives import RewardObjective
     from stagecoach_trainer.loop.job import TrainingJob
     from stagecoach_trainer.loop.loop import train
-    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
 
     task_folder, config = Path(sys.argv[1]), configuration()
     model: Any = LlamaForSequenceClassification.from_pretrained(task_folder / "model", dtype=torch.float32)
     steps = [[group_of(pair, place) for place, pair in enumerate(step)] for step in task.read_steps(task_folder)]
-    plan: Any = SteadyPlan(steps, task.LONGEST)
+    plan: Any = GivenPlan(steps)
+    schedule = ClockedSchedule.of(config, task.STEPS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stage = resolve("rewardModel", config.model_dump(mode="json"), [], folder)
-        attempt = Attempt(stage, config, folder / "work", folder / "cache", None, World(), time.time())
-        job = TrainingJob(model, config, plan, objective=RewardObjective(config.loss))
+        attempt = AttemptSettings(stage, config, folder / "work", folder / "cache", None, World(), time.time())
+        job = TrainingJob(model, config, plan, objective=RewardObjective(config.loss), schedule=schedule)
         result = train(job, build_context(attempt, threading.Event()))
-    begun = [plan.begun[step] for step in range(task.STEPS)]
+    begun = [schedule.begun[step] for step in range(task.STEPS)]
     losses = [float(point["loss"]) for point in result.history]
     print(json.dumps({"seconds": np.diff(begun)[1:].tolist(), "losses": losses}))
-
-
-class SteadyPlan(ClockedPlan):
-    """The given groups at the task's learning rate."""
-
-    def learning_rate(self, step: int) -> float:
-        super().learning_rate(step)
-        return task.LEARNING_RATE
 
 
 if __name__ == "__main__":

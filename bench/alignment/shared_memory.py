@@ -121,7 +121,7 @@ def main() -> None:
     from bench.ours import resolve
     from stagecoach_trainer.ppo import loop
     from stagecoach_trainer.ppo.shared_weights import memory_of
-    from stagecoach_trainer.run_stage import Attempt, build_context
+    from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
 
     mode, base = sys.argv[1], Path(sys.argv[2])
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stage = resolve("ppo", job.config.model_dump(mode="json"), [], folder)
-        attempt = Attempt(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
+        attempt = AttemptSettings(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
         result = loop.train_policy(job, build_context(attempt, threading.Event()))
     reference = [] if job.reference is None else [job.reference]
     weights = memory_of([job.policy, job.critic, job.rewards.model.model, *reference])

@@ -18,7 +18,7 @@ from stagecoach_api.outcomes import Cause, ExitCode
 from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
 from stagecoach_trainer import run_stage as module
 from stagecoach_trainer.__main__ import outcome_of, pin_threads, read_stage
-from stagecoach_trainer.run_stage import Attempt, run_stage
+from stagecoach_trainer.run_stage import AttemptSettings, run_stage
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import world_from
 from stagecoach_trainer.runtime.errors import Diverged, GateFailed, Interrupted, UserError
@@ -41,8 +41,8 @@ def resolved(folder: Path, **changes: Any) -> ResolvedStage:
     return ResolvedStage(**(values | changes))
 
 
-def attempt(folder: Path, world: World | None = None) -> Attempt:
-    return Attempt(
+def attempt(folder: Path, world: World | None = None) -> AttemptSettings:
+    return AttemptSettings(
         resolved=resolved(folder),
         config=DataStage.model_validate(DATA_CONFIG),
         work=folder / "work",

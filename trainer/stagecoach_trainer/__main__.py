@@ -38,10 +38,10 @@ from stagecoach_api.outcomes import AttemptResult, ExitCode
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
 from stagecoach_api.training import Training
 from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe
-from stagecoach_trainer.runtime import gc_pause as garbage
 from stagecoach_trainer.runtime.attempt_files import announce
 from stagecoach_trainer.runtime.errors import Interrupted, StageError, UserError
-from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, WorkerOutcome, failure, write_outcome
+from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, RankOutcome, failure, write_outcome
+from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 
 log = logging.getLogger("stagecoach")
 
@@ -53,7 +53,7 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(environment: Mapping[str, str] = os.environ) -> int:
     """Run one rank of the stage that `environment` names; return its exit code."""
     started = time.time()
-    garbage.put_off()
+    postpone_garbage_collection()
     pin_threads(environment)
     rank, work = int(environment.get("RANK", "0")), Path(environment[ENV_WORK_DIR])
     print_into_pipe(work, rank)
@@ -65,7 +65,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         resolved, config = read_stage(Path(environment[ENV_STAGE_FILE]))
         handle_signals(stop, lambda: print_into_log(work, rank), graceful=isinstance(config, Training))
         digest = _run(resolved, config, environment, stop, started)
-        outcome = WorkerOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
+        outcome = RankOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:
         outcome = outcome_of(error, _last_step(resolved, environment), work)
         log.error("%s", outcome.result.message)  # noqa: TRY400 - the traceback is printed where it helps
@@ -77,13 +77,13 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 def _run(
     resolved: ResolvedStage, config: Model, environment: Mapping[str, str], stop: threading.Event, started: float
 ) -> str | None:
-    from stagecoach_trainer.run_stage import Attempt, run_stage
+    from stagecoach_trainer.run_stage import AttemptSettings, run_stage
     from stagecoach_trainer.runtime.distributed import world_from
     from stagecoach_trainer.runtime.progress import Reporter
 
     progress_file = environment.get(ENV_PROGRESS_FILE)
     world = world_from(environment)
-    attempt = Attempt(
+    attempt = AttemptSettings(
         resolved=resolved,
         config=config,
         work=Path(environment[ENV_WORK_DIR]),
@@ -176,7 +176,7 @@ def _stop_at_end_of_stdin(on_orphaned: Callable[[], None]) -> None:
 # -- after the stage ---------------------------------------------------------------------------------------------------
 
 
-def outcome_of(error: BaseException, last_step: int | None = None, work: Path | None = None) -> WorkerOutcome:
+def outcome_of(error: BaseException, last_step: int | None = None, work: Path | None = None) -> RankOutcome:
     """Return what an error means to the contract; prints the traceback of one that nobody foresaw.
 
     `work`: the attempt's folder, named where a full disk does not say which file did not fit.
@@ -185,10 +185,10 @@ def outcome_of(error: BaseException, last_step: int | None = None, work: Path | 
         named = _named(cause, work)
         if named is not None:
             code, message = named
-            return WorkerOutcome(failure(code, message, last_step), True, time.time())
+            return RankOutcome(failure(code, message, last_step), True, time.time())
     traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}\n{_place(error)}"
-    return WorkerOutcome(failure(GENERIC_FAILURE, message, last_step), False, time.time())
+    return RankOutcome(failure(GENERIC_FAILURE, message, last_step), False, time.time())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -225,12 +225,12 @@ def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -
     """Return the step of the newest complete checkpoint on this machine."""
     if resolved is None:
         return None
-    from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home, complete_marks
+    from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder, complete_checkpoints
     from stagecoach_trainer.runtime.run_store import open_run_store
 
     try:
-        home = checkpoints_home(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)
-        marks = complete_marks(home)
+        home = checkpoints_folder(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)
+        marks = complete_checkpoints(home)
         return marks[-1].step if marks else None
     except (StoreError, OSError):
         return None

@@ -17,7 +17,6 @@ from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.training import Offload, Training
 from stagecoach_trainer.models.safety import CONFIG, check_model_folder
-from stagecoach_trainer.runtime import gc_pause as garbage
 from stagecoach_trainer.runtime.attempt_files import logs_folder
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import process_group
@@ -25,7 +24,7 @@ from stagecoach_trainer.runtime.errors import GateFailed
 from stagecoach_trainer.runtime.progress import Progress, Reporter
 from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.runtime.run_store import open_run_store
-from stagecoach_trainer.runtime.skip_scipy import leave_out_scipy
+from stagecoach_trainer.runtime.startup import fast_imports
 from stagecoach_trainer.stages import STAGE_MODULES
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ StageFunction = Callable[[Model, StageContext], StageOutcome]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptSettings:
     """What the entry point knows: the stage, checked, and the places of this attempt."""
 
     resolved: ResolvedStage
@@ -49,7 +48,7 @@ class Attempt:
     """Tells the operator how far it is. None: there is no operator to be told."""
 
 
-def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
+def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     """Run the stage of this attempt and publish it; return the content digest (None on ranks that do not publish).
 
     Raises StageError, StoreError, and whatever else goes wrong.
@@ -59,11 +58,8 @@ def run_stage(attempt: Attempt, stop: threading.Event) -> str | None:
     if not trains and not attempt.world.is_main:
         return None  # only training is shared out over ranks
     refuse_early(attempt.config, context)
-    if trains:
-        leave_out_scipy()
-    run = load_stage(attempt.resolved.kind)
-    if not trains:
-        garbage.take_up()  # training still has its model to import
+    with fast_imports(training=trains):
+        run = load_stage(attempt.resolved.kind)
     try:
         with process_group(attempt.world if trains else World(), alone=_offloads(attempt.config)):
             outcome = run(attempt.config, context)
@@ -90,7 +86,7 @@ def refuse_early(config: Model, context: StageContext) -> None:
         check_model_folder(location.path)
 
 
-def build_context(attempt: Attempt, stop: threading.Event) -> StageContext:
+def build_context(attempt: AttemptSettings, stop: threading.Event) -> StageContext:
     """Make the attempt's folders (the output empty) and put together what a stage works with."""
     main = attempt.world.is_main
     context = StageContext(

@@ -19,7 +19,7 @@ from stagecoach_trainer.align.direct_held_out import DirectSet, direct_figures
 from stagecoach_trainer.align.direct_objective import AnswerLoss, DirectObjective, sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit, mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, fill_table, windows
-from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence, pairs_of
@@ -73,24 +73,12 @@ class FewSteps:
     def rows(self, step: int) -> Sequence[Group]:
         return self._steps[step]
 
-    def sequence_length(self, step: int) -> int:
-        return 64
-
-    def learning_rate(self, step: int) -> float:
-        return 0.0
-
-    def phase(self, step: int) -> str:
-        return "main"
-
-    def rope_theta(self, step: int) -> float | None:
-        return None
-
 
 def units_of(loss: DirectLoss, count: int = 5, world_size: int = 1) -> list[Any]:
     """Return one step's units."""
     if loss.kto is None:
         return list(make_pairs(count))
-    return PointedPlan(FewSteps(make_labels(count)), world_size).rows(0)
+    return PointedPlan(FewSteps(make_labels(count)), 64, world_size).rows(0)
 
 
 def groups_of(units: Sequence[Any]) -> list[Group]:
@@ -171,8 +159,7 @@ def test_loss_and_gradient_equal_those_from_transformers_logits(loss: DirectLoss
     assert batch.num_targets == 5
     with ExitStack() as stack:
         if fast:  # padding is left out then
-            stack.enter_context(short_attention(policy, CPU))
-            stack.enter_context(objective.speed_up(module, CPU, torch.float32))
+            stack.enter_context(accelerate(module, CPU, torch.float32))
         value = module(batch, 1 / 5)
         value.backward()
     assert value.dtype is torch.float32
@@ -249,7 +236,7 @@ def test_ranked_answers_of_one_prompt_make_all_their_pairs() -> None:
 
 def test_the_point_is_found_once_a_step_and_again_in_the_next() -> None:
     policy, reference = make_model(ROWS, seed=2), make_model(ROWS, seed=1)
-    plan = PointedPlan(FewSteps(make_labels(4, seed=1), make_labels(4, seed=2)), world_size=1)
+    plan = PointedPlan(FewSteps(make_labels(4, seed=1), make_labels(4, seed=2)), 64, world_size=1)
     steps = [plan.rows(step) for step in range(2)]
     seen = [item for units in steps for item in (*sequences_of(groups_of(units)), *point_of(units))]
     objective = DirectObjective(KTO, table_of(reference, seen), point_rows=3)
@@ -424,7 +411,7 @@ def test_a_held_out_set_for_kto_has_its_own_point() -> None:
     items = [*sequences_of(groups), *mismatched(sequences_of(groups), 64)]
     held_out = DirectSet("toy", groups, KTO, 64, table_of(reference, items))
     found = held_out.measure(AnswerLoss(policy, KTO), 2, CPU, World(), lambda done, total: None)
-    units = PointedPlan(FewSteps(groups), 1).rows(0)
+    units = PointedPlan(FewSteps(groups), 64, 1).rows(0)
     with torch.no_grad():
         expected = float(loss_by_hand(KTO, policy, reference, units)) / 6
     assert found["loss"] == pytest.approx(expected, abs=1e-6)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import IGNORE
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from tests.trainer.loop.makers import row
 
 
@@ -17,7 +17,7 @@ def test_every_row_is_dealt_once_and_every_rank_makes_as_many_micro_steps(
     lengths: list[int], micro: int, ranks: int
 ) -> None:
     rows = [row((length,), index) for index, length in enumerate(lengths)]
-    shares = [deal(rows, micro, rank, ranks) for rank in range(ranks)]
+    shares = [shard_batch(rows, micro, rank, ranks) for rank in range(ranks)]
     dealt = [id(item) for share in shares for batch in share.micro_batches for item in batch]
     assert sorted(dealt) == sorted(map(id, rows))
     assert len({len(share.micro_batches) for share in shares}) == 1

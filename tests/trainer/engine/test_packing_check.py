@@ -15,7 +15,7 @@ from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.loop.measure import measure_with
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import UserError
-from tests.trainer.loop.makers import RandomPlan, context, row, tiny_model, training
+from tests.trainer.loop.makers import RandomPlan, WatchedSchedule, context, row, tiny_model, training
 
 CPU = torch.device("cpu")
 
@@ -79,13 +79,11 @@ def test_where_the_first_steps_are_not_packed_a_leak_stops_training_before_the_f
     monkeypatch.setattr("stagecoach_trainer.engine.objective.CausalLoss", LeakyLoss)
     made: list[int] = []
 
-    class Plan(RandomPlan):
-        def learning_rate(self, step: int) -> float:
-            made.append(step)
-            return super().learning_rate(step)
-
+    job = TrainingJob(
+        tiny_model(), training(), RandomPlan(packed_from=2), schedule=WatchedSchedule(on_step=made.append)
+    )
     with pytest.raises(UserError, match="packed samples see each other"):
-        train(TrainingJob(tiny_model(), training(), Plan(packed_from=2)), context(tmp_path))
+        train(job, context(tmp_path))
     assert made == [0, 1]
 
 

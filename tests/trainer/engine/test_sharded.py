@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from stagecoach_api.training import Sharding, Trainable
-from stagecoach_trainer.loop.checkpoint import CheckpointBook
+from stagecoach_trainer.loop.checkpoint import CheckpointManager
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.trainable import choose_trainable
-from stagecoach_trainer.runtime.checkpoint_paths import Mark
+from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group
 from tests.trainer.loop.makers import RandomPlan, context, equal_weights, tiny_model, training, weights
@@ -68,10 +68,10 @@ def test_offloaded_training_resumes_bit_for_bit(tmp_path: Path, stage: int, monk
     )
     whole, resumed = tiny_model(), tiny_model()
     first = train(TrainingJob(whole, config, RandomPlan()), context(tmp_path))
-    found: list[Mark | None] = []
-    find = CheckpointBook.find_newest
-    monkeypatch.setattr(CheckpointBook, "find_newest", lambda self: found.append(find(self)) or found[-1])
+    found: list[CheckpointId | None] = []
+    find = CheckpointManager.find_newest
+    monkeypatch.setattr(CheckpointManager, "find_newest", lambda self: found.append(find(self)) or found[-1])
     again = train(TrainingJob(resumed, config, RandomPlan()), context(tmp_path))
-    assert found == [Mark(0, 4)]
+    assert found == [CheckpointId(0, 4)]
     assert again == first
     assert equal_weights(weights(resumed), weights(whole))

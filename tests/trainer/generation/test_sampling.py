@@ -66,7 +66,7 @@ def test_an_answer_is_the_same_alone_and_beside_others_of_any_length() -> None:
 
 def test_padding_is_hidden_from_the_attention_of_the_training_loop_too() -> None:
     plain = said(answers(PROMPTS))
-    with short_attention(MODEL, CPU):
+    with short_attention(MODEL):
         assert said(answers(PROMPTS)) == plain
 
 

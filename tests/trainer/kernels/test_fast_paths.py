@@ -14,9 +14,8 @@ from transformers.models.llama import modeling_llama
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.kernels import attention
-from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.causal import CausalLoss
-from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from tests.trainer.loop.makers import RandomPlan, context, row, tiny_model, training
@@ -32,9 +31,7 @@ BATCHES = {
 def loss_and_gradients(rows: list[Row], fast: bool, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model = tiny_model(**settings)
     loss = CausalLoss(model)
-    attend = short_attention(model, CPU) if fast else nullcontext()
-    rest = fast_llama(loss, CPU, torch.float32) if fast else nullcontext()
-    with attend, rest:
+    with accelerate(loss, CPU, torch.float32) if fast else nullcontext():
         value = loss(collate(rows), 0.1)
         value.backward()
     return value.detach(), {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
@@ -62,6 +59,24 @@ def test_a_batch_without_loss_leaves_zero_gradients() -> None:
     value, gradients = loss_and_gradients([row((6,), 1, 1.0)], fast=True)
     assert float(value) == 0.0
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "expected"),
+    [("cpu", "sdpa", (True, True)), ("cpu", "eager", (False, True)), ("meta", "sdpa", (False, False))],
+)
+def test_fast_paths_are_for_cpus_and_for_the_attention_that_they_replace(
+    device: str, attention: str, expected: tuple[bool, bool]
+) -> None:
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    loss = CausalLoss(model)
+    rotate = modeling_llama.apply_rotary_pos_emb
+    with accelerate(loss, torch.device(device), torch.float32):
+        replaced = model.config._attn_implementation != attention, loss.positions_keyword is not None
+        assert (modeling_llama.apply_rotary_pos_emb is not rotate) == expected[1]
+    assert replaced == expected
+    assert loss.positions_keyword is None
 
 
 def test_the_model_is_its_old_self_after_training(tmp_path: Path) -> None:

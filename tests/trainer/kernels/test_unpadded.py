@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from stagecoach_trainer.kernels import attention, unpadded
-from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.causal import CausalLoss
-from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.kernels.ragged_rows import RaggedRows
 from stagecoach_trainer.kernels.unpadded import states_at
 from tests.trainer.loop.makers import tiny_model
@@ -35,9 +34,8 @@ def states_and_gradients(fast: bool, **settings: Any) -> tuple[Tensor, dict[str,
     tokens, at = batch()
     with ExitStack() as stack:
         if fast:
-            stack.enter_context(short_attention(model, CPU))
-            stack.enter_context(fast_llama(loss, CPU, torch.float32))
-        states = states_at(loss.decoder, tokens, at, LAST, loss.loss_at_keyword)
+            stack.enter_context(accelerate(loss, CPU, torch.float32))
+        states = states_at(loss.decoder, tokens, at, LAST, loss.positions_keyword)
         (states * torch.linspace(-1.0, 1.0, states.numel()).view_as(states)).sum().backward()
     return states.detach(), {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
 
@@ -85,9 +83,9 @@ def test_what_stands_in_padding_has_no_influence() -> None:
     model = tiny_model()
     loss = CausalLoss(model)
     filled = torch.arange(LENGTH) <= LAST[:, None]
-    with short_attention(model, CPU), fast_llama(loss, CPU, torch.float32), torch.no_grad():
+    with accelerate(loss, CPU, torch.float32), torch.no_grad():
         found = [
-            states_at(loss.decoder, torch.where(filled, tokens, other), at, LAST, loss.loss_at_keyword)
+            states_at(loss.decoder, torch.where(filled, tokens, other), at, LAST, loss.positions_keyword)
             for other in (0, 59)
         ]
     assert torch.equal(*found)

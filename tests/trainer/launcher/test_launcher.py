@@ -17,7 +17,7 @@ from stagecoach_trainer.launcher.__main__ import worker_command
 from stagecoach_trainer.runtime.attempt_files import replace_file
 from stagecoach_trainer.runtime.outcomes import (
     MAX_RESULT_BYTES,
-    WorkerOutcome,
+    RankOutcome,
     combine,
     failure,
     read_outcomes,
@@ -63,19 +63,14 @@ import time
 from stagecoach_trainer.runtime.context import StageOutcome
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
-from tests.trainer.loop.makers import RandomPlan, tiny_model
-
-class Slow(RandomPlan):
-    def learning_rate(self, step):
-        time.sleep(0.05 if step < 3 or context_of["stop"].is_set() else 0.5)
-        return super().learning_rate(step)
-
-context_of = {}
+from tests.trainer.loop.makers import RandomPlan, WatchedSchedule, tiny_model
 
 def run(config, context):
-    context_of["stop"] = context.stop
+    slow = WatchedSchedule(
+        num_steps=8, on_step=lambda step: time.sleep(0.05 if step < 3 or context.stop.is_set() else 0.5)
+    )
     model = tiny_model()
-    result = train(TrainingJob(model, config, Slow(num_steps=8)), context)
+    result = train(TrainingJob(model, config, RandomPlan(num_steps=8), schedule=slow), context)
     if context.world.is_main:
         (context.output / "weights").write_bytes(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
     return StageOutcome(result.tokens, result.metrics)
@@ -227,8 +222,8 @@ def test_on_several_nodes_the_rank_is_the_pods_index() -> None:
     assert {"--nnodes=16", "--node-rank=3", "--master-addr=pod-0", "--master-port=29500"} <= set(command)
 
 
-def outcome(code: int, named: bool, at: float, message: str = "") -> WorkerOutcome:
-    return WorkerOutcome(failure(code, message), named, at)
+def outcome(code: int, named: bool, at: float, message: str = "") -> RankOutcome:
+    return RankOutcome(failure(code, message), named, at)
 
 
 def test_the_first_failure_that_names_itself_is_the_reason() -> None:
@@ -261,8 +256,8 @@ Root Cause (first observed failure):
 
 
 def test_workers_that_are_all_done_are_done() -> None:
-    done = WorkerOutcome(AttemptResult(exit_code=0, content_digest="ab"), True, 1.0)
-    other = WorkerOutcome(AttemptResult(exit_code=0), True, 0.5)
+    done = RankOutcome(AttemptResult(exit_code=0, content_digest="ab"), True, 1.0)
+    other = RankOutcome(AttemptResult(exit_code=0), True, 0.5)
     assert combine({0: done, 1: other}, range(2), 0).content_digest == "ab"
 
 

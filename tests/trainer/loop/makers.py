@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.references import WeightedSource
 from stagecoach_api.store import open_store
-from stagecoach_api.training import Batch, MeasuredTraining, Optimizer
+from stagecoach_api.training import Batch, MeasuredTraining, Optimizer, Schedule, ScheduleName
 from stagecoach_trainer.batches.rows import IGNORE, Row
-from stagecoach_trainer.runtime.checkpoint_paths import complete_marks
+from stagecoach_trainer.batches.schedule import StepSchedule
+from stagecoach_trainer.runtime.checkpoint_paths import complete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.progress import Progress
 
 VOCABULARY = 197
+LINEAR = Schedule(name=ScheduleName.LINEAR)
 
 
 def tiny_model(seed: int = 0, tie: bool = False, **settings: Any) -> LlamaForCausalLM:
@@ -67,27 +69,25 @@ class RandomPlan:
     packed_from: int = 0
     """The first step with packed rows."""
     masked_share: float = 0.3
-    rate: float = 1e-2
-    theta_from: tuple[int, float] | None = None
-
-    def sequence_length(self, step: int) -> int:
-        return self.length
 
     def rows(self, step: int) -> list[Row]:
         packed = self.packed and step >= self.packed_from
         lengths = (self.length // 3, self.length - self.length // 3) if packed else (self.length,)
         return [row(lengths, 1000 * step + index, self.masked_share) for index in range(self.num_rows)]
 
+
+@dataclass(frozen=True)
+class WatchedSchedule(StepSchedule):
+    """The schedule of `training()`; calls `on_step(step)` as each step begins, in the training loop's thread."""
+
+    schedule: Schedule = LINEAR
+    peak_rate: float = 1e-2
+    num_steps: int = 6
+    on_step: Callable[[int], None] = lambda step: None
+
     def learning_rate(self, step: int) -> float:
-        return self.rate * (1.0 - step / (self.num_steps + 1))
-
-    def phase(self, step: int) -> str:
-        return "only"
-
-    def rope_theta(self, step: int) -> float | None:
-        if self.theta_from is None or step < self.theta_from[0]:
-            return None
-        return self.theta_from[1]
+        self.on_step(step)
+        return super().learning_rate(step)
 
 
 def training(micro_batch_rows: int = 2, **settings: Any) -> MeasuredTraining:
@@ -96,6 +96,7 @@ def training(micro_batch_rows: int = 2, **settings: Any) -> MeasuredTraining:
         "data": (WeightedSource(uri="unused.jsonl"),),
         "batch": Batch(samples=1, micro_batch_rows=micro_batch_rows),
         "optimizer": Optimizer(learning_rate=1e-2, weight_decay=0.1),
+        "schedule": LINEAR,
         "precision": "fp32",
     }
     return MeasuredTraining(**(values | settings))
@@ -103,7 +104,7 @@ def training(micro_batch_rows: int = 2, **settings: Any) -> MeasuredTraining:
 
 def complete_steps(home: Path) -> list[int]:
     """Return the steps whose checkpoint has a manifest, in ascending order."""
-    return sorted({mark.step for mark in complete_marks(home)})
+    return sorted({mark.step for mark in complete_checkpoints(home)})
 
 
 def context(folder: Path, world: World | None = None, seed: int = 7) -> StageContext:

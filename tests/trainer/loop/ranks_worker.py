@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,10 @@ from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.runtime.errors import Interrupted
-from tests.trainer.loop.makers import RandomPlan, context, tiny_model, training
+from tests.trainer.loop.makers import RandomPlan, WatchedSchedule, context, tiny_model, training
 
 NUM_ROWS = 5
 """Odd: one of two ranks has a row less."""
-
-
-@dataclass(frozen=True)
-class StoppingPlan(RandomPlan):
-    """Sets the stop flag of its rank in the step with index `at`."""
-
-    at: int = 3
-    stop: threading.Event | None = None
-
-    def learning_rate(self, step: int) -> float:
-        if step == self.at and self.stop is not None:
-            self.stop.set()
-        return super().learning_rate(step)
 
 
 def main() -> None:
@@ -64,9 +49,14 @@ def configuration(case: str) -> MeasuredTraining:
 def interrupt(folder: Path, world: World, config: MeasuredTraining) -> None:
     """Train until the last rank is asked to stop in step 4."""
     here = context(folder, world)
-    plan = StoppingPlan(num_rows=NUM_ROWS, stop=here.stop if world.rank == world.size - 1 else None)
+
+    def stop_in_step_4(step: int) -> None:
+        if step == 3 and world.rank == world.size - 1:
+            here.stop.set()
+
+    schedule = WatchedSchedule(on_step=stop_in_step_4)
     try:
-        train(TrainingJob(tiny_model(), config, plan), here)
+        train(TrainingJob(tiny_model(), config, RandomPlan(num_rows=NUM_ROWS), schedule=schedule), here)
     except Interrupted as error:
         if "after step 4 of 6" not in str(error):
             raise

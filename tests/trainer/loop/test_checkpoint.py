@@ -15,9 +15,9 @@ from stagecoach_api.stores.base import FolderLocation
 from stagecoach_api.training import Checkpoints
 from stagecoach_trainer.engine.engine import MASTER, EngineState
 from stagecoach_trainer.loop import checkpoint
-from stagecoach_trainer.loop.checkpoint import CheckpointBook, living, read_checkpoint
+from stagecoach_trainer.loop.checkpoint import CheckpointManager, not_superseded, read_checkpoint
 from stagecoach_trainer.loop.state import Progression, TrainingState
-from stagecoach_trainer.runtime.checkpoint_paths import Mark
+from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId
 from stagecoach_trainer.runtime.context import StageContext
 from tests.trainer.loop.makers import context
 
@@ -63,11 +63,11 @@ def remote(tmp_path: Path, machine: str) -> StageContext:
     return replace(context(tmp_path / machine), store=Remote(FolderLocation(tmp_path / "bucket")))
 
 
-def book_of(here: StageContext, **settings: Any) -> CheckpointBook:
-    return CheckpointBook(here, Checkpoints.model_validate({"everySteps": 1, "keepLast": 1} | settings), 10)
+def book_of(here: StageContext, **settings: Any) -> CheckpointManager:
+    return CheckpointManager(here, Checkpoints.model_validate({"everySteps": 1, "keepLast": 1} | settings), 10)
 
 
-def save(book: CheckpointBook, *states: TrainingState) -> None:
+def save(book: CheckpointManager, *states: TrainingState) -> None:
     for item in states:
         book.save(item)
         book.wait()
@@ -79,7 +79,7 @@ def found(here: StageContext) -> tuple[int, float] | None:
     mark = book.find_newest()
     if mark is None:
         return None
-    read = read_checkpoint(book.bring(mark), 0)
+    read = read_checkpoint(book.fetch(mark), 0)
     return read.step, float(read.engine.tensors[f"{MASTER}weight"][0])
 
 
@@ -108,7 +108,7 @@ def test_a_save_of_the_same_step_killed_at_any_file_leaves_the_one_before_it(
     assert found(here) == (4, 3.0)
 
 
-def book_again(here: StageContext) -> CheckpointBook:
+def book_again(here: StageContext) -> CheckpointManager:
     book = book_of(here)
     book.find_newest()
     return book
@@ -154,11 +154,11 @@ def test_killed_while_the_steps_left_behind_are_deleted_it_goes_on_from_the_new_
 
 
 def test_a_mark_has_a_name_and_the_name_has_the_mark() -> None:
-    for mark in (Mark(0, 12), Mark(3, 12)):
-        assert Mark.of(mark.name) == mark
-    assert Mark.of("step-1") is Mark.of("pool") is None
+    for mark in (CheckpointId(0, 12), CheckpointId(3, 12)):
+        assert CheckpointId.of(mark.name) == mark
+    assert CheckpointId.of("step-1") is CheckpointId.of("pool") is None
 
 
 def test_what_a_newer_version_has_gone_back_behind_lives_no_longer() -> None:
-    marks = [Mark(0, 1), Mark(0, 5), Mark(0, 6), Mark(1, 5), Mark(1, 7), Mark(2, 6)]
-    assert living(marks) == [Mark(0, 1), Mark(1, 5), Mark(2, 6)]
+    saved = [CheckpointId(version, step) for version, step in ((0, 1), (0, 5), (0, 6), (1, 5), (1, 7), (2, 6))]
+    assert not_superseded(saved) == [CheckpointId(0, 1), CheckpointId(1, 5), CheckpointId(2, 6)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stagecoach_api.training import Optimizer
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import IGNORE, Row
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.engine.plain import PlainEngine
 from stagecoach_trainer.runtime.context import World
 from tests.trainer.loop.makers import row, tiny_model, training, weights
@@ -39,7 +39,7 @@ def test_any_micro_batch_gives_the_loss_and_gradients_of_one_big_batch(micro_row
     expected_loss, expected = one_big_batch(tiny_model(tie=tie), ROWS)
     model = tiny_model(tie=tie)
     engine = PlainEngine(model, training(), World(), torch.device("cpu"))
-    share = deal(ROWS, micro_rows)
+    share = shard_batch(ROWS, micro_rows)
     loss = sum(
         float(engine.accumulate(collate(batch), 1.0 / share.num_targets, last=True)) for batch in share.micro_batches
     )
@@ -61,7 +61,7 @@ def test_a_step_is_that_of_torch_adamw_with_clipping() -> None:
     torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=smooth).step()
     model = tiny_model()
     engine = PlainEngine(model, config, World(), torch.device("cpu"))
-    share = deal(ROWS, 2)
+    share = shard_batch(ROWS, 2)
     for batch in share.micro_batches:
         engine.accumulate(collate(batch), 1.0 / share.num_targets, last=True)
     report = engine.step(0.01)
@@ -75,7 +75,7 @@ def test_a_step_is_that_of_torch_adamw_with_clipping() -> None:
 def test_low_precision_stays_near_fp32(precision: str) -> None:
     expected_loss, _ = one_big_batch(tiny_model(), ROWS)
     engine = PlainEngine(tiny_model(), training(precision=precision), World(), torch.device("cpu"))
-    share = deal(ROWS, 5)
+    share = shard_batch(ROWS, 5)
     loss = sum(
         float(engine.accumulate(collate(batch), 1.0 / share.num_targets, last=True)) for batch in share.micro_batches
     )

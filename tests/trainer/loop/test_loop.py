@@ -15,6 +15,7 @@ import torch
 
 from stagecoach_api.training import EarlyStop
 from stagecoach_trainer.batches.rows import Row
+from stagecoach_trainer.batches.schedule import PhaseSchedule, StepSchedule
 from stagecoach_trainer.kernels.causal import set_rope_theta
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob
 from stagecoach_trainer.loop.loop import train
@@ -23,9 +24,8 @@ from stagecoach_trainer.runtime.errors import Diverged, UserError
 from tests.trainer.loop.makers import RandomPlan, context, equal_weights, row, tiny_model, training, weights
 
 
-@dataclass(frozen=True)
-class Explosive(RandomPlan):
-    """A learning rate that makes the loss no number."""
+class Explosive(StepSchedule):
+    """A learning rate that makes the loss NaN."""
 
     def learning_rate(self, step: int) -> float:
         return 1e30 if step == 2 else 1e-3
@@ -41,7 +41,8 @@ class Silent(RandomPlan):
 
 
 def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
-    job = TrainingJob(tiny_model(), training(checkpoints={"every_steps": 2}), Explosive())
+    config = training(checkpoints={"every_steps": 2})
+    job = TrainingJob(tiny_model(), config, RandomPlan(), schedule=Explosive.of(config, 6))
     with pytest.raises(Diverged, match=r"at step 4; the last good checkpoint is that of step 2\. Lower"):
         train(job, context(tmp_path))
 
@@ -120,7 +121,9 @@ def test_gradient_checkpointing_changes_no_digit(tmp_path: Path) -> None:
 
 def test_a_phase_can_change_the_base_of_the_rotary_embedding(tmp_path: Path) -> None:
     model = tiny_model()
-    train(TrainingJob(model, training(), RandomPlan(theta_from=(3, 50000.0))), context(tmp_path))
+    phases = [PhaseSchedule(0, 3, None, None), PhaseSchedule(3, 3, None, 50000.0)]
+    schedule = StepSchedule.of(training(), 6, phases)
+    train(TrainingJob(model, training(), RandomPlan(), schedule=schedule), context(tmp_path))
     assert model.config.rope_parameters["rope_theta"] == 50000.0
     fresh = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 50000.0})
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)

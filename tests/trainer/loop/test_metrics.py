@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagecoach_trainer.loop.metrics import Meter, StepFlops
+from stagecoach_trainer.loop.metrics import StepFlops, StepMetrics
 from stagecoach_trainer.runtime.progress import Progress
 
 
@@ -22,7 +22,7 @@ def make_flops() -> StepFlops:
 
 
 def test_figures_stand_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> None:
-    with Meter(tmp_path, Progress(None), num_steps=300, flops=make_flops()) as meter:
+    with StepMetrics(tmp_path, Progress(None), num_steps=300, flops=make_flops()) as meter:
         meter.write(0, {"heldOut.zh.loss": 7.5})
         meter.step(1, {"loss": 2.5, "learningRate": 1e-3}, tokens=64, length=16, waited=0.0, padding_share=0.25)
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -41,6 +41,6 @@ def test_figures_stand_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> N
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with Meter(None, Progress(None), num_steps=1, flops=make_flops()) as meter:
+    with StepMetrics(None, Progress(None), num_steps=1, flops=make_flops()) as meter:
         meter.write(0, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []

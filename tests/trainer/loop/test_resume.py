@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from stagecoach_api.artifacts import checkpoint_name, checkpoints_prefix
 from stagecoach_trainer.loop.checkpoint import steps_to_delete
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.loop.loop import train
-from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
 from tests import ROOT
 from tests.trainer.loop.makers import (
     RandomPlan,
+    WatchedSchedule,
     complete_steps,
     context,
     disk_full_beyond,
@@ -45,31 +47,31 @@ def configuration(precision: str = "fp32", **settings: Any) -> Any:
     )
 
 
-def run(here: StageContext, precision: str = "fp32", plan: RandomPlan | None = None, **settings: Any) -> Any:
-    """Train to the end in `here`; return the result and the final weights."""
+def run(
+    here: StageContext,
+    precision: str = "fp32",
+    num_steps: int = 6,
+    on_step: Callable[[int], None] = lambda step: None,
+    **settings: Any,
+) -> Any:
+    """Train to the end in `here`; return the result and the final weights. `on_step(step)` is called in each step."""
     model = tiny_model()
-    result = train(TrainingJob(model, configuration(precision, **settings), plan or RandomPlan(), HELD_OUT), here)
-    return result, weights(model)
+    schedule = WatchedSchedule(num_steps=num_steps, on_step=on_step)
+    plan = RandomPlan(num_steps=num_steps)
+    job = TrainingJob(model, configuration(precision, **settings), plan, HELD_OUT, schedule=schedule)
+    return train(job, here), weights(model)
 
 
-class Stopping(RandomPlan):
-    """Asks to stop in step `at`."""
-
-    def __init__(self, here: StageContext, at: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "_stop", (here.stop, at))
-
-    def learning_rate(self, step: int) -> float:
-        stop, at = vars(self)["_stop"]
-        if step == at:
-            stop.set()
-        return super().learning_rate(step)
+def stop_in(step: int, here: StageContext) -> Callable[[int], None]:
+    """Return an `on_step` that asks the stage to stop in the step with index `step`."""
+    return lambda current: here.stop.set() if current == step else None
 
 
 def stop_after(folder: Path, steps: int, precision: str = "fp32", **settings: Any) -> None:
+    """Train until the end of step `steps`, in which the stage is asked to stop."""
     here = context(folder)
     with pytest.raises(Interrupted, match=f"after step {steps} of 6; a checkpoint is saved"):
-        run(here, precision, Stopping(here, steps - 1), **settings)
+        run(here, precision, on_step=stop_in(steps - 1, here), **settings)
 
 
 def checkpoints(here: StageContext) -> Path:
@@ -107,15 +109,13 @@ def be_killed(folder: str) -> None:
     """Train, and die by SIGKILL in the sixth step, when the checkpoint of step 4 is complete."""
     here = context(Path(folder))
 
-    class Deadly(RandomPlan):
-        def learning_rate(self, step: int) -> float:
-            if step == 5:
-                while complete_steps(checkpoints(here)) != [2, 4]:
-                    time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().learning_rate(step)
+    def die(step: int) -> None:
+        if step == 5:
+            while complete_steps(checkpoints(here)) != [2, 4]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    run(here, plan=Deadly())
+    run(here, on_step=die)
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(
@@ -148,7 +148,7 @@ def test_half_a_checkpoint_does_not_count(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
     here = context(tmp_path)
-    run(here, plan=RandomPlan(num_steps=13), keep_last=2, keep_every_steps=6)
+    run(here, num_steps=13, keep_last=2, keep_every_steps=6)
     assert complete_steps(checkpoints(here)) == [6, 10, 12]
 
 
@@ -201,7 +201,7 @@ def test_checkpoints_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_
 
     first = remote("first")
     with pytest.raises(Interrupted):
-        run(first, plan=Stopping(first, 3))
+        run(first, on_step=stop_in(3, first))
     whole: tuple[TrainingResult, Any] = run(context(tmp_path / "whole"))
     resumed = run(remote("second"))
     assert equal_weights(resumed[1], whole[1])
@@ -213,4 +213,4 @@ def test_a_full_disk_is_told_as_the_system_tells_it_and_half_a_checkpoint_is_not
     with disk_full_beyond(4096), pytest.raises(OSError, match=r"master\.safetensors") as caught:
         run(here)
     assert caught.value.errno == errno.EFBIG
-    assert complete_steps(checkpoints_home(here.store, here.cache, here.resolved.digest)) == []
+    assert complete_steps(checkpoints_folder(here.store, here.cache, here.resolved.digest)) == []

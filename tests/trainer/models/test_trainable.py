@@ -52,13 +52,13 @@ def test_new_rows_alone_move_and_old_rows_stay_bit_for_bit_under_weight_decay(ti
 
 
 def test_split_rows_give_the_chunked_loss_the_same_gradients_as_whole_matrices() -> None:
-    from stagecoach_trainer.batches.collate import Batch
+    from stagecoach_trainer.batches.collate import RowBatch
 
     def gradients(rows: Rows) -> list[torch.Tensor]:
         model = make_model(100)
         choose_trainable(model, Trainable(embeddings=EmbeddingTraining(rows=rows)), NEW, seed=1)
         ids = torch.arange(80, 100)[None]
-        batch = Batch(ids, None, torch.arange(19), ids[0, 1:])
+        batch = RowBatch(ids, None, torch.arange(19), ids[0, 1:])
         CausalLoss(model)(batch, 1.0).backward()
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return [gradient[-10:] for gradient in found]

@@ -26,7 +26,7 @@ from stagecoach_trainer.ppo import rollout
 from stagecoach_trainer.ppo.rollout import CopySampler
 from stagecoach_trainer.rewards.model import ModelTerm
 from stagecoach_trainer.rewards.term import Judged
-from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home, complete_marks
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder, complete_checkpoints
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.runtime.errors import Diverged, Interrupted
@@ -126,8 +126,8 @@ def go_back(folder: Path, world: World) -> dict[str, Any]:
     except Diverged as error:
         told: list[Any] = [None] * world.size
         dist.all_gather_object(told, str(error))
-    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
-    return {"told": told, "checkpoints": [mark.name for mark in complete_marks(home)]}
+    home = checkpoints_folder(here.store, here.cache, here.resolved.digest)
+    return {"told": told, "checkpoints": [mark.name for mark in complete_checkpoints(home)]}
 
 
 def interrupt(folder: Path, world: World, config: PpoStage) -> None:

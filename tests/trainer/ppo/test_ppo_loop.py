@@ -22,7 +22,7 @@ from stagecoach_trainer.loop import checkpoint
 from stagecoach_trainer.ppo import saved_rollouts as kept
 from stagecoach_trainer.ppo.job import PpoJob, PpoResult, own_mini_batches
 from stagecoach_trainer.ppo.loop import train_policy
-from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
 from tests import ROOT
@@ -134,7 +134,7 @@ def test_answers_made_before_a_stop_are_not_made_again_even_if_it_is_stopped_the
         here = context(tmp_path / "stopped")
         with pytest.raises(Interrupted, match="after update 1 of 5"):
             run(here, judging=stop_at(here, judged))
-    files = list((checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
+    files = list((checkpoints_folder(here.store, here.cache, here.resolved.digest) / "pool").iterdir())
     assert len(files) == 2
     resumed = run(context(tmp_path / "stopped"))
     assert_same(resumed, whole)
@@ -147,7 +147,7 @@ def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same
     here = context(tmp_path / "stopped")
     with pytest.raises(Interrupted):
         run(here, judging=stop_at(here, SAMPLES + 5))
-    pool = checkpoints_home(here.store, here.cache, here.resolved.digest) / "pool"
+    pool = checkpoints_folder(here.store, here.cache, here.resolved.digest) / "pool"
     next(pool.glob("*.safetensors")).write_bytes(b"nonsense")
     assert_same(run(context(tmp_path / "stopped")), whole)
 
@@ -177,14 +177,14 @@ def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(t
     worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
     assert worker.wait(250) == -signal.SIGKILL
     here = context(folder)
-    assert complete_steps(checkpoints_home(here.store, here.cache, here.resolved.digest)) == [2]
+    assert complete_steps(checkpoints_folder(here.store, here.cache, here.resolved.digest)) == [2]
     assert_same(run(here), whole)
 
 
 def be_killed(folder: str) -> None:
     """Train, and die by SIGKILL while learning in the fourth update, when the checkpoint of update 2 is complete."""
     here = context(Path(folder))
-    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
+    home = checkpoints_folder(here.store, here.cache, here.resolved.digest)
 
     def die(update: int) -> None:
         if update == 3:
@@ -223,7 +223,7 @@ SAVING = small(checkpoints={"everySteps": 1, "keepLast": 1})
 
 def checkpoint_files(here: StageContext) -> dict[str, int]:
     """When each file of a checkpoint was written."""
-    home = checkpoints_home(here.store, here.cache, here.resolved.digest)
+    home = checkpoints_folder(here.store, here.cache, here.resolved.digest)
     return {str(path.relative_to(home)): path.stat().st_mtime_ns for path in home.glob("step-*/*")}
 
 
@@ -232,13 +232,13 @@ def test_a_stop_while_answering_does_not_save_again_what_is_saved(
 ) -> None:
     whole = run(context(tmp_path / "whole"))
     saved: list[int] = []
-    save = checkpoint.CheckpointBook.save
+    save = checkpoint.CheckpointManager.save
 
     def note(self: Any, state: Any, *others: Any) -> None:
         saved.append(state.step)
         save(self, state, *others)
 
-    monkeypatch.setattr(checkpoint.CheckpointBook, "save", note)
+    monkeypatch.setattr(checkpoint.CheckpointManager, "save", note)
     stopped_while_answering(tmp_path / "stopped", Forgetful(echoes))
     assert saved == [1, 2]
     resumed = run(context(tmp_path / "stopped"), SAVING)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.answer_log_probs import collate_answers
-from stagecoach_trainer.kernels.attention import short_attention
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.ppo.experience import Experience
 from stagecoach_trainer.ppo.objectives import (
@@ -87,8 +87,7 @@ def test_log_probabilities_and_entropies_are_those_of_transformers_logits(temper
         all_log_p = [full_log_p(model, item, temperature) for item in chunk]
         with ExitStack() as stack:
             if fast:  # padding is left out then
-                stack.enter_context(short_attention(model, CPU))
-                stack.enter_context(objective.speed_up(policy, CPU, torch.float32))
+                stack.enter_context(accelerate(policy, CPU, torch.float32))
             log_probs, entropies = policy.log_probs(collate_answers(pairs(chunk)))
     expected = torch.cat([picked(log_p, item) for log_p, item in zip(all_log_p, chunk, strict=True)])
     assert (log_probs - expected).abs().max() <= 1e-6

@@ -17,7 +17,7 @@ from stagecoach_api.artifacts import (
 from stagecoach_api.store import Corrupt, FolderStore, NotFound, Store, external_digest, list_external, open_store
 from stagecoach_api.stores.base import parse_location
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.runtime.inputs import fetch_files, fetch_input, input_files
+from stagecoach_trainer.runtime.inputs import fetch_input, input_files
 
 DIGEST = "a" * 64
 FILES = {"model.safetensors": b"weights", "sub/config.json": b"{}"}
@@ -134,7 +134,8 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_an_external_file_is_that_file(tmp_path: Path, corpus: Path) -> None:
     resolved = external(str(corpus / "a.jsonl"))
-    assert fetch_files(resolved, make_store(tmp_path / "store"), tmp_path / "cache") == [corpus / "a.jsonl"]
+    assert fetch_input(resolved, make_store(tmp_path / "store"), tmp_path / "cache") == corpus / "a.jsonl"
+    assert input_files(corpus / "a.jsonl") == [corpus / "a.jsonl"]
 
 
 def test_an_external_folder_is_that_folder(tmp_path: Path, corpus: Path) -> None:

@@ -1,4 +1,4 @@
-"""Garbage is looked for when there can be some, and transformers' models are imported without what they do not need."""
+"""Shortcuts of a stage's start: the garbage collector pauses during imports, and transformers does without scipy."""
 
 from __future__ import annotations
 
@@ -6,24 +6,44 @@ import gc
 import subprocess
 import sys
 
-from stagecoach_trainer.runtime import gc_pause as garbage
+from stagecoach_trainer.runtime.startup import fast_imports, frozen_heap, postpone_garbage_collection
 
 
-def test_garbage_is_looked_for_again_and_not_among_what_was_there() -> None:
+def test_the_collector_resumes_after_the_imports_and_skips_what_they_made() -> None:
     try:
-        garbage.put_off()
-        assert not gc.isenabled()
-        garbage.take_up()
+        postpone_garbage_collection()
+        with fast_imports(training=False):
+            assert not gc.isenabled()
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0
     finally:
+        gc.enable()
         gc.unfreeze()
 
 
-def test_a_model_is_imported_without_scipy_and_others_still_find_it() -> None:
-    code = (
-        "import sys; from stagecoach_trainer.runtime.skip_scipy import leave_out_scipy; leave_out_scipy(); "
-        "from transformers import LlamaForCausalLM; assert 'scipy' not in sys.modules; import scipy.optimize"
-    )
+def test_the_collector_of_a_training_process_resumes_with_its_first_step() -> None:
+    postpone_garbage_collection()
+    try:
+        with fast_imports(training=True):
+            pass
+        assert not gc.isenabled()
+        with frozen_heap():
+            assert gc.isenabled()
+            assert gc.get_freeze_count() > 0
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_imported_without_scipy_which_other_code_still_finds() -> None:
+    code = """
+import sys
+from stagecoach_trainer.runtime.startup import fast_imports
+with fast_imports(training=True):
+    from transformers import LlamaForCausalLM
+assert 'scipy' not in sys.modules
+import scipy.optimize
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_api.training import Schedule
 from stagecoach_trainer.batches.rows import IGNORE, Row
+from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.plan import MixedPlan, Planner, cut_into_pieces, phase_settings
+from stagecoach_trainer.samples.plan import MixedPlan, Planner, cut_into_pieces, phase_schedules, phase_settings
 from stagecoach_trainer.samples.token_cache import TokenShard
 
 BOS, EOS = 1, 2
@@ -42,7 +43,13 @@ def make_config(**changes: Any) -> PretrainStage:
 def make_plan(shards: dict[str, TokenShard], seed: int = 3, packing: bool = True, **changes: Any) -> MixedPlan:
     config = make_config(**changes)
     settings = phase_settings(config, list(shards), config.phases)
-    return Planner(shards, seed, packing).plan(settings, config.schedule, config.optimizer.learning_rate)
+    return Planner(shards, seed, packing).plan(settings)
+
+
+def make_schedule(plan: MixedPlan, **changes: Any) -> StepSchedule:
+    """The schedule of a plan that was made with the same changes."""
+    config = make_config(**changes)
+    return StepSchedule.of(config, plan.num_steps, phase_schedules(plan, config.phases))
 
 
 def all_rows(plan: MixedPlan) -> list[Row]:
@@ -149,22 +156,25 @@ def test_without_packing_a_row_holds_one_sample(batch: dict[str, int]) -> None:
 
 def test_phases_have_their_own_length_batch_mix_rate_and_base() -> None:
     shards = {"a": make_shard([32] * 64), "b": make_shard([32] * 64, first=10_000)}
-    plan = make_plan(
-        shards,
-        data=[{"uri": "a", "name": "a"}, {"uri": "b", "name": "b"}],
-        schedule={"name": "constant"},
-        phases=[
+    changes: dict[str, Any] = {
+        "data": [{"uri": "a", "name": "a"}, {"uri": "b", "name": "b"}],
+        "schedule": {"name": "constant"},
+        "phases": [
             {"name": "short", "tokens": 640},
             {"name": "long", "tokens": 1280, "sequenceLength": 32, "batchTokens": 128, "learningRate": 0.5,
              "weights": [{"name": "b", "weight": 1}], "ropeTheta": 50000},
             {"name": "end", "tokens": 320},
         ],
-    )  # fmt: skip
+    }  # fmt: skip
+    plan = make_plan(shards, **changes)
+    schedule = make_schedule(plan, **changes)
     assert plan.num_steps == 10 + 10 + 5
-    assert [plan.phase(step) for step in (0, 9, 10, 19, 20)] == ["short", "short", "long", "long", "end"]
-    assert [plan.sequence_length(step) for step in (0, 10, 20)] == [16, 32, 16]
-    assert [plan.learning_rate(step) for step in (0, 10, 20)] == [1.0, 0.5, 1.0]
-    assert [plan.rope_theta(step) for step in (0, 10, 20)] == [None, 50000, 50000]
+    named = [(phase.settings.name, phase.first_step) for phase in plan.phases]
+    assert named == [("short", 0), ("long", 10), ("end", 20)]
+    assert [phase.settings.sequence_length for phase in plan.phases] == [16, 32, 16]
+    assert [max(row.num_tokens for row in plan.rows(step)) for step in (9, 10, 19, 20)] == [16, 32, 32, 16]
+    assert [schedule.learning_rate(step) for step in (0, 9, 10, 19, 20)] == [1.0, 1.0, 0.5, 0.5, 1.0]
+    assert [schedule.rope_theta(step) for step in (0, 9, 10, 20)] == [None, None, 50000, 50000]
     long = np.concatenate([row.tokens for step in range(10, 20) for row in plan.rows(step)])
     assert long.min() >= 10_000
     assert len(plan.rows(10)) == 4
@@ -173,12 +183,12 @@ def test_phases_have_their_own_length_batch_mix_rate_and_base() -> None:
 
 
 def test_a_phase_with_its_own_rate_has_the_schedule_to_itself() -> None:
-    plan = make_plan(
-        {"a": make_shard([16] * 400)},
-        schedule={"name": "linear", "warmupSteps": 2},
-        phases=[{"name": "x", "tokens": 640}, {"name": "y", "tokens": 640, "learningRate": 3.0}],
-    )
-    rates = [plan.learning_rate(step) for step in range(20)]
+    changes: dict[str, Any] = {
+        "schedule": {"name": "linear", "warmupSteps": 2},
+        "phases": [{"name": "x", "tokens": 640}, {"name": "y", "tokens": 640, "learningRate": 3.0}],
+    }
+    schedule = make_schedule(make_plan({"a": make_shard([16] * 400)}, **changes), **changes)
+    rates = [schedule.learning_rate(step) for step in range(20)]
     assert rates[2] == 1.0
     assert rates[12] == 3.0
     assert rates[9] > 0.5
@@ -209,7 +219,8 @@ def test_a_set_with_weight_and_without_samples_is_refused() -> None:
 
 
 def test_the_schedule_runs_over_all_steps() -> None:
-    plan = make_plan({"a": make_shard([16] * 400)}, schedule=Schedule().model_dump(by_alias=True), budget={"steps": 10})
-    rates = [plan.learning_rate(step) for step in range(10)]
+    changes: dict[str, Any] = {"schedule": Schedule().model_dump(by_alias=True), "budget": {"steps": 10}}
+    schedule = make_schedule(make_plan({"a": make_shard([16] * 400)}, **changes), **changes)
+    rates = [schedule.learning_rate(step) for step in range(10)]
     assert rates[0] == 1.0
     assert rates == sorted(rates, reverse=True)

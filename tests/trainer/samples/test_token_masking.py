@@ -87,8 +87,8 @@ def make_plan(hiding: TokenMasking | None) -> MixedPlan:
         budget=Budget(epochs=6),
         optimizer=Optimizer(learning_rate=1.0),
     )
-    plan = Planner({"a": shard}, 3).plan(phase_settings(config, ["a"]), config.schedule, 1.0)
-    return plan if hiding is None else MixedPlan(mask_phases(plan.phases, hiding), config.schedule, 1.0)
+    plan = Planner({"a": shard}, 3).plan(phase_settings(config, ["a"]))
+    return plan if hiding is None else MixedPlan(mask_phases(plan.phases, hiding))
 
 
 def test_a_plan_hides_the_same_at_any_step_whatever_came_before() -> None:

@@ -23,6 +23,7 @@ from stagecoach_api.kinds.reward_model import (
 from stagecoach_api.references import Reference
 from stagecoach_trainer.align.held_out import length_baseline
 from stagecoach_trainer.align.objectives import RewardObjective, collate_pairs
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
@@ -119,7 +120,7 @@ def test_the_fast_path_has_the_same_loss_and_gradients(loss: PreferenceLoss) -> 
         module = objective.module(model)
         batch = objective.collate(groups((4, 2, 3)))
         if fast:
-            with objective.speed_up(module, torch.device("cpu"), torch.float32):
+            with accelerate(module, torch.device("cpu"), torch.float32):
                 value = module(batch, 0.5)
                 value.backward()
         else:

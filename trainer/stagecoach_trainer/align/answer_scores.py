@@ -17,9 +17,8 @@ from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_trainer.align.direct_objective import AnswerLoss, collate_sequences
 from stagecoach_trainer.align.reference_table import Scorer
 from stagecoach_trainer.engine.precision import MixedPrecision
-from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.causal import causal_model, output_layer
-from stagecoach_trainer.kernels.fast_llama import fast_llama
 from stagecoach_trainer.loop.job import Report
 from stagecoach_trainer.loop.loop import training_device
 from stagecoach_trainer.runtime.context import World
@@ -81,7 +80,7 @@ def scoring(model: nn.Module, config: DpoStage, world: World) -> Iterator[Scorer
     module = AnswerLoss(model, config.loss)
     size = answers_at_once(config.batch.micro_batch_rows)
     try:
-        with short_attention(model, device), fast_llama(module, device, precision.dtype):
+        with accelerate(module, device, precision.dtype):
             yield lambda sequences: score_answers(module, sequences, size, device, world)
     finally:
         precision.restore()

@@ -24,7 +24,7 @@ from stagecoach_trainer.samples.groups import Group, TokenSequence
 
 
 class DirectSet:
-    """Held-out preferences with the name their figures get (a `HeldOut`)."""
+    """Held-out preferences with the name their figures get (a `Measurable`)."""
 
     def __init__(
         self, name: str, groups: Sequence[Group], loss: DirectLoss, capacity: int, references: ReferenceTable

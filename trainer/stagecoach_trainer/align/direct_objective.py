@@ -6,7 +6,6 @@ B sequences of prompt and answer, P pairs, M mismatched sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from stagecoach_trainer.align.reference_table import ReferenceTable
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.engine.objective import UnpackedObjective
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
-from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence
 from stagecoach_trainer.samples.preferences import Grouping
 
@@ -184,7 +183,7 @@ class DirectObjective(UnpackedObjective):
         self._references = references
         self._point_rows = point_rows
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         return AnswerLoss(model, self._loss)
 
     def collate(self, units: Sequence[Any]) -> DirectBatch:
@@ -210,9 +209,6 @@ class DirectObjective(UnpackedObjective):
         sequences, size = unit.sequences, self._point_rows
         parts = tuple(collate_sequences(sequences[at : at + size]) for at in range(0, len(sequences), size))
         return Point(unit.step, parts, self._references.of(sequences))
-
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-        return fast_llama(module, device, dtype)
 
 
 def _joined(parts: Sequence[Any], dtype: type[np.generic]) -> Tensor:

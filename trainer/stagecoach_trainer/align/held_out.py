@@ -18,7 +18,7 @@ from torch import Tensor
 from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_trainer.align.objectives import collate_pairs, preference_losses
 from stagecoach_trainer.align.ranking import pair_figures, pair_weights
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.loop.job import Report
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.groups import Group
@@ -50,7 +50,7 @@ def measure_rewards(
     sizes = [len(group.sequences) for group in groups]
     firsts = np.cumsum([0, *sizes])
     numbered = [_Numbered(group, int(first)) for group, first in zip(groups, firsts[:-1], strict=True)]
-    share = deal(numbered, micro_batch_groups, world.rank, world.size)
+    share = shard_batch(numbered, micro_batch_groups, world.rank, world.size)
     rewards = torch.zeros(int(firsts[-1]), dtype=torch.float64)
     was_training = module.training
     module.eval()
@@ -96,7 +96,7 @@ def join_rewards(parts: Sequence[PairRewards]) -> PairRewards:
 
 
 class PreferenceSet:
-    """Held-out preferences with the name their figures get (a `HeldOut`)."""
+    """Held-out preferences with the name their figures get (a `Measurable`)."""
 
     def __init__(self, name: str, groups: Sequence[Group], loss: PreferenceLoss, domain: str | None = None) -> None:
         self.name = name
@@ -119,7 +119,7 @@ class PreferenceSet:
 
 
 class TrainingSample:
-    """Answers of the training set, whose mean reward the bias makes 0 (a `HeldOut`, measured once, at the end)."""
+    """Answers of the training set, whose mean reward the bias makes 0 (a `Measurable`, measured once, at the end)."""
 
     name = "training"
 

@@ -59,8 +59,9 @@ class PointedUnit:
 class PointedPlan:
     """A plan whose units carry their step's mismatched sequences (a `StepPlan`)."""
 
-    def __init__(self, plan: StepPlan, world_size: int) -> None:
+    def __init__(self, plan: StepPlan, sequence_length: int, world_size: int) -> None:
         self._plan = plan
+        self._sequence_length = sequence_length
         self._world_size = world_size
 
     @property
@@ -72,19 +73,7 @@ class PointedPlan:
         compute together."""
         groups: list[Group] = list(self._plan.rows(step))  # type: ignore[arg-type] # the plan's units are groups
         sequences = [sequence for group in groups for sequence in group.sequences]
-        point = tuple(mismatched(sequences, self._plan.sequence_length(step)))
+        point = tuple(mismatched(sequences, self._sequence_length))
         silent = max(0, self._world_size - len(groups))
         parts = [*((group,) for group in groups), *[()] * silent]
         return [PointedUnit(part, step, point) for part in parts]
-
-    def sequence_length(self, step: int) -> int:
-        return self._plan.sequence_length(step)
-
-    def learning_rate(self, step: int) -> float:
-        return self._plan.learning_rate(step)
-
-    def phase(self, step: int) -> str:
-        return self._plan.phase(step)
-
-    def rope_theta(self, step: int) -> float | None:
-        return self._plan.rope_theta(step)

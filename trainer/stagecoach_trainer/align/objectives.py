@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
 from stagecoach_trainer.engine.objective import UnpackedObjective
-from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
 from stagecoach_trainer.samples.groups import Counting, Group
 
@@ -86,14 +86,11 @@ def collate_pairs(groups: Sequence[Group], by_prompt: bool) -> PairBatch:
     return PairBatch(tokens, last, better, worse, weights, len(groups) if by_prompt else len(better))
 
 
-class RewardLoss(nn.Module):
+class RewardLoss(DecoderLoss):
     """Owns a reward model; its forward pass is the loss of a micro-batch of preferences."""
 
     def __init__(self, model: nn.Module, loss: PreferenceLoss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_at_keyword: str | None = None
-        """Keyword by which the decoder can be asked for the states at given positions only (`fast_llama`)."""
+        super().__init__(model)
         self._loss = loss
 
     @property
@@ -102,7 +99,7 @@ class RewardLoss(nn.Module):
 
     def rewards(self, batch: PairBatch) -> Tensor:
         """Return the reward of each sequence, fp32 [B]."""
-        return last_rewards(self.model, batch.tokens, batch.last, self.loss_at_keyword)
+        return last_rewards(self.model, batch.tokens, batch.last, self.positions_keyword)
 
     def forward(self, batch: PairBatch, scale: float) -> Tensor:
         """Return `scale` · the weighted sum of the pairs' losses, an fp32 scalar."""
@@ -132,11 +129,8 @@ class RewardObjective(UnpackedObjective):
     def __init__(self, loss: PreferenceLoss) -> None:
         self._loss = loss
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         return RewardLoss(model, self._loss)
 
     def collate(self, units: Sequence[Any]) -> PairBatch:
         return collate_pairs(units, by_prompt=self._loss.ranked is not None)
-
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return fast_llama(module, device, dtype)

@@ -19,7 +19,7 @@ PADDING_TOKEN = 0
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """One micro-batch as the model takes it."""
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class Batch:
     def num_targets(self) -> int:
         return len(self.targets)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> RowBatch:
         """Copy to a device, from pinned memory without waiting."""
         if device.type == "cpu":
             return self
@@ -47,15 +47,15 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         positions = None if self.positions is None else move(self.positions)
-        return Batch(move(self.tokens), positions, move(self.loss_at), move(self.targets))
+        return RowBatch(move(self.tokens), positions, move(self.loss_at), move(self.targets))
 
-    def pinned(self) -> Batch:
+    def pinned(self) -> RowBatch:
         """Copy to page-locked memory, from which a GPU fetches while it computes."""
         positions = None if self.positions is None else self.positions.pin_memory()
-        return Batch(self.tokens.pin_memory(), positions, self.loss_at.pin_memory(), self.targets.pin_memory())
+        return RowBatch(self.tokens.pin_memory(), positions, self.loss_at.pin_memory(), self.targets.pin_memory())
 
 
-def collate(rows: Sequence[Row]) -> Batch:
+def collate(rows: Sequence[Row]) -> RowBatch:
     """Lay out rows as one micro-batch, padded to the longest of them.
 
     No attention mask is made: with one, or with a cache, transformers lets packed samples see each other. An empty
@@ -71,7 +71,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     flat = labels.reshape(-1)
     loss_at = np.flatnonzero(flat != IGNORE)
     packed = any(len(row.lengths) > 1 for row in rows)
-    return Batch(
+    return RowBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(_positions(rows, length)) if packed else None,
         loss_at=torch.from_numpy(loss_at),

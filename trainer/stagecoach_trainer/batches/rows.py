@@ -62,23 +62,11 @@ class Unit(Protocol):
 
 
 class StepPlan(Protocol):
-    """What each optimiser step trains on: a pure function of seed and step, so that any step is found at once."""
+    """The data of each optimiser step: a pure function of seed and step, so that any step is computed directly."""
 
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the whole stage."""
 
-    def sequence_length(self, step: int) -> int:
-        """Return the longest row step `step` (from 0) may have."""
-
     def rows(self, step: int) -> Sequence[Unit]:
-        """Return the global batch of step `step`, over all ranks."""
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step `step`."""
-
-    def phase(self, step: int) -> str:
-        """Return the name of the phase step `step` belongs to."""
-
-    def rope_theta(self, step: int) -> float | None:
-        """Return the base of the rotary embedding in step `step`. None: the model's own."""
+        """Return the global batch of step `step` (from 0), over all ranks."""

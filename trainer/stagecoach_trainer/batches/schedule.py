@@ -1,10 +1,55 @@
-"""Learning rates: pure functions of the step. Steps count from 0."""
+"""Learning rates and rotary bases: pure functions of the step. Steps count from 0."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
-from stagecoach_api.training import Schedule, ScheduleName
+from stagecoach_api.training import Schedule, ScheduleName, Training
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """The part of a stage's schedule that one phase of training sets."""
+
+    first_step: int
+    num_steps: int
+    peak_rate: float | None
+    """Peak of a learning-rate schedule over this phase alone; None if the stage's schedule continues."""
+    rope_theta: float | None
+    """Base of the rotary embedding; None for the model's own."""
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """The learning rate and the base of the rotary embedding of each optimiser step of a stage."""
+
+    schedule: Schedule
+    peak_rate: float
+    num_steps: int
+    """Optimiser steps of the whole stage."""
+    phases: tuple[PhaseSchedule, ...] = ()
+    """In order of their first steps; empty for a stage without phases."""
+
+    @classmethod
+    def of(cls, config: Training, num_steps: int, phases: Sequence[PhaseSchedule] = ()) -> Self:
+        """Return the schedule that a stage's configuration sets for `num_steps` steps."""
+        return cls(config.schedule, config.optimizer.learning_rate, num_steps, tuple(phases))
+
+    def learning_rate(self, step: int) -> float:
+        phase = self._phase(step)
+        if phase is None or phase.peak_rate is None:
+            return learning_rate(self.schedule, self.peak_rate, step, self.num_steps)
+        return learning_rate(self.schedule, phase.peak_rate, step - phase.first_step, phase.num_steps)
+
+    def rope_theta(self, step: int) -> float | None:
+        phase = self._phase(step)
+        return None if phase is None else phase.rope_theta
+
+    def _phase(self, step: int) -> PhaseSchedule | None:
+        return next((phase for phase in reversed(self.phases) if phase.first_step <= step), None)
 
 
 def warmup_steps(schedule: Schedule, num_steps: int) -> int:

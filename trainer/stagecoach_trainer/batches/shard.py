@@ -12,7 +12,7 @@ AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
 @dataclass(frozen=True)
-class Share(Generic[AnyUnit]):
+class RankBatch(Generic[AnyUnit]):
     """What one rank computes of one optimiser step."""
 
     micro_batches: tuple[tuple[AnyUnit, ...], ...]
@@ -25,7 +25,9 @@ class Share(Generic[AnyUnit]):
     """Tokens of the whole global batch, padding apart."""
 
 
-def deal(rows: Sequence[AnyUnit], micro_batch_rows: int, rank: int = 0, world_size: int = 1) -> Share[AnyUnit]:
+def shard_batch(
+    rows: Sequence[AnyUnit], micro_batch_rows: int, rank: int = 0, world_size: int = 1
+) -> RankBatch[AnyUnit]:
     """Return rank `rank`'s share of the global batch `rows`.
 
     Rows are dealt like cards, longest first, so that ranks get equal work and a micro-batch holds rows of like length.
@@ -35,4 +37,4 @@ def deal(rows: Sequence[AnyUnit], micro_batch_rows: int, rank: int = 0, world_si
     longest_hand = -(-len(ordered) // world_size)
     num_micro = max(1, -(-longest_hand // micro_batch_rows))
     micro = tuple(tuple(mine[at * micro_batch_rows : (at + 1) * micro_batch_rows]) for at in range(num_micro))
-    return Share(micro, sum(row.num_targets for row in rows), sum(row.num_tokens for row in rows))
+    return RankBatch(micro, sum(row.num_targets for row in rows), sum(row.num_tokens for row in rows))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stagecoach_trainer.engine.objective import MicroBatch
+from stagecoach_trainer.kernels.causal import DecoderLoss
 
 MASTER = "master/"
 MOMENT_1 = "exp_avg/"
@@ -47,7 +48,7 @@ class Engine(Protocol):
     """Computes gradients and makes optimiser steps. Every method is called on all ranks at the same time."""
 
     device: torch.device
-    loss: nn.Module
+    loss: DecoderLoss
     """The objective's module around the model."""
     dtype: torch.dtype
 

@@ -4,7 +4,6 @@ the loss."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import Unit
 from stagecoach_trainer.engine.packing_check import check_packing
-from stagecoach_trainer.kernels.causal import CausalLoss
-from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.kernels.causal import CausalLoss, DecoderLoss
 
 
 class MicroBatch(Protocol):
@@ -38,7 +36,7 @@ class MicroBatch(Protocol):
 class Objective(Protocol):
     """Units to micro-batches, micro-batches to a loss."""
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         """Return a module that owns `model` (as its attribute `model`) and whose `forward(batch, scale)` is `scale` ·
         the summed loss of a micro-batch, an fp32 scalar. What uses the weight of the model's head without calling the
         head names it as its attribute `head`, so that ZeRO-3 gathers it, and has an attribute `through_module`, set
@@ -52,14 +50,11 @@ class Objective(Protocol):
         """Raise UserError where the model cannot be trained on the units of a step. Asked before every step, of the
         global batch; what has been proved need not be proved again."""
 
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Return a context in which the module's model computes faster, if that is known how."""
-
 
 class LanguageModelling:
     """Next-token prediction on packed rows."""
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         return CausalLoss(model)
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
@@ -68,16 +63,9 @@ class LanguageModelling:
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
         check_packing(module, units, device, dtype)
 
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-        return fast_llama(module, device, dtype)
-
 
 class UnpackedObjective:
-    """What objectives without packed rows have in common: nothing to prove, nothing to speed up."""
+    """Base of objectives without packed rows: there is nothing to prove."""
 
     def prove(self, module: Any, units: Sequence[Unit], device: torch.device, dtype: torch.dtype) -> None:
         del module, units, device, dtype
-
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-        del module, device, dtype
-        return nullcontext()

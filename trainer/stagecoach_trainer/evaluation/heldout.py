@@ -16,7 +16,7 @@ from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import NamedSource
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.loop.job import HeldOutSet
-from stagecoach_trainer.loop.measure import Measured, measure
+from stagecoach_trainer.loop.measure import LossSum, measure
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.datasets import conversation_held_out, is_conversation, text_held_out
@@ -64,9 +64,9 @@ def _read(source: NamedSource, config: EvaluateStage, tokenizer: Any, context: S
     return conversation_held_out(context, source, tokenizer, Loss(), length, most)
 
 
-def figures(name: str, found: Measured, characters: int) -> dict[str, float]:
+def figures(name: str, found: LossSum, characters: int) -> dict[str, float]:
     """Return the metrics of a set under the names gates use."""
-    per_character = Measured(found.nll, characters)
+    per_character = LossSum(found.nll, characters)
     return {
         f"heldOut.{name}.loss": found.loss,
         f"heldOut.{name}.perplexity": found.perplexity,
@@ -76,13 +76,11 @@ def figures(name: str, found: Measured, characters: int) -> dict[str, float]:
     }
 
 
-def _measure_in_slices(
-    model: Any, rows: Sequence[Row], batch_rows: int, report: Callable[[int, int], None]
-) -> Measured:
+def _measure_in_slices(model: Any, rows: Sequence[Row], batch_rows: int, report: Callable[[int, int], None]) -> LossSum:
     nll, tokens = 0.0, 0
     step = SLICE_BATCHES * batch_rows
     for start in range(0, len(rows), step):
         found = measure(model, rows[start : start + step], batch_rows)
         nll, tokens = nll + found.nll, tokens + found.tokens
         report(min(start + step, len(rows)), len(rows))
-    return Measured(nll, tokens)
+    return LossSum(nll, tokens)

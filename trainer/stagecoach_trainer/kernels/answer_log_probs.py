@@ -85,7 +85,7 @@ class AnswerModel(CausalLoss):
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities [M] of the answers' tokens at `temperature` and, if wanted, the entropies [M] there,
         in nats, fp32."""
-        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.loss_at_keyword)
+        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.positions_keyword)
         at = torch.arange(len(states), device=states.device)
         weight = None if self.through_module else head_weight(self.head)
         if weight is None:

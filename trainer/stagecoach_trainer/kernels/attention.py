@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagecoach_trainer.kernels.causal import causal_model
+from stagecoach_trainer.kernels.causal import DecoderLoss, causal_model
 from stagecoach_trainer.kernels.ragged_rows import RaggedRows
 
 NAME = "stagecoach_short"
@@ -27,13 +27,15 @@ LARGEST_PROBABILITIES = 1 << 22
 """B · H · T · T up to which the probabilities are kept for the backward pass: 8 MiB a layer in bf16."""
 
 
+def uses_replaced_attention(loss: DecoderLoss) -> bool:
+    """Return whether a model computes attention by PyTorch's kernel, which `short_attention` replaces."""
+    return bool(causal_model(loss.model).config._attn_implementation == REPLACED)
+
+
 @contextmanager
-def short_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a model on a CPU use `attend` where it would use PyTorch's kernel, for as long as the block lasts."""
+def short_attention(model: nn.Module) -> Iterator[None]:
+    """Let a model use `attend` instead of PyTorch's kernel for as long as the block lasts."""
     config = causal_model(model).config
-    if device.type != "cpu" or config._attn_implementation != REPLACED:
-        yield
-        return
     _register()
     config._attn_implementation = NAME
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagecoach_trainer.batches.collate import Batch
+from stagecoach_trainer.batches.collate import RowBatch
 from stagecoach_trainer.kernels.cross_entropy import Scratch, cross_entropy_sum, cross_entropy_sum_through
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -18,18 +18,31 @@ WORTH_TRIMMING = 0.9
 """Share of positions with loss below which picking them out costs less than computing the others."""
 
 
-class CausalLoss(nn.Module):
-    """Owns the model, so that ZeRO-3 gathers the head's weight for the chunked loss."""
+class DecoderLoss(nn.Module):
+    """A module that owns a model and computes a loss from the last hidden states of its decoder."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.positions_keyword: str | None = None
+        """Keyword by which the decoder returns the states at given positions only; set by `accelerate`."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        raise NotImplementedError
+
+
+class CausalLoss(DecoderLoss):
+    """The loss of next-token prediction. Owns the model, so that ZeRO-3 gathers the head's weight for the chunked
+    loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.through_module = False
         """Call the head as a module even where its weight could be used: ZeRO-3 with a wrapped head needs it."""
-        self.loss_at_keyword: str | None = None
-        """Keyword by which the decoder can be asked for the states at positions with loss only (`fast_llama`)."""
         self.leak: float | None = None
-        """What one packed sample does to another (`canary`). None: nobody has looked."""
+        """Largest relative change that one packed sample causes in another (`packing_check`); None before the check."""
         self._scratch = Scratch()
         causal = causal_model(model)
         self._parts = (_decoder(causal), _head(causal))  # in a tuple: registered once, through `model`
@@ -42,7 +55,7 @@ class CausalLoss(nn.Module):
     def head(self) -> nn.Module:
         return self._parts[1]
 
-    def hidden(self, batch: Batch, **keywords: Tensor) -> Tensor:
+    def hidden(self, batch: RowBatch, **keywords: Tensor) -> Tensor:
         """Return the last hidden states [B, T, D]. Neither mask nor cache: with either, packed samples leak."""
         output = self.decoder(
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None, use_cache=False, **keywords
@@ -50,7 +63,7 @@ class CausalLoss(nn.Module):
         state: Tensor = output.last_hidden_state
         return state
 
-    def forward(self, batch: Batch, scale: float) -> Tensor:
+    def forward(self, batch: RowBatch, scale: float) -> Tensor:
         """Return `scale` · summed negative log-likelihood of the batch, in nats, an fp32 scalar."""
         hidden, loss_at = self._states(batch)
         weight = None if self.through_module else head_weight(self.head)
@@ -60,12 +73,12 @@ class CausalLoss(nn.Module):
         bias = getattr(self.head, "bias", None)
         return cross_entropy_sum(hidden, weight, loss_at, batch.targets, scale, bias, scratch=self._scratch)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
         """Return hidden states [N, D], and which of them carry loss."""
         num_targets, num_places = len(batch.targets), batch.tokens.numel()
-        if self.loss_at_keyword is None or not 0 < num_targets < WORTH_TRIMMING * num_places:
+        if self.positions_keyword is None or not 0 < num_targets < WORTH_TRIMMING * num_places:
             return self.hidden(batch).flatten(0, 1), batch.loss_at
-        states = self.hidden(batch, **{self.loss_at_keyword: batch.loss_at}).flatten(0, 1)
+        states = self.hidden(batch, **{self.positions_keyword: batch.loss_at}).flatten(0, 1)
         return states, torch.arange(num_targets, device=states.device)
 
 

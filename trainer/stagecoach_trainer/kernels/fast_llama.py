@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stagecoach_trainer.kernels.causal import CausalLoss
+from stagecoach_trainer.kernels.causal import DecoderLoss
 
 LOSS_AT = "stagecoach_loss_at"
 """Keyword under which the positions with loss reach the last layer (a keyword, so that a recomputed layer gets the same
@@ -28,31 +28,64 @@ PLAIN_ATTENTION = frozenset({"eager", "sdpa", "stagecoach_short"})
 """Attention functions known to ignore keywords they do not know."""
 
 
-@contextmanager
-def fast_llama(loss: CausalLoss, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Speed up a LLaMA on a CPU; other models and devices are left as they are. `dtype`: that of the computation."""
+def is_llama(loss: DecoderLoss) -> bool:
+    """Return whether a loss module's decoder is transformers' LLaMA itself, not a subclass that may differ."""
+    from transformers.models.llama import modeling_llama
+
+    return type(loss.decoder) is modeling_llama.LlamaModel
+
+
+def last_layer_can_be_trimmed(loss: DecoderLoss) -> bool:
+    """Return whether the last layer is a plain LLaMA layer whose attention ignores the keyword `LOSS_AT`."""
     from transformers.models.llama import modeling_llama
 
     decoder: Any = loss.decoder
-    if device.type != "cpu" or type(decoder) is not modeling_llama.LlamaModel:
-        yield
-        return
+    return (
+        is_llama(loss)
+        and type(decoder.layers[-1]) is modeling_llama.LlamaDecoderLayer
+        and decoder.config._attn_implementation in PLAIN_ATTENTION
+    )
+
+
+@contextmanager
+def in_place_rotation() -> Iterator[None]:
+    """Replace the rotary embedding of every LLaMA of this process for as long as the block lasts."""
+    from transformers.models.llama import modeling_llama
+
     original = modeling_llama.apply_rotary_pos_emb
-    last = decoder.layers[-1]
-    trims = type(last) is modeling_llama.LlamaDecoderLayer and decoder.config._attn_implementation in PLAIN_ATTENTION
+    modeling_llama.apply_rotary_pos_emb = rotate_queries_and_keys
+    try:
+        yield
+    finally:
+        modeling_llama.apply_rotary_pos_emb = original
+
+
+@contextmanager
+def fused_norms(loss: DecoderLoss, dtype: torch.dtype) -> Iterator[None]:
+    """Replace a LLaMA's norms with fp32 weights; `dtype`: that of the computation, which they return."""
+    from transformers.models.llama import modeling_llama
+
     with ExitStack() as undo:
-        undo.callback(setattr, modeling_llama, "apply_rotary_pos_emb", original)
-        modeling_llama.apply_rotary_pos_emb = rotate_queries_and_keys
-        for module in decoder.modules():
+        for module in loss.decoder.modules():
             if type(module) is modeling_llama.LlamaRMSNorm and module.weight.dtype is torch.float32:
+                # An instance attribute hides the class's method; deleting it brings the method back.
                 undo.callback(delattr, module, "forward")
                 module.forward = _FusedNorm(module, dtype)  # type: ignore[method-assign]
-        if trims:
-            undo.callback(delattr, last, "forward")
-            last.forward = _TrimmedLayer(last)
-            undo.callback(setattr, loss, "loss_at_keyword", None)
-            loss.loss_at_keyword = LOSS_AT
         yield
+
+
+@contextmanager
+def trimmed_last_layer(loss: DecoderLoss) -> Iterator[None]:
+    """Let a LLaMA's last layer compute only the positions asked for by `loss.positions_keyword`."""
+    decoder: Any = loss.decoder
+    last = decoder.layers[-1]
+    last.forward = _TrimmedLayer(last)
+    loss.positions_keyword = LOSS_AT
+    try:
+        yield
+    finally:
+        loss.positions_keyword = None
+        del last.forward
 
 
 class _FusedNorm:

@@ -5,9 +5,9 @@
                   state.json                                counters, data cursor, measurements, loss scale
                   manifest.json                             last: names, sizes and sha256 of the others
 
-They are written, read back and uploaded by a thread, off the critical path. Nothing is ever pickled. None is ever
-written over: what is saved again at a step saved already is another version, `step-00001200-0001` (`Mark`), and what it
-supersedes is deleted once it is complete.
+A background thread writes, reads back and uploads them. Nothing is ever pickled, and no checkpoint is overwritten: a
+second one of the same step is another version, `step-00001200-0001` (`CheckpointId`), and deletes what it supersedes
+once it is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stagecoach_api.training import Checkpoints
 from stagecoach_trainer.engine.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
 from stagecoach_trainer.loop.state import Progression, TrainingState
 from stagecoach_trainer.runtime.attempt_files import replace_file
-from stagecoach_trainer.runtime.checkpoint_paths import Mark, checkpoints_home, complete_marks
+from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId, checkpoints_folder, complete_checkpoints
 from stagecoach_trainer.runtime.collectives import agree
 from stagecoach_trainer.runtime.context import StageContext, World
 
@@ -175,19 +175,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 # -- all checkpoints of a stage ----------------------------------------------------------------------------------------
 
 
-class CheckpointBook:
+class CheckpointManager:
     """The checkpoints of one stage on this machine and in the store."""
 
     def __init__(self, context: StageContext, config: Checkpoints, num_steps: int) -> None:
         self._store = context.store
         self._prefix = checkpoints_prefix(context.resolved.digest)
-        self._home = checkpoints_home(context.store, context.cache, context.resolved.digest)
+        self._home = checkpoints_folder(context.store, context.cache, context.resolved.digest)
         self._is_in_store = context.store.local_path(self._prefix) is not None
         self._config = config
         self._every = config.every_steps or max(1, -(-num_steps // DEFAULT_CHECKPOINTS))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self.newest: Mark | None = None
+        self.newest: CheckpointId | None = None
         """The newest checkpoint known to be complete."""
 
     @property
@@ -229,11 +229,11 @@ class CheckpointBook:
         self.newest = mark
         self._delete_old(healthy)
 
-    def _next(self, step: int) -> Mark:
+    def _next(self, step: int) -> CheckpointId:
         """Return the mark of a checkpoint that is to be the newest."""
         if self.newest is None:
-            return Mark(0, step)
-        return Mark(self.newest.version + (step <= self.newest.step), step)
+            return CheckpointId(0, step)
+        return CheckpointId(self.newest.version + (step <= self.newest.step), step)
 
     def _upload(self, folder: Path) -> None:
         for item in read_manifest(folder):
@@ -242,7 +242,7 @@ class CheckpointBook:
 
     def _delete_old(self, healthy: int | None) -> None:
         marks = self._complete()
-        kept = living(marks)
+        kept = not_superseded(marks)
         steps = [mark.step for mark in kept]
         old = set(steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps))
         if healthy is not None:
@@ -252,13 +252,13 @@ class CheckpointBook:
                 self._store.delete(f"{self._prefix}/{mark.name}")
                 shutil.rmtree(self._home / mark.name, ignore_errors=True)
 
-    def _complete(self) -> list[Mark]:
+    def _complete(self) -> list[CheckpointId]:
         """Return the complete checkpoints here and in the store, the oldest first."""
-        return sorted({*complete_marks(self._home), *self._marks_in_store()})
+        return sorted({*complete_checkpoints(self._home), *self._list_store()})
 
     # restoring
 
-    def find_newest(self) -> Mark | None:
+    def find_newest(self) -> CheckpointId | None:
         """Return the newest checkpoint whose every byte is right, brought to this machine if need be.
 
         One that is broken is named in the log, deleted, and the one before it is taken.
@@ -266,24 +266,24 @@ class CheckpointBook:
         self.newest = next((mark for mark in reversed(self._complete()) if self._make_usable(mark)), None)
         return self.newest
 
-    def find_before(self, step: int) -> Mark | None:
+    def find_before(self, step: int) -> CheckpointId | None:
         """Return the newest checkpoint of `step` steps at most, or else the oldest there is; its bytes are right."""
-        marks = living(self._complete())
+        marks = not_superseded(self._complete())
         before = [mark for mark in marks if mark.step <= step]
         return next((mark for mark in [*reversed(before), *marks[len(before) :]] if self._make_usable(mark)), None)
 
-    def bring(self, mark: Mark) -> Path:
+    def fetch(self, mark: CheckpointId) -> Path:
         """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
         folder = self._home / mark.name
         if not (folder / MANIFEST).is_file():
             self._download(folder)
         return folder
 
-    def _make_usable(self, mark: Mark) -> bool:
+    def _make_usable(self, mark: CheckpointId) -> bool:
         folder = self._home / mark.name
         for _ in range(1 if self._is_in_store else 2):  # a broken local copy is replaced by the store's
             try:
-                self.bring(mark)
+                self.fetch(mark)
                 for item in read_manifest(folder):
                     _check(folder, item)
             except BrokenCheckpoint as error:
@@ -296,13 +296,13 @@ class CheckpointBook:
             self._store.delete(f"{self._prefix}/{mark.name}")
         return False
 
-    def _marks_in_store(self) -> list[Mark]:
+    def _list_store(self) -> list[CheckpointId]:
         if self._is_in_store:
             return []
         marks = []
         for entry in self._store.list(self._prefix):
             name, _, file = entry.key.removeprefix(f"{self._prefix}/").partition("/")
-            mark = Mark.of(name)
+            mark = CheckpointId.of(name)
             if mark is not None and file == MANIFEST:
                 marks.append(mark)
         return marks
@@ -321,15 +321,15 @@ class CheckpointBook:
             raise BrokenCheckpoint(str(error)) from error
 
 
-def agree_on_mark(mark: Mark | None, world: World) -> Mark | None:
+def agree_on_checkpoint(mark: CheckpointId | None, world: World) -> CheckpointId | None:
     """Return rank 0's mark on every rank."""
     version, step = (agree(value, world) for value in ((mark.version, mark.step) if mark else (None, None)))
-    return None if version is None or step is None else Mark(version, step)
+    return None if version is None or step is None else CheckpointId(version, step)
 
 
-def living(marks: list[Mark]) -> list[Mark]:
+def not_superseded(marks: list[CheckpointId]) -> list[CheckpointId]:
     """Return those of `marks` (ascending) that no newer one has gone back behind."""
-    kept: list[Mark] = []
+    kept: list[CheckpointId] = []
     for mark in reversed(marks):
         if not kept or mark.step < kept[-1].step:
             kept.append(mark)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.batches.rows import Row, StepPlan
+from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.runtime.context import World
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Report = Callable[[int, int], None]
 
 
-class HeldOut(Protocol):
+class Measurable(Protocol):
     """Something to measure before, during and after training."""
 
     @property
@@ -66,12 +67,15 @@ class TrainingJob:
 
     config: MeasuredTraining
     steps: StepPlan
-    held_out: Sequence[HeldOut] = ()
+    held_out: Sequence[Measurable] = ()
     objective: Objective | None = None
     """What is minimised. None: next-token prediction."""
 
-    at_end: Sequence[HeldOut] = ()
+    at_end: Sequence[Measurable] = ()
     """What is measured after the last step only; its figures are called `<name>.<figure>`."""
+
+    schedule: StepSchedule | None = None
+    """Learning rate and rotary base of each step; None for the configuration's schedule over all steps."""
 
 
 @dataclass(frozen=True)

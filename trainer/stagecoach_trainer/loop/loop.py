@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +12,16 @@ from torch import nn
 
 from stagecoach_api.training import Offload, Training
 from stagecoach_trainer.batches.rows import Unit
+from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.engine.engine import Engine, StepReport
 from stagecoach_trainer.engine.objective import LanguageModelling, Objective
 from stagecoach_trainer.engine.plain import PlainEngine
-from stagecoach_trainer.kernels.attention import short_attention
+from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.causal import causal_model, set_rope_theta
 from stagecoach_trainer.kernels.dropout import set_attention_dropout
-from stagecoach_trainer.loop.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
-from stagecoach_trainer.loop.job import HeldOut, HeldOutSet, TrainingJob, TrainingResult
-from stagecoach_trainer.loop.metrics import Meter, StepFlops
+from stagecoach_trainer.loop.checkpoint import CheckpointManager, agree_on_checkpoint, read_checkpoint
+from stagecoach_trainer.loop.job import HeldOutSet, Measurable, TrainingJob, TrainingResult
+from stagecoach_trainer.loop.metrics import StepFlops, StepMetrics
 from stagecoach_trainer.loop.prefetch import Prefetcher, StepInput
 from stagecoach_trainer.loop.state import (
     Progression,
@@ -30,10 +30,10 @@ from stagecoach_trainer.loop.state import (
     seed_everything,
     set_random_state,
 )
-from stagecoach_trainer.runtime import gc_pause as garbage
 from stagecoach_trainer.runtime.collectives import sum_over_ranks, wait_for_all
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import Diverged, Interrupted, UserError
+from stagecoach_trainer.runtime.startup import frozen_heap
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +53,11 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     device = training_device(context.world)
     objective = job.objective or LanguageModelling()
     engine = build_engine(job.model, job.config, context.world, device, objective)
-    book = CheckpointBook(context, job.config.checkpoints, job.steps.num_steps)
+    book = CheckpointManager(context, job.config.checkpoints, job.steps.num_steps)
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
-    meter = Meter(logs, context.progress, job.steps.num_steps, flops)
-    fast = short_attention(job.model, device), objective.speed_up(engine.loss, device, engine.dtype)
-    with meter, contextlib.closing(book), fast[0], fast[1]:
+    meter = StepMetrics(logs, context.progress, job.steps.num_steps, flops)
+    with meter, contextlib.closing(book), accelerate(engine.loss, device, engine.dtype):
         return Loop(job, context, engine, objective, book, meter).run()
 
 
@@ -97,54 +96,51 @@ class Loop:
         context: StageContext,
         engine: Engine,
         objective: Objective,
-        book: CheckpointBook,
-        meter: Meter,
+        book: CheckpointManager,
+        meter: StepMetrics,
     ) -> None:
         self._job = job
         self._config = job.config
         self._plan = job.steps
+        self._schedule = job.schedule or StepSchedule.of(job.config, job.steps.num_steps)
         self._context = context
         self._world = context.world
         self._engine = engine
         self._objective = objective
         self._book = book
         self._meter = meter
-        self._at = Progression()
+        self._progress = Progression()
         self._micro_rows = job.config.batch.micro_batch_rows or 1
 
     def run(self) -> TrainingResult:
         """Train to the end."""
         self._restore()
-        if self._at.step < self._plan.num_steps:
-            self._prove(self._plan.rows(self._at.step))
-        if self._at.step == 0:
-            self._at.before = self._before()
-        gc.collect()
-        garbage.take_up()
-        try:
+        if self._progress.step < self._plan.num_steps:
+            self._prove(self._plan.rows(self._progress.step))
+        if self._progress.step == 0:
+            self._progress.before = self._before()
+        with frozen_heap():
             self._make_steps()
-        finally:
-            gc.unfreeze()
         after = self._after()
         self._book.wait()
         self._engine.finish()
-        metrics = {"loss": self._at.loss} | self._at.before | after
-        return TrainingResult(self._at.tokens, self._at.step, metrics, tuple(self._at.history))
+        metrics = {"loss": self._progress.loss} | self._progress.before | after
+        return TrainingResult(self._progress.tokens, self._progress.step, metrics, tuple(self._progress.history))
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
         """Take up the newest complete checkpoint; rank 0 decides which."""
-        mark = agree_on_mark(self._book.find_newest() if self._world.is_main else None, self._world)
+        mark = agree_on_checkpoint(self._book.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
         if mark is None:
             return
         if self._world.local_rank == 0:
-            self._book.bring(mark)
+            self._book.fetch(mark)
         wait_for_all(self._world)
-        state = read_checkpoint(self._book.bring(mark), self._world.rank)
+        state = read_checkpoint(self._book.fetch(mark), self._world.rank)
         self._engine.load_state(state.engine)
-        self._at = state.progression
+        self._progress = state.progression
         seed_everything(self._context.seed + mark.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
@@ -158,12 +154,12 @@ class Loop:
 
     def _make_steps(self) -> None:
         pin = self._engine.device.type == "cuda"
-        prefetcher = Prefetcher(self._plan, self._objective, self._at.step, self._micro_rows, self._world, pin)
+        prefetcher = Prefetcher(self._plan, self._objective, self._progress.step, self._micro_rows, self._world, pin)
         with contextlib.closing(prefetcher):
             self._meter.pause()
             for item in prefetcher:
                 self._make_step(item, prefetcher)
-                if self._at.stopped_early:
+                if self._progress.stopped_early:
                     return
 
     def _make_step(self, item: StepInput, prefetcher: Prefetcher) -> None:
@@ -174,14 +170,14 @@ class Loop:
                 f"step {item.step + 1}: nothing in the whole batch carries loss; check `loss.roles`, the template and "
                 "`sequenceLength`, or raise `batch`"
             )
-        learning_rate = self._plan.learning_rate(item.step)
+        learning_rate = self._schedule.learning_rate(item.step)
         loss_part = self._accumulate(item)
         report = self._engine.step(learning_rate)
         loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
         self._refuse_nonsense(item.step, loss, report)
-        self._at.step = item.step + 1
-        self._at.tokens += item.num_tokens
-        self._at.loss = loss
+        self._progress.step = item.step + 1
+        self._progress.tokens += item.num_tokens
+        self._progress.loss = loss
         self._record(item, loss, learning_rate, report, prefetcher.waited_seconds)
         self._between_steps(stops > 0)
 
@@ -215,15 +211,15 @@ class Loop:
         if not math.isfinite(report.gradient_norm):
             del figures["gradNorm"]
         every = max(1, self._plan.num_steps // HISTORY_POINTS)
-        if self._at.step % every == 0 or self._at.step in (1, self._plan.num_steps):
-            self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **figures})
+        if self._progress.step % every == 0 or self._progress.step in (1, self._plan.num_steps):
+            self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **figures})
         length = max(batch.tokens.shape[1] for batch in item.batches)
         padding = 1.0 - item.num_own_tokens / item.num_slots
-        self._meter.step(self._at.step, figures, item.num_tokens, length, waited_seconds, padding)
+        self._meter.step(self._progress.step, figures, item.num_tokens, length, waited_seconds, padding)
 
     def _between_steps(self, stop: bool) -> None:
         """Measure, save, stop: whatever is due after a step."""
-        step, last = self._at.step, self._at.step == self._plan.num_steps
+        step, last = self._progress.step, self._progress.step == self._plan.num_steps
         every = self._config.held_out.every_steps
         measured = every is not None and step % every == 0 and not last
         if measured:
@@ -241,8 +237,8 @@ class Loop:
         engine_state = self._engine.state()
         random_states = gather_random_states(self._world)
         if self._world.is_main:
-            progression = Progression.from_json(self._at.to_json())
-            progression.history = list(self._at.history)
+            progression = Progression.from_json(self._progress.to_json())
+            progression.history = list(self._progress.history)
             self._book.save(TrainingState(progression, engine_state, random_states))
 
     def _finish_saving(self) -> None:
@@ -253,13 +249,13 @@ class Loop:
         wait_for_all(self._world)
 
     def _set_rope(self, step: int) -> None:
-        theta = self._plan.rope_theta(step)
+        theta = self._schedule.rope_theta(step)
         if theta is not None and set_rope_theta(self._job.model, theta) and self._world.is_main:
             log.info("step %d: the base of the rotary embedding is %g", step + 1, theta)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def _measurements(self, sets: Sequence[HeldOut]) -> Iterator[tuple[HeldOut, Mapping[str, float]]]:
+    def _measurements(self, sets: Sequence[Measurable]) -> Iterator[tuple[Measurable, Mapping[str, float]]]:
         engine, progress = self._engine, self._context.progress
         for held_out in sets:
             yield (
@@ -281,13 +277,13 @@ class Loop:
     def _after(self) -> dict[str, float]:
         return self._write_figures("", self._job.at_end)
 
-    def _write_figures(self, when: str, others: Sequence[HeldOut] = ()) -> dict[str, float]:
+    def _write_figures(self, when: str, others: Sequence[Measurable] = ()) -> dict[str, float]:
         named = [
             (f"heldOut.{held_out.name}{when}", found) for held_out, found in self._measurements(self._job.held_out)
         ]
         named += [(item.name, found) for item, found in self._measurements(others)]
         figures = {f"{name}.{figure}": value for name, found in named for figure, value in found.items()}
-        self._meter.write(self._at.step, figures)
+        self._meter.write(self._progress.step, figures)
         return figures
 
     def _measure_during(self) -> None:
@@ -295,17 +291,17 @@ class Loop:
         figures = {
             f"heldOut.{name}.{figure}": value for name, all_of in found.items() for figure, value in all_of.items()
         }
-        self._meter.write(self._at.step, figures)
+        self._meter.write(self._progress.step, figures)
         losses = {f"heldOut.{name}.loss": all_of["loss"] for name, all_of in found.items()}
-        self._at.history.append({"step": self._at.step, "tokens": self._at.tokens, **losses})
+        self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **losses})
         stop = self._config.early_stop
         if stop is None:
             return
         loss = found[stop.set]["loss"]
-        if self._at.best is None or loss < self._at.best - stop.min_delta:
-            self._at.best, self._at.without_improvement = loss, 0
+        if self._progress.best is None or loss < self._progress.best - stop.min_delta:
+            self._progress.best, self._progress.without_improvement = loss, 0
             return
-        self._at.without_improvement += 1
-        if self._at.without_improvement >= stop.patience:
-            self._at.stopped_early = True
-            log.info("step %d: the loss on `%s` no longer falls; training ends", self._at.step, stop.set)
+        self._progress.without_improvement += 1
+        if self._progress.without_improvement >= stop.patience:
+            self._progress.stopped_early = True
+            log.info("step %d: the loss on `%s` no longer falls; training ends", self._progress.step, stop.set)

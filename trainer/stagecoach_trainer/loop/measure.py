@@ -13,7 +13,7 @@ from torch import nn
 
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import Row
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.engine.packing_check import samples_apart
 from stagecoach_trainer.kernels.causal import CausalLoss
 from stagecoach_trainer.runtime.context import World
@@ -24,7 +24,7 @@ LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class LossSum:
     """What a set of rows came to."""
 
     nll: float
@@ -49,7 +49,7 @@ class Measured:
 
 def measure(
     model: nn.Module, rows: Sequence[Row], batch_rows: int = DEFAULT_MEASURE_ROWS, dtype: torch.dtype | None = None
-) -> Measured:
+) -> LossSum:
     """Measure a model on rows, on one rank, without dropout. `dtype`: compute under autocast in it; None: as it is."""
     device = next(model.parameters()).device
     autocast = nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype)
@@ -64,13 +64,13 @@ def measure_with(
     device: torch.device,
     world: World,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Measured:
+) -> LossSum:
     """Measure with a loss module, the rows shared out over the ranks; every rank returns the whole. Packed rows are
     taken apart for a model that sees through packing.
 
     `report(done, total)` is called after each micro-batch.
     """
-    share = deal(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
+    share = shard_batch(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
     was_training = loss.training
     loss.eval()
     total = torch.zeros((), dtype=torch.float64)
@@ -83,4 +83,4 @@ def measure_with(
         loss.train(was_training)
     if world.size > 1:
         dist.all_reduce(total)
-    return Measured(float(total), share.num_targets)
+    return LossSum(float(total), share.num_targets)

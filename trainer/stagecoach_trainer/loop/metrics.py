@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 SHOWN = ("loss", "reward", "kl", "learningRate", "tokensPerSecond", "gradNorm")
 
 
-class Meter:
+class StepMetrics:
     """Turns what a step did into figures and writes them. Only rank 0 has files."""
 
     def __init__(self, logs: Path | None, progress: Progress, num_steps: int, flops: StepFlops) -> None:
@@ -47,7 +47,7 @@ class Meter:
         self._mark = time.perf_counter()
         self._waited = 0.0
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> StepMetrics:
         return self
 
     def __exit__(

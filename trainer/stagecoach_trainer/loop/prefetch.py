@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stagecoach_trainer.batches.rows import StepPlan, Unit
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.engine.objective import MicroBatch, Objective
 from stagecoach_trainer.runtime.context import World
 
@@ -42,7 +42,7 @@ def prepare(
 ) -> StepInput:
     """Return this rank's part of a step, as tensors."""
     units = plan.rows(step)
-    share = deal(units, micro_batch_rows, world.rank, world.size)
+    share = shard_batch(units, micro_batch_rows, world.rank, world.size)
     batches = tuple(objective.collate(rows) for rows in share.micro_batches)
     return StepInput(
         step=step,

@@ -33,6 +33,7 @@ from stagecoach_trainer.models.load import (
     own_tokenizer,
     read_card,
 )
+from stagecoach_trainer.models.placement import place
 from stagecoach_trainer.models.resize import check_sizes, num_rows
 from stagecoach_trainer.models.safety import ADAPTER_CONFIG, CONFIG, check_adapter_folder, read_json, require_folder
 from stagecoach_trainer.runtime.collectives import max_over_ranks
@@ -239,7 +240,7 @@ def load_reward_model(
     check_sizes(model, tokenizer, str(path))
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: the reward model's vocabulary has no chat template, so no conversation can be scored")
-    _place(model, dtype, device)
+    place(model, dtype, device, exact=model.score)
     if card.reward is None:
         return RewardModel(model, tokenizer)
     return RewardModel(model, tokenizer, card.reward.bias, card.reward.domains)
@@ -272,15 +273,3 @@ def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card:
     base = load_model(context, locate_base(card.base, found, context.resolved.storage_uri))
     model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
     return model.merge_and_unload(safe_merge=True) if merge else model
-
-
-def _place(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Move a model; buffers keep their format, as rotary frequencies in bf16 would turn far positions by wrong
-    angles."""
-    head = {id(parameter) for parameter in model.score.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(device, torch.float32 if id(parameter) in head else dtype)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 import time
@@ -15,15 +14,15 @@ from torch import nn
 
 from stagecoach_api.kinds.ppo import GuardAction
 from stagecoach_trainer.align.kl import kl_price
-from stagecoach_trainer.batches.shard import deal
+from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.engine.engine import StepReport
 from stagecoach_trainer.engine.plain import PlainEngine
 from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.engine.sharded import shard_frozen, shards_what_is_asked
-from stagecoach_trainer.kernels.attention import short_attention
-from stagecoach_trainer.loop.checkpoint import CheckpointBook, agree_on_mark, read_checkpoint
+from stagecoach_trainer.kernels.accelerate import accelerate
+from stagecoach_trainer.loop.checkpoint import CheckpointManager, agree_on_checkpoint, read_checkpoint
 from stagecoach_trainer.loop.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
-from stagecoach_trainer.loop.metrics import Meter, StepFlops
+from stagecoach_trainer.loop.metrics import StepFlops, StepMetrics
 from stagecoach_trainer.loop.state import (
     Progression,
     TrainingState,
@@ -55,11 +54,11 @@ from stagecoach_trainer.ppo.objectives import (
 from stagecoach_trainer.ppo.rollout import Harvest, Rollouts, Tally, make_sampler
 from stagecoach_trainer.ppo.shared_weights import share_frozen
 from stagecoach_trainer.ppo.state import PpoProgress, join_states, split_state
-from stagecoach_trainer.runtime import gc_pause as garbage
-from stagecoach_trainer.runtime.checkpoint_paths import Mark
+from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId
 from stagecoach_trainer.runtime.collectives import agree, max_over_ranks, sum_over_ranks, wait_for_all
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Diverged, Interrupted
+from stagecoach_trainer.runtime.startup import frozen_heap
 
 log = logging.getLogger(__name__)
 
@@ -100,18 +99,14 @@ class PpoLoop:
         reference = self._reference()
         if shards_what_is_asked(config, self._world):
             job.rewards.shard_models(self._shard, self._device, self._world)
-        for module, objective in (
-            (self._policy.loss, policy_objective),
-            (self._critic.loss, critic_objective),
-            *(((reference.module, policy_objective),) if isinstance(reference, SeparateReference) else ()),
-        ):
-            stack.enter_context(short_attention(module.model, self._device))
-            stack.enter_context(objective.speed_up(module, self._device, self._policy.dtype))
+        asked = (reference.module,) if isinstance(reference, SeparateReference) else ()
+        for module in (self._policy.loss, self._critic.loss, *asked):
+            stack.enter_context(accelerate(module, self._device, self._policy.dtype))
         self._book = stack.enter_context(
-            contextlib.closing(CheckpointBook(context, config.checkpoints, job.prompts.num_updates))
+            contextlib.closing(CheckpointManager(context, config.checkpoints, job.prompts.num_updates))
         )
         logs = context.work / "logs" if self._world.is_main else None
-        self._meter = stack.enter_context(Meter(logs, context.progress, job.prompts.num_updates, flops))
+        self._meter = stack.enter_context(StepMetrics(logs, context.progress, job.prompts.num_updates, flops))
         self._rollouts = Rollouts(job, context, self._policy, self._critic, reference, sampler)
         self._at = Progression()
         self._ppo = PpoProgress(kl_price(config.kl.coefficient, config.kl.target, config.kl.horizon).coefficient)
@@ -142,13 +137,9 @@ class PpoLoop:
         fitted = self._job.rewards.prepare()
         if self._at.step == 0 and (fitted or self._config.guards.action is GuardAction.ROLL_BACK):
             self._save()  # something to go back to; and what was paid for is not paid again
-        gc.collect()
-        garbage.take_up()
-        try:
+        with frozen_heap():
             while self._at.step < self._job.prompts.num_updates:
                 self._update()
-        finally:
-            gc.unfreeze()
         self._book.wait()
         self._policy.finish()
         self._critic.finish()
@@ -163,7 +154,7 @@ class PpoLoop:
 
     def _restore(self) -> None:
         """Take up the newest complete checkpoint; rank 0 decides which."""
-        mark = agree_on_mark(self._book.find_newest() if self._world.is_main else None, self._world)
+        mark = agree_on_checkpoint(self._book.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
         if mark is not None:
             self._load(mark)
@@ -171,11 +162,11 @@ class PpoLoop:
             if self._world.is_main:
                 log.info("going on after update %d of %d", mark.step, self._job.prompts.num_updates)
 
-    def _load(self, mark: Mark) -> None:
+    def _load(self, mark: CheckpointId) -> None:
         if self._world.local_rank == 0:
-            self._book.bring(mark)
+            self._book.fetch(mark)
         wait_for_all(self._world)
-        state = read_checkpoint(self._book.bring(mark), self._world.rank)
+        state = read_checkpoint(self._book.fetch(mark), self._world.rank)
         self._at = state.progression
         self._ppo = PpoProgress.from_json(self._at.extra)
         policy, critic, average = split_state(state.engine, self._ppo)
@@ -249,7 +240,7 @@ class PpoLoop:
             if good is not None:
                 self._roll_back(good, why)
                 return True
-        last = agree_on_mark(self._book.newest, self._world)
+        last = agree_on_checkpoint(self._book.newest, self._world)
         where = f"the last checkpoint is that of update {last.step}" if last else "there is no checkpoint yet"
         raise Diverged(
             f"update {self._at.step + 1}: {why}; {where}. Lower `optimizer.learningRate`, raise `kl.coefficient`, "
@@ -261,10 +252,10 @@ class PpoLoop:
         update `answered`'s weights last. Below 0: none did."""
         return answered - self._ppo.watch.longest
 
-    def _find_healthy(self) -> Mark | None:
+    def _find_healthy(self) -> CheckpointId | None:
         """Return the newest checkpoint from before the signs that there are now, or else the oldest there is."""
         step = self._healthy(self._at.step)
-        found = agree_on_mark(self._book.find_before(step) if self._world.is_main else None, self._world)
+        found = agree_on_checkpoint(self._book.find_before(step) if self._world.is_main else None, self._world)
         if found is not None and found.step > step and self._world.is_main:
             log.warning(
                 "there is no checkpoint from before the failure: its sign has been there since update %d; the oldest "
@@ -273,7 +264,7 @@ class PpoLoop:
             )
         return found
 
-    def _roll_back(self, mark: Mark, why: str) -> None:
+    def _roll_back(self, mark: CheckpointId, why: str) -> None:
         """Go back to a checkpoint, with other random numbers and half the learning rate."""
         rollbacks = self._ppo.rollbacks + 1
         log.warning("update %d: %s; back to update %d", self._at.step + 1, why, mark.step)
@@ -355,7 +346,7 @@ class PpoLoop:
             return []
         rows = self._job.text.rows(step)
         self._objective.prove(self._policy.loss, rows, self._device, self._policy.dtype)
-        share = deal(rows, self._micro_rows, self._world.rank, self._world.size)
+        share = shard_batch(rows, self._micro_rows, self._world.rank, self._world.size)
         scale = mix.weight / max(1, share.num_targets)
         return [(self._objective.collate(rows), scale) for rows in share.micro_batches]
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.align.advantages import VARIANCE_FLOOR
 from stagecoach_trainer.align.policy import clipped, policy_losses, update_kl, value_losses
-from stagecoach_trainer.batches.collate import Batch, collate
+from stagecoach_trainer.batches.collate import RowBatch, collate
 from stagecoach_trainer.engine.objective import MicroBatch, UnpackedObjective
 from stagecoach_trainer.engine.packing_check import check_packing
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
-from stagecoach_trainer.kernels.fast_llama import fast_llama
+from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.reward import decoder_of, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
@@ -124,7 +124,7 @@ class Policy(AnswerModel):
 
     def forward(
         self,
-        batch: Batch | ExperienceBatch | AnswerBatch | Callable[[], Tensor],
+        batch: RowBatch | ExperienceBatch | AnswerBatch | Callable[[], Tensor],
         scale: float = 1.0,
         want_entropy: bool = True,
     ) -> Any:
@@ -132,7 +132,7 @@ class Policy(AnswerModel):
         function that calls the model's modules gives: through here ZeRO-3 gathers what they need."""
         if callable(batch):
             return batch()
-        if isinstance(batch, Batch):
+        if isinstance(batch, RowBatch):
             return super().forward(batch, scale)
         if isinstance(batch, AnswerBatch):
             return self.log_probs(batch, want_entropy)
@@ -150,14 +150,11 @@ class Policy(AnswerModel):
         return scale * losses.sum()
 
 
-class Critic(nn.Module):
+class Critic(DecoderLoss):
     """A reward model that says at every token of an answer what the reward will be."""
 
     def __init__(self, model: nn.Module, clip: float | None, bias: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_at_keyword: str | None = None
-        """Keyword by which the decoder can be asked for the states at given positions only (`fast_llama`)."""
+        super().__init__(model)
         self._clip = clip
         self._bias = bias
         self.figures = Figures()
@@ -168,7 +165,7 @@ class Critic(nn.Module):
 
     def values(self, batch: AnswerBatch) -> Tensor:
         """Return what is expected in front of each token of the answers, fp32 [M]."""
-        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.loss_at_keyword)
+        states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.positions_keyword)
         return self._bias + score_states(self.model, states)
 
     def forward(self, batch: ExperienceBatch | AnswerBatch, scale: float = 1.0) -> Tensor:
@@ -188,7 +185,7 @@ class PolicyObjective(UnpackedObjective):
         self._config = config
         self._temperature = temperature
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         return Policy(model, self._config, self._temperature)
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
@@ -196,9 +193,6 @@ class PolicyObjective(UnpackedObjective):
 
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
         check_packing(module, units, device, dtype)  # of that text: answers are not packed
-
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return fast_llama(module, device, dtype)
 
 
 class CriticObjective(UnpackedObjective):
@@ -208,11 +202,8 @@ class CriticObjective(UnpackedObjective):
         self._clip = clip
         self._bias = bias
 
-    def module(self, model: nn.Module) -> nn.Module:
+    def module(self, model: nn.Module) -> DecoderLoss:
         return Critic(model, self._clip, self._bias)
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
         return collate_experiences(units, Whitening())
-
-    def speed_up(self, module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        return fast_llama(module, device, dtype)

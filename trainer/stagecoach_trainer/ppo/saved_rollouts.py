@@ -21,7 +21,7 @@ from stagecoach_api.store import NotFound, StoreError
 from stagecoach_api.stores.base import sha256_of_file
 from stagecoach_trainer.ppo.experience import Experience, StoredChunk, write_chunk
 from stagecoach_trainer.runtime.attempt_files import replace_file
-from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_home
+from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext, World
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class KeptAnswers:
         digest = context.resolved.digest
         self._store = context.store
         self._prefix = f"{checkpoints_prefix(digest)}/{FOLDER}"
-        self._home = checkpoints_home(context.store, context.cache, digest) / FOLDER
+        self._home = checkpoints_folder(context.store, context.cache, digest) / FOLDER
         self._is_in_store = context.store.local_path(self._prefix) is not None
         self._taken: str | None = None
 

@@ -248,7 +248,7 @@ def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
 def _model_term(value: Any, workshop: _Workshop) -> Term:
     import torch
 
-    from stagecoach_trainer.models.placement import DTYPES
+    from stagecoach_trainer.engine.precision import DTYPES
     from stagecoach_trainer.models.reward import load_reward_model
     from stagecoach_trainer.rewards.model import ModelTerm
 

@@ -14,7 +14,7 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8})(?:-(\d{4}))?")
 
 
 @dataclass(frozen=True, order=True)
-class Mark:
+class CheckpointId:
     """Tells checkpoints apart. The greater of two is the newer: what is saved again at a step saved already, as after
     going back to it, has a version of its own, and so has all that follows. No checkpoint is ever written over."""
 
@@ -27,30 +27,30 @@ class Mark:
         return checkpoint_name(self.step, self.version)
 
     @classmethod
-    def of(cls, name: str) -> Mark | None:
+    def of(cls, name: str) -> CheckpointId | None:
         """Return the mark of a folder's name. None: it is not a checkpoint's."""
         found = CHECKPOINT_NAME.fullmatch(name)
         return None if found is None else cls(int(found[2] or 0), int(found[1]))
 
 
-def checkpoints_home(store: Store, cache: Path, digest: str) -> Path:
+def checkpoints_folder(store: Store, cache: Path, digest: str) -> Path:
     """Return the folder in which the checkpoints of a stage are written: the store itself where it is a folder."""
-    return store.local_path(checkpoints_prefix(digest)) or cached_checkpoints(cache, digest)
+    return store.local_path(checkpoints_prefix(digest)) or cached_checkpoints_folder(cache, digest)
 
 
-def cached_checkpoints(cache: Path, digest: str) -> Path:
+def cached_checkpoints_folder(cache: Path, digest: str) -> Path:
     return cache / "checkpoints" / digest
 
 
-def complete_marks(home: Path) -> list[Mark]:
+def complete_checkpoints(home: Path) -> list[CheckpointId]:
     """Return the checkpoints that have a manifest, the oldest first."""
     if not home.is_dir():
         return []
-    found = (Mark.of(path.name) for path in home.iterdir() if (path / MANIFEST).is_file())
+    found = (CheckpointId.of(path.name) for path in home.iterdir() if (path / MANIFEST).is_file())
     return sorted(mark for mark in found if mark is not None)
 
 
 def delete_checkpoints(store: Store, cache: Path, digest: str) -> None:
     """Delete the checkpoints of a stage whose artifact is published."""
     store.delete(checkpoints_prefix(digest))
-    shutil.rmtree(cached_checkpoints(cache, digest), ignore_errors=True)
+    shutil.rmtree(cached_checkpoints_folder(cache, digest), ignore_errors=True)

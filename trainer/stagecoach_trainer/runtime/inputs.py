@@ -34,11 +34,6 @@ def fetch_input(
     return _fetch_external(found, cache, endpoint, region or getattr(store, "region", None))
 
 
-def fetch_files(found: ResolvedInput, store: Store, cache: Path) -> list[Path]:
-    """Return the files of an input: `input_files` of where it was fetched to."""
-    return input_files(fetch_input(found, store, cache))
-
-
 def input_files(path: Path) -> list[Path]:
     """Return `path` itself where it is a file, else all files below it, sorted, hidden ones left out."""
     if path.is_file():

@@ -20,7 +20,7 @@ GENERIC_FAILURE = 1
 
 
 @dataclass(frozen=True)
-class WorkerOutcome:
+class RankOutcome:
     """How one rank ended."""
 
     result: AttemptResult
@@ -30,24 +30,24 @@ class WorkerOutcome:
     """Seconds since the epoch."""
 
 
-def write_outcome(work: Path, rank: int, outcome: WorkerOutcome) -> None:
+def write_outcome(work: Path, rank: int, outcome: RankOutcome) -> None:
     folder = outcomes_folder(work)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"result": outcome.result.model_dump(mode="json"), "named": outcome.named, "time": outcome.time}
     replace_file(folder / f"rank-{rank:05d}.json", json.dumps(about).encode())
 
 
-def read_outcomes(work: Path) -> dict[int, WorkerOutcome]:
+def read_outcomes(work: Path) -> dict[int, RankOutcome]:
     """Return the outcome of every rank that left one."""
     outcomes = {}
     for path in sorted(outcomes_folder(work).glob("rank-*.json")):
         about = json.loads(path.read_text())
         result = AttemptResult.model_validate(about["result"])
-        outcomes[int(path.stem.removeprefix("rank-"))] = WorkerOutcome(result, about["named"], about["time"])
+        outcomes[int(path.stem.removeprefix("rank-"))] = RankOutcome(result, about["named"], about["time"])
     return outcomes
 
 
-def combine(outcomes: dict[int, WorkerOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
+def combine(outcomes: dict[int, RankOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
     """Return the attempt's result from what the workers of these ranks left and the exit code of the process that held
     them.
 

@@ -236,4 +236,4 @@ def plan_groups(shards: Mapping[str, GroupShard], config: Training, counting: Co
     """
     settings = phase_settings(config, list(shards))
     planner = GroupPlanner(shards, counting, seed)
-    return planner.plan(settings, config.schedule, config.optimizer.learning_rate)
+    return planner.plan(settings)

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach_api.kinds.pretrain import Phase
-from stagecoach_api.training import Batch, Budget, Schedule, Training
+from stagecoach_api.training import Batch, Budget, Training
 from stagecoach_trainer.batches.mixing import Int64, Mix, Stream, make_key, splitmix
 from stagecoach_trainer.batches.packing import PackedRows, one_per_row, pack
 from stagecoach_trainer.batches.rows import IGNORE, Row
-from stagecoach_trainer.batches.schedule import learning_rate
+from stagecoach_trainer.batches.schedule import PhaseSchedule
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.rows import pack_rows
 from stagecoach_trainer.samples.token_cache import TokenShard
@@ -177,10 +177,7 @@ class PhaseSettings:
     batch: Batch
     budget: Budget
     weights: tuple[float, ...] | None
-    """Share of the training tokens of each data set. None: in proportion to their sizes."""
-    learning_rate: float | None
-    """Highest learning rate of a schedule of its own. None: the stage's schedule goes on."""
-    rope_theta: float | None
+    """Share of the training tokens of each data set; None if in proportion to their sizes."""
 
 
 @dataclass(frozen=True)
@@ -211,12 +208,6 @@ class PlannedPhase:
             return pack_rows(rows, self.settings.sequence_length)
         return rows
 
-    @property
-    def expected_tokens(self) -> int:
-        """Training tokens of the phase, up to the difference between rows."""
-        drawn = zip(self.units, self.mix.drawn, strict=True)
-        return round(sum(units.num_tokens / max(1, len(units)) * count for units, count in drawn))
-
 
 class MixedPlan:
     """The steps of a stage: its phases one after the other (a `StepPlan`).
@@ -225,10 +216,8 @@ class MixedPlan:
     samples in as few rows as they fit. Where the budget is in epochs, the last step has what is left.
     """
 
-    def __init__(self, phases: Sequence[PlannedPhase], schedule: Schedule, highest_rate: float) -> None:
+    def __init__(self, phases: Sequence[PlannedPhase]) -> None:
         self.phases = tuple(phases)
-        self._schedule = schedule
-        self._rate = highest_rate
         self._first_steps = [phase.first_step for phase in self.phases]
 
     @property
@@ -236,33 +225,11 @@ class MixedPlan:
         last = self.phases[-1]
         return last.first_step + last.num_steps
 
-    def _phase(self, step: int) -> PlannedPhase:
+    def rows(self, step: int) -> list[Any]:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        return self.phases[bisect_right(self._first_steps, step) - 1]
-
-    def sequence_length(self, step: int) -> int:
-        return self._phase(step).settings.sequence_length
-
-    def rows(self, step: int) -> list[Any]:
-        phase = self._phase(step)
+        phase = self.phases[bisect_right(self._first_steps, step) - 1]
         return phase.rows(step - phase.first_step)
-
-    def learning_rate(self, step: int) -> float:
-        phase = self._phase(step)
-        if phase.settings.learning_rate is None:
-            return learning_rate(self._schedule, self._rate, step, self.num_steps)
-        return learning_rate(self._schedule, phase.settings.learning_rate, step - phase.first_step, phase.num_steps)
-
-    def phase(self, step: int) -> str:
-        return self._phase(step).settings.name
-
-    def rope_theta(self, step: int) -> float | None:
-        return self._phase(step).settings.rope_theta
-
-    @property
-    def expected_tokens(self) -> int:
-        return sum(phase.expected_tokens for phase in self.phases)
 
 
 # -- putting it together -----------------------------------------------------------------------------------------------
@@ -279,13 +246,9 @@ def phase_settings(config: Training, names: Sequence[str], phases: Sequence[Phas
         batch=config.batch,
         budget=config.budget,
         weights=_stage_weights(config),
-        learning_rate=None,
-        rope_theta=None,
     )
     found: list[PhaseSettings] = []
-    theta: float | None = None
     for phase in phases:
-        theta = phase.rope_theta or theta
         batch = whole.batch
         if phase.batch_tokens is not None:
             batch = Batch(tokens=phase.batch_tokens, micro_batch_rows=whole.batch.micro_batch_rows)
@@ -297,11 +260,19 @@ def phase_settings(config: Training, names: Sequence[str], phases: Sequence[Phas
                 batch=batch,
                 budget=Budget(tokens=phase.tokens),
                 weights=_phase_weights(phase, names) if phase.weights else whole.weights,
-                learning_rate=phase.learning_rate,
-                rope_theta=theta,
             )
         )
     return found or [whole]
+
+
+def phase_schedules(plan: MixedPlan, phases: Sequence[Phase]) -> list[PhaseSchedule]:
+    """Return what each phase of a planned stage sets of its schedule; a rotary base holds until the next one is set."""
+    found: list[PhaseSchedule] = []
+    theta: float | None = None
+    for planned, phase in zip(plan.phases, phases, strict=False):  # a stage without phases is planned as one
+        theta = phase.rope_theta or theta
+        found.append(PhaseSchedule(planned.first_step, planned.num_steps, phase.learning_rate, theta))
+    return found
 
 
 def _stage_weights(config: Training) -> tuple[float, ...] | None:
@@ -357,14 +328,14 @@ class Planner:
         self._units: dict[UnitsKey, Units] = {}
         self._next_draws: dict[UnitsKey, int] = {}
 
-    def plan(self, settings: Sequence[PhaseSettings], schedule: Schedule, highest_rate: float) -> MixedPlan:
+    def plan(self, settings: Sequence[PhaseSettings]) -> MixedPlan:
         """Return the plan of a stage. Raises UserError for a set with weight and without samples."""
         phases: list[PlannedPhase] = []
         first_step = 0
         for number, item in enumerate(settings):
             phases.append(self._phase(number, item, first_step))
             first_step += phases[-1].num_steps
-        return MixedPlan(phases, schedule, highest_rate)
+        return MixedPlan(phases)
 
     def _phase(self, number: int, settings: PhaseSettings, first_step: int) -> PlannedPhase:
         keys = self._keys(settings)

@@ -50,7 +50,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
     warnings += _lonely_answers(config, plan)
-    steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, context.world.size)
+    steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, config.sequence_length, context.world.size)
     table = ReferenceTable()
     held_out = tuple(_held_out(config, context, source, start.tokenizer, table) for source in config.held_out.sets)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stagecoach_api.kinds.evaluate import EvaluateStage, Rival
 from stagecoach_api.references import Reference
+from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
 from stagecoach_trainer.evaluation.heldout import measure_held_out
@@ -18,7 +19,7 @@ from stagecoach_trainer.evaluation.report import EvaluationReport
 from stagecoach_trainer.evaluation.rewards import Opened, compare_by_reward
 from stagecoach_trainer.generation.generation import answer_samples
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.placement import DTYPES, compute_device, place
+from stagecoach_trainer.models.placement import compute_device, place
 from stagecoach_trainer.rewards import RewardSum
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.errors import GateFailed, Interrupted

@@ -14,11 +14,12 @@ from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, ResolvedInp
 from stagecoach_api.kinds.export import ExportStage
 from stagecoach_api.store import external_digest, list_external
 from stagecoach_api.stores.base import file_uri
+from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.proof import Divergence, Witness, proof_rows
 from stagecoach_trainer.evaluation.report import figure, samples_text, table, write_json
 from stagecoach_trainer.generation.generation import answer_samples, end_ids, generation_settings
 from stagecoach_trainer.models.load import LoadedModel, load_folder, load_model, locate_base, name_base, positions_of
-from stagecoach_trainer.models.placement import DTYPES, compute_device, place
+from stagecoach_trainer.models.placement import compute_device, place
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError

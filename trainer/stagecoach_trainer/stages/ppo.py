@@ -8,7 +8,7 @@ from typing import Any
 
 from stagecoach_api.conversation import Loss, TooLong
 from stagecoach_api.kinds.ppo import PpoStage, PretrainingMix
-from stagecoach_api.training import Batch, Budget, Schedule
+from stagecoach_api.training import Batch, Budget
 from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
@@ -210,10 +210,8 @@ def _text(
         batch=Batch(tokens=mix.rows_per_step * config.sequence_length),
         budget=Budget(steps=steps),
         weights=None if None in weights else tuple(weight or 0.0 for weight in weights),
-        learning_rate=None,
-        rope_theta=None,
     )
-    return Planner(shards, context.seed).plan([settings], Schedule(), config.optimizer.learning_rate)
+    return Planner(shards, context.seed).plan([settings])
 
 
 def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number: int, tokenizer: Any) -> TokenShard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stagecoach_api.kinds.pretrain import PretrainStage
+from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.models.starting_point import (
     StartingPoint,
     position_change,
@@ -12,7 +13,7 @@ from stagecoach_trainer.models.starting_point import (
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.datasets import check_lost_samples, text_held_out, text_shard
-from stagecoach_trainer.samples.plan import Planner, phase_settings
+from stagecoach_trainer.samples.plan import Planner, phase_schedules, phase_settings
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
 
 
@@ -27,12 +28,13 @@ def run(config: PretrainStage, context: StageContext) -> StageOutcome:
     start = _start(config, context, max(item.sequence_length for item in settings))
     shards = {source.label: text_shard(context, source, start.tokenizer) for source in config.data}
     check_lost_samples({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
-    plan = Planner(shards, context.seed).plan(settings, config.schedule, config.optimizer.learning_rate)
+    plan = Planner(shards, context.seed).plan(settings)
+    schedule = StepSchedule.of(config, plan.num_steps, phase_schedules(plan, config.phases))
     held_out = tuple(
         text_held_out(context, source, start.tokenizer, config.sequence_length, config.held_out.max_tokens)
         for source in config.held_out.sets
     )
-    return train_and_save(config, context, Prepared(start, shards, plan, held_out))
+    return train_and_save(config, context, Prepared(start, shards, plan, held_out, schedule=schedule))
 
 
 def _check_positions(config: PretrainStage) -> None:

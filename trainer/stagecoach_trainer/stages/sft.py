@@ -43,7 +43,7 @@ def run(config: SftStage, context: StageContext) -> StageOutcome:
         for source in config.data
     }
     check_lost_samples({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
-    plan = Planner(shards, context.seed, config.packing).plan(settings, config.schedule, config.optimizer.learning_rate)
+    plan = Planner(shards, context.seed, config.packing).plan(settings)
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
     plan, figures = _hide(config, context, plan, start.tokenizer)
     warnings += _unused_hindsight(config, shards)
@@ -58,8 +58,7 @@ def _hide(
     if hindsight is None or hindsight.mode is not HindsightMode.CHAIN or not hindsight.max_masked_share:
         return plan, {}
     hiding = TokenMasking(hindsight.max_masked_share, filler_token(tokenizer), context.seed)
-    hidden = MixedPlan(mask_phases(plan.phases, hiding), config.schedule, config.optimizer.learning_rate)
-    return hidden, {"hindsight.hiddenShare": masked_share(plan, hiding)}
+    return MixedPlan(mask_phases(plan.phases, hiding)), {"hindsight.hiddenShare": masked_share(plan, hiding)}
 
 
 def _unused_hindsight(config: SftStage, shards: Mapping[str, TokenShard]) -> list[str]:

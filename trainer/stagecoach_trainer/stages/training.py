@@ -9,6 +9,7 @@ from typing import Any
 from stagecoach_api.conversation import Template
 from stagecoach_api.references import Reference
 from stagecoach_api.training import MeasuredTraining
+from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.models.starting_point import StartingPoint, position_change, save_result, start_unchanged
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
@@ -35,6 +36,8 @@ class Prepared:
     warnings: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the data, known before training."""
+    schedule: StepSchedule | None = None
+    """None if the configuration sets the same schedule for all steps."""
 
 
 def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
@@ -71,7 +74,7 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
     start = prepared.start
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
-    job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out)
+    job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out, schedule=prepared.schedule)
     result = train(job, context)
     metrics = dict(result.metrics) | {"packing.usefulShare": useful_share(prepared.plan)} | dict(prepared.figures)
     if context.world.is_main:
