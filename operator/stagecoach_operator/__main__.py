@@ -13,15 +13,15 @@ from stagecoach_operator.settings import DEFAULT_FILE, ENV_FILE, Settings, Setti
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until told to stop, or until the Lease is lost; return the exit code."""
-    parser = argparse.ArgumentParser(prog="stagecoach-operator", description="Works on TrainingRuns in a cluster.")
+    """Run until a signal arrives or the Lease is lost; return the exit code."""
+    parser = argparse.ArgumentParser(prog="stagecoach-operator", description="Runs TrainingRuns in a cluster.")
     parser.add_argument("--settings", metavar="FILE", help=f"settings file (default: {ENV_FILE}, else {DEFAULT_FILE})")
     options = parser.parse_args(arguments)
     environment = dict(os.environ)
     if options.settings is not None:
         environment[ENV_FILE] = options.settings
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it tells of every event of every object
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it logs every event of every object
     try:
         settings = load_settings(environment)
         code = settings.code

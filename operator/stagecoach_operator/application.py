@@ -1,4 +1,4 @@
-"""Everything put together: servers that always answer, the Lease, and, while it is held, watches and turns."""
+"""The operator's process: servers that always run, the Lease, and, while it is held, watches and reconciliations."""
 
 from __future__ import annotations
 
@@ -12,45 +12,47 @@ from typing import Any
 
 from aiohttp import web
 
-from stagecoach_operator.artifact_lookup import Lookups
+from stagecoach_operator.artifact_lookup import ArtifactLookups
+from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.audit import AUDIT_SECONDS, Audit
-from stagecoach_operator.cluster import Cluster
-from stagecoach_operator.event_recorder import Poster
+from stagecoach_operator.event_recorder import EventRecorder
 from stagecoach_operator.events import RunEvent
 from stagecoach_operator.kube import ApiServer
 from stagecoach_operator.lease import Lease
+from stagecoach_operator.object_cache import Cache, oldest_first
+from stagecoach_operator.object_views import RunView
 from stagecoach_operator.probes import Probes, serve
-from stagecoach_operator.progress_reports import Board
+from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.progress_server import ProgressServer
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
 from stagecoach_operator.token_review import TokenVerifier
-from stagecoach_operator.watched import Cache, RunView, newest_runs
 from stagecoach_operator.worker import Workers
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STUCK_SECONDS = 300.0
-"""A turn that takes longer than this is stuck: a call to the API server ends after a tenth of it."""
-DEAF_SECONDS = 4 * AUDIT_SECONDS
+"""A reconciliation that takes longer is stuck: a call to the API server times out after a tenth of this."""
+STALE_SECONDS = 4 * AUDIT_SECONDS
+"""A watch that has missed changes for longer makes the liveness probe fail."""
 CLOSING_SECONDS = 10.0
 LOST_LEASE = 3
-"""Exit code: the container starts anew as a stand-by."""
+"""Exit code: the container restarts as a standby."""
 
 
 class Application:
-    """The operator's process."""
+    """The parts of the operator and their order of start and stop."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.cache = Cache()
-        self.board = Board()
+        self.reports = ProgressReports()
         self.stop = asyncio.Event()
         self.exit_code = 0
 
     async def run(self) -> int:
-        """Run until told to stop; return the exit code."""
+        """Run until a signal arrives or the Lease is lost; return the exit code."""
         self.kube = await ApiServer.connect(self.settings.api_timeout_seconds)
         self.lease = Lease(
             self.kube,
@@ -59,23 +61,23 @@ class Application:
             self.settings.pod_name,
             self.settings.lease_seconds,
         )
-        self.lookups = Lookups(self.settings.store_threads)
-        self.poster = Poster(self.kube)
-        self.workers = Workers(self._turn)
-        self.audit = Audit(self.kube, self.cache, self.settings.namespace, self.workers.wake)
+        self.lookups = ArtifactLookups(self.settings.store_threads)
+        self.event_recorder = EventRecorder(self.kube)
+        self.workers = Workers(self._reconcile)
+        self.audit = Audit(self.kube, self.cache, self.settings.namespace, self.workers.enqueue)
         self.reconciler = Reconciler(
-            cluster=Cluster(self.kube, self.cache, self.settings),
+            client=AttemptClient(self.kube, self.cache, self.settings),
             lookups=self.lookups,
-            board=self.board,
-            wake=self.workers.wake,
-            announce=self._announce,
+            reports=self.reports,
+            enqueue=self.workers.enqueue,
+            record_events=self._record_events,
         )
         servers = await self._serve()
         try:
             await self._lead()
         finally:
             await self.workers.close(CLOSING_SECONDS)
-            await self.poster.close()
+            await self.event_recorder.close()
             await self.lease.release()
             for server in servers:
                 await server.cleanup()
@@ -86,15 +88,16 @@ class Application:
     # -- while the Lease is held ---------------------------------------------------------------------------------------
 
     async def _lead(self) -> None:
-        """Wait for the Lease, then work until it is lost or somebody asks to stop."""
+        """Wait for the Lease, then work until it is lost or a signal arrives."""
         with self._signals():
             if not await self._until_stop(self.lease.acquire()):
                 return
         keeping = asyncio.create_task(self._keep(), name="lease")
+        # Everything is listed before the first decision: a JobSet missing from the cache would count as deleted.
         await self.audit.cold_start()
-        for run in newest_runs(self.cache.runs.values()):
-            self.workers.wake(run.meta.uid)
-        log.info("%d runs", len(self.cache.runs))
+        for run in oldest_first(self.cache.runs.values()):
+            self.workers.enqueue(run.meta.uid)
+        log.info("reconciling %d existing runs", len(self.cache.runs))
         auditing = asyncio.create_task(self._audit(), name="audit")
         try:
             await self._watch()
@@ -104,18 +107,18 @@ class Application:
             await asyncio.gather(auditing, keeping, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Watch until told to stop."""
+        """Watch until `stop` is set."""
         import kopf
 
         from stagecoach_operator.handlers import make_registry, make_settings
 
         namespace = self.settings.namespace
-        identity: Any = self.lease.identity  # kopf would ask for the user's name, and the image need not know one
+        identity: Any = self.lease.identity  # kopf would look up the user's name, which the image need not have
         ready = asyncio.Event()
         taking_over = asyncio.create_task(self._take_signals(ready), name="signals")
         try:
             await kopf.operator(
-                registry=make_registry(self.cache, self.workers.wake),
+                registry=make_registry(self.cache, self.workers.enqueue),
                 settings=make_settings(),
                 identity=identity,
                 standalone=True,
@@ -128,15 +131,15 @@ class Application:
             taking_over.cancel()
 
     async def _take_signals(self, ready: asyncio.Event) -> None:
-        """Let turns under way end before kopf stops: it would cancel them, as it does with every task it finds."""
+        """Let running reconciliations end before kopf stops: on exit it cancels every task in the event loop."""
         await ready.wait()
-        asked = asyncio.Event()
+        stopping = asyncio.Event()
         for number in SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, asked.set)
-        await asked.wait()
-        log.info("asked to stop")
+            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        await stopping.wait()
+        log.info("stopping")
         await self.workers.close(CLOSING_SECONDS)
-        await self.poster.close()
+        await self.event_recorder.close()
         self.stop.set()
 
     async def _keep(self) -> None:
@@ -148,26 +151,27 @@ class Application:
         while True:
             await asyncio.sleep(AUDIT_SECONDS)
             await self.audit.check()
+            # With scanning disabled, kopf resolves kinds only at the start: exit, and watch after the restart.
             if self.audit.appeared:
                 self.stop.set()
 
-    async def _turn(self, uid: str) -> float | None:
-        """Do a turn of a run, unless another operator may be at work by now."""
+    async def _reconcile(self, uid: str) -> float | None:
+        """Reconcile a run, unless another replica may be active by now."""
         if not self.lease.held:
             return None
         return await self.reconciler.reconcile(uid)
 
-    def _announce(self, run: RunView, events: Sequence[RunEvent]) -> None:
+    def _record_events(self, run: RunView, events: Sequence[RunEvent]) -> None:
         for event in events:
             log.info("%s/%s: %s: %s", run.meta.namespace, run.meta.name, event.reason, event.message)
-        self.poster.post(run, events)
+        self.event_recorder.record(run, events)
 
     # -- always --------------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> list[web.AppRunner]:
         probes = Probes(self._not_live, self._not_ready, self._metrics)
         progress = ProgressServer(
-            self.cache, self.board, TokenVerifier(self.kube), self.workers.wake, is_active=lambda: self.lease.held
+            self.cache, self.reports, TokenVerifier(self.kube), self.workers.enqueue, is_active=lambda: self.lease.held
         )
         settings = self.settings
         return [
@@ -177,34 +181,34 @@ class Application:
         ]
 
     def _not_live(self) -> list[str]:
-        found = self.audit.complaints(DEAF_SECONDS) if self.lease.held else []
-        stuck = self.workers.oldest_turn_seconds()
+        found = self.audit.problems(STALE_SECONDS) if self.lease.held else []
+        stuck = self.workers.longest_running_seconds()
         if stuck > STUCK_SECONDS:
-            found.append(f"a turn has been under way for {stuck:.0f} s")
+            found.append(f"a reconciliation has been running for {stuck:.0f} s")
         return found
 
     def _not_ready(self) -> list[str]:
-        silent = self.lease.clock() - self.lease.answered_at
-        if silent > 2 * self.settings.lease_seconds:
-            return ["the API server does not answer about the Lease"]
-        return self.audit.complaints(DEAF_SECONDS) if self.lease.held else []
+        silence = self.lease.clock() - self.lease.answered_at
+        if silence > 2 * self.settings.lease_seconds:
+            return ["the Lease cannot be read from the API server"]
+        return self.audit.problems(STALE_SECONDS) if self.lease.held else []
 
     def _metrics(self) -> dict[str, float]:
-        figures: dict[str, float] = {
+        metrics: dict[str, float] = {
             "stagecoach_leader": float(self.lease.held),
             "stagecoach_runs": float(len(self.cache.runs)),
             "stagecoach_watched_objects": float(len(self.cache.children)),
-            "stagecoach_oldest_turn_seconds": self.workers.oldest_turn_seconds(),
+            "stagecoach_oldest_turn_seconds": self.workers.longest_running_seconds(),
         }
         for (verb, plural), count in sorted(self.kube.calls.counts.items()):
-            figures[f'stagecoach_api_calls_total{{verb="{verb}",resource="{plural}"}}'] = float(count)
-        return figures
+            metrics[f'stagecoach_api_calls_total{{verb="{verb}",resource="{plural}"}}'] = float(count)
+        return metrics
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Take the wish to stop while kopf does not."""
+        """Handle signals until kopf does."""
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self.stop.set)
@@ -215,7 +219,7 @@ class Application:
                 loop.remove_signal_handler(number)
 
     async def _until_stop(self, work: object) -> bool:
-        """Do something unless somebody asks to stop first; return whether it was done."""
+        """Await something unless a signal arrives first; return whether it was completed."""
         doing = asyncio.ensure_future(work)  # type: ignore[call-overload]
         stopping = asyncio.ensure_future(self.stop.wait())
         done, pending = await asyncio.wait({doing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -228,7 +232,7 @@ class Application:
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return the progress server's TLS. None: it serves plain HTTP."""
+    """Return the TLS context of the progress server, or None if it serves plain HTTP."""
     if settings.progress_cert_file is None or settings.progress_key_file is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

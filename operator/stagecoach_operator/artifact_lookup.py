@@ -1,7 +1,7 @@
-"""Questions to S3, asked in a bounded number of threads; answers are kept. The event loop never waits for S3.
+"""Artifact lookups in S3, in a bounded number of threads; results are cached. The event loop never waits for S3.
 
-Where the operator may not read a store, the stage's own pod answers: it finds a finished artifact by itself, and its
-result names the digest. Such a store is treated as one that has nothing.
+A store the operator may not read is treated as empty: the stage's own pod then looks for a finished artifact, and its
+result contains the digest.
 """
 
 from __future__ import annotations
@@ -28,56 +28,57 @@ StoreKey = tuple[str, str, str]
 
 
 @dataclass
-class Answers:
-    """What one store has said."""
+class StoreState:
+    """Results and state of the lookups in one store."""
 
     by_digest: dict[str, Found | Missing] = field(default_factory=dict)
-    asking: set[str] = field(default_factory=set)
-    trouble: str = ""
-    """Why it does not answer. Empty: it does."""
+    pending: set[str] = field(default_factory=set)
+    """Digests being looked up."""
+    error: str = ""
+    """Why the last lookup failed. Empty if it succeeded."""
     not_before: float = 0.0
-    """When it is asked again, in seconds since the epoch."""
+    """When it may be queried again, in seconds since the epoch."""
     unreadable: bool = False
-    """The operator has no right to read it."""
+    """Whether the operator is denied access to it."""
 
 
-class Lookups:
-    """Asks stores whether artifacts exist."""
+class ArtifactLookups:
+    """Looks up whether artifacts exist."""
 
     def __init__(self, threads: int, clock: Callable[[], float] = time.time) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="store")
         self._clock = clock
-        self._answers: dict[StoreKey, Answers] = {}
+        self._states: dict[StoreKey, StoreState] = {}
         self._stores: dict[StoreKey, Store] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def of(self, storage: Storage) -> Answers:
-        """Return what a store has said so far."""
-        return self._answers.setdefault(store_key(storage), Answers())
+    def of(self, storage: Storage) -> StoreState:
+        """Return the state of a store."""
+        return self._states.setdefault(store_key(storage), StoreState())
 
-    def ask(self, storage: Storage, digest: str, on_answer: Callable[[], None]) -> float | None:
-        """Ask whether there is an artifact, unless that is under way; `on_answer` is called when there is an answer.
+    def ask(self, storage: Storage, digest: str, on_result: Callable[[], None]) -> float | None:
+        """Start a lookup unless the same one is pending; `on_result` is called when it has ended.
 
-        Returns when to ask again, in seconds since the epoch, where the store does not answer now.
+        Returns None, or, if the store is unavailable, when to try again in seconds since the epoch.
         """
-        answers = self.of(storage)
+        state = self.of(storage)
         now = self._clock()
-        if digest in answers.asking:
+        if digest in state.pending:
             return None
-        if now < answers.not_before:
-            return answers.not_before
-        answers.asking.add(digest)
-        task = asyncio.get_running_loop().create_task(self._ask(storage, digest, on_answer))
+        if now < state.not_before:
+            return state.not_before
+        state.pending.add(digest)
+        task = asyncio.get_running_loop().create_task(self._ask(storage, digest, on_result))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return None
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do something that asks S3, among the same threads."""
+        """Run a function that calls S3 in one of the lookup threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def store(self, storage: Storage) -> Store:
-        """Return the store, opened once. Opening takes a while: call it in a thread."""
+        """Return the store, opened once. Opening one is slow: call this in a thread."""
         key = store_key(storage)
         if key not in self._stores:
             self._stores[key] = open_storage(storage)
@@ -88,21 +89,21 @@ class Lookups:
             task.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _ask(self, storage: Storage, digest: str, on_answer: Callable[[], None]) -> None:
-        answers = self.of(storage)
-        asked_at = self._clock()
+    async def _ask(self, storage: Storage, digest: str, on_result: Callable[[], None]) -> None:
+        state = self.of(storage)
+        started_at = self._clock()
         try:
-            answers.by_digest[digest] = await self.in_thread(lambda: self._read(storage, digest, asked_at))
-            answers.trouble, answers.unreadable = "", False
+            state.by_digest[digest] = await self.in_thread(lambda: self._read(storage, digest, started_at))
+            state.error, state.unreadable = "", False
         except AccessDenied as error:
-            answers.by_digest[digest] = Missing(at=asked_at)
-            answers.trouble, answers.unreadable = error.message, True
+            state.by_digest[digest] = Missing(at=started_at)
+            state.error, state.unreadable = error.message, True
         except StoreError as error:
-            answers.trouble = str(error)
-            answers.not_before = self._clock() + OUTAGE_PAUSE_SECONDS
+            state.error = str(error)
+            state.not_before = self._clock() + OUTAGE_PAUSE_SECONDS
         finally:
-            answers.asking.discard(digest)
-            on_answer()
+            state.pending.discard(digest)
+            on_result()
 
     def _read(self, storage: Storage, digest: str, now: float) -> Found | Missing:
         store = self.store(storage)

@@ -1,6 +1,6 @@
-"""Pointers: small files in the store through which a run's stages are found by name. Written where the operator may.
+"""Pointers: small files in the store through which a run's artifacts are found by stage name.
 
-An operator that may only read manifests leaves them out: the run's status names the artifacts, too.
+An operator without write access to the store omits them: the run's status names the artifacts, too.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from stagecoach_api.spec import Storage
 from stagecoach_api.store import AccessDenied, StoreError
 from stagecoach_core.artifacts import pointer_to
 from stagecoach_core.values import StageView
-from stagecoach_operator.artifact_lookup import Lookups, StoreKey, store_key
-from stagecoach_operator.planning import Snapshot
-from stagecoach_operator.watched import RunView
+from stagecoach_operator.artifact_lookup import ArtifactLookups, StoreKey, store_key
+from stagecoach_operator.object_views import RunView
+from stagecoach_operator.planning import FrozenPlan
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Pointers:
-    """Writes the pointer of every stage that is finished, once."""
+    """Writes the pointer of every finished stage, once."""
 
-    lookups: Lookups
+    lookups: ArtifactLookups
     _written: dict[str, dict[str, str]] = field(default_factory=dict)
     """Stage digests by stage, by the run's UID."""
     _closed: set[StoreKey] = field(default_factory=set)
-    """Stores that the operator may not write to."""
+    """Stores the operator may not write to."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def point(self, run: RunView, snapshot: Snapshot, views: Mapping[str, StageView], now: float) -> None:
-        """Write the pointers that are missing, some time, without anybody waiting for it."""
-        if store_key(snapshot.storage) in self._closed:
+    def point(self, run: RunView, frozen: FrozenPlan, views: Mapping[str, StageView], now: float) -> None:
+        """Write missing pointers in the background."""
+        if store_key(frozen.storage) in self._closed:
             return
         known = self._written.setdefault(run.meta.uid, {})
         for name, view in views.items():
@@ -43,8 +43,8 @@ class Pointers:
             if found is None or known.get(name) == found.stage_digest:
                 continue
             known[name] = found.stage_digest
-            pointer = pointer_to(found, snapshot.plan, name, view, now)
-            self._begin(run, snapshot.storage, pointer)
+            pointer = pointer_to(found, frozen.plan, name, view, now)
+            self._begin(run, frozen.storage, pointer)
 
     def forget(self, run_uid: str) -> None:
         self._written.pop(run_uid, None)
@@ -63,4 +63,4 @@ class Pointers:
             self._closed.add(store_key(storage))
         except StoreError as error:
             self._written.get(run.meta.uid, {}).pop(pointer.stage, None)
-            log.warning("%s/%s: the pointer of `%s`: %s", *run.key, pointer.stage, error)
+            log.warning("%s/%s: cannot write the pointer of `%s`: %s", *run.key, pointer.stage, error)

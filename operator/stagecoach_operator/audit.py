@@ -1,7 +1,7 @@
-"""Lists beside the watches: once before anything is decided, and again and again to see whether the watches hear.
+"""Lists every watched kind, once before the first decision and then periodically, to verify the watches.
 
-A watch may be deaf while it looks alive: its connection hangs, its right was taken away, or it began anew and never
-told of what was deleted meanwhile. So what is listed is compared with what was heard.
+A watch may be stale although its connection looks alive: it hangs, its RBAC permission was revoked, or it was restarted
+and never reported what was deleted meanwhile. So lists are compared with the cache, and differences are repaired.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from stagecoach_operator.kube import (
     NotServed,
     Resource,
 )
-from stagecoach_operator.watched import (
-    Cache,
-    Child,
+from stagecoach_operator.object_cache import Cache, Child, is_newer
+from stagecoach_operator.object_views import (
     JobSetView,
     PodView,
     RunView,
     WorkloadView,
-    is_newer,
     jobset_view,
     pod_view,
     run_view,
@@ -43,7 +41,7 @@ from stagecoach_operator.watched import (
 log = logging.getLogger(__name__)
 
 AUDIT_SECONDS = 60.0
-"""How often lists are compared with what was heard."""
+"""How often lists are compared with the cache."""
 
 WATCHED = (TRAINING_RUNS, JOBSETS, PODS, WORKLOADS)
 """In the order in which they are listed: owners before what they own."""
@@ -61,12 +59,12 @@ VIEWS: Mapping[Resource, Callable[[Body], Child]] = {JOBSETS: jobset_view, PODS:
 
 
 def selector_of(resource: Resource) -> str:
-    """Return the label selector of what is watched of a kind. Runs and Workloads are not ours to label."""
+    """Return the label selector for a kind. Runs and Workloads carry no label of ours."""
     return managed_selector() if resource in (JOBSETS, PODS) else ""
 
 
-def take(cache: Cache, resource: Resource, body: Body) -> str | None:
-    """Take an object into the cache; return the UID of the run it is news for. None: it is no news."""
+def store(cache: Cache, resource: Resource, body: Body) -> str | None:
+    """Store an object in the cache; return the UID of the run to reconcile, or None if nothing has changed."""
     if resource == TRAINING_RUNS:
         view = run_view(body)
         return view.meta.uid if cache.put_run(view) else None
@@ -74,91 +72,93 @@ def take(cache: Cache, resource: Resource, body: Body) -> str | None:
 
 
 @dataclass
-class Hearing:
-    """How well the watch of one kind hears."""
+class WatchHealth:
+    """Whether the watch of one kind delivers its events."""
 
     served: bool = True
-    """The kind is installed."""
-    trouble: str = ""
-    """Why it cannot be listed. Empty: it can."""
-    unheard: dict[str, str] = field(default_factory=dict)
-    """Resource versions that the last list showed and the watch had not told, by UID."""
-    heard_at: float = 0.0
-    """When the watch was last known to hear (monotonic)."""
+    """Whether the kind is installed."""
+    error: str = ""
+    """Why it cannot be listed. Empty if it can."""
+    missed: dict[str, str] = field(default_factory=dict)
+    """Resource versions that the last list contained and the watch had not delivered, by UID."""
+    healthy_at: float = 0.0
+    """When the watch was last known to deliver (monotonic)."""
 
 
 @dataclass
 class Audit:
-    """Fills the cache before the watches begin, and repairs it when they miss something."""
+    """Fills the cache before the watches start, and repairs it if they miss something."""
 
     kube: Kube
     cache: Cache
     namespace: str | None
-    wake: Callable[[str], None]
+    enqueue: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
-    hearings: dict[Resource, Hearing] = field(default_factory=lambda: {item: Hearing() for item in WATCHED})
+    watches: dict[Resource, WatchHealth] = field(default_factory=lambda: {item: WatchHealth() for item in WATCHED})
     appeared: bool = False
-    """A kind was installed after the watches began: they do not look for it again, so the operator must start anew."""
+    """Whether a kind was installed after the start. The watches do not discover it: the operator must restart."""
 
     async def cold_start(self) -> None:
-        """Take everything in that exists. Raises KubeError where what must be there cannot be listed."""
+        """Fill the cache with everything that exists. Raises KubeError if a mandatory kind cannot be listed."""
         for resource in WATCHED:
-            hearing = self.hearings[resource]
+            watch = self.watches[resource]
             try:
                 listing = await self._list(resource, metadata_only=False)
             except NotServed:
                 if resource not in OPTIONAL:
                     raise
-                hearing.served = False
+                watch.served = False
                 continue
-            hearing.heard_at = self.clock()
+            watch.healthy_at = self.clock()
             for body in listing.items:
-                take(self.cache, resource, body)
+                store(self.cache, resource, body)
 
     async def check(self) -> None:
-        """Compare lists with what was heard. What is missing is repaired, and deafness is noted."""
+        """Compare lists with the cache, repair differences, and note whether each watch delivers."""
         for resource in WATCHED:
             await self._check(resource)
 
     async def _check(self, resource: Resource) -> None:
-        hearing = self.hearings[resource]
+        watch = self.watches[resource]
         try:
             listing = await self._list(resource, metadata_only=True)
         except NotServed:
             return
         except Forbidden as error:
-            hearing.trouble = f"{resource.plural} may not be listed: {error}"
+            watch.error = f"{resource.plural} may not be listed: {error}"
             return
         except KubeError as error:
             log.warning("audit of %s: %s", resource.plural, error)
             return
-        if not hearing.served:
-            log.warning("%s are installed now; starting anew to watch them", resource.plural)
+        if not watch.served:
+            log.warning("%s are installed now; restarting to watch them", resource.plural)
             self.appeared = True
-        hearing.trouble = ""
-        await self._compare(resource, hearing, listing)
+        watch.error = ""
+        await self._compare(resource, watch, listing)
 
-    async def _compare(self, resource: Resource, hearing: Hearing, listing: Listing) -> None:
+    async def _compare(self, resource: Resource, watch: WatchHealth, listing: Listing) -> None:
         listed = {item["metadata"]["uid"]: item["metadata"] for item in listing.items}
         known = self._known(resource)
         for uid in [uid for uid in known if uid not in listed]:
+            # The list proves a deletion only if it is not older than the object: our own create may be newer than it.
             if is_newer(listing.resource_version, known[uid]) or listing.resource_version == known[uid]:
-                log.warning("%s %s is gone, and the watch did not say so", resource.kind, uid)
+                log.warning("%s %s was deleted, and the watch did not report it", resource.kind, uid)
                 run_uid = self.cache.remove(uid)
                 if run_uid is not None:
-                    self.wake(run_uid)
+                    self.enqueue(run_uid)
         newer = {
             uid: str(metadata["resourceVersion"])
             for uid, metadata in listed.items()
             if self._is_ours(resource, metadata, known)
             and is_newer(str(metadata["resourceVersion"]), known.get(uid, "0"))
         }
-        deaf = [uid for uid, version in newer.items() if hearing.unheard.get(uid) == version]
-        for uid in deaf:
+        # A version may be listed before its event arrives. It was missed if the previous list already contained it.
+        missed = [uid for uid, version in newer.items() if watch.missed.get(uid) == version]
+        for uid in missed:
             await self._repair(resource, listed[uid])
-        if not deaf:
-            hearing.heard_at = self.clock()
-        hearing.unheard = newer
+        if not missed:
+            watch.healthy_at = self.clock()
+        watch.missed = newer
 
     def _known(self, resource: Resource) -> dict[str, str]:
         """Return the resource versions in the cache, by UID."""
@@ -167,14 +167,14 @@ class Audit:
         return {uid: view.meta.resource_version for uid, view in views.items() if isinstance(view, kind)}
 
     def _is_ours(self, resource: Resource, metadata: Body, known: Mapping[str, str]) -> bool:
-        """Tell whether the cache would hold an object: not the Workloads of others."""
+        """Return whether the cache would store an object: Workloads only if they belong to our JobSets."""
         if resource != WORKLOADS or metadata["uid"] in known:
             return True
         owners = {item.get("uid") for item in metadata.get("ownerReferences") or ()}
         return any(uid in self.cache.children for uid in owners)
 
     async def _repair(self, resource: Resource, metadata: Body) -> None:
-        log.warning("the watch of %s has not told of %s; it is read", resource.plural, metadata["name"])
+        log.warning("the watch of %s missed a change of %s; reading it", resource.plural, metadata["name"])
         try:
             listing = await self.kube.list(
                 resource, metadata.get("namespace") or self.namespace, fields=f"metadata.name={metadata['name']}"
@@ -183,20 +183,20 @@ class Audit:
             log.warning("%s %s: %s", resource.kind, metadata["name"], error)
             return
         for body in listing.items:
-            run_uid = take(self.cache, resource, body)
+            run_uid = store(self.cache, resource, body)
             if run_uid is not None:
-                self.wake(run_uid)
+                self.enqueue(run_uid)
 
     async def _list(self, resource: Resource, metadata_only: bool) -> Listing:
         return await self.kube.list(resource, self.namespace, labels=selector_of(resource), metadata_only=metadata_only)
 
-    def complaints(self, deaf_after_seconds: float) -> list[str]:
-        """Return what is wrong with the watches: kinds that may not be listed, or have been deaf for too long."""
+    def problems(self, stale_after_seconds: float) -> list[str]:
+        """Return a message for each kind that may not be listed, or whose watch has been stale for too long."""
         now = self.clock()
-        found = []
-        for resource, hearing in self.hearings.items():
-            if hearing.trouble:
-                found.append(hearing.trouble)
-            elif hearing.served and hearing.heard_at and now - hearing.heard_at > deaf_after_seconds:
-                found.append(f"the watch of {resource.plural} has been deaf for {now - hearing.heard_at:.0f} s")
-        return found
+        problems = []
+        for resource, watch in self.watches.items():
+            if watch.error:
+                problems.append(watch.error)
+            elif watch.served and watch.healthy_at and now - watch.healthy_at > stale_after_seconds:
+                problems.append(f"the watch of {resource.plural} has missed changes for {now - watch.healthy_at:.0f} s")
+        return problems

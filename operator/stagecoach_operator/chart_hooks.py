@@ -1,4 +1,4 @@
-"""What the chart's hooks do, each in a pod with the operator's image and rights.
+"""The chart's hooks, each run in a pod with the operator's image and permissions.
 
 python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS [--runs-namespace NAME]
 python -m stagecoach_operator.chart_hooks test --url URL [--runs-namespace NAME]
@@ -21,38 +21,38 @@ from stagecoach_operator.settings import ENV_POD_NAMESPACE
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
 POLL_SECONDS = 1.0
 POLLS = 120
-"""How often an operator that was told to end is looked for; its pods have 30 seconds."""
+"""How often to look for pods of the operator that was scaled down; they have 30 seconds to end."""
 MAX_TRIES = 5
-"""How often a run that others change meanwhile is patched."""
+"""How often to patch a run that other clients change meanwhile."""
 HTTP_TIMEOUT_SECONDS = 20
 
 Sleep = Callable[[float], Awaitable[None]]
 
 
 class HookError(Exception):
-    """The hook could not do its work; the message says what is left to do."""
+    """The hook failed; the message states what to do."""
 
 
 async def uninstall(
     kube: Kube, deployment: str, namespace: str, selector: str, runs_namespace: str | None, sleep: Sleep = asyncio.sleep
 ) -> int:
-    """Stop the operator, then take its finalizer from all runs; return from how many.
+    """Stop the operator, then remove its finalizer from all runs; return from how many.
 
-    In this order, since an operator that still works would put it back on runs that train. `namespace`: the operator's;
-    `runs_namespace`: the runs', None for all. Raises HookError, KubeError.
+    In this order, because a running operator would add it again to runs with live attempts. `namespace`: the
+    operator's; `runs_namespace`: the runs', None for all. Raises HookError and KubeError.
     """
     try:
         await kube.patch(DEPLOYMENTS, namespace, deployment, {"spec": {"replicas": 0}}, subresource="scale")
     except NotFound:
-        print(f"there is no deployment {deployment}")
+        print(f"deployment {deployment} does not exist")
     await _until_gone(kube, namespace, selector, sleep)
     try:
         runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
     except NotFound:
-        return 0  # its definition is gone, and so are they
+        return 0  # the CRD was deleted, and the runs with it
     held = [run for run in runs if FINALIZER in run["metadata"].get("finalizers", ())]
     for run in held:
-        await _release(kube, run)
+        await _remove_finalizer(kube, run)
     return len(held)
 
 
@@ -66,8 +66,8 @@ async def _until_gone(kube: Kube, namespace: str, selector: str, sleep: Sleep) -
     )
 
 
-async def _release(kube: Kube, run: Body) -> None:
-    """Take the finalizer from a run that others may change or delete meanwhile."""
+async def _remove_finalizer(kube: Kube, run: Body) -> None:
+    """Remove the finalizer from a run that other clients may change or delete meanwhile."""
     metadata = run["metadata"]
     namespace, name = metadata["namespace"], metadata["name"]
     with contextlib.suppress(NotFound):
@@ -80,15 +80,15 @@ async def _release(kube: Kube, run: Body) -> None:
                 metadata = (await kube.get(TRAINING_RUNS, namespace, name))["metadata"]
             else:
                 return
-        raise HookError(f"run {namespace}/{name} changes all the time: remove its finalizer `{FINALIZER}` by hand")
+        raise HookError(f"run {namespace}/{name} keeps changing: remove its finalizer `{FINALIZER}` by hand")
 
 
 async def check(kube: Kube, url: str, runs_namespace: str | None) -> None:
-    """Check that an operator answers and that runs can be listed. Raises HookError, KubeError."""
+    """Check that an operator is ready and that runs can be listed. Raises HookError and KubeError."""
     try:
         await asyncio.to_thread(_fetch, url)
     except OSError as error:
-        raise HookError(f"{url}: {error}; look at the operator's pods and their logs") from error
+        raise HookError(f"{url}: {error}; inspect the operator's pods and their logs") from error
     runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
     print(f"the operator is ready; {len(runs)} run(s) in {runs_namespace or 'all namespaces'}")
 
@@ -106,16 +106,16 @@ async def _run(options: argparse.Namespace) -> None:
             return
         namespace = os.environ[ENV_POD_NAMESPACE]
         number = await uninstall(kube, options.deployment, namespace, options.selector, options.runs_namespace)
-        print(f"took the finalizer from {number} run(s)")
+        print(f"removed the finalizer from {number} run(s)")
     finally:
         await kube.close()
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return what understands the arguments in the chart."""
+    """Return the parser of the arguments used in the chart."""
     parser = argparse.ArgumentParser(prog="python -m stagecoach_operator.chart_hooks", description=__doc__)
     hooks = parser.add_subparsers(dest="hook", required=True)
-    hook = hooks.add_parser("uninstall", help="stop the operator, then take its finalizer from all runs")
+    hook = hooks.add_parser("uninstall", help="stop the operator, then remove its finalizer from all runs")
     hook.add_argument("--deployment", required=True, help="the operator's Deployment")
     hook.add_argument("--selector", required=True, help="labels of its pods")
     probe = hooks.add_parser("test", help="check that the operator is ready and runs can be listed")

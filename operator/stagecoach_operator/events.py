@@ -1,6 +1,6 @@
-"""Events: what changed between two statuses, in words, with stable reasons; each is posted once.
+"""Kubernetes Events for the changes between two statuses, with stable reasons.
 
-An event's name is made of what it says, so that an operator that comes back and says it again is told that it exists.
+The name of an Event is derived from its contents: after a restart the API server answers a repeated one with 409.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from stagecoach_api.status import (
     StageStatus,
     TrainingRunStatus,
 )
+from stagecoach_operator.object_views import RunView
 from stagecoach_operator.observe import moment
-from stagecoach_operator.watched import RunView
 
 COMPONENT = "stagecoach-operator"
 
 
 class EventReason(StrEnum):
-    """Reasons of events. Programs may rely on them."""
+    """Reasons of Events. They are part of the API: programs may rely on them."""
 
     ACCEPTED = "Accepted"
     REFUSED = "Refused"
@@ -55,11 +55,11 @@ class RunEvent:
 
 
 def events_between(before: TrainingRunStatus, after: TrainingRunStatus) -> list[RunEvent]:
-    """Return what there is to say when one status follows another."""
-    told = {stage.name: stage for stage in before.stages}
+    """Return the events for the changes from one status to the next."""
+    previous = {stage.name: stage for stage in before.stages}
     events = list(_of_conditions(before, after))
     for stage in after.stages:
-        events += _of_stage(told.get(stage.name), stage)
+        events += _of_stage(previous.get(stage.name), stage)
     return events
 
 
@@ -69,24 +69,26 @@ def _of_stage(before: StageStatus | None, after: StageStatus) -> Iterator[RunEve
     for record in after.attempts:
         old = known.get(record.number)
         if old is None:
-            yield RunEvent(EventReason.STAGE_STARTED, f"stage `{after.name}`: attempt {record.number} is asked for")
+            yield RunEvent(EventReason.STAGE_STARTED, f"stage `{after.name}`: attempt {record.number} is created")
         if record.ended is None or (old is not None and old.ended is not None) or record.cause is None:
             continue
-        where = "".join(f", {word} {value}" for word, value in (("pod", record.pod), ("node", record.node)) if value)
+        where = "".join(f", {label} {value}" for label, value in (("pod", record.pod), ("node", record.node)) if value)
         text = f"stage `{after.name}`: attempt {record.number} ended ({record.cause}{where}): {record.message}"
-        asked = record.stop_cause is not None
-        yield RunEvent(EventReason.ATTEMPT_STOPPED if asked else EventReason.ATTEMPT_FAILED, text, warning=not asked)
+        requested = record.stop_cause is not None
+        yield RunEvent(
+            EventReason.ATTEMPT_STOPPED if requested else EventReason.ATTEMPT_FAILED, text, warning=not requested
+        )
     if after.state is old_state:
         return
     if after.state is StageState.SUCCEEDED:
-        yield RunEvent(EventReason.STAGE_SUCCEEDED, f"stage `{after.name}` is finished")
+        yield RunEvent(EventReason.STAGE_SUCCEEDED, f"stage `{after.name}` has finished")
     elif after.state is StageState.CACHED:
         yield RunEvent(EventReason.STAGE_CACHED, f"stage `{after.name}`: its artifact was found")
     elif after.state is StageState.FAILED:
         yield RunEvent(EventReason.STAGE_FAILED, f"stage `{after.name}`: {after.message}", warning=True)
 
 
-TROUBLE = frozenset(
+BLOCKING = frozenset(
     {
         Reason.IMAGE_UNAVAILABLE,
         Reason.SECRET_MISSING,
@@ -115,11 +117,13 @@ def _of_condition(now: Condition, before: Condition | None) -> RunEvent | None: 
             return RunEvent(EventReason.ACCEPTED, "the run is valid")
         case ConditionType.ACCEPTED if not holds and (before is None or before.message != now.message):
             return RunEvent(EventReason.REFUSED, now.message, warning=True)
-        case ConditionType.PROGRESSING if now.reason in TROUBLE and (before is None or before.reason is not now.reason):
+        case ConditionType.PROGRESSING if now.reason in BLOCKING and (
+            before is None or before.reason is not now.reason
+        ):
             return RunEvent(EventReason.BLOCKED, f"{now.reason}: {now.message}", warning=True)
         case ConditionType.SUSPENDED if changed and (holds or before is not None):
             reason = EventReason.SUSPENDED if holds else EventReason.RESUMED
-            return RunEvent(reason, now.message or ("the run is suspended" if holds else "the run goes on"))
+            return RunEvent(reason, now.message or ("the run is suspended" if holds else "the run is resumed"))
         case ConditionType.COMPLETE if changed and holds:
             return RunEvent(EventReason.COMPLETE, now.message)
         case ConditionType.FAILED if changed and holds:
@@ -128,14 +132,14 @@ def _of_condition(now: Condition, before: Condition | None) -> RunEvent | None: 
 
 
 def event_body(run: RunView, event: RunEvent, now: float) -> dict[str, Any]:
-    """Return the Event of the API server."""
-    said = f"{run.meta.uid}/{run.generation}/{event.reason}/{event.message}"
+    """Return the Event object for the API server."""
+    identity = f"{run.meta.uid}/{run.generation}/{event.reason}/{event.message}"
     stamp = moment(now).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{run.meta.name}.{hashlib.sha256(said.encode()).hexdigest()[:16]}",
+            "name": f"{run.meta.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
             "namespace": run.meta.namespace,
         },
         "involvedObject": {

@@ -1,6 +1,7 @@
-"""What kopf is used for: watching and queueing. Its handlers only take objects into the cache and ask for a turn.
+"""The use of kopf: it watches. Its handlers only store objects in the cache and request reconciliations.
 
-Only `on.event` handlers are registered: they add neither annotation nor finalizer to anything.
+Only `on.event` handlers are registered. For its change-detecting handlers kopf adds annotations and finalizers, and
+would write to every watched pod.
 """
 
 from __future__ import annotations
@@ -10,29 +11,30 @@ from typing import Any
 
 import kopf
 
-from stagecoach_operator.audit import WATCHED, selector_of, take
+from stagecoach_operator.audit import WATCHED, selector_of, store
 from stagecoach_operator.kube import Resource
-from stagecoach_operator.watched import Cache
+from stagecoach_operator.object_cache import Cache
 
 SERVER_TIMEOUT_SECONDS = 300
-"""How long the API server keeps one watch; then it is begun anew where it was."""
+"""How long the API server keeps one watch open; kopf then resumes from its last resource version."""
 CLIENT_TIMEOUT_SECONDS = 330.0
+"""Longer than the server's, so that a watch normally ends at the server."""
 INACTIVITY_SECONDS = 70.0
-"""A watch without an event, be it a bookmark (which come every minute), is taken for dead."""
+"""A watch without any event for this long counts as broken: the API server sends bookmarks about every minute."""
 
 
-def make_registry(cache: Cache, wake: Callable[[str], None]) -> kopf.OperatorRegistry:
-    """Return the handlers of everything that is watched."""
+def make_registry(cache: Cache, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
+    """Return the handlers for all watched kinds."""
     registry = kopf.OperatorRegistry()
     for resource in WATCHED:
-        _watch(resource, cache, wake, registry)
+        _watch(resource, cache, enqueue, registry)
     kopf.on.login(registry=registry)(log_in)
     return registry
 
 
-def _watch(resource: Resource, cache: Cache, wake: Callable[[str], None], registry: kopf.OperatorRegistry) -> None:
+def _watch(resource: Resource, cache: Cache, enqueue: Callable[[str], None], registry: kopf.OperatorRegistry) -> None:
     async def on_event(event: Any, **_: Any) -> None:
-        hear(resource, cache, wake, event["type"], event["object"])
+        receive(resource, cache, enqueue, event["type"], event["object"])
 
     kopf.on.event(
         group=resource.group,
@@ -43,23 +45,24 @@ def _watch(resource: Resource, cache: Cache, wake: Callable[[str], None], regist
     )(on_event)
 
 
-def hear(resource: Resource, cache: Cache, wake: Callable[[str], None], kind: str | None, body: Any) -> None:
-    """Take an event of a watch in: ADDED, MODIFIED, DELETED, or None for an object that was there at the start."""
-    run_uid = cache.remove(body["metadata"]["uid"]) if kind == "DELETED" else take(cache, resource, body)
+def receive(resource: Resource, cache: Cache, enqueue: Callable[[str], None], kind: str | None, body: Any) -> None:
+    """Apply an event of a watch: ADDED, MODIFIED, DELETED, or None for an object listed at the start."""
+    run_uid = cache.remove(body["metadata"]["uid"]) if kind == "DELETED" else store(cache, resource, body)
     if run_uid is not None:
-        wake(run_uid)
+        enqueue(run_uid)
 
 
 def make_settings() -> kopf.OperatorSettings:
-    """Return kopf's settings: no scanning, no posting, no peering, watches that notice when they are dead."""
+    """Return kopf's settings: no scanning, no posting, no peering; watches that detect broken connections."""
     settings = kopf.OperatorSettings()
-    settings.scanning.disabled = True
-    settings.posting.enabled = False
-    settings.peering.standalone = True
+    settings.scanning.disabled = True  # it needs cluster-wide rights to list CRDs and namespaces
+    settings.posting.enabled = False  # kopf would post its log lines as Events; ours have stable reasons
+    settings.peering.standalone = True  # the Lease elects the active replica
     settings.watching.server_timeout = SERVER_TIMEOUT_SECONDS
     settings.watching.client_timeout = CLIENT_TIMEOUT_SECONDS
     settings.watching.inactivity_timeout = INACTIVITY_SECONDS
     settings.watching.reconnect_backoff = 0.1
+    # Handlers return at once, so per-object workers need neither a limit nor kopf's default linger of 5 seconds.
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 1.0
     settings.networking.error_backoffs = (1, 2, 4, 8, 16)
@@ -72,5 +75,8 @@ def make_settings() -> kopf.OperatorSettings:
 
 
 async def log_in(**arguments: Any) -> kopf.ConnectionInfo | None:
-    """Let kopf use what kube.py uses: the pod's service account, else KUBECONFIG. No client library is imported."""
+    """Give kopf the credentials that kube.py uses: the pod's service account, else KUBECONFIG.
+
+    These login functions, unlike kopf's default, do not import a client library.
+    """
     return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)

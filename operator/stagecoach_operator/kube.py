@@ -1,13 +1,13 @@
-"""The only module that speaks to the API server. Bodies are raw JSON; errors say what kind they are.
+"""The only module that calls the API server. Bodies are raw JSON; errors are classified.
 
-KubeError             the API server did not do what was asked
-├── NotFound          there is no such object
-│   └── NotServed     there is no such kind of object: its CRD is not installed
+KubeError             the request failed
+├── NotFound          the object does not exist
+│   └── NotServed     the kind does not exist: its CRD is not installed
 ├── AlreadyExists     an object of that name exists
-├── Conflict          the object has changed since it was seen, or is another one of the same name
-├── Forbidden         no right, or a quota or policy refuses it
-├── Invalid           the API server or a webhook refuses the body
-└── Unavailable       no answer, too busy, or ill: the same call may succeed later
+├── Conflict          the object has changed since it was read, or another one has its name now
+├── Forbidden         denied by RBAC, a quota or a policy
+├── Invalid           rejected by the API server's validation or a webhook
+└── Unavailable       no response, overloaded, or an internal error: the same request may succeed later
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stagecoach_api import names
 from stagecoach_api.kubernetes_status import status_object
 
 Body = dict[str, Any]
-"""A JSON object as the API server has it."""
+"""An object of the API as JSON."""
 
 MERGE_PATCH = "application/merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
@@ -36,15 +36,15 @@ LIST_CHUNK = 500
 
 
 class KubeError(Exception):
-    """The API server did not do what was asked; the message is its own."""
+    """The request failed; the message is the API server's."""
 
 
 class NotFound(KubeError):
-    """There is no such object."""
+    """The object does not exist."""
 
 
 class NotServed(NotFound):
-    """There is no such kind of object."""
+    """The kind of object does not exist: its CRD is not installed."""
 
 
 class AlreadyExists(KubeError):
@@ -52,38 +52,39 @@ class AlreadyExists(KubeError):
 
 
 class Conflict(KubeError):
-    """The object has changed since it was seen, or another one has its name now."""
+    """The object has changed since it was read, or another one has its name now."""
 
 
 class Forbidden(KubeError):
-    """No right, or a quota or policy refuses it."""
+    """Denied by RBAC, a quota or a policy."""
 
 
 class Invalid(KubeError):
-    """The API server or a webhook refuses the body."""
+    """Rejected by the API server's validation or a webhook."""
 
 
 class Unavailable(KubeError):
-    """No answer, too busy, or ill."""
+    """No response, overloaded, or an internal error."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """Seconds to wait before the next call, where the server said so."""
+        """Seconds to wait before the next request, if the server specified them."""
 
 
 def error_of(status: int, text: str, retry_after: str | None = None) -> KubeError:
-    """Return the error that an answer of 400 or above stands for."""
+    """Return the error for a response with status 400 or above."""
     answer = status_object(text)
     message = str(answer.get("message") or text[:500] or f"status {status}")
     reason = answer.get("reason")
     if status == 404:
+        # A missing object gives a Status object as the body; an unknown path the plain text `404 page not found`.
         return NotFound(message) if answer else NotServed(message)
     if status == 409:
         return AlreadyExists(message) if reason == "AlreadyExists" else Conflict(message)
     if status in (401, 403):
         return Forbidden(message)
-    if status == 410:
+    if status == 410:  # Expired: the resource version, or the continue token of a list, is too old
         return Conflict(message)
     if status in (408, 429) or status >= 500:
         seconds = retry_after if retry_after and retry_after.isdigit() else None
@@ -96,7 +97,7 @@ def error_of(status: int, text: str, retry_after: str | None = None) -> KubeErro
 
 @dataclass(frozen=True)
 class Resource:
-    """A kind of object, as URLs name it."""
+    """A kind of object and its place in URLs."""
 
     group: str
     """Empty for the core group."""
@@ -109,7 +110,7 @@ class Resource:
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
-        """Return the URL path of an object, or of all of them (`namespace` None: in every namespace)."""
+        """Return the URL path of one object, or of all (in all namespaces if `namespace` is None)."""
         root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
         parts = [root]
         if namespace is not None:
@@ -129,20 +130,20 @@ LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 
 @dataclass(frozen=True)
 class Listing:
-    """Objects, and the state of the whole list they were taken from."""
+    """Listed objects, and the resource version of the list."""
 
     items: tuple[Body, ...]
     resource_version: str
 
 
 class Kube(Protocol):
-    """What the operator asks of the API server. Every method may raise any KubeError."""
+    """The operations of the API server that the operator uses. Every method may raise any KubeError."""
 
     async def create(self, resource: Resource, body: Body) -> Body:
-        """Create an object in the namespace its metadata name. Raises AlreadyExists."""
+        """Create an object in the namespace named in its metadata. Raises AlreadyExists."""
 
     async def apply(self, resource: Resource, body: Body) -> Body:
-        """Create the object or make it so (server-side apply; fields of others that are in `body` are taken over)."""
+        """Create or update an object by server-side apply, taking over fields of other managers that are in `body`."""
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
         """Return an object. Raises NotFound."""
@@ -150,31 +151,31 @@ class Kube(Protocol):
     async def list(
         self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
     ) -> Listing:
-        """Return the objects that both selectors choose. Raises NotServed where the kind is not installed."""
+        """Return the objects that match both selectors. Raises NotServed if the kind is not installed."""
 
     async def patch(self, resource: Resource, namespace: str, name: str, patch: Body, subresource: str = "") -> Body:
-        """Merge `patch` in. With `metadata.resourceVersion` and `metadata.uid` in it: raises Conflict where the object
-        has changed or is another one."""
+        """Apply a JSON merge patch. With `metadata.resourceVersion` and `metadata.uid` in it, raises Conflict if the
+        object has changed or is another one."""
 
     async def replace(self, resource: Resource, body: Body) -> Body:
-        """Replace an object. Raises Conflict where it has changed since its `resourceVersion`."""
+        """Replace an object. Raises Conflict if it has changed since its `resourceVersion`."""
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
     ) -> None:
-        """Delete an object, its dependants first (`foreground`) or afterwards. Raises NotFound, and Conflict where the
+        """Delete an object, its dependants first (`foreground`) or afterwards. Raises NotFound, and Conflict if the
         object of that name has another UID."""
 
     async def read(self, path: str) -> Any:
-        """Return the JSON at a path of the API server that is no object, such as its signing keys."""
+        """Return the JSON at a path that is not an object of the API, such as the server's signing keys."""
 
 
-# -- the real one ------------------------------------------------------------------------------------------------------
+# -- implementation ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Calls:
-    """How often the API server was called, by verb and kind: for metrics and for the bench."""
+    """Number of requests to the API server by verb and kind, for metrics and benchmarks."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -183,7 +184,7 @@ class Calls:
 
 
 class TokenBucket:
-    """Lets `rate` calls a second through, `burst` at once: an operator that comes back must not flood the server."""
+    """Allows `rate` calls per second and bursts of `burst`: a restarted operator must not flood the API server."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
@@ -205,7 +206,7 @@ WRITE_BURST = 200.0
 
 
 class ApiServer:
-    """`Kube` over kubernetes.aio: credentials from the pod's service account, else from KUBECONFIG."""
+    """`Kube` on top of kubernetes.aio, with credentials from the pod's service account, else from KUBECONFIG."""
 
     def __init__(self, client: Any, timeout_seconds: float) -> None:
         self._client = client
@@ -215,7 +216,7 @@ class ApiServer:
 
     @classmethod
     async def connect(cls, timeout_seconds: float = 30.0) -> ApiServer:
-        """Read the credentials. Raises Unavailable where there are none."""
+        """Read the credentials. Raises Unavailable if there are none."""
         from kubernetes.aio import config
         from kubernetes.aio.client import ApiClient, Configuration
 
@@ -245,8 +246,8 @@ class ApiServer:
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
         self.calls.count("get", resource.plural)
-        found: Body = await self._request("GET", resource.path(namespace, name))
-        return found
+        body: Body = await self._request("GET", resource.path(namespace, name))
+        return body
 
     async def list(
         self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
@@ -281,9 +282,11 @@ class ApiServer:
         await self._write("DELETE", resource, resource.path(namespace, name), body)
 
     async def read(self, path: str) -> Any:
-        return await self._request("GET", path, accept="*/*")  # keys are `application/jwk-set+json`, and only that
+        return await self._request(
+            "GET", path, accept="*/*"
+        )  # signing keys are served only as `application/jwk-set+json`
 
-    # -- one call ------------------------------------------------------------------------------------------------------
+    # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _write(
         self,

@@ -1,6 +1,6 @@
-"""One active operator: whoever holds the Lease. Who loses it ends at once, and starts anew as a stand-by.
+"""Leader election: the active operator holds the Lease. A replica that loses it exits and restarts as a standby.
 
-The identity is the pod's name, so that a container that is restarted takes its Lease back without waiting.
+The identity is the pod's name, so a restarted container takes its Lease back without waiting.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from stagecoach_operator.kube import LEASES, AlreadyExists, Body, Conflict, Kube
 log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 0.6
-"""Share of the Lease's duration after which one that is not renewed counts as lost; a last call may take a third."""
+"""Share of the Lease's duration after which one that is not renewed counts as lost. The last call may take another
+third, and still ends before another replica may take the Lease."""
 
 Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass
 class Lease:
-    """The right to work, for a while at a time."""
+    """The Lease, as this replica holds it or waits for it."""
 
     kube: Kube
     namespace: str
     name: str
     identity: str
     seconds: int
-    """How long a Lease that is not renewed is respected."""
+    """Duration: how long other replicas respect a Lease that is not renewed."""
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     sleep: Sleep = asyncio.sleep
     held: bool = False
     answered_at: float = field(default=float("-inf"))
-    """When the API server last answered about it (monotonic)."""
+    """When the API server last responded to a request for it (monotonic)."""
     _seen: tuple[str, str] = ("", "")
     _seen_at: float = float("-inf")
     _body: Body | None = None
@@ -48,7 +49,7 @@ class Lease:
         return self.seconds / 3
 
     async def acquire(self) -> None:
-        """Wait until the Lease is ours."""
+        """Wait until this replica holds the Lease."""
         while not self.held:
             try:
                 await self._try()
@@ -59,7 +60,7 @@ class Lease:
         log.info("lease %s is held by %s", self.name, self.identity)
 
     async def keep(self) -> None:
-        """Renew the Lease until it is lost: another one has it, or it could not be renewed in time."""
+        """Renew the Lease until it is lost: another replica holds it, or it could not be renewed in time."""
         renewed_at = self.clock()
         pause = self.pause_seconds
         while self.held:
@@ -69,16 +70,16 @@ class Lease:
                 await asyncio.wait_for(self._renew(), self.pause_seconds)
                 renewed_at, pause = self.answered_at, self.pause_seconds
             except Conflict:
-                await self._look_again()
+                await self._check_holder()
             except (KubeError, TimeoutError) as error:
                 log.warning("lease %s could not be renewed: %s: %s", self.name, type(error).__name__, error)
-            # Others wait for the whole of it: we must be gone before.
+            # Other replicas wait for the whole duration: this one must have stopped before.
             if self.clock() - renewed_at > self.seconds * GIVE_UP_AFTER:
                 self.held = False
         log.error("lease %s is lost", self.name)
 
     async def release(self) -> None:
-        """Give the Lease up, so that another one need not wait."""
+        """Release the Lease, so that another replica can take it at once."""
         if not self.held or self._body is None:
             return
         self.held = False
@@ -86,9 +87,9 @@ class Lease:
         try:
             await self.kube.replace(LEASES, body)
         except KubeError as error:
-            log.warning("lease %s could not be given up: %s", self.name, error)
+            log.warning("lease %s could not be released: %s", self.name, error)
 
-    # -- one try -------------------------------------------------------------------------------------------------------
+    # -- one request----------------------------------------------------------------------------------------------------
 
     async def _try(self) -> None:
         try:
@@ -102,13 +103,14 @@ class Lease:
         seen = holder, str(spec.get("renewTime") or "")
         if seen != self._seen:
             self._seen, self._seen_at = seen, self.clock()
-        # Clocks of two machines differ: a Lease has run out when we have not seen it change for its whole duration.
+        # Clocks of two machines differ, so renewTime is not compared with ours: as in client-go's leader election, a
+        # Lease has expired once we have not seen it change for its whole duration.
         expired = self.clock() - self._seen_at > float(spec.get("leaseDurationSeconds") or self.seconds)
         if holder in ("", self.identity) or expired:
             try:
                 self._body = await self.kube.replace(LEASES, {**body, "spec": self._spec(spec, holder)})
                 self.held = True
-            except Conflict:
+            except Conflict:  # another replica was faster
                 return
 
     async def _create(self) -> None:
@@ -130,8 +132,8 @@ class Lease:
         self._body = await self.kube.replace(LEASES, {**body, "spec": self._spec(body["spec"], self.identity)})
         self.answered_at = self.clock()
 
-    async def _look_again(self) -> None:
-        """The Lease has changed: it is still ours only if our own renewal was the change."""
+    async def _check_holder(self) -> None:
+        """Read the Lease after a 409. It is still ours if the change was our own renewal, whose response was lost."""
         try:
             self._body = await self.kube.get(LEASES, self.namespace, self.name)
         except KubeError as error:

@@ -1,7 +1,7 @@
-"""From watched objects and the status to what the core decides on. Pure.
+"""Combine watched objects and the persisted status into the attempts the core decides on. Pure.
 
-An attempt is known by its JobSet, by its record in the run's status, or by both. The record is what is left of it when
-its objects are gone; while they are there, they have the last word.
+An attempt is known by its JobSet, by its record in the run's status, or by both. The record is what remains of it once
+its objects are gone; as long as they exist, they take precedence.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ from stagecoach_api.outcomes import AttemptResult, Cause
 from stagecoach_api.status import AttemptStatus, Incarnation
 from stagecoach_core.policies.ending import cause_of_end
 from stagecoach_core.values import Attempt, AttemptState
-from stagecoach_operator.progress_reports import Heard
-from stagecoach_operator.termination import Verdict, Word, newest_step, verdict_of
-from stagecoach_operator.waiting import Waiting, waiting_for
-from stagecoach_operator.watched import Children, JobSetView, PodView, WorkloadView
+from stagecoach_operator.object_cache import Children
+from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
+from stagecoach_operator.pod_startup import Waiting, waiting_for
+from stagecoach_operator.progress_reports import LatestReport
+from stagecoach_operator.termination import AttemptOutcome, TerminationReport, newest_step, outcome_of
 
 AttemptKey = tuple[str, int]
 """Stage and number."""
 
 MAX_INCARNATIONS = 4
-LOST = "its JobSet is gone: somebody deleted it, or it was never made"
+LOST = "its JobSet does not exist: it was deleted by another client, or its creation failed"
 
 
 @dataclass(frozen=True)
-class Sight:
-    """One attempt as it is seen now."""
+class ObservedAttempt:
+    """One attempt as observed now."""
 
     stage: str
     record: AttemptStatus
-    """Brought up to date."""
+    """Its record, updated with what its objects report."""
     state: AttemptState
     jobset: JobSetView | None = None
-    """None: it is gone."""
+    """None if it does not exist any more."""
     pods: tuple[PodView, ...] = ()
     workload: WorkloadView | None = None
     waiting: Waiting | None = None
-    """What it waits for; None: it runs, or has ended."""
-    doomed: str = ""
-    """Why what is left of it must be deleted. Empty: it need not."""
-    heard: Heard | None = None
+    """Why it is not running yet. None if it is running or has ended."""
+    deletion_reason: str = ""
+    """Why its remaining objects must be deleted. Empty: they need not be."""
+    latest_report: LatestReport | None = None
     look_again_at: float | None = None
 
     @property
     def key(self) -> AttemptKey:
         return self.stage, self.record.number
 
-    def as_attempt(self, now: float) -> Attempt:
-        """Return it as the core sees it.
+    def as_core_attempt(self, now: float) -> Attempt:
+        """Return it in the core's terms.
 
-        An attempt that has never reported cannot be told from one that hangs, so its silence counts for nothing: who
-        runs without a progress server is not restarted for it.
+        An attempt that has never reported progress is indistinguishable from one that hangs, so its heartbeat is
+        always now: without a progress server no attempt is restarted for silence.
         """
         record = self.record
         return Attempt(
@@ -66,139 +67,153 @@ class Sight:
             ended=None if record.ended is None else record.ended.timestamp(),
             cause=record.cause if self.state is AttemptState.ENDED else record.stop_cause,
             message=record.message if self.state is AttemptState.ENDED else record.stopping,
-            heartbeat=now if self.heard is None else max(self.heard.report.time, self._began()),
-            longest_silence=0.0 if self.heard is None else self.heard.longest_silence,
+            heartbeat=now if self.latest_report is None else max(self.latest_report.report.time, self._pods_started()),
+            longest_silence=0.0 if self.latest_report is None else self.latest_report.longest_silence,
         )
 
-    def _began(self) -> float:
-        """Return when the newest of its pods began: a queue may have held the attempt back for hours."""
+    def _pods_started(self) -> float:
+        """Return when the newest pod started. After a preemption by Kueue that may be hours after the last report."""
         return max((pod.running_since or 0.0 for pod in self.pods), default=0.0)
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What is known beside the watched objects."""
+class Signals:
+    """What is known about attempts in addition to their objects."""
 
-    heard: Mapping[AttemptKey, Heard] = field(default_factory=dict)
-    troubles: Mapping[str, str] = field(default_factory=dict)
-    """What the events of stuck pods say, by the pods' UID."""
+    reports: Mapping[AttemptKey, LatestReport] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """Newest warning event of stuck pods, and of JobSets without pods, by UID."""
 
 
 def observe(
     run_uid: str,
     records: Mapping[AttemptKey, AttemptStatus],
     children: Children,
-    surroundings: Surroundings,
+    signals: Signals,
     now: float,
-) -> dict[AttemptKey, Sight]:
-    """Return every attempt that is known, by stage and number. `now`: seconds since the epoch."""
+) -> dict[AttemptKey, ObservedAttempt]:
+    """Return every known attempt, by stage and number. `now`: seconds since the epoch."""
+    # Labels can be copied; only the controller reference proves that a JobSet is this run's.
     jobsets = {(item.stage, item.number): item for item in children.jobsets if item.owner_uid == run_uid}
-    found: dict[AttemptKey, Sight] = {}
+    attempts: dict[AttemptKey, ObservedAttempt] = {}
     for key in sorted({*records, *jobsets}):
         record = records.get(key) or _record_of(jobsets[key])
-        found[key] = sight_of(key[0], record, jobsets.get(key), children, surroundings, now)
-    return found
+        attempts[key] = observe_attempt(key[0], record, jobsets.get(key), children, signals, now)
+    return attempts
 
 
 def _record_of(jobset: JobSetView) -> AttemptStatus:
-    """Return the record of an attempt that was made, but not written down."""
+    """Return the record of an attempt that was created, but not recorded: the operator was killed in between."""
     return AttemptStatus(
         number=jobset.number, digest=jobset.digest, name=jobset.meta.name, started=moment(jobset.meta.created)
     )
 
 
-def sight_of(
+def observe_attempt(
     stage: str,
     record: AttemptStatus,
     jobset: JobSetView | None,
     children: Children,
-    surroundings: Surroundings,
+    signals: Signals,
     now: float,
-) -> Sight:
-    """Return one attempt as it is seen now."""
+) -> ObservedAttempt:
+    """Return one attempt as observed now."""
     if record.ended is not None:
+        # The JobSet of a successful attempt is kept for its logs; that of a failed one is deleted.
         leftover = "" if jobset is None or record.cause is None else "the attempt has ended"
-        return Sight(stage, record, AttemptState.ENDED, jobset, doomed=_if_standing(jobset, leftover))
+        return ObservedAttempt(
+            stage, record, AttemptState.ENDED, jobset, deletion_reason=_unless_deleting(jobset, leftover)
+        )
     pods = children.pods_of(stage, record.number)
     if jobset is None:
-        return Sight(stage, ended(record, now), AttemptState.ENDED)
-    verdict = verdict_of(pods, jobset, now)
-    record = _brought_up_to_date(record, verdict.word, pods)
-    if verdict.word is not None and verdict.word.cause is None:
-        return Sight(stage, ended(record, now), AttemptState.ENDED, jobset, pods)
-    heard = surroundings.heard.get((stage, record.number))
-    doomed = record.stopping or (f"it failed: {record.message}" if record.cause is not None else "")
-    if jobset.meta.deleting or doomed:
-        return Sight(
-            stage, record, AttemptState.STOPPING, jobset, pods, doomed=_if_standing(jobset, doomed), heard=heard
+        return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED)
+    outcome = outcome_of(pods, jobset, now)
+    record = _updated(record, outcome.report, pods)
+    if outcome.report is not None and outcome.report.result.cause is None:
+        return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED, jobset, pods)
+    reason = record.stopping or (f"it failed: {record.message}" if record.cause is not None else "")
+    if jobset.meta.deleting or reason:
+        return ObservedAttempt(
+            stage,
+            record,
+            AttemptState.STOPPING,
+            jobset,
+            pods,
+            deletion_reason=_unless_deleting(jobset, reason),
+            latest_report=signals.reports.get((stage, record.number)),
         )
-    return _living(stage, record, jobset, pods, children, surroundings, verdict, now)
+    return _live_attempt(stage, record, jobset, pods, children, signals, outcome, now)
 
 
-def _living(
+def _live_attempt(
     stage: str,
     record: AttemptStatus,
     jobset: JobSetView,
     pods: tuple[PodView, ...],
     children: Children,
-    surroundings: Surroundings,
-    verdict: Verdict,
+    signals: Signals,
+    outcome: AttemptOutcome,
     now: float,
-) -> Sight:
+) -> ObservedAttempt:
     workload = children.workloads.get(jobset.meta.uid)
-    waiting = waiting_for(jobset, pods, workload, surroundings.troubles)
+    waiting = waiting_for(jobset, pods, workload, signals.warnings)
     give_up_at = None if waiting is None else waiting.give_up_at
-    doomed = ""
+    deletion_reason = ""
     if waiting is not None and give_up_at is not None and now >= give_up_at:
-        doomed = waiting.message
-        record = record.model_copy(update={"stopping": doomed[:512], "stop_cause": Cause.PREEMPTION})
-    moments = [item for item in (verdict.look_again_at, give_up_at) if item is not None and item > now]
+        deletion_reason = waiting.message
+        record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
+    moments = [item for item in (outcome.look_again_at, give_up_at) if item is not None and item > now]
     running = waiting is None
     if running and record.running_since is None:
-        begun = max((pod.running_since or 0.0 for pod in pods), default=0.0)
-        record = record.model_copy(update={"running_since": moment(begun or now)})
-    return Sight(
+        started = max((pod.running_since or 0.0 for pod in pods), default=0.0)
+        record = record.model_copy(update={"running_since": moment(started or now)})
+    return ObservedAttempt(
         stage,
         record,
-        AttemptState.STOPPING if doomed else AttemptState.RUNNING if running else AttemptState.STARTING,
+        AttemptState.STOPPING if deletion_reason else AttemptState.RUNNING if running else AttemptState.STARTING,
         jobset,
         pods,
         workload,
         waiting,
-        doomed,
-        surroundings.heard.get((stage, record.number)),
+        deletion_reason,
+        signals.reports.get((stage, record.number)),
         min(moments, default=None),
     )
 
 
-def _if_standing(jobset: JobSetView | None, reason: str) -> str:
+def _unless_deleting(jobset: JobSetView | None, reason: str) -> str:
     return "" if jobset is None or jobset.meta.deleting else reason
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def _brought_up_to_date(record: AttemptStatus, word: Word | None, pods: tuple[PodView, ...]) -> AttemptStatus:
-    """Take over what the pods say. The first explanation of a failure stays: its siblings' only follow from it."""
+def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tuple[PodView, ...]) -> AttemptStatus:
+    """Return the record with what the pods report.
+
+    The first explanation of a failure is kept: later ones, of the other pods, are its consequences.
+    """
     record = record.model_copy(update={"incarnations": _incarnations(record, pods)})
-    if word is None:
+    if report is None:
         return record
-    if record.exit_code is not None and word.cause is not None:
-        return record.model_copy(update={"last_step": newest_step((record.last_step, word.last_step))})
+    result = report.result
+    if record.exit_code is not None and result.cause is not None:
+        return record.model_copy(update={"last_step": newest_step((record.last_step, result.last_step))})
     return record.model_copy(
         update={
-            "cause": word.cause,
-            "content_digest": word.content_digest,
-            "exit_code": word.exit_code if word.exit_code is not None else int(word.cause is not None),
-            "last_step": word.last_step,
-            "pod": word.pod,
-            "node": word.node,
-            "message": word.message,
+            "cause": result.cause,
+            "content_digest": result.content_digest,
+            "exit_code": result.exit_code,
+            "last_step": result.last_step,
+            "pod": report.pod,
+            "node": report.node,
+            "message": result.message,
         }
     )
 
 
 def _incarnations(record: AttemptStatus, pods: tuple[PodView, ...]) -> tuple[Incarnation, ...]:
+    """Return the pods with index 0 that the attempt has had: Kueue re-creates them after a preemption."""
     known = {item.pod_uid: item for item in record.incarnations}
     for pod in reversed([pod for pod in pods if pod.index == 0]):
         before = known.get(pod.meta.uid)
@@ -210,9 +225,9 @@ def _incarnations(record: AttemptStatus, pods: tuple[PodView, ...]) -> tuple[Inc
 
 
 def ended(record: AttemptStatus, now: float) -> AttemptStatus:
-    """Return the record of an attempt of which nothing is left, or whose result is there."""
-    told = record.exit_code is not None
-    result = AttemptResult(exit_code=record.exit_code or 0, cause=record.cause) if told else None
+    """Return the record of an attempt that has ended: its objects do not exist any more, or its result is known."""
+    has_result = record.exit_code is not None
+    result = AttemptResult(exit_code=record.exit_code or 0, cause=record.cause) if has_result else None
     cause = cause_of_end(record.stop_cause, result)
     message = record.message
     if cause is not None and record.stop_cause is not None and cause is record.stop_cause:

@@ -1,6 +1,6 @@
-"""From a run's spec to its plan, which is kept beside the run: neither a new operator nor a new image re-runs it.
+"""Validates a run's spec and plans it. The plan is stored with the run, so an operator upgrade does not re-run stages.
 
-A plan is made anew when the spec is edited, and only then; to suspend or cancel a run is no edit of what it computes.
+A new plan is made only when the spec is edited. Suspending or cancelling does not change what a run computes.
 """
 
 from __future__ import annotations
@@ -25,153 +25,160 @@ from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
 from stagecoach_core.manifests.labels import owner_reference
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
+from stagecoach_operator.object_views import Raw, RunView
 from stagecoach_operator.settings import Settings
-from stagecoach_operator.watched import Raw, RunView
 
 PLAN_KEY = "plan.json"
 PROBE_KEY = ".stagecoach"
 NO_EDIT = frozenset({"suspend", "cancel"})
-"""Fields of a spec that say whether it is worked on, and nothing of what is computed."""
-INPUT_REMEDY = "put it there, or correct the URI; it is looked for again"
+"""Fields of a spec that control whether the run is worked on, but do not affect what it computes."""
+INPUT_REMEDY = "put it there, or correct the URI; the operator looks for it again"
 MAX_PLAN_BYTES = 900_000
 """A ConfigMap holds 1 MiB."""
 
 RETRY_SECONDS = 30.0
-"""How soon a run is looked at again that was refused for something outside of it: an input, the storage."""
+"""How soon a run is validated again that was rejected for an external reason: an input or the storage."""
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A plan, and what else must not change under a run."""
+class FrozenPlan:
+    """A plan, and everything else that must not change during a run."""
 
     plan: Plan
     storage: Storage
-    """Resolved against the operator's defaults; `uri` is given."""
+    """Resolved against the operator's defaults; `uri` is set."""
     image: str
-    """The operator's trainer image when the plan was made: it belongs to `plan.code`."""
+    """The operator's trainer image at planning time: the one that contains `plan.code`."""
     spec_digest: str
-    """Digest of the spec it was made of, `NO_EDIT` apart: while that is the same, so is the plan."""
+    """Digest of the spec it was made from, without `NO_EDIT`: the plan is valid as long as this is unchanged."""
 
     @property
     def storage_uri(self) -> str:
         return self.storage.uri or ""
 
     def digest(self) -> str:
-        """Return the digest of the plan as it is kept."""
+        """Return the digest of the plan as it is stored."""
         return digest_of(to_json(self))
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A run that cannot be accepted as it is."""
+class Rejection:
+    """Why a run is not accepted."""
 
     reason: Reason
     message: str
     generation: int
     retry: bool = False
-    """Something outside the spec may put it right."""
+    """Whether it may become acceptable without an edit, such as when an input appears."""
 
 
-# -- making ------------------------------------------------------------------------------------------------------------
+# -- planning ----------------------------------------------------------------------------------------------------------
 
 
 def spec_digest(run: RunView) -> str:
-    """Return the digest of everything in a spec that a plan rests on."""
+    """Return the digest of everything in a spec that affects the plan."""
     return digest_of({key: value for key, value in run.spec.items() if key not in NO_EDIT})
 
 
-def plan_run(  # noqa: PLR0911 - each refusal ends it
-    run: RunView, settings: Settings, before: Snapshot | None = None
-) -> Snapshot | Refusal:
-    """Check and plan a run. Asks S3 for its inputs: takes seconds, so call it in a thread.
+def plan_run(  # noqa: PLR0911 - one per reason of rejection
+    run: RunView, settings: Settings, before: FrozenPlan | None = None
+) -> FrozenPlan | Rejection:
+    """Validate and plan a run. Looks up its inputs in S3, which takes seconds: call it in a thread.
 
-    `before`: the run's plan before its spec was edited; code and image stay those it was accepted with.
+    `before`: the plan before the spec was edited; its code and image are kept.
     """
 
-    def refused(reason: Reason, message: str, retry: bool = False) -> Refusal:
-        return Refusal(reason, message[:4000], run.generation, retry)
+    def rejected(reason: Reason, message: str, retry: bool = False) -> Rejection:
+        return Rejection(reason, message[:4000], run.generation, retry)
 
     try:
         spec = validate(document_of(run))
     except InvalidRun as error:
-        return refused(Reason.INVALID_SPEC, str(error))
+        return rejected(Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
     problems = [*storage_problems(spec, storage, settings), *image_problems(spec, settings)]
     if problems:
         only_images = all(problem.path.endswith("image") for problem in problems)
         reason = Reason.IMAGE_NOT_ALLOWED if only_images else Reason.INVALID_SPEC
-        return refused(reason, str(InvalidRun(problems)))
-    trouble = storage_trouble(storage)
-    if trouble:
-        return refused(Reason.STORAGE_UNREACHABLE, trouble, retry=True)
-    found = look_up(spec, storage)
-    failures = {key: error for key, error in found.items() if isinstance(error, StoreError)}
+        return rejected(reason, str(InvalidRun(problems)))
+    unusable = storage_error(storage)
+    if unusable:
+        return rejected(Reason.STORAGE_UNREACHABLE, unusable, retry=True)
+    inputs = look_up(spec, storage)
+    failures = {key: item for key, item in inputs.items() if isinstance(item, StoreError)}
     if failures:
-        gone = all(isinstance(error, NotFound) for error in failures.values())
-        reason = Reason.INPUT_NOT_FOUND if gone else Reason.STORAGE_UNREACHABLE
-        return refused(reason, str(InvalidRun(input_problems(spec, failures, INPUT_REMEDY))), retry=True)
-    externals = {key: External(item.uri, item.digest) for key, item in found.items() if isinstance(item, ResolvedInput)}
+        missing = all(isinstance(failure, NotFound) for failure in failures.values())
+        reason = Reason.INPUT_NOT_FOUND if missing else Reason.STORAGE_UNREACHABLE
+        return rejected(reason, str(InvalidRun(input_problems(spec, failures, INPUT_REMEDY))), retry=True)
+    externals = {
+        key: External(item.uri, item.digest) for key, item in inputs.items() if isinstance(item, ResolvedInput)
+    }
     code, image = (settings.code, settings.trainer_image) if before is None else (before.plan.code, before.image)
     try:
         plan = make_plan(spec, externals, code)
     except PlanError as error:
-        return refused(Reason.INVALID_SPEC, str(error))
-    snapshot = Snapshot(plan, storage, image, spec_digest(run))
-    if len(json.dumps(to_json(snapshot))) > MAX_PLAN_BYTES:
-        return refused(Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
-    return snapshot
+        return rejected(Reason.INVALID_SPEC, str(error))
+    frozen = FrozenPlan(plan, storage, image, spec_digest(run))
+    if len(json.dumps(to_json(frozen))) > MAX_PLAN_BYTES:
+        return rejected(Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
+    return frozen
 
 
 def document_of(run: RunView) -> dict[str, Any]:
-    """Return the run as a file would have it. Labels and annotations play no part."""
+    """Return the run as it would be in a file, without labels and annotations: they do not affect the plan."""
     metadata = {"name": run.meta.name, "namespace": run.meta.namespace}
     return {"apiVersion": names.API_GROUP_VERSION, "kind": names.KIND, "metadata": metadata, "spec": dict(run.spec)}
 
 
 def storage_problems(run: TrainingRun, storage: Storage, settings: Settings) -> list[Problem]:
-    """Return what a laptop bears and a cluster does not: no storage, relative inputs, folders of one machine."""
+    """Return problems that only a cluster has: no storage, inputs with relative URIs, folders of a single machine."""
     problems = []
-    has_folders = is_folder(settings.storage.uri)  # whoever installs the operator so says that nodes share it
+    has_folders = is_folder(settings.storage.uri)  # an operator configured with a folder vouches that nodes share it
     if storage.uri is None:
-        problems.append(Problem("spec.storage.uri", MISSING, "a cluster needs one", "write `s3://bucket/prefix`"))
+        problems.append(Problem("spec.storage.uri", MISSING, "required on a cluster", "write `s3://bucket/prefix`"))
     elif is_folder(storage.uri) and not has_folders:
-        problems.append(_no_folder("spec.storage.uri", storage.uri))
+        problems.append(_folder_problem("spec.storage.uri", storage.uri))
     for index, stage in enumerate(run.spec.stages):
         for path, reference in stage.references():
             uri, where = reference.uri, f"spec.stages[{index}].{path}.uri"
             if uri is None:
                 continue
             if "://" not in uri and not uri.startswith(("/", "~")) and storage.inputs is None:
-                remedy = "give `spec.storage.inputs`, or write the whole `s3://…`"
-                problems.append(Problem(where, uri, "a relative URI has nothing to be relative to here", remedy))
+                remedy = "set `spec.storage.inputs`, or write the full `s3://…`"
+                problems.append(Problem(where, uri, "a relative URI needs a base, and there is none here", remedy))
             elif not has_folders and is_folder(absolute(uri, storage.inputs or "")):
-                problems.append(_no_folder(where, uri))
+                problems.append(_folder_problem(where, uri))
     return problems
 
 
 def is_folder(uri: str | None) -> bool:
-    """Tell whether a URI is a folder of one machine."""
+    """Return whether a URI is a folder of a single machine."""
     return uri is not None and isinstance(parse_location(uri), FolderLocation)
 
 
-def _no_folder(path: str, uri: str) -> Problem:
-    return Problem(path, uri, "pods do not see a folder of your machine", "copy it to S3 and write `s3://…`")
+def _folder_problem(path: str, uri: str) -> Problem:
+    return Problem(path, uri, "pods cannot access a folder of your machine", "copy it to S3 and write `s3://…`")
 
 
 def image_problems(run: TrainingRun, settings: Settings) -> list[Problem]:
-    """Return the images that the operator's settings do not allow."""
-    places = [("spec.defaults.image", run.spec.defaults.image)]
-    places += [(f"spec.stages[{index}].image", stage.image) for index, stage in enumerate(run.spec.stages)]
-    allowed = ", ".join(settings.allowed_images or ()) or "the operator's own only"
+    """Return a problem for each image that the operator's settings do not allow."""
+    images = [("spec.defaults.image", run.spec.defaults.image)]
+    images += [(f"spec.stages[{index}].image", stage.image) for index, stage in enumerate(run.spec.stages)]
+    allowed = ", ".join(settings.allowed_images or ()) or "only the operator's own"
     return [
-        Problem(path, image, f"must be an allowed image ({allowed})", "use one of them, or ask who runs the operator")
-        for path, image in places
+        Problem(
+            path,
+            image,
+            f"must be an allowed image ({allowed})",
+            "use one of them, or ask the operator's administrator to allow it",
+        )
+        for path, image in images
         if not settings.allows_image(image)
     ]
 
 
-def storage_trouble(storage: Storage) -> str:
-    """Return why the storage cannot be used. Empty: it answers, or says that only the stages may read it."""
+def storage_error(storage: Storage) -> str:
+    """Return why the storage is unusable. Empty if it responds, even by denying access: stages may have it."""
     try:
         next(iter(open_storage(storage).list(PROBE_KEY)), None)
     except AccessDenied:
@@ -182,27 +189,27 @@ def storage_trouble(storage: Storage) -> str:
 
 
 def open_storage(storage: Storage) -> Store:
-    """Open the store of a run. Credentials are the operator's own, found where the AWS SDK looks for them."""
+    """Open the store of a run with the operator's own credentials, as the AWS SDK finds them."""
     return open_store(storage.uri or "", storage.endpoint, storage.region)
 
 
 def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | StoreError]:
-    """Return what lies at every external input, by `Reference.key`."""
+    """Return each external input, or the error of its lookup, by `Reference.key`."""
     uris = {key: absolute(uri, storage.inputs or "") for key, uri in external_keys(run).items()}
     return find_inputs(uris, storage.endpoint, storage.region)
 
 
-# -- keeping -----------------------------------------------------------------------------------------------------------
+# -- storing -----------------------------------------------------------------------------------------------------------
 
 
 def plan_name(run: RunView) -> str:
-    """Return the name of the ConfigMap that keeps a run's plan."""
-    told_apart = hashlib.sha256(f"{run.meta.uid}/plan".encode()).hexdigest()[:6]
-    return f"p-{run.meta.name[:40].rstrip('-.')}-{told_apart}"
+    """Return the name of the ConfigMap that stores a run's plan. The UID distinguishes runs of the same name."""
+    suffix = hashlib.sha256(f"{run.meta.uid}/plan".encode()).hexdigest()[:6]
+    return f"p-{run.meta.name[:40].rstrip('-.')}-{suffix}"
 
 
-def plan_config_map(run: RunView, snapshot: Snapshot) -> dict[str, Any]:
-    """Return the ConfigMap that keeps a run's plan; it goes with the run."""
+def plan_config_map(run: RunView, frozen: FrozenPlan) -> dict[str, Any]:
+    """Return the ConfigMap that stores a run's plan. The run owns it, so it is deleted with the run."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -216,12 +223,12 @@ def plan_config_map(run: RunView, snapshot: Snapshot) -> dict[str, Any]:
             },
             "ownerReferences": [owner_reference(run.meta.name, run.meta.uid)],
         },
-        "data": {PLAN_KEY: json.dumps(to_json(snapshot), ensure_ascii=False)},
+        "data": {PLAN_KEY: json.dumps(to_json(frozen), ensure_ascii=False)},
     }
 
 
-def to_json(snapshot: Snapshot) -> dict[str, Any]:
-    plan = snapshot.plan
+def to_json(frozen: FrozenPlan) -> dict[str, Any]:
+    plan = frozen.plan
     stages = {
         name: {
             "stage": planned.stage.model_dump(mode="json", exclude_none=True),
@@ -236,14 +243,14 @@ def to_json(snapshot: Snapshot) -> dict[str, Any]:
         "code": plan.code,
         "order": list(plan.stages),
         "stages": stages,
-        "storage": snapshot.storage.model_dump(mode="json", exclude_none=True),
-        "image": snapshot.image,
-        "spec": snapshot.spec_digest,
+        "storage": frozen.storage.model_dump(mode="json", exclude_none=True),
+        "image": frozen.image,
+        "spec": frozen.spec_digest,
     }
 
 
-def from_config_map(body: Raw, run: RunView) -> Snapshot | None:
-    """Return the plan that is kept for a run. None: it is another run's, or damaged, and must be made anew."""
+def from_config_map(body: Raw, run: RunView) -> FrozenPlan | None:
+    """Return the stored plan of a run. None if it belongs to another run or is damaged: a new one must be made."""
     owners = [item.get("uid") for item in body["metadata"].get("ownerReferences") or ()]
     try:
         return from_json(json.loads(body["data"][PLAN_KEY])) if run.meta.uid in owners else None
@@ -251,17 +258,17 @@ def from_config_map(body: Raw, run: RunView) -> Snapshot | None:
         return None
 
 
-def from_json(kept: Mapping[str, Any]) -> Snapshot:
-    """Return the plan. Raises KeyError, TypeError and ValueError for what is none."""
-    stages = {name: _planned(kept["stages"][name]) for name in kept["order"]}
-    plan = Plan(namespace=kept["namespace"], run=kept["run"], stages=stages, code=kept["code"])
-    storage = Storage.model_validate(kept["storage"])
-    return Snapshot(plan, storage, str(kept["image"]), str(kept["spec"]))
+def from_json(stored: Mapping[str, Any]) -> FrozenPlan:
+    """Return the plan. Raises KeyError, TypeError or ValueError if it is damaged."""
+    stages = {name: _planned(stored["stages"][name]) for name in stored["order"]}
+    plan = Plan(namespace=stored["namespace"], run=stored["run"], stages=stages, code=stored["code"])
+    storage = Storage.model_validate(stored["storage"])
+    return FrozenPlan(plan, storage, str(stored["image"]), str(stored["spec"]))
 
 
-def _planned(kept: Mapping[str, Any]) -> PlannedStage:
+def _planned(stored: Mapping[str, Any]) -> PlannedStage:
     return PlannedStage(
-        stage=Stage.model_validate_json(json.dumps(kept["stage"])),
-        upstream=tuple(kept["upstream"]),
-        externals={key: External(uri, digest) for key, (uri, digest) in kept["externals"].items()},
+        stage=Stage.model_validate_json(json.dumps(stored["stage"])),
+        upstream=tuple(stored["upstream"]),
+        externals={key: External(uri, digest) for key, (uri, digest) in stored["externals"].items()},
     )

@@ -1,8 +1,8 @@
-"""Our own probe and metrics server: it answers on a stand-by too, and knows what kopf's does not.
+"""Probe and metrics server. kopf's own does not run on a standby and does not detect stale watches.
 
-/livez (and /healthz)   fails when a watch is deaf or a turn is stuck: a restart helps
-/readyz                 fails while the operator cannot work: the Lease cannot be read, a kind may not be listed
-/metrics                Prometheus' text format
+/livez (and /healthz)   fails if a watch is stale or a reconciliation is stuck: a restart helps
+/readyz                 fails while the operator cannot work: the Lease cannot be read, or a kind may not be listed
+/metrics                metrics in Prometheus' text format
 """
 
 from __future__ import annotations
@@ -12,51 +12,52 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-Complaints = Callable[[], list[str]]
+Problems = Callable[[], list[str]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Metrics = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What is asked when somebody probes."""
+    """The checks served by the endpoints."""
 
-    live: Complaints
-    """Returns what only a restart puts right."""
-    ready: Complaints
-    """Returns why the operator cannot work now."""
+    live: Problems
+    """Returns problems that only a restart solves."""
+    ready: Problems
+    """Returns problems that keep the operator from working."""
     metrics: Metrics
-    """Returns figures by their name, labels included."""
+    """Returns values by metric name, labels included."""
 
     def probe_app(self) -> web.Application:
         app = web.Application()
         for path in ("/livez", "/healthz"):
-            app.router.add_get(path, self._answer(self.live))
-        app.router.add_get("/readyz", self._answer(self.ready))
+            app.router.add_get(path, self._health(self.live))
+        app.router.add_get("/readyz", self._health(self.ready))
         return app
 
     def metrics_app(self) -> web.Application:
         app = web.Application()
-        app.router.add_get("/metrics", self._figures)
+        app.router.add_get("/metrics", self._metrics_text)
         return app
 
     @staticmethod
-    def _answer(complaints: Complaints) -> Handler:
+    def _health(check: Problems) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             del request
-            found = complaints()
-            return web.Response(text="\n".join(found) + "\n" if found else "ok\n", status=503 if found else 200)
+            problems = check()
+            text = "\n".join(problems) + "\n" if problems else "ok\n"
+            return web.Response(text=text, status=503 if problems else 200)
 
         return handle
 
-    async def _figures(self, request: web.Request) -> web.Response:
+    async def _metrics_text(self, request: web.Request) -> web.Response:
         del request
         lines = [f"{name} {value:g}" for name, value in self.metrics().items()]
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
 
 async def serve(app: web.Application, port: int, ssl_context: object = None, host: str = "0.0.0.0") -> web.AppRunner:  # noqa: S104
-    """Serve until the runner is cleaned up. Probes come from the node, so every address is listened on."""
+    """Serve until the runner is cleaned up. Listens on all addresses: the kubelet probes the pod's IP."""
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     await web.TCPSite(runner, host, port, ssl_context=ssl_context).start()  # type: ignore[arg-type]

@@ -1,58 +1,59 @@
-"""What the attempts report of themselves, kept in memory: nothing of it goes to etcd for every step."""
+"""Progress reports of the attempts, kept in memory: a write to etcd per training step would be far too much."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Key = tuple[str, str, int]
-"""UID of the run, stage, number of the attempt."""
+ReportKey = tuple[str, str, int]
+"""UID of the run, name of the stage, number of the attempt."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """The newest word of an attempt."""
+class ProgressReport:
+    """One report of an attempt."""
 
     pod_uid: str
     time: float
-    """When it came in, by the operator's clock, in seconds since the epoch."""
+    """When it was received, by the operator's clock, in seconds since the epoch."""
     activity: str = ""
     done: float = 0.0
     total: float | None = None
     unit: str = ""
     percentage: int | None = None
-    """None: the attempt did not say."""
+    """None if the attempt did not report it."""
     remaining_seconds: int | None = None
-    """None: the attempt did not say."""
+    """None if the attempt did not report it."""
     metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Heard:
-    """The newest report of an attempt, and the longest silence between two of them."""
+class LatestReport:
+    """The newest report of an attempt, and the longest silence between two of its reports, in seconds."""
 
-    report: Report
+    report: ProgressReport
     longest_silence: float = 0.0
 
 
 @dataclass
-class Board:
-    """The newest report of every living attempt."""
+class ProgressReports:
+    """The newest report of every live attempt."""
 
-    _heard: dict[Key, Heard] = field(default_factory=dict)
+    _latest: dict[ReportKey, LatestReport] = field(default_factory=dict)
 
-    def post(self, key: Key, report: Report) -> None:
-        before = self._heard.get(key)
+    def record(self, key: ReportKey, report: ProgressReport) -> None:
+        before = self._latest.get(key)
+        # Silence is measured within one pod: a pod that Kueue re-created may have waited in a queue for hours.
         if before is None or before.report.pod_uid != report.pod_uid:
-            self._heard[key] = Heard(report)
+            self._latest[key] = LatestReport(report)
             return
         silence = report.time - before.report.time
-        self._heard[key] = Heard(report, max(before.longest_silence, silence))
+        self._latest[key] = LatestReport(report, max(before.longest_silence, silence))
 
-    def of(self, key: Key) -> Heard | None:
-        return self._heard.get(key)
+    def latest(self, key: ReportKey) -> LatestReport | None:
+        return self._latest.get(key)
 
     def forget(self, run_uid: str, living: frozenset[tuple[str, int]] = frozenset()) -> None:
-        """Drop the reports of a run's attempts that do not live any more."""
-        for key in [key for key in self._heard if key[0] == run_uid and key[1:] not in living]:
-            del self._heard[key]
+        """Drop the reports of a run's attempts except those of the live ones."""
+        for key in [key for key in self._latest if key[0] == run_uid and key[1:] not in living]:
+            del self._latest[key]

@@ -1,10 +1,10 @@
-"""Where stages report how far they are: the wire protocol of Kubeflow Trainer's KEP-2779, which HF's and TRL's trainers
-speak by themselves.
+"""Receives progress reports of stages over the wire protocol of Kubeflow Trainer's KEP-2779, which the trainers of
+Hugging Face transformers and TRL implement.
 
 POST /apis/stagecoach.dev/v1alpha1/namespaces/<namespace>/attempts/<attempt>/status
 {"trainerStatus": {"progressPercentage": 42, "estimatedRemainingSeconds": 90, "metrics": [{"name": …, "value": …}], …}}
 
-A pod may report only for its own attempt, and only while that lives. What it says stays in memory.
+A pod may report only for its own attempt, and only while that is live. Reports are kept in memory.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from aiohttp import web
 
 from stagecoach_api.names import API_GROUP_VERSION, progress_audience
 from stagecoach_api.progress import METRIC_ACTIVITY, METRIC_DONE, METRIC_TOTAL, METRIC_UNIT
-from stagecoach_operator.progress_reports import Board, Key, Report
+from stagecoach_operator.object_cache import Cache
+from stagecoach_operator.object_views import JobSetView, PodView
+from stagecoach_operator.progress_reports import ProgressReport, ProgressReports, ReportKey
 from stagecoach_operator.token_review import InvalidToken, TokenVerifier
-from stagecoach_operator.watched import Cache, JobSetView, PodView
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_METRICS = 256
 MAX_METRIC_CHARACTERS = 256
-SHORTEST_SECONDS = 1.0
-"""An attempt may report this often on average, and a few times at once; more is answered 429."""
+SECONDS_PER_REPORT = 1.0
+"""An attempt may report once in this time on average, and BURST times at once; others get 429."""
 BURST = 5.0
 ROUTE = f"/apis/{API_GROUP_VERSION}/namespaces/{{namespace}}/attempts/{{attempt}}/status"
 
 
 class BadReport(ValueError):
-    """The body is no report."""
+    """The body is not a progress report."""
 
 
 @dataclass
 class Allowance:
-    """How many reports an attempt may still make."""
+    """Number of reports an attempt may still send; a token bucket."""
 
     left: float
     at: float
@@ -46,14 +47,14 @@ class Allowance:
 
 @dataclass
 class ProgressServer:
-    """Takes reports of attempts."""
+    """Receives reports of attempts."""
 
     cache: Cache
-    board: Board
+    reports: ProgressReports
     verifier: TokenVerifier
-    wake: Callable[[str], None]
+    enqueue: Callable[[str], None]
     is_active: Callable[[], bool] = lambda: True
-    """Tells whether this replica is the one that works."""
+    """Returns whether this replica is the active one."""
     clock: Callable[[], float] = time.time
     _allowances: dict[str, Allowance] = field(default_factory=dict)
 
@@ -63,31 +64,31 @@ class ProgressServer:
         return app
 
     async def post(self, request: web.Request) -> web.Response:
-        """Take a report."""
+        """Handle a report."""
         if not self.is_active():
-            # The Service reaches every replica; a new connection may reach the one that works.
-            return _answer(503, "this replica is a stand-by; try again", {"Retry-After": "1", "Connection": "close"})
+            # The Service selects all replicas; a retry over a new connection may reach the active one.
+            return _failure(503, "this replica is a standby; try again", {"Retry-After": "1", "Connection": "close"})
         namespace, attempt = request.match_info["namespace"], request.match_info["attempt"]
         token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         try:
             bearer = await self.verifier.verify(token, progress_audience(namespace, attempt))
         except InvalidToken as error:
-            return _answer(401, f"token: {error}")
+            return _failure(401, f"token: {error}")
         key = self._attempt_of(bearer.pod_uid, namespace, attempt)
         if key is None or bearer.namespace != namespace:
-            return _answer(403, "the pod belongs to no living attempt of this name")
+            return _failure(403, "the pod does not belong to a live attempt of this name")
         if not self._may_report(attempt):
-            return _answer(429, "too many reports", {"Retry-After": "5"})
+            return _failure(429, "too many reports", {"Retry-After": "5"})
         try:
             report = report_of(await request.read(), bearer.pod_uid, self.clock())
         except BadReport as error:
-            return _answer(400, str(error))
-        self.board.post(key, report)
-        self.wake(key[0])
+            return _failure(400, str(error))
+        self.reports.record(key, report)
+        self.enqueue(key[0])
         return web.json_response({"kind": "Status", "status": "Success"})
 
-    def _attempt_of(self, pod_uid: str, namespace: str, attempt: str) -> Key | None:
-        """Return the living attempt a pod belongs to. None: it belongs to none of this name."""
+    def _attempt_of(self, pod_uid: str, namespace: str, attempt: str) -> ReportKey | None:
+        """Return the live attempt of this name that a pod belongs to, or None if it does not belong to one."""
         pod = self.cache.children.get(pod_uid)
         if not isinstance(pod, PodView) or pod.meta.namespace != namespace or pod.has_ended:
             return None
@@ -98,7 +99,7 @@ class ProgressServer:
     def _may_report(self, attempt: str) -> bool:
         now = self.clock()
         before = self._allowances.get(attempt, Allowance(BURST, now))
-        left = min(BURST, before.left + (now - before.at) / SHORTEST_SECONDS)
+        left = min(BURST, before.left + (now - before.at) / SECONDS_PER_REPORT)
         self._allowances[attempt] = Allowance(max(0.0, left - 1.0) if left >= 1.0 else left, now)
         if len(self._allowances) > 10_000:
             self._allowances = {name: item for name, item in self._allowances.items() if now - item.at < 60.0}
@@ -109,19 +110,19 @@ def _is_of(jobset: JobSetView, pod: PodView) -> bool:
     return (jobset.stage, jobset.number) == (pod.stage, pod.number)
 
 
-def _answer(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
+def _failure(status: int, text: str, headers: Mapping[str, str] | None = None) -> web.Response:
     body = {"kind": "Status", "status": "Failure", "code": status, "message": text}
     return web.json_response(body, status=status, headers=headers)
 
 
-def report_of(body: bytes, pod_uid: str, now: float) -> Report:
-    """Return what a body reports. Raises BadReport."""
+def report_of(body: bytes, pod_uid: str, now: float) -> ProgressReport:
+    """Parse the body of a report. Raises BadReport."""
     try:
-        told = json.loads(body)["trainerStatus"]
-        metrics = _metrics(told.get("metrics", []))
-        remaining = told.get("estimatedRemainingSeconds")
-        percentage = told.get("progressPercentage")
-        return Report(
+        status = json.loads(body)["trainerStatus"]
+        metrics = _metrics(status.get("metrics", []))
+        remaining = status.get("estimatedRemainingSeconds")
+        percentage = status.get("progressPercentage")
+        return ProgressReport(
             pod_uid=pod_uid,
             time=now,
             activity=metrics.pop(METRIC_ACTIVITY, "")[:64],

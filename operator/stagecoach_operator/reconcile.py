@@ -1,7 +1,8 @@
-"""One turn of one run: look, decide, act, tell. Level-triggered: everything follows from what is seen now.
+"""Reconciliation of one run: observe, decide, act, report.
 
-The order of the writes is what makes a kill between any two of them harmless: what ends an attempt is written down
-before its pods are deleted, and an attempt is made, under a name that follows from its number, before it is told of.
+It is level-triggered: everything follows from the current state, and events only trigger it. The order of the writes
+makes a kill between any two of them harmless. The reason an attempt ends is persisted before its pods are deleted; a
+new attempt is created under a deterministic name before the status mentions it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import artifact_uri
-from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
+from stagecoach_api.status import ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.values import (
@@ -28,112 +29,73 @@ from stagecoach_core.values import (
     Start,
     Stop,
 )
-from stagecoach_operator.artifact_lookup import Lookups
+from stagecoach_operator.artifact_lookup import ArtifactLookups
 from stagecoach_operator.artifact_pointers import Pointers
-from stagecoach_operator.cluster import Cluster
+from stagecoach_operator.attempt_client import AttemptClient
+from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.events import RunEvent, events_between
-from stagecoach_operator.history import forgotten_of, records_of
 from stagecoach_operator.kube import CONFIG_MAPS, NotFound
-from stagecoach_operator.observe import AttemptKey, Sight, Surroundings, observe
+from stagecoach_operator.object_views import RunView, timestamp
+from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, observe
 from stagecoach_operator.planning import (
-    RETRY_SECONDS,
-    Refusal,
-    Snapshot,
+    FrozenPlan,
+    Rejection,
     from_config_map,
     plan_config_map,
     plan_name,
     plan_run,
     spec_digest,
 )
-from stagecoach_operator.progress_reports import Board
+from stagecoach_operator.pod_startup import STUCK_SECONDS
+from stagecoach_operator.progress_reports import ProgressReports
+from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
 from stagecoach_operator.status import (
-    Scene,
-    Trouble,
+    StatusInputs,
     as_json,
     merge_patch,
     milestones,
-    refused_status,
+    rejected_status,
     without_progress,
     working_status,
 )
-from stagecoach_operator.waiting import STUCK_SECONDS
-from stagecoach_operator.watched import RunView, timestamp
 
 log = logging.getLogger(__name__)
 
-MERGE_SECONDS = 1.0
-"""How long small changes, such as pods that begin to run, wait to be written together."""
-FLUSH_SECONDS = 10.0
-"""How often progress alone is written to the status."""
-DIAGNOSE_SECONDS = 10.0
-"""How often the events of a stuck pod are read."""
-ANSWER_SECONDS = 1.0
-"""How long a status is held back for an answer of the store: mostly it is there at once, and saves a write."""
-PODS_SECONDS = 2.0
-"""How long a status is held back for the pods of attempts that were just made: mostly they run soon, and that saves a
-write. What ended before is in S3 and in its pods meanwhile."""
-TROUBLE_SECONDS = 15.0
-"""How soon what the cluster refused is tried again."""
-
-
-@dataclass
-class RunMemory:
-    """What is kept of a run between two turns. All of it can be had again from the cluster and S3."""
-
-    begun: float
-    """When its first turn was, in seconds since the epoch."""
-    plan: Snapshot | None = None
-    """The newest that was accepted. None: none was, or it has not been read yet."""
-    refusal: Refusal | None = None
-    """Why the spec as it stands is not accepted. None: it is."""
-    refused_at: float = 0.0
-    records: dict[AttemptKey, AttemptStatus] | None = None
-    """None: the status has not been read yet."""
-    troubles: dict[str, str] = field(default_factory=dict)
-    diagnosed_at: float = 0.0
-    trouble: Trouble | None = None
-    trouble_at: float = 0.0
-    saved_at: float = 0.0
-    asking_since: float | None = None
-    """Since when answers of the store are awaited. None: none are."""
-    made_at: float = 0.0
-    """When attempts were last made."""
-
 
 @dataclass(frozen=True)
-class Look:
-    """A run as it is seen now, and what is to be done about it."""
+class ReconcileContext:
+    """A run as observed now, and the decision about it."""
 
     run: RunView
-    snapshot: Snapshot
-    sights: Mapping[AttemptKey, Sight]
+    frozen: FrozenPlan
+    attempts: Mapping[AttemptKey, ObservedAttempt]
     decision: Decision
     now: float
 
     def actions(self, kind: type[Any]) -> list[Any]:
         return [action for action in self.decision.actions if isinstance(action, kind)]
 
-    def living(self) -> list[Sight]:
-        return [sight for sight in self.sights.values() if sight.state is not AttemptState.ENDED]
+    def living(self) -> list[ObservedAttempt]:
+        return [attempt for attempt in self.attempts.values() if attempt.state is not AttemptState.ENDED]
 
-    def doomed(self) -> list[Sight]:
-        """Return the attempts whose objects must go, marked with the reason: those that failed, and those to stop."""
+    def to_delete(self) -> list[ObservedAttempt]:
+        """Return the attempts whose objects must be deleted, with the reason: failed ones and those to stop."""
         stops = {(stop.stage, stop.number): stop for stop in self.actions(Stop)}
-        marked = [stopped(sight, stops[key]) if key in stops else sight for key, sight in self.sights.items()]
-        return [sight for sight in marked if sight.doomed and sight.jobset is not None]
+        attempts = [stopped(item, stops[key]) if key in stops else item for key, item in self.attempts.items()]
+        return [attempt for attempt in attempts if attempt.deletion_reason and attempt.jobset is not None]
 
 
 @dataclass
 class Reconciler:
-    """Works on runs, one turn at a time; the turns of one run never overlap."""
+    """Reconciles runs. Reconciliations of one run must not overlap; `worker` guarantees it."""
 
-    cluster: Cluster
-    lookups: Lookups
-    board: Board
-    wake: Callable[[str], None]
-    """Asks for another turn of the run with this UID."""
-    announce: Callable[[RunView, Sequence[RunEvent]], None]
-    """Posts events, some time."""
+    client: AttemptClient
+    lookups: ArtifactLookups
+    reports: ProgressReports
+    enqueue: Callable[[str], None]
+    """Requests another reconciliation of the run with this UID."""
+    record_events: Callable[[RunView, Sequence[RunEvent]], None]
+    """Posts events in the background."""
     clock: Callable[[], float] = time.time
     memories: dict[str, RunMemory] = field(default_factory=dict)
 
@@ -141,199 +103,213 @@ class Reconciler:
         self._pointers = Pointers(self.lookups)
 
     async def reconcile(self, uid: str) -> float | None:
-        """Do one turn; return when to look again if nothing happens, in seconds since the epoch.
+        """Reconcile a run once; return when to do so again if nothing happens, in seconds since the epoch.
 
-        Raises Conflict where the run has changed meanwhile, and Unavailable; the next turn begins anew.
+        Raises Conflict if the run has changed meanwhile, and Unavailable. The next reconciliation starts from scratch.
         """
-        run = self.cluster.cache.runs.get(uid)
+        run = self.client.cache.runs.get(uid)
         if run is None:
             self._forget(uid)
             return None
         if run.meta.deleting:
-            return await self._wind_down(run)
+            return await self._finalize(run)
         if is_at_rest(run):
             return None
-        memory = self.memories.setdefault(uid, RunMemory(begun=self.clock()))
+        memory = self.memories.setdefault(uid, RunMemory(first_seen=self.clock()))
         plan = await self._plan(run, memory)
-        if isinstance(plan, Refusal):
-            return await self._refuse(run, plan, memory)
-        return await self._turn(run, plan, memory)
+        if isinstance(plan, Rejection):
+            return await self._reject(run, plan, memory)
+        return await self._carry_out(run, plan, memory)
 
-    async def _turn(self, run: RunView, plan: Snapshot, memory: RunMemory) -> float | None:
-        """Look, decide, act, tell."""
-        look = self._look(run, plan, memory)
-        doomed = look.doomed()
-        if doomed:
-            return await self._end(look, doomed, memory)
-        ask_again_at = self._ask(look)
-        if await self._start(look, memory):
-            memory.made_at = self.clock()
-            look = self._look(self.cluster.cache.runs.get(run.meta.uid, run), plan, memory)
-        await self._diagnose(look, memory)
-        tell_at = answers_awaited_until(look, memory) or pods_awaited_until(look, memory)
-        if tell_at is not None:
-            return tell_at
-        flush_at = await self._save(look, memory)
-        self._pointers.point(look.run, look.snapshot, look.decision.stages, look.now)
-        await self._release(look)
-        return soonest(
-            look.decision.look_again_at,
-            ask_again_at,
-            flush_at,
-            memory.trouble_at + TROUBLE_SECONDS if memory.trouble is not None else None,
-            ask_refused_again_at(memory),
-            *(moment for sight in look.living() for moment in moments_of(sight, look.now)),
+    async def _carry_out(self, run: RunView, plan: FrozenPlan, memory: RunMemory) -> float | None:
+        """Observe, decide, act, report."""
+        context = self._observe(run, plan, memory)
+        to_delete = context.to_delete()
+        if to_delete:
+            return await self._end(context, to_delete, memory)
+        lookups_due = self._look_up(context)
+        if await self._start(context, memory):
+            memory.created_at = self.clock()
+            # Our own writes are in the cache already, so the status below mentions the attempts just created.
+            context = self._observe(self.client.cache.runs.get(run.meta.uid, run), plan, memory)
+        await self._diagnose(context, memory)
+        deferred_until = status_deferred_until(context, memory)
+        if deferred_until is not None:
+            return deferred_until
+        write_due = await self._save(context, memory)
+        self._pointers.point(context.run, context.frozen, context.decision.stages, context.now)
+        await self._remove_finalizer(context)
+        return earliest(
+            context.decision.look_again_at,
+            lookups_due,
+            write_due,
+            memory.unblocked_at(),
+            memory.retry_rejected_at(),
+            *(moment for attempt in context.living() for moment in recheck_times(attempt, context.now)),
         )
 
-    # -- looking -------------------------------------------------------------------------------------------------------
+    # -- observing -----------------------------------------------------------------------------------------------------
 
-    def _look(self, run: RunView, snapshot: Snapshot, memory: RunMemory) -> Look:
+    def _observe(self, run: RunView, frozen: FrozenPlan, memory: RunMemory) -> ReconcileContext:
         now = self.clock()
+        # The status is read once. From then on memory is ahead of it: it holds ends that are not written yet.
         if memory.records is None:
             memory.records = records_of(run.status)
-        heard = {key: heard for key in memory.records if (heard := self.board.of((run.meta.uid, *key))) is not None}
-        children = self.cluster.cache.of_run(run.meta.uid)
-        sights = observe(run.meta.uid, memory.records, children, Surroundings(heard, memory.troubles), now)
-        memory.records = {key: sight.record for key, sight in sights.items()}
-        answers = recent(self.lookups.of(snapshot.storage).by_digest, memory.begun)
+        latest = {key: self.reports.latest((run.meta.uid, *key)) for key in memory.records}
+        reports = {key: report for key, report in latest.items() if report is not None}
+        children = self.client.cache.of_run(run.meta.uid)
+        attempts = observe(run.meta.uid, memory.records, children, Signals(reports, memory.warnings), now)
+        memory.records = {key: attempt.record for key, attempt in attempts.items()}
+        answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
-            attempts=tuple(sight.as_attempt(now) for sight in sights.values()),
-            artifacts=known_artifacts(run.status, sights, snapshot, answers),
+            attempts=tuple(attempt.as_core_attempt(now) for attempt in attempts.values()),
+            artifacts=known_artifacts(run.status, attempts, frozen, answers),
             forgotten=forgotten_of(run.status),
-            since=asked_at(run),
+            since=requested_at(run),
             suspend=bool(run.spec.get("suspend")),
             cancel=bool(run.spec.get("cancel")),
         )
-        return Look(run, snapshot, sights, decide(snapshot.plan, observed, now), now)
+        return ReconcileContext(run, frozen, attempts, decide(frozen.plan, observed, now), now)
 
-    async def _plan(self, run: RunView, memory: RunMemory) -> Snapshot | Refusal:
-        """Return the run's plan: the one in hand, the one that is kept, or a new one. While an edit is refused, the
-        plan before it stands: what runs is looked after, and nothing of it is lost."""
+    async def _plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection:
+        """Return the run's plan: the one in memory, the stored one, or a new one.
+
+        While an edit is rejected, the previous plan remains in force, so that its attempts are still taken care of.
+        """
         if memory.plan is None:
-            memory.plan = await self._kept_plan(run)
+            memory.plan = await self._stored_plan(run)
         if memory.plan is not None and memory.plan.spec_digest == spec_digest(run):
-            memory.refusal = None
+            memory.rejection = None
             return memory.plan
-        if memory.refusal is not None and is_still_refused(run, memory, self.clock()):
-            return memory.plan or memory.refusal
-        made = await self._plan_anew(run, memory)
-        return memory.plan or made
+        if memory.rejection is not None and memory.is_still_rejected(run, self.clock()):
+            return memory.plan or memory.rejection
+        planned = await self._new_plan(run, memory)
+        return memory.plan or planned
 
-    async def _plan_anew(self, run: RunView, memory: RunMemory) -> Snapshot | Refusal:
-        settings, before = self.cluster.settings, memory.plan
-        made = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
-        if isinstance(made, Snapshot):
-            await self.cluster.kube.apply(CONFIG_MAPS, plan_config_map(run, made))
-            memory.plan, memory.refusal = made, None
+    async def _new_plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection:
+        settings, before = self.client.settings, memory.plan
+        planned = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
+        if isinstance(planned, FrozenPlan):
+            # Stored before anything is created from it: after a restart the same plan gives the same digests.
+            await self.client.kube.apply(CONFIG_MAPS, plan_config_map(run, planned))
+            memory.plan, memory.rejection = planned, None
         else:
-            memory.refusal, memory.refused_at = made, self.clock()
-        return made
+            memory.rejection, memory.rejected_at = planned, self.clock()
+        return planned
 
-    async def _kept_plan(self, run: RunView) -> Snapshot | None:
-        """Read the plan that an earlier operator kept. None: there was none."""
+    async def _stored_plan(self, run: RunView) -> FrozenPlan | None:
+        """Read the plan that an earlier operator process stored. None if there is none."""
         if run.status.plan_digest is None:
             return None
         try:
-            body = await self.cluster.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run))
+            body = await self.client.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run))
         except NotFound:
             return None
         return from_config_map(body, run)
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    async def _end(self, look: Look, doomed: Sequence[Sight], memory: RunMemory) -> float:
-        """Write down why attempts end, then delete them; everything else waits for the next turn."""
-        marked = {**look.sights, **{sight.key: sight for sight in doomed}}
-        memory.records = {key: sight.record for key, sight in marked.items()}
-        await self._save(replace(look, sights=marked), memory)
-        for sight in doomed:
-            await self.cluster.delete(sight)
-        return look.now
+    async def _end(self, context: ReconcileContext, ending: Sequence[ObservedAttempt], memory: RunMemory) -> float:
+        """Persist why attempts end, then delete them; everything else is left to the next reconciliation."""
+        attempts = {**context.attempts, **{attempt.key: attempt for attempt in ending}}
+        memory.records = {key: attempt.record for key, attempt in attempts.items()}
+        # The status comes first: exit codes and messages disappear with the pods. If it fails (409 included), nothing
+        # has been deleted, and the next reconciliation sees the same pods.
+        await self._save(replace(context, attempts=attempts), memory)
+        for attempt in ending:
+            await self.client.delete(attempt)
+        return context.now
 
-    def _ask(self, look: Look) -> float | None:
-        """Ask the store what only it knows."""
-        uid = look.run.meta.uid
+    def _look_up(self, context: ReconcileContext) -> float | None:
+        """Request the lookups that the decision needs; return when to repeat them if the store is unavailable."""
+        uid = context.run.meta.uid
         moments = [
-            self.lookups.ask(look.snapshot.storage, action.digest, lambda: self.wake(uid))
-            for action in look.actions(LookUp)
+            self.lookups.ask(context.frozen.storage, action.digest, lambda: self.enqueue(uid))
+            for action in context.actions(LookUp)
         ]
-        return soonest(*moments)
+        return earliest(*moments)
 
-    async def _start(self, look: Look, memory: RunMemory) -> bool:
-        """Make the attempts that are due; return whether any was made."""
-        starts: list[Start] = look.actions(Start)
-        if memory.trouble is not None and look.now < memory.trouble_at + TROUBLE_SECONDS:
+    async def _start(self, context: ReconcileContext, memory: RunMemory) -> bool:
+        """Create the attempts that are due; return whether anything was written."""
+        starts: list[Start] = context.actions(Start)
+        unblocked_at = memory.unblocked_at()
+        if unblocked_at is not None and context.now < unblocked_at:
             return False
-        memory.trouble = None
-        run = look.run
-        made = False
+        memory.blocker = None
+        run = context.run
+        created = False
         for action in starts:
+            # The finalizer comes first: without it the run could disappear while its pods are still training.
             if names.FINALIZER not in run.finalizers:
-                run = await self.cluster.hold(run)
-            artifacts = artifacts_of(look.decision.stages)
-            trouble = await self.cluster.start(run, look.snapshot, action, artifacts)
-            if trouble is not None:
-                memory.trouble, memory.trouble_at = trouble, look.now
-            made = made or trouble is None
-        return made or run is not look.run
+                run = await self.client.add_finalizer(run)
+            artifacts = artifacts_of(context.decision.stages)
+            blocker = await self.client.start(run, context.frozen, action, artifacts)
+            if blocker is not None:
+                memory.block(blocker, context.now)
+            created = created or blocker is None
+        return created or run is not context.run
 
-    async def _diagnose(self, look: Look, memory: RunMemory) -> None:
-        """Read the events of pods that wait without saying why."""
-        if look.now < memory.diagnosed_at + DIAGNOSE_SECONDS:
+    async def _diagnose(self, context: ReconcileContext, memory: RunMemory) -> None:
+        """Read the events of pods whose status does not show what they wait for."""
+        if not memory.may_diagnose(context.now):
             return
-        troubles = await self.cluster.diagnose(look.living(), look.now)
-        if troubles or memory.troubles:
-            memory.troubles, memory.diagnosed_at = troubles, look.now
-            self.wake(look.run.meta.uid)
+        warnings = await self.client.diagnose(context.living(), context.now)
+        if warnings or memory.warnings:
+            memory.warnings, memory.diagnosed_at = warnings, context.now
+            self.enqueue(context.run.meta.uid)
 
-    async def _release(self, look: Look) -> None:
-        """Let go of a run of which nothing lives, and nothing will without somebody's doing."""
-        run = self.cluster.cache.runs.get(look.run.meta.uid)
-        if run is not None and look.decision.state is not RunState.PROGRESSING and not look.living():
-            await self.cluster.release(run)
+    async def _remove_finalizer(self, context: ReconcileContext) -> None:
+        """Remove our finalizer from a run that has no live attempts and will start none without a user's action."""
+        run = self.client.cache.runs.get(context.run.meta.uid)
+        if run is not None and context.decision.state is not RunState.PROGRESSING and not context.living():
+            await self.client.remove_finalizer(run)
 
-    async def _wind_down(self, run: RunView) -> float | None:
-        """Delete what a run that is being deleted has left, pods first; then let it go."""
-        memory = self.memories.setdefault(run.meta.uid, RunMemory(begun=self.clock()))
+    async def _finalize(self, run: RunView) -> float | None:
+        """Delete the JobSets of a run that is being deleted; remove our finalizer when they are gone.
+
+        They are deleted in the foreground, pods first. Left to the garbage collector, the run would disappear at once,
+        and a new run of the same name could start while the old pods are still training.
+        """
+        memory = self.memories.setdefault(run.meta.uid, RunMemory(first_seen=self.clock()))
         records = records_of(run.status) if memory.records is None else memory.records
-        children = self.cluster.cache.of_run(run.meta.uid)
-        sights = observe(run.meta.uid, records, children, Surroundings(), self.clock())
-        standing = [sight for sight in sights.values() if sight.jobset is not None]
-        for sight in standing:
-            await self.cluster.delete(sight)
-        if not standing:
-            await self.cluster.release(run)
+        children = self.client.cache.of_run(run.meta.uid)
+        attempts = observe(run.meta.uid, records, children, Signals(), self.clock())
+        remaining = [attempt for attempt in attempts.values() if attempt.jobset is not None]
+        for attempt in remaining:
+            await self.client.delete(attempt)
+        if not remaining:
+            await self.client.remove_finalizer(run)
         return None
 
     def _forget(self, uid: str) -> None:
         self.memories.pop(uid, None)
-        self.board.forget(uid)
+        self.reports.forget(uid)
         self._pointers.forget(uid)
 
-    # -- telling -------------------------------------------------------------------------------------------------------
+    # -- reporting -----------------------------------------------------------------------------------------------------
 
-    async def _refuse(self, run: RunView, refusal: Refusal, memory: RunMemory) -> float | None:
-        await self._write(run, refused_status(refusal, run.status, self.clock()), memory)
-        return ask_refused_again_at(memory)
+    async def _reject(self, run: RunView, rejection: Rejection, memory: RunMemory) -> float | None:
+        await self._write(run, rejected_status(rejection, run.status, self.clock()), memory)
+        return memory.retry_rejected_at()
 
-    async def _save(self, look: Look, memory: RunMemory) -> float | None:
-        """Write the status if there is news; return when to write news that can wait."""
-        run = self.cluster.cache.runs.get(look.run.meta.uid, look.run)
-        answers = self.lookups.of(look.snapshot.storage)
-        scene = Scene(
-            snapshot=look.snapshot,
-            decision=look.decision,
-            sights=list(look.sights.values()),
+    async def _save(self, context: ReconcileContext, memory: RunMemory) -> float | None:
+        """Write the status if it has changed; return when to write a change that can wait."""
+        run = self.client.cache.runs.get(context.run.meta.uid, context.run)
+        store = self.lookups.of(context.frozen.storage)
+        inputs = StatusInputs(
+            frozen=context.frozen,
+            decision=context.decision,
+            attempts=list(context.attempts.values()),
             previous=run.status,
             generation=run.generation,
-            now=look.now,
+            now=context.now,
             suspend=bool(run.spec.get("suspend")),
-            refusal=memory.refusal,
-            trouble=memory.trouble,
-            store_trouble="" if answers.unreadable else answers.trouble,
+            rejection=memory.rejection,
+            blocker=memory.blocker,
+            store_error="" if store.unreadable else store.error,
         )
-        self.board.forget(run.meta.uid, frozenset(sight.key for sight in look.living()))
-        return await self._write(run, working_status(scene), memory)
+        self.reports.forget(run.meta.uid, frozenset(attempt.key for attempt in context.living()))
+        return await self._write(run, working_status(inputs), memory)
 
     async def _write(self, run: RunView, status: TrainingRunStatus, memory: RunMemory) -> float | None:
         body = as_json(status)
@@ -341,119 +317,106 @@ class Reconciler:
         if not patch:
             return None
         now = self.clock()
-        patience = 0.0 if milestones(status) != milestones(run.status) else MERGE_SECONDS
+        pause = 0.0 if milestones(status) != milestones(run.status) else MERGE_SECONDS
         if not merge_patch(without_progress(run.status_raw), without_progress(body)):
-            patience = FLUSH_SECONDS
-        if now < memory.saved_at + patience:
-            return memory.saved_at + patience
+            pause = FLUSH_SECONDS
+        if now < memory.saved_at + pause:
+            return memory.saved_at + pause
         before = run.status
-        await self.cluster.patch_status(run, patch)
+        # Carries the run's UID and resource version. A merge patch replaces lists as a whole, so one computed from an
+        # old status would undo what was written since; the API server answers 409 instead, and `worker` retries.
+        await self.client.patch_status(run, patch)
         memory.saved_at = now
+        # Ended attempts beyond the bounded history were dropped from the status: from here on they are only counted.
         memory.records = records_of(status) | {
             key: record for key, record in (memory.records or {}).items() if record.ended is None
         }
-        self.announce(run, events_between(before, status))
+        self.record_events(run, events_between(before, status))
         return None
 
 
-# -- small pure things -------------------------------------------------------------------------------------------------
+# -- small pure functions ----------------------------------------------------------------------------------------------
 
 
 def is_at_rest(run: RunView) -> bool:
-    """Tell whether a run is complete and nothing about it has changed since: it needs neither plan nor look."""
-    holds = {item.type for item in run.status.conditions if item.status is ConditionStatus.TRUE}
-    complete = {ConditionType.ACCEPTED, ConditionType.COMPLETE} <= holds
+    """Return whether a run is complete and unchanged since: it then needs neither a plan nor an observation."""
+    true_types = {item.type for item in run.status.conditions if item.status is ConditionStatus.TRUE}
+    complete = {ConditionType.ACCEPTED, ConditionType.COMPLETE} <= true_types
     return complete and run.status.observed_generation == run.generation and names.FINALIZER not in run.finalizers
 
 
-def is_still_refused(run: RunView, memory: RunMemory, now: float) -> bool:
-    """Tell whether the spec as it stands has been refused, and it is too early to try again."""
-    if memory.refusal is None or memory.refusal.generation != run.generation:
-        return False
-    again_at = ask_refused_again_at(memory)
-    return again_at is None or now < again_at
+def status_deferred_until(context: ReconcileContext, memory: RunMemory) -> float | None:
+    """Return the time until which the status update is deferred, for lookups or so that pods can start.
+
+    None to write it now. Problems, and the first status after an edit, are never deferred for pods.
+    """
+    for_lookups = memory.defer_for_lookups(bool(context.actions(LookUp)), context.now)
+    if for_lookups is not None:
+        return for_lookups
+    reasons = {attempt.waiting.reason for attempt in context.living() if attempt.waiting is not None}
+    is_starting = reasons == {Reason.WAITING_FOR_PODS} and memory.blocker is None
+    is_accepted = context.run.status.observed_generation == context.run.generation
+    return memory.defer_for_pods(context.now) if is_starting and is_accepted else None
 
 
-def ask_refused_again_at(memory: RunMemory) -> float | None:
-    """Return when a spec is looked at again that was refused for something outside of it. None: not by itself."""
-    retries = memory.refusal is not None and memory.refusal.retry
-    return memory.refused_at + RETRY_SECONDS if retries else None
-
-
-def answers_awaited_until(look: Look, memory: RunMemory) -> float | None:
-    """Return until when the status is held back. None: it is told now."""
-    if not look.actions(LookUp):
-        memory.asking_since = None
-        return None
-    if memory.asking_since is None:
-        memory.asking_since = look.now
-    until = memory.asking_since + ANSWER_SECONDS
-    return until if look.now < until else None
-
-
-def pods_awaited_until(look: Look, memory: RunMemory) -> float | None:
-    """Return until when the status is held back for pods to run. None: it is told now, as is all that is amiss."""
-    until = memory.made_at + PODS_SECONDS
-    waits = [sight.waiting.reason for sight in look.living() if sight.waiting is not None]
-    soon = bool(waits) and all(reason is Reason.WAITING_FOR_PODS for reason in waits) and memory.trouble is None
-    accepted = look.run.status.observed_generation == look.run.generation
-    return until if soon and accepted and look.now < until else None
-
-
-def asked_at(run: RunView) -> float:
-    """Return when the user asked for the run, or for one more try."""
+def requested_at(run: RunView) -> float:
+    """Return when the user requested the run, or another try of it."""
     try:
-        again = timestamp(run.annotations.get(names.ANNOTATION_RETRY))
+        retried = timestamp(run.annotations.get(names.ANNOTATION_RETRY))
     except ValueError:
-        again = None
-    return max(run.meta.created, again or 0.0)
+        retried = None
+    return max(run.meta.created, retried or 0.0)
 
 
-def recent(answers: Mapping[str, Found | Missing], begun: float) -> dict[str, Found | Missing]:
-    """Return the answers of the store that count for a run: what was missing before it began may have been made since,
-    by another run."""
-    return {digest: answer for digest, answer in answers.items() if isinstance(answer, Found) or answer.at >= begun}
+def valid_answers(answers: Mapping[str, Found | Missing], first_seen: float) -> dict[str, Found | Missing]:
+    """Return the store's answers that are valid for a run.
+
+    An artifact that was missing before this operator first saw the run may have been made since, by another run.
+    """
+    return {
+        digest: answer for digest, answer in answers.items() if isinstance(answer, Found) or answer.at >= first_seen
+    }
 
 
 def known_artifacts(
     status: TrainingRunStatus,
-    sights: Mapping[AttemptKey, Sight],
-    snapshot: Snapshot,
+    attempts: Mapping[AttemptKey, ObservedAttempt],
+    frozen: FrozenPlan,
     answers: Mapping[str, Found | Missing],
 ) -> dict[str, Found | Missing]:
-    """Return what is known of artifacts: from the status, from the store, and from pods that say they are done."""
+    """Return what is known about artifacts: from the status, the store, and the results of successful attempts."""
     known: dict[str, Found | Missing] = dict(answers)
     for stage in status.stages:
         artifact = stage.artifact
         if artifact is not None:
             known[artifact.stage_digest] = Found(artifact.stage_digest, artifact.content_digest, artifact.uri)
-    for sight in sights.values():
-        record = sight.record
+    for attempt in attempts.values():
+        record = attempt.record
         if record.ended is not None and record.cause is None and record.content_digest is not None:
-            uri = artifact_uri(snapshot.storage_uri, record.digest)
+            uri = artifact_uri(frozen.storage_uri, record.digest)
             known[record.digest] = Found(record.digest, record.content_digest, uri)
     return known
 
 
-def stopped(sight: Sight, stop: Stop) -> Sight:
-    """Return an attempt marked as asked to stop: the reason, and what its end is charged to."""
-    record = sight.record
+def stopped(attempt: ObservedAttempt, stop: Stop) -> ObservedAttempt:
+    """Return an attempt marked for stopping, with the reason and the cause its end is charged to."""
+    record = attempt.record
     if not record.stopping:
         record = record.model_copy(update={"stopping": stop.reason[:512], "stop_cause": stop.cause})
-    return replace(sight, record=record, state=AttemptState.STOPPING, doomed=stop.reason)
+    return replace(attempt, record=record, state=AttemptState.STOPPING, deletion_reason=stop.reason)
 
 
-def moments_of(sight: Sight, now: float) -> list[float]:
-    """Return when time alone changes what is seen of a living attempt."""
-    moments = [] if sight.look_again_at is None else [sight.look_again_at]
-    waits = sight.jobset is not None and sight.waiting is not None and not sight.jobset.suspended
-    if waits and sight.jobset is not None:
-        # Its pods, or their absence, are asked about once they are stuck, and again and again while they are.
-        first = sight.jobset.meta.created + STUCK_SECONDS + 1.0
+def recheck_times(attempt: ObservedAttempt, now: float) -> list[float]:
+    """Return the times at which a live attempt must be observed again although nothing may have happened."""
+    moments = [] if attempt.look_again_at is None else [attempt.look_again_at]
+    jobset = attempt.jobset
+    if jobset is not None and attempt.waiting is not None and not jobset.suspended:
+        # The events of its pods, or of its Job if there are no pods, are read once they are stuck, and then repeatedly.
+        first = jobset.meta.created + STUCK_SECONDS + 1.0
         moments.append(first if first > now else now + DIAGNOSE_SECONDS)
     return moments
 
 
-def soonest(*moments: float | None) -> float | None:
-    """Return the earliest of the moments that are given."""
+def earliest(*moments: float | None) -> float | None:
+    """Return the earliest of the moments that are not None."""
     return min((moment for moment in moments if moment is not None), default=None)

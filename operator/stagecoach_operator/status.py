@@ -1,4 +1,4 @@
-"""What a run's status says: conditions, stages, summary. Pure: from what is known now and what was said before."""
+"""The status of a run: conditions, stages, summary. Pure: computed from the current state and the previous status."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from stagecoach_api.status import (
 )
 from stagecoach_core.policies.retry import CHARGED
 from stagecoach_core.values import AttemptState, Decision, RunState, StageState, StageView
-from stagecoach_operator.history import gpu_seconds, records_of, shortened
-from stagecoach_operator.observe import Sight, moment
-from stagecoach_operator.planning import Refusal, Snapshot
-from stagecoach_operator.waiting import Waiting
+from stagecoach_operator.attempt_client import Blocker
+from stagecoach_operator.attempt_history import bounded, gpu_seconds, records_of
+from stagecoach_operator.observe import ObservedAttempt, moment
+from stagecoach_operator.planning import FrozenPlan, Rejection
+from stagecoach_operator.pod_startup import Waiting
 
 OVER = FINISHED | ENDED
 MESSAGE_CHARACTERS = 4000
@@ -40,106 +41,98 @@ TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionSta
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Something that keeps the operator from carrying a decision out."""
+class StatusInputs:
+    """What the status of an accepted run is computed from."""
 
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A run that is worked on: what is known of it now."""
-
-    snapshot: Snapshot
+    frozen: FrozenPlan
     decision: Decision
-    sights: Sequence[Sight]
+    attempts: Sequence[ObservedAttempt]
     previous: TrainingRunStatus
     generation: int
     now: float
     suspend: bool = False
-    refusal: Refusal | None = None
-    """Why an edit of the spec is not accepted: `snapshot` is of the spec before. None: it is of the spec as it is."""
-    trouble: Trouble | None = None
-    """None: everything decided could be done."""
-    store_trouble: str = ""
-    """Why the storage does not answer. Empty: it does."""
+    rejection: Rejection | None = None
+    """Why an edit of the spec is not accepted; `frozen` is then the previous plan. None if it is accepted."""
+    blocker: Blocker | None = None
+    """Why an attempt could not be created. None if everything decided was carried out."""
+    store_error: str = ""
+    """Why the storage is unavailable. Empty if it is available."""
 
-    def stage_sights(self, name: str) -> list[Sight]:
-        return [sight for sight in self.sights if sight.stage == name]
+    def of_stage(self, name: str) -> list[ObservedAttempt]:
+        return [attempt for attempt in self.attempts if attempt.stage == name]
 
-    def living(self) -> list[Sight]:
-        return [sight for sight in self.sights if sight.state is not AttemptState.ENDED]
+    def living(self) -> list[ObservedAttempt]:
+        return [attempt for attempt in self.attempts if attempt.state is not AttemptState.ENDED]
 
 
-def working_status(scene: Scene) -> TrainingRunStatus:
+def working_status(inputs: StatusInputs) -> TrainingRunStatus:
     """Return the status of a run that has been accepted."""
-    stages = tuple(stage_status(name, view, scene) for name, view in in_spec_order(scene).items())
+    stages = tuple(stage_status(name, view, inputs) for name, view in in_spec_order(inputs).items())
     statements = {
-        ConditionType.ACCEPTED: accepted(scene),
-        ConditionType.PLANNED: planned(scene, stages),
-        ConditionType.QUOTA_RESERVED: quota(scene),
-        ConditionType.PROGRESSING: progressing(scene, stages),
-        ConditionType.SUSPENDED: suspended(scene),
-        ConditionType.COMPLETE: complete(scene, stages),
-        ConditionType.FAILED: failed(scene, stages),
+        ConditionType.ACCEPTED: accepted(inputs),
+        ConditionType.PLANNED: planned(inputs, stages),
+        ConditionType.QUOTA_RESERVED: quota(inputs),
+        ConditionType.PROGRESSING: progressing(inputs, stages),
+        ConditionType.SUSPENDED: suspended(inputs),
+        ConditionType.COMPLETE: complete(inputs, stages),
+        ConditionType.FAILED: failed(inputs, stages),
     }
     return TrainingRunStatus(
-        observed_generation=scene.generation,
-        conditions=conditions(statements, scene.previous, scene.generation, scene.now),
+        observed_generation=inputs.generation,
+        conditions=conditions(statements, inputs.previous, inputs.generation, inputs.now),
         stages=stages,
-        summary=summary(scene, stages),
-        plan_digest=scene.snapshot.digest(),
+        summary=summary(inputs, stages),
+        plan_digest=inputs.frozen.digest(),
     )
 
 
-def refused_status(refusal: Refusal, previous: TrainingRunStatus, now: float) -> TrainingRunStatus:
-    """Return the status of a run that cannot be accepted; nothing is done for it."""
-    planned = Reason.RE_PLANNING if previous.plan_digest is not None else refusal.reason
+def rejected_status(rejection: Rejection, previous: TrainingRunStatus, now: float) -> TrainingRunStatus:
+    """Return the status of a run that was never accepted; nothing is created for it."""
+    planned = Reason.RE_PLANNING if previous.plan_digest is not None else rejection.reason
     statements = {
-        ConditionType.ACCEPTED: (FALSE, refusal.reason, refusal.message),
+        ConditionType.ACCEPTED: (FALSE, rejection.reason, rejection.message),
         ConditionType.PLANNED: (FALSE, planned, "the run is not accepted"),
-        ConditionType.PROGRESSING: (FALSE, refusal.reason, "the run is not accepted"),
+        ConditionType.PROGRESSING: (FALSE, rejection.reason, "the run is not accepted"),
         ConditionType.COMPLETE: (FALSE, Reason.STAGES_UNFINISHED, ""),
         ConditionType.FAILED: (FALSE, Reason.NO_FAILURE, ""),
     }
     return previous.model_copy(
         update={
-            "observed_generation": refusal.generation,
-            "conditions": conditions(statements, previous, refusal.generation, now),
-            "summary": Summary(state=RunState.FAILED, stage=str(refusal.reason)),
+            "observed_generation": rejection.generation,
+            "conditions": conditions(statements, previous, rejection.generation, now),
+            "summary": Summary(state=RunState.FAILED, stage=str(rejection.reason)),
         }
     )
 
 
-def accepted(scene: Scene) -> Statement:
-    if scene.refusal is None:
+def accepted(inputs: StatusInputs) -> Statement:
+    if inputs.rejection is None:
         return TRUE, Reason.VALID, ""
-    message = f"the run goes on as it was before this edit: {scene.refusal.message}"
-    return FALSE, scene.refusal.reason, message[:MESSAGE_CHARACTERS]
+    message = f"the run continues with the spec before this edit: {inputs.rejection.message}"
+    return FALSE, inputs.rejection.reason, message[:MESSAGE_CHARACTERS]
 
 
-def planned(scene: Scene, stages: Sequence[StageStatus]) -> Statement:
-    if scene.refusal is None:
+def planned(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statement:
+    if inputs.rejection is None:
         return TRUE, Reason.GRAPH_RESOLVED, f"{len(stages)} stages, every input found"
-    return FALSE, Reason.RE_PLANNING, "the edit is not accepted; the plan before it stands"
+    return FALSE, Reason.RE_PLANNING, "the edit is not accepted; the previous plan remains in force"
 
 
-def in_spec_order(scene: Scene) -> Mapping[str, StageView]:
-    """Return the stages in the order of the plan, which keeps that of the file where it can."""
-    return {name: scene.decision.stages[name] for name in scene.snapshot.plan.stages}
+def in_spec_order(inputs: StatusInputs) -> Mapping[str, StageView]:
+    """Return the stages in the order of the plan: topological, otherwise as in the spec."""
+    return {name: inputs.decision.stages[name] for name in inputs.frozen.plan.stages}
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def stage_status(name: str, view: StageView, scene: Scene) -> StageStatus:
-    previous = next((stage for stage in scene.previous.stages if stage.name == name), None)
-    sights = scene.stage_sights(name)
-    newest = max(sights, key=lambda sight: sight.record.number, default=None)
-    attempts, forgotten = shortened(sights, previous, scene.now)
-    state, waiting_for, message = standing(view, newest, scene)
-    resources = scene.snapshot.plan.stages[name].stage.resources
+def stage_status(name: str, view: StageView, inputs: StatusInputs) -> StageStatus:
+    previous = next((stage for stage in inputs.previous.stages if stage.name == name), None)
+    observed = inputs.of_stage(name)
+    newest = max(observed, key=lambda attempt: attempt.record.number, default=None)
+    attempts, forgotten = bounded(observed, previous, inputs.now)
+    state, waiting_for, message = stage_state(view, newest, inputs)
+    resources = inputs.frozen.plan.stages[name].stage.resources
     return StageStatus(
         name=name,
         state=state,
@@ -149,12 +142,12 @@ def stage_status(name: str, view: StageView, scene: Scene) -> StageStatus:
         cached=state is StageState.CACHED,
         progress=_progress(newest),
         restarts=_restarts(view),
-        last_cause=next((s.record.cause for s in reversed(sights) if s.record.ended and s.record.cause), None),
+        last_cause=next((s.record.cause for s in reversed(observed) if s.record.ended and s.record.cause), None),
         waiting_for=waiting_for[:1024],
-        started=_started(sights, previous, view),
-        finished=_finished(state, view, previous, scene.now),
+        started=_started(observed, previous, view),
+        finished=_finished(state, view, previous, inputs.now),
         gpu_seconds=gpu_seconds(
-            sights, resources.num_nodes * (resources.gpus_per_node or 0), previous, records_of(scene.previous)
+            observed, resources.num_nodes * (resources.gpus_per_node or 0), previous, records_of(inputs.previous)
         ),
         message=message[:MESSAGE_CHARACTERS],
         attempts=attempts,
@@ -162,24 +155,24 @@ def stage_status(name: str, view: StageView, scene: Scene) -> StageStatus:
     )
 
 
-def standing(view: StageView, newest: Sight | None, scene: Scene) -> tuple[StageState, str, str]:
-    """Return a stage's state, what it waits for, and a message: the core's, and what only a cluster knows."""
+def stage_state(view: StageView, newest: ObservedAttempt | None, inputs: StatusInputs) -> tuple[StageState, str, str]:
+    """Return a stage's state, what it waits for, and a message: the core's, refined by what only a cluster knows."""
     if view.state is StageState.RUNNING and newest is not None and newest.waiting is not None:
         return StageState.PENDING, newest.waiting.message, ""
     if view.state is StageState.STOPPING and newest is not None:
         return view.state, f"attempt {newest.record.number} to end", newest.record.stopping or newest.record.message
     if view.state is StageState.FAILED and newest is not None:
-        return view.state, "", f"{view.message}{_place(newest)}"
-    if view.state is StageState.PENDING and scene.store_trouble and view.digest is not None:
-        return view.state, f"the storage: {scene.store_trouble}", view.message
-    if view.state in (StageState.PENDING, StageState.RETRYING) and scene.trouble is not None:
-        return view.state, scene.trouble.message, view.message
+        return view.state, "", f"{view.message}{_location(newest)}"
+    if view.state is StageState.PENDING and inputs.store_error and view.digest is not None:
+        return view.state, f"the storage: {inputs.store_error}", view.message
+    if view.state in (StageState.PENDING, StageState.RETRYING) and inputs.blocker is not None:
+        return view.state, inputs.blocker.message, view.message
     return view.state, view.waiting_for, view.message
 
 
-def _place(sight: Sight) -> str:
-    """Return where an attempt ended, as far as it is known."""
-    record = sight.record
+def _location(attempt: ObservedAttempt) -> str:
+    """Return where an attempt ended, as far as known."""
+    record = attempt.record
     parts = [f"attempt {record.number}"]
     parts += [f"pod {record.pod}"] if record.pod else []
     parts += [f"node {record.node}"] if record.node else []
@@ -198,10 +191,10 @@ def _restarts(view: StageView) -> Restarts:
     return Restarts(**{cause.value: view.restarts.get(cause, 0) for cause in Cause})
 
 
-def _progress(newest: Sight | None) -> StageProgress | None:
-    if newest is None or newest.heard is None or newest.state is AttemptState.ENDED:
+def _progress(newest: ObservedAttempt | None) -> StageProgress | None:
+    if newest is None or newest.latest_report is None or newest.state is AttemptState.ENDED:
         return None
-    report = newest.heard.report
+    report = newest.latest_report.report
     done, total = report.done, report.total
     if total is None and report.percentage is not None:
         done, total = float(report.percentage), 100.0
@@ -215,10 +208,10 @@ def _progress(newest: Sight | None) -> StageProgress | None:
     )
 
 
-def _started(sights: Sequence[Sight], previous: StageStatus | None, view: StageView) -> datetime | None:
+def _started(attempts: Sequence[ObservedAttempt], previous: StageStatus | None, view: StageView) -> datetime | None:
     if previous is not None and previous.started is not None and previous.digest == view.digest:
         return previous.started
-    return min((sight.record.started for sight in sights if sight.record.digest == view.digest), default=None)
+    return min((attempt.record.started for attempt in attempts if attempt.record.digest == view.digest), default=None)
 
 
 def _finished(state: StageState, view: StageView, previous: StageStatus | None, now: float) -> datetime | None:
@@ -232,28 +225,28 @@ def _finished(state: StageState, view: StageView, previous: StageStatus | None, 
 # -- conditions --------------------------------------------------------------------------------------------------------
 
 
-def quota(scene: Scene) -> Statement:
-    """Say whether every stage that could run has its quota; Kueue's own words where it has not."""
-    queued = [sight for sight in scene.living() if sight.jobset is not None and sight.jobset.queue]
+def quota(inputs: StatusInputs) -> Statement:
+    """Return whether every queued stage has its quota, with Kueue's own message if one has not."""
+    queued = [attempt for attempt in inputs.living() if attempt.jobset is not None and attempt.jobset.queue]
     if not queued:
-        return TRUE, Reason.NO_QUEUE, "nothing waits in a queue"
-    for sight in queued:
-        waiting = sight.waiting
+        return TRUE, Reason.NO_QUEUE, "no stage uses a queue"
+    for attempt in queued:
+        waiting = attempt.waiting
         if waiting is not None and waiting.reason in (Reason.WAITING_FOR_QUOTA, Reason.PREEMPTED):
-            return FALSE, waiting.reason, f"stage `{sight.stage}`: {waiting.message}"
-    return TRUE, Reason.ADMITTED, ", ".join(f"stage `{sight.stage}`" for sight in queued)
+            return FALSE, waiting.reason, f"stage `{attempt.stage}`: {waiting.message}"
+    return TRUE, Reason.ADMITTED, ", ".join(f"stage `{attempt.stage}`" for attempt in queued)
 
 
-def progressing(scene: Scene, stages: Sequence[StageStatus]) -> Statement:  # noqa: PLR0911 - first that holds
-    if scene.trouble is not None:
-        return FALSE, scene.trouble.reason, scene.trouble.message
-    state, message = scene.decision.state, scene.decision.message
+def progressing(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statement:  # noqa: PLR0911 - the first case that applies
+    if inputs.blocker is not None:
+        return FALSE, inputs.blocker.reason, inputs.blocker.message
+    state, message = inputs.decision.state, inputs.decision.message
     if state is not RunState.PROGRESSING:
         return FALSE, Reason.NOTHING_TO_DO, message
-    if scene.store_trouble:
-        return FALSE, Reason.STORAGE_UNREACHABLE, scene.store_trouble
+    if inputs.store_error:
+        return FALSE, Reason.STORAGE_UNREACHABLE, inputs.store_error
     running = [stage.name for stage in stages if stage.state is StageState.RUNNING]
-    waiting = [(sight.stage, sight.waiting) for sight in scene.living() if sight.waiting is not None]
+    waiting = [(attempt.stage, attempt.waiting) for attempt in inputs.living() if attempt.waiting is not None]
     if waiting and not running:
         name, first = _worst(waiting)
         return TRUE, first.reason, f"stage `{name}`: {first.message}"
@@ -266,44 +259,45 @@ def progressing(scene: Scene, stages: Sequence[StageStatus]) -> Statement:  # no
 
 
 def _worst(waiting: Sequence[tuple[str, Waiting | None]]) -> tuple[str, Waiting]:
-    told = [(name, item) for name, item in waiting if item is not None]
-    return min(told, key=lambda pair: pair[1].reason is Reason.WAITING_FOR_PODS)
+    """Return a wait that a user can act on, if there is one."""
+    waits = [(name, item) for name, item in waiting if item is not None]
+    return min(waits, key=lambda pair: pair[1].reason is Reason.WAITING_FOR_PODS)
 
 
-def suspended(scene: Scene) -> Statement:
-    if not scene.suspend:
+def suspended(inputs: StatusInputs) -> Statement:
+    if not inputs.suspend:
         return FALSE, Reason.NOT_SUSPENDED, ""
-    living = scene.living()
+    living = inputs.living()
     if living:
-        names = ", ".join(f"`{sight.stage}`" for sight in living)
-        return FALSE, Reason.STOPPING_STAGES, f"{names} end at a checkpoint"
-    return TRUE, Reason.SUSPENDED_BY_USER, _last_steps(scene)
+        names = ", ".join(f"`{attempt.stage}`" for attempt in living)
+        return FALSE, Reason.STOPPING_STAGES, f"saving a checkpoint and stopping: {names}"
+    return TRUE, Reason.SUSPENDED_BY_USER, _last_steps(inputs)
 
 
-def _last_steps(scene: Scene) -> str:
-    """Say at which step each stopped stage goes on."""
-    newest = {sight.stage: sight.record for sight in scene.sights}
+def _last_steps(inputs: StatusInputs) -> str:
+    """Return the step from which each stopped stage resumes."""
+    newest = {attempt.stage: attempt.record for attempt in inputs.attempts}
     steps = [f"`{name}` at step {record.last_step}" for name, record in newest.items() if record.last_step is not None]
     return f"checkpoints: {', '.join(steps)}" if steps else ""
 
 
-def complete(scene: Scene, stages: Sequence[StageStatus]) -> Statement:
+def complete(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statement:
     done = sum(stage.state in FINISHED for stage in stages)
-    if scene.decision.state is RunState.COMPLETE:
+    if inputs.decision.state is RunState.COMPLETE:
         cached = sum(stage.state is StageState.CACHED for stage in stages)
         return TRUE, Reason.ALL_STAGES_FINISHED, f"{len(stages)} stages, {cached} of them cached"
     return FALSE, Reason.STAGES_UNFINISHED, f"{done} of {len(stages)} stages are finished"
 
 
-def failed(scene: Scene, stages: Sequence[StageStatus]) -> Statement:
-    state = scene.decision.state
+def failed(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statement:
+    state = inputs.decision.state
     if state is RunState.CANCELLED:
-        return TRUE, Reason.CANCELLED, scene.decision.message
+        return TRUE, Reason.CANCELLED, inputs.decision.message
     if state is not RunState.FAILED:
         return FALSE, Reason.NO_FAILURE, ""
     culprit = next((stage for stage in stages if stage.state is StageState.FAILED), None)
     if culprit is None:
-        return TRUE, Reason.RETRIES_EXHAUSTED, scene.decision.message
+        return TRUE, Reason.RETRIES_EXHAUSTED, inputs.decision.message
     return TRUE, failure_reason(culprit), f"stage `{culprit.name}`: {culprit.message}"
 
 
@@ -315,7 +309,7 @@ REASON_OF_EXIT = {
 
 
 def failure_reason(stage: StageStatus) -> Reason:
-    """Return in one word why a stage failed for good."""
+    """Return the reason of a stage's permanent failure."""
     last = next((record for record in reversed(stage.attempts) if record.cause in CHARGED), None)
     if last is None or last.cause is not Cause.USER:
         return Reason.RETRIES_EXHAUSTED
@@ -327,7 +321,7 @@ def failure_reason(stage: StageStatus) -> Reason:
 def conditions(
     statements: Mapping[ConditionType, Statement], previous: TrainingRunStatus, generation: int, now: float
 ) -> tuple[Condition, ...]:
-    """Return the conditions; the time of one changes only with its status."""
+    """Return the conditions. As everywhere in Kubernetes, the transition time changes only with the status."""
     before = {condition.type: condition for condition in previous.conditions}
     made = []
     for kind, (status, reason, message) in statements.items():
@@ -347,26 +341,26 @@ def conditions(
     return tuple(made)
 
 
-# -- for people --------------------------------------------------------------------------------------------------------
+# -- the summary -------------------------------------------------------------------------------------------------------
 
 
-def summary(scene: Scene, stages: Sequence[StageStatus]) -> Summary:
-    """Return what `kubectl get` shows: of the stage that is worked on, or would be next."""
+def summary(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Summary:
+    """Return what `kubectl get` prints: the current stage, or the next one if none is being worked on."""
     done = sum(stage.state in FINISHED for stage in stages)
     current = next((stage for stage in stages if stage.state in LIVING), None) or next(
         (stage for stage in stages if stage.state not in FINISHED), None
     )
     progress = None if current is None else current.progress
     return Summary(
-        state=scene.decision.state,
+        state=inputs.decision.state,
         stage=f"{done}/{len(stages)}" + ("" if current is None else f" {current.name}"),
-        progress=_share(progress),
+        progress=_progress_text(progress),
         eta=None if progress is None else progress.eta,
         restarts=sum(getattr(stage.restarts, cause.value) for stage in stages for cause in CHARGED),
     )
 
 
-def _share(progress: StageProgress | None) -> str:
+def _progress_text(progress: StageProgress | None) -> str:
     if progress is None:
         return ""
     if not progress.total:
@@ -378,13 +372,13 @@ def _share(progress: StageProgress | None) -> str:
 
 
 def as_json(status: TrainingRunStatus) -> dict[str, Any]:
-    """Return the status as it is written: fields that are None are left out."""
+    """Return the status as JSON, without the fields that are None."""
     dumped: dict[str, Any] = status.model_dump(mode="json", exclude_none=True)
     return dumped
 
 
 def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the merge patch that makes `after` of `before`; empty where they are equal."""
+    """Return the JSON merge patch (RFC 7386) that turns `before` into `after`; empty if they are equal."""
     patch: dict[str, Any] = {key: None for key in before if key not in after}
     for key, value in after.items():
         old = before.get(key)
@@ -398,7 +392,7 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
 
 def milestones(status: TrainingRunStatus) -> object:
-    """Return what of a status is worth a write at once; the rest may wait for what comes with it."""
+    """Return the part of a status whose changes are written at once; the rest may wait to be written together."""
     return (
         status.observed_generation,
         status.plan_digest,
@@ -416,7 +410,7 @@ def milestones(status: TrainingRunStatus) -> object:
 
 
 def without_progress(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a status (as JSON) without what changes with every report of an attempt."""
+    """Return a status (as JSON) without the fields that change with every progress report."""
     kept = {**status, "summary": {**(status.get("summary") or {}), "progress": "", "eta": None}}
     kept["stages"] = [{**stage, "progress": None} for stage in status.get("stages") or ()]
     return kept

@@ -1,4 +1,18 @@
-"""How an attempt ended, told from its pods: which of them explains it, and what it said. Pure."""
+"""How an attempt ended, according to its pods: which pod's account explains the end, and what it reports. Pure.
+
+The end of an attempt takes these forms, in this order:
+
+    the Pod's body
+    ContainerEnd        object_views: the terminated state of the trainer's container
+    AttemptResult       stagecoach_api.outcomes: the termination message, if the launcher wrote one
+    TerminationReport   here: one pod's result, completed or made up from the pod's state, with pod, node and time
+    AttemptOutcome      here: the report that explains the attempt's end; none while that is undecided
+    AttemptStatus       stagecoach_api.status: the record that is persisted in the run's status
+    ObservedAttempt     observe: the record together with the objects that still exist
+    Attempt             stagecoach_core.values: the same for any driver
+    Verdict             stagecoach_core.policies.retry: the meaning of all failed attempts of a stage: retry, or fail
+    StageView           stagecoach_core.values: the stage's state, which becomes its part of the status
+"""
 
 from __future__ import annotations
 
@@ -6,159 +20,179 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, cause_of_exit
-from stagecoach_operator.watched import ContainerEnd, JobSetView, PodView
+from stagecoach_operator.object_views import ContainerEnd, JobSetView, PodView
 
 SETTLE_SECONDS = 2.0
-"""How long after a first failure the other pods' words are waited for: one rank's end brings the others down, and the
-first pod that is seen to fail need not be the one that knows why."""
+"""How long after a first failure to wait for reports of the other pods: the end of one rank brings the others down, and
+the pod that is first seen to fail need not be the one that failed first."""
 
 PREEMPTING = frozenset({"PreemptionByScheduler", "EvictionByEvictionAPI"})
-"""Disruptions that somebody asked for: a more important pod, a drained node. All others count as infrastructure."""
+"""Requested disruptions (reasons of the DisruptionTarget condition): preemption by a pod of higher priority, a drained
+node. All others count as infrastructure."""
 
 OOM_KILLED = "OOMKilled"
 MESSAGE_CHARACTERS = 1000
 DIGEST_LENGTH = 64
+SIGNAL_BASE = 128
+"""Kubernetes, like a shell, reports a container killed by signal N with exit code 128 + N."""
 
 
 @dataclass(frozen=True)
-class Word:
-    """What ended an attempt."""
+class TerminationReport:
+    """One pod's account of the attempt's end."""
 
-    cause: Cause | None
-    """None: it is done."""
-    message: str
-    exit_code: int | None = None
-    content_digest: str | None = None
-    last_step: int | None = None
+    result: AttemptResult
+    """The launcher's result, sanitised; or what follows from the pod's state if there is none."""
     pod: str = ""
+    """Name of the pod. Empty: the account is the JobSet's."""
     node: str = ""
     at: float = 0.0
-    """When that pod ended, in seconds since the epoch by its node's clock; 0: unknown."""
+    """When that pod ended, in seconds since the epoch by its node's clock; 0 if unknown."""
 
-    def result(self) -> AttemptResult:
-        """Return it as the launcher would have written it."""
-        code = self.exit_code if self.exit_code is not None else int(self.cause is not None)
-        return AttemptResult(exit_code=code, cause=self.cause, content_digest=self.content_digest)
+    @classmethod
+    def from_launcher(cls, result: AttemptResult, end: ContainerEnd, pod: PodView) -> TerminationReport:
+        """Return the launcher's own result. A custom image may write anything, so its fields are brought into range."""
+        message = result.message
+        if end.reason == OOM_KILLED:
+            message = f"{OOM_KILLED}: the container ran out of memory; {message}"
+        sanitised = result.model_copy(
+            update={
+                "message": message[:MESSAGE_CHARACTERS],
+                "exit_code": max(-256, min(256, result.exit_code)),
+                "content_digest": result.content_digest if _is_digest(result.content_digest) else None,
+                "last_step": None if result.last_step is None or result.last_step < 0 else result.last_step,
+            }
+        )
+        return cls(sanitised, pod.meta.name, pod.node, end.finished)
+
+    @classmethod
+    def from_container(cls, end: ContainerEnd, pod: PodView) -> TerminationReport:
+        """Return the report of a pod whose launcher was killed or did not write a result."""
+        code = end.exit_code if end.exit_code <= SIGNAL_BASE else SIGNAL_BASE - end.exit_code
+        if end.reason == OOM_KILLED:
+            cause: Cause | None = Cause.INFRASTRUCTURE
+            remedy = "raise `resources.memory` or reduce the stage's memory use"
+            message = f"{OOM_KILLED}: the container needed more memory than its limit; {remedy}"
+        else:
+            cause = None if code == 0 else cause_of_exit(code)
+            message = f"ended with exit code {code} and wrote no result"
+            if pod.reason:
+                message = f"{pod.reason}: {pod.message or message}"
+            # With terminationMessagePolicy FallbackToLogsOnError the message holds the last lines of the log.
+            message += f"\n{end.message[-MESSAGE_CHARACTERS // 2 :]}" if end.message else ""
+        result = AttemptResult(exit_code=code, cause=cause, message=message[:MESSAGE_CHARACTERS])
+        return cls(result, pod.meta.name, pod.node, end.finished)
+
+    @classmethod
+    def from_phase(cls, pod: PodView) -> TerminationReport:
+        """Return the report of a pod that ended without a container state, as evicted pods may."""
+        message = ": ".join(part for part in (pod.reason, pod.message) if part) or f"the pod is {pod.phase}"
+        cause = None if pod.phase == "Succeeded" else Cause.INFRASTRUCTURE
+        return cls(_result(cause, message), pod.meta.name, pod.node)
+
+    def as_preempted(self, reason: str, message: str) -> TerminationReport:
+        """Return the report with the cause replaced by a preemption."""
+        text = f"preempted ({reason}): {message}"[:MESSAGE_CHARACTERS]
+        changes = {"cause": Cause.PREEMPTION, "message": text, "content_digest": None}
+        return replace(self, result=self.result.model_copy(update=changes))
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the pods say of the attempt's end."""
+class AttemptOutcome:
+    """Whether and how the attempt has ended, according to its pods and its JobSet."""
 
-    word: Word | None = None
-    """None: it has not ended, or it is too early to say why."""
+    report: TerminationReport | None = None
+    """None if it has not ended, or it is too early to determine why."""
     look_again_at: float | None = None
-    """When it is no longer too early, in seconds since the epoch. None: nothing is pending."""
+    """When it is no longer too early, in seconds since the epoch. None if nothing is pending."""
 
 
-def verdict_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> Verdict:
-    """Say whether and how an attempt has ended. `pods`: all that are known of it."""
-    done = next((word_of(pod) for pod in pods if pod.index == 0 and pod.has_ended and not _failed(pod)), None)
-    if done is not None and done.cause is None:
-        return Verdict(done)
+def outcome_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> AttemptOutcome:
+    """Return whether and how an attempt has ended. `pods`: all its known pods."""
+    # Pod 0 alone publishes: its success completes the attempt, whatever the other pods report.
+    done = next((termination_of(pod) for pod in pods if pod.index == 0 and pod.has_ended and not _failed(pod)), None)
+    if done is not None and done.result.cause is None:
+        return AttemptOutcome(done)
     if jobset.suspended and not jobset.failed:
-        return Verdict()  # its queue has taken it back: whatever its pods died of, new ones will go on
+        # Kueue preempts a workload by suspending its JobSet, which deletes the pods. New pods will continue this
+        # attempt, so the exit codes of the old ones mean nothing.
+        return AttemptOutcome()
     failed = [pod for pod in pods if pod.has_ended and _failed(pod)]
     if failed:
         return _failure(failed, pods, jobset, now)
     if jobset.completed:
-        return Verdict(Word(cause=None, message="its JobSet is complete, and its pods are gone"))
+        return AttemptOutcome(TerminationReport(_result(None, "the JobSet is complete and its pods are gone")))
     if jobset.failed:
         settled = jobset.failed_at + SETTLE_SECONDS
-        word = Word(cause=Cause.INFRASTRUCTURE, message=f"{jobset.failed}; its pods left no word")
-        return Verdict(word) if now >= settled else Verdict(look_again_at=settled)
-    return Verdict()
+        report = TerminationReport(_result(Cause.INFRASTRUCTURE, f"{jobset.failed}; its pods left no result"))
+        return AttemptOutcome(report) if now >= settled else AttemptOutcome(look_again_at=settled)
+    return AttemptOutcome()
 
 
 def _failed(pod: PodView) -> bool:
     return pod.phase == "Failed" or (pod.end is not None and pod.end.exit_code != 0)
 
 
-def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetView, now: float) -> Verdict:
-    words = [word_of(pod) for pod in failed]
-    best = min(words, key=lambda word: (_explains(word), word.at))
-    if jobset.meta.deleting:  # why is known to whoever deletes it, and its pods are gone in a moment
-        return Verdict(replace(best, last_step=newest_step(word.last_step for word in words)))
+def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetView, now: float) -> AttemptOutcome:
+    reports = [termination_of(pod) for pod in failed]
+    best = min(reports, key=lambda report: (_rank(report.result), report.at))
+    if jobset.meta.deleting:
+        # Its pods disappear in a moment, so do not wait for more reports. The cause is that of the
+        # deletion; what is needed from the pods is the newest complete checkpoint of any rank.
+        last_step = newest_step(report.result.last_step for report in reports)
+        return AttemptOutcome(replace(best, result=best.result.model_copy(update={"last_step": last_step})))
     complete = len({pod.index for pod in pods if pod.has_ended}) >= jobset.num_pods
-    deleted = all(pod.meta.deleting for pod in failed)  # perhaps by a queue that is just taking the attempt back
-    if _explains(best) == 0 or jobset.failed or (complete and not deleted):
-        return Verdict(best)
-    settled = min(min(word.at for word in words) or now, now) + SETTLE_SECONDS
-    return Verdict(best) if now >= settled else Verdict(look_again_at=settled)
+    # Pods being deleted while their JobSet is not may be the first sign of a suspension by Kueue: wait for the rest.
+    deleted = all(pod.meta.deleting for pod in failed)
+    if _rank(best.result) == 0 or jobset.failed or (complete and not deleted):
+        return AttemptOutcome(best)
+    # Node clocks may be ahead of ours: min(..., now) keeps a wrong one from prolonging the wait.
+    settled = min(min(report.at for report in reports) or now, now) + SETTLE_SECONDS
+    return AttemptOutcome(best) if now >= settled else AttemptOutcome(look_again_at=settled)
 
 
 def newest_step(steps: Iterable[int | None]) -> int | None:
-    """Return the newest of the steps that are known. None: none is."""
+    """Return the newest of the known steps, or None if none is known."""
     return max((step for step in steps if step is not None), default=None)
 
 
-def _explains(word: Word) -> int:
-    """Return how much a pod's word explains: 0 names the reason, 1 is a sudden death, 2 may follow from another's."""
-    if word.exit_code in CAUSE_OF_EXIT and word.exit_code != ExitCode.INTERRUPTED:
+def _rank(result: AttemptResult) -> int:
+    """Rank a result by how well it explains the attempt's end.
+
+    0: it names the error; 1: a sudden death; 2: it may be a consequence of another pod's end.
+    """
+    if result.exit_code in CAUSE_OF_EXIT and result.exit_code != ExitCode.INTERRUPTED:
         return 0
-    if OOM_KILLED in word.message or (word.exit_code is not None and word.exit_code < 0):
+    if OOM_KILLED in result.message or result.exit_code < 0:
         return 1
-    return 1 if word.cause is Cause.PREEMPTION else 2
+    return 1 if result.cause is Cause.PREEMPTION else 2
 
 
 # -- one pod -----------------------------------------------------------------------------------------------------------
 
 
-def word_of(pod: PodView) -> Word:
-    """Return what an ended pod says, or what is known of its end where it says nothing."""
-    end = pod.end
-    result = None if end is None else end.result()
-    own = _as_told(pod, end, result) if end is not None and result is not None else _untold(pod, end)
-    if pod.disruption in PREEMPTING and own.cause not in (None, Cause.USER):
-        said = f"preempted ({pod.disruption}): {pod.disruption_message}"
-        return Word(
-            Cause.PREEMPTION,
-            said[:MESSAGE_CHARACTERS],
-            own.exit_code,
-            last_step=own.last_step,
-            pod=own.pod,
-            node=own.node,
-            at=own.at,
-        )
-    return own
+def termination_of(pod: PodView) -> TerminationReport:
+    """Return the report of a pod that has ended."""
+    report = _report_of(pod)
+    # A user error stays one while its node is drained: another attempt would fail in the same way.
+    if pod.disruption in PREEMPTING and report.result.cause not in (None, Cause.USER):
+        return report.as_preempted(pod.disruption, pod.disruption_message)
+    return report
 
 
-def _as_told(pod: PodView, end: ContainerEnd, result: AttemptResult) -> Word:
-    message = result.message
-    if end.reason == OOM_KILLED:
-        message = f"{OOM_KILLED}: the container ran out of memory; {message}"
-    return Word(
-        cause=result.cause,
-        message=message[:MESSAGE_CHARACTERS],
-        exit_code=max(-256, min(256, result.exit_code)),
-        content_digest=result.content_digest if _is_digest(result.content_digest) else None,
-        last_step=result.last_step if result.last_step is not None and result.last_step >= 0 else None,
-        pod=pod.meta.name,
-        node=pod.node,
-        at=end.finished,
-    )
+def _report_of(pod: PodView) -> TerminationReport:
+    if pod.end is None:
+        return TerminationReport.from_phase(pod)
+    result = pod.end.result()
+    if result is None:
+        return TerminationReport.from_container(pod.end, pod)
+    return TerminationReport.from_launcher(result, pod.end, pod)
+
+
+def _result(cause: Cause | None, message: str) -> AttemptResult:
+    """Return the result of a pod that has no exit code."""
+    return AttemptResult(exit_code=int(cause is not None), cause=cause, message=message[:MESSAGE_CHARACTERS])
 
 
 def _is_digest(text: str | None) -> bool:
-    """Tell whether a result, which a custom image may write as it likes, names a digest."""
     return text is not None and len(text) == DIGEST_LENGTH and set(text) <= set("0123456789abcdef")
-
-
-def _untold(pod: PodView, end: ContainerEnd | None) -> Word:
-    """Return the word of a pod whose launcher was killed, never began, or left nothing."""
-    name, node = pod.meta.name, pod.node
-    if end is None:
-        about = ": ".join(part for part in (pod.reason, pod.message) if part) or f"the pod is {pod.phase}"
-        cause = None if pod.phase == "Succeeded" else Cause.INFRASTRUCTURE
-        return Word(cause=cause, message=about[:MESSAGE_CHARACTERS], pod=name, node=node)
-    code = end.exit_code if end.exit_code <= 128 else 128 - end.exit_code
-    if end.reason == OOM_KILLED:
-        remedy = "raise `resources.memory`, or ask for less of it"
-        said = f"{OOM_KILLED}: the container needed more memory than its limit; {remedy}"
-        return Word(Cause.INFRASTRUCTURE, said, exit_code=code, at=end.finished, pod=name, node=node)
-    cause = None if code == 0 else cause_of_exit(code)
-    about = f"ended with exit code {code} and left no result"
-    if pod.reason:
-        about = f"{pod.reason}: {pod.message or about}"
-    lines = f"\n{end.message[-MESSAGE_CHARACTERS // 2 :]}" if end.message else ""
-    return Word(cause, (about + lines)[:MESSAGE_CHARACTERS], exit_code=code, at=end.finished, pod=name, node=node)

@@ -1,7 +1,7 @@
-"""Projected service account tokens, checked offline: signature, issuer, audience, time, and the pod they belong to.
+"""Verifies projected service account tokens offline: signature, issuer, audience, validity, and the bound pod.
 
-A TokenReview would be a call per report and a cluster-wide right. RFC 7519 and 7515; only the algorithms that API
-servers sign with, whatever else the token asks for.
+A TokenReview would cost a request per report and need a cluster-wide permission. RFC 7519 and 7515. Only the algorithms
+API servers sign with are accepted, whatever the token's header requests.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ KEYS_PATH = "/openid/v1/jwks"
 CONFIGURATION_PATH = "/.well-known/openid-configuration"
 REFRESH_SECONDS = 600.0
 SHORTEST_REFRESH_SECONDS = 10.0
-"""A key that is not known is looked for at most this often: anybody can send tokens that name one."""
+"""Minimum interval of fetches for unknown keys: anyone can send tokens that name one."""
 LEEWAY_SECONDS = 10.0
 MAX_TOKEN_CHARACTERS = 8192
 
 
 class InvalidToken(Exception):
-    """The token proves nothing."""
+    """The token is not valid."""
 
 
 @dataclass(frozen=True)
 class Bearer:
-    """Whom a token belongs to."""
+    """The pod a token is bound to."""
 
     namespace: str
     pod_uid: str
@@ -39,7 +39,7 @@ class Bearer:
 
 @dataclass
 class TokenVerifier:
-    """Checks tokens against the API server's public keys, which are fetched now and then."""
+    """Verifies tokens with the API server's public keys, which are fetched periodically."""
 
     kube: Kube
     clock: Callable[[], float] = time.time
@@ -48,11 +48,11 @@ class TokenVerifier:
     _fetched_at: float = float("-inf")
 
     async def verify(self, token: str, audience: str) -> Bearer:
-        """Return whom the token belongs to. Raises InvalidToken."""
-        header, claims, signed, signature = taken_apart(token)
+        """Return the pod the token is bound to. Raises InvalidToken."""
+        header, claims, signed, signature = split_token(token)
         key = await self._key(str(header.get("kid", "")))
         if not has_signed(key, str(header.get("alg", "")), signed, signature):
-            raise InvalidToken("the signature is wrong")
+            raise InvalidToken("its signature is wrong")
         return bearer(claims, audience, self._issuer, self.clock())
 
     async def _key(self, key_id: str) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class TokenVerifier:
         try:
             return self._keys[key_id]
         except KeyError:
-            raise InvalidToken("no key of the API server has signed it") from None
+            raise InvalidToken("it is not signed with a key of the API server") from None
 
     async def _fetch(self, now: float) -> None:
         self._fetched_at = now
@@ -78,18 +78,18 @@ class TokenVerifier:
         self._keys = {str(key.get("kid", "")): key for key in keys.get("keys", ())}
 
 
-def taken_apart(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
+def split_token(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
     """Return header, claims, signed bytes and signature. Raises InvalidToken."""
     parts = token.split(".")
     if len(token) > MAX_TOKEN_CHARACTERS or len(parts) != 3:
-        raise InvalidToken("it is no token")
+        raise InvalidToken("it is not a JSON Web Token")
     try:
         header, claims = (json.loads(_decoded(part)) for part in parts[:2])
         signature = _decoded(parts[2])
     except (ValueError, binascii.Error, RecursionError):
-        raise InvalidToken("it is no token") from None
+        raise InvalidToken("it is not a JSON Web Token") from None
     if not isinstance(header, dict) or not isinstance(claims, dict):
-        raise InvalidToken("it is no token")
+        raise InvalidToken("it is not a JSON Web Token")
     return header, claims, f"{parts[0]}.{parts[1]}".encode(), signature
 
 
@@ -98,12 +98,12 @@ def _decoded(part: str) -> bytes:
 
 
 def bearer(claims: Mapping[str, Any], audience: str, issuer: str, now: float) -> Bearer:
-    """Return whom the claims speak of. Raises InvalidToken unless they hold for this audience now."""
+    """Return the pod in the claims. Raises InvalidToken unless they are valid for this audience now."""
     audiences = claims.get("aud")
     if audience not in (audiences if isinstance(audiences, list) else [audiences]):
-        raise InvalidToken("it is meant for somebody else")
+        raise InvalidToken("it is for another audience")
     if not issuer or claims.get("iss") != issuer:
-        raise InvalidToken("another issuer made it")
+        raise InvalidToken("it has another issuer")
     expires, begins = claims.get("exp"), claims.get("nbf", 0)
     if not isinstance(expires, int | float) or now > expires + LEEWAY_SECONDS:
         raise InvalidToken("it has expired")
@@ -112,12 +112,12 @@ def bearer(claims: Mapping[str, Any], audience: str, issuer: str, now: float) ->
     bound = claims.get("kubernetes.io")
     pod = bound.get("pod") if isinstance(bound, dict) else None
     if not isinstance(bound, dict) or not isinstance(pod, dict) or not pod.get("uid"):
-        raise InvalidToken("it is bound to no pod")
+        raise InvalidToken("it is not bound to a pod")
     return Bearer(str(bound.get("namespace", "")), str(pod["uid"]))
 
 
 def has_signed(key: Mapping[str, Any], algorithm: str, signed: bytes, signature: bytes) -> bool:
-    """Tell whether the owner of a JSON Web Key has signed these bytes."""
+    """Return whether the signature of these bytes was made with a JSON Web Key."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
     from cryptography.hazmat.primitives.hashes import SHA256

@@ -1,4 +1,4 @@
-"""One task per run: wishes for a turn are merged while one is under way, and errors are followed by a longer pause."""
+"""A work queue with one task per run: requests made during a reconciliation are merged, and failures back off."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 60.0
-PARALLEL_TURNS = 64
-"""Turns at the same time, over all runs."""
+MAX_CONCURRENT = 64
+"""Reconciliations at the same time, over all runs."""
 
 
 @dataclass
@@ -24,33 +24,33 @@ class Slot:
 
     task: asyncio.Task[None] | None = None
     again: bool = False
-    """Something happened during the turn."""
+    """Whether it was requested again during the reconciliation."""
     timer: asyncio.TimerHandle | None = None
     due: float = 0.0
-    """When the timer goes off, in seconds since the epoch."""
+    """When the timer fires, in seconds since the epoch."""
     failures: int = 0
-    """Failed turns in a row."""
+    """Failed reconciliations in a row."""
     pause: float = 0.0
     """Seconds to wait after the last of them."""
     busy_since: float | None = None
-    """When the turn under way began (monotonic). None: none is."""
+    """When the running reconciliation began (monotonic). None if none is running."""
 
 
 @dataclass
 class Workers:
-    """Gives every run its turns."""
+    """Reconciles runs; never the same run twice at the same time."""
 
-    turn: Callable[[str], Awaitable[float | None]]
-    """Does one turn of a run; returns when the next one is due, in seconds since the epoch."""
+    reconcile: Callable[[str], Awaitable[float | None]]
+    """Reconciles a run; returns when the next reconciliation is due, in seconds since the epoch."""
     clock: Callable[[], float] = time.time
     slots: dict[str, Slot] = field(default_factory=dict)
     _closing: bool = False
 
     def __post_init__(self) -> None:
-        self._limit = asyncio.Semaphore(PARALLEL_TURNS)
+        self._limit = asyncio.Semaphore(MAX_CONCURRENT)
 
-    def wake(self, uid: str) -> None:
-        """Ask for a turn of a run; at once, or after the one that is under way."""
+    def enqueue(self, uid: str) -> None:
+        """Request a reconciliation of a run: at once, or after the one that is running."""
         if self._closing:
             return
         slot = self.slots.setdefault(uid, Slot())
@@ -61,13 +61,13 @@ class Workers:
                 slot.timer = None
             slot.task = asyncio.get_running_loop().create_task(self._work(uid, slot))
 
-    def oldest_turn_seconds(self) -> float:
-        """Return how long the longest turn has been under way; 0: none is."""
+    def longest_running_seconds(self) -> float:
+        """Return for how long the longest reconciliation has been running; 0 if none is."""
         begun = [slot.busy_since for slot in self.slots.values() if slot.busy_since is not None]
         return time.monotonic() - min(begun) if begun else 0.0
 
     async def close(self, seconds: float) -> None:
-        """Start no more turns, and let those under way end."""
+        """Start no more reconciliations; let running ones end, and cancel those that take longer than `seconds`."""
         self._closing = True
         for slot in self.slots.values():
             if slot.timer is not None:
@@ -84,31 +84,31 @@ class Workers:
             slot.again = False
             async with self._limit:
                 slot.busy_since = time.monotonic()
-                due = await self._one_turn(uid, slot)
+                due = await self._reconcile_once(uid, slot)
                 slot.busy_since = None
             if slot.failures:
-                await asyncio.sleep(slot.pause)  # whatever happens meanwhile: the API server must not be stormed
+                await asyncio.sleep(slot.pause)  # even if events arrive meanwhile: they must not defeat the back-off
                 slot.again = True
             elif due is not None and due <= self.clock():
                 slot.again = True
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # let other runs proceed
         slot.task = None
         if self._closing:
             return
         if due is not None:
-            self._wake_at(uid, slot, due)
+            self._enqueue_at(uid, slot, due)
         else:
             self.slots.pop(uid, None)
 
-    async def _one_turn(self, uid: str, slot: Slot) -> float | None:
+    async def _reconcile_once(self, uid: str, slot: Slot) -> float | None:
         try:
-            due = await self.turn(uid)
+            due = await self.reconcile(uid)
         except KubeError as error:
             self._after_failure(uid, slot, error)
             return None
         except Exception:
-            log.exception("run %s: its turn failed in an unforeseen way; it is tried again", uid)
-            self._after_failure(uid, slot, Unavailable("unforeseen"))
+            log.exception("run %s: unexpected error in its reconciliation; it is retried", uid)
+            self._after_failure(uid, slot, Unavailable("unexpected error"))
             return None
         slot.failures = 0
         return due
@@ -118,14 +118,14 @@ class Workers:
         slot.pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (slot.failures - 1))
         if isinstance(error, Unavailable) and error.retry_after is not None:
             slot.pause = max(slot.pause, error.retry_after)
-        if not isinstance(error, Conflict):
-            log.warning("run %s: %s: %s; tried again in %.1f s", uid, type(error).__name__, error, slot.pause)
+        if not isinstance(error, Conflict):  # a 409 is routine: the run has changed since it was observed
+            log.warning("run %s: %s: %s; retried in %.1f s", uid, type(error).__name__, error, slot.pause)
 
-    def _wake_at(self, uid: str, slot: Slot, due: float) -> None:
+    def _enqueue_at(self, uid: str, slot: Slot, due: float) -> None:
         slot.due = due
         delay = max(0.0, due - self.clock())
         slot.timer = asyncio.get_running_loop().call_later(delay, self._on_timer, uid, slot)
 
     def _on_timer(self, uid: str, slot: Slot) -> None:
         slot.timer = None
-        self.wake(uid)
+        self.enqueue(uid)

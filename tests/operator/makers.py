@@ -1,8 +1,8 @@
-"""Makers for tests of the operator: an API server in memory, a JobSet controller, a kubelet that does as it is told.
+"""Makers for tests of the operator: an API server in memory, a JobSet controller, and a kubelet that the test controls.
 
-The API server honours what the operator relies on: resource versions, preconditions, 409 on creation, merge patches on
-the object and on its status, foreground deletion that waits for pods, the garbage collection of what a deleted object
-owned. What the real one does beyond that is proved on a real one.
+The API server implements what the operator relies on: resource versions, preconditions, 409 on creation, merge patches
+of the object and of its status, foreground deletion that waits for pods, garbage collection of dependants. The rest
+is tested against a real one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from stagecoach_api.artifacts import Manifest, manifest_key
 from stagecoach_api.spec import Storage
 from stagecoach_api.status import Condition, ConditionType, StageStatus, TrainingRunStatus
 from stagecoach_api.store import open_store
-from stagecoach_operator.artifact_lookup import Lookups
-from stagecoach_operator.cluster import Cluster
+from stagecoach_operator.artifact_lookup import ArtifactLookups
+from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.events import RunEvent
 from stagecoach_operator.kube import (
     CONFIG_MAPS,
@@ -41,10 +41,11 @@ from stagecoach_operator.kube import (
     Resource,
     Unavailable,
 )
-from stagecoach_operator.progress_reports import Board
+from stagecoach_operator.object_cache import Cache
+from stagecoach_operator.object_views import RunView, jobset_view, pod_view, run_view, workload_view
+from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
-from stagecoach_operator.watched import Cache, RunView, jobset_view, pod_view, run_view, workload_view
 
 NAMESPACE = "team"
 START = 1_800_000_000.0
@@ -59,12 +60,12 @@ def stamp(seconds: float) -> str:
 
 
 class Killed(BaseException):
-    """The operator was killed here. No `except Exception` may survive it."""
+    """The operator is killed here. A BaseException, so that no `except Exception` catches it."""
 
 
 @dataclass
 class FakeApi:
-    """An API server in memory. Writes are counted, may fail as told, and may be the last thing an operator does."""
+    """An API server in memory. Writes are counted; hooks around each may raise errors or kill the operator."""
 
     clock: Callable[[], float]
     objects: dict[Key, Body] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class FakeApi:
     async def read(self, path: str) -> Any:
         raise NotFound(path)
 
-    # -- what the rest of the cluster does -----------------------------------------------------------------------------
+    # -- changes by other clients and controllers ----------------------------------------------------------------------
 
     def add(self, resource: Resource, body: Body) -> Body:
         """Create an object without counting a write."""
@@ -164,7 +165,7 @@ class FakeApi:
         return self._changed(resource, key, "ADDED")
 
     def edit(self, resource: Resource, namespace: str, name: str, **change: Any) -> Body:
-        """Change an object as somebody else would."""
+        """Change an object as another client would."""
         return self._merge(resource, (resource.plural, namespace, name), change)
 
     def edit_spec(self, name: str, **change: Any) -> Body:
@@ -172,7 +173,7 @@ class FakeApi:
         return self.edit(TRAINING_RUNS, NAMESPACE, name, spec=change)
 
     def remove(self, resource: Resource, namespace: str, name: str, foreground: bool = False) -> None:
-        """Delete an object: at once, or, in the foreground or with finalizers, when nothing holds it any more."""
+        """Delete an object: at once, or, in the foreground or with finalizers, when they are gone."""
         key = (resource.plural, namespace, name)
         metadata = self.objects[key]["metadata"]
         if "deletionTimestamp" not in metadata:
@@ -183,7 +184,7 @@ class FakeApi:
         self.collect()
 
     def collect(self) -> None:
-        """The garbage collector: foreground deletion goes down to the pods and up again; orphans go."""
+        """Run the garbage collector: foreground deletion proceeds from the pods upwards; orphans are deleted."""
         changed = True
         while changed:
             changed = False
@@ -221,7 +222,7 @@ class FakeApi:
         return False
 
     def end_pod(self, pod: Body) -> None:
-        """Let go of a pod that was being deleted and whose process has ended."""
+        """Remove a pod that is being deleted and whose process has ended."""
         key = self._key(PODS, pod)
         if key in self.objects and "deletionTimestamp" in self.objects[key]["metadata"]:
             self.objects[key]["metadata"]["finalizers"] = []
@@ -264,15 +265,15 @@ class FakeApi:
     def _changed(self, resource: Resource, key: Key, kind: str = "MODIFIED") -> Body:
         item = self.objects[key]
         item["metadata"]["resourceVersion"] = str(next(self._versions) + 100)
-        self._tell(resource, kind, item)
+        self._notify(resource, kind, item)
         return copy.deepcopy(item)
 
     def _drop(self, resource: Resource, key: Key) -> None:
         item = self.objects.pop(key)
         item["metadata"]["resourceVersion"] = str(next(self._versions) + 100)
-        self._tell(resource, "DELETED", item)
+        self._notify(resource, "DELETED", item)
 
-    def _tell(self, resource: Resource, kind: str, item: Body) -> None:
+    def _notify(self, resource: Resource, kind: str, item: Body) -> None:
         for watcher in list(self.watchers):
             watcher(resource, kind, copy.deepcopy(item))
 
@@ -282,7 +283,7 @@ class FakeApi:
 
 
 class _Write:
-    """One write: counted, with a place to fail or to be killed before and after it."""
+    """One write: counted, with hooks before and after it."""
 
     def __init__(self, api: FakeApi, what: str) -> None:
         self._api, self._what = api, what
@@ -349,28 +350,28 @@ class Ends:
     message: str = ""
     publishes: bool = True
     raw: str | None = None
-    """Termination message as it stands, instead of a result."""
+    """Literal termination message, instead of a result."""
     reason: str = ""
     disruption: str = ""
 
 
 @dataclass
 class World:
-    """A cluster: the API server, a JobSet controller, a kubelet whose trainers publish what they are told to."""
+    """A cluster: the API server, a JobSet controller, and a kubelet whose trainers publish artifacts."""
 
     folder: Path
     settings: Settings = field(init=False)
     now: float = START
     api: FakeApi = field(init=False)
     ends: dict[str, list[Ends]] = field(default_factory=dict)
-    """How the attempts of a stage end, one after the other; when it is empty, they succeed."""
+    """How the attempts of a stage end, in order; further attempts succeed."""
     waits: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Stages whose pods do not run, and the waiting state they show."""
+    """Stages whose pods do not start, with their waiting state."""
     holds: set[str] = field(default_factory=set)
-    """Stages whose pods run until they are let go."""
+    """Stages whose pods run until removed from here."""
     pods_made: list[str] = field(default_factory=list)
     two_at_once: list[str] = field(default_factory=list)
-    """Stages of which two pods 0 ran at once: there must be none."""
+    """Stages of which two pods with index 0 ran at once: there must be none."""
 
     def __post_init__(self) -> None:
         self.api = FakeApi(lambda: self.now)
@@ -383,7 +384,7 @@ class World:
         (self.folder / "inputs").mkdir(parents=True, exist_ok=True)
 
     def clock(self) -> float:
-        """Time goes on a little with every look at it, as it does in earnest."""
+        """Advance a little with every call, like real time."""
         self.now += 0.001
         return self.now
 
@@ -419,7 +420,7 @@ class World:
     # -- controllers ---------------------------------------------------------------------------------------------------
 
     def tick(self) -> bool:
-        """Let JobSet controller and kubelet do one thing each; return whether they did anything."""
+        """Run one step of the JobSet controller and of the kubelet; return whether anything changed."""
         did = False
         for jobset in self.api.all_of(JOBSETS):
             did = self._make_pods(jobset) or did
@@ -463,7 +464,7 @@ class World:
             self.api.end_pod(pod)
             return False
         if "deletionTimestamp" in pod["metadata"]:
-            self._finish(pod, Ends(75, "preemption", "asked to stop, checkpoint saved"), index)
+            self._finish(pod, Ends(75, "preemption", "stop requested, checkpoint saved"), index)
             return True
         if stage in self.waits:
             waiting = {"name": names.TRAINER_CONTAINER, "state": {"waiting": self.waits[stage]}}
@@ -523,27 +524,27 @@ class World:
         return bool(self.api.edit(PODS, *key, status=status)["metadata"]["resourceVersion"] != before)
 
     def _publish(self, pod: Body) -> str:
-        """Do what a trainer does: write the manifest, if nobody was first; return its content digest."""
-        told = self._told(pod)
-        content = digest(told["digest"])
+        """Publish as a trainer does: write the manifest unless it exists; return its content digest."""
+        stage = self._stage_file(pod)
+        content = digest(stage["digest"])
         manifest = Manifest(
-            stage_digest=told["digest"],
+            stage_digest=stage["digest"],
             content_digest=content,
-            kind=told["kind"],
+            kind=stage["kind"],
             objects=(),
             config={},
-            code=told["code"],
+            code=stage["code"],
             seed=0,
             created=self.now,
         )
-        self.store.commit(manifest_key(told["digest"]), manifest.model_dump_json().encode())
+        self.store.commit(manifest_key(stage["digest"]), manifest.model_dump_json().encode())
         return content
 
-    def _told(self, pod: Body) -> Body:
+    def _stage_file(self, pod: Body) -> Body:
         name = pod["metadata"]["name"].rsplit("-w-0-", 1)[0]
-        found = self.api.objects[CONFIG_MAPS.plural, pod["metadata"]["namespace"], name]
-        told: Body = json.loads(found["data"][names.STAGE_FILE])
-        return told
+        body = self.api.objects[CONFIG_MAPS.plural, pod["metadata"]["namespace"], name]
+        stage: Body = json.loads(body["data"][names.STAGE_FILE])
+        return stage
 
 
 def digest(text: str) -> str:
@@ -552,13 +553,13 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-MAX_TURNS = 3000
+MAX_RECONCILIATIONS = 3000
 
-# -- an operator that is driven by hand --------------------------------------------------------------------------------
+# -- an operator driven by the test -----------------------------------------------------------------------------------
 
 
 class Operator:
-    """The reconciler over a world, its turns taken one by one; watching begins with what there is."""
+    """The reconciler on a world, run step by step; its watches start with the existing objects."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -566,27 +567,27 @@ class Operator:
         self.due: dict[str, None] = {}
         self.timers: dict[str, float] = {}
         self.events: list[RunEvent] = []
-        self.turns = 0
-        self.lookups = Lookups(2, clock=world.clock)
-        cluster = Cluster(world.api, self.cache, world.settings)
+        self.reconciliations = 0
+        self.lookups = ArtifactLookups(2, clock=world.clock)
+        client = AttemptClient(world.api, self.cache, world.settings)
         self.reconciler = Reconciler(
-            cluster=cluster,
+            client=client,
             lookups=self.lookups,
-            board=Board(),
-            wake=self.wake,
-            announce=lambda run, events: self.events.extend(events),
+            reports=ProgressReports(),
+            enqueue=self.enqueue,
+            record_events=lambda run, events: self.events.extend(events),
             clock=world.clock,
         )
         for resource in (TRAINING_RUNS, JOBSETS, PODS, WORKLOADS):
             for item in world.api.all_of(resource):
-                self.hear(resource, "ADDED", copy.deepcopy(item))
-        world.api.watchers.append(self.hear)
+                self.receive(resource, "ADDED", copy.deepcopy(item))
+        world.api.watchers.append(self.receive)
 
-    def wake(self, uid: str) -> None:
+    def enqueue(self, uid: str) -> None:
         self.due[uid] = None
 
-    def hear(self, resource: Resource, kind: str, body: Body) -> None:
-        """What the handlers do with an event of the watch."""
+    def receive(self, resource: Resource, kind: str, body: Body) -> None:
+        """Apply an event of a watch, as the handlers do."""
         uid = body["metadata"]["uid"]
         if kind == "DELETED":
             run_uid = self.cache.remove(uid)
@@ -596,31 +597,31 @@ class Operator:
             view = {JOBSETS.plural: jobset_view, PODS.plural: pod_view, WORKLOADS.plural: workload_view}
             run_uid = self.cache.put(view[resource.plural](body)) if resource.plural in view else None  # type: ignore[operator]
         if run_uid:
-            self.wake(run_uid)
+            self.enqueue(run_uid)
 
     def die(self) -> None:
-        self.world.api.watchers.remove(self.hear)
+        self.world.api.watchers.remove(self.receive)
         self.lookups.close()
 
     async def settle(self) -> None:
-        """Take turns until nothing is due; answers of the store are waited for."""
+        """Reconcile until nothing is due, waiting for pending lookups."""
         while True:
             for uid, moment in list(self.timers.items()):
                 if moment <= self.world.now:
                     del self.timers[uid]
-                    self.wake(uid)
+                    self.enqueue(uid)
             if not self.due:
-                if not await self._answers_came():
+                if not await self._lookups_done():
                     return
                 continue
             uid = next(iter(self.due))
             del self.due[uid]
-            await self.turn(uid)
+            await self.reconcile(uid)
 
-    async def turn(self, uid: str) -> None:
-        self.turns += 1
-        if self.turns > MAX_TURNS:
-            raise AssertionError(f"the operator never rests; its last writes: {self.world.api.writes[-8:]}")
+    async def reconcile(self, uid: str) -> None:
+        self.reconciliations += 1
+        if self.reconciliations > MAX_RECONCILIATIONS:
+            raise AssertionError(f"the operator does not come to rest; its last writes: {self.world.api.writes[-8:]}")
         try:
             moment = await self.reconciler.reconcile(uid)
         except Unavailable as error:
@@ -631,20 +632,20 @@ class Operator:
         if moment is not None:
             self.timers[uid] = moment
 
-    async def _answers_came(self) -> bool:
-        """Wait for the store's threads: answers to questions, and pointers being written."""
+    async def _lookups_done(self) -> bool:
+        """Wait for the lookup threads: pending lookups, and pointers being written."""
         await asyncio.gather(*self.reconciler._pointers._tasks)
         for _ in range(200):
             if self.due:
                 return True
-            if not any(answers.asking for answers in self.lookups._answers.values()):
+            if not any(state.pending for state in self.lookups._states.values()):
                 return False
             await asyncio.sleep(0.005)
         return bool(self.due)
 
 
 async def drive(world: World, operator: Operator, seconds: float = 3600.0) -> None:
-    """Let operator and cluster take turns until nothing more happens within `seconds` of the world's time."""
+    """Alternate between operator and cluster until nothing more happens within `seconds` of the world's time."""
     end = world.now + seconds
     while world.now < end:
         await operator.settle()
@@ -658,6 +659,6 @@ async def drive(world: World, operator: Operator, seconds: float = 3600.0) -> No
 
 
 def data_stage(name: str, *inputs: str, uri: str = "a.txt", **settings: Any) -> dict[str, Any]:
-    """A `data` stage that reads the stages `inputs`, or a file where there are none."""
+    """A `data` stage that reads the stages `inputs`, or a file if there are none."""
     sources = [{"stage": item} for item in inputs] or [{"uri": uri}]
     return {"name": name, "data": {"sources": sources}, **settings}

@@ -1,4 +1,4 @@
-"""Lists beside the watches: the cache begins complete, and a deaf watch is noticed and made good."""
+"""Lists in addition to the watches: the cache is complete at the start, and a stale watch is detected and repaired."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 
 from stagecoach_operator.audit import Audit
-from stagecoach_operator.handlers import hear, make_registry, make_settings
+from stagecoach_operator.handlers import make_registry, make_settings, receive
 from stagecoach_operator.kube import JOBSETS, TRAINING_RUNS, WORKLOADS, Forbidden, Listing, Resource
-from stagecoach_operator.watched import Cache
+from stagecoach_operator.object_cache import Cache
 from tests.operator.makers import NAMESPACE, FakeApi, World, data_stage
 
 
 class Bench:
-    """An audit over a world, with a watch that can be deafened."""
+    """An audit over a world, with a watch that may be missing."""
 
     def __init__(self, folder: Path) -> None:
         self.world = World(folder)
         self.cache = Cache()
-        self.woken: list[str] = []
+        self.enqueued: list[str] = []
         self.now = 0.0
-        self.audit = Audit(self.world.api, self.cache, NAMESPACE, self.woken.append, clock=lambda: self.now)
+        self.audit = Audit(self.world.api, self.cache, NAMESPACE, self.enqueued.append, clock=lambda: self.now)
 
     def watch(self) -> None:
         self.world.api.watchers.append(
-            lambda resource, kind, body: hear(resource, self.cache, self.woken.append, kind, body)
+            lambda resource, kind, body: receive(resource, self.cache, self.enqueued.append, kind, body)
             if resource.plural in ("trainingruns", "jobsets", "pods", "workloads")
             else None
         )
@@ -41,58 +41,58 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def test_everything_there_is_is_known_before_anything_is_decided(bench: Bench) -> None:
+def test_the_cache_is_complete_after_the_cold_start(bench: Bench) -> None:
     uid = bench.world.submit(data_stage("a"))
     asyncio.run(bench.audit.cold_start())
     assert list(bench.cache.runs) == [uid]
 
 
-def test_kinds_that_are_not_installed_are_missed_until_they_are(bench: Bench) -> None:
+def test_a_kind_installed_later_is_detected(bench: Bench) -> None:
     bench.world.api.unserved |= {JOBSETS.plural, WORKLOADS.plural}
     asyncio.run(bench.audit.cold_start())
     bench.check()
     assert not bench.audit.appeared
     bench.world.api.unserved.clear()
     bench.check()
-    assert bench.audit.appeared, "kopf does not look for it again"
+    assert bench.audit.appeared, "kopf does not discover it"
 
 
-def test_a_watch_that_hears_is_left_alone(bench: Bench) -> None:
+def test_a_healthy_watch_is_not_reported(bench: Bench) -> None:
     bench.watch()
     bench.world.submit(data_stage("a"))
     asyncio.run(bench.audit.cold_start())
     for _ in range(10):
         bench.world.api.edit(TRAINING_RUNS, NAMESPACE, "demo", spec={"seed": int(bench.now)})
         bench.check()
-    assert bench.audit.complaints(240) == []
+    assert bench.audit.problems(240) == []
 
 
-def test_a_deaf_watch_is_made_good_and_complained_of(bench: Bench) -> None:
+def test_a_stale_watch_is_repaired(bench: Bench) -> None:
     uid = bench.world.submit(data_stage("a"))
     asyncio.run(bench.audit.cold_start())
-    bench.woken.clear()
-    for turn in range(6):
-        bench.world.api.edit(TRAINING_RUNS, NAMESPACE, "demo", spec={"seed": turn})
+    bench.enqueued.clear()
+    for seed in range(6):
+        bench.world.api.edit(TRAINING_RUNS, NAMESPACE, "demo", spec={"seed": seed})
         version = bench.world.run().meta.resource_version
         bench.check()
         bench.check(1.0)
         assert bench.cache.runs[uid].meta.resource_version == version
-    assert bench.woken == [uid] * 6
+    assert bench.enqueued == [uid] * 6
 
 
-def test_what_was_deleted_while_nobody_heard_is_forgotten(bench: Bench) -> None:
+def test_an_unreported_deletion_is_detected(bench: Bench) -> None:
     uid = bench.world.submit(data_stage("a"))
     bench.world.submit(data_stage("a"), name="other")
     asyncio.run(bench.audit.cold_start())
     bench.world.api.remove(TRAINING_RUNS, NAMESPACE, "demo")
     bench.world.api.edit(TRAINING_RUNS, NAMESPACE, "other", spec={"seed": 1})
-    bench.woken.clear()
+    bench.enqueued.clear()
     bench.check()
     assert uid not in bench.cache.runs
-    assert bench.woken == [uid]
+    assert bench.enqueued == [uid]
 
 
-def test_a_kind_that_may_not_be_listed_is_a_complaint(bench: Bench) -> None:
+def test_a_kind_that_may_not_be_listed_is_reported(bench: Bench) -> None:
     asyncio.run(bench.audit.cold_start())
     allowed = FakeApi.list
 
@@ -105,10 +105,10 @@ def test_a_kind_that_may_not_be_listed_is_a_complaint(bench: Bench) -> None:
 
     bench.world.api.list = forbidden  # type: ignore[method-assign]
     bench.check()
-    assert bench.audit.complaints(240) == ["jobsets may not be listed: jobsets is forbidden"]
+    assert bench.audit.problems(240) == ["jobsets may not be listed: jobsets is forbidden"]
 
 
-def test_kopf_is_told_to_watch_and_nothing_else() -> None:
+def test_kopf_only_watches() -> None:
     registry, settings = make_registry(Cache(), lambda uid: None), make_settings()
     assert len(registry._watching.get_all_handlers()) == 4
     assert registry._changing.get_all_handlers() == []

@@ -1,4 +1,4 @@
-"""What the chart's hooks do: the operator stops first, then its finalizer goes, and nothing else of a run changes."""
+"""The chart's hooks: the operator stops first, then its finalizer is removed, and nothing else of a run changes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SELECTOR = ",".join(f"{name}={value}" for name, value in LABELS.items())
 
 
 class Installed(FakeApi):
-    """An API server with an operator on it, whose pods end some looks after it was scaled down."""
+    """An API server with an installed operator, whose pods disappear some polls after it was scaled down."""
 
-    looks_until_gone = 2
+    polls_until_gone = 2
     scaled_to: int | None = None
 
     async def patch(self, resource: Resource, namespace: str, name: str, patch: Body, subresource: str = "") -> Body:
@@ -37,8 +37,8 @@ class Installed(FakeApi):
 
     async def list(self, resource: Resource, namespace: str | None, labels: str = "", **others: Any) -> Any:
         if resource == PODS and self.scaled_to == 0:
-            self.looks_until_gone -= 1
-            if self.looks_until_gone == 0:
+            self.polls_until_gone -= 1
+            if self.polls_until_gone == 0:
                 self.remove(PODS, SYSTEM, "stagecoach-0")
         return await super().list(resource, namespace, labels, **others)
 
@@ -70,17 +70,17 @@ def finalizers(api: FakeApi) -> dict[str, list[str]]:
     return {run["metadata"]["name"]: run["metadata"]["finalizers"] for run in api.all_of(TRAINING_RUNS)}
 
 
-def test_only_our_finalizer_goes_and_only_in_the_namespace_of_the_runs(api: Installed) -> None:
+def test_only_our_finalizer_is_removed_and_only_in_one_namespace(api: Installed) -> None:
     assert remove_finalizers(api) == 1
     assert finalizers(api) == {"training": ["other.dev/keep"], "finished": [], "far": [FINALIZER]}
 
 
-def test_in_cluster_scope_it_goes_everywhere(api: Installed) -> None:
+def test_in_cluster_scope_it_is_removed_in_all_namespaces(api: Installed) -> None:
     assert remove_finalizers(api, runs_namespace=None) == 2
     assert finalizers(api) == {"training": ["other.dev/keep"], "finished": [], "far": []}
 
 
-def test_the_operator_has_ended_before_a_run_is_touched(api: Installed) -> None:
+def test_the_operator_has_ended_before_a_run_is_patched(api: Installed) -> None:
     def no_pods(number: int, what: str) -> None:
         assert api.all_of(PODS) == [], what
 
@@ -89,21 +89,21 @@ def test_the_operator_has_ended_before_a_run_is_touched(api: Installed) -> None:
     assert api.writes == ["scale", "patch trainingruns/object training"]
 
 
-def test_a_second_time_nothing_is_written_to_runs(api: Installed) -> None:
+def test_a_repeated_uninstall_writes_nothing_to_runs(api: Installed) -> None:
     remove_finalizers(api)
     api.writes.clear()
     assert remove_finalizers(api) == 0
     assert api.writes == ["scale"]
 
 
-def test_a_run_that_was_being_deleted_goes(api: Installed) -> None:
+def test_a_run_that_was_being_deleted_disappears(api: Installed) -> None:
     api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"finalizers": [FINALIZER]})
     api.remove(TRAINING_RUNS, RESEARCH, "training")
     remove_finalizers(api)
     assert "training" not in finalizers(api)
 
 
-def test_a_run_that_changes_meanwhile_is_tried_again(api: Installed) -> None:
+def test_a_run_that_changes_meanwhile_is_retried(api: Installed) -> None:
     def change_once(number: int, what: str) -> None:
         if "trainingruns" in what and not any("trainingruns" in write for write in api.writes):
             api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"finalizers": [FINALIZER, "late.dev/keep"]})
@@ -113,28 +113,28 @@ def test_a_run_that_changes_meanwhile_is_tried_again(api: Installed) -> None:
     assert finalizers(api)["training"] == ["late.dev/keep"]
 
 
-def test_a_run_that_never_stands_still_is_named(api: Installed) -> None:
+def test_a_run_that_keeps_changing_is_reported(api: Installed) -> None:
     def change_always(number: int, what: str) -> None:
         if "trainingruns" in what:
             api.edit(TRAINING_RUNS, RESEARCH, "training", metadata={"labels": {"n": str(number)}})
 
     api.before_write = change_always
-    with pytest.raises(HookError, match=f"research/training changes all the time.*{FINALIZER}"):
+    with pytest.raises(HookError, match=f"research/training keeps changing.*{FINALIZER}"):
         remove_finalizers(api)
     assert sum("trainingruns" in write for write in api.writes) == MAX_TRIES
 
 
-def test_pods_that_do_not_end_are_told_of(api: Installed) -> None:
-    api.looks_until_gone = POLLS + 1
+def test_pods_that_do_not_end_are_reported(api: Installed) -> None:
+    api.polls_until_gone = POLLS + 1
     with pytest.raises(HookError, match="do not end: delete them"):
         remove_finalizers(api)
     assert finalizers(api)["training"] == ["other.dev/keep", FINALIZER]
 
 
-def test_without_an_operator_or_without_the_definition_there_is_nothing_left_to_do(api: Installed) -> None:
+def test_without_an_operator_or_its_crd_nothing_is_done(api: Installed) -> None:
     api.unserved.add(TRAINING_RUNS.plural)
     assert remove_finalizers(api) == 0
-    empty = FakeApi(clock=lambda: 0.0)  # its patch of a deployment says that there is none
+    empty = FakeApi(clock=lambda: 0.0)  # patching the deployment raises NotFound
     assert remove_finalizers(empty) == 0
 
 
@@ -164,11 +164,11 @@ def test_a_ready_operator_passes(api: Installed, capsys: pytest.CaptureFixture[s
 
 
 def test_an_operator_that_is_not_ready_fails(api: Installed) -> None:
-    with answering(503) as url, pytest.raises(HookError, match=r"503.*look at the operator's pods"):
+    with answering(503) as url, pytest.raises(HookError, match=r"503.*inspect the operator's pods"):
         asyncio.run(check(api, url, RESEARCH))
 
 
-def test_runs_that_may_not_be_listed_fail(api: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_may_not_be_listed_fail_the_check(api: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     async def forbidden(*args: object, **others: object) -> None:
         raise Forbidden("trainingruns is forbidden")
 

@@ -1,4 +1,4 @@
-"""An operator killed before or after any write, and an API server that fails: nothing runs twice, nothing stalls."""
+"""Kills of the operator before or after any write, and failing writes: nothing runs twice, nothing stalls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def new_world(folder: Path) -> World:
 
 
 async def work_through(world: World) -> int:
-    """Work on the world with one operator after the other; return how many it took."""
+    """Drive the world with one operator after another; return how many were needed."""
     for operators in range(1, 10):
         operator = Operator(world)
         try:
@@ -35,7 +35,7 @@ async def work_through(world: World) -> int:
             continue
         operator.die()
         return operators
-    raise AssertionError("no operator got through")
+    raise AssertionError("no operator finished the run")
 
 
 def number_of_writes(folder: Path) -> int:
@@ -50,7 +50,7 @@ def check(world: World) -> None:
     made = [name.rsplit("-", 1)[0] for name in world.pods_made]
     assert {name: made.count(name) for name in set(made)} == {made[0]: 1, made[1]: 2, made[3]: 2}
     assert world.stage("b").restarts.infrastructure == 1
-    assert world.now - START < 60, "it stalled"
+    assert world.now - START < 60, "the run stalled"
     assert world.run().finalizers == ()
 
 
@@ -81,7 +81,7 @@ REFUSED: dict[str, Callable[[], Exception]] = {
     "409": lambda: Conflict("the object has been modified"),
     "422": lambda: Invalid("422: refused by a webhook"),
 }
-LOST: dict[str, Callable[[], Exception]] = {"the answer was lost": lambda: Unavailable("connection reset")}
+LOST: dict[str, Callable[[], Exception]] = {"the response was lost": lambda: Unavailable("connection reset")}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One active operator: taking the Lease, keeping it, losing it, giving it up."""
+"""Leader election: acquiring, renewing, losing and releasing the Lease."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.operator.makers import World
 
 
 class Time:
-    """A clock that goes on by sleeping, and stops the scenario when it has slept enough."""
+    """A clock that advances by sleeping, and ends the scenario after a given time."""
 
     def __init__(self, end: float = 100.0) -> None:
         self.now, self.end = 0.0, end
@@ -41,7 +41,7 @@ def holder(world: World) -> str:
     return str(world.api.objects[LEASES.plural, "system", "operator"]["spec"]["holderIdentity"])
 
 
-def test_the_first_takes_it_and_a_second_waits_until_it_has_run_out(world: World) -> None:
+def test_a_second_replica_waits_until_the_lease_has_expired(world: World) -> None:
     time = Time()
 
     async def scenario() -> None:
@@ -58,7 +58,7 @@ def test_the_first_takes_it_and_a_second_waits_until_it_has_run_out(world: World
     assert spec["leaseTransitions"] == 2
 
 
-def test_a_lease_that_is_renewed_is_never_taken(world: World) -> None:
+def test_a_renewed_lease_is_never_taken(world: World) -> None:
     time = Time(end=200.0)
 
     async def scenario() -> None:
@@ -75,14 +75,14 @@ def test_a_lease_that_is_renewed_is_never_taken(world: World) -> None:
     assert holder(world) == "one"
 
 
-def test_a_restarted_container_takes_its_own_back_at_once(world: World) -> None:
+def test_a_restarted_container_takes_its_lease_back_at_once(world: World) -> None:
     time = Time()
     asyncio.run(lease(world, "one", time).acquire())
     asyncio.run(lease(world, "one", time).acquire())
     assert time.now == 0
 
 
-def test_who_gives_it_up_does_not_keep_others_waiting(world: World) -> None:
+def test_a_released_lease_is_taken_at_once(world: World) -> None:
     time = Time()
 
     async def scenario() -> None:
@@ -95,17 +95,17 @@ def test_who_gives_it_up_does_not_keep_others_waiting(world: World) -> None:
     assert time.now == 0
 
 
-def test_who_cannot_renew_it_stops_before_others_may_start(world: World) -> None:
+def test_a_replica_that_cannot_renew_stops_before_another_may_start(world: World) -> None:
     time = Time()
 
-    def away(number: int, what: str) -> None:
+    def fail(number: int, what: str) -> None:
         if what.startswith("replace leases"):
             raise Unavailable("connection refused")
 
     async def scenario() -> float:
         first = lease(world, "one", time)
         await first.acquire()
-        world.api.before_write = away
+        world.api.before_write = fail
         await first.keep()
         assert not first.held
         return time.now
@@ -113,7 +113,7 @@ def test_who_cannot_renew_it_stops_before_others_may_start(world: World) -> None
     assert asyncio.run(scenario()) < 15
 
 
-def test_who_finds_another_holder_has_lost_it(world: World) -> None:
+def test_another_holder_means_the_lease_is_lost(world: World) -> None:
     time = Time()
 
     async def scenario() -> None:
@@ -126,7 +126,7 @@ def test_who_finds_another_holder_has_lost_it(world: World) -> None:
     asyncio.run(scenario())
 
 
-def test_a_conflict_that_is_our_own_lost_answer_loses_nothing(world: World) -> None:
+def test_a_conflict_with_our_own_renewal_loses_nothing(world: World) -> None:
     time = Time(end=60.0)
 
     async def scenario() -> None:
@@ -140,7 +140,7 @@ def test_a_conflict_that_is_our_own_lost_answer_loses_nothing(world: World) -> N
     asyncio.run(scenario())
 
 
-def test_two_at_once_cannot_both_have_it(world: World) -> None:
+def test_only_one_of_two_replicas_acquires_it(world: World) -> None:
     time = Time(end=10.0)
 
     async def scenario() -> None:

@@ -1,4 +1,4 @@
-"""From a spec to a plan, and a plan that is kept."""
+"""Planning a run from its spec, and storing the plan."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from stagecoach_api.spec import Storage
 from stagecoach_api.status import Reason
 from stagecoach_operator.planning import (
-    Refusal,
-    Snapshot,
+    FrozenPlan,
+    Rejection,
     from_config_map,
     plan_config_map,
     plan_name,
@@ -28,38 +28,38 @@ def world(tmp_path: Path) -> World:
     return made
 
 
-def planned(world: World, *stages: dict[str, Any], **spec: Any) -> Snapshot:
+def planned(world: World, *stages: dict[str, Any], **spec: Any) -> FrozenPlan:
     world.submit(*stages, **spec)
     made = plan_run(world.run(), world.settings)
-    assert isinstance(made, Snapshot), made
+    assert isinstance(made, FrozenPlan), made
     return made
 
 
-def refused(world: World, *stages: dict[str, Any], **spec: Any) -> Refusal:
+def rejected(world: World, *stages: dict[str, Any], **spec: Any) -> Rejection:
     world.submit(*stages, **spec)
     made = plan_run(world.run(), world.settings)
-    assert isinstance(made, Refusal)
+    assert isinstance(made, Rejection)
     return made
 
 
-def test_a_plan_survives_being_kept(world: World) -> None:
-    snapshot = planned(world, data_stage("a", resources={"nodes": 2, "cpu": "4"}), data_stage("b", "a"), seed=7)
-    kept = from_config_map(plan_config_map(world.run(), snapshot), world.run())
-    assert kept == snapshot
-    assert kept is not None
-    assert kept.digest() == snapshot.digest()
+def test_a_stored_plan_is_read_back_unchanged(world: World) -> None:
+    frozen = planned(world, data_stage("a", resources={"nodes": 2, "cpu": "4"}), data_stage("b", "a"), seed=7)
+    stored = from_config_map(plan_config_map(world.run(), frozen), world.run())
+    assert stored == frozen
+    assert stored is not None
+    assert stored.digest() == frozen.digest()
 
 
-def test_a_plan_of_another_run_or_a_damaged_one_is_none(world: World) -> None:
-    snapshot = planned(world, data_stage("a"))
-    body = plan_config_map(world.run(), snapshot)
+def test_another_runs_or_a_damaged_plan_is_not_read(world: World) -> None:
+    frozen = planned(world, data_stage("a"))
+    body = plan_config_map(world.run(), frozen)
     world.submit(data_stage("a"), name="other")
     assert from_config_map(body, world.run("other")) is None
     assert from_config_map({**body, "data": {"plan.json": "{}"}}, world.run()) is None
     assert from_config_map({**body, "data": {}}, world.run()) is None
 
 
-def test_to_suspend_or_cancel_is_no_edit_and_anything_else_is(world: World) -> None:
+def test_suspending_and_cancelling_are_not_edits(world: World) -> None:
     world.submit(data_stage("a"))
     before = spec_digest(world.run())
     world.api.edit_spec("demo", suspend=True, cancel=True)
@@ -73,20 +73,20 @@ def test_an_edit_keeps_code_and_image(world: World) -> None:
     world.settings = world.settings.model_copy(update={"trainer_code": "code-2", "trainer_image": "trainer:2"})
     world.api.edit_spec("demo", seed=1)
     after = plan_run(world.run(), world.settings, before)
-    assert isinstance(after, Snapshot)
+    assert isinstance(after, FrozenPlan)
     assert (after.plan.code, after.image) == ("code-1", "trainer:1")
 
 
 @pytest.mark.parametrize(
-    ("stage", "spec", "storage", "reason", "says"),
+    ("stage", "spec", "storage", "reason", "text"),
     [
-        pytest.param(data_stage("a"), {}, Storage(), Reason.INVALID_SPEC, "spec.storage.uri", id="no storage anywhere"),
+        pytest.param(data_stage("a"), {}, Storage(), Reason.INVALID_SPEC, "spec.storage.uri", id="no storage"),
         pytest.param(
             data_stage("a"),
             {"storage": {"uri": "file:///home/me"}},
             Storage(),
             Reason.INVALID_SPEC,
-            "do not see a folder",
+            "cannot access a folder",
             id="a folder of one machine",
         ),
         pytest.param(
@@ -95,7 +95,7 @@ def test_an_edit_keeps_code_and_image(world: World) -> None:
             Storage(),
             Reason.INVALID_SPEC,
             "spec.storage.inputs",
-            id="a relative input without anything to be relative to",
+            id="a relative input without a base",
         ),
         pytest.param(
             data_stage("a", uri="s3://in/x"),
@@ -103,42 +103,42 @@ def test_an_edit_keeps_code_and_image(world: World) -> None:
             Storage(),
             Reason.STORAGE_UNREACHABLE,
             "s3://bucket",
-            id="a storage that does not answer",
+            id="an unreachable storage",
         ),
     ],
 )
-def test_what_only_a_cluster_minds_is_refused(
+def test_problems_specific_to_a_cluster_are_rejected(
     world: World,
     stage: dict[str, Any],
     spec: dict[str, Any],
     storage: Storage,
     reason: Reason,
-    says: str,
+    text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     world.settings = world.settings.model_copy(update={"storage": storage})
-    refusal = refused(world, stage, **spec)
-    assert refusal.reason is reason
-    assert says in refusal.message
+    rejection = rejected(world, stage, **spec)
+    assert rejection.reason is reason
+    assert text in rejection.message
 
 
-def test_an_input_that_is_missing_is_named_by_its_field(world: World) -> None:
-    refusal = refused(world, data_stage("a"), data_stage("b", uri="gone.txt"))
-    assert refusal.reason is Reason.INPUT_NOT_FOUND
-    assert refusal.retry
-    assert "spec.stages[1].data.sources[0].uri: cannot be read" in refusal.message
+def test_a_missing_input_is_reported_with_its_field(world: World) -> None:
+    rejection = rejected(world, data_stage("a"), data_stage("b", uri="gone.txt"))
+    assert rejection.reason is Reason.INPUT_NOT_FOUND
+    assert rejection.retry
+    assert "spec.stages[1].data.sources[0].uri: cannot be read" in rejection.message
 
 
-def test_every_problem_is_told_at_once(world: World) -> None:
-    refusal = refused(world, data_stage("a", "nobody"), data_stage("b", "nowhere"))
-    assert "nobody" in refusal.message
-    assert "nowhere" in refusal.message
-    assert not refusal.retry
+def test_all_problems_are_reported_at_once(world: World) -> None:
+    rejection = rejected(world, data_stage("a", "unknown"), data_stage("b", "nowhere"))
+    assert "unknown" in rejection.message
+    assert "nowhere" in rejection.message
+    assert not rejection.retry
 
 
-def test_the_plans_name_is_the_runs_own(world: World) -> None:
+def test_the_name_of_the_plan_is_derived_from_the_run(world: World) -> None:
     world.submit(data_stage("a"), name="x" * 63)
     name = plan_name(world.run("x" * 63))
     assert len(name) <= 63

@@ -1,4 +1,4 @@
-"""The progress server: the protocol, and who may report for what."""
+"""The progress server: the protocol, and which pod may report for which attempt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from stagecoach_api.names import progress_audience, progress_path
 from stagecoach_api.progress import ProgressEvent, trainer_status
 from stagecoach_operator.kube import Unavailable
-from stagecoach_operator.progress_reports import Board
+from stagecoach_operator.object_cache import Cache
+from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.progress_server import MAX_BODY_BYTES, BadReport, ProgressServer, report_of
 from stagecoach_operator.token_review import CONFIGURATION_PATH, KEYS_PATH, InvalidToken, TokenVerifier
-from stagecoach_operator.watched import Cache
 from tests.operator.view_makers import jobset, meta, pod
 
 ISSUER = "https://kubernetes.default.svc"
@@ -66,9 +66,9 @@ def claims(**changes: Any) -> dict[str, Any]:
     return {"iss": ISSUER, "aud": [AUDIENCE], "exp": now + 600, "nbf": now - 5, "kubernetes.io": bound, **changes}
 
 
-def token(said: dict[str, Any], key: Any = KEY, **header: Any) -> str:
+def token(payload: dict[str, Any], key: Any = KEY, **header: Any) -> str:
     given = {"alg": "RS256", "kid": "k1", **header}
-    signed = f"{encoded(json.dumps(given).encode())}.{encoded(json.dumps(said).encode())}"
+    signed = f"{encoded(json.dumps(given).encode())}.{encoded(json.dumps(payload).encode())}"
     if isinstance(key, rsa.RSAPrivateKey):
         signature = key.sign(signed.encode(), padding.PKCS1v15(), SHA256())
     else:
@@ -81,7 +81,7 @@ def verify(text: str) -> Any:
     return asyncio.run(TokenVerifier(Keys()).verify(text, AUDIENCE))  # type: ignore[arg-type]
 
 
-def test_a_good_token_names_its_pod() -> None:
+def test_a_valid_token_identifies_its_pod() -> None:
     assert verify(token(claims())).pod_uid == "uid-a-0"
     assert verify(token(claims(), EC_KEY, alg="ES256", kid="k2")).namespace == "team"
 
@@ -89,30 +89,30 @@ def test_a_good_token_names_its_pod() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("", id="none"),
-        pytest.param("a.b.c", id="no token"),
+        pytest.param("", id="empty"),
+        pytest.param("a.b.c", id="not a token"),
         pytest.param(token(claims(), OTHER_KEY), id="another key"),
         pytest.param(token(claims(), kid="k9"), id="an unknown key"),
-        pytest.param(token(claims(), alg="none"), id="no signature asked for"),
-        pytest.param(token(claims(), alg="HS256"), id="a shared secret asked for"),
+        pytest.param(token(claims(), alg="none"), id="algorithm none"),
+        pytest.param(token(claims(), alg="HS256"), id="a symmetric algorithm"),
         pytest.param(token(claims(), kid="k2", alg="ES256"), id="the wrong kind of key"),
         pytest.param(token(claims(aud=[progress_audience("team", "b-1")])), id="another attempt's"),
-        pytest.param(token(claims(aud=None)), id="for nobody"),
+        pytest.param(token(claims(aud=None)), id="without an audience"),
         pytest.param(token(claims(iss="https://evil")), id="another issuer"),
         pytest.param(token(claims(exp=time.time() - 60)), id="expired"),
-        pytest.param(token(claims(exp=None)), id="without an end"),
+        pytest.param(token(claims(exp=None)), id="without an expiry"),
         pytest.param(token(claims(nbf=time.time() + 600)), id="not valid yet"),
-        pytest.param(token(claims(**{"kubernetes.io": {"namespace": "team"}})), id="of no pod"),
+        pytest.param(token(claims(**{"kubernetes.io": {"namespace": "team"}})), id="not bound to a pod"),
         pytest.param(token(claims())[:-4] + "AAAA", id="a changed signature"),
         pytest.param("x" * 10_000, id="far too long"),
     ],
 )
-def test_a_bad_token_proves_nothing(text: str) -> None:
+def test_an_invalid_token_is_rejected(text: str) -> None:
     with pytest.raises(InvalidToken):
         verify(text)
 
 
-def test_keys_are_fetched_rarely_whoever_asks() -> None:
+def test_unknown_keys_are_fetched_at_a_limited_rate() -> None:
     keys, now = Keys(), [1000.0]
     verifier = TokenVerifier(keys, clock=lambda: now[0])  # type: ignore[arg-type]
 
@@ -128,32 +128,32 @@ def test_keys_are_fetched_rarely_whoever_asks() -> None:
     assert keys.reads == 4
 
 
-def test_without_keys_nothing_is_believed() -> None:
-    class Away:
+def test_without_keys_every_token_is_rejected() -> None:
+    class Unreachable:
         async def read(self, path: str) -> Any:
             raise Unavailable(path)
 
     with pytest.raises(InvalidToken, match="keys cannot be read"):
-        asyncio.run(TokenVerifier(Away()).verify(token(claims()), AUDIENCE))  # type: ignore[arg-type]
+        asyncio.run(TokenVerifier(Unreachable()).verify(token(claims()), AUDIENCE))  # type: ignore[arg-type]
 
 
 # -- over the wire -----------------------------------------------------------------------------------------------------
 
 
 class Bench:
-    """A progress server with one living attempt."""
+    """A progress server with one live attempt."""
 
     def __init__(self) -> None:
-        self.cache, self.board = Cache(), Board()
-        self.woken: list[str] = []
+        self.cache, self.reports = Cache(), ProgressReports()
+        self.enqueued: list[str] = []
         self.active = True
         self.cache.put(jobset())
         self.cache.put(pod())
         self.server = ProgressServer(
             self.cache,
-            self.board,
+            self.reports,
             TokenVerifier(Keys()),  # type: ignore[arg-type]
-            self.woken.append,
+            self.enqueued.append,
             is_active=lambda: self.active,
         )
 
@@ -165,27 +165,27 @@ class Bench:
         asyncio.run(run())
 
 
-async def post(client: Any, said: dict[str, Any] | None = None, path: str = PATH, body: Any = BODY) -> Any:
-    headers = {"Authorization": f"Bearer {token(said or claims())}"}
+async def post(client: Any, payload: dict[str, Any] | None = None, path: str = PATH, body: Any = BODY) -> Any:
+    headers = {"Authorization": f"Bearer {token(payload or claims())}"}
     return await client.post(path, headers=headers, **({"data": body} if isinstance(body, bytes) else {"json": body}))
 
 
-def test_a_report_reaches_the_board_and_wakes_the_run() -> None:
+def test_a_report_is_stored_and_the_run_enqueued() -> None:
     bench = Bench()
 
     async def scenario(client: Any) -> None:
         assert (await post(client)).status == 200
 
     bench(scenario)
-    heard = bench.board.of(("run-uid", "a", 1))
-    assert heard is not None
-    report = heard.report
+    latest = bench.reports.latest(("run-uid", "a", 1))
+    assert latest is not None
+    report = latest.report
     assert (report.activity, report.done, report.total, report.unit) == ("train", 30.0, 100.0, "tokens")
     assert (report.percentage, report.remaining_seconds) == (30, 90)
-    assert bench.woken == ["run-uid"]
+    assert bench.enqueued == ["run-uid"]
 
 
-def test_only_the_attempts_own_living_pod_may_report() -> None:
+def test_only_a_live_pod_of_the_attempt_may_report() -> None:
     bench = Bench()
     bench.cache.put(pod(meta=meta("ended", uid="uid-ended"), phase="Succeeded"))
     bench.cache.put(pod(meta=meta("b-0", uid="uid-b-0"), stage="b"))
@@ -204,16 +204,16 @@ def test_only_the_attempts_own_living_pod_may_report() -> None:
         assert (await post(client)).status == 403, "the attempt is gone"
 
     bench(scenario)
-    assert bench.woken == []
+    assert bench.enqueued == []
 
 
-def test_what_is_too_much_or_no_report_is_refused() -> None:
+def test_oversized_malformed_and_frequent_reports_are_rejected() -> None:
     bench = Bench()
     huge = json.dumps({"trainerStatus": {"metrics": [{"name": "x" * MAX_BODY_BYTES, "value": "1"}]}}).encode()
 
     async def scenario(client: Any) -> None:
         assert (await post(client, body=huge)).status == 413
-        assert (await post(client, body=b"no json")).status == 400
+        assert (await post(client, body=b"not json")).status == 400
         codes = [(await post(client)).status for _ in range(8)]
         assert 200 in codes
         assert codes[-1] == 429
@@ -221,7 +221,7 @@ def test_what_is_too_much_or_no_report_is_refused() -> None:
     bench(scenario)
 
 
-def test_a_stand_by_says_so() -> None:
+def test_a_standby_answers_503() -> None:
     bench = Bench()
     bench.active = False
 
@@ -247,13 +247,13 @@ def test_a_stand_by_says_so() -> None:
         b"[" * 100_000,
     ],
 )
-def test_no_body_brings_the_server_down(body: bytes) -> None:
+def test_malformed_bodies_raise_bad_report(body: bytes) -> None:
     with pytest.raises(BadReport):
         report_of(body, "uid", 0.0)
 
 
-def test_a_foreign_trainer_is_understood() -> None:
-    """What transformers' own callback for Kubeflow sends."""
+def test_reports_of_other_trainers_are_read() -> None:
+    """A report as sent by the Kubeflow callback of transformers."""
     body = {"trainerStatus": {"progressPercentage": 42, "metrics": [{"name": "loss", "value": "2.5"}]}}
     report = report_of(json.dumps(body).encode(), "uid", 5.0)
     assert (report.percentage, report.activity, dict(report.metrics)) == (42, "", {"loss": "2.5"})

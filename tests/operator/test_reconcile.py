@@ -1,4 +1,4 @@
-"""Whole runs through the reconciler: an API server in memory, pods that end as they are told to."""
+"""Whole runs through the reconciler, with an API server in memory and pods that the test controls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_operator import artifact_lookup as lookup
 from stagecoach_operator import planning
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
-from stagecoach_operator.progress_reports import Report
+from stagecoach_operator.progress_reports import ProgressReport
 from tests.operator.makers import Ends, Operator, World, data_stage, drive
 
 CHAIN = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b"))
@@ -33,7 +33,7 @@ def world(tmp_path: Path) -> World:
 
 
 def play(world: World, seconds: float = 3600.0) -> Operator:
-    """Let an operator work on everything there is until nothing more happens."""
+    """Run an operator until nothing more happens."""
 
     async def scenario() -> Operator:
         operator = Operator(world)
@@ -48,7 +48,7 @@ def states(world: World, name: str = "demo") -> list[StageState]:
     return [stage.state for stage in world.status(name).stages]
 
 
-def test_three_stages_run_one_after_the_other(world: World) -> None:
+def test_three_stages_run_in_order(world: World) -> None:
     world.submit(*CHAIN)
     play(world)
     assert states(world) == [StageState.SUCCEEDED] * 3
@@ -58,11 +58,11 @@ def test_three_stages_run_one_after_the_other(world: World) -> None:
     assert (summary.state, summary.stage) == (RunState.COMPLETE, "3/3")
     assert len(world.pods_made) == 3
     assert world.run().finalizers == ()
-    told = json.loads(world.api.objects[CONFIG_MAPS.plural, "team", world.jobsets()[1]]["data"][names.STAGE_FILE])
-    assert told["inputs"]["stage:a"]["digest"] == world.stage("a").artifact.content_digest  # type: ignore[union-attr]
+    stage_file = json.loads(world.api.objects[CONFIG_MAPS.plural, "team", world.jobsets()[1]]["data"][names.STAGE_FILE])
+    assert stage_file["inputs"]["stage:a"]["digest"] == world.stage("a").artifact.content_digest  # type: ignore[union-attr]
 
 
-def test_finished_stages_are_found_by_name_in_the_store(world: World) -> None:
+def test_finished_stages_have_pointers_in_the_store(world: World) -> None:
     world.submit(*CHAIN)
     play(world)
     pointer = Pointer.model_validate_json(world.store.read(pointer_key("team", "demo", "b")))
@@ -84,7 +84,7 @@ def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
         operator.die()
 
     asyncio.run(scenario())
-    at = [place for place, what in enumerate(world.api.writes) if what.startswith("create jobsets")]
+    at = [index for index, what in enumerate(world.api.writes) if what.startswith("create jobsets")]
     between = world.api.writes[at[1] + 1 : at[2] + 1]
     assert [what.split(" ")[:2] for what in between] == [
         ["patch", "trainingruns/status"],
@@ -94,7 +94,7 @@ def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
     assert world.api.reads == []
 
 
-def test_pods_that_do_not_run_soon_do_not_hold_the_status_back(world: World) -> None:
+def test_pods_that_start_slowly_do_not_delay_the_status(world: World) -> None:
     world.waits["b"] = {"reason": "ContainerCreating"}
     world.submit(*CHAIN)
 
@@ -111,7 +111,7 @@ def test_pods_that_do_not_run_soon_do_not_hold_the_status_back(world: World) -> 
     assert states(world) == [StageState.SUCCEEDED] * 3
 
 
-def test_the_same_work_under_another_name_makes_no_pod(world: World) -> None:
+def test_a_second_run_of_the_same_work_creates_no_pods(world: World) -> None:
     world.submit(*CHAIN)
     play(world)
     world.pods_made.clear()
@@ -121,7 +121,7 @@ def test_the_same_work_under_another_name_makes_no_pod(world: World) -> None:
     assert world.pods_made == []
 
 
-def test_so_it_does_with_the_operator_that_has_seen_the_work_undone(world: World) -> None:
+def test_an_earlier_lookup_does_not_hide_a_finished_artifact(world: World) -> None:
     async def scenario() -> None:
         operator = Operator(world)
         world.submit(*CHAIN)
@@ -136,7 +136,7 @@ def test_so_it_does_with_the_operator_that_has_seen_the_work_undone(world: World
     assert world.pods_made == []
 
 
-def test_an_error_of_the_user_is_not_tried_again(world: World) -> None:
+def test_a_user_error_is_not_retried(world: World) -> None:
     world.ends["b"] = [Ends(64, "user", "data.sources[0]: no such field")]
     world.submit(*CHAIN)
     play(world)
@@ -147,11 +147,11 @@ def test_an_error_of_the_user_is_not_tried_again(world: World) -> None:
         assert part in failed.message
     assert world.pods_made.count(world.stage("b").attempts[-1].name) == 1
     assert world.run().finalizers == ()
-    assert all("-b-" not in name for name in world.jobsets()), "a failed attempt leaves no pods behind"
+    assert all("-b-" not in name for name in world.jobsets()), "a failed attempt leaves no pods"
 
 
 @pytest.mark.parametrize(("failures", "state"), [(2, StageState.SUCCEEDED), (3, StageState.FAILED)])
-def test_infrastructure_is_tried_again_within_its_budget(world: World, failures: int, state: StageState) -> None:
+def test_infrastructure_failures_are_retried_within_the_budget(world: World, failures: int, state: StageState) -> None:
     world.ends["a"] = [Ends(-9, "infrastructure", "killed")] * failures
     world.submit(data_stage("a", retries={"infrastructure": 2}))
     play(world)
@@ -172,7 +172,7 @@ def test_preemption_is_never_charged(world: World) -> None:
     assert world.status().summary.restarts == 0  # type: ignore[union-attr]
 
 
-def test_a_history_stays_short_and_a_budget_does_not_forget(world: World) -> None:
+def test_the_history_is_bounded_and_the_budget_is_not(world: World) -> None:
     world.ends["a"] = [Ends(-9, "infrastructure", "killed")] * 15
     world.submit(data_stage("a", retries={"infrastructure": 12}))
     play(world, 24 * 3600.0)
@@ -183,7 +183,7 @@ def test_a_history_stays_short_and_a_budget_does_not_forget(world: World) -> Non
     assert stage.forgotten.infrastructure == 5
 
 
-def test_out_of_memory_is_named_with_a_remedy(world: World) -> None:
+def test_out_of_memory_is_reported_with_a_remedy(world: World) -> None:
     world.ends["a"] = [Ends(137, None, raw="Killed\n", reason="OOMKilled")]
     world.submit(data_stage("a", retries={"infrastructure": 0}))
     play(world)
@@ -192,7 +192,7 @@ def test_out_of_memory_is_named_with_a_remedy(world: World) -> None:
     assert "resources.memory" in message
 
 
-def test_suspending_ends_the_attempt_and_resuming_goes_on_with_the_next(world: World) -> None:
+def test_suspending_ends_the_attempt_and_resuming_starts_the_next(world: World) -> None:
     world.holds.add("a")
     world.submit(*CHAIN)
 
@@ -218,7 +218,7 @@ def test_suspending_ends_the_attempt_and_resuming_goes_on_with_the_next(world: W
     assert world.two_at_once == []
 
 
-def test_a_cancelled_run_ends_what_runs_and_goes_on_when_that_is_taken_back(world: World) -> None:
+def test_cancelling_ends_attempts_and_can_be_reverted(world: World) -> None:
     world.holds.add("b")
     world.submit(*CHAIN)
 
@@ -231,10 +231,10 @@ def test_a_cancelled_run_ends_what_runs_and_goes_on_when_that_is_taken_back(worl
         assert states(world) == [StageState.SUCCEEDED, StageState.CANCELLED, StageState.CANCELLED]
         assert [name for name in world.jobsets() if "-a-" not in name] == []
         assert world.run().finalizers == ()
-        told = {item.type: (item.status.value, item.reason) for item in world.status().conditions}
-        assert told[ConditionType.FAILED] == ("True", Reason.CANCELLED)
-        assert told[ConditionType.PROGRESSING] == ("False", Reason.NOTHING_TO_DO)
-        assert told[ConditionType.COMPLETE] == ("False", Reason.STAGES_UNFINISHED)
+        statuses = {item.type: (item.status.value, item.reason) for item in world.status().conditions}
+        assert statuses[ConditionType.FAILED] == ("True", Reason.CANCELLED)
+        assert statuses[ConditionType.PROGRESSING] == ("False", Reason.NOTHING_TO_DO)
+        assert statuses[ConditionType.COMPLETE] == ("False", Reason.STAGES_UNFINISHED)
         assert world.status().summary.state is RunState.CANCELLED  # type: ignore[union-attr]
         made = list(world.pods_made)
         world.holds.clear()
@@ -254,7 +254,7 @@ def test_a_cancelled_run_ends_what_runs_and_goes_on_when_that_is_taken_back(worl
     assert world.two_at_once == []
 
 
-def test_a_run_that_is_submitted_cancelled_starts_nothing(world: World) -> None:
+def test_a_run_submitted_as_cancelled_starts_nothing(world: World) -> None:
     world.submit(*CHAIN, cancel=True)
     play(world)
     assert states(world) == [StageState.CANCELLED] * 3
@@ -293,7 +293,7 @@ def test_deleting_a_run_waits_for_its_pods_and_leaves_nothing(world: World) -> N
     assert world.api.objects == {}
 
 
-def test_an_edit_runs_what_it_changes_and_nothing_else(world: World) -> None:
+def test_an_edit_runs_only_what_it_changes(world: World) -> None:
     world.submit(*CHAIN)
     play(world)
     world.pods_made.clear()
@@ -306,19 +306,19 @@ def test_an_edit_runs_what_it_changes_and_nothing_else(world: World) -> None:
     assert world.status().observed_generation == 2
 
 
-def test_a_refused_edit_lets_the_run_go_on_as_it_was(world: World) -> None:
+def test_a_rejected_edit_leaves_the_run_unchanged(world: World) -> None:
     world.holds.add("a")
     world.submit(*CHAIN)
     play(world, 30)
-    wrong = [CHAIN[0], data_stage("b", "nobody"), CHAIN[2]]
+    wrong = [CHAIN[0], data_stage("b", "unknown"), CHAIN[2]]
     world.api.edit(TRAINING_RUNS, "team", "demo", spec={"stages": wrong})
     play(world, 30)
     accepted = world.condition(ConditionType.ACCEPTED)
     assert (accepted.status, accepted.reason) == (ConditionStatus.FALSE, Reason.INVALID_SPEC)
-    assert "nobody" in accepted.message
+    assert "unknown" in accepted.message
     assert states(world)[0] is StageState.RUNNING
     world.holds.clear()
-    play(world)  # another operator, which has only what is kept
+    play(world)  # another operator, which has only what is stored
     assert states(world) == [StageState.SUCCEEDED] * 3
     assert len(world.pods_made) == 3
     assert world.condition(ConditionType.ACCEPTED).status is ConditionStatus.FALSE
@@ -329,7 +329,7 @@ def test_a_refused_edit_lets_the_run_go_on_as_it_was(world: World) -> None:
     assert len(world.pods_made) == 3
 
 
-def test_a_new_operator_with_new_code_does_not_run_a_run_again(world: World) -> None:
+def test_an_operator_upgrade_does_not_repeat_stages(world: World) -> None:
     world.holds.add("c")
     world.submit(*CHAIN)
     play(world, 30)
@@ -345,8 +345,8 @@ def test_a_new_operator_with_new_code_does_not_run_a_run_again(world: World) -> 
     assert images == {"trainer:1"}
 
 
-def test_several_nodes_are_one_gang_and_the_first_cause_is_told(world: World) -> None:
-    world.ends["a"] = [Ends(66, "user", "the loss is no number")]
+def test_several_nodes_are_one_gang_with_one_cause(world: World) -> None:
+    world.ends["a"] = [Ends(66, "user", "the loss is NaN")]
     world.submit(data_stage("a", resources={"nodes": 3}))
     play(world)
     assert len(world.pods_made) == 3
@@ -360,7 +360,7 @@ def test_several_nodes_are_one_gang_and_the_first_cause_is_told(world: World) ->
         ({"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}, Reason.SECRET_MISSING),
     ],
 )
-def test_what_a_pod_waits_for_is_told_and_ends_the_attempt_uncharged(
+def test_a_blocked_pod_is_reported_and_ends_the_attempt_uncharged(
     world: World, waiting: dict[str, str], reason: Reason
 ) -> None:
     world.waits["a"] = waiting
@@ -385,7 +385,7 @@ def test_what_a_pod_waits_for_is_told_and_ends_the_attempt_uncharged(
     assert stage.attempts[0].cause is Cause.PREEMPTION
 
 
-def test_without_jobset_a_condition_says_so_and_the_run_goes_on_once_it_is_there(world: World) -> None:
+def test_a_missing_jobset_crd_is_reported_until_it_is_installed(world: World) -> None:
     world.api.unserved.add(JOBSETS.plural)
     world.submit(data_stage("a"))
 
@@ -402,17 +402,17 @@ def test_without_jobset_a_condition_says_so_and_the_run_goes_on_once_it_is_there
     assert states(world) == [StageState.SUCCEEDED]
 
 
-def test_bad_runs_are_refused_with_all_problems_and_nothing_is_made(world: World) -> None:
-    world.submit(data_stage("a", "c"), data_stage("c", "a"), data_stage("d", "nobody"))
+def test_invalid_runs_are_rejected_with_all_problems(world: World) -> None:
+    world.submit(data_stage("a", "c"), data_stage("c", "a"), data_stage("d", "unknown"))
     play(world)
     accepted = world.condition(ConditionType.ACCEPTED)
     assert (accepted.status, accepted.reason) == (ConditionStatus.FALSE, Reason.INVALID_SPEC)
-    assert "nobody" in accepted.message
+    assert "unknown" in accepted.message
     assert "circle" in accepted.message
     assert [key[0] for key in world.api.objects] == [TRAINING_RUNS.plural]
 
 
-def test_an_input_that_comes_later_is_found_later(world: World) -> None:
+def test_an_input_that_appears_later_is_found(world: World) -> None:
     world.submit(data_stage("a", uri="late.txt"))
 
     async def scenario() -> None:
@@ -427,7 +427,7 @@ def test_an_input_that_comes_later_is_found_later(world: World) -> None:
     assert states(world) == [StageState.SUCCEEDED]
 
 
-def test_an_image_that_is_not_allowed_is_refused(world: World) -> None:
+def test_a_disallowed_image_is_rejected(world: World) -> None:
     world.settings = world.settings.model_copy(update={"allowed_images": ("good/*",)})
     world.submit(data_stage("a", image=f"bad/image@sha256:{'0' * 64}"))
     play(world)
@@ -437,7 +437,7 @@ def test_an_image_that_is_not_allowed_is_refused(world: World) -> None:
     assert world.api.all_of(PODS) == []
 
 
-def test_a_jobset_somebody_deletes_is_charged_to_infrastructure(world: World) -> None:
+def test_a_jobset_deleted_by_a_user_is_charged_to_infrastructure(world: World) -> None:
     world.holds.add("a")
     world.submit(data_stage("a"))
 
@@ -454,15 +454,15 @@ def test_a_jobset_somebody_deletes_is_charged_to_infrastructure(world: World) ->
     assert (stage.state, stage.attempt) == (StageState.SUCCEEDED, 2)
 
 
-def test_events_say_each_thing_once(world: World) -> None:
+def test_each_event_is_posted_once(world: World) -> None:
     world.ends["b"] = [Ends(-9, "infrastructure", "killed")]
     world.submit(*CHAIN)
     operator = play(world)
-    said = [str(event.reason) for event in operator.events]
-    assert said.count("StageStarted") == 4
-    assert said.count("StageSucceeded") == 3
-    assert said.count("AttemptFailed") == 1
-    assert said.count("Accepted") == said.count("Complete") == 1
+    reasons = [str(event.reason) for event in operator.events]
+    assert reasons.count("StageStarted") == 4
+    assert reasons.count("StageSucceeded") == 3
+    assert reasons.count("AttemptFailed") == 1
+    assert reasons.count("Accepted") == reasons.count("Complete") == 1
 
 
 # -- queues ------------------------------------------------------------------------------------------------------------
@@ -471,34 +471,34 @@ WAITS = "couldn't assign flavors to pod set w: insufficient unused quota for cpu
 
 
 class Kueue:
-    """Holds every queued JobSet back until it is admitted, and takes it back when told to."""
+    """Suspends every queued JobSet until the test admits it, and again when the test preempts it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        world.api.watchers.append(self.hear)
+        world.api.watchers.append(self.receive)
 
-    def hear(self, resource: Resource, kind: str, body: Body) -> None:
+    def receive(self, resource: Resource, kind: str, body: Body) -> None:
         if resource == JOBSETS and kind == "ADDED" and names.LABEL_QUEUE in body["metadata"]["labels"]:
             name, uid = body["metadata"]["name"], body["metadata"]["uid"]
             owner = {"kind": "JobSet", "uid": uid, "controller": True}
             metadata = {"name": f"jobset-{name}", "namespace": "team", "ownerReferences": [owner]}
             self.world.api.add(
-                WORKLOADS, {"kind": "Workload", "metadata": metadata, "status": self.says("False", WAITS)}
+                WORKLOADS, {"kind": "Workload", "metadata": metadata, "status": self.status("False", WAITS)}
             )
             self.world.api.edit(JOBSETS, "team", name, spec={"suspend": True})
 
-    def says(self, reserved: str, message: str, *more: dict[str, str]) -> dict[str, Any]:
+    def status(self, reserved: str, message: str, *more: dict[str, str]) -> dict[str, Any]:
         first = {"type": "QuotaReserved", "status": reserved, "reason": "Pending", "message": message}
         return {"conditions": [first, *more]}
 
     def admit(self, name: str) -> None:
-        self.world.api.edit(WORKLOADS, "team", f"jobset-{name}", status=self.says("True", "Quota reserved"))
+        self.world.api.edit(WORKLOADS, "team", f"jobset-{name}", status=self.status("True", "Quota reserved"))
         self.world.api.edit(JOBSETS, "team", name, spec={"suspend": False})
 
     def preempt(self, name: str) -> None:
         evicted = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "Preempted by another"}
         self.world.api.edit(
-            WORKLOADS, "team", f"jobset-{name}", status=self.says("False", "Preempted by another", evicted)
+            WORKLOADS, "team", f"jobset-{name}", status=self.status("False", "Preempted by another", evicted)
         )
         self.world.api.edit(JOBSETS, "team", name, spec={"suspend": True})
         for pod in self.world.api.all_of(PODS):
@@ -506,7 +506,7 @@ class Kueue:
             self.world.api.remove(PODS, "team", pod["metadata"]["name"])
 
 
-def test_a_queue_holds_an_attempt_back_and_takes_it_back_without_ending_it(world: World) -> None:
+def test_waiting_in_a_queue_and_preemption_do_not_end_an_attempt(world: World) -> None:
     kueue = Kueue(world)
     world.holds.add("a")
     world.submit(data_stage("a", queue={"name": "research"}))
@@ -542,21 +542,21 @@ def test_a_queue_holds_an_attempt_back_and_takes_it_back_without_ending_it(world
 
 
 class Unreadable:
-    """A store that lets only stages in."""
+    """A store that only stages may access."""
 
     uri = "s3://closed"
 
     def list(self, prefix: str = "") -> Iterator[StoreEntry]:
-        raise AccessDenied(prefix, "access is refused")
+        raise AccessDenied(prefix, "access denied")
 
     def read(self, key: str) -> bytes:
-        raise AccessDenied(key, "access is refused")
+        raise AccessDenied(key, "access denied")
 
     def write(self, key: str, data: bytes) -> None:
-        raise AccessDenied(key, "access is refused")
+        raise AccessDenied(key, "access denied")
 
 
-def test_where_the_operator_may_not_read_the_pods_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_read_access_the_pods_look_up_artifacts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "open_storage", lambda storage: Unreadable())
     monkeypatch.setattr(lookup, "open_storage", lambda storage: Unreadable())
     world.submit(*CHAIN)
@@ -565,11 +565,11 @@ def test_where_the_operator_may_not_read_the_pods_answer(world: World, monkeypat
     assert len(world.pods_made) == 3
 
 
-def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    away = [True]
+def test_an_unreachable_store_blocks_the_run_and_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreachable = [True]
 
     def read(store: Store, digest: str) -> Manifest:
-        if away[0]:
+        if unreachable[0]:
             raise Unreachable(digest, "cannot be reached (connection refused)")
         return find_manifest(store, digest)
 
@@ -583,7 +583,7 @@ def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeyp
         assert (progressing.status, progressing.reason) == (ConditionStatus.FALSE, Reason.STORAGE_UNREACHABLE)
         assert "connection refused" in progressing.message
         assert world.pods_made == []
-        away[0] = False
+        unreachable[0] = False
         await drive(world, operator)
         operator.die()
 
@@ -594,7 +594,7 @@ def test_a_store_that_is_away_holds_the_run_up_and_says_so(world: World, monkeyp
 # -- attempts that take too long ---------------------------------------------------------------------------------------
 
 
-def test_who_falls_silent_is_restarted_and_charged_for_it(world: World) -> None:
+def test_a_silent_attempt_is_restarted_and_charged_as_a_hang(world: World) -> None:
     world.holds.add("a")
     uid = world.submit(data_stage("a"))
 
@@ -602,10 +602,12 @@ def test_who_falls_silent_is_restarted_and_charged_for_it(world: World) -> None:
         operator = Operator(world)
         await drive(world, operator, 20)
         pod_uid = world.api.all_of(PODS)[0]["metadata"]["uid"]
-        operator.reconciler.board.post((uid, "a", 1), Report(pod_uid=pod_uid, time=world.now, activity="train"))
-        operator.wake(uid)
+        operator.reconciler.reports.record(
+            (uid, "a", 1), ProgressReport(pod_uid=pod_uid, time=world.now, activity="train")
+        )
+        operator.enqueue(uid)
         await drive(world, operator, 500)
-        assert world.stage("a").attempt == 1, "silence up to ten minutes is no hang"
+        assert world.stage("a").attempt == 1, "silence up to ten minutes is not a hang"
         await drive(world, operator, 700)
         assert world.stage("a").attempt == 2
         world.holds.clear()
@@ -618,14 +620,14 @@ def test_who_falls_silent_is_restarted_and_charged_for_it(world: World) -> None:
     assert "no sign of life" in stage.attempts[0].message
 
 
-def test_who_never_reports_is_never_taken_for_hanging(world: World) -> None:
+def test_an_attempt_that_never_reports_is_not_a_hang(world: World) -> None:
     world.holds.add("a")
     world.submit(data_stage("a"))
     play(world, 24 * 3600.0)
     assert world.stage("a").attempt == 1
 
 
-def test_an_attempt_that_runs_too_long_fails_by_its_own_limit(world: World) -> None:
+def test_an_attempt_that_exceeds_its_timeout_fails(world: World) -> None:
     world.holds.add("a")
     world.submit(data_stage("a", timeoutSeconds=60))
     play(world)

@@ -1,4 +1,4 @@
-"""The operator's settings: a file, the pod's own environment, and every mistake at once."""
+"""The operator's settings: from a file and the pod's environment, with all mistakes reported at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "") == Settings()
 
 
-def test_the_file_speaks_camel_case_and_the_pod_names_itself(tmp_path: Path) -> None:
+def test_the_file_has_camel_case_and_the_pod_its_own_name(tmp_path: Path) -> None:
     settings = load(
         tmp_path,
         "{namespace: research, graceSeconds: 60, storage: {uri: 's3://models'}}",
@@ -35,7 +35,7 @@ def test_the_file_speaks_camel_case_and_the_pod_names_itself(tmp_path: Path) -> 
     )
 
 
-def test_certificates_and_code_may_stand_in_files_of_their_own(tmp_path: Path) -> None:
+def test_certificates_and_code_may_be_in_separate_files(tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_text("PEM\n", encoding="utf-8")
     (tmp_path / "code").write_text("abc\n", encoding="utf-8")
     settings = load(tmp_path, f"progressCaFile: {tmp_path}/ca.crt\ntrainerCodeFile: {tmp_path}/code\n")
@@ -46,17 +46,17 @@ def test_certificates_and_code_may_stand_in_files_of_their_own(tmp_path: Path) -
     ("text", "message"),
     [
         pytest.param("[1]", "is a list; it must be a mapping", id="a list"),
-        pytest.param("a: [", "no YAML", id="no YAML"),
-        pytest.param("{graceSeconds: 5, colour: red}", r"graceSeconds: .*colour: ", id="every wrong field is named"),
-        pytest.param("progressCaFile: /nonexistent/ca.crt", "ca.crt", id="a file that is missing"),
+        pytest.param("a: [", "not YAML", id="not YAML"),
+        pytest.param("{graceSeconds: 5, colour: red}", r"graceSeconds: .*colour: ", id="all wrong fields are named"),
+        pytest.param("progressCaFile: /nonexistent/ca.crt", "ca.crt", id="a missing file"),
     ],
 )
-def test_what_cannot_be_used_is_told_with_the_files_name(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_contain_the_name_of_the_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SettingsError, match=rf"settings\.yaml: .*{message}"):
         load(tmp_path, text)
 
 
-def test_a_missing_file_says_which_variable_names_it() -> None:
+def test_a_missing_file_is_reported_with_its_variable() -> None:
     with pytest.raises(SettingsError, match=r"/nonexistent: .*STAGECOACH_SETTINGS_FILE"):
         load_settings({"STAGECOACH_SETTINGS_FILE": "/nonexistent"})
 
@@ -71,12 +71,12 @@ def test_the_trainers_code_must_be_known() -> None:
 @pytest.mark.parametrize(
     ("allowed", "image", "answer"),
     [
-        pytest.param(None, "anything", True, id="no list allows any"),
-        pytest.param((), "other", False, id="an empty list allows none but the operator's"),
-        pytest.param((), None, True, id="a stage that names none"),
+        pytest.param(None, "anything", True, id="without a list any is allowed"),
+        pytest.param((), "other", False, id="an empty list allows only the operator's"),
+        pytest.param((), None, True, id="a stage without an image"),
         pytest.param((), "ours:1", True, id="a stage that names the operator's"),
-        pytest.param(("r.example.com/team/*",), "r.example.com/team/a@sha256:1", True, id="a pattern that fits"),
-        pytest.param(("r.example.com/team/*",), "r.example.com/other/a", False, id="a pattern that does not"),
+        pytest.param(("r.example.com/team/*",), "r.example.com/team/a@sha256:1", True, id="a matching pattern"),
+        pytest.param(("r.example.com/team/*",), "r.example.com/other/a", False, id="a pattern that does not match"),
     ],
 )
 def test_images_are_allowed_by_pattern(allowed: tuple[str, ...] | None, image: str | None, answer: bool) -> None:
@@ -93,16 +93,16 @@ OURS = Settings(
 )
 
 
-def test_a_run_takes_the_storage_it_leaves_open_from_the_operator() -> None:
+def test_unset_storage_fields_come_from_the_operator() -> None:
     assert OURS.storage_of(Storage()) == OURS.storage
-    own_place = OURS.storage_of(Storage(uri="s3://own"))
-    assert (own_place.uri, own_place.endpoint, own_place.credentials) == (
+    own_uri = OURS.storage_of(Storage(uri="s3://own"))
+    assert (own_uri.uri, own_uri.endpoint, own_uri.credentials) == (
         "s3://own",
         "http://s3",
         OURS.storage.credentials,
     )
 
 
-def test_a_run_with_a_service_of_its_own_is_not_sent_the_operators_credentials() -> None:
+def test_a_run_with_its_own_endpoint_gets_no_credentials() -> None:
     own = OURS.storage_of(Storage(uri="s3://own", endpoint="http://elsewhere"))
     assert (own.endpoint, own.region, own.credentials) == ("http://elsewhere", None, None)

@@ -1,4 +1,4 @@
-"""Turns of runs: merged while one is under way, repeated when due, slowed down when they fail."""
+"""Reconciliations: merged while one is running, repeated when due, delayed after failures."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 20))  # type: ignore[arg-type]
 
 
-def test_wishes_during_a_turn_make_one_more() -> None:
-    turns: list[str] = []
+def test_requests_during_a_reconciliation_cause_one_more() -> None:
+    reconciled: list[str] = []
 
     async def scenario() -> None:
         gate = asyncio.Event()
 
-        async def turn(uid: str) -> None:
-            turns.append(uid)
+        async def reconcile(uid: str) -> None:
+            reconciled.append(uid)
             await gate.wait()
 
-        workers = Workers(turn)
+        workers = Workers(reconcile)
         for _ in range(5):
-            workers.wake("a")
+            workers.enqueue("a")
         await asyncio.sleep(0.01)
         for _ in range(5):
-            workers.wake("a")
+            workers.enqueue("a")
         gate.set()
         await asyncio.sleep(0.05)
-        assert turns == ["a", "a"]
+        assert reconciled == ["a", "a"]
         assert workers.slots == {}
 
     run(scenario)
 
 
-def test_turns_of_one_run_never_overlap_and_those_of_others_do() -> None:
+def test_only_reconciliations_of_different_runs_overlap() -> None:
     async def scenario() -> None:
         now: dict[str, int] = {}
         seen: list[tuple[str, int]] = []
         together: list[int] = []
 
-        async def turn(uid: str) -> None:
+        async def reconcile(uid: str) -> None:
             now[uid] = now.get(uid, 0) + 1
             seen.append((uid, now[uid]))
             together.append(sum(now.values()))
             await asyncio.sleep(0.01)
             now[uid] -= 1
 
-        workers = Workers(turn)
+        workers = Workers(reconcile)
         for _ in range(10):
-            workers.wake("a")
-            workers.wake("b")
+            workers.enqueue("a")
+            workers.enqueue("b")
             await asyncio.sleep(0.003)
         await asyncio.sleep(0.05)
         assert max(count for _, count in seen) == 1
@@ -67,80 +67,80 @@ def test_turns_of_one_run_never_overlap_and_those_of_others_do() -> None:
     run(scenario)
 
 
-def test_a_turn_is_taken_again_when_it_is_due() -> None:
+def test_a_reconciliation_is_repeated_when_due() -> None:
     async def scenario() -> None:
-        turns: list[float] = []
+        times: list[float] = []
 
-        async def turn(uid: str) -> float | None:
-            turns.append(time.time())
-            return time.time() + 0.05 if len(turns) < 3 else None
+        async def reconcile(uid: str) -> float | None:
+            times.append(time.time())
+            return time.time() + 0.05 if len(times) < 3 else None
 
-        Workers(turn).wake("a")
+        Workers(reconcile).enqueue("a")
         await asyncio.sleep(0.3)
-        assert len(turns) == 3
-        assert all(later - earlier >= 0.045 for earlier, later in pairwise(turns))
+        assert len(times) == 3
+        assert all(later - earlier >= 0.045 for earlier, later in pairwise(times))
 
     run(scenario)
 
 
 @pytest.mark.parametrize("error", [Conflict("changed"), Unavailable("500"), RuntimeError("a bug")])
-def test_a_failed_turn_is_taken_again_ever_later(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reconciliations_back_off(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "FIRST_PAUSE_SECONDS", 0.02)
 
     async def scenario() -> None:
-        turns: list[float] = []
+        times: list[float] = []
 
-        async def turn(uid: str) -> float | None:
-            turns.append(time.monotonic())
-            if len(turns) < 5:
+        async def reconcile(uid: str) -> float | None:
+            times.append(time.monotonic())
+            if len(times) < 5:
                 raise error
             return None
 
-        workers = Workers(turn)
-        workers.wake("a")
-        while len(turns) < 5:
-            workers.wake("a")  # events keep coming: they must not storm the API server
+        workers = Workers(reconcile)
+        workers.enqueue("a")
+        while len(times) < 5:
+            workers.enqueue("a")  # events arriving meanwhile must not defeat the back-off
             await asyncio.sleep(0.01)
-        pauses = [later - earlier for earlier, later in pairwise(turns[:5])]
+        pauses = [later - earlier for earlier, later in pairwise(times[:5])]
         least = (0.02, 0.04, 0.08, 0.16)
         assert all(pause > wanted - 0.001 for pause, wanted in zip(pauses, least, strict=True)), pauses
 
     run(scenario)
 
 
-def test_a_server_that_says_when_to_come_back_is_obeyed() -> None:
+def test_retry_after_is_respected() -> None:
     async def scenario() -> None:
-        turns: list[float] = []
+        times: list[float] = []
 
-        async def turn(uid: str) -> float | None:
-            turns.append(time.monotonic())
-            if len(turns) == 1:
+        async def reconcile(uid: str) -> float | None:
+            times.append(time.monotonic())
+            if len(times) == 1:
                 raise Unavailable("429", retry_after=0.4)
             return None
 
-        Workers(turn).wake("a")
+        Workers(reconcile).enqueue("a")
         await asyncio.sleep(0.7)
-        assert turns[1] - turns[0] >= 0.4
+        assert times[1] - times[0] >= 0.4
 
     run(scenario)
 
 
-def test_closing_lets_turns_end_and_starts_no_more() -> None:
+def test_closing_waits_for_running_reconciliations() -> None:
     async def scenario() -> None:
         ended: list[str] = []
 
-        async def turn(uid: str) -> float | None:
+        async def reconcile(uid: str) -> float | None:
             await asyncio.sleep(0.05)
             ended.append(uid)
             return time.time()
 
-        workers = Workers(turn)
-        workers.wake("a")
+        workers = Workers(reconcile)
+        workers.enqueue("a")
         await asyncio.sleep(0.01)
         await workers.close(5)
-        workers.wake("b")
+        workers.enqueue("b")
         await asyncio.sleep(0.1)
         assert ended == ["a"]
-        assert workers.oldest_turn_seconds() == 0.0
+        assert workers.longest_running_seconds() == 0.0
 
     run(scenario)

@@ -1,10 +1,10 @@
-"""Makers of what the operator sees: JobSets, pods and Workloads as their views."""
+"""Makers of object views: JobSets, pods and Workloads as the operator observes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from stagecoach_operator.watched import JobSetView, Meta, PodView, WorkloadView
+from stagecoach_operator.object_views import JobSetView, Meta, PodView, WorkloadView
 
 NOW = 1_800_000_000.0
 RUN = "run-uid"

@@ -1,4 +1,4 @@
-"""What a status says: tables over the pure parts."""
+"""The status computed from observed attempts and the core's decision."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from stagecoach_api.status import (
 )
 from stagecoach_core.decide import decide
 from stagecoach_core.values import AttemptState, Found, LookUp, Missing, Observed
+from stagecoach_operator.attempt_client import Blocker
+from stagecoach_operator.attempt_history import MAX_ATTEMPTS, bounded, forgotten_of
 from stagecoach_operator.events import EventReason, event_body, events_between
-from stagecoach_operator.history import MAX_ATTEMPTS, forgotten_of, shortened
-from stagecoach_operator.observe import Sight, moment
-from stagecoach_operator.planning import Snapshot
-from stagecoach_operator.progress_reports import Heard, Report
+from stagecoach_operator.object_views import run_view
+from stagecoach_operator.observe import ObservedAttempt, moment
+from stagecoach_operator.planning import FrozenPlan
+from stagecoach_operator.pod_startup import Waiting
+from stagecoach_operator.progress_reports import LatestReport, ProgressReport
 from stagecoach_operator.status import (
-    Scene,
-    Trouble,
+    StatusInputs,
     as_json,
     conditions,
     failure_reason,
@@ -38,14 +40,12 @@ from stagecoach_operator.status import (
     without_progress,
     working_status,
 )
-from stagecoach_operator.waiting import Waiting
-from stagecoach_operator.watched import run_view
 from tests.core.makers import chain, digests_of, failed, found
 from tests.operator.view_makers import DIGEST, NOW, jobset, pod
 
 PLAN = chain("a", "b")
 DIGESTS = digests_of(PLAN)
-SNAPSHOT = Snapshot(PLAN, Storage(uri="s3://bucket"), "trainer:1", "spec")
+FROZEN = FrozenPlan(PLAN, Storage(uri="s3://bucket"), "trainer:1", "spec")
 
 
 def record(number: int = 1, **fields: Any) -> AttemptStatus:
@@ -53,46 +53,52 @@ def record(number: int = 1, **fields: Any) -> AttemptStatus:
     return AttemptStatus(number=number, **given)
 
 
-def ended(number: int, cause: Cause | None = Cause.INFRASTRUCTURE, **fields: Any) -> Sight:
-    return Sight("a", record(number, ended=moment(NOW - 50 + number), cause=cause, **fields), AttemptState.ENDED)
+def ended(number: int, cause: Cause | None = Cause.INFRASTRUCTURE, **fields: Any) -> ObservedAttempt:
+    return ObservedAttempt(
+        "a", record(number, ended=moment(NOW - 50 + number), cause=cause, **fields), AttemptState.ENDED
+    )
 
 
-def running(**fields: Any) -> Sight:
-    return Sight("a", record(running_since=moment(NOW - 50)), AttemptState.RUNNING, jobset(), (pod(),), **fields)
+def running(**fields: Any) -> ObservedAttempt:
+    return ObservedAttempt(
+        "a", record(running_since=moment(NOW - 50)), AttemptState.RUNNING, jobset(), (pod(),), **fields
+    )
 
 
-def scene(*sights: Sight, **fields: Any) -> Scene:
+def inputs(*attempts: ObservedAttempt, **fields: Any) -> StatusInputs:
     observed = fields.pop(
         "observed",
-        Observed(attempts=tuple(sight.as_attempt(NOW) for sight in sights), suspend=fields.get("suspend", False)),
+        Observed(
+            attempts=tuple(attempt.as_core_attempt(NOW) for attempt in attempts), suspend=fields.get("suspend", False)
+        ),
     )
     given = {"previous": TrainingRunStatus(), "generation": 3, "now": NOW, **fields}
-    return Scene(snapshot=SNAPSHOT, decision=decide(PLAN, observed, NOW), sights=sights, **given)
+    return StatusInputs(frozen=FROZEN, decision=decide(PLAN, observed, NOW), attempts=attempts, **given)
 
 
 def all_cached() -> Observed:
-    """What is observed once the store has every artifact, and has been asked for it."""
+    """Return the observation after all artifacts have been looked up and found in the store."""
     artifacts: dict[str, Found | Missing] = {}
     while True:
-        asked = [
+        wanted = [
             item.digest for item in decide(PLAN, Observed(artifacts=artifacts), NOW).actions if isinstance(item, LookUp)
         ]
-        if not asked:
+        if not wanted:
             return Observed(artifacts=artifacts)
-        artifacts |= {digest: found(digest, "c" * 64) for digest in asked}
+        artifacts |= {digest: found(digest, "c" * 64) for digest in wanted}
 
 
-def says(made: Scene, kind: ConditionType) -> tuple[ConditionStatus, Reason, str]:
-    found_one = next(item for item in working_status(made).conditions if item.type is kind)
-    return found_one.status, found_one.reason, found_one.message
+def condition_of(made: StatusInputs, kind: ConditionType) -> tuple[ConditionStatus, Reason, str]:
+    condition = next(item for item in working_status(made).conditions if item.type is kind)
+    return condition.status, condition.reason, condition.message
 
 
 @pytest.mark.parametrize(
     ("made", "kind", "status", "reason", "message"),
     [
-        pytest.param(scene(running()), ConditionType.PROGRESSING, "True", Reason.STAGES_RUNNING, "a", id="it runs"),
+        pytest.param(inputs(running()), ConditionType.PROGRESSING, "True", Reason.STAGES_RUNNING, "a", id="running"),
         pytest.param(
-            scene(replace(running(), waiting=Waiting(Reason.UNSCHEDULABLE, "0/4 nodes"), state=AttemptState.STARTING)),
+            inputs(replace(running(), waiting=Waiting(Reason.UNSCHEDULABLE, "0/4 nodes"), state=AttemptState.STARTING)),
             ConditionType.PROGRESSING,
             "True",
             Reason.UNSCHEDULABLE,
@@ -100,7 +106,7 @@ def says(made: Scene, kind: ConditionType) -> tuple[ConditionStatus, Reason, str
             id="no node fits",
         ),
         pytest.param(
-            scene(
+            inputs(
                 replace(
                     running(),
                     jobset=jobset(queue="research"),
@@ -112,43 +118,45 @@ def says(made: Scene, kind: ConditionType) -> tuple[ConditionStatus, Reason, str
             "False",
             Reason.WAITING_FOR_QUOTA,
             "couldn't assign flavors",
-            id="it waits in a queue",
+            id="waiting in a queue",
         ),
         pytest.param(
-            scene(replace(running(), jobset=jobset(queue="research"))),
+            inputs(replace(running(), jobset=jobset(queue="research"))),
             ConditionType.QUOTA_RESERVED,
             "True",
             Reason.ADMITTED,
             "a",
-            id="it has its quota",
+            id="quota reserved",
         ),
-        pytest.param(scene(running()), ConditionType.QUOTA_RESERVED, "True", Reason.NO_QUEUE, "", id="it has no queue"),
         pytest.param(
-            scene(trouble=Trouble(Reason.JOBSET_NOT_INSTALLED, "install it")),
+            inputs(running()), ConditionType.QUOTA_RESERVED, "True", Reason.NO_QUEUE, "", id="it has no queue"
+        ),
+        pytest.param(
+            inputs(blocker=Blocker(Reason.JOBSET_NOT_INSTALLED, "install it")),
             ConditionType.PROGRESSING,
             "False",
             Reason.JOBSET_NOT_INSTALLED,
             "install it",
-            id="JobSet is missing",
+            id="JobSet is not installed",
         ),
         pytest.param(
-            scene(store_trouble="cannot be reached"),
+            inputs(store_error="cannot be reached"),
             ConditionType.PROGRESSING,
             "False",
             Reason.STORAGE_UNREACHABLE,
             "cannot be reached",
-            id="the storage is away",
+            id="storage unavailable",
         ),
         pytest.param(
-            scene(replace(running(), state=AttemptState.STOPPING), suspend=True),
+            inputs(replace(running(), state=AttemptState.STOPPING), suspend=True),
             ConditionType.SUSPENDED,
             "False",
             Reason.STOPPING_STAGES,
             "`a`",
-            id="it is being suspended",
+            id="being suspended",
         ),
         pytest.param(
-            scene(
+            inputs(
                 ended(1, Cause.PREEMPTION, last_step=120),
                 observed=Observed(
                     attempts=(failed("a", DIGESTS["a"], cause=Cause.PREEMPTION),),
@@ -161,40 +169,44 @@ def says(made: Scene, kind: ConditionType) -> tuple[ConditionStatus, Reason, str
             "True",
             Reason.SUSPENDED_BY_USER,
             "step 120",
-            id="it is suspended at a step",
+            id="suspended at a step",
         ),
         pytest.param(
-            scene(observed=all_cached()),
+            inputs(observed=all_cached()),
             ConditionType.COMPLETE,
             "True",
             Reason.ALL_STAGES_FINISHED,
             "2 of them cached",
-            id="all is cached",
+            id="all stages cached",
         ),
     ],
 )
-def test_conditions_say_why(made: Scene, kind: ConditionType, status: str, reason: Reason, message: str) -> None:
-    told = says(made, kind)
-    assert (told[0], told[1]) == (status, reason)
-    assert message in told[2]
+def test_conditions_have_reasons(
+    made: StatusInputs, kind: ConditionType, status: str, reason: Reason, message: str
+) -> None:
+    actual = condition_of(made, kind)
+    assert (actual[0], actual[1]) == (status, reason)
+    assert message in actual[2]
 
 
-def test_a_stage_that_waits_for_pods_does_not_claim_to_run() -> None:
+def test_a_stage_waiting_for_pods_is_pending() -> None:
     waiting = replace(
         running(), waiting=Waiting(Reason.WAITING_FOR_PODS, "1 of 2 pods run"), state=AttemptState.STARTING
     )
-    stage = working_status(scene(waiting)).stages[0]
+    stage = working_status(inputs(waiting)).stages[0]
     assert (stage.state, stage.waiting_for) == (StageState.PENDING, "1 of 2 pods run")
 
 
-def test_progress_and_its_end_are_shown() -> None:
-    report = Report(pod_uid="x", time=NOW, activity="train", done=30, total=120, unit="tokens", remaining_seconds=60)
-    status = working_status(scene(running(heard=Heard(report))))
+def test_progress_and_its_eta_are_reported() -> None:
+    report = ProgressReport(
+        pod_uid="x", time=NOW, activity="train", done=30, total=120, unit="tokens", remaining_seconds=60
+    )
+    status = working_status(inputs(running(latest_report=LatestReport(report))))
     assert status.summary is not None
     assert (status.summary.stage, status.summary.progress) == ("0/2 a", "25 %")
     assert status.summary.eta == moment(NOW + 60)
-    foreign = Report(pod_uid="x", time=NOW, percentage=42)
-    shown = working_status(scene(running(heard=Heard(foreign)))).summary
+    foreign = ProgressReport(pod_uid="x", time=NOW, percentage=42)
+    shown = working_status(inputs(running(latest_report=LatestReport(foreign)))).summary
     assert shown is not None
     assert shown.progress == "42 %"
 
@@ -210,12 +222,12 @@ def test_progress_and_its_end_are_shown() -> None:
         ({"cause": Cause.HANG}, Reason.RETRIES_EXHAUSTED),
     ],
 )
-def test_a_failure_has_one_word(fields: dict[str, Any], reason: Reason) -> None:
+def test_a_permanent_failure_has_a_reason(fields: dict[str, Any], reason: Reason) -> None:
     stage = StageStatus(name="a", state=StageState.FAILED, attempts=(record(ended=moment(NOW), **fields),))
     assert failure_reason(stage) is reason
 
 
-def test_the_time_of_a_condition_changes_only_with_its_status() -> None:
+def test_a_transition_time_changes_only_with_the_status() -> None:
     first = conditions(
         {ConditionType.FAILED: (ConditionStatus.FALSE, Reason.NO_FAILURE, "")}, TrainingRunStatus(), 1, NOW
     )
@@ -229,31 +241,31 @@ def test_the_time_of_a_condition_changes_only_with_its_status() -> None:
 # -- history -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_newest_attempts_are_kept_and_the_rest_is_counted() -> None:
-    sights = [ended(number) for number in range(1, 12)]
-    kept, forgotten = shortened(sights, None, NOW)
+def test_recent_attempts_are_kept_and_older_ones_counted() -> None:
+    attempts = [ended(number) for number in range(1, 12)]
+    kept, forgotten = bounded(attempts, None, NOW)
     assert [item.number for item in kept] == list(range(12 - MAX_ATTEMPTS, 12))
     assert forgotten is not None
-    assert (forgotten.infrastructure, forgotten.until) == (3, sights[2].record.ended)
+    assert (forgotten.infrastructure, forgotten.until) == (3, attempts[2].record.ended)
     previous = StageStatus(name="a", state=StageState.RETRYING, forgotten=forgotten)
-    _, more = shortened([ended(number) for number in range(4, 13)], previous, NOW)
+    _, more = bounded([ended(number) for number in range(4, 13)], previous, NOW)
     assert more is not None
     assert more.infrastructure == 4
-    told = forgotten_of(TrainingRunStatus(stages=(previous.model_copy(update={"forgotten": more}),)))
-    assert told["a", DIGESTS["a"]].counts[Cause.INFRASTRUCTURE] == 4
+    restored = forgotten_of(TrainingRunStatus(stages=(previous.model_copy(update={"forgotten": more}),)))
+    assert restored["a", DIGESTS["a"]].counts[Cause.INFRASTRUCTURE] == 4
 
 
-def test_what_worked_on_other_work_is_not_counted_with_it() -> None:
+def test_attempts_at_another_digest_are_not_counted_together() -> None:
     before = ForgottenAttempts(digest=DIGEST, until=moment(NOW - 500), infrastructure=7)
     previous = StageStatus(name="a", state=StageState.RETRYING, forgotten=before)
-    _, forgotten = shortened([ended(number) for number in range(1, 10)], previous, NOW)
+    _, forgotten = bounded([ended(number) for number in range(1, 10)], previous, NOW)
     assert forgotten is not None
     assert (forgotten.digest, forgotten.infrastructure) == (DIGESTS["a"], 1)
 
 
-def test_a_living_attempt_is_always_kept() -> None:
-    sights = [running(), *(ended(number) for number in range(2, 11))]
-    kept, _ = shortened(sights, None, NOW)
+def test_a_live_attempt_is_always_kept() -> None:
+    attempts = [running(), *(ended(number) for number in range(2, 11))]
+    kept, _ = bounded(attempts, None, NOW)
     assert kept[-1].number == 10
     assert len(kept) <= MAX_ATTEMPTS
 
@@ -271,33 +283,33 @@ def test_a_living_attempt_is_always_kept() -> None:
         ({"a": [1]}, {"a": [1, 2]}, {"a": [1, 2]}),
     ],
 )
-def test_a_patch_makes_one_of_the_other(before: Any, after: Any, patch: Any) -> None:
+def test_a_merge_patch_turns_one_status_into_the_other(before: Any, after: Any, patch: Any) -> None:
     from tests.operator.makers import merged
 
     assert merge_patch(before, after) == patch
     assert merged(before, patch) == after
 
 
-def test_progress_alone_is_no_milestone() -> None:
-    report = Report(pod_uid="x", time=NOW, done=1, total=10)
-    one = working_status(scene(running(heard=Heard(report))))
-    other = working_status(scene(running(heard=Heard(replace(report, done=5)))))
+def test_progress_alone_is_not_a_milestone() -> None:
+    report = ProgressReport(pod_uid="x", time=NOW, done=1, total=10)
+    one = working_status(inputs(running(latest_report=LatestReport(report))))
+    other = working_status(inputs(running(latest_report=LatestReport(replace(report, done=5)))))
     assert as_json(one) != as_json(other)
     assert without_progress(as_json(one)) == without_progress(as_json(other))
     assert milestones(one) == milestones(other)
-    assert milestones(one) != milestones(working_status(scene(ended(1))))
+    assert milestones(one) != milestones(working_status(inputs(ended(1))))
 
 
-def test_events_tell_what_is_new() -> None:
-    before = working_status(scene(running()))
-    after = working_status(scene(ended(1, message="killed"), previous=before))
+def test_events_are_posted_for_changes_only() -> None:
+    before = working_status(inputs(running()))
+    after = working_status(inputs(ended(1, message="killed"), previous=before))
     events = events_between(before, after)
     assert [event.reason for event in events] == [EventReason.ATTEMPT_FAILED]
     assert "killed" in events[0].message
     assert events_between(after, after) == []
 
 
-def test_the_same_event_has_the_same_name() -> None:
+def test_a_repeated_event_has_the_same_name() -> None:
     run = run_view({"metadata": {"name": "demo", "namespace": "team", "uid": "u", "generation": 1}})
     refused = Condition(
         type=ConditionType.ACCEPTED,

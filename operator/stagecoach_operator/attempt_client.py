@@ -1,0 +1,212 @@
+"""Creates and deletes the objects of attempts.
+
+Every write may be repeated: the operator may be killed before or after any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stagecoach_api import names
+from stagecoach_api.status import Reason
+from stagecoach_core.manifests.configmap import config_map
+from stagecoach_core.manifests.jobset import job_set
+from stagecoach_core.manifests.stage_attempt import StageAttempt
+from stagecoach_core.resolve import resolved_stage
+from stagecoach_core.values import Found, Start
+from stagecoach_operator.kube import (
+    CONFIG_MAPS,
+    EVENTS,
+    JOBSETS,
+    TRAINING_RUNS,
+    AlreadyExists,
+    Body,
+    Conflict,
+    Forbidden,
+    Invalid,
+    Kube,
+    NotFound,
+    NotServed,
+)
+from stagecoach_operator.object_cache import Cache
+from stagecoach_operator.object_views import RunView, jobset_view, run_view
+from stagecoach_operator.observe import ObservedAttempt
+from stagecoach_operator.planning import FrozenPlan
+from stagecoach_operator.pod_startup import STUCK_SECONDS, stuck_pods
+from stagecoach_operator.settings import Settings
+
+NO_JOBSET = "JobSet is not installed in this cluster (no `jobsets.jobset.x-k8s.io`); install it, and the run continues"
+MAX_DIAGNOSED_PODS = 3
+"""Of one attempt: the pods of a gang usually wait for the same thing."""
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """Why an attempt could not be created."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class AttemptClient:
+    """The operator's writes to runs and to the objects of their attempts."""
+
+    kube: Kube
+    cache: Cache
+    settings: Settings
+
+    # -- the run itself ------------------------------------------------------------------------------------------------
+
+    async def add_finalizer(self, run: RunView) -> RunView:
+        """Add our finalizer to a run before its first attempt is created: the run cannot disappear before its pods."""
+        return await self._set_finalizers(run, (*run.finalizers, names.FINALIZER))
+
+    async def remove_finalizer(self, run: RunView) -> RunView:
+        """Remove our finalizer from a run without attempts."""
+        kept = tuple(item for item in run.finalizers if item != names.FINALIZER)
+        return run if kept == run.finalizers else await self._set_finalizers(run, kept)
+
+    async def _set_finalizers(self, run: RunView, finalizers: Sequence[str]) -> RunView:
+        # A merge patch replaces the whole list; the precondition protects finalizers that others have added meanwhile.
+        patch = {"metadata": {**precondition(run), "finalizers": list(finalizers)}}
+        return self._stored(await self.kube.patch(TRAINING_RUNS, run.meta.namespace, run.meta.name, patch))
+
+    async def patch_status(self, run: RunView, patch: Body) -> RunView:
+        """Patch the status. Raises Conflict if the run has changed since it was observed."""
+        body = {"metadata": precondition(run), "status": patch}
+        return self._stored(await self.kube.patch(TRAINING_RUNS, run.meta.namespace, run.meta.name, body, "status"))
+
+    def _stored(self, body: Body) -> RunView:
+        """Store the API server's response in the cache; return the newest known version of the run."""
+        view = run_view(body)
+        self.cache.put_run(view)
+        return self.cache.runs.get(view.meta.uid, view)
+
+    # -- creating an attempt -------------------------------------------------------------------------------------------
+
+    async def start(
+        self, run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found]
+    ) -> Blocker | None:
+        """Create an attempt, or adopt the one that was created before a restart but not recorded.
+
+        Returns None if it exists now, or what prevents its creation. Raises Unavailable and Conflict.
+        """
+        attempt = stage_attempt(run, frozen, action, artifacts)
+        settings = self.settings.model_copy(update={"trainer_image": frozen.image})
+        try:
+            # The ConfigMap comes first: pods mount it, and would otherwise wait for the kubelet's next retry.
+            await self._create_config_map(config_map(attempt, settings))
+            return await self._create_jobset(run, job_set(attempt, settings))
+        except NotServed:
+            return Blocker(Reason.JOBSET_NOT_INSTALLED, NO_JOBSET)
+        except (Forbidden, Invalid, NotFound) as error:
+            return Blocker(Reason.CREATION_REFUSED, f"stage `{action.stage}`: the cluster rejects its objects: {error}")
+
+    async def _create_config_map(self, body: Body) -> None:
+        """Create the ConfigMap. An existing one is left over from an earlier try to create the same attempt."""
+        try:
+            await self.kube.create(CONFIG_MAPS, body)
+        except AlreadyExists:
+            metadata = body["metadata"]
+            existing = await self.kube.get(CONFIG_MAPS, metadata["namespace"], metadata["name"])
+            if existing.get("data") == body["data"] and not existing["metadata"].get("deletionTimestamp"):
+                return
+            await self._delete_if_exists(existing)
+            await self.kube.create(CONFIG_MAPS, body)
+
+    async def _delete_if_exists(self, body: Body) -> None:
+        metadata = body["metadata"]
+        try:
+            await self.kube.delete(CONFIG_MAPS, metadata["namespace"], metadata["name"], metadata["uid"], False)
+        except NotFound:
+            return
+
+    async def _create_jobset(self, run: RunView, body: Body) -> Blocker | None:
+        """Create the JobSet, or adopt the existing one of that name if this run owns it.
+
+        One that is being deleted is adopted, too: its end is then observed, and another attempt follows.
+        """
+        metadata = body["metadata"]
+        try:
+            jobset = await self.kube.create(JOBSETS, body)
+        except AlreadyExists:
+            jobset = await self.kube.get(JOBSETS, metadata["namespace"], metadata["name"])
+            if jobset_view(jobset).owner_uid != run.meta.uid:
+                text = f"a JobSet named {metadata['name']} exists that this run does not own; delete it"
+                return Blocker(Reason.CREATION_REFUSED, text)
+        self.cache.put(jobset_view(jobset))
+        return None
+
+    # -- ending an attempt ---------------------------------------------------------------------------------------------
+
+    async def delete(self, attempt: ObservedAttempt) -> None:
+        """Delete an attempt's JobSet in the foreground: it disappears after its pods."""
+        if attempt.jobset is None or attempt.jobset.meta.deleting:
+            return
+        meta = attempt.jobset.meta
+        try:
+            await self.kube.delete(JOBSETS, meta.namespace, meta.name, meta.uid)
+        except (NotFound, Conflict):  # the one with this UID does not exist any more
+            self.cache.remove(meta.uid)
+        else:
+            self.cache.mark_deleting(meta.uid)
+
+    # -- diagnosing ----------------------------------------------------------------------------------------------------
+
+    async def diagnose(self, attempts: Sequence[ObservedAttempt], now: float) -> dict[str, str]:
+        """Return the newest warning event of stuck pods, and of JobSets without pods, by UID."""
+        warnings: dict[str, str] = {}
+        for attempt in attempts:
+            for pod in stuck_pods(attempt.pods, now)[:MAX_DIAGNOSED_PODS]:
+                warnings[pod.meta.uid] = await self._newest_warning(
+                    pod.meta.namespace, f"involvedObject.uid={pod.meta.uid}"
+                )
+            if lacks_pods(attempt, now) and attempt.jobset is not None:
+                meta = attempt.jobset.meta
+                job = f"{meta.name}-{names.REPLICATED_JOB}-0"
+                selector = f"involvedObject.kind=Job,involvedObject.name={job}"
+                warnings[meta.uid] = await self._newest_warning(meta.namespace, selector)
+        return warnings
+
+    async def _newest_warning(self, namespace: str, selector: str) -> str:
+        """Return the newest warning event about an object. Empty if there is none, or events may not be read."""
+        try:
+            listing = await self.kube.list(EVENTS, namespace, fields=f"{selector},type=Warning")
+        except (Forbidden, NotFound):
+            return ""
+        newest = max(listing.items, key=lambda item: str(item.get("lastTimestamp") or ""), default=None)
+        return "" if newest is None else f"{newest.get('reason')}: {newest.get('message')}"[:1000]
+
+
+def lacks_pods(attempt: ObservedAttempt, now: float) -> bool:
+    """Return whether an attempt still has no pod although nothing visible holds it back.
+
+    The reason, such as an exceeded ResourceQuota, is then in the events of its Job.
+    """
+    jobset = attempt.jobset
+    if jobset is None or jobset.meta.deleting or jobset.suspended or attempt.pods or attempt.deletion_reason:
+        return False
+    return now > jobset.meta.created + STUCK_SECONDS
+
+
+def stage_attempt(run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found]) -> StageAttempt:
+    """Return the values an attempt's manifests are built from."""
+    storage = frozen.storage
+    resolved = resolved_stage(
+        plan=frozen.plan,
+        start=action,
+        artifacts=artifacts,
+        storage_uri=frozen.storage_uri,
+        storage_endpoint=storage.endpoint,
+        storage_region=storage.region,
+    )
+    credentials = None if storage.credentials is None else storage.credentials.secret_name
+    stage = frozen.plan.stages[action.stage].stage
+    return StageAttempt(run_uid=run.meta.uid, stage=stage, resolved=resolved, credentials=credentials)
+
+
+def precondition(run: RunView) -> Body:
+    """Return the metadata that make a patch fail with 409 unless the run is the one, and the version, observed."""
+    return {"uid": run.meta.uid, "resourceVersion": run.meta.resource_version}

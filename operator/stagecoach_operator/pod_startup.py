@@ -1,0 +1,114 @@
+"""Why an attempt's pods are not all running, and how long to tolerate it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stagecoach_api.status import Reason
+from stagecoach_operator.object_views import STARTUP_REASONS, JobSetView, PodView, WorkloadView
+
+# Reasons of a waiting container, as the kubelet sets them.
+IMAGE_REASONS = frozenset(
+    {
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "ImageInspectError",
+        "RegistryUnavailable",
+        "SignatureValidationFailed",
+    }
+)
+CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+
+IMAGE_PATIENCE_SECONDS = 300.0
+"""A registry may be unavailable for a while, and the kubelet retries the pull."""
+SECRET_PATIENCE_SECONDS = 60.0
+"""Afterwards the attempt is ended, uncharged, which releases its quota until the next try."""
+STUCK_SECONDS = 4.0
+"""The events of a pod whose containers are created for longer than this are read: they name the reason."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why an attempt is not running yet."""
+
+    reason: Reason
+    message: str
+    give_up_at: float | None = None
+    """When the attempt is ended, uncharged, if this persists; in seconds since the epoch. None if it may wait for
+    ever."""
+
+
+def waiting_for(
+    jobset: JobSetView, pods: Sequence[PodView], workload: WorkloadView | None, warnings: Mapping[str, str]
+) -> Waiting | None:
+    """Return why an attempt is not running, or None if all its pods run.
+
+    `warnings`: newest warning event of stuck pods, and of JobSets without pods, by UID.
+    """
+    if jobset.queue and (workload is None or not workload.reserved) and not _any_runs(pods):
+        return _quota(jobset, workload)
+    creation_warning = warnings.get(jobset.meta.uid, "")
+    if not pods and creation_warning:
+        return Waiting(Reason.CREATION_REFUSED, creation_warning)
+    waits = [wait for pod in pods if (wait := _pod_waiting(pod, warnings.get(pod.meta.uid, ""))) is not None]
+    if waits:
+        return min(waits, key=lambda wait: _RANK.index(wait.reason))
+    running = sum(pod.running_since is not None or pod.has_ended for pod in pods)
+    if running >= max(1, jobset.num_pods):
+        return None
+    return Waiting(Reason.WAITING_FOR_PODS, f"{running} of {jobset.num_pods} pods run")
+
+
+def stuck_pods(pods: Sequence[PodView], now: float) -> list[PodView]:
+    """Return the pods whose containers have been created for too long without a reason in the pod's status.
+
+    A missing Secret or volume appears in the pod's events only; its waiting reason stays `ContainerCreating`.
+    """
+    return [
+        pod
+        for pod in pods
+        if pod.waiting_reason in STARTUP_REASONS
+        and pod.node
+        and not pod.meta.deleting
+        and now > pod.meta.created + STUCK_SECONDS
+    ]
+
+
+_RANK = (Reason.SECRET_MISSING, Reason.IMAGE_UNAVAILABLE, Reason.UNSCHEDULABLE, Reason.WAITING_FOR_PODS)
+"""The reason to report when pods wait for different ones: the first of these, which a user can act on."""
+
+
+def _any_runs(pods: Sequence[PodView]) -> bool:
+    return any(pod.running_since is not None for pod in pods)
+
+
+def _quota(jobset: JobSetView, workload: WorkloadView | None) -> Waiting:
+    if workload is None:
+        return Waiting(Reason.WAITING_FOR_QUOTA, f"queue `{jobset.queue}`: Kueue has not created a Workload yet")
+    reason = Reason.PREEMPTED if workload.evicted else Reason.WAITING_FOR_QUOTA
+    return Waiting(reason, workload.message or f"queue `{jobset.queue}`: waiting for quota")
+
+
+def _pod_waiting(pod: PodView, warning: str) -> Waiting | None:
+    """Return what a single pod waits for, or None if there is nothing unusual about it."""
+    name = pod.meta.name
+    if pod.waiting_reason in IMAGE_REASONS:
+        message = f"pod {name}: {pod.waiting_reason}: {pod.waiting_message}"
+        return Waiting(Reason.IMAGE_UNAVAILABLE, message, pod.meta.created + IMAGE_PATIENCE_SECONDS)
+    if pod.waiting_reason in CONFIG_REASONS or _names_missing_secret(warning):
+        message = f"pod {name}: {pod.waiting_message or warning}"
+        if "secret" in message.lower():
+            return Waiting(Reason.SECRET_MISSING, message, pod.meta.created + SECRET_PATIENCE_SECONDS)
+        return Waiting(Reason.WAITING_FOR_PODS, message)
+    if pod.unschedulable:
+        return Waiting(Reason.UNSCHEDULABLE, f"pod {name}: {pod.unschedulable}")
+    if warning:
+        return Waiting(Reason.WAITING_FOR_PODS, f"pod {name}: {warning}")
+    return None
+
+
+def _names_missing_secret(warning: str) -> bool:
+    return "not found" in warning.lower() and "secret" in warning.lower()
