@@ -1,6 +1,6 @@
-"""How much a stage is going to train, and how long it may take: from its last run, else from the model's size.
+"""Estimates of a stage's training tokens and time, from its last run or else from the size of its model.
 
-Estimates are rough and say so; nothing is decided by them.
+The estimates are rough, are shown as such (`~`), and no decision depends on them.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from stagecoach_api.training import Training
 from stagecoach_core.values import Plan
 
 START_SECONDS = 20.0
-"""From starting a process that imports torch to its first step."""
+"""Time from starting a process that imports torch to its first step."""
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 """Forward and backward pass (arXiv 2001.08361, section 2.1)."""
 
 CPU_CORE_FLOPS = 4e10
-"""What one core does of a small model in fp32 or bf16, measured on this project's demo."""
+"""Throughput of one core with a small model in fp32 or bf16, measured on this project's demo."""
 
 GPU_UTILISATION = 0.4
-"""Share of a GPU's peak that training reaches (MFU)."""
+"""Model FLOPs utilisation (MFU) of training."""
 
 GPU_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
-"""Dense bf16 (V100: fp16) peaks from NVIDIA's data sheets, by a part of the product's name."""
+"""Peak dense bf16 FLOP/s (V100: fp16) from NVIDIA's data sheets, by a substring of the product's name."""
 
 _SIZE_IN_NAME = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?)\s?([bm])(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage is going to take."""
+    """The estimated cost of a stage."""
 
     tokens: int | None = None
-    """Training tokens. None: not a training stage, or not known before its data is."""
+    """Training tokens; None for other stages, and if they depend on data that does not exist yet."""
     seconds: float | None = None
-    """None: not known."""
+    """None if unknown."""
 
 
 def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estimate:
     """Estimate one stage.
 
-    `last`: manifest of the artifact that the stage of this name made last, whatever its digest. `cores`: CPU cores
-    it would run on where it has no GPU.
+    `last`: manifest of the last artifact of the stage with this name, whatever its digest. `cores`: CPU cores of the
+    machine, for a stage without GPUs.
     """
     stage = plan.stages[name].stage
     tokens = training_tokens(stage)
@@ -67,7 +67,7 @@ def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estima
 
 
 def training_tokens(stage: Stage) -> int | None:
-    """Return the tokens a stage's configuration asks for. None: not a training stage, or it depends on the data."""
+    """Return the training tokens that a stage's configuration sets; None for other stages, or if data sets them."""
     config = stage.config
     if isinstance(config, PretrainStage) and config.phases:
         return sum(phase.tokens for phase in config.phases)
@@ -81,7 +81,7 @@ def training_tokens(stage: Stage) -> int | None:
 
 
 def num_parameters(plan: Plan, name: str) -> float | None:
-    """Return the parameters of the model a stage works on, as far as the run file tells. None: it does not."""
+    """Return the number of parameters of a stage's model; None if the run file does not determine it."""
     config = plan.stages[name].stage.config
     if isinstance(config, PretrainStage) and config.architecture is not None:
         vocabulary = config.tokenizer.stage if config.tokenizer is not None else None
@@ -93,7 +93,7 @@ def num_parameters(plan: Plan, name: str) -> float | None:
 
 
 def _architecture_parameters(shape: Architecture, vocabulary: int) -> float:
-    """Count the matrices of a LLaMA: attention, feed-forward, embedding and head."""
+    """Return the number of parameters in the matrices of a LLaMA: attention, feed-forward, embedding and head."""
     kv_share = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
     attention = shape.hidden_size**2 * (2 + 2 * kv_share)
     feed_forward = 3 * shape.hidden_size * shape.intermediate_size
@@ -102,7 +102,7 @@ def _architecture_parameters(shape: Architecture, vocabulary: int) -> float:
 
 
 def _vocabulary_size(plan: Plan, name: str | None) -> int:
-    """Return the largest size a tokenizer stage's vocabulary can have; 0 where it is not in the run file."""
+    """Return the largest possible size of a tokenizer stage's vocabulary; 0 if the run file does not set it."""
     if name is None:
         return 0
     config = plan.stages[name].stage.config
@@ -113,7 +113,7 @@ def _vocabulary_size(plan: Plan, name: str | None) -> int:
 
 
 def _size_in_name(uri: str) -> float | None:
-    """Return the size that a model's name tells, such as 7e9 for `llama-7b`."""
+    """Return the number of parameters in a model's name, such as 7e9 for `llama-7b`."""
     found = _SIZE_IN_NAME.findall(uri.rstrip("/").rsplit("/", 1)[-1])
     if not found:
         return None
@@ -132,16 +132,16 @@ def _flops_per_second(stage: Stage, cores: int) -> float:
 
 @dataclass(frozen=True)
 class Total:
-    """What several stages are going to take, as far as it is known."""
+    """The sum of the known estimates of several stages."""
 
     tokens: int
     seconds: float
     complete: bool
-    """Every stage's time is known."""
+    """Whether every stage's time is known."""
 
 
 def total(estimates: Collection[Estimate]) -> Total:
-    """Return the sum over stages."""
+    """Return the sum of estimates."""
     return Total(
         tokens=sum(item.tokens or 0 for item in estimates),
         seconds=sum(item.seconds or 0.0 for item in estimates),

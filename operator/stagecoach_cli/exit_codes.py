@@ -1,4 +1,4 @@
-"""Exit codes of the `stagecoach` command; 0 means done."""
+"""Exit codes of the `stagecoach` command, except 0 for success."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `stagecoach` command. Subcommands, and whatever they need, are imported when they are called."""
+"""The `stagecoach` command. A subcommand and its dependencies are imported only when it is called."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMMANDS = {
     "artifacts": "stagecoach_cli.commands.artifacts",
     "version": "stagecoach_cli.commands.version",
 }
-"""Modules by name of command; each holds a click command called `command`."""
+"""Modules by command name; each has a click command called `command`."""
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name, and imports only the one that is called."""
+    """A group that imports only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(COMMANDS[cmd_name]).command
         if not isinstance(command, click.Command):
-            raise TypeError(f"{COMMANDS[cmd_name]}.command is no click command")
+            raise TypeError(f"{COMMANDS[cmd_name]}.command is not a click command")
         return command
 
 
@@ -47,10 +47,10 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Train language models stage by stage from one file, on this machine (`run`) or on a cluster (`submit`).
 
-    The other commands speak to both: where this folder's workspace (.stagecoach) has a run by the given name, and
-    neither --namespace nor --context is given, that run is meant, else the cluster's.
+    Commands that take a RUN work on both: on the run of that name in this folder's workspace (.stagecoach) if there is
+    one and neither --namespace nor --context is given, otherwise on the cluster's.
 
-    Exit codes: 0 done, 1 the run failed, 2 the input is invalid, 130 interrupted.
+    Exit codes: 0 success, 1 the run or an operation failed, 2 invalid input, 130 interrupted, suspended or cancelled.
     """
 
 

@@ -1,4 +1,4 @@
-"""The objects that the operator would create for a run, drawn up without a cluster."""
+"""The Kubernetes objects that the operator would create for a run, built without a cluster."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from stagecoach_core.resolve import artifacts_of, resolved_stage
 from stagecoach_core.values import External, Found, Plan, StageView, Start
 
 UNKNOWN_UID = "00000000-0000-0000-0000-000000000000"
-"""Stands for the UID that the API server gives a run: part of the hash in every name."""
+"""Placeholder for the UID that the API server assigns to a run; it is part of the hash in every name."""
 
 
 def cluster_plan(run: TrainingRun, local: Plan, code: str) -> Plan:
-    """Return the plan the operator would make: stages in their own images, all else as in the local one."""
+    """Return the plan the operator would make: that of the local driver, but with the stages' own images."""
     externals: dict[str, External] = {}
     for planned in local.stages.values():
         externals |= planned.externals
@@ -32,7 +32,7 @@ def cluster_plan(run: TrainingRun, local: Plan, code: str) -> Plan:
 def manifests(
     run: TrainingRun, plan: Plan, views: Mapping[str, StageView], settings: BuildSettings, storage_uri: str
 ) -> list[dict[str, Any]]:
-    """Return ConfigMap and JobSet of the first attempt of every stage, in topological order."""
+    """Return the ConfigMap and JobSet of every stage's first attempt, in topological order."""
     found: list[dict[str, Any]] = []
     credentials = run.spec.storage.credentials
     for name, planned in plan.stages.items():
@@ -75,7 +75,7 @@ def _placeholder(stage: str) -> Found:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as people would, and never an alias, which kubectl's users would stumble over."""
+    """Writes multi-line text as literal blocks, and no aliases, which are hard to read in manifests."""
 
     def ignore_aliases(self, data: Any) -> bool:
         del data
@@ -90,5 +90,5 @@ _Dumper.add_representer(str, _text)
 
 
 def as_yaml(documents: list[dict[str, Any]]) -> str:
-    """Return YAML documents, members in the order they have."""
+    """Return YAML documents; the order of members is kept."""
     return yaml.dump_all(documents, Dumper=_Dumper, allow_unicode=True, sort_keys=False, explicit_start=True, width=120)

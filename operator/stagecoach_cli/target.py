@@ -1,37 +1,39 @@
-"""Which run is meant: one of this folder's workspace, or one of a cluster.
+"""The target of a command: a run of this folder's workspace, or one of a cluster.
 
-The one rule, as `commands.options.WHICH_WORLD` tells it: a run of this folder is meant where there is one by that name
-and no cluster is chosen on the command line; else the cluster's.
+The rule, stated for users in `commands.options.TARGET_RULE`: if the workspace has a run of that name and the command
+line selects no cluster, the local run is the target, otherwise the cluster's.
 """
 
 from __future__ import annotations
 
 from stagecoach_cli.cluster.api import ClusterApi, ClusterChoice, NotConfigured, UnknownObject, connect
 from stagecoach_cli.cluster.runs import ClusterRun, cluster_run
-from stagecoach_local.workspace import RunFolder, UnknownRun, here
+from stagecoach_local.workspace import RunFolder, UnknownRun, current_workspace
 
 
 def local_run(name: str, choice: ClusterChoice) -> RunFolder | None:
-    """Return the run of this folder that is meant; None: a cluster's is. Raises WorkspaceError for several."""
+    """Return the local run that is the target, None if the target is on a cluster. Raises WorkspaceError if the name
+    is ambiguous."""
     if choice.is_given:
         return None
     try:
-        return here().find(name)
+        return current_workspace().find(name)
     except UnknownRun:
         return None
 
 
-def ask_cluster(name: str, choice: ClusterChoice, wish: str) -> tuple[ClusterApi, ClusterRun]:
-    """Set a field of the spec of a cluster's run, such as `suspend`; return the cluster, and the run as it is then."""
+def set_on_cluster(name: str, choice: ClusterChoice, field: str) -> tuple[ClusterApi, ClusterRun]:
+    """Set a boolean field of a run's spec, such as `suspend`, to true; return the cluster and the patched run."""
     api, name = cluster_of(name, choice)
-    api.run(name)  # of an unknown one it says which there are
-    return api, cluster_run(api.patch_run(name, {"spec": {wish: True}}))
+    api.run(name)  # its error for an unknown run lists the known ones
+    return api, cluster_run(api.patch_run(name, {"spec": {field: True}}))
 
 
 def cluster_of(name: str, choice: ClusterChoice) -> tuple[ClusterApi, str]:
-    """Return the cluster, seen from the namespace of the run that is meant, and the run's name.
+    """Return the client for the cluster and namespace of a run, and the run's name.
 
-    `name`: `RUN` or `NAMESPACE/RUN`. Raises NotConfigured, naming the runs of this folder where there might be one.
+    `name`: `RUN` or `NAMESPACE/RUN`. If no cluster is configured, raises NotConfigured if the command line selects a
+    cluster, and otherwise UnknownRun, which lists the runs of this folder.
     """
     namespace, slash, run = name.rpartition("/")
     try:
@@ -39,9 +41,9 @@ def cluster_of(name: str, choice: ClusterChoice) -> tuple[ClusterApi, str]:
     except NotConfigured as error:
         if choice.is_given:
             raise
-        raise UnknownRun(f"{here().unknown(name)}; {error}") from error
+        raise UnknownRun(f"{current_workspace().unknown_message(name)}; {error}") from error
     if not slash:
         return api, run
     if choice.namespace not in (None, namespace):
-        raise UnknownObject(f"`{name}` is in another namespace than --namespace {choice.namespace}; give one of them")
+        raise UnknownObject(f"`{name}` contradicts --namespace {choice.namespace}; give the namespace only once")
     return api.at(namespace), run

@@ -47,8 +47,8 @@ class View(Protocol):
     def show(self, snapshot: Snapshot) -> None:
         """Show the run as it is now; called several times a second."""
 
-    def say(self, text: str) -> None:
-        """Tell something that is no state, such as what Ctrl-C does."""
+    def notify(self, text: str) -> None:
+        """Show a message to the user, such as the effect of Ctrl-C."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""

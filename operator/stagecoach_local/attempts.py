@@ -1,4 +1,4 @@
-"""The attempts of a run on this machine: what is written down of them, their processes, their progress."""
+"""Attempts of a run on this machine: their records, processes and progress."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from stagecoach_local.tail import ProgressTail, last_lines
 from stagecoach_local.workspace import AttemptFolder, AttemptRecord
 
 MESSAGE_LINES = 15
-"""Lines of the log that stand in for the message of an attempt that left none."""
+"""Lines of the log that are used as the message of an attempt that left none."""
+
+
+MESSAGE_CHARACTERS = 2400
 
 
 @dataclass
 class LiveAttempt:
-    """An attempt whose process has not been seen to end."""
+    """An attempt whose process has not been observed to end."""
 
     record: AttemptRecord
     folder: AttemptFolder
@@ -35,7 +38,7 @@ class LiveAttempt:
         self.tail = ProgressTail(self.folder.progress)
 
     def refresh(self) -> None:
-        """Read what the trainer has told since the last time."""
+        """Read the progress that the trainer has reported since the last call."""
         event = self.tail.newest()
         if event is None or event is self.progress:
             return
@@ -76,7 +79,7 @@ def observed_end(record: AttemptRecord) -> Attempt:
 
 
 def ended_record(attempt: LiveAttempt, now: float) -> AttemptRecord:
-    """Return the record of an attempt whose process is gone: what its result file says, else what its end tells."""
+    """Return the record of an attempt whose process has ended, from its result file or else from its exit code."""
     code = attempt.process.exit_code
     result = read_result(attempt.folder)
     if result is None and code is not None and code > 0:
@@ -97,7 +100,7 @@ def ended_record(attempt: LiveAttempt, now: float) -> AttemptRecord:
 
 
 def read_result(folder: AttemptFolder) -> AttemptResult | None:
-    """Return what the launcher left behind; None where it left nothing, or nothing whole."""
+    """Return the launcher's result file; None if it is missing or incomplete."""
     try:
         return AttemptResult.model_validate_json(folder.result.read_bytes())
     except (OSError, ValidationError):
@@ -105,7 +108,10 @@ def read_result(folder: AttemptFolder) -> AttemptResult | None:
 
 
 def _end_time(attempt: LiveAttempt, now: float) -> float:
-    """Return when the attempt ended. Of one that another driver started, its files know best."""
+    """Return when the attempt ended, in seconds since the epoch.
+
+    The exit of a process that an earlier driver started is not observed: its newest file gives the time.
+    """
     if attempt.process.is_ours:
         return now
     times = [attempt.record.started]
@@ -117,16 +123,16 @@ def _end_time(attempt: LiveAttempt, now: float) -> float:
 
 def _message(attempt: LiveAttempt, code: int | None) -> str:
     if code is None:
-        said = "its process is gone and left no result: it was killed, or the machine was restarted"
+        summary = "the process is gone and left no result: it was killed, or the machine was restarted"
     elif code < 0:
-        said = f"it was killed by {_signal_name(-code)}{_HINTS.get(-code, '')}"
+        summary = f"killed by {_signal_name(-code)}{_HINTS.get(-code, '')}"
     else:
-        said = f"it ended with exit code {code} and left no result"
+        summary = f"the process ended with exit code {code} and left no result"
     lines = last_lines(attempt.folder.log, MESSAGE_LINES)
-    return "\n".join([said, *lines])[-2400:] if code is not None and code > 0 else said
+    return "\n".join([summary, *lines])[-MESSAGE_CHARACTERS:] if code is not None and code > 0 else summary
 
 
-_HINTS: dict[int, str] = {signal.SIGKILL: " (by hand, or because memory ran out)"}
+_HINTS: dict[int, str] = {signal.SIGKILL: " (manually, or because memory ran out)"}
 
 
 def _signal_name(number: int) -> str:

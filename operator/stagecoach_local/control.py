@@ -1,4 +1,4 @@
-"""Suspending and cancelling a run of this folder: its driver is asked, which may be at work in another terminal."""
+"""Suspending and cancelling a run of this folder, by a signal to its driver, which may run in another terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stagecoach_api.status import ENDED, FINISHED
 from stagecoach_core.values import RunState, StageState
 from stagecoach_local.workspace import RunFolder
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 CANCELLED = "the run is cancelled"
 
 
-def ask_driver(folder: RunFolder, number: signal.Signals) -> int | None:
-    """Send the run's driver a signal; return its process id. None: no driver works on the run."""
+def signal_driver(folder: RunFolder, number: signal.Signals) -> int | None:
+    """Send the run's driver a signal; return its process id, None if no driver is running."""
     driver = folder.driver
     if driver is None:
         return None
@@ -28,13 +28,13 @@ def ask_driver(folder: RunFolder, number: signal.Signals) -> int | None:
 
 
 def wait_for_driver(folder: RunFolder, pause: Callable[[float], Any] = time.sleep) -> None:
-    """Wait until no driver works on the run."""
+    """Wait until no driver holds the run's lock."""
     while folder.is_locked:
-        pause(LOOK_SECONDS)
+        pause(POLL_SECONDS)
 
 
 def mark_cancelled(folder: RunFolder) -> None:
-    """Write down that a run on which no driver works is cancelled. Raises RunLocked where one has just begun."""
+    """Record a run that has no driver as cancelled. Raises RunLocked if a driver has started in the meantime."""
     with folder.lock():
         record = folder.load()
         if record is None or record.state in (RunState.COMPLETE, RunState.FAILED):

@@ -1,8 +1,8 @@
 """The local driver: stages as processes on this machine.
 
-It observes processes, result files, progress files and the store into one `Observed`, lets the core decide, carries
-the decision out, and looks again. All rules (what may start, what is tried again, when it is over) are the core's, the
-same as on a cluster; only what fits on this machine at once is decided here.
+Each turn observes processes, result files, progress files and the store as one `Observed`, calls the core's `decide`,
+and carries out the decision. All rules (what may start, what is retried, when the run is over) are the core's and the
+same as on a cluster; the driver only limits how many stages run concurrently on this machine.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from stagecoach_local import processes
 from stagecoach_local.attempts import LiveAttempt, ended_record, observed_end
 from stagecoach_local.launch import launch
 from stagecoach_local.machine import HEAVY_KINDS, Machine, admits
-from stagecoach_local.records import Ledger
+from stagecoach_local.records import RunRecorder
 from stagecoach_local.run_job import Job
-from stagecoach_local.store_outages import Patience
+from stagecoach_local.store_outages import StoreOutages
 from stagecoach_local.workspace import AttemptRecord
 
-ORPHANED = "its driver is gone"
+ORPHANED = "its driver has died"
 
 
 @dataclass(frozen=True)
@@ -59,32 +59,33 @@ class Outcome:
 
 @dataclass
 class Driver:
-    """Works on one run until it is finished, fails, or is interrupted. The caller holds the run's lock."""
+    """Works on one run until it is complete, failed or interrupted. The caller holds the run's lock."""
 
     job: Job
     view: View
     interrupts: Callable[[], int] = lambda: 0
-    """How often the user has asked to stop."""
+    """Number of the user's stop requests; from the second one on, attempts are killed."""
     cancelled: Callable[[], bool] = lambda: False
-    """Whether the user has asked to end the run."""
+    """Whether the user has cancelled the run."""
     clock: Callable[[], float] = time.time
 
     _since: float = 0.0
     _ended: list[AttemptRecord] = field(default_factory=list)
-    _living: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
-    _answers: dict[str, Found | Missing] = field(default_factory=dict)
+    _live: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
+    _artifacts: dict[str, Found | Missing] = field(default_factory=dict)
+    """Results of look-ups in the store, by stage digest."""
     _manifests: dict[str, Manifest] = field(default_factory=dict)
-    _told: int = 0
+    _interrupts_handled: int = 0
     _ended_event: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._patience = Patience(self.job.store_pause_seconds, self.view.say, self.clock)
-        self._ledger = Ledger(self.job, self._patience)
+        self._outages = StoreOutages(self.job.store_pause_seconds, self.view.notify, self.clock)
+        self._recorder = RunRecorder(self.job, self._outages)
 
     def run(self) -> Outcome:
-        """Work on the run. Raises StoreError and OSError; living attempts are stopped first, whatever happens."""
+        """Work on the run. Raises StoreError and OSError, after live attempts have been stopped."""
         self._since = self.clock()
-        self._remember()
+        self._restore_attempts()
         try:
             while True:
                 self._ended_event.clear()
@@ -97,38 +98,41 @@ class Driver:
             self._stop_all()
 
     def _is_over(self, decision: Decision) -> bool:
-        """Whether nothing is left to do; who is interrupted does not wait for the last pointer."""
-        if self._living or decision.state is RunState.PROGRESSING:
+        """Whether nothing is left to do. After an interrupt, pending pointers are not waited for."""
+        if self._live or decision.state is RunState.PROGRESSING:
             return False
-        return self.interrupts() > 0 or self._ledger.is_complete(decision.stages)
+        return self.interrupts() > 0 or self._recorder.is_complete(decision.stages)
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> tuple[Decision, Snapshot, bool]:
-        """Observe, decide, act, tell. Returns also whether anything was done, so that the next turn is due at once."""
+        """Observe, decide, act and report; return the decision, its snapshot, and whether an action was carried out.
+
+        If one was, the next turn follows at once, since its effects may allow further actions.
+        """
         self._reap()
-        self._heed_interrupts()
+        self._handle_interrupts()
         now = self.clock()
         decision = decide(self.job.plan, self._observed(), now)
         views = dict(decision.stages)
         done = [action for action in decision.actions if self._carry_out(action, views)]
-        self._ledger.point(views, now)
-        records = [*self._ended, *(attempt.record for attempt in self._living.values())]
-        self._ledger.save(decision, views, self._manifests, records, now)
+        self._recorder.write_pointers(views, now)
+        records = [*self._ended, *(attempt.record for attempt in self._live.values())]
+        self._recorder.save(decision, views, self._manifests, records, now)
         snapshot = self._snapshot(decision, views, now)
         if not any(isinstance(action, LookUp) for action in done):
             self.view.show(snapshot)
         return decision, snapshot, bool(done)
 
     def _observed(self) -> Observed:
-        for attempt in self._living.values():
+        for attempt in self._live.values():
             attempt.refresh()
         return Observed(
             attempts=tuple(
                 [observed_end(record) for record in self._ended]
-                + [attempt.observed() for attempt in self._living.values()]
+                + [attempt.observed() for attempt in self._live.values()]
             ),
-            artifacts=dict(self._answers),
+            artifacts=dict(self._artifacts),
             since=self._since,
             suspend=self.job.suspend or self.interrupts() > 0,
             cancel=self.job.cancel or self.cancelled(),
@@ -148,7 +152,7 @@ class Driver:
         )
 
     def _row(self, name: str, view: StageView) -> StageRow:
-        living = next((item for key, item in self._living.items() if key[0] == name), None)
+        living = next((item for key, item in self._live.items() if key[0] == name), None)
         manifest = self._manifests.get(view.digest or "") if view.state in FINISHED else None
         return StageRow(
             name=name,
@@ -164,44 +168,44 @@ class Driver:
     # -- actions -------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, action: Action, views: dict[str, StageView]) -> bool:
-        """Do what was decided; return whether it was done. What was not is decided again."""
+        """Carry out an action; return whether that succeeded. If not, the next turn decides again."""
         if isinstance(action, LookUp):
-            return self._patience.ask(lambda: self._look_up(action))
+            return self._outages.call(lambda: self._look_up(action))
         if isinstance(action, Stop):
             self._stop(action)
             return True
         return self._start(action, views)
 
     def _look_up(self, action: LookUp) -> None:
-        """Ask the store whether a stage's work is done."""
+        """Look up a stage's artifact in the store."""
         asked_at = self.clock()
         manifest = find_manifest(self.job.store, action.digest)
-        self._answers[action.digest] = look_up_result(action.digest, manifest, self.job.store.uri, asked_at)
+        self._artifacts[action.digest] = look_up_result(action.digest, manifest, self.job.store.uri, asked_at)
         if manifest is not None:
             self._manifests[action.digest] = manifest
 
     def _start(self, action: Start, views: dict[str, StageView]) -> bool:
-        """Start an attempt if this machine has room for it; else say what it waits for."""
+        """Start an attempt if this machine has a free slot for it; otherwise show in `views` what it waits for."""
         kind = self.job.kind(action.stage)
-        running = [self.job.kind(stage) for stage, _ in self._living if stage in self.job.plan.stages]
+        running = [self.job.kind(stage) for stage, _ in self._live if stage in self.job.plan.stages]
         if not admits(self.job.machine, kind, running):
-            waiting = room(self.job.machine, kind)
+            waiting = slot_message(self.job.machine, kind)
             views[action.stage] = replace(views[action.stage], state=StageState.PENDING, waiting_for=waiting)
             return False
-        anew = action.stage in self.job.forced and not self._tried_since(action)
-        if anew and not self._patience.ask(lambda: self._forget(action.digest)):
+        rerun = action.stage in self.job.forced and not self._tried_since(action)
+        if rerun and not self._outages.call(lambda: self._delete_artifact(action.digest)):
             return False
         attempt = launch(self.job, action, artifacts_of(views), self.clock(), self._ended_event.set)
-        self._living[action.stage, action.number] = attempt
+        self._live[action.stage, action.number] = attempt
         return True
 
-    def _forget(self, digest: str) -> None:
-        """Delete an artifact and its checkpoints: they would be found again, and nothing overwrites an artifact."""
+    def _delete_artifact(self, digest: str) -> None:
+        """Delete an artifact and its checkpoints: a new attempt would resume from them, and artifacts are immutable."""
         self.job.store.delete(artifact_prefix(digest))
         shutil.rmtree(self.job.workspace.checkpoints(digest), ignore_errors=True)
 
     def _stop(self, action: Stop) -> None:
-        attempt = self._living.get((action.stage, action.number))
+        attempt = self._live.get((action.stage, action.number))
         if attempt is not None and not attempt.record.stopping:
             self._ask_to_stop(attempt, action.reason, action.cause)
 
@@ -213,8 +217,8 @@ class Driver:
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 
-    def _remember(self) -> None:
-        """Take up what an earlier driver of this run left behind: ended attempts, and processes that may still live."""
+    def _restore_attempts(self) -> None:
+        """Load the attempts of earlier drivers of this run; the processes of some may still be running."""
         record = self.job.folder.load()
         for attempt in () if record is None else record.attempts:
             if attempt.ended is not None:
@@ -223,16 +227,16 @@ class Driver:
             folder = self.job.folder.attempt(attempt.stage, attempt.number)
             process = processes.adopt(attempt.pid, attempt.process_created, folder.stage_file)
             live = LiveAttempt(attempt, folder, process)
-            self._living[attempt.stage, attempt.number] = live
+            self._live[attempt.stage, attempt.number] = live
             if process.is_alive:
-                # Its launcher has seen our predecessor's pipe close and is stopping already.
-                self.view.say(f"{attempt.stage}: attempt {attempt.number} is still stopping, its driver was killed")
+                # Its launcher has read end-of-file from the previous driver's pipe and is already stopping.
+                self.view.notify(f"{attempt.stage}: attempt {attempt.number} is still stopping, its driver was killed")
                 self._ask_to_stop(live, ORPHANED, Cause.PREEMPTION)
 
     def _reap(self) -> None:
-        """Write down attempts whose process has ended, and kill those that do not end when asked."""
+        """Record attempts whose process has ended; kill those that exceed the grace period."""
         now = self.clock()
-        for key, attempt in list(self._living.items()):
+        for key, attempt in list(self._live.items()):
             if attempt.process.is_alive:
                 since = attempt.record.stopping_since
                 if since is not None and now - since > self.job.grace_seconds:
@@ -242,44 +246,45 @@ class Driver:
             attempt.refresh()
             record = ended_record(attempt, now)
             self._ended.append(record)
-            del self._living[key]
-            self._answers.pop(record.digest, None)
+            del self._live[key]
+            self._artifacts.pop(record.digest, None)  # look the artifact up again
             attempt.folder.drop_scratch()
 
-    def _heed_interrupts(self) -> None:
-        """Say what Ctrl-C does; at the second one, kill."""
+    def _handle_interrupts(self) -> None:
+        """After the first interrupt, show what it does (the core stops the attempts); after the second, kill them."""
         count = self.interrupts()
-        if count and not self._told and self._living:
-            names = ", ".join(stage for stage, _ in self._living)
-            self.view.say(f"stopping {names} at a checkpoint; press Ctrl-C again to kill")
-        self._told = count
+        if count and not self._interrupts_handled and self._live:
+            names = ", ".join(stage for stage, _ in self._live)
+            self.view.notify(f"stopping {names} at a checkpoint; press Ctrl-C again to kill")
+        self._interrupts_handled = count
         if count > 1:
-            for attempt in self._living.values():
+            for attempt in self._live.values():
                 attempt.process.kill()
 
     def _stop_all(self) -> None:
-        """Leave no process behind. There are living ones only when an error ends the driver."""
-        for attempt in self._living.values():
+        """Stop all attempts, so that no process is left. Some are live only if an error ends the driver."""
+        for attempt in self._live.values():
             attempt.process.terminate()
         deadline = time.monotonic() + self.job.grace_seconds
-        while any(attempt.process.is_alive for attempt in self._living.values()) and time.monotonic() < deadline:
+        while any(attempt.process.is_alive for attempt in self._live.values()) and time.monotonic() < deadline:
             if self.interrupts() > 1:
                 break
             time.sleep(self.job.poll_seconds)
-        for attempt in self._living.values():
+        for attempt in self._live.values():
             attempt.process.kill()
 
     def _tried_since(self, action: Start) -> bool:
-        """Whether this invocation has worked on the stage at this digest already."""
+        """Whether this invocation has already tried the stage at this digest."""
         return any(
             record.stage == action.stage and record.digest == action.digest and record.started >= self._since
             for record in self._ended
         )
 
 
-def room(machine: Machine, kind: str) -> str:
-    """Return what a stage that does not fit beside the living ones waits for."""
+def slot_message(machine: Machine, kind: str) -> str:
+    """Return what a stage waits for that this machine has no free slot for."""
     if kind in HEAVY_KINDS:
         slots = machine.heavy_slots
-        return f"room to run: {machine.cores} cores take {slots} training or measuring stage{'s' * (slots > 1)} at once"
-    return f"room to run: {machine.cores} cores take {machine.light_slots} such stages at once"
+        stages = f"training or evaluation stage{'s' * (slots > 1)}"
+        return f"a free slot: {machine.cores} cores run {slots} {stages} at a time"
+    return f"a free slot: {machine.cores} cores run {machine.light_slots} stages of this kind at a time"

@@ -1,4 +1,4 @@
-"""Inputs from outside the run: where relative URIs point, and what lies there."""
+"""Inputs from outside the run: how relative URIs are resolved, and the digests of the inputs."""
 
 from __future__ import annotations
 
@@ -18,55 +18,56 @@ from stagecoach_core.values import External
 from stagecoach_local.workspace import write_json
 
 SETTLED_SECONDS = 2.0
-"""A file changed less than this before it was hashed may change again without a new time stamp: not remembered."""
+"""A file that changed less than this before it was hashed is not cached: it may change again within the same tick of
+the file system's clock, which would leave its time stamp as it is."""
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """What was found of a run's external inputs."""
+class InputLookup:
+    """The external inputs of a run that were found, and the errors of the others."""
 
     found: dict[str, External]
     """By `Reference.key`."""
     failures: dict[str, StoreError]
-    """Why the others were not found, by `Reference.key`."""
+    """By `Reference.key`."""
 
 
-class HashMemory:
-    """Remembers the sha256 of files by path, size, time of change and inode, so that a rerun reads no data."""
+class HashCache:
+    """Caches the SHA-256 of files by path, size, modification time and inode, so that a rerun reads no data."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
-        self._known = _read_memory(path)
+        self._entries = _read_cache(path)
         self._changed = False
 
     def sha256(self, path: Path) -> str:
-        """Return the hex sha256 of a file. Safe to call from several threads."""
+        """Return the SHA-256 of a file in hexadecimal. Safe to call from several threads."""
         key = str(path.absolute())
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        known = self._known.get(key)
-        if known is not None and known[:3] == mark:
-            return str(known[3])
+        version = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        cached = self._entries.get(key)
+        if cached is not None and cached[:3] == version:
+            return str(cached[3])
         sha256 = sha256_of_file(path)
         if self._clock() - stat.st_mtime > SETTLED_SECONDS:
-            self._known[key] = [*mark, sha256]
+            self._entries[key] = [*version, sha256]
             self._changed = True
         return sha256
 
     def save(self) -> None:
-        """Write what was learnt. Files that are gone are forgotten."""
+        """Write the cache if it has changed, without files that no longer exist."""
         if self._changed:
-            write_json(self._path, {key: value for key, value in self._known.items() if Path(key).exists()})
+            write_json(self._path, {key: value for key, value in self._entries.items() if Path(key).exists()})
 
 
-def _read_memory(path: Path) -> dict[str, list[int | str]]:
-    """Return what was remembered; nothing where the file is missing or damaged, for it is only a cache."""
+def _read_cache(path: Path) -> dict[str, list[int | str]]:
+    """Return the cached entries; empty if the file is missing or damaged."""
     try:
-        known = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    entries = known.items() if isinstance(known, dict) else ()
+    entries = content.items() if isinstance(content, dict) else ()
     return {key: value for key, value in entries if isinstance(value, list) and len(value) == 4}
 
 
@@ -76,15 +77,16 @@ def input_root(run: TrainingRun, folder: Path) -> str:
     return file_uri(folder) if given is None else absolute(given, file_uri(folder))
 
 
-def look_up(
+def find_external_inputs(
     run: TrainingRun,
     folder: Path,
     hash_file: Callable[[Path], str],
     wanted: Callable[[str], bool] = lambda uri: True,
-) -> Lookup:
-    """Find the external inputs of `run`, whose file lies in `folder`.
+) -> InputLookup:
+    """Find the external inputs of `run`, whose file is in `folder`.
 
-    `hash_file` returns the sha256 of a local file; `wanted` tells whether a URI, as the run writes it, is looked at.
+    `hash_file`: returns the SHA-256 of a local file. `wanted`: returns whether to look up a URI, given as written in
+    the run.
     """
     root = input_root(run, folder)
     storage = run.spec.storage
@@ -99,7 +101,7 @@ def look_up(
             failures[key] = error
     results = find_inputs(uris, storage.endpoint, storage.region, hash_file)
     failures |= {key: result for key, result in results.items() if isinstance(result, StoreError)}
-    return Lookup(
+    return InputLookup(
         found={
             key: External(uri=result.uri, digest=result.digest)
             for key, result in results.items()
@@ -110,5 +112,5 @@ def look_up(
 
 
 def unknown_external(uri: str) -> External:
-    """Return a stand-in for an input that could not be looked at: a plan can be drawn, but its digests mean nothing."""
+    """Return a placeholder for an unreachable input: planning works, but digests that depend on it are arbitrary."""
     return External(uri=uri, digest=digest_of(["unknown", uri]))

@@ -19,13 +19,15 @@ from stagecoach_local.workspace import AttemptFolder, AttemptRecord, write_atomi
 def launch(
     job: Job, action: Start, artifacts: Mapping[str, Found], now: float, on_end: Callable[[], None]
 ) -> LiveAttempt:
-    """Start an attempt. `artifacts`: of the finished stages, by name. `on_end` is called from another thread.
+    """Start an attempt.
 
-    Whatever an unknown attempt of this number left behind (a lost record, a driver killed while it started one) goes.
+    `artifacts`: of the finished stages, by name. `on_end`: called from another thread when the process has ended.
+    An unrecorded attempt of the same number (the record was lost, or the driver was killed while starting it) is
+    killed and its folder deleted.
     """
     ranks = job.ranks(action.stage)
     folder = job.folder.attempt(action.stage, action.number)
-    processes.end_all(folder.stage_file)
+    processes.kill_all(folder.stage_file)
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
     resolved = _resolved(job, action, artifacts, ranks)

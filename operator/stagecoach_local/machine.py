@@ -1,4 +1,4 @@
-"""What this machine has, and how a stage's gang of pods fits on it."""
+"""The resources of this machine, and how the ranks of a stage are fitted to them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HEAVY_KINDS = TRAINING_KINDS | {"evaluate", "export"}
 """Kinds that keep every core busy; the others read and write."""
 
 CORES_PER_HEAVY_STAGE = 4
-"""Two heavy stages side by side on fewer cores each are slower than one after the other."""
+"""Two heavy stages that run concurrently with fewer cores each are slower than one after the other."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources stages share."""
+    """The resources that concurrent stages share."""
 
     cores: int
     """CPU cores this process may use."""
@@ -30,24 +30,25 @@ class Machine:
 
     @property
     def heavy_slots(self) -> int:
-        """Heavy stages that may run side by side. They would share the GPUs, so there is one where there are any."""
+        """Heavy stages that may run concurrently: one if there are GPUs, because they would share them."""
         return 1 if self.gpus else max(1, self.cores // CORES_PER_HEAVY_STAGE)
 
     @property
     def light_slots(self) -> int:
-        """Light stages that may run side by side, beside the heavy ones."""
+        """Light stages that may run concurrently, in addition to the heavy ones."""
         return self.cores
 
 
 def this_machine() -> Machine:
-    """Return what this process may use: the scheduler's affinity, the container's CPU quota, the visible GPUs."""
+    """Return the resources this process may use, from CPU affinity, the container's CPU quota and the visible GPUs."""
     return Machine(cores=_num_cores(), gpus=_num_gpus())
 
 
 def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
-    """Return the ranks `stage` runs as here: `nproc` where given, else its resources as far as the machine has them.
+    """Return the number of ranks of `stage` on this machine: `nproc` if given, else what it requests, at most what
+    the machine has.
 
-    Only training stages have several ranks. A stage that asks for GPUs on a machine without any runs as one CPU rank.
+    Only training stages have several ranks. A stage that requests GPUs on a machine without any runs as one CPU rank.
     """
     if stage.kind not in TRAINING_KINDS:
         return 1
@@ -60,16 +61,16 @@ def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
 
 
 def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
-    """Return the CPU threads of each rank: its share of the cores, or what it would have in a pod where that is less.
+    """Return the CPU threads of each rank: its share of the cores, or its pod's CPU request if that is smaller.
 
-    Never a function of what else happens to run: the number of threads changes the last digits of a sum.
+    Independent of what else is running: the number of threads changes the rounding of sums, and with it the result.
     """
     share = max(1, machine.cores // ranks)
     return min(share, asked_threads(stage.resources) or share)
 
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:
-    """Return whether a stage of `kind` may start beside stages of the `running` kinds."""
+    """Return whether a stage of `kind` may start while stages of the `running` kinds run."""
     if kind in HEAVY_KINDS:
         return sum(other in HEAVY_KINDS for other in running) < machine.heavy_slots
     return sum(other not in HEAVY_KINDS for other in running) < machine.light_slots
@@ -81,7 +82,7 @@ def _num_cores() -> int:
 
 
 def _cpu_quota() -> int | None:
-    """Return the container's CPU quota in whole cores (cgroup v2), None where there is none."""
+    """Return the container's CPU quota in whole cores (cgroup v2), None if there is no quota."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))
@@ -90,7 +91,7 @@ def _cpu_quota() -> int | None:
 
 
 def _num_gpus() -> int:
-    """Count NVIDIA's device files: asking the driver would take torch or a library of its own."""
+    """Count NVIDIA's device files: querying the driver would need torch or another library."""
     if platform.system() != "Linux":
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

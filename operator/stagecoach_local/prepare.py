@@ -1,4 +1,4 @@
-"""From a run file to a plan: what `run`, `plan`, `validate` and `render` have in common."""
+"""From a run file to a plan: the steps that `run`, `plan`, `validate` and `render` share."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.decide import decide
 from stagecoach_core.plan import PlanError, external_keys, make_plan
 from stagecoach_core.values import Decision, Found, LookUp, Missing, Observed, Plan
-from stagecoach_local.inputs import HashMemory, input_root, look_up, unknown_external
+from stagecoach_local.inputs import HashCache, find_external_inputs, input_root, unknown_external
 from stagecoach_local.workspace import Workspace
 
 HASHES_FILE = "hashes.json"
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run, checked and planned, and where its artifacts lie."""
+class PreparedRun:
+    """A run, checked and planned, and the store of its artifacts."""
 
     loaded: LoadedRun
     plan: Plan
     store: Store
     unreachable: dict[str, StoreError]
-    """Inputs that could not be looked at, by `Reference.key`: digests that rest on them mean nothing."""
+    """Inputs that could not be reached, by `Reference.key`; digests that depend on them are arbitrary."""
 
     @property
     def run(self) -> TrainingRun:
@@ -46,38 +46,38 @@ def prepare(
     overrides: Sequence[str] = (),
     storage: str | None = None,
     tolerant: bool = False,
-) -> Prepared:
+) -> PreparedRun:
     """Load, check and plan a run.
 
-    `storage`: where artifacts lie instead of `spec.storage.uri`, relative to the working directory. `tolerant`: inputs
-    that cannot be reached do not stop the planning; those that are missing do. Raises InvalidRun with all problems,
-    StoreError, ModuleNotFoundError where no trainer is installed.
+    `storage`: URI of the artifact store instead of `spec.storage.uri`, relative to the working directory. `tolerant`:
+    plan even if inputs cannot be reached; missing inputs are an error in any case. Raises InvalidRun with all problems,
+    StoreError, and ModuleNotFoundError if no trainer is installed.
     """
     loaded = load_run(file, overrides)
-    memory = HashMemory(workspace.cache / HASHES_FILE)
-    lookup = look_up(loaded.run, loaded.folder, memory.sha256)
+    hashes = HashCache(workspace.cache / HASHES_FILE)
+    lookup = find_external_inputs(loaded.run, loaded.folder, hashes.sha256)
     unreachable = {key: error for key, error in lookup.failures.items() if tolerant and _may_exist(error)}
     missing = {key: error for key, error in lookup.failures.items() if key not in unreachable}
     if missing:
         raise InvalidRun(missing_inputs(loaded, missing))
-    with contextlib.suppress(OSError):  # a plan can be looked at where nothing can be written
+    with contextlib.suppress(OSError):  # `plan` also works in a read-only folder
         workspace.prepare()
-        memory.save()
+        hashes.save()
     root = input_root(loaded.run, loaded.folder)
     unknown = {key: unknown_external(absolute(key.removeprefix("uri:"), root)) for key in unreachable}
     plan = make_plan(without_images(loaded.run), {**lookup.found, **unknown}, code_identity())
-    return Prepared(loaded, plan, open_run_store(loaded, workspace, storage), unreachable)
+    return PreparedRun(loaded, plan, open_run_store(loaded, workspace, storage), unreachable)
 
 
 def _may_exist(error: StoreError) -> bool:
-    """Whether the store did not say that the input is not there."""
+    """Whether the input may exist although it could not be read."""
     return isinstance(error, AccessDenied | Unreachable)
 
 
 def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> LoadedRun:
-    """Load a run and check that its graph is one and that its local inputs exist; their bytes are not read.
+    """Load a run, check that its graph is valid and that its local inputs exist; the inputs are not read.
 
-    `inputs`: whether inputs are looked for on this machine. Raises InvalidRun with all problems.
+    `inputs`: whether to look for inputs on this machine. Raises InvalidRun with all problems.
     """
     loaded = load_run(file, overrides)
     root = input_root(loaded.run, loaded.folder)
@@ -85,7 +85,7 @@ def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> Loa
     def is_local(uri: str) -> bool:
         return inputs and not absolute(uri, root).startswith("s3:")
 
-    lookup = look_up(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
+    lookup = find_external_inputs(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
     problems = missing_inputs(loaded, lookup.failures)
     try:
         make_plan(loaded.run, {key: unknown_external(uri) for key, uri in external_keys(loaded.run).items()}, code="")
@@ -97,15 +97,15 @@ def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> Loa
 
 
 def without_images(run: TrainingRun) -> TrainingRun:
-    """Return the run without trainer images: on this machine the installed trainer does the work, and is the code that
-    stage digests name."""
+    """Return the run without trainer images: on this machine the installed trainer runs the stages, and stage digests
+    contain its code identity."""
     stages = tuple(stage.model_copy(update={"image": None}) for stage in run.spec.stages)
     defaults = run.spec.defaults.model_copy(update={"image": None})
     return run.model_copy(update={"spec": run.spec.model_copy(update={"stages": stages, "defaults": defaults})})
 
 
 def open_run_store(loaded: LoadedRun, workspace: Workspace, storage: str | None) -> Store:
-    """Open the store a run's artifacts lie in: `storage`, else the run's own, else the workspace's."""
+    """Open the store of a run's artifacts: `storage`, else the run's own, else the workspace's."""
     given = loaded.run.spec.storage
     uri = storage
     if uri is None and given.uri is not None:
@@ -114,32 +114,32 @@ def open_run_store(loaded: LoadedRun, workspace: Workspace, storage: str | None)
 
 
 def missing_inputs(loaded: LoadedRun, failures: Mapping[str, StoreError]) -> list[Problem]:
-    """Return a problem for every place of the run that names an input which was not found."""
+    """Return a problem for every field of the run that names an input that was not found."""
     root = input_root(loaded.run, loaded.folder)
     return input_problems(loaded.run, failures, f"relative inputs are looked for in {root}", str(loaded.source or ""))
 
 
-def look_into_cache(
-    prepared: Prepared, selected: frozenset[str] | None = None, forced: frozenset[str] = frozenset()
+def check_cache(
+    prepared: PreparedRun, selected: frozenset[str] | None = None, forced: frozenset[str] = frozenset()
 ) -> tuple[Decision, dict[str, Manifest]]:
-    """Return what the core would decide now, everything that the store knows looked up, and the manifests found."""
-    answers: dict[str, Found | Missing] = {}
+    """Look up every stage in the store; return what the core would decide now, and the manifests found."""
+    artifacts: dict[str, Found | Missing] = {}
     manifests: dict[str, Manifest] = {}
     while True:
         now = time.time()
-        observed = Observed(artifacts=answers, selected=selected, forced=forced, forced_since=now, since=now)
+        observed = Observed(artifacts=artifacts, selected=selected, forced=forced, forced_since=now, since=now)
         decision = decide(prepared.plan, observed, now)
-        asked = [action.digest for action in decision.actions if isinstance(action, LookUp)]
-        if not asked:
+        digests = [action.digest for action in decision.actions if isinstance(action, LookUp)]
+        if not digests:
             return decision, manifests
-        for digest in asked:
+        for digest in digests:
             manifest = find_manifest(prepared.store, digest)
-            answers[digest] = look_up_result(digest, manifest, prepared.store.uri, now)
+            artifacts[digest] = look_up_result(digest, manifest, prepared.store.uri, now)
             if manifest is not None:
                 manifests[digest] = manifest
 
 
-def without_answers(prepared: Prepared) -> Decision:
-    """Return what the core knows of a run whose storage cannot be asked."""
+def decide_without_store(prepared: PreparedRun) -> Decision:
+    """Return what the core decides about a run whose store cannot be reached."""
     now = time.time()
     return decide(prepared.plan, Observed(), now)

@@ -1,7 +1,7 @@
-"""Attempts as processes: start, watch, stop, and leave none behind.
+"""Processes of attempts: start, watch and stop them, and leave no orphans.
 
-The launcher's standard input is a pipe whose other end only the driver holds. When the driver dies, however it dies,
-the launcher reads end-of-file and stops its stage.
+The launcher's standard input is a pipe whose write end only the driver holds. When the driver dies for any reason,
+SIGKILL included, the launcher reads end-of-file and stops its stage.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import psutil
 from stagecoach_api.names import ENV_STAGE_FILE
 
 CREATED_TOLERANCE_SECONDS = 2.0
-"""How far two readings of one process's start time may lie apart (clock ticks, rounding)."""
+"""Largest difference between two readings of the same process's start time (clock ticks, rounding)."""
 
 
 class AttemptProcess:
-    """A living or ended launcher; started by this driver, or left over from one that died."""
+    """A running or ended launcher, started by this driver or by an earlier one that died."""
 
     def __init__(self, pid: int, created: float, stage_file: Path, child: subprocess.Popen[bytes] | None) -> None:
         self.pid = pid
@@ -34,7 +34,7 @@ class AttemptProcess:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this driver started it, and so knows its exit code."""
+        """Whether this driver started it and can read its exit code."""
         return self._child is not None
 
     @property
@@ -45,24 +45,24 @@ class AttemptProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code, negative for a signal. None: it lives, or another driver started it."""
+        """Exit code, negative for a signal; None if it is running or was started by another driver."""
         return None if self._child is None else self._child.poll()
 
     def terminate(self) -> None:
-        """Ask the launcher to stop its stage, which saves a checkpoint first."""
+        """Send the launcher SIGTERM: the stage saves a checkpoint, then stops."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the launcher and everything it started, at once."""
+        """Kill the launcher and every process it started."""
         self._signal(signal.SIGKILL)
         self.sweep()
 
     def sweep(self) -> None:
-        """End what an ended launcher left behind.
+        """Kill the processes that an ended launcher left running.
 
-        Workers may be in sessions of their own, so they are known by the environment they inherited.
+        Workers may be in their own sessions, so they are identified by the environment they inherited.
         """
-        end_all(self._stage_file)
+        kill_all(self._stage_file)
         if self._child is not None and self._child.stdin is not None:
             self._child.stdin.close()
 
@@ -79,22 +79,22 @@ def start(
     log: Path,
     on_end: Callable[[], None] = lambda: None,
 ) -> AttemptProcess:
-    """Start a launcher in a session of its own, so that the terminal's Ctrl-C reaches the driver only.
+    """Start a launcher in its own session, so that the terminal's Ctrl-C reaches only the driver.
 
-    `on_end` is called from another thread when it has ended.
+    `on_end`: called from another thread when the launcher has ended.
     """
     with log.open("ab") as output:
         child = _spawn(command, {**os.environ, **environment, ENV_STAGE_FILE: str(stage_file)}, output)
-    threading.Thread(target=_tell_end, args=(child, on_end), daemon=True).start()
+    threading.Thread(target=_notify_end, args=(child, on_end), daemon=True).start()
     try:
         created = psutil.Process(child.pid).create_time()
     except psutil.Error:
-        created = 0.0  # it has ended already
+        created = 0.0  # it has already ended
     return AttemptProcess(child.pid, created, stage_file, child)
 
 
 def adopt(pid: int, created: float, stage_file: Path) -> AttemptProcess:
-    """Return the launcher another driver started; it may have ended."""
+    """Return a launcher that another driver started; it may have ended."""
     return AttemptProcess(pid, created, stage_file, None)
 
 
@@ -109,7 +109,7 @@ def _spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[by
     )
 
 
-def _tell_end(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> None:
+def _notify_end(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> None:
     child.wait()
     on_end()
 
@@ -123,15 +123,15 @@ def _is_alive(pid: int, created: float) -> bool:
         return False
 
 
-def end_all(stage_file: Path) -> None:
-    """Kill every living process that was started to work on `stage_file`."""
+def kill_all(stage_file: Path) -> None:
+    """Kill every running process that was started for `stage_file`."""
     for process in _started_for(stage_file):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def _started_for(stage_file: Path) -> list[psutil.Process]:
-    """Return every living process that was started to work on `stage_file`."""
+    """Return every running process that was started for `stage_file`."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

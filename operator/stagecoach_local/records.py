@@ -1,4 +1,4 @@
-"""What is written down of a run: its record in the workspace, and its pointers in the store."""
+"""The driver's output about a run: its record in the workspace, and its pointers in the store."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from stagecoach_api.store import NotFound
 from stagecoach_core.artifacts import pointer_to
 from stagecoach_core.values import Decision, Found, StageView
 from stagecoach_local.run_job import Job
-from stagecoach_local.store_outages import Patience
+from stagecoach_local.store_outages import StoreOutages
 from stagecoach_local.workspace import AttemptRecord, RunRecord, StageRecord
 
 
 @dataclass
-class Ledger:
-    """Writes what has changed since the last time."""
+class RunRecorder:
+    """Writes a run's record and pointers when they have changed."""
 
     job: Job
-    patience: Patience
+    outages: StoreOutages
 
     _saved: RunRecord | None = None
-    _pointed: dict[str, Found] = field(default_factory=dict)
+    _pointers: dict[str, Found] = field(default_factory=dict)
+    """Artifacts whose pointers are written, by stage name."""
 
     def save(
         self,
@@ -35,7 +36,7 @@ class Ledger:
         attempts: Iterable[AttemptRecord],
         now: float,
     ) -> None:
-        """Write the run's record. `manifests`: of finished stages, by stage digest."""
+        """Write the run's record if it differs from the last one. `manifests`: of finished stages, by stage digest."""
         record = RunRecord(
             namespace=self.job.plan.namespace,
             run=self.job.plan.run,
@@ -46,7 +47,7 @@ class Ledger:
             invocation=self.job.invocation,
             state=decision.state,
             message=decision.message,
-            updated=0.0,
+            updated=0.0,  # not part of the comparison below
             stages={name: self._stage_record(name, view, manifests) for name, view in views.items()},
             attempts=tuple(sorted(attempts, key=lambda item: (item.started, item.stage, item.number))),
         )
@@ -70,19 +71,19 @@ class Ledger:
             seconds=None if manifest is None else manifest.seconds,
         )
 
-    def point(self, views: Mapping[str, StageView], now: float) -> None:
+    def write_pointers(self, views: Mapping[str, StageView], now: float) -> None:
         """Write the pointers of newly finished stages into the store."""
         for name, view in views.items():
             found = view.artifact
-            if found is None or view.state not in FINISHED or self._pointed.get(name) == found:
+            if found is None or view.state not in FINISHED or self._pointers.get(name) == found:
                 continue
             pointer = pointer_to(found, self.job.plan, name, view, now)
-            if self.patience.ask(partial(self._write_pointer, pointer)):
-                self._pointed[name] = found
+            if self.outages.call(partial(self._write_pointer, pointer)):
+                self._pointers[name] = found
 
     def is_complete(self, views: Mapping[str, StageView]) -> bool:
-        """Whether every finished stage has its pointer."""
-        return {name for name, view in views.items() if view.state in FINISHED} <= self._pointed.keys()
+        """Whether the pointer of every finished stage is written."""
+        return {name for name, view in views.items() if view.state in FINISHED} <= self._pointers.keys()
 
     def _write_pointer(self, pointer: Pointer) -> None:
         key = pointer_key(self.job.plan.namespace, self.job.plan.run, pointer.stage)

@@ -1,4 +1,4 @@
-"""What the local driver is given: a run, planned, and where and how it is to be worked on."""
+"""The input of the local driver: a planned run, and where and how to run it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from stagecoach_local.machine import Machine, num_ranks
 from stagecoach_local.workspace import Invocation, RunFolder, Workspace
 
 LAUNCHER = (sys.executable, "-m", "stagecoach_trainer.launcher")
-"""What an attempt runs as."""
+"""Command of an attempt's process."""
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 330.0
-"""How long an attempt that was asked to stop may take before it is killed: longer than the launcher itself waits."""
+"""Time between asking an attempt to stop and killing it; longer than the launcher's own grace period."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, planned, and where and how it is to be worked on."""
+    """A planned run, and where and how to run it."""
 
     plan: Plan
     file: Path
@@ -32,13 +32,15 @@ class Job:
     storage_endpoint: str | None = None
     storage_region: str | None = None
     nproc: int | None = None
-    """Ranks of training stages. None: what their resources say, as far as the machine goes."""
+    """Ranks of training stages; None to use their resources, limited by this machine."""
     suspend: bool = False
-    """The run itself says that it is to stop (`spec.suspend`)."""
+    """`spec.suspend` of the run."""
     cancel: bool = False
-    """The run itself says that it is to end (`spec.cancel`)."""
+    """`spec.cancel` of the run."""
     selected: frozenset[str] | None = None
+    """Stages to work on; None for all."""
     forced: frozenset[str] = frozenset()
+    """Stages to run again even if they are finished."""
     invocation: Invocation = field(default_factory=Invocation)
     launcher: tuple[str, ...] = LAUNCHER
     poll_seconds: float = POLL_SECONDS
@@ -47,12 +49,12 @@ class Job:
 
     @property
     def folder(self) -> RunFolder:
-        """Where the run's record and its attempts lie."""
+        """Folder of the run's record and attempts."""
         return self.workspace.run(self.plan.namespace, self.plan.run)
 
     def kind(self, stage: str) -> str:
         return self.plan.stages[stage].stage.kind
 
     def ranks(self, stage: str) -> int:
-        """Return the ranks a stage has on this machine."""
+        """Return the number of ranks of a stage on this machine."""
         return num_ranks(self.plan.stages[stage].stage, self.machine, self.nproc)

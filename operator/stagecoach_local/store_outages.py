@@ -1,4 +1,4 @@
-"""A store that stops answering for a while delays a run, and does not end it."""
+"""A temporary outage of the store delays a run instead of ending it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from stagecoach_api.store import Unreachable
 
 
 @dataclass
-class Patience:
-    """Gives a store time that has answered before and then does not, after all its own retries.
+class StoreOutages:
+    """Tolerates an outage of a store that was reachable before. Retries of single requests are the store's own.
 
-    Stages that run need the store only at their end, so nothing is lost by waiting.
+    Running stages need the store only when they end, so nothing is lost by waiting.
     """
 
     pause_seconds: float
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
     clock: Callable[[], float] = time.time
 
-    _answered: bool = False
-    _again_at: float = 0.0
+    _was_reachable: bool = False
+    _retry_at: float = 0.0
 
-    def ask(self, act: Callable[[], None]) -> bool:
-        """Do something that needs the store; return whether it answered.
+    def call(self, request: Callable[[], None]) -> bool:
+        """Call `request` unless an outage is pending; return whether it succeeded.
 
-        Raises Unreachable while the store has never answered, and every other error.
+        Raises Unreachable if the store has never been reachable. Other errors are not caught.
         """
-        if self.clock() < self._again_at:
+        if self.clock() < self._retry_at:
             return False
         try:
-            act()
+            request()
         except Unreachable as error:
-            if not self._answered:
+            if not self._was_reachable:
                 raise
-            self._again_at = self.clock() + self.pause_seconds
-            self.say(f"storage does not answer, trying again in {self.pause_seconds:.0f} s: {error}")
+            self._retry_at = self.clock() + self.pause_seconds
+            self.notify(f"storage is not reachable, retrying in {self.pause_seconds:.0f} s: {error}")
             return False
-        self._answered = True
+        self._was_reachable = True
         return True

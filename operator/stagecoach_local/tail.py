@@ -1,4 +1,4 @@
-"""Reading files that grow: progress events, and the last lines of a log."""
+"""Reading growing files: progress events, and the last lines of a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProgressTail:
         self._newest: ProgressEvent | None = None
 
     def newest(self) -> ProgressEvent | None:
-        """Return the last whole event, None before the first. A line that is no event is passed over."""
+        """Return the last complete event, None before the first. Lines that do not parse are skipped."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -46,7 +46,7 @@ def _event(line: bytes) -> ProgressEvent | None:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """Return the last `count` lines of a text file without their ends; none where it does not exist."""
+    """Return the last `count` non-empty lines of a text file without line ends; empty if the file does not exist."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -54,6 +54,6 @@ def last_lines(path: Path, count: int) -> list[str]:
             text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    # A progress bar writes many states into one line; a reader wants the last of them.
+    # A progress bar overwrites its line with \r; keep only its last state.
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
     return [line for line in lines if line.strip()][-count:]

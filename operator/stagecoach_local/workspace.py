@@ -1,9 +1,9 @@
-"""The folder `.stagecoach/`: where a laptop keeps artifacts, attempts, records of runs, and caches.
+"""The folder `.stagecoach/`: artifacts, attempts, records of runs, and caches of the local driver.
 
 store/                                          default storage
 cache/                                          fetched inputs, tokenised shards, file hashes
 runs/<namespace>/<run>/state.json               the run's record: attempts, and what `stagecoach status` shows
-runs/<namespace>/<run>/driver.lock              held by the one driver that works on the run
+runs/<namespace>/<run>/driver.lock              held by the driver of the run; there is at most one
 runs/<namespace>/<run>/<stage>/attempt-0001/    stage.json, progress.jsonl, log.txt, result.json, output/
 """
 
@@ -31,14 +31,14 @@ from stagecoach_core.values import RunState, StageState
 
 STATE_FILE = "state.json"
 LOCK_FILE = "driver.lock"
-"""Names with a dot: no stage can be called so."""
+"""Names with a dot cannot collide with a stage's folder."""
 
 KEPT_FOLDERS = ("logs", "outcomes")
-"""Folders of an attempt that outlive it: its metrics, and the last words of its workers."""
+"""Folders that are kept after an attempt: its metrics, and its workers' outcomes."""
 
 
 class WorkspaceError(Exception):
-    """The workspace cannot be used; the message says which file and what to do."""
+    """The workspace cannot be used; the message names the file and what to do."""
 
 
 class UnknownRun(WorkspaceError):
@@ -46,11 +46,11 @@ class UnknownRun(WorkspaceError):
 
 
 class RunLocked(WorkspaceError):
-    """Another driver works on this run."""
+    """Another driver holds this run's lock."""
 
 
 class AttemptRecord(Model):
-    """One attempt, as it is remembered between two invocations."""
+    """One attempt, as recorded between two invocations."""
 
     stage: str
     digest: str
@@ -58,23 +58,23 @@ class AttemptRecord(Model):
     ranks: int = 1
     pid: int
     process_created: float
-    """Start time of the process, which tells it from a later one with the same id."""
+    """Start time of the process; distinguishes it from a later process with the same id."""
     started: float
     stopping: str = ""
-    """Why the driver asked it to stop. Empty: it did not."""
+    """Why the driver asked it to stop; empty if it did not."""
     stopping_since: float | None = None
     stop_cause: Cause | None = None
-    """What its end is charged to if it ends without a result. None: it was not asked to stop."""
+    """Cause that is recorded if it ends without a result after a stop request; None if it was not asked to stop."""
     ended: float | None = None
     cause: Cause | None = None
     message: str = ""
     content_digest: str | None = None
-    """Content digest of what it published. None: nothing."""
+    """Content digest of the artifact it published; None if it published none."""
     last_step: int | None = None
 
 
 class StageRecord(Model):
-    """A stage as it was last seen."""
+    """A stage, as last observed."""
 
     kind: str
     state: StageState
@@ -84,14 +84,14 @@ class StageRecord(Model):
     attempt: int = 0
     ranks: int = 1
     seconds: float | None = None
-    """How long the finished work took. None: it is not finished."""
+    """Duration of the finished work; None if it is not finished."""
     restarts: dict[Cause, int] = Field(default_factory=dict)
     waiting_for: str = ""
     message: str = ""
 
 
 class Invocation(Model):
-    """How the work on a run was asked for, beside its file: what `stagecoach resume` says again."""
+    """The options of `stagecoach run`, which `stagecoach resume` uses again."""
 
     overrides: tuple[str, ...] = ()
     storage: str | None = None
@@ -100,12 +100,12 @@ class Invocation(Model):
 
 
 class RunRecord(Model):
-    """What is remembered of a run: `state.json`."""
+    """The record of a run: `state.json`."""
 
     namespace: str
     run: str
     file: str
-    """The TrainingRun's file, absolute."""
+    """Absolute path of the TrainingRun's file."""
     storage_uri: str
     storage_endpoint: str | None = None
     storage_region: str | None = None
@@ -140,8 +140,10 @@ class AttemptFolder:
         return self.path / RESULT_FILE
 
     def drop_scratch(self) -> None:
-        """Delete what the ended attempt worked with; its words stay. What it made lies in the store, and half-made
-        things would only fill the disk."""
+        """Delete the working files of an ended attempt; logs and metrics are kept.
+
+        Finished output is in the store, and partial output is of no use.
+        """
         with contextlib.suppress(OSError):
             for path in self.path.iterdir():
                 if path.is_dir() and path.name not in KEPT_FOLDERS:
@@ -171,14 +173,14 @@ class RunFolder:
         return AttemptFolder(self.path / stage / f"attempt-{number:04d}")
 
     def load(self) -> RunRecord | None:
-        """Return the run's record, None where there is none. Raises WorkspaceError for one that cannot be read."""
+        """Return the run's record, None if there is none. Raises WorkspaceError if it cannot be parsed."""
         try:
             return RunRecord.model_validate_json(self.state_file.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError as error:
             raise WorkspaceError(
-                f"{self.state_file}: not a record this version can read ({error.error_count()} problems, first: "
+                f"{self.state_file}: this version cannot read the record ({error.error_count()} problems, first: "
                 f"{error.errors()[0]['msg']}); move the file away to start without history"
             ) from error
 
@@ -187,7 +189,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunLocked, naming the holder, where another one works on it."""
+        """Hold the run's lock. Raises RunLocked with the holder's process id if another driver holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock_file.open("a+", encoding="utf-8") as file:
             _take(file, self.lock_file)
@@ -198,7 +200,7 @@ class RunFolder:
 
     @property
     def driver(self) -> int | None:
-        """Process id of the driver that works on the run now. None: none does, or it has only just begun."""
+        """Process id of the run's driver; None if there is none, or if it has not written its id yet."""
         if not self.is_locked:
             return None
         try:
@@ -208,7 +210,7 @@ class RunFolder:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a driver works on the run now."""
+        """Whether a driver holds the run's lock."""
         try:
             with self.lock_file.open("a+", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,20 +222,20 @@ class RunFolder:
 
 
 def _take(file: IO[str], path: Path) -> None:
-    """Lock `file` and write down who holds it. The kernel releases the lock with the process, however it ends."""
+    """Lock `file` and write the holder into it. The kernel releases the lock when the process ends for any reason."""
     try:
         _lock_soon(file)
     except BlockingIOError as error:
         file.seek(0)
         holder = _holder(file.read())
-        raise RunLocked(f"this run is being worked on by {holder} ({path}); wait for it, or stop it") from error
+        raise RunLocked(f"another driver is working on this run: {holder} ({path}); wait for it, or stop it") from error
     file.truncate(0)
     json.dump({"pid": os.getpid(), "since": time.time()}, file)
     file.flush()
 
 
 def _lock_soon(file: IO[str], tries: int = 5, pause_seconds: float = 0.05) -> None:
-    """Take the lock. It is tried a few times, since `stagecoach status` holds it for an instant."""
+    """Take the lock, with a few retries, since `stagecoach status` holds it for an instant."""
     for _ in range(tries - 1):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,11 +245,11 @@ def _lock_soon(file: IO[str], tries: int = 5, pause_seconds: float = 0.05) -> No
 
 def _holder(text: str) -> str:
     try:
-        told = json.loads(text)
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told["since"]))
-        return f"process {told['pid']} since {since}"
+        content = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["since"]))
+        return f"process {content['pid']} since {since}"
     except (ValueError, KeyError, TypeError):
-        return "another process"
+        return "unknown process"
 
 
 @dataclass(frozen=True)
@@ -269,20 +271,20 @@ class Workspace:
         return self.root / "runs"
 
     def checkpoints(self, digest: str) -> Path:
-        """Return where the trainer keeps the checkpoints of a stage whose storage is remote."""
+        """Return the folder in which the trainer keeps the checkpoints of a stage whose storage is remote."""
         return self.cache / "checkpoints" / digest
 
     def run(self, namespace: str, name: str) -> RunFolder:
         return RunFolder(self.runs / namespace / name)
 
     def known_runs(self) -> list[RunFolder]:
-        """Return every run that has a record, by namespace and name."""
+        """Return every run that has a record, sorted by namespace and name."""
         return [RunFolder(path.parent) for path in sorted(self.runs.glob(f"*/*/{STATE_FILE}"))]
 
     def find(self, name: str) -> RunFolder:
         """Return the run called `RUN` or `NAMESPACE/RUN`.
 
-        Raises UnknownRun, naming the known ones, for none, and WorkspaceError for several.
+        Raises UnknownRun, which lists the known runs, if there is none, and WorkspaceError if there are several.
         """
         known = self.known_runs()
         found = [run for run in known if name in (run.path.name, f"{run.path.parent.name}/{run.path.name}")]
@@ -290,36 +292,36 @@ class Workspace:
             return found[0]
         if found:
             names = ", ".join(run.name for run in found)
-            raise WorkspaceError(f"run `{name}` is in several namespaces; give one of {names}")
-        raise UnknownRun(self.unknown(name))
+            raise WorkspaceError(f"run `{name}` exists in several namespaces; give one of {names}")
+        raise UnknownRun(self.unknown_message(name))
 
-    def unknown(self, name: str) -> str:
-        """Return what there is to say of a run that is not here."""
+    def unknown_message(self, name: str) -> str:
+        """Return the error message for a run that is not in this workspace."""
         names = ", ".join(run.name for run in self.known_runs()) or "none"
         return f"no run `{name}` in {self.runs}; known runs: {names}"
 
     def prepare(self) -> None:
-        """Make the folder, and keep git out of it. Raises OSError where it cannot be written."""
+        """Create the folder with a `.gitignore`. Raises OSError if it cannot be written."""
         self.cache.mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
 
 
-def here() -> Workspace:
-    """Return the workspace below the working directory."""
+def current_workspace() -> Workspace:
+    """Return the workspace in the working directory."""
     return Workspace(Path.cwd() / DEFAULT_LOCAL_ROOT)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part. Raises OSError naming the file."""
+    """Write a file so that readers see either the old content or the new. Raises OSError with the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)  # of a full disk nobody says where it is
+        error.filename = str(path)  # the error of a full disk does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)

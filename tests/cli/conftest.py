@@ -18,14 +18,14 @@ BUCKET = "cli"
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no test see a cluster of the machine it runs on."""
+    """Hide the clusters of this machine from tests."""
     monkeypatch.setenv("KUBECONFIG", "/nonexistent/kubeconfig")
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
 
 @pytest.fixture
 def cli(capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
-    """Call the command line in this process; returns exit code and everything it wrote."""
+    """Call the command line in this process; return the exit code and the output."""
 
     def run(*arguments: str) -> tuple[int, str]:
         capfdbinary.readouterr()
@@ -38,7 +38,7 @@ def cli(capfdbinary: pytest.CaptureFixture[bytes]) -> Cli:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
-    """An API server that KUBECONFIG names, in an empty folder of its own."""
+    """A fake API server that KUBECONFIG points to; the working directory is an empty folder."""
     made = FakeCluster()
     made.start()
     monkeypatch.setenv("KUBECONFIG", str(made.write_kubeconfig(tmp_path / "kubeconfig")))

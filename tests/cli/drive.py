@@ -1,4 +1,4 @@
-"""The real command line with the fake trainer: `python drive.py run run.yaml`, in the folder of a `Bench`."""
+"""The real command line with the fake trainer: `python drive.py run run.yaml` in a `Bench` folder."""
 
 from __future__ import annotations
 

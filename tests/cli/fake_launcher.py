@@ -1,14 +1,14 @@
-"""Stands in for the trainer's launcher: does as a script file says, and leaves what the real one leaves.
+"""A fake of the trainer's launcher: follows a script file, and leaves the same files as the real one.
 
     python fake_launcher.py FOLDER
 
-FOLDER/script.json: by stage, a list with one entry for each attempt (the last one counts for all later ones):
-`seconds` to work, `exit` code, `message`, `kill` (dies by SIGKILL), `silent` (leaves no result), `stubborn` (does not
-stop when asked), `child` (starts a process in a session of its own that outlives it), `waitFor` (a stage that must have
-started), `tokens`, `metrics`, `report`, `random` (its output differs every time).
-FOLDER/events.jsonl: what happened, one line each.
+FOLDER/script.json: by stage, a list with an entry for each attempt (the last one is used for all later attempts):
+`seconds` to work, `exit` code, `message`, `kill` (dies by SIGKILL), `silent` (leaves no result), `stubborn` (ignores
+SIGTERM), `child` (starts a process in its own session that outlives it), `waitFor` (a stage that must have started),
+`tokens`, `metrics`, `report`, `random` (its output differs every time).
+FOLDER/events.jsonl: events, one line each.
 
-Only the standard library: it starts a dozen times in a test.
+Imports only the standard library, because a test starts it a dozen times.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Makers for the tests of the command line: a small run, a fake trainer's script, a driver that uses both."""
+"""Makers for the tests of the command line: a small run, a script for the fake trainer, a driver that uses both."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stagecoach_core.policies.selection import starting_from, until
 from stagecoach_core.snapshot import Snapshot
 from stagecoach_local.driver import Driver, Outcome
 from stagecoach_local.machine import Machine
-from stagecoach_local.prepare import Prepared, prepare
+from stagecoach_local.prepare import PreparedRun, prepare
 from stagecoach_local.run_job import Job
 from stagecoach_local.workspace import RunRecord, Workspace
 
 Cli = Callable[..., tuple[int, str]]
-"""The command line: arguments in; exit code and output out."""
+"""The command line as a function from arguments to exit code and output."""
 
 DRIVE = Path(__file__).parent / "drive.py"
 FAKE_LAUNCHER = Path(__file__).parent / "fake_launcher.py"
@@ -60,7 +60,7 @@ def evaluate_stage(name: str, model: str, data: str) -> dict[str, Any]:
 
 
 def chain() -> list[dict[str, Any]]:
-    """Two data sets, a vocabulary on the first, a model, its measurement and its release."""
+    """Two data sets, a vocabulary of the first, a model, its evaluation and its export."""
     return [
         data_stage("corpus"),
         data_stage("held"),
@@ -73,19 +73,19 @@ def chain() -> list[dict[str, Any]]:
 
 @dataclass
 class Recorder:
-    """A view that remembers what it was shown."""
+    """A view that records what it was shown."""
 
     snapshots: list[Snapshot] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def show(self, snapshot: Snapshot) -> None:
         self.snapshots.append(snapshot)
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def notify(self, text: str) -> None:
+        self.messages.append(text)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Bench:
         self.follow(script or {})
 
     def follow(self, script: dict[str, Any]) -> None:
-        """Tell the fake trainer what to do from now on; a stage's entry may be one attempt's or a list."""
+        """Write the fake trainer's script; a stage's entry is for all attempts, or a list with one for each."""
         lists = {name: entry if isinstance(entry, list) else [entry] for name, entry in script.items()}
         (self.folder / "script.json").write_text(json.dumps(lists), encoding="utf-8")
         (self.folder / "events.jsonl").touch()
 
-    def prepare(self, *overrides: str) -> Prepared:
+    def prepare(self, *overrides: str) -> PreparedRun:
         self.workspace.prepare()
         return prepare(self.file, self.workspace, overrides)
 
@@ -153,7 +153,7 @@ class Bench:
         return Driver(job, Recorder()).run()
 
     def stagecoach(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the real command line, which takes the fake trainer for the real one, in a process of its own."""
+        """Start the real command line with the fake trainer in a process of its own."""
         return subprocess.Popen(
             [sys.executable, str(DRIVE), *arguments],
             cwd=self.folder,
@@ -163,7 +163,7 @@ class Bench:
         )
 
     def wait_for_event(self, kind: str, seconds: float = 30.0) -> dict[str, Any]:
-        """Return the first event of a kind as soon as it has happened."""
+        """Wait for the first event of a kind and return it."""
         deadline = time.monotonic() + seconds
         while not self.events(kind):
             assert time.monotonic() < deadline, f"no `{kind}` after {seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Every command on a run that the fake trainer has worked on: what it prints, and its exit code."""
+"""The output and exit code of every command, on runs of the fake trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cli.makers import Bench, Cli, chain, data_stage
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """A folder in which the whole chain has run once. Tests that change it make their own."""
+    """A folder in which the whole chain has run once, for tests that do not change it."""
     bench = Bench(tmp_path_factory.mktemp("finished"))
     bench.write(chain(), SCRIPT)
     bench.drive()
@@ -62,13 +62,13 @@ def test_a_run_that_is_finished_starts_nothing_and_shows_the_whole_table(bench: 
     figures = ("cached (12 s)", "2.870 → 0.710", "12.100 → 6.540", "3.200 → 3.900", "0.935")
     for text in (*figures, "白日依山盡？", "五言絕句"):
         assert text in output
-    assert "release lies in file://" in output
+    assert "Output of release: file://" in output
 
 
-def test_a_plan_shows_hits_and_what_an_edit_would_run(bench: Bench, cli: Cli) -> None:
+def test_a_plan_shows_cache_hits_and_the_stages_that_an_edit_would_run(bench: Bench, cli: Cli) -> None:
     code, output = cli("plan", "run.yaml")
     assert (code, output.count("hit ")) == (0, 6)
-    assert "every stage is finished" in output
+    assert "all stages are finished" in output
     code, output = cli("plan", "run.yaml", "--set", "stages.base.optimizer.learningRate=0.002")
     lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
     assert "hit " in lines["vocabulary"]
@@ -77,7 +77,7 @@ def test_a_plan_shows_hits_and_what_an_edit_would_run(bench: Bench, cli: Cli) ->
     assert "3 of 6 stages to run: 6.4k training tokens, time ~38 s" in output
 
 
-def test_a_plan_of_a_run_whose_inputs_cannot_be_reached_is_drawn_all_the_same(
+def test_a_plan_is_shown_even_if_inputs_cannot_be_reached(
     own_bench: Bench, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -89,10 +89,10 @@ def test_a_plan_of_a_run_whose_inputs_cannot_be_reached_is_drawn_all_the_same(
     code, output = cli("plan", "run.yaml")
     assert code == 0
     assert output.count("unknown") == 6
-    assert "not reachable, so the cache is not known" in output
+    assert "are not reachable, so cache hits cannot be determined: " in output
 
 
-def test_validate_tells_every_problem_with_exit_code_2(own_bench: Bench, cli: Cli) -> None:
+def test_validate_reports_every_problem_with_exit_code_2(own_bench: Bench, cli: Cli) -> None:
     stages = [data_stage("one"), data_stage("two")]
     stages[1]["data"]["sources"][0] |= {"uri": "data/gone.txt"}
     own_bench.write(stages)
@@ -117,7 +117,7 @@ def test_a_missing_input_ends_a_run_with_exit_code_2_before_anything_starts(own_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
         (("run", "gone.yaml"), "no such file"),
         (("run", "run.yaml", "--until", "scor"), "did you mean `score`?"),
@@ -131,50 +131,50 @@ def test_a_missing_input_ends_a_run_with_exit_code_2_before_anything_starts(own_
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_makes_no_sense_is_exit_code_2_and_a_sentence(
-    arguments: tuple[str, ...], told: str, bench: Bench, cli: Cli
+def test_invalid_input_is_reported_with_exit_code_2_and_a_message(
+    arguments: tuple[str, ...], text: str, bench: Bench, cli: Cli
 ) -> None:
     code, output = cli(*arguments)
     assert code == 2
-    assert told in output
+    assert text in output
     assert "Traceback" not in output
 
 
-def test_a_valid_run_is_told_so(bench: Bench, cli: Cli) -> None:
+def test_validate_reports_a_valid_run(bench: Bench, cli: Cli) -> None:
     assert cli("validate", "run.yaml") == (0, "run.yaml: valid; run `tiny`, 6 stages\n")
 
 
-def told_to(objects: list[dict[str, Any]]) -> dict[str, ResolvedStage]:
-    """Return what rendered ConfigMaps tell each stage."""
-    told = [item["data"]["stage.json"] for item in objects if item["kind"] == "ConfigMap"]
-    return {stage.stage: stage for stage in map(ResolvedStage.model_validate_json, told)}
+def resolved_stages(objects: list[dict[str, Any]]) -> dict[str, ResolvedStage]:
+    """Return the resolved stages in rendered ConfigMaps, by name."""
+    files = [item["data"]["stage.json"] for item in objects if item["kind"] == "ConfigMap"]
+    return {stage.stage: stage for stage in map(ResolvedStage.model_validate_json, files)}
 
 
-def test_render_prints_the_run_and_what_the_operator_would_create_as_yaml_and_as_json(bench: Bench, cli: Cli) -> None:
+def test_render_prints_the_run_and_the_operators_objects_as_yaml_or_json(bench: Bench, cli: Cli) -> None:
     code, output = cli("render", "run.yaml", "--storage", ".stagecoach/store")
     run, *objects = list(yaml.safe_load_all(output))
     assert (code, run["kind"]) == (0, "TrainingRun")
     assert [item["kind"] for item in objects] == ["ConfigMap", "JobSet"] * 6
-    told = told_to(objects)
-    assert told["base"].config["optimizer"]["beta2"] == 0.95  # type: ignore[index, call-overload]
-    assert told["base"].inputs["stage:vocabulary"].stage_digest == told["vocabulary"].digest
+    stages = resolved_stages(objects)
+    assert stages["base"].config["optimizer"]["beta2"] == 0.95  # type: ignore[index, call-overload]
+    assert stages["base"].inputs["stage:vocabulary"].stage_digest == stages["vocabulary"].digest
     _, output = cli("render", "run.yaml", "--storage", ".stagecoach/store", "-o", "json")
     assert json.loads(output) == [run, *objects]
 
 
-def test_render_names_what_unfinished_stages_will_make(own_bench: Bench, cli: Cli) -> None:
+def test_render_prints_placeholders_for_the_output_of_unfinished_stages(own_bench: Bench, cli: Cli) -> None:
     own_bench.write(chain())
-    told = told_to(list(yaml.safe_load_all(cli("render", "run.yaml")[1]))[1:])
-    assert re.fullmatch("[0-9a-f]{64}", told["corpus"].digest)
-    assert told["base"].inputs["stage:vocabulary"].uri == "<output of vocabulary>"
-    assert told["release"].digest == "<known when base is finished>"
-    assert told["base"].storage_uri == "<the storage of the operator's settings>"
+    stages = resolved_stages(list(yaml.safe_load_all(cli("render", "run.yaml")[1]))[1:])
+    assert re.fullmatch("[0-9a-f]{64}", stages["corpus"].digest)
+    assert stages["base"].inputs["stage:vocabulary"].uri == "<output of vocabulary>"
+    assert stages["release"].digest == "<known when base is finished>"
+    assert stages["base"].storage_uri == "<the storage of the operator's settings>"
 
 
 CUSTOM_IMAGE = "registry.example.com/custom@sha256:" + "a" * 64
 
 
-def test_render_takes_images_from_the_run_and_the_rest_from_the_operators_settings(own_bench: Bench, cli: Cli) -> None:
+def test_render_takes_images_from_the_run_and_other_settings_from_the_operators(own_bench: Bench, cli: Cli) -> None:
     own_bench.write([{**data_stage("one"), "image": CUSTOM_IMAGE}, data_stage("two")])
     (own_bench.folder / "settings.yaml").write_text("trainerImage: ours\ngraceSeconds: 60\nnamespace: x\n")
     code, output = cli("render", "run.yaml", "--settings", "settings.yaml", "-o", "json")
@@ -192,7 +192,7 @@ def test_render_takes_images_from_the_run_and_the_rest_from_the_operators_settin
     assert "graceSeconds" in output
 
 
-def test_an_unwritable_folder_is_told_in_a_sentence(own_bench: Bench, cli: Cli) -> None:
+def test_an_unwritable_folder_is_reported_with_a_message(own_bench: Bench, cli: Cli) -> None:
     own_bench.write([data_stage("one")])
     (own_bench.folder / ".stagecoach").write_text("in the way\n", encoding="utf-8")
     code, output = cli("run", "run.yaml")
@@ -214,7 +214,7 @@ def test_status_shows_all_runs_or_the_stages_of_one(bench: Bench, cli: Cli) -> N
     assert [line.split()[1] for line in output.splitlines()[1:]] == [stage["name"] for stage in chain()]
 
 
-def test_status_of_a_run_whose_driver_is_gone_says_how_to_go_on(own_bench: Bench, cli: Cli) -> None:
+def test_status_of_a_run_without_a_driver_shows_how_to_resume(own_bench: Bench, cli: Cli) -> None:
     own_bench.write([data_stage("one")])
     own_bench.drive()
     folder = own_bench.workspace.run("default", "tiny")
@@ -222,8 +222,8 @@ def test_status_of_a_run_whose_driver_is_gone_says_how_to_go_on(own_bench: Bench
     running = record.stages["one"].model_copy(update={"state": StageState.RUNNING})
     folder.save(record.model_copy(update={"state": RunState.PROGRESSING, "stages": {"one": running}}))
     _, output = cli("status", "tiny")
-    assert f"interrupted (no driver works on it; go on with `stagecoach run {own_bench.file}`)" in output
-    assert "waits for the run to be taken up again" in output
+    assert f"interrupted (no driver is running; resume with `stagecoach run {own_bench.file}`)" in output
+    assert "waiting for the run to be resumed" in output
 
 
 def test_logs_prints_the_newest_or_the_named_attempt(own_bench: Bench, cli: Cli) -> None:
@@ -237,13 +237,13 @@ def test_logs_prints_the_newest_or_the_named_attempt(own_bench: Bench, cli: Cli)
     assert "one, attempt 2" in output
     assert "the first\n" in cli("logs", "tiny", "one", "--attempt", "1", "-f")[1]
     code, output = cli("logs", "tiny", "one", "--attempt", "7")
-    assert (code, "there are: one 1, one 2" in output) == (2, True)
+    assert (code, "known attempts: one 1, one 2" in output) == (2, True)
 
 
 # -- artifacts ---------------------------------------------------------------------------------------------------------
 
 
-def test_artifacts_are_listed_by_file_by_name_and_in_all(bench: Bench, cli: Cli) -> None:
+def test_artifacts_are_listed_by_file_by_name_and_for_all_runs(bench: Bench, cli: Cli) -> None:
     for what in (["run.yaml"], ["tiny"], ["default/tiny"], []):
         code, output = cli("artifacts", "ls", *what)
         assert code == 0
@@ -251,7 +251,7 @@ def test_artifacts_are_listed_by_file_by_name_and_in_all(bench: Bench, cli: Cli)
     assert cli("artifacts", "ls", "other")[0] == 1
 
 
-def test_an_artifact_is_fetched_by_name_digest_prefix_and_uri(bench: Bench, cli: Cli, tmp_path: Path) -> None:
+def test_an_artifact_is_downloaded_by_name_digest_prefix_and_uri(bench: Bench, cli: Cli, tmp_path: Path) -> None:
     found = bench.record().stages["base"]
     assert found.digest is not None
     assert found.uri is not None
@@ -265,15 +265,15 @@ def test_an_artifact_is_fetched_by_name_digest_prefix_and_uri(bench: Bench, cli:
     assert (code, "not an empty folder" in output) == (1, True)
 
 
-def test_lineage_draws_everything_an_artifact_comes_from(bench: Bench, cli: Cli) -> None:
+def test_lineage_shows_every_ancestor_of_an_artifact(bench: Bench, cli: Cli) -> None:
     code, output = cli("artifacts", "lineage", "tiny/release")
     assert code == 0
     drawn = [line.lstrip("│├└─ ").split()[0] for line in output.splitlines()]
     assert drawn == ["tiny/release", "base", "corpus", "data/corpus.txt", "vocabulary", "corpus"]
-    assert "(drawn above)" in output.splitlines()[-1]
+    assert "(see above)" in output.splitlines()[-1]
 
 
-def test_verify_passes_what_is_whole_and_names_the_object_with_a_flipped_byte(own_bench: Bench, cli: Cli) -> None:
+def test_verify_accepts_intact_artifacts_and_names_the_object_with_a_flipped_byte(own_bench: Bench, cli: Cli) -> None:
     own_bench.write(chain())
     own_bench.drive()
     code, output = cli("artifacts", "verify", "tiny/release")

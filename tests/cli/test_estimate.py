@@ -41,7 +41,7 @@ def manifest(tokens: int, seconds: float) -> Manifest:
     )
 
 
-def test_parameters_are_counted_from_the_architecture_and_followed_to_later_stages() -> None:
+def test_parameters_are_counted_from_the_architecture_also_for_later_stages() -> None:
     plan = plan_of()
     assert num_parameters(plan, "base") == EMBEDDINGS + 2 * LAYER
     assert num_parameters(plan, "release") == num_parameters(plan, "base")
@@ -51,16 +51,16 @@ def test_parameters_are_counted_from_the_architecture_and_followed_to_later_stag
 @pytest.mark.parametrize(
     ("uri", "parameters"), [("s3://m/llama-7b", 7e9), ("qwen2.5-0.5B/", 0.5e9), ("pythia-160m", 160e6), ("model", None)]
 )
-def test_the_size_of_a_model_from_outside_is_read_from_its_name(uri: str, parameters: float | None) -> None:
+def test_the_size_of_an_external_model_is_read_from_its_name(uri: str, parameters: float | None) -> None:
     assert num_parameters(plan_of(architecture=None, model={"uri": uri}), "base") == parameters
 
 
-def test_the_last_run_tells_the_time_in_proportion_to_tokens_after_its_start() -> None:
+def test_time_scales_with_tokens_from_the_last_run_except_for_the_start() -> None:
     assert estimate(plan_of(), "base", manifest(3200, 50.0), cores=2) == Estimate(tokens=6400, seconds=80.0)
     assert estimate(plan_of(), "one", manifest(0, 5.0), cores=2) == Estimate(tokens=None, seconds=5.0)
 
 
-def test_without_a_last_run_the_size_of_the_model_tells_it() -> None:
+def test_without_a_last_run_time_is_estimated_from_the_size_of_the_model() -> None:
     found = estimate(plan_of(), "base", None, cores=2)
     assert found.tokens == 6400
     assert found.seconds == pytest.approx(START_SECONDS + 6 * 6400 * (EMBEDDINGS + 2 * LAYER) / 8e10)
@@ -74,7 +74,7 @@ def test_phases_and_steps_are_budgets_too() -> None:
     assert estimate(plan_of(budget={"epochs": 2}), "base", None, cores=2).tokens is None
 
 
-def test_a_total_says_whether_it_is_whole() -> None:
+def test_a_total_shows_whether_it_is_complete() -> None:
     whole = total([Estimate(10, 2.0), Estimate(None, 3.0)])
     assert (whole.tokens, whole.seconds, whole.complete) == (10, 5.0, True)
     assert not total([Estimate(10, 2.0), Estimate()]).complete

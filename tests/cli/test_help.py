@@ -1,4 +1,4 @@
-"""`--help` and `plan` answer at once: what they must not import is the measure, not the clock."""
+"""`--help` and `plan` are fast. Measured by the modules they must not import, not by time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ sys.exit(code)
 
 
 def run_line(folder: Path, heavy: tuple[str, ...], *arguments: str) -> tuple[str, list[str]]:
-    """Return what a command line prints, and which of the `heavy` modules it has imported."""
+    """Return the output of a command line, and which of the `heavy` modules it has imported."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, ",".join(heavy), *arguments],
         cwd=folder,
@@ -57,7 +57,7 @@ def test_a_plan_imports_neither_torch_nor_an_s3_client(tmp_path: Path) -> None:
     assert loaded == []
 
 
-def test_version_names_the_program(tmp_path: Path) -> None:
+def test_version_prints_the_programs_name(tmp_path: Path) -> None:
     output, loaded = run_line(tmp_path, HEAVY, "version")
     assert output.startswith("stagecoach 0.")
     assert loaded == []

@@ -162,7 +162,7 @@ def test_every_kind_of_stage_completes_on_s3_and_the_table_shows_its_figures(sto
     assert story.first.code == 0, story.first.output
     for title in ("Stages", "Tokens per character", "Held-out bits per character", "Evaluation", "Answers of release"):
         assert title in story.first.output
-    assert f"release lies in s3://{BUCKET}/models/artifacts/" in story.first.output
+    assert f"Output of release: s3://{BUCKET}/models/artifacts/" in story.first.output
     assert sorted(story.content) == sorted(NAMES)
     assert None not in story.content.values()
 
@@ -200,7 +200,7 @@ def held_out(ended: Ended) -> list[float]:
 def test_ctrl_c_ends_with_130_and_leaves_a_checkpoint(story: Story) -> None:
     assert story.interrupted.code == 130
     assert "stopping base at a checkpoint" in story.interrupted.output
-    assert "the same command goes on from here" in story.interrupted.output
+    assert "run the same command to resume" in story.interrupted.output
     assert story.checkpoints
 
 

@@ -1,4 +1,4 @@
-"""Suspending, cancelling and resuming a run of this folder, from another terminal than the one that works on it."""
+"""Suspending, cancelling and resuming a local run from another terminal than its driver's."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_a_suspended_run_stops_at_a_checkpoint_and_resuming_goes_on_with_its_options(bench: Bench, cli: Cli) -> None:
+def test_a_suspended_run_stops_at_a_checkpoint_and_resumes_with_the_same_options(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one"), data_stage("two") | {"after": ["one"]}], {"one": [{"seconds": 30}, {}]})
     driver = bench.stagecoach("run", "run.yaml", "--set", "metadata.name=other", "--storage", "kept", "--until", "one")
     bench.wait_for_event("start")
     assert cli("suspend", "other", "--wait") == (
         0,
-        f"default/other: process {driver.pid} asked to stop at a checkpoint\n"
-        "default/other: stopped; `stagecoach resume default/other` goes on\n",
+        f"default/other: stopping at a checkpoint (process {driver.pid})\n"
+        "default/other: stopped; resume with `stagecoach resume default/other`\n",
     )
     code, output = finish(driver)
-    assert (code, "interrupted; the same command goes on from here" in output) == (130, True)
+    assert (code, "interrupted; run the same command to resume" in output) == (130, True)
     record = bench.workspace.run("default", "other").load()
     assert record is not None
     assert (record.state, record.attempts[0].cause) == (RunState.SUSPENDED, Cause.PREEMPTION)
@@ -56,12 +56,12 @@ def test_suspending_twice_kills_nothing(bench: Bench, cli: Cli) -> None:
     for _ in range(3):
         assert cli("suspend", "tiny")[0] == 0
     assert psutil.pid_exists(start["pid"])
-    code, output = finish(driver)  # killed when its time to stop is over
+    code, output = finish(driver)  # killed after its grace period
     assert code == 130
     assert output.count("stopping one at a checkpoint") == 1
 
 
-def test_a_cancelled_run_says_so_and_can_be_resumed(bench: Bench, cli: Cli) -> None:
+def test_a_cancelled_run_is_shown_as_cancelled_and_can_be_resumed(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one"), data_stage("two") | {"after": ["one"]}], {"one": [{"seconds": 30}, {}]})
     driver = bench.stagecoach("run", "run.yaml")
     bench.wait_for_event("start")
@@ -76,7 +76,7 @@ def test_a_cancelled_run_says_so_and_can_be_resumed(bench: Bench, cli: Cli) -> N
     assert bench.record().state is RunState.COMPLETE
 
 
-def test_a_run_nobody_works_on_is_cancelled_on_paper(bench: Bench, cli: Cli) -> None:
+def test_a_run_without_a_driver_is_recorded_as_cancelled(bench: Bench, cli: Cli) -> None:
     bench.write(chain())
     bench.drive(until="corpus")
     folder = bench.workspace.run("default", "tiny")
@@ -91,28 +91,28 @@ def test_a_finished_run_stays_finished(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one")])
     bench.drive()
     assert cli("cancel", "tiny") == (0, "default/tiny: complete\n")
-    assert cli("suspend", "tiny")[1] == "default/tiny: nothing works on it; `stagecoach resume default/tiny` goes on\n"
+    assert cli("suspend", "tiny")[1] == "default/tiny: not running; resume with `stagecoach resume default/tiny`\n"
 
 
-def test_a_run_that_is_worked_on_cannot_be_resumed(bench: Bench, cli: Cli) -> None:
+def test_a_run_with_a_driver_cannot_be_resumed(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one")], {"one": {"seconds": 30}})
     driver = bench.stagecoach("run", "run.yaml")
     bench.wait_for_event("start")
     code, output = finish(bench.stagecoach("resume", "tiny"))
-    assert (code, f"worked on by process {driver.pid}" in output) == (1, True)
+    assert (code, f"another driver is working on this run: process {driver.pid}" in output) == (1, True)
     driver.send_signal(signal.SIGINT)
     finish(driver)
 
 
-def test_a_run_whose_file_is_gone_cannot_be_resumed(bench: Bench, cli: Cli) -> None:
+def test_a_run_without_its_file_cannot_be_resumed(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one")])
     bench.drive()
     bench.file.unlink()
     code, output = cli("resume", "tiny")
-    assert (code, f"{bench.file} is gone" in output) == (2, True)
+    assert (code, f"{bench.file} does not exist" in output) == (2, True)
 
 
-def test_a_file_that_says_so_is_cancelled(bench: Bench) -> None:
+def test_a_run_whose_file_sets_cancel_starts_nothing(bench: Bench) -> None:
     bench.write([data_stage("one")], cancel=True)
     code, output = finish(bench.stagecoach("run", "run.yaml"))
     assert (code, output.splitlines()[-1]) == (130, "cancelled; `spec.cancel` is true")
@@ -120,7 +120,7 @@ def test_a_file_that_says_so_is_cancelled(bench: Bench) -> None:
     assert bench.record().state is RunState.CANCELLED
 
 
-def test_watching_ends_when_nobody_works_on_the_run_any_more(bench: Bench, cli: Cli) -> None:
+def test_watching_ends_with_the_driver(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one")], {"one": {"seconds": 1.0}})
     driver = bench.stagecoach("run", "run.yaml")
     bench.wait_for_event("start")
@@ -130,7 +130,7 @@ def test_watching_ends_when_nobody_works_on_the_run_any_more(bench: Bench, cli: 
     finish(driver)
 
 
-def test_asking_by_signal_is_one_stop_however_often_and_ctrl_c_counts() -> None:
+def test_repeated_suspend_and_cancel_signals_are_one_stop_and_each_ctrl_c_counts() -> None:
     with Interrupts() as interrupts:
         for number in (SUSPEND, SUSPEND, CANCEL):
             os.kill(os.getpid(), number)
@@ -139,7 +139,7 @@ def test_asking_by_signal_is_one_stop_however_often_and_ctrl_c_counts() -> None:
         assert interrupts.count == 2
 
 
-def test_one_ranks_own_log_is_printed_where_it_has_one(bench: Bench, cli: Cli) -> None:
+def test_the_separate_log_of_a_rank_is_printed_if_it_exists(bench: Bench, cli: Cli) -> None:
     bench.write([data_stage("one")])
     bench.drive()
     logs = bench.workspace.run("default", "tiny").attempt("one", 1).path / "logs"

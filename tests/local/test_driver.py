@@ -1,4 +1,4 @@
-"""The local driver with a fake trainer: what runs when, what is tried again, what is kept."""
+"""The local driver with a fake trainer: order, cache, retries, interruption and records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def states(outcome_or_snapshot: object) -> dict[str, StageState]:
 # -- order -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_stage_runs_once_after_all_that_it_needs(bench: Bench) -> None:
+def test_every_stage_runs_once_after_its_dependencies(bench: Bench) -> None:
     bench.write(chain())
     outcome = bench.drive()
     assert outcome.decision.state is RunState.COMPLETE
@@ -49,12 +49,12 @@ def test_every_stage_runs_once_after_all_that_it_needs(bench: Bench) -> None:
             assert needs.get(event["stage"], set()) <= ended
 
 
-def test_independent_light_stages_run_side_by_side(bench: Bench) -> None:
+def test_independent_light_stages_run_concurrently(bench: Bench) -> None:
     bench.write([data_stage("one"), data_stage("two")], {"one": {"waitFor": "two"}, "two": {"waitFor": "one"}})
     assert bench.drive().decision.state is RunState.COMPLETE
 
 
-def test_a_light_stage_runs_beside_a_heavy_one(bench: Bench) -> None:
+def test_a_light_stage_runs_concurrently_with_a_heavy_one(bench: Bench) -> None:
     stages = [data_stage("one"), tokenizer_stage("words", "one"), pretrain_stage("base", "words", "one")]
     stages.append(data_stage("late") | {"after": ["words"]})
     bench.write(stages, {"base": {"waitFor": "late"}, "late": {"waitFor": "base"}})
@@ -71,10 +71,10 @@ def test_heavy_stages_run_one_after_the_other_on_a_small_machine(bench: Bench) -
     heavy = [(event["event"], event["stage"]) for event in bench.events() if event["stage"] in ("left", "right")]
     assert heavy == [("start", "left"), ("end", "left"), ("start", "right"), ("end", "right")]
     waits = {row.view.waiting_for for shown in view.snapshots for row in shown.rows if row.name == "right"}
-    assert "room to run: 2 cores take 1 training or measuring stage at once" in waits
+    assert "a free slot: 2 cores run 1 training or evaluation stage at a time" in waits
 
 
-def test_heavy_stages_run_side_by_side_on_a_large_machine(bench: Bench) -> None:
+def test_heavy_stages_run_concurrently_on_a_large_machine(bench: Bench) -> None:
     stages = [data_stage("one"), tokenizer_stage("words", "one")]
     stages += [pretrain_stage("left", "words", "one"), pretrain_stage("right", "words", "one")]
     stages[-1]["pretrain"] = stages[-1]["pretrain"] | {"sequenceLength": 32}
@@ -85,8 +85,8 @@ def test_heavy_stages_run_side_by_side_on_a_large_machine(bench: Bench) -> None:
 def test_ranks_and_threads_depend_on_stage_and_machine_only(bench: Bench) -> None:
     bench.write(chain())
     bench.drive(machine=Machine(cores=6), nproc=2)
-    told = {event["stage"]: (event["ranks"], event["threads"]) for event in bench.events("start")}
-    assert told == dict.fromkeys(told, (1, "6")) | {"base": (2, "3")}
+    sizes = {event["stage"]: (event["ranks"], event["threads"]) for event in bench.events("start")}
+    assert sizes == dict.fromkeys(sizes, (1, "6")) | {"base": (2, "3")}
 
 
 # -- cache -------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_an_edited_stage_and_its_descendants_run_again_and_nothing_else(bench: B
     assert cached == ["corpus", "held", "vocabulary"]
 
 
-def test_one_changed_byte_of_input_runs_what_depends_on_it(bench: Bench) -> None:
+def test_a_changed_byte_of_input_runs_the_stages_that_depend_on_it(bench: Bench) -> None:
     bench.write(chain(), {"score": {}})
     bench.drive()
     (bench.folder / "data" / "held.txt").write_text("text of help\n", encoding="utf-8")
@@ -142,7 +142,7 @@ def test_finished_stages_have_pointers_in_the_store(bench: Bench) -> None:
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
-def test_until_works_on_the_stage_and_what_it_needs(bench: Bench) -> None:
+def test_until_runs_the_stage_and_its_dependencies(bench: Bench) -> None:
     bench.write(chain())
     outcome = bench.drive(until="vocabulary")
     assert bench.started() == ["corpus", "vocabulary"]
@@ -150,7 +150,7 @@ def test_until_works_on_the_stage_and_what_it_needs(bench: Bench) -> None:
     assert states(outcome)["base"] is StageState.SKIPPED
 
 
-def test_from_makes_a_finished_stage_anew_and_those_behind_it_only_if_it_differs(bench: Bench) -> None:
+def test_from_runs_a_finished_stage_again_and_later_ones_only_if_its_result_differs(bench: Bench) -> None:
     bench.write(chain())
     bench.drive()
     bench.drive(start="base")
@@ -164,7 +164,7 @@ def test_from_makes_a_finished_stage_anew_and_those_behind_it_only_if_it_differs
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_attempt_killed_from_outside_is_made_again(bench: Bench) -> None:
+def test_an_attempt_that_is_killed_is_retried(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"kill": True}, {}]})
     outcome = bench.drive()
     assert outcome.decision.state is RunState.COMPLETE
@@ -174,7 +174,7 @@ def test_an_attempt_killed_from_outside_is_made_again(bench: Bench) -> None:
     assert "SIGKILL" in first.message
 
 
-def test_a_user_error_is_not_tried_again_and_stops_what_depends_on_it(bench: Bench) -> None:
+def test_a_user_error_is_not_retried_and_stages_that_depend_on_it_are_skipped(bench: Bench) -> None:
     bench.write(chain(), {"vocabulary": {"exit": 64, "message": "data/corpus.txt:3: malformed"}})
     outcome = bench.drive()
     assert outcome.decision.state is RunState.FAILED
@@ -187,7 +187,7 @@ def test_a_user_error_is_not_tried_again_and_stops_what_depends_on_it(bench: Ben
     assert "working on vocabulary" in row.log.read_text(encoding="utf-8")
 
 
-def test_a_failed_run_goes_on_where_it_was_once_the_fault_is_gone(bench: Bench) -> None:
+def test_a_failed_run_resumes_where_it_failed_once_the_cause_is_fixed(bench: Bench) -> None:
     bench.write(chain(), {"vocabulary": {"exit": 64}})
     bench.drive()
     done = set(bench.started()) - {"vocabulary"}
@@ -198,7 +198,7 @@ def test_a_failed_run_goes_on_where_it_was_once_the_fault_is_gone(bench: Bench) 
     assert bench.record().attempts[-1].number >= 1
 
 
-def test_an_attempt_without_a_result_is_told_by_its_exit_code_and_log(bench: Bench) -> None:
+def test_the_message_of_an_attempt_without_a_result_has_its_exit_code_and_log(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"silent": True, "exit": 64}})
     outcome = bench.drive()
     message = outcome.decision.stages["one"].message
@@ -206,14 +206,14 @@ def test_an_attempt_without_a_result_is_told_by_its_exit_code_and_log(bench: Ben
     assert "Traceback: something broke" in message
 
 
-def test_a_worker_in_a_session_of_its_own_does_not_outlive_its_launcher(bench: Bench) -> None:
+def test_a_worker_in_its_own_session_does_not_outlive_its_launcher(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"child": True}})
     bench.drive()
     (child,) = bench.events("child")
     assert not psutil.pid_exists(child["pid"]) or psutil.Process(child["pid"]).status() == psutil.STATUS_ZOMBIE
 
 
-def test_an_error_of_the_driver_itself_leaves_no_process_behind(bench: Bench) -> None:
+def test_an_error_of_the_driver_leaves_no_process(bench: Bench) -> None:
     class Broken(Recorder):
         def show(self, snapshot: Snapshot) -> None:
             if bench.events("start"):
@@ -236,21 +236,21 @@ def test_an_interrupt_stops_attempts_at_a_checkpoint_and_is_never_charged(bench:
     assert (outcome.decision.state, outcome.interrupted) == (RunState.SUSPENDED, True)
     (attempt,) = bench.record().attempts
     assert (attempt.cause, attempt.last_step) == (Cause.PREEMPTION, 3)
-    assert view.said == ["stopping one at a checkpoint; press Ctrl-C again to kill"]
+    assert view.messages == ["stopping one at a checkpoint; press Ctrl-C again to kill"]
     resumed = bench.drive()
     assert resumed.decision.state is RunState.COMPLETE
     assert [event["attempt"] for event in bench.events("start")] == [1, 2]
 
 
-def test_a_second_interrupt_kills_what_does_not_stop(bench: Bench) -> None:
+def test_a_second_interrupt_kills_attempts_that_do_not_stop(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"seconds": 30, "stubborn": True}})
-    asked: list[float] = []
+    calls: list[float] = []
 
     def interrupts() -> int:
         if not bench.events("start"):
             return 0
-        asked.append(time.monotonic())
-        return 1 if asked[-1] - asked[0] < 0.3 else 2
+        calls.append(time.monotonic())
+        return 1 if calls[-1] - calls[0] < 0.3 else 2
 
     outcome = Driver(bench.job(grace_seconds=60.0), Recorder(), interrupts).run()
     assert outcome.interrupted
@@ -272,11 +272,11 @@ def test_a_run_that_is_suspended_by_its_file_starts_nothing(bench: Bench) -> Non
     assert bench.started() == []
 
 
-# -- a store that does not answer --------------------------------------------------------------------------------------
+# -- outages of the store ----------------------------------------------------------------------------------------------
 
 
 class Flaky:
-    """A store that does not answer from a moment on, for a number of calls."""
+    """A store that is unreachable for `failures` calls, after `after` successful ones."""
 
     def __init__(self, store: Store, failures: int, after: int) -> None:
         self._store = store
@@ -292,17 +292,17 @@ class Flaky:
         return getattr(self._store, name)
 
 
-def test_a_store_that_stops_answering_for_a_while_only_delays_the_run(bench: Bench) -> None:
+def test_a_temporary_outage_of_the_store_only_delays_the_run(bench: Bench) -> None:
     bench.write(chain())
     job = bench.job(store_pause_seconds=0.05)
     view = Recorder()
     outcome = Driver(replace(job, store=Flaky(job.store, failures=3, after=5)), view).run()
     assert outcome.decision.state is RunState.COMPLETE
-    assert len([text for text in view.said if "storage does not answer" in text]) == 3
+    assert len([text for text in view.messages if "storage is not reachable" in text]) == 3
     assert len(list((bench.workspace.default_storage / "runs" / "default" / "tiny").iterdir())) == len(chain())
 
 
-def test_a_store_that_never_answered_ends_the_run_at_once(bench: Bench) -> None:
+def test_a_store_that_was_never_reachable_ends_the_run_at_once(bench: Bench) -> None:
     bench.write(chain())
     job = bench.job()
     with pytest.raises(Unreachable):
@@ -310,10 +310,10 @@ def test_a_store_that_never_answered_ends_the_run_at_once(bench: Bench) -> None:
     assert bench.started() == []
 
 
-# -- what is written down ----------------------------------------------------------------------------------------------
+# -- records -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_tells_every_stage_and_attempt(bench: Bench) -> None:
+def test_the_record_has_every_stage_and_attempt(bench: Bench) -> None:
     bench.write([data_stage("one")])
     bench.drive()
     record = bench.record()
@@ -321,13 +321,13 @@ def test_the_record_tells_every_stage_and_attempt(bench: Bench) -> None:
     assert record.stages["one"].state is StageState.SUCCEEDED
     (attempt,) = record.attempts
     folder = bench.workspace.run("default", "tiny").attempt("one", 1)
-    told = json.loads(folder.stage_file.read_bytes())
-    assert (told["stage"], told["attempt"], told["digest"]) == ("one", 1, attempt.digest)
+    stage = json.loads(folder.stage_file.read_bytes())
+    assert (stage["stage"], stage["attempt"], stage["digest"]) == ("one", 1, attempt.digest)
     assert attempt.ended is not None
     assert attempt.ended >= attempt.started
 
 
-def test_an_attempt_folder_of_a_lost_record_is_not_mistaken_for_this_one(bench: Bench) -> None:
+def test_an_attempt_folder_from_a_lost_record_is_replaced(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"exit": 64, "message": "first"}})
     bench.drive()
     bench.workspace.run("default", "tiny").state_file.unlink()
@@ -335,7 +335,7 @@ def test_an_attempt_folder_of_a_lost_record_is_not_mistaken_for_this_one(bench: 
     assert bench.drive().decision.state is RunState.COMPLETE
 
 
-def test_a_process_id_that_belongs_to_somebody_else_now_is_left_alone(bench: Bench) -> None:
+def test_a_process_id_that_now_belongs_to_another_process_is_not_killed(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"kill": True}, {}]})
     bench.drive(until="one")
     folder = bench.workspace.run("default", "tiny")
@@ -347,7 +347,7 @@ def test_a_process_id_that_belongs_to_somebody_else_now_is_left_alone(bench: Ben
     assert psutil.pid_exists(os.getpid())
 
 
-def test_export_comes_last_and_the_outcome_holds_all_manifests(bench: Bench) -> None:
+def test_the_outcome_has_the_manifests_of_all_stages(bench: Bench) -> None:
     bench.write(chain(), {"base": {"tokens": 6400}})
     outcome = bench.drive()
     tokens = {item.kind: item.tokens for item in outcome.manifests.values()}

@@ -1,4 +1,4 @@
-"""Signals to the driver's process, its violent death, and two drivers at once: nothing is lost, nothing is left."""
+"""Signals to the driver's process, its SIGKILL, and two drivers of a run: no work is lost, no process is left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bench(tmp_path: Path) -> Bench:
 def wait_until_gone(pid: int, seconds: float = 15.0) -> None:
     deadline = time.monotonic() + seconds
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"process {pid} lives"
+        assert time.monotonic() < deadline, f"process {pid} is still running"
         time.sleep(0.02)
 
 
@@ -33,7 +33,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_ctrl_c_stops_at_a_checkpoint_with_130_and_the_same_command_goes_on(bench: Bench) -> None:
+def test_ctrl_c_stops_at_a_checkpoint_with_130_and_the_same_command_resumes(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"seconds": 30}, {}]})
     driver = bench.stagecoach("run", "run.yaml")
     start = bench.wait_for_event("start")
@@ -41,14 +41,14 @@ def test_ctrl_c_stops_at_a_checkpoint_with_130_and_the_same_command_goes_on(benc
     code, output = finish(driver)
     assert (code, bench.record().attempts[0].cause) == (130, Cause.PREEMPTION)
     assert "stopping one at a checkpoint; press Ctrl-C again to kill" in output
-    assert "interrupted; the same command goes on from here" in output
+    assert "interrupted; run the same command to resume" in output
     wait_until_gone(start["pid"])
     code, output = finish(bench.stagecoach("run", "run.yaml"))
     assert code == 0, output
     assert [event["attempt"] for event in bench.events("start")] == [1, 2]
 
 
-def test_a_second_ctrl_c_kills_what_does_not_stop(bench: Bench) -> None:
+def test_a_second_ctrl_c_kills_attempts_that_do_not_stop(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"seconds": 30, "stubborn": True}})
     driver = bench.stagecoach("run", "run.yaml")
     start = bench.wait_for_event("start")
@@ -60,7 +60,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop(bench: Bench) -> None:
     wait_until_gone(start["pid"])
 
 
-def test_a_killed_driver_leaves_no_orphan_and_the_next_goes_on(bench: Bench) -> None:
+def test_a_killed_driver_leaves_no_orphan_and_the_next_one_resumes(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"seconds": 30}, {}]})
     driver = bench.stagecoach("run", "run.yaml")
     start = bench.wait_for_event("start")
@@ -74,7 +74,7 @@ def test_a_killed_driver_leaves_no_orphan_and_the_next_goes_on(bench: Bench) -> 
     assert (second.number, second.cause) == (2, None)
 
 
-def test_the_next_driver_ends_an_attempt_that_outlived_its_own_before_it_starts_another(bench: Bench) -> None:
+def test_the_next_driver_ends_an_orphaned_attempt_before_it_starts_another(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"seconds": 60, "stubborn": True}, {}]})
     driver = bench.stagecoach("run", "run.yaml")
     start = bench.wait_for_event("start")
@@ -91,19 +91,19 @@ def test_the_next_driver_ends_an_attempt_that_outlived_its_own_before_it_starts_
     assert first.ended <= second.started
 
 
-def test_a_second_driver_of_the_same_run_says_who_holds_it_and_ends(bench: Bench) -> None:
+def test_a_second_driver_of_the_same_run_names_the_holder_and_ends(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": {"seconds": 30}})
     first = bench.stagecoach("run", "run.yaml")
     bench.wait_for_event("start")
     code, output = finish(bench.stagecoach("run", "run.yaml"))
     assert code == 1
-    assert f"this run is being worked on by process {first.pid} since" in output
+    assert f"another driver is working on this run: process {first.pid} since" in output
     first.send_signal(signal.SIGINT)
     finish(first)
     assert len(bench.events("start")) == 1
 
 
-def test_another_run_of_the_same_folder_works_at_the_same_time(bench: Bench) -> None:
+def test_another_run_of_the_same_folder_runs_at_the_same_time(bench: Bench) -> None:
     bench.write([data_stage("one")], {"one": [{"seconds": 30}]})
     first = bench.stagecoach("run", "run.yaml")
     bench.wait_for_event("start")

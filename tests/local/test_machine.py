@@ -1,4 +1,4 @@
-"""How a stage's gang of pods fits on one machine."""
+"""How the ranks and threads of a stage are fitted to one machine."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ TRAINING = pretrain_stage("base", "words", "one")
 @pytest.mark.parametrize(
     ("document", "resources", "machine", "nproc", "ranks"),
     [
-        pytest.param(TRAINING, {}, Machine(8), None, 1, id="one rank unless more are asked for"),
-        pytest.param(TRAINING, {"ranksPerNode": 2}, Machine(8), None, 2, id="CPU ranks as asked"),
+        pytest.param(TRAINING, {}, Machine(8), None, 1, id="one rank unless more are requested"),
+        pytest.param(TRAINING, {"ranksPerNode": 2}, Machine(8), None, 2, id="CPU ranks as requested"),
         pytest.param(
             TRAINING, {"nodes": 2, "ranksPerNode": 2}, Machine(8), None, 4, id="all nodes' ranks on one machine"
         ),
         pytest.param(TRAINING, {"ranksPerNode": 16}, Machine(2), None, 2, id="never more CPU ranks than cores"),
-        pytest.param(TRAINING, {"nodes": 2, "gpusPerNode": 8}, Machine(2), None, 1, id="GPUs there are none of"),
+        pytest.param(TRAINING, {"nodes": 2, "gpusPerNode": 8}, Machine(2), None, 1, id="GPUs on a machine without any"),
         pytest.param(
-            TRAINING, {"nodes": 2, "gpusPerNode": 8}, Machine(64, gpus=4), None, 4, id="as many GPUs as there are"
+            TRAINING, {"nodes": 2, "gpusPerNode": 8}, Machine(64, gpus=4), None, 4, id="at most the GPUs of the machine"
         ),
-        pytest.param(TRAINING, {"gpusPerNode": 8}, Machine(2), 3, 3, id="--nproc beats everything"),
-        pytest.param(data_stage("one"), {"nodes": 2, "ranksPerNode": 4}, Machine(8), 2, 1, id="data is not shared out"),
-        pytest.param(evaluate_stage("e", "m", "d"), {"gpusPerNode": 8}, Machine(8), 2, 1, id="measuring is not either"),
+        pytest.param(TRAINING, {"gpusPerNode": 8}, Machine(2), 3, 3, id="--nproc takes precedence"),
+        pytest.param(
+            data_stage("one"), {"nodes": 2, "ranksPerNode": 4}, Machine(8), 2, 1, id="a data stage has one rank"
+        ),
+        pytest.param(
+            evaluate_stage("e", "m", "d"), {"gpusPerNode": 8}, Machine(8), 2, 1, id="an evaluation has one rank"
+        ),
     ],
 )
 def test_ranks(
@@ -48,11 +52,11 @@ def test_threads_are_a_share_of_the_cores_and_at_least_one() -> None:
 
 
 @pytest.mark.parametrize(("cpu", "threads"), [("1", 1), ("4", 4), ("96", 8), ("1500m", 1), ("500m", 1), ("1k", 8)])
-def test_a_stage_that_asks_for_fewer_cpus_gets_fewer_threads(cpu: str, threads: int) -> None:
+def test_a_stage_that_requests_fewer_cpus_gets_fewer_threads(cpu: str, threads: int) -> None:
     assert num_threads(stage(TRAINING, cpu=cpu), Machine(8), 1) == threads
 
 
-def test_ranks_of_several_pods_have_the_threads_they_would_have_there() -> None:
+def test_ranks_of_several_pods_have_at_most_their_pods_threads() -> None:
     gang = stage(TRAINING, nodes=2, ranksPerNode=2, cpu="4")
     assert num_threads(gang, Machine(16), 4) == 2
     assert num_threads(gang, Machine(4), 4) == 1

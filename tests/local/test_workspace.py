@@ -1,4 +1,4 @@
-"""The workspace folder: records, locks, atomic writes; and files that grow."""
+"""The workspace folder: records, locks and atomic writes; and reading growing files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def record(run: str, namespace: str = "default") -> RunRecord:
     return RunRecord(namespace=namespace, run=run, file="/run.yaml", storage_uri="file:///store", updated=1.0)
 
 
-def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_record_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     folder = Workspace(tmp_path).run("default", "tiny")
     assert folder.load() is None
     folder.save(record("tiny"))
@@ -43,12 +43,12 @@ def test_a_run_is_found_by_name_and_by_namespace(tmp_path: Path) -> None:
         workspace.find("other")
 
 
-def test_a_run_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+def test_a_run_is_locked_by_one_driver_at_a_time(tmp_path: Path) -> None:
     folder = Workspace(tmp_path).run("default", "tiny")
     assert not folder.is_locked
     with folder.lock():
         assert folder.is_locked
-        with pytest.raises(RunLocked, match=r"worked on by process \d+ since"), folder.lock():
+        with pytest.raises(RunLocked, match=r"another driver is working on this run: process \d+ since"), folder.lock():
             pass
         with Workspace(tmp_path).run("default", "other").lock():
             pass
@@ -66,14 +66,14 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> No
 
 def test_an_atomic_write_to_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_bytes(path: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, which knows no name
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, without the file's name
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(OSError, match=r"No space left on device: '.*/state\.json'"):
         write_atomically(tmp_path / "state.json", b"new")
 
 
-def test_of_an_ended_attempt_the_words_stay_and_the_scratch_goes(tmp_path: Path) -> None:
+def test_logs_of_an_ended_attempt_are_kept_and_its_working_files_deleted(tmp_path: Path) -> None:
     folder = Workspace(tmp_path).run("default", "tiny").attempt("one", 1)
     for name in ("output/model", "spool/range-0000", "logs/metrics.jsonl", "outcomes/rank-00000.json", "log.txt"):
         write_atomically(folder.path / name, b"x")
@@ -90,7 +90,7 @@ def line(number: int) -> str:
     return ProgressEvent(time=float(number), activity="train", done=number).model_dump_json()
 
 
-def test_progress_is_the_last_whole_event_and_only_new_bytes_are_read(tmp_path: Path) -> None:
+def test_progress_is_the_last_complete_event_and_only_new_bytes_are_read(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     tail = ProgressTail(path)
     assert tail.newest() is None
@@ -106,7 +106,7 @@ def test_progress_is_the_last_whole_event_and_only_new_bytes_are_read(tmp_path: 
     assert newest.done == 3
 
 
-def test_the_last_lines_of_a_log_leave_out_what_a_progress_bar_overwrote(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_log_omit_overwritten_states_of_progress_bars(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     assert last_lines(path, 3) == []
     path.write_bytes(b"x" * 40_000 + b"\nfirst\n\n 10%\r 50%\r100%\nlast \xff\n")

@@ -1,7 +1,7 @@
-"""Artifacts that nothing needs any more: what they are, and how they go.
+"""Garbage collection of artifacts: mark the needed ones, delete the others.
 
-An artifact is needed when a pointer names it (`runs/**` in the store) or a run that is not finished, when it is young,
-or when a needed artifact was made from it.
+An artifact is needed if a pointer (`runs/**` in the store) or a run names it, if it is recent, or if a needed artifact
+was made from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARTIFACTS = "artifacts"
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """One artifact of a store: finished, or what attempts have left of it so far."""
+    """One artifact of a store: finished, or the partial output of attempts."""
 
     digest: str
     """Stage digest."""
@@ -32,11 +32,11 @@ class StoredArtifact:
     newest: float
     """When its newest object was written, in seconds since the epoch."""
     is_finished: bool
-    """It has a manifest."""
+    """Whether it has a manifest."""
     kind: str = ""
-    """Stage kind. Empty: it has no manifest."""
+    """Stage kind; empty if it has no manifest."""
     parents: frozenset[str] = frozenset()
-    """Stage digests of what it was made from, as far as they are artifacts."""
+    """Stage digests of the artifacts it was made from."""
 
 
 # -- pure --------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ class StoredArtifact:
 def unneeded(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str], young_since: float) -> list[StoredArtifact]:
     """Return the artifacts that nothing needs, the oldest first.
 
-    `roots`: stage digests in use. `young_since`: seconds since the epoch; what has an object written later is needed,
-    for somebody may be at work on it.
+    `roots`: stage digests in use. `young_since`: seconds since the epoch; an artifact with an object written later is
+    needed, since an attempt may be writing it.
     """
     young = {item.digest for item in artifacts.values() if item.newest > young_since}
     needed = reachable(artifacts, young | set(roots))
@@ -56,7 +56,7 @@ def unneeded(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str], youn
 
 
 def reachable(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str]) -> set[str]:
-    """Return the roots and everything they were made from."""
+    """Return the roots and all their ancestors."""
     found: set[str] = set()
     waiting = list(roots)
     while waiting:
@@ -68,8 +68,8 @@ def reachable(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str]) -> 
     return found
 
 
-def collected(entries: Iterable[StoreEntry]) -> dict[str, StoredArtifact]:
-    """Return the artifacts of a listing, kinds and parents unknown. What lies beside them is nobody's to delete."""
+def group_by_artifact(entries: Iterable[StoreEntry]) -> dict[str, StoredArtifact]:
+    """Return the artifacts of a listing, without kinds and parents. Objects that belong to no artifact are ignored."""
     found: dict[str, StoredArtifact] = {}
     for entry in entries:
         root, _, rest = entry.key.partition("/")
@@ -92,14 +92,14 @@ def is_digest(text: str) -> bool:
 
 
 def parents_of(manifest: Manifest) -> frozenset[str]:
-    """Return the stage digests an artifact was made from; an input given as an artifact's URI counts, too."""
+    """Return the stage digests of an artifact's parents, including inputs that are given by an artifact's URI."""
     named = {parent.stage_digest for parent in manifest.parents if parent.stage_digest is not None}
     by_uri = {parts[1] for parent in manifest.parents if (parts := split_uri(parent.uri)) is not None}
     return frozenset(named | by_uri)
 
 
 def digests_of_record(record: RunRecord) -> set[str]:
-    """Return the stage digests that a run of this folder has in use: of its stages, and of living attempts."""
+    """Return the stage digests that a run of this folder uses: of its stages, and of its live attempts."""
     stages = {stage.digest for stage in record.stages.values() if stage.digest is not None}
     return stages | {attempt.digest for attempt in record.attempts if attempt.ended is None}
 
@@ -110,16 +110,16 @@ def digests_of_record(record: RunRecord) -> set[str]:
 def survey(store: Store) -> dict[str, StoredArtifact]:
     """List every artifact of a store, and read every manifest.
 
-    Raises Corrupt for one that cannot be read: what it was made from is not known then, so nothing may be deleted.
+    Raises Corrupt if a manifest cannot be parsed: its parents are unknown then, so nothing may be deleted.
     """
-    found = collected(store.list(ARTIFACTS))
+    found = group_by_artifact(store.list(ARTIFACTS))
 
     def read(item: StoredArtifact) -> StoredArtifact:
         if not item.is_finished:
             return item
         try:
             manifest = read_manifest(store, item.digest)
-        except NotFound:  # somebody deletes at the same time
+        except NotFound:  # deleted by another process since the listing
             return replace(item, is_finished=False)
         return replace(item, kind=manifest.kind, parents=parents_of(manifest))
 
@@ -127,13 +127,16 @@ def survey(store: Store) -> dict[str, StoredArtifact]:
         return {item.digest: item for item in pool.map(read, found.values())}
 
 
-def pointed(store: Store) -> set[str]:
-    """Return the stage digests that pointers name. Raises Corrupt for a pointer that cannot be read."""
+def pointer_targets(store: Store) -> set[str]:
+    """Return the stage digests that pointers name. Raises Corrupt if a pointer cannot be parsed."""
     return {item.pointer.stage_digest for item in pointers(store)}
 
 
 def delete(store: Store, artifacts: Iterable[StoredArtifact]) -> Iterator[StoredArtifact]:
-    """Delete artifacts, each one's manifest before the rest, so that half of one never counts; yield each when gone."""
+    """Delete artifacts and yield each when it is deleted.
+
+    The manifest is deleted first: an interrupted deletion must not leave a manifest without its objects.
+    """
     for item in artifacts:
         if item.is_finished:
             store.delete(manifest_key(item.digest))

@@ -1,4 +1,4 @@
-"""Logs of ended attempts: each rank's, as the trainer has kept them with the attempt in the store."""
+"""Logs of ended attempts: the trainer stores each rank's log with its attempt."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ from stagecoach_api.store import Store
 
 @dataclass(frozen=True)
 class StoredLog:
-    """What one rank printed from one start of its node to its end."""
+    """The output of one rank, from one start of its node to its end."""
 
     key: str
-    told: RankLog
+    name: RankLog
+    """Rank and start time."""
 
 
 def stored_logs(store: Store, digest: str, attempt: int, rank: int | None = None) -> list[StoredLog]:
-    """Return the logs of an attempt by rank, each rank's in the order of their start. `rank`: None, all ranks."""
+    """Return the logs of an attempt, sorted by rank and start. `rank`: None for all ranks."""
     found = []
     for entry in store.list(attempt_logs_prefix(digest, attempt)):
-        told = parse_rank_log_name(entry.key.rpartition("/")[2])
-        if told is not None and rank in (None, told.rank):
-            found.append(StoredLog(entry.key, told))
-    return sorted(found, key=lambda item: item.told)
+        name = parse_rank_log_name(entry.key.rpartition("/")[2])
+        if name is not None and rank in (None, name.rank):
+            found.append(StoredLog(entry.key, name))
+    return sorted(found, key=lambda item: item.name)
 
 
-def copy_stored(store: Store, logs: list[StoredLog], write: Callable[[str], None], tell: Callable[[str], None]) -> None:
-    """Write logs one after the other, each line with its rank where there are several. `tell`: says what is no log."""
-    several = len({item.told.rank for item in logs}) > 1
+def print_stored_logs(
+    store: Store, logs: list[StoredLog], write: Callable[[str], None], notify: Callable[[str], None]
+) -> None:
+    """Write logs one after the other, each line with its rank if there are several.
+
+    `notify`: shows messages that are not part of a log.
+    """
+    several = len({item.name.rank for item in logs}) > 1
     for item in logs:
-        tell(f"{store.uri.rstrip('/')}/{item.key}")
-        mark = rank_mark(item.told.rank) if several else ""
+        notify(f"{store.uri.rstrip('/')}/{item.key}")
+        mark = rank_mark(item.name.rank) if several else ""
         text = store.read(item.key).decode("utf-8", errors="replace")
         for line in text.removesuffix("\n").split("\n") if text else ():
             write(f"{mark}{line}")

@@ -1,4 +1,4 @@
-"""Artifacts in a store: found by name or digest, fetched, verified, traced to where they come from."""
+"""Artifacts in a store: find them by name or digest, download, verify, and trace their lineage."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SHORTEST_PREFIX = 6
 
 
 class UnknownArtifact(Exception):
-    """What was asked for names no artifact; the message says what there is."""
+    """No artifact has the given name; the message lists the known ones."""
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Pointed:
-    """A pointer, and the run it belongs to."""
+class RunPointer:
+    """A pointer and its run."""
 
     namespace: str
     run: str
@@ -47,15 +47,15 @@ class Pointed:
         return f"{self.run}/{self.pointer.stage}"
 
 
-def pointers(store: Store, run: str | None = None) -> list[Pointed]:
-    """Return the pointers of every run, or of the one called `RUN` or `NAMESPACE/RUN`, oldest first in each run."""
+def pointers(store: Store, run: str | None = None) -> list[RunPointer]:
+    """Return the pointers of all runs, or of the run called `RUN` or `NAMESPACE/RUN`; of each run the oldest first."""
     found = []
     for entry in store.list("runs"):
         parts = entry.key.split("/")
         if len(parts) != 4 or not parts[3].endswith(".json"):
             continue
         if run is None or run in (parts[2], f"{parts[1]}/{parts[2]}"):
-            found.append(Pointed(parts[1], parts[2], _read_pointer(store, entry.key)))
+            found.append(RunPointer(parts[1], parts[2], _read_pointer(store, entry.key)))
     return sorted(found, key=lambda item: (item.namespace, item.run, item.pointer.recorded))
 
 
@@ -64,12 +64,12 @@ def _read_pointer(store: Store, key: str) -> Pointer:
         return Pointer.model_validate_json(store.read(key))
     except ValidationError as error:
         raise Corrupt(
-            key, "is not a pointer; delete it, and run the stage's file again to have it rewritten"
+            key, "is not a valid pointer; delete it, then run the stage's file again to rewrite it"
         ) from error
 
 
 def split_uri(uri: str) -> tuple[str, str] | None:
-    """Take `…/artifacts/<digest>[/output]` apart into storage URI and stage digest. None: it is no artifact's URI."""
+    """Split `…/artifacts/<digest>[/output]` into storage URI and stage digest; None if it is not an artifact's URI."""
     root, _, rest = uri.rstrip("/").rpartition("/artifacts/")
     digest = rest.split("/")[0]
     if not root or len(digest) != DIGEST_LENGTH:
@@ -78,9 +78,9 @@ def split_uri(uri: str) -> tuple[str, str] | None:
 
 
 def find(store: Store, name: str) -> str:
-    """Return the stage digest that `RUN/STAGE`, `NAMESPACE/RUN/STAGE`, a digest or the start of one stands for.
+    """Return the stage digest for `RUN/STAGE`, `NAMESPACE/RUN/STAGE`, a digest or a digest's prefix.
 
-    Raises UnknownArtifact.
+    Raises UnknownArtifact, also if the name is ambiguous.
     """
     if len(name) == DIGEST_LENGTH and "/" not in name:
         return name
@@ -88,27 +88,27 @@ def find(store: Store, name: str) -> str:
     if "/" in name:
         digests = {item.pointer.stage_digest for item in every if name in (item.name, f"{item.namespace}/{item.name}")}
     else:
-        starts = name if len(name) >= SHORTEST_PREFIX else "-"
-        digests = {item.pointer.stage_digest for item in every if item.pointer.stage_digest.startswith(starts)}
+        prefix = name if len(name) >= SHORTEST_PREFIX else "-"  # "-": matches no digest
+        digests = {item.pointer.stage_digest for item in every if item.pointer.stage_digest.startswith(prefix)}
     if len(digests) == 1:
         return digests.pop()
     known = ", ".join(item.name for item in every) or "none"
     if digests:
-        raise UnknownArtifact(f"`{name}` stands for {len(digests)} artifacts; give NAMESPACE/RUN/STAGE or more digits")
-    raise UnknownArtifact(f"no artifact `{name}` in {store.uri}; give RUN/STAGE or a digest. There are: {known}")
+        raise UnknownArtifact(f"`{name}` matches {len(digests)} artifacts; give NAMESPACE/RUN/STAGE or more digits")
+    raise UnknownArtifact(f"no artifact `{name}` in {store.uri}; give RUN/STAGE or a digest. Known artifacts: {known}")
 
 
-# -- fetching ----------------------------------------------------------------------------------------------------------
+# -- downloading -------------------------------------------------------------------------------------------------------
 
 
 def fetch(store: Store, digest: str, folder: Path) -> Iterator[tuple[StoredObject, Path]]:
-    """Download an artifact's output into `folder`, every object checked against the manifest; yield each as it comes.
+    """Download an artifact's output into `folder`; yield each object when it is downloaded and verified.
 
-    Raises NotFound, Corrupt, and FileExistsError for a folder that is not empty.
+    Raises NotFound, Corrupt if an object differs from the manifest, and FileExistsError if the folder is not empty.
     """
     manifest = read_manifest(store, digest)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; give another one")
+        raise FileExistsError(f"{folder} exists and is not an empty folder; choose another one")
     for item in manifest.objects:
         target = folder / item.path
         store.download(f"{output_prefix(digest)}/{item.path}", target, item)
@@ -120,22 +120,22 @@ def fetch(store: Store, digest: str, folder: Path) -> Iterator[tuple[StoredObjec
 
 @dataclass(frozen=True)
 class Ancestor:
-    """An artifact of a lineage, or an input from outside."""
+    """A node of a lineage: an artifact or an external input."""
 
     key: str
-    """How the one that reads it calls it: `stage:NAME` or `uri:URI`; the name asked for at the root."""
+    """Its key in the manifest that reads it, `stage:NAME` or `uri:URI`; for the root, the requested name."""
     digest: str
     """Content digest."""
     uri: str
     stage_digest: str | None = None
-    """None: from outside."""
+    """None for an external input."""
     manifest: Manifest | None = None
-    """None: from outside, or its manifest is gone."""
+    """None for an external input, and if the manifest is missing."""
     parents: tuple[Ancestor, ...] = ()
 
 
 def lineage(store: Store, digest: str, name: str) -> Ancestor:
-    """Return an artifact and everything it comes from. Raises NotFound where the artifact itself is missing."""
+    """Return an artifact with all its ancestors. Raises NotFound if the artifact itself is missing."""
     manifest = read_manifest(store, digest)
     return Ancestor(
         key=name,
@@ -157,7 +157,7 @@ def _ancestor(store: Store, parent: Parent) -> Ancestor:
 
 
 def flatten(root: Ancestor) -> list[Ancestor]:
-    """Return every different member of a lineage, those that others come from first."""
+    """Return each node of a lineage once, ancestors first."""
     found: dict[str, Ancestor] = {}
 
     def visit(item: Ancestor) -> None:
@@ -173,16 +173,16 @@ def flatten(root: Ancestor) -> list[Ancestor]:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One member of a lineage, re-hashed."""
+class VerifyResult:
+    """The result of verifying one node of a lineage."""
 
     member: Ancestor
     num_objects: int
     num_bytes: int
     faults: tuple[str, ...] = ()
-    """What is wrong, each with the object's key."""
+    """Errors, each with the object's key."""
     notes: tuple[str, ...] = ()
-    """What could not be checked, or is odd without being wrong."""
+    """Objects that could not be checked, or that are unexpected but harmless."""
 
 
 @dataclass
@@ -195,28 +195,28 @@ class _Tally:
 
 def verify(
     store: Store, digest: str, name: str, endpoint: str | None = None, region: str | None = None
-) -> Iterator[Checked]:
-    """Re-hash everything the lineage of an artifact names; yield each member with what is wrong.
+) -> Iterator[VerifyResult]:
+    """Hash every object of an artifact's lineage again; yield the result for each node.
 
-    `endpoint`, `region`: of S3, for inputs from outside.
+    `endpoint`, `region`: of S3, for external inputs.
     """
     for member in flatten(lineage(store, digest, name)):
         tally = _Tally()
         if member.stage_digest is None:
             _verify_external(member, tally, endpoint, region)
         elif member.manifest is None:
-            tally.faults.append(f"{manifest_key(member.stage_digest)}: the manifest is gone")
+            tally.faults.append(f"{manifest_key(member.stage_digest)}: the manifest is missing")
         else:
             _verify_artifact(store, member.stage_digest, member.manifest, tally)
-        yield Checked(member, tally.num_objects, tally.num_bytes, tuple(tally.faults), tuple(tally.notes))
+        yield VerifyResult(member, tally.num_objects, tally.num_bytes, tuple(tally.faults), tuple(tally.notes))
 
 
 def _verify_artifact(store: Store, digest: str, manifest: Manifest, tally: _Tally) -> None:
     prefix = output_prefix(digest)
     if manifest.stage_digest != digest:
-        tally.faults.append(f"{manifest_key(digest)}: names another stage digest, {manifest.stage_digest}")
+        tally.faults.append(f"{manifest_key(digest)}: contains another stage digest, {manifest.stage_digest}")
     if content_digest(manifest.objects) != manifest.content_digest:
-        tally.faults.append(f"{manifest_key(digest)}: its content digest is not that of the objects it lists")
+        tally.faults.append(f"{manifest_key(digest)}: its content digest does not match the objects it lists")
     for item in manifest.objects:
         tally.num_objects += 1
         tally.num_bytes += item.size
@@ -229,7 +229,7 @@ def _verify_artifact(store: Store, digest: str, manifest: Manifest, tally: _Tall
 
 
 def _fault(store: Store, key: str, expected: StoredObject) -> str:
-    """Return what is wrong with an object, with its key; empty where its bytes are the promised ones."""
+    """Return an error for an object that differs from `expected`, empty if it does not."""
     local = store.local_path(key)
     try:
         if local is None:
@@ -246,10 +246,10 @@ def _fault(store: Store, key: str, expected: StoredObject) -> str:
 def _difference(key: str, path: Path, expected: StoredObject) -> str:
     size = path.stat().st_size
     if size != expected.size:
-        return f"{key}: has {size} bytes, the manifest says {expected.size}"
+        return f"{key}: has {size} bytes, expected {expected.size}"
     sha256 = sha256_of_file(path)
     if sha256 != expected.sha256:
-        return f"{key}: its bytes have changed: sha256 {sha256[:16]}…, the manifest says {expected.sha256[:16]}…"
+        return f"{key}: its bytes have changed: sha256 {sha256[:16]}…, expected {expected.sha256[:16]}…"
     return ""
 
 
@@ -257,7 +257,7 @@ def _verify_external(member: Ancestor, tally: _Tally, endpoint: str | None, regi
     try:
         _, entries = list_external(member.uri, endpoint, region)
     except NotFound:
-        tally.notes.append(f"{member.uri}: the input is gone, so it could not be checked")
+        tally.notes.append(f"{member.uri}: not checked, the input no longer exists")
         return
     except StoreError as error:
         tally.notes.append(f"{error}; not checked")

@@ -1,15 +1,15 @@
-"""The only module of the command line that talks to a cluster: runs, their pods, and what those print.
+"""The client for the API server of a cluster: runs, their pods, and the logs of these.
 
-ClusterError          the cluster did not do what was asked; the message says why, and what to do
-├── NotConfigured     nothing says which cluster is meant
-├── Unreachable       it does not answer, or is ill: the same call may succeed later
-├── Forbidden         it does not know who asks, or refuses it
-├── NotInstalled      it does not know TrainingRuns
-├── Changed           somebody else's fields would have to be overwritten
-└── Unusable          what was asked for makes no sense to it
+ClusterError          a request failed; the message gives the reason and what to do
+├── NotConfigured     no cluster is configured
+├── Unreachable       no answer, or a server error: the same request may succeed later
+├── Forbidden         the user is not authenticated, or not authorized
+├── NotInstalled      the cluster has no TrainingRun CRD
+├── Changed           a conflict: another field manager owns the fields
+└── Unusable          the API server rejected the request
     └── UnknownObject there is no such run or pod
 
-The official client finds the cluster and signs requests; it is imported when a cluster is asked, never before.
+Kubernetes' official client reads the kubeconfig and signs requests; it is imported at the first use of a cluster.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from stagecoach_api import names
 from stagecoach_api.kubernetes_status import status_object
 
 Body = dict[str, Any]
-"""A JSON object as the API server has it."""
+"""A JSON object of the API server."""
 
 FIELD_MANAGER = "stagecoach-cli"
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
 SILENCE_SECONDS = 60.0
-"""A followed log that says nothing for so long is asked for anew: its connection may be dead."""
+"""A followed log without output for this long is requested again: the connection may be dead."""
 LIST_CHUNK = 500
 MAX_CONNECTIONS = 128
-"""More than there are logs followed at once."""
+"""More than the number of logs that are followed at once."""
 
 JSON_TYPE = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
@@ -53,31 +53,31 @@ INSTALL = "install the operator there with `helm install stagecoach charts/stage
 
 
 class ClusterError(Exception):
-    """The cluster did not do what was asked."""
+    """A request to the cluster failed."""
 
 
 class NotConfigured(ClusterError):
-    """Nothing says which cluster is meant."""
+    """No cluster is configured, or the client library is missing."""
 
 
 class Unreachable(ClusterError):
-    """It does not answer, or is ill."""
+    """The API server does not answer, or answers with a server error."""
 
 
 class Forbidden(ClusterError):
-    """It does not know who asks, or refuses it."""
+    """The user is not authenticated, or not authorized."""
 
 
 class NotInstalled(ClusterError):
-    """It does not know TrainingRuns."""
+    """The cluster has no TrainingRun CRD."""
 
 
 class Changed(ClusterError):
-    """Somebody else's fields would have to be overwritten."""
+    """The fields to apply belong to another field manager."""
 
 
 class Unusable(ClusterError):
-    """What was asked for makes no sense to it."""
+    """The API server rejected the request as invalid."""
 
 
 class UnknownObject(Unusable):
@@ -85,20 +85,20 @@ class UnknownObject(Unusable):
 
 
 def error_of(status: int, text: str, server: str) -> ClusterError:
-    """Return the error that an answer of 400 or above stands for."""
+    """Return the error for an HTTP status of 400 or above; `text`: the response's body."""
     answer = status_object(text)
-    said = str(answer.get("message") or text.strip()[:500] or f"status {status}")
+    message = str(answer.get("message") or text.strip()[:500] or f"status {status}")
     if status == 401:
-        return Forbidden(f"{server} does not know who you are ({said}); log in again, or choose another --context")
+        return Forbidden(f"{server} does not accept your credentials ({message}); log in, or choose another --context")
     if status == 403:
-        return Forbidden(f"{said}; ask whoever runs {server} for that right, or choose another --namespace")
+        return Forbidden(f"{message}; ask the administrator of {server} for access, or choose another --namespace")
     if status == 404:
-        return UnknownObject(said) if answer else NotInstalled(f"{server} knows no TrainingRuns; {INSTALL}")
+        return UnknownObject(message) if answer else NotInstalled(f"{server} has no TrainingRuns; {INSTALL}")
     if status == 409:
-        return Changed(said)
+        return Changed(message)
     if status in (408, 429) or status >= 500:
-        return Unreachable(f"{server} answers {status}: {said}; try again")
-    return Unusable(said)
+        return Unreachable(f"{server} answered {status}: {message}; this may be temporary")
+    return Unusable(message)
 
 
 # -- finding the cluster -----------------------------------------------------------------------------------------------
@@ -106,12 +106,12 @@ def error_of(status: int, text: str, server: str) -> ClusterError:
 
 @dataclass(frozen=True)
 class ClusterChoice:
-    """What a command line says about the cluster."""
+    """The options of a command line that select a cluster."""
 
     context: str | None = None
-    """Context of the kubeconfig. None: its current one."""
+    """Context of the kubeconfig; None for its current one."""
     namespace: str | None = None
-    """None: the context's, else `default`."""
+    """None for the context's namespace, else `default`."""
 
     @property
     def is_given(self) -> bool:
@@ -119,17 +119,17 @@ class ClusterChoice:
 
 
 def kubeconfig_files() -> list[str]:
-    """Return the files that say which cluster is meant, those that exist: of KUBECONFIG, else ~/.kube/config."""
+    """Return the existing kubeconfig files: those of KUBECONFIG, else ~/.kube/config."""
     given = os.environ.get(ENV_KUBECONFIG) or DEFAULT_KUBECONFIG
     paths = [str(Path(item).expanduser()) for item in given.split(os.pathsep) if item]
     return [path for path in paths if Path(path).is_file()]
 
 
 def connect(choice: ClusterChoice) -> ClusterApi:
-    """Return the chosen cluster. Nothing is asked yet.
+    """Return a client for the chosen cluster. No request is sent yet.
 
-    Raises NotConfigured where neither a kubeconfig nor a pod's service account says which, and where the client library
-    is missing.
+    Raises NotConfigured if there is neither a kubeconfig nor a pod's service account, and if the client library is not
+    installed.
     """
     try:
         from kubernetes import config
@@ -153,7 +153,7 @@ def connect(choice: ClusterChoice) -> ClusterApi:
             own = IN_CLUSTER_NAMESPACE.read_text(encoding="utf-8").strip()
     except (config.ConfigException, OSError, KeyError, TypeError, ValueError) as error:
         raise NotConfigured(_not_configured(files, error)) from error
-    configuration.retries = False  # whoever follows a run asks again; others are told at once
+    configuration.retries = False  # commands that watch retry by themselves; the others report the error at once
     configuration.connection_pool_maxsize = MAX_CONNECTIONS
     return ClusterApi(ApiClient(configuration), choice.namespace or own or DEFAULT_NAMESPACE)
 
@@ -162,14 +162,14 @@ def _not_configured(files: list[str], error: Exception) -> str:
     if files:
         return f"{os.pathsep.join(files)}: {error}; correct it, or choose another --context"
     looked = os.environ.get(ENV_KUBECONFIG) or DEFAULT_KUBECONFIG
-    return f"no cluster is configured: there is no {looked}, and this is no pod; set KUBECONFIG"
+    return f"no cluster is configured: {looked} does not exist, and this process is not in a pod; set KUBECONFIG"
 
 
-# -- asking it ---------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 class ClusterApi:
-    """One cluster, as a user sees it. Safe to use from several threads."""
+    """A client for one cluster and namespace. Safe to use from several threads."""
 
     def __init__(self, client: Any, namespace: str) -> None:
         self._client = client
@@ -177,27 +177,28 @@ class ClusterApi:
         self.server: str = client.configuration.host
 
     def at(self, namespace: str) -> ClusterApi:
-        """Return the same cluster, seen from another namespace."""
+        """Return a client for the same cluster and another namespace."""
         return ClusterApi(self._client, namespace)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def run(self, name: str) -> Body:
-        """Return a run. Raises UnknownObject, naming those there are."""
+        """Return a run. Raises UnknownObject, whose message lists the known runs."""
         try:
             return self._json("GET", self._runs_path(self.namespace, name))
         except UnknownObject as error:
             known = ", ".join(item["metadata"]["name"] for item in self.runs()) or "none"
-            raise UnknownObject(f"no run `{name}` in namespace `{self.namespace}`; there are: {known}") from error
+            raise UnknownObject(f"no run `{name}` in namespace `{self.namespace}`; known runs: {known}") from error
 
     def runs(self, everywhere: bool = False) -> list[Body]:
         """Return all runs of the namespace, or of all namespaces."""
         return self._list(self._runs_path(None if everywhere else self.namespace), {})
 
     def apply_run(self, document: Mapping[str, Any], force: bool = False) -> tuple[Body, bool]:
-        """Apply a run as this user's; return it, and whether it is new. `force`: take over fields of other managers.
+        """Apply a run by server-side apply; return it, and whether it was created.
 
-        Raises Unusable with the API server's own words, and Changed where another manager's fields differ.
+        `force`: take over fields of other field managers. Raises Unusable with the API server's message, and Changed
+        if fields of another manager differ.
         """
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"force": "true"} if force else {})
         path = self._runs_path(self.namespace, document["metadata"]["name"])
@@ -227,10 +228,11 @@ class ClusterApi:
         return self._json("GET", self._pods_path(name))
 
     def log_lines(self, pod: str, follow: bool = False, since: str = "") -> Iterator[tuple[str, str]]:
-        """Yield the lines of a pod's trainer, each with its time stamp (RFC 3339); `since`: not before its second.
+        """Yield the log lines of a pod's trainer, each with its time stamp (RFC 3339).
 
-        A followed log ends when the container does, or earlier. Raises UnknownObject, Unreachable, and Unusable where
-        the container has not started.
+        `follow`: wait for further lines until the container ends; the stream may end earlier. `since`: RFC 3339 time;
+        the API server rounds it down to the second. Raises UnknownObject, Unreachable, and Unusable if the container
+        has not started.
         """
         query = {"container": names.TRAINER_CONTAINER, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
@@ -252,7 +254,7 @@ class ClusterApi:
 
         rest = b""
         try:
-            while chunk := response.response.read1(1 << 16):  # whatever has come, unlike `read` and `stream`
+            while chunk := response.response.read1(1 << 16):  # does not wait for a full chunk, as `read` does
                 *lines, rest = (rest + chunk).split(b"\n")
                 yield from (line.decode("utf-8", errors="replace") for line in lines)
         except (HTTPError, OSError) as error:
@@ -260,7 +262,7 @@ class ClusterApi:
         if rest:
             yield rest.decode("utf-8", errors="replace")
 
-    # -- one call ------------------------------------------------------------------------------------------------------
+    # -- one request ---------------------------------------------------------------------------------------------------
 
     def _list(self, path: str, query: Mapping[str, str]) -> list[Body]:
         items: list[Body] = []
@@ -310,5 +312,5 @@ class ClusterApi:
         raise error_of(response.status, text, self.server)
 
     def _unreachable(self, error: Exception) -> Unreachable:
-        said = getattr(error, "reason", None) or error
-        return Unreachable(f"{self.server} does not answer: {said}; is the cluster up, and the right --context chosen?")
+        reason = getattr(error, "reason", None) or error
+        return Unreachable(f"{self.server} does not answer: {reason}; check that it is running and --context is right")

@@ -1,4 +1,4 @@
-"""A run of a cluster, as its object tells it: the same snapshot as a local run's, and what is out of order."""
+"""A run of a cluster, read from its TrainingRun object: its snapshot, as for a local run, and its warnings."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from stagecoach_core.snapshot import Snapshot, StageRow
 from stagecoach_core.values import Found, RunState, StageState, StageView
 
 HEALTHY = frozenset({Reason.STAGES_RUNNING, Reason.NOTHING_TO_DO})
-"""Reasons of `Progressing` that need no word of their own."""
+"""Reasons of `Progressing` that are not worth a warning."""
 
 _DIGEST = re.compile(r"artifacts/([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
 class ClusterAttempt:
-    """One attempt of a cluster's run: where its pods and its logs are found."""
+    """One attempt of a cluster's run, by which its pods and logs are found."""
 
     stage: str
     number: int
@@ -51,14 +51,14 @@ class ClusterAttempt:
 
 @dataclass(frozen=True)
 class ClusterRun:
-    """One run at one moment."""
+    """One run as of one response of the API server."""
 
     namespace: str
     name: str
     uid: str
     generation: int
     spec: Mapping[str, Any]
-    """As the API server has it."""
+    """The object's `spec`, unparsed."""
     status: TrainingRunStatus
     deleting: bool = False
 
@@ -69,8 +69,8 @@ class ClusterRun:
     # -- the run -------------------------------------------------------------------------------------------------------
 
     @property
-    def is_seen(self) -> bool:
-        """Whether the operator has taken notice of the newest edit."""
+    def is_observed(self) -> bool:
+        """Whether the status reflects the newest spec (`observedGeneration`)."""
         return self.status.observed_generation >= self.generation
 
     @property
@@ -81,32 +81,31 @@ class ClusterRun:
     def condition(self, kind: ConditionType) -> Condition | None:
         return next((item for item in self.status.conditions if item.type is kind), None)
 
-    def holds(self, kind: ConditionType) -> bool:
-        """Whether a condition is true, of the newest spec."""
+    def is_true(self, kind: ConditionType) -> bool:
+        """Whether a condition is True for the newest spec."""
         condition = self.condition(kind)
-        return self.is_seen and condition is not None and condition.status is ConditionStatus.TRUE
+        return self.is_observed and condition is not None and condition.status is ConditionStatus.TRUE
 
     @property
-    def refusal(self) -> Condition | None:
-        """Why the operator does not accept the newest spec. None: it does, or has not looked at it."""
+    def rejection(self) -> Condition | None:
+        """The `Accepted` condition if the operator rejects the newest spec; None if it does not, or not yet."""
         condition = self.condition(ConditionType.ACCEPTED)
-        refused = self.is_seen and condition is not None and condition.status is ConditionStatus.FALSE
-        return condition if refused else None
+        is_rejected = self.is_observed and condition is not None and condition.status is ConditionStatus.FALSE
+        return condition if is_rejected else None
 
     @property
     def is_cancelled(self) -> bool:
         condition = self.condition(ConditionType.FAILED)
-        return self.holds(ConditionType.FAILED) and condition is not None and condition.reason is Reason.CANCELLED
+        return self.is_true(ConditionType.FAILED) and condition is not None and condition.reason is Reason.CANCELLED
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen without somebody's doing, suspension apart."""
-        return self.holds(ConditionType.COMPLETE) or self.holds(ConditionType.FAILED)
+        """Whether the run has stopped making progress for good (a suspension does not count)."""
+        return self.is_true(ConditionType.COMPLETE) or self.is_true(ConditionType.FAILED)
 
     @property
     def storage(self) -> Storage | None:
-        """Where its artifacts lie. None: in the operator's default storage, and nothing has been made yet that would
-        tell where that is."""
+        """The storage of its artifacts; None if that is the operator's default and no artifact shows its URI yet."""
         given = Storage.model_validate(self.spec.get("storage") or {})
         if given.uri is not None:
             return given
@@ -120,7 +119,7 @@ class ClusterRun:
         return next((stage for stage in self.spec.get("stages") or () if stage.get("name") == name), {})
 
     def resource(self, stage: str, field: str) -> int:
-        """Return a count of a stage's resources, its own or the default; 0 where neither is given."""
+        """Return a count of a stage's resources, its own or the run's default; 0 if neither is set."""
         own = self.stage_spec(stage).get("resources") or {}
         inherited = (self.spec.get("defaults") or {}).get("resources") or {}
         return int(own.get(field, inherited.get(field)) or 0)
@@ -132,7 +131,7 @@ class ClusterRun:
         return self.resource(stage, "gpusPerNode") or self.resource(stage, "ranksPerNode") or 1
 
     def attempts(self) -> list[ClusterAttempt]:
-        """Return the attempts that are remembered, in the order of their start."""
+        """Return the attempts in the status, in the order of their start."""
         found = [_attempt(stage.name, record) for stage in self.status.stages for record in stage.attempts]
         return sorted(found, key=lambda item: (item.started, item.stage, item.number))
 
@@ -147,17 +146,17 @@ class ClusterRun:
 
 
 def cluster_run(body: Body) -> ClusterRun:
-    """Read a run. Raises ClusterError where another version of the operator wrote a status this one cannot read."""
+    """Parse a run. Raises ClusterError if this version cannot parse its status."""
     metadata = body["metadata"]
     title = f"{metadata['namespace']}/{metadata['name']}"
     try:
         status = TrainingRunStatus.model_validate(body.get("status") or {})
     except ValidationError as error:
-        said = error.errors()[0]
-        where = ".".join(str(part) for part in said["loc"])
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
         raise ClusterError(
-            f"the status of {title} was written by another version of the operator (status.{where}: {said['msg']}); "
-            "install the `stagecoach` of the operator's version"
+            f"the status of {title} was written by another version of the operator (status.{where}: {first['msg']}); "
+            "install the same version of `stagecoach` as the operator's"
         ) from error
     return ClusterRun(
         namespace=metadata["namespace"],
@@ -175,7 +174,7 @@ def _attempt(stage: str, record: AttemptStatus) -> ClusterAttempt:
 
 
 def digests_in_use(body: Body) -> set[str]:
-    """Return every stage digest that a run names: of its stages, of its living attempts, and in its inputs."""
+    """Return every stage digest that a run uses: of its stages, of its live attempts, and in its inputs."""
     run = cluster_run(body)
     found = {stage.digest for stage in run.status.stages if stage.digest is not None}
     found |= {stage.artifact.stage_digest for stage in run.status.stages if stage.artifact is not None}
@@ -194,20 +193,20 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- snapshot ----------------------------------------------------------------------------------------------------------
 
 
 def snapshot_of(run: ClusterRun, now: float) -> Snapshot:
-    """Return the run as the table shows it. `now`: seconds since the epoch."""
+    """Return the run's snapshot. `now`: seconds since the epoch."""
     storage = run.storage
-    told = {stage.name: stage for stage in run.status.stages}
-    names_of_stages = list(told) or [stage["name"] for stage in run.spec.get("stages") or ()]
+    statuses = {stage.name: stage for stage in run.status.stages}
+    stage_names = list(statuses) or [stage["name"] for stage in run.spec.get("stages") or ()]
     return Snapshot(
         run=run.name,
         storage="" if storage is None else storage.uri or "",
         state=run.state,
         now=now,
-        rows=tuple(_row(run, name, told.get(name), now) for name in names_of_stages),
+        rows=tuple(_row(run, name, statuses.get(name), now) for name in stage_names),
         message=_message(run),
     )
 
@@ -254,7 +253,7 @@ def _view(stage: StageStatus) -> StageView:
 def _event(progress: StageProgress, now: float) -> ProgressEvent:
     total = None if progress.total is None else float(progress.total)
     return ProgressEvent(
-        time=now, activity=progress.activity or "works", done=float(progress.done), total=total, unit=progress.unit
+        time=now, activity=progress.activity or "running", done=float(progress.done), total=total, unit=progress.unit
     )
 
 
@@ -262,32 +261,31 @@ def _seconds(started: datetime | None, finished: datetime | None) -> float | Non
     return None if started is None or finished is None else (finished - started).total_seconds()
 
 
-# -- what is out of order ----------------------------------------------------------------------------------------------
+# -- warnings ----------------------------------------------------------------------------------------------------------
 
 
-def troubles_of(run: ClusterRun) -> list[str]:
-    """Return what people must know beside the table, a line each: conditions that are not as they should be, in their
-    own words."""
+def warnings_of(run: ClusterRun) -> list[str]:
+    """Return the lines to show below the table: the conditions that need attention, with their messages unchanged."""
     if run.deleting:
-        return ["it is being deleted, and goes when its pods have ended"]
+        return ["the run is being deleted: it is removed when its pods have ended"]
     if not run.status.conditions:
-        return ["no operator has looked at it yet; does one watch this namespace?"]
-    lines = [] if run.is_seen else ["the operator has not seen the newest edit yet"]
-    return lines + [_line(item) for item in run.status.conditions if _is_trouble(item, run)]
+        return ["no operator has seen the run yet; check that an operator watches this namespace"]
+    lines = [] if run.is_observed else ["the operator has not seen the newest edit yet"]
+    return lines + [_line(item) for item in run.status.conditions if _needs_attention(item, run)]
 
 
 def _line(condition: Condition) -> str:
-    said = f": {condition.message}" if condition.message else ""
-    return f"{condition.type} is {condition.status}, {condition.reason}{said}"
+    message = f": {condition.message}" if condition.message else ""
+    return f"{condition.type} is {condition.status}, {condition.reason}{message}"
 
 
-def _is_trouble(condition: Condition, run: ClusterRun) -> bool:
+def _needs_attention(condition: Condition, run: ClusterRun) -> bool:
     holds = condition.status is ConditionStatus.TRUE
     match condition.type:
         case ConditionType.ACCEPTED | ConditionType.PLANNED | ConditionType.QUOTA_RESERVED:
             return not holds
         case ConditionType.PROGRESSING:
-            if condition.reason in HEALTHY or (run.refusal is not None and not holds):
+            if condition.reason in HEALTHY or (run.rejection is not None and not holds):
                 return False
             return not holds or bool(condition.message)
         case ConditionType.SUSPENDED:

@@ -1,4 +1,4 @@
-"""Following a run of a cluster: look, show, until it is as it should be. An API server that is away is waited for."""
+"""Watching a run of a cluster until it meets a condition. Outages of the API server are tolerated."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from stagecoach_cli.cluster.api import ClusterApi, ClusterError, UnknownObject, Unreachable
-from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, snapshot_of, troubles_of
+from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, snapshot_of, warnings_of
 from stagecoach_core.snapshot import View
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 NOTICE_SECONDS = 10.0
-"""How long the operator may take to notice an edit before that is worth a word."""
+"""Time the operator has to observe an edit before warnings are shown."""
 
 
 def watch(
@@ -23,55 +23,56 @@ def watch(
     pause: Callable[[float], Any] = time.sleep,
     clock: Callable[[], float] = time.time,
 ) -> ClusterRun:
-    """Show a run until it is as `until` says; return it as it is then.
+    """Show a run until `until` holds for it; return the run as it is then.
 
-    Raises ClusterError: also where the run is deleted meanwhile, but not where the API server is away for a while.
+    Raises ClusterError, also if the run is deleted meanwhile. If the API server becomes unreachable after the first
+    answer, the watch continues.
     """
     begun = clock()
-    seen = away = False
-    said: list[str] = []
+    found = unreachable = False
+    shown: list[str] = []
     while True:
         try:
             run = cluster_run(api.run(name))
         except Unreachable as error:
-            if not seen:
+            if not found:
                 raise
-            if not away:
-                view.say(f"{error}; trying again")
-            away = True
+            if not unreachable:
+                view.notify(f"{error}; retrying")
+            unreachable = True
         except UnknownObject as error:
-            if not seen:
+            if not found:
                 raise
             raise ClusterError(f"{api.namespace}/{name} has been deleted") from error
         else:
-            seen, away = True, False
+            found, unreachable = True, False
             view.show(snapshot_of(run, clock()))
             if until(run):
                 return run
-            patient = not run.is_seen and clock() < begun + NOTICE_SECONDS
-            told = [] if patient else troubles_of(run)
-            for line in told:
-                if line not in said:
-                    view.say(line)
-            said = told
-        pause(LOOK_SECONDS)
+            is_early = not run.is_observed and clock() < begun + NOTICE_SECONDS
+            warnings = [] if is_early else warnings_of(run)
+            for line in warnings:
+                if line not in shown:
+                    view.notify(line)
+            shown = warnings
+        pause(POLL_SECONDS)
 
 
-def watch_quietly(
-    api: ClusterApi, name: str, until: Callable[[ClusterRun], bool], say: Callable[[str], None]
+def wait_quietly(
+    api: ClusterApi, name: str, until: Callable[[ClusterRun], bool], notify: Callable[[str], None]
 ) -> ClusterRun:
-    """Wait for a run to be as `until` says; `say` what is out of order meanwhile."""
-    return watch(api, name, until, _Teller(say))
+    """Wait until `until` holds for a run; return it. Only warnings are shown, by `notify`."""
+    return watch(api, name, until, _WarningsView(notify))
 
 
-class _Teller:
-    """A view that only says things."""
+class _WarningsView:
+    """A view of messages only."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self.notify = notify
 
     def show(self, snapshot: object) -> None:
-        """Nothing is drawn."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
 """The subcommands, one module each, each with a click command called `command`.
 
-At module level they import click and the standard library only, so that `--help` answers at once.
+At module level they import only click and the standard library, so that `--help` is fast.
 """

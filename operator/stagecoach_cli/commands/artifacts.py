@@ -1,4 +1,4 @@
-"""`stagecoach artifacts`: list, fetch, verify and trace what runs have made; delete what nothing needs."""
+"""`stagecoach artifacts`: list, download, verify, trace and garbage-collect artifacts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.artifact_location import WIDE, chosen, place_of_artifact, place_of_run
+from stagecoach_cli.commands.artifact_location import WIDE, cluster_choice, locate_artifact, locate_run
 from stagecoach_cli.commands.artifacts_gc import collect_garbage
 from stagecoach_cli.commands.options import (
     Failure,
     cluster_options,
     console,
     endpoint_option,
-    explained,
+    report_errors,
     storage_option,
 )
 from stagecoach_cli.exit_codes import EXIT_FAILED
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @click.group("artifacts")
 def command() -> None:
-    """List, fetch, verify and trace what runs have made; delete what nothing needs.
+    """List, download, verify, trace and garbage-collect the artifacts of runs.
 
-    An artifact is named RUN/STAGE, NAMESPACE/RUN/STAGE, by its digest (or the digest's first digits), or by its URI.
-    Without --storage it is looked for where the run of this folder keeps its artifacts, else in .stagecoach/store, else
-    where the cluster's run of that name keeps them (at once where --namespace or --context is given).
+    An artifact is given as RUN/STAGE, NAMESPACE/RUN/STAGE, its stage digest or at least 6 leading digits of it, or its
+    URI. Without --storage it is looked up in the storage of this folder's run, then in .stagecoach/store, then in the
+    storage of the cluster's run of that name (only there if --namespace or --context is given).
     """
 
 
@@ -46,22 +46,22 @@ command.add_command(collect_garbage)
 def list_artifacts(
     what: str | None, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
 ) -> None:
-    """List the artifacts of a run, given by its file or its name; without either, of all runs in the storage."""
-    with explained():
+    """List the artifacts of a run, given by its file or name; without an argument, of all runs in the storage."""
+    with report_errors():
         from stagecoach_cli.artifacts.store import pointers
         from stagecoach_cli.display.numbers import short
         from stagecoach_cli.display.summary import empty_table, print_titled
 
-        place = place_of_run(what, storage, endpoint, chosen(context, namespace))
+        location = locate_run(what, storage, endpoint, cluster_choice(context, namespace))
         table = empty_table("Run/stage", "Kind", "Digest", "Content", "URI")
-        found = pointers(place.store, place.name)
+        found = pointers(location.store, location.name)
         for item in found:
             name = item.name if item.namespace == "default" else f"{item.namespace}/{item.name}"
             pointer = item.pointer
             table.add_row(name, pointer.kind, short(pointer.stage_digest), short(pointer.content_digest), pointer.uri)
         if not found:
-            raise Failure(f"no artifacts of {what or 'any run'} in {place.store.uri}")
-        print_titled(console(WIDE), place.store.uri, table)
+            raise Failure(f"no artifacts of {what or 'any run'} in {location.store.uri}")
+        print_titled(console(WIDE), location.store.uri, table)
 
 
 @command.command("get")
@@ -78,17 +78,17 @@ def get(
     context: str | None,
     namespace: str | None,
 ) -> None:
-    """Copy an artifact's files to a new folder; every byte is checked against its manifest."""
-    with explained():
+    """Download an artifact's files into a new folder and verify them against its manifest."""
+    with report_errors():
         from stagecoach_cli.artifacts.store import fetch, find
         from stagecoach_cli.display.numbers import quantity
 
-        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
+        location = locate_artifact(artifact, storage, endpoint, cluster_choice(context, namespace))
         count = size = 0
-        for item, path in fetch(place.store, find(place.store, place.name or artifact), destination):
+        for item, path in fetch(location.store, find(location.store, location.name or artifact), destination):
             count, size = count + 1, size + item.size
             click.echo(f"{path}  {quantity(item.size)}B", err=True)
-        click.echo(f"{count} files, {quantity(size)}B, verified: {destination}")
+        click.echo(f"{count} file{'s' * (count != 1)}, {quantity(size)}B, verified: {destination}")
 
 
 @command.command("verify")
@@ -97,29 +97,29 @@ def get(
 @endpoint_option
 @cluster_options
 def verify(artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None) -> int:
-    """Hash everything again that an artifact's lineage names; name every object whose bytes have changed."""
-    with explained():
+    """Hash every object of an artifact and its ancestors again, and report those that do not match their manifest."""
+    with report_errors():
         from stagecoach_cli.artifacts.store import find
         from stagecoach_cli.artifacts.store import verify as verify_lineage
         from stagecoach_cli.display.numbers import quantity
 
-        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
-        digest = find(place.store, place.name or artifact)
+        location = locate_artifact(artifact, storage, endpoint, cluster_choice(context, namespace))
+        digest = find(location.store, location.name or artifact)
         faults = 0
-        for checked in verify_lineage(place.store, digest, artifact, place.endpoint, place.region):
-            word = "BAD" if checked.faults else "ok "
-            plural = "s" * (checked.num_objects != 1)
-            what = f"{checked.num_objects} object{plural}, {quantity(checked.num_bytes)}B"
-            click.echo(f"{word} {checked.member.key}  {what}")
-            for text in checked.faults:
+        for result in verify_lineage(location.store, digest, artifact, location.endpoint, location.region):
+            verdict = "BAD" if result.faults else "ok "
+            plural = "s" * (result.num_objects != 1)
+            amount = f"{result.num_objects} object{plural}, {quantity(result.num_bytes)}B"
+            click.echo(f"{verdict} {result.member.key}  {amount}")
+            for text in result.faults:
                 click.echo(f"    {text}")
-            for text in checked.notes:
+            for text in result.notes:
                 click.echo(f"    note: {text}")
-            faults += len(checked.faults)
+            faults += len(result.faults)
         if faults:
-            click.echo(f"{faults} fault{'s' * (faults != 1)}: {artifact} is not what its manifests say", err=True)
+            click.echo(f"{artifact}: {faults} error{'s' * (faults != 1)}, see above", err=True)
             return EXIT_FAILED
-        click.echo(f"{artifact}: every byte is as its manifests say")
+        click.echo(f"{artifact}: all objects match their manifests")
         return 0
 
 
@@ -131,29 +131,29 @@ def verify(artifact: str, storage: str | None, endpoint: str | None, context: st
 def lineage(
     artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
 ) -> None:
-    """Draw what an artifact was made from."""
-    with explained():
+    """Show the tree of artifacts and inputs that an artifact was made from."""
+    with report_errors():
         from stagecoach_cli.artifacts.store import find
         from stagecoach_cli.artifacts.store import lineage as trace
 
-        place = place_of_artifact(artifact, storage, endpoint, chosen(context, namespace))
-        root = trace(place.store, find(place.store, place.name or artifact), artifact)
+        location = locate_artifact(artifact, storage, endpoint, cluster_choice(context, namespace))
+        root = trace(location.store, find(location.store, location.name or artifact), artifact)
         console().print(lineage_tree(root), soft_wrap=True)
 
 
 def lineage_tree(root: Ancestor) -> Tree:
-    """Return a tree: an artifact, and below it what it was made from. What was drawn above is not drawn again."""
+    """Return an artifact's lineage as a tree; a repeated node is drawn without its ancestors."""
     from rich.tree import Tree
 
     seen: set[str] = set()
 
     def draw(item: Ancestor, tree: Tree) -> None:
         for parent in item.parents:
-            mark = parent.stage_digest or ""
-            again = mark in seen
-            branch = tree.add(describe(parent) + (" (drawn above)" if again and parent.parents else ""))
-            seen.add(mark)
-            if not again:
+            identity = parent.stage_digest or ""
+            is_repeated = identity in seen
+            branch = tree.add(describe(parent) + (" (see above)" if is_repeated and parent.parents else ""))
+            seen.add(identity)
+            if not is_repeated:
                 draw(parent, branch)
 
     tree = Tree(describe(root))
@@ -162,7 +162,7 @@ def lineage_tree(root: Ancestor) -> Tree:
 
 
 def describe(item: Ancestor) -> str:
-    """Return a member of a lineage in a line."""
+    """Return a one-line description of a node."""
     from rich.markup import escape
 
     from stagecoach_cli.display.numbers import duration, quantity, short
@@ -171,7 +171,7 @@ def describe(item: Ancestor) -> str:
     if item.stage_digest is None:
         return escape(f"{name}  input {short(item.digest)}")
     if item.manifest is None:
-        return escape(f"{name}  artifact {short(item.stage_digest)}: its manifest is gone")
+        return escape(f"{name}  artifact {short(item.stage_digest)}: its manifest is missing")
     manifest = item.manifest
     tokens = f", {quantity(manifest.tokens)} tokens" if manifest.tokens else ""
     time = f", {duration(manifest.seconds)}" if manifest.seconds else ""

@@ -1,4 +1,4 @@
-"""`stagecoach artifacts gc`: delete what nothing needs."""
+"""`stagecoach artifacts gc`: delete artifacts that nothing needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from stagecoach_cli.commands.options import (
     cluster_options,
     console,
     endpoint_option,
-    explained,
-    say,
+    notify,
+    report_errors,
     storage_option,
 )
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     default=1.0,
     show_default=True,
     metavar="DAYS",
-    help="What has an object that is younger stays: somebody may be at work on it.",
+    help="Keep artifacts with an object younger than this: an attempt may be writing them.",
 )
-@click.option("--delete", is_flag=True, help="Delete them. Without it they are only listed.")
+@click.option("--delete", is_flag=True, help="Delete the artifacts; without this option they are only listed.")
 @cluster_options
-@click.option("--no-cluster", is_flag=True, help="Ask no cluster which artifacts its runs have in use.")
+@click.option("--no-cluster", is_flag=True, help="Do not ask a cluster which artifacts its runs use.")
 def collect_garbage(
     storage: str | None,
     endpoint: str | None,
@@ -46,28 +46,29 @@ def collect_garbage(
     namespace: str | None,
     no_cluster: bool,
 ) -> None:
-    """List the artifacts that nothing needs, and with --delete delete them.
+    """List artifacts that nothing needs; delete them with --delete.
 
-    Needed is what a pointer names (runs/ in the storage), what a run of this folder or of the cluster has in use,
-    what is young, and everything these were made from. The cluster is asked where the storage is S3: all its
-    namespaces, or the one given. Delete nothing while another run is being submitted that might take it from the cache.
+    An artifact is needed if a pointer (runs/ in the storage) or a run of this folder or of the cluster names it, if it
+    is recent, or if a needed artifact was made from it. The cluster is asked if the storage is S3: about all
+    namespaces, or about --namespace. Do not use --delete while a run is being submitted that could reuse an artifact
+    from the cache.
     """
-    with explained():
+    with report_errors():
         import time
 
         from stagecoach_cli.artifacts.collect import delete as delete_artifacts
-        from stagecoach_cli.artifacts.collect import pointed, survey, unneeded
+        from stagecoach_cli.artifacts.collect import pointer_targets, survey, unneeded
         from stagecoach_cli.cluster.api import ClusterChoice
-        from stagecoach_cli.commands.artifact_location import WIDE, place
+        from stagecoach_cli.commands.artifact_location import WIDE, locate
         from stagecoach_cli.display.numbers import DAY, size
         from stagecoach_cli.display.summary import print_titled
 
         choice = ClusterChoice(context, namespace)
-        store = place(None, None, storage, endpoint, choice).store
-        found = survey(store)  # before the roots: what becomes one meanwhile is seen
-        roots = pointed(store) | used_here()
+        store = locate(None, None, storage, endpoint, choice).store
+        found = survey(store)  # before the roots are read, so that an artifact that becomes one meanwhile is kept
+        roots = pointer_targets(store) | digests_used_locally()
         if not no_cluster and (choice.is_given or store.local_path("artifacts") is None):
-            roots |= used_on_cluster(choice, delete)
+            roots |= digests_used_on_cluster(choice, delete)
         now = time.time()
         garbage = unneeded(found, roots, now - older_than * DAY)
         total = f"{len(garbage)} of {len(found)} artifacts, {size(sum(item.size for item in garbage))}"
@@ -76,10 +77,10 @@ def collect_garbage(
             return
         print_titled(console(WIDE), store.uri, garbage_table(garbage, now))
         if not delete:
-            click.echo(f"{total} could be deleted; --delete does it")
+            click.echo(f"{total} can be deleted; use --delete to delete them")
             return
         for item in delete_artifacts(store, garbage):
-            say(f"deleted {item.digest}")
+            notify(f"deleted {item.digest}")
         click.echo(f"{total} deleted")
 
 
@@ -95,19 +96,19 @@ def garbage_table(garbage: list[StoredArtifact], now: float) -> Table:
     return table
 
 
-def used_here() -> set[str]:
-    """Return the stage digests that runs of this folder have in use."""
+def digests_used_locally() -> set[str]:
+    """Return the stage digests that runs of this folder use."""
     from stagecoach_cli.artifacts.collect import digests_of_record
-    from stagecoach_local.workspace import here
+    from stagecoach_local.workspace import current_workspace
 
-    records = [record for run in here().known_runs() if (record := run.load()) is not None]
+    records = [record for run in current_workspace().known_runs() if (record := run.load()) is not None]
     return {digest for record in records for digest in digests_of_record(record)}
 
 
-def used_on_cluster(choice: ClusterChoice, must_know: bool) -> set[str]:
-    """Return the stage digests that a cluster's runs have in use; none where no cluster is configured.
+def digests_used_on_cluster(choice: ClusterChoice, required: bool) -> set[str]:
+    """Return the stage digests that a cluster's runs use; none if no cluster is configured.
 
-    `must_know`: something is to be deleted, so a cluster that does not tell is an error. Raises Failure.
+    `required`: raise Failure if the cluster cannot be queried, because artifacts are going to be deleted.
     """
     from stagecoach_cli.cluster.api import ClusterError, NotConfigured, NotInstalled, connect
     from stagecoach_cli.cluster.runs import digests_in_use
@@ -117,7 +118,7 @@ def used_on_cluster(choice: ClusterChoice, must_know: bool) -> set[str]:
     except NotConfigured as error:
         if choice.is_given:
             raise
-        say(f"no cluster was asked which artifacts its runs have in use ({error})")
+        notify(f"artifacts in use on a cluster are not known ({error})")
         return set()
     try:
         bodies = api.runs(everywhere=choice.namespace is None)
@@ -125,12 +126,9 @@ def used_on_cluster(choice: ClusterChoice, must_know: bool) -> set[str]:
     except NotInstalled:
         return set()
     except ClusterError as error:
-        advice = (
-            "give --namespace for one namespace's runs, or --no-cluster if none of the cluster's runs uses this storage"
-        )
-        if must_know:
-            raise Failure(
-                f"the cluster does not tell which artifacts are in use, so none is deleted: {error}\n{advice}"
-            ) from error
-        say(f"the cluster does not tell which artifacts are in use: {error}\n{advice}")
+        advice = "give --namespace to ask about one namespace only, or --no-cluster if no run there uses this storage"
+        problem = f"the cluster cannot be asked which artifacts are in use: {error}\n{advice}"
+        if required:
+            raise Failure(f"nothing is deleted, because {problem}") from error
+        notify(problem)
         return set()

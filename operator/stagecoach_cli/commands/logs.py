@@ -1,4 +1,4 @@
-"""`stagecoach logs`: what an attempt's ranks have printed."""
+"""`stagecoach logs`: the output of an attempt's ranks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from stagecoach_cli.commands.options import (
-    WHICH_WORLD,
+    TARGET_RULE,
     Failure,
     InvalidInput,
     cluster_options,
     endpoint_option,
-    explained,
-    say,
+    notify,
+    report_errors,
 )
 
 if TYPE_CHECKING:
@@ -33,21 +33,21 @@ CHUNK_BYTES = 1 << 16
 
 @click.command(
     "logs",
-    help=f"""Print what the ranks of a stage's attempt have written; without STAGE, of the attempt that started last.
+    help=f"""Print the logs of a stage's newest attempt; without STAGE, of the attempt that started last.
 
-    On a cluster it comes from the attempt's pods, all at once with --follow, and when they are gone from the store,
-    where each rank's log is kept with the attempt; that needs your own S3 credentials, found as the AWS SDK finds them.
-    Of several ranks each line begins with its own, such as [rank 3].
+    On a cluster the logs are read from the attempt's pods; once pods have been deleted, from the store, which keeps
+    each rank's log and needs your own S3 credentials (found as by the AWS SDK). If there are several ranks, each line
+    starts with its rank, such as [rank 3].
 
-    {WHICH_WORLD}""",
+    {TARGET_RULE}""",
 )
 @click.argument("run")
 @click.argument("stage", required=False)
-@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Default: the newest.")
-@click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Only this rank. Default: all.")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the attempt has ended.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Number of the attempt. Default: the newest.")
+@click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Print only this rank. Default: all ranks.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the attempt has ended.")
 @cluster_options
-@click.option("--storage", metavar="URI", help="Where ended attempts' logs are kept. Default: the run's storage.")
+@click.option("--storage", metavar="URI", help="Storage of the logs of ended attempts. Default: the run's storage.")
 @endpoint_option
 def command(
     run: str,
@@ -60,28 +60,28 @@ def command(
     storage: str | None,
     endpoint: str | None,
 ) -> None:
-    with explained():
+    with report_errors():
         from stagecoach_cli.cluster.api import ClusterChoice
         from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         folder = local_run(run, choice)
         if folder is not None:
-            print_local(folder, stage, attempt, rank, follow)
+            print_local_logs(folder, stage, attempt, rank, follow)
         else:
             ClusterLogs(run, choice, rank, storage, endpoint).print(stage, attempt, follow)
 
 
-# -- of this folder ----------------------------------------------------------------------------------------------------
+# -- local runs --------------------------------------------------------------------------------------------------------
 
 
-def print_local(folder: RunFolder, stage: str | None, attempt: int | None, rank: int | None, follow: bool) -> None:
-    chosen = choose(folder, stage, attempt)
+def print_local_logs(folder: RunFolder, stage: str | None, attempt: int | None, rank: int | None, follow: bool) -> None:
+    chosen = choose_local_attempt(folder, stage, attempt)
     path = log_file(folder, chosen, rank)
-    say(f"{chosen.stage}, attempt {chosen.number}: {path}")
+    notify(f"{chosen.stage}, attempt {chosen.number}: {path}")
     with path.open("rb") as file:
         while True:
-            ended = has_ended(folder, chosen)  # asked before the last read, so that nothing is missed
+            ended = has_ended(folder, chosen)  # before the last read, so that no output is missed
             while chunk := file.read(CHUNK_BYTES):
                 sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
@@ -91,18 +91,18 @@ def print_local(folder: RunFolder, stage: str | None, attempt: int | None, rank:
 
 
 def log_file(folder: RunFolder, attempt: AttemptRecord, rank: int | None) -> Path:
-    """Return the attempt's log of all ranks, or of one where each has its own."""
+    """Return the attempt's log of all ranks, or the separate log of `rank`."""
     files = folder.attempt(attempt.stage, attempt.number)
     if rank is None:
         return files.log
     own = sorted((files.path / "logs").glob(f"rank-{rank:05d}.*.log"))
     if not own:
-        raise InvalidInput(f"attempt {attempt.number} of {attempt.stage} has no log of rank {rank}; leave --rank out")
+        raise InvalidInput(f"attempt {attempt.number} of {attempt.stage} has no log of rank {rank}; omit --rank")
     return own[-1]
 
 
-def choose(folder: RunFolder, stage: str | None, number: int | None) -> AttemptRecord:
-    """Return the attempt that is meant. Raises WorkspaceError, naming those there are."""
+def choose_local_attempt(folder: RunFolder, stage: str | None, number: int | None) -> AttemptRecord:
+    """Return the newest matching attempt. Raises WorkspaceError, which lists the known attempts."""
     from stagecoach_local.workspace import WorkspaceError
 
     record = folder.load()
@@ -110,17 +110,17 @@ def choose(folder: RunFolder, stage: str | None, number: int | None) -> AttemptR
     chosen = [item for item in attempts if stage in (None, item.stage) and number in (None, item.number)]
     if chosen:
         return chosen[-1]
-    wanted = words_for(stage, number)
-    there = listed(attempts) or "none: every stage came from the cache"
-    raise WorkspaceError(f"run `{folder.path.name}` has no {wanted} on this machine; there are: {there}")
+    requested = attempt_phrase(stage, number)
+    known = format_attempts(attempts) or "none, because every stage came from the cache"
+    raise WorkspaceError(f"run `{folder.path.name}` has no {requested} on this machine; known attempts: {known}")
 
 
-def words_for(stage: str | None, number: int | None) -> str:
-    """Return what was asked for in words."""
+def attempt_phrase(stage: str | None, number: int | None) -> str:
+    """Return a description of the requested attempt for messages."""
     return f"attempt {number} of {stage}" if number else f"attempt of {stage}" if stage else "attempt"
 
 
-def listed(attempts: Iterable[AttemptRecord | ClusterAttempt]) -> str:
+def format_attempts(attempts: Iterable[AttemptRecord | ClusterAttempt]) -> str:
     return ", ".join(f"{item.stage} {item.number}" for item in attempts)
 
 
@@ -133,7 +133,7 @@ def has_ended(folder: RunFolder, attempt: AttemptRecord) -> bool:
     return ended or not folder.is_locked
 
 
-# -- of a cluster ------------------------------------------------------------------------------------------------------
+# -- runs of a cluster -------------------------------------------------------------------------------------------------
 
 
 class ClusterLogs:
@@ -150,23 +150,23 @@ class ClusterLogs:
         self._endpoint = endpoint
 
     def print(self, stage: str | None, number: int | None, follow: bool) -> None:
-        """Print the logs of the attempt that is meant: of its pods, or from the store."""
+        """Print the logs of the newest matching attempt, from its pods if they all exist, else from the store."""
         from stagecoach_cli.cluster.pod_logs import Follower, PodChoice, copy_logs
 
-        run, attempt = self._await(stage, number, follow)
+        run, attempt = self._find_attempt(stage, number, follow)
         self._check_rank(run, attempt)
-        say(f"{attempt.stage}, attempt {attempt.number}")
+        notify(f"{attempt.stage}, attempt {attempt.number}")
         pods = PodChoice(
             run.selector(attempt), run.num_pods(attempt.stage), run.ranks_per_pod(attempt.stage), self._rank
         )
         if follow and not attempt.ended:
-            follower = Follower(self._api, pods, lambda: self._is_over(attempt), say)
+            follower = Follower(self._api, pods, lambda: self._is_over(attempt), notify)
             if follower.follow():
                 return
             run = self._read()
         found = pods.find(self._api)
-        if found and (not attempt.ended or len({pod.index for pod in found}) >= pods.num_listed):
-            copy_logs(self._api, found, pods, say)
+        if found and (not attempt.ended or len({pod.index for pod in found}) >= pods.num_wanted):
+            copy_logs(self._api, found, pods, notify)
             return
         self._print_stored(run, attempt)
 
@@ -175,49 +175,49 @@ class ClusterLogs:
 
         return cluster_run(self._api.run(self._name))
 
-    def _await(self, stage: str | None, number: int | None, follow: bool) -> tuple[ClusterRun, ClusterAttempt]:
-        """Return the attempt that is meant; with `follow` one that has yet to come is waited for."""
-        said = ""
+    def _find_attempt(self, stage: str | None, number: int | None, follow: bool) -> tuple[ClusterRun, ClusterAttempt]:
+        """Return the newest matching attempt; with `follow`, wait for one to start."""
+        shown = ""
         while True:
             run = self._read()
-            chosen = choose_attempt(run, stage, number)
+            chosen = choose_cluster_attempt(run, stage, number)
             if chosen is not None:
                 return run, chosen
-            if not follow or run.is_over or run.refusal is not None or (stage and not run.stage_spec(stage)):
-                there = listed(run.attempts()) or "none"
-                raise InvalidInput(f"{run.title} has no {words_for(stage, number)}; there are: {there}")
-            waiting = f"{run.title} has not begun{f' {stage}' if stage else ''} yet; waiting"
-            if waiting != said:
-                say(waiting)
-                said = waiting
+            if not follow or run.is_over or run.rejection is not None or (stage and not run.stage_spec(stage)):
+                known = format_attempts(run.attempts()) or "none"
+                raise InvalidInput(f"{run.title} has no {attempt_phrase(stage, number)}; known attempts: {known}")
+            waiting = f"{run.title} has not started{f' {stage}' if stage else ''} yet; waiting"
+            if waiting != shown:
+                notify(waiting)
+                shown = waiting
             time.sleep(CLUSTER_POLL_SECONDS)
 
     def _check_rank(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         ranks = run.num_pods(attempt.stage) * run.ranks_per_pod(attempt.stage)
         if self._rank is not None and self._rank >= ranks:
-            raise InvalidInput(f"--rank {self._rank}: {attempt.stage} has {ranks} rank{'s' * (ranks > 1)}, from 0 on")
+            raise InvalidInput(f"--rank {self._rank}: {attempt.stage} has {ranks} rank{'s' * (ranks > 1)}, from rank 0")
 
     def _is_over(self, attempt: ClusterAttempt) -> bool:
-        """Whether the attempt has ended, or is no longer remembered."""
+        """Whether the attempt has ended or is no longer in the status."""
         from stagecoach_cli.cluster.api import UnknownObject
 
         try:
             known = self._read().attempts()
         except UnknownObject:
-            return True  # the run is gone, its pods go
+            return True  # the run has been deleted, and its pods with it
         return all(item.ended for item in known if (item.stage, item.number) == (attempt.stage, attempt.number))
 
     def _print_stored(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         from stagecoach_api.store import open_store
-        from stagecoach_cli.artifacts.logs import copy_stored, stored_logs
+        from stagecoach_cli.artifacts.logs import print_stored_logs, stored_logs
         from stagecoach_cli.cluster.pod_logs import write_line
 
         settings = run.storage
         uri = self._storage or (None if settings is None else settings.uri)
         if uri is None:
             raise Failure(
-                f"the pods of attempt {attempt.number} of {attempt.stage} are gone, and {run.title} names no storage "
-                "where its logs are kept: the operator's own is used; give it by --storage s3://bucket/prefix"
+                f"the pods of attempt {attempt.number} of {attempt.stage} no longer exist, and {run.title} does not "
+                "name the storage of its logs, which is the operator's default; give it by --storage s3://bucket/prefix"
             )
         endpoint = self._endpoint or (None if settings is None else settings.endpoint)
         store = open_store(uri, endpoint, None if settings is None else settings.region)
@@ -225,15 +225,17 @@ class ClusterLogs:
         if not logs:
             from stagecoach_api.artifacts import attempt_logs_prefix
 
-            place = f"{store.uri}/{attempt_logs_prefix(attempt.digest, attempt.number)}"
-            raise Failure(f"attempt {attempt.number} of {attempt.stage} has no pods any more, and no logs in {place}")
-        copy_stored(store, logs, write_line, say)
+            prefix = f"{store.uri}/{attempt_logs_prefix(attempt.digest, attempt.number)}"
+            raise Failure(
+                f"attempt {attempt.number} of {attempt.stage} no longer has pods, and has no logs in {prefix}"
+            )
+        print_stored_logs(store, logs, write_line, notify)
 
 
-def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> ClusterAttempt | None:
-    """Return the newest of the attempts that are meant; None where there is none.
+def choose_cluster_attempt(run: ClusterRun, stage: str | None, number: int | None) -> ClusterAttempt | None:
+    """Return the newest matching attempt, None if there is none.
 
-    One that the status has no more room for is found by its stage's present digest.
+    The status keeps only the newest attempts; an older one is found by the digest in the stage's `forgotten`.
     """
     from stagecoach_cli.cluster.runs import ClusterAttempt
 
@@ -241,10 +243,10 @@ def choose_attempt(run: ClusterRun, stage: str | None, number: int | None) -> Cl
     chosen = [item for item in attempts if stage in (None, item.stage) and number in (None, item.number)]
     if chosen:
         return chosen[-1]
-    told = next((item for item in run.status.stages if item.name == stage), None)
-    if told is None or number is None or told.forgotten is None or not told.attempts:
+    status = next((item for item in run.status.stages if item.name == stage), None)
+    if status is None or number is None or status.forgotten is None or not status.attempts:
         return None
-    first = told.attempts[0]
+    first = status.attempts[0]
     if number >= first.number:
         return None
-    return ClusterAttempt(told.name, number, told.forgotten.digest, first.started.timestamp(), ended=True)
+    return ClusterAttempt(status.name, number, status.forgotten.digest, first.started.timestamp(), ended=True)

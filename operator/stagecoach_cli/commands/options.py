@@ -1,4 +1,4 @@
-"""What several subcommands share: options, consoles, and how errors are told."""
+"""Options, consoles and error reporting that several subcommands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 PLAIN_WIDTH = 160
-"""Columns where nobody's terminal sets them: a log or a pipe."""
+"""Columns if the output is not a terminal but a file or a pipe."""
 
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 
@@ -27,39 +27,41 @@ set_option = click.option(
     "overrides",
     multiple=True,
     metavar="PATH=VALUE",
-    help="Override a field, such as stages.sft.optimizer.learningRate=1e-4. May be given several times.",
+    help="Override a field of the run, such as stages.sft.optimizer.learningRate=1e-4. Can be given several times.",
 )
 
 storage_option = click.option(
     "--storage",
     metavar="URI",
-    help="Where artifacts lie: s3://… or a folder. Default: the run's own, else .stagecoach/store.",
+    help="Artifact storage: s3://… or a folder. Default: the run's spec.storage, else .stagecoach/store.",
 )
 
-endpoint_option = click.option("--endpoint", metavar="URL", help="S3 endpoint. Default: the run's, else the AWS SDK's.")
+endpoint_option = click.option(
+    "--endpoint", metavar="URL", help="S3 endpoint. Default: the run's, else that of the AWS SDK."
+)
 
-WHICH_WORLD = """A run of this folder (.stagecoach) is meant where there is one by that name and neither --namespace nor
-    --context is given; else the cluster's: that of KUBECONFIG, ~/.kube/config, or the pod this runs in."""
-"""The one rule, in every command's help; `worlds.py` follows it."""
+TARGET_RULE = """Without --namespace and --context, a run of that name in this folder (.stagecoach) takes precedence;
+    otherwise the run is looked up on the cluster of KUBECONFIG, ~/.kube/config, or the pod this runs in."""
+"""Part of the help of every command on a run; `stagecoach_cli.target` implements it."""
 
 
 def cluster_options(command: Command) -> Command:
-    """Give a command the options that choose a cluster: `context` and `namespace`."""
-    command = click.option("--context", metavar="NAME", help="Context of the kubeconfig. Default: its current one.")(
-        command
-    )
+    """Add the options that select a cluster: `context` and `namespace`."""
+    command = click.option(
+        "--context", metavar="NAME", help="Context of the kubeconfig. Default: the current context."
+    )(command)
     return click.option(
-        "--namespace", "-n", metavar="NAME", help="Namespace on the cluster. Default: the context's, else default."
+        "--namespace", "-n", metavar="NAME", help="Namespace on the cluster. Default: the context's, else `default`."
     )(command)
 
 
 def wait_option(until: str) -> Callable[[Command], Command]:
-    """Return the option `--wait`, which waits until what the words say."""
+    """Return the option `--wait`; `until` completes its help text."""
     return click.option("--wait", is_flag=True, help=f"Wait until {until}.")
 
 
 class Failure(click.ClickException):
-    """Ends a command with a message: something did not work."""
+    """Ends a command with a message, because an operation failed."""
 
     exit_code = EXIT_FAILED
 
@@ -68,14 +70,14 @@ class Failure(click.ClickException):
 
 
 class InvalidInput(Failure):
-    """Ends a command with a message: what was asked for makes no sense."""
+    """Ends a command with a message, because its input is invalid."""
 
     exit_code = EXIT_INVALID
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn the errors that users can do something about into a message and an exit code; others pass."""
+def report_errors() -> Iterator[None]:
+    """Turn errors that a user can act on into a message and an exit code; let others pass with their traceback."""
     from stagecoach_api.code import UnparsableCode
     from stagecoach_api.problems import InvalidRun
     from stagecoach_api.store import StoreError
@@ -101,21 +103,21 @@ def explained() -> Iterator[None]:
 
 def _os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
-    said = f"{where}{error.strerror or error}"
+    message = f"{where}{error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{said}; free some space, or work in another folder: what is finished stays"
+        return f"{message}; free some space, or work in another folder: finished stages are kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{said}; run stagecoach in a folder you may write to"
-    return said
+        return f"{message}; run stagecoach in a folder that you can write to"
+    return message
 
 
-def say(text: str) -> None:
-    """Tell something that is not the command's output."""
+def notify(text: str) -> None:
+    """Print a message to stderr, for what is not the command's output."""
     click.echo(text, err=True)
 
 
 def console(plain_width: int = PLAIN_WIDTH) -> Console:
-    """Return a console: as wide as the terminal, or `plain_width` columns where there is none."""
+    """Return a console as wide as the terminal, or `plain_width` columns wide if the output is not a terminal."""
     from rich.console import Console
 
     made = Console()

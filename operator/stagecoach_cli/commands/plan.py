@@ -1,4 +1,4 @@
-"""`stagecoach plan`: what a run would do, and what it would take."""
+"""`stagecoach plan`: which stages a run would run, and estimates of their cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.options import console, explained, file_argument, set_option, storage_option
+from stagecoach_cli.commands.options import console, file_argument, report_errors, set_option, storage_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stagecoach_api.artifacts import Manifest
     from stagecoach_cli.estimate import Estimate
     from stagecoach_core.values import Decision, StageView
-    from stagecoach_local.prepare import Prepared
+    from stagecoach_local.prepare import PreparedRun
 
 
 @click.command("plan")
@@ -24,28 +24,29 @@ if TYPE_CHECKING:
 @set_option
 @storage_option
 def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None:
-    """Show a run's stages in order: what each waits for, whether its work is done, tokens and time it may take."""
-    with explained():
+    """Show a run's stages in order: dependencies, cache hits, and estimates of tokens and time. Nothing is started."""
+    with report_errors():
         from stagecoach_api.store import AccessDenied, Unreachable
-        from stagecoach_local.prepare import look_into_cache, prepare, without_answers
-        from stagecoach_local.workspace import here
+        from stagecoach_local.prepare import check_cache, decide_without_store, prepare
+        from stagecoach_local.workspace import current_workspace
 
-        prepared = prepare(file, here(), overrides, storage, tolerant=True)
-        trouble = [str(error) for error in prepared.unreachable.values()]
+        prepared = prepare(file, current_workspace(), overrides, storage, tolerant=True)
+        problems = [str(error) for error in prepared.unreachable.values()]
         last: dict[str, Manifest] = {}
         try:
-            decision, manifests = look_into_cache(prepared)
+            decision, manifests = check_cache(prepared)
             last = last_manifests(prepared, manifests)
         except (AccessDenied, Unreachable) as error:
-            decision, manifests = without_answers(prepared), {}
-            trouble.append(str(error))
-        print_plan(console(), prepared, decision, last, known=not trouble)
-        if trouble:
-            click.echo(f"inputs or storage not reachable, so the cache is not known: {trouble[0]}", err=True)
+            decision, manifests = decide_without_store(prepared), {}
+            problems.append(str(error))
+        print_plan(console(), prepared, decision, last, known=not problems)
+        if problems:
+            reason = "inputs or storage are not reachable, so cache hits cannot be determined"
+            click.echo(f"{reason}: {problems[0]}", err=True)
 
 
-def last_manifests(prepared: Prepared, found: Mapping[str, Manifest]) -> dict[str, Manifest]:
-    """Return the manifest each stage made last, by its name: of this digest, or of an earlier one it had."""
+def last_manifests(prepared: PreparedRun, found: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    """Return the manifest of each stage's last artifact, by stage name, whatever digest the stage had then."""
     from stagecoach_api.store import NotFound
     from stagecoach_api.stores.lookup import read_manifest
     from stagecoach_cli.artifacts.store import pointers
@@ -60,8 +61,10 @@ def last_manifests(prepared: Prepared, found: Mapping[str, Manifest]) -> dict[st
     return last
 
 
-def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mapping[str, Manifest], known: bool) -> None:
-    """Print one row for each stage, and the sum of what is still to be done."""
+def print_plan(
+    out: Console, prepared: PreparedRun, decision: Decision, last: Mapping[str, Manifest], known: bool
+) -> None:
+    """Print one row for each stage, and the total of the stages to run."""
     from stagecoach_cli.display.numbers import duration, quantity
     from stagecoach_cli.display.summary import empty_table, print_titled
     from stagecoach_cli.estimate import estimate, total
@@ -74,29 +77,29 @@ def print_plan(out: Console, prepared: Prepared, decision: Decision, last: Mappi
         view = decision.stages[name]
         item = estimate(prepared.plan, name, last.get(name), machine.cores)
         hit = view.artifact is not None
-        wanted = planned.stage.resources.num_nodes * planned.stage.resources.num_ranks_per_node
+        requested = planned.stage.resources.num_nodes * planned.stage.resources.num_ranks_per_node
         if not hit:
             estimates[name] = item
         table.add_row(
             name,
             planned.stage.kind,
             ", ".join(planned.upstream),
-            cache_word(view, planned.upstream, decision, known),
-            ranks_word(num_ranks(planned.stage, machine, None), wanted),
+            cache_text(view, planned.upstream, decision, known),
+            ranks_text(num_ranks(planned.stage, machine, None), requested),
             "" if item.tokens is None else quantity(item.tokens),
             "" if hit else "?" if item.seconds is None else f"~{duration(item.seconds)}",
         )
     print_titled(out, f"Run {prepared.plan.run}", table)
     whole = total(estimates.values())
-    time = f"~{duration(whole.seconds)}{'' if whole.complete else ' and that of stages with `?`'}"
+    time = f"~{duration(whole.seconds)}{'' if whole.complete else ' plus stages marked `?`'}"
     tokens = f"{quantity(whole.tokens)} training tokens, " if whole.tokens else ""
-    doing = f"{len(estimates)} of {len(prepared.plan.stages)} stages to run"
-    out.print(f"{doing}: {tokens}time {time}" if estimates else "every stage is finished", highlight=False)
+    count = f"{len(estimates)} of {len(prepared.plan.stages)} stages to run"
+    out.print(f"{count}: {tokens}time {time}" if estimates else "all stages are finished", highlight=False)
     out.print(f"Storage: {prepared.store.uri}", highlight=False, markup=False, soft_wrap=True)
 
 
-def cache_word(view: StageView, upstream: tuple[str, ...], decision: Decision, known: bool) -> str:
-    """Return `hit DIGEST`, `miss DIGEST`, or what decides it: `after` the last stage it waits for, or `unknown`."""
+def cache_text(view: StageView, upstream: tuple[str, ...], decision: Decision, known: bool) -> str:
+    """Return `hit DIGEST`, `miss DIGEST`, `unknown`, or `after STAGE` if the digest depends on an unfinished stage."""
     from stagecoach_cli.display.numbers import short
 
     if view.artifact is not None:
@@ -109,6 +112,6 @@ def cache_word(view: StageView, upstream: tuple[str, ...], decision: Decision, k
     return f"after {waited[-1]}"
 
 
-def ranks_word(here: int, wanted: int) -> str:
-    """Return the ranks a stage has on this machine, beside those its resources ask for where they differ."""
-    return str(here) if here == wanted else f"{here} of {wanted}"
+def ranks_text(local: int, requested: int) -> str:
+    """Return the number of ranks on this machine, with the requested number if it differs."""
+    return str(local) if local == requested else f"{local} of {requested}"

@@ -1,4 +1,4 @@
-"""`stagecoach resume`: go on with a run that was suspended, cancelled or interrupted, or try a failed one once more."""
+"""`stagecoach resume`: resume a suspended, cancelled or interrupted run, or retry a failed one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stagecoach_cli.commands.options import WHICH_WORLD, InvalidInput, cluster_options, explained, say, wait_option
+from stagecoach_cli.commands.options import (
+    TARGET_RULE,
+    InvalidInput,
+    cluster_options,
+    notify,
+    report_errors,
+    wait_option,
+)
 
 if TYPE_CHECKING:
     from stagecoach_cli.cluster.api import ClusterChoice
@@ -17,20 +24,20 @@ if TYPE_CHECKING:
 
 @click.command(
     "resume",
-    help=f"""Go on with a run from its last checkpoints: one that was suspended, cancelled or interrupted.
+    help=f"""Resume a suspended, cancelled or interrupted run from its last checkpoints, or retry a failed one.
 
-    A run that failed is tried once more: its retry budgets begin anew. On a cluster this takes `spec.suspend` and
-    `spec.cancel` back, and of a failed run sets the annotation stagecoach.dev/retry to the present time. Here it works
-    on the run in this terminal, as `stagecoach run` did with the same file and options (--from apart).
+    A failed run is retried with full retry budgets. On a cluster this sets `spec.suspend` and `spec.cancel` to false
+    and, if the run has failed, the annotation stagecoach.dev/retry to the current time. A local run is resumed in this
+    terminal, as by `stagecoach run` with the same file and options (except --from).
 
-    {WHICH_WORLD}""",
+    {TARGET_RULE}""",
 )
 @click.argument("run")
 @cluster_options
-@wait_option("the cluster's operator works on it again")
+@wait_option("the cluster's operator has resumed the run")
 @click.pass_context
 def command(ctx: click.Context, run: str, context: str | None, namespace: str | None, wait: bool) -> int:
-    with explained():
+    with report_errors():
         from stagecoach_cli.cluster.api import ClusterChoice
         from stagecoach_cli.target import local_run
 
@@ -39,7 +46,7 @@ def command(ctx: click.Context, run: str, context: str | None, namespace: str | 
         if folder is None:
             resume_on_cluster(run, choice, wait)
             return 0
-        return resume_here(ctx, folder)
+        return resume_local(ctx, folder)
 
 
 def resume_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
@@ -47,33 +54,34 @@ def resume_on_cluster(name: str, choice: ClusterChoice, wait: bool) -> None:
 
     from stagecoach_api.status import ConditionType
     from stagecoach_cli.cluster.runs import cluster_run
-    from stagecoach_cli.cluster.watch import watch_quietly
+    from stagecoach_cli.cluster.watch import wait_quietly
     from stagecoach_cli.target import cluster_of
 
     api, name = cluster_of(name, choice)
     before = cluster_run(api.run(name))
     patch = patch_to_resume(before, time.time())
     if not patch:
-        click.echo(f"{before.title}: {before.state.value.lower()}; there is nothing to resume")
+        click.echo(f"{before.title}: {before.state.value.lower()}; nothing to resume")
         return
     run = cluster_run(api.patch_run(name, patch))
-    again = "metadata" in patch
-    click.echo(f"{run.title}: {'one more try is asked for' if again else 'goes on from its checkpoints'}")
+    is_retry = "metadata" in patch
+    click.echo(f"{run.title}: {'retrying' if is_retry else 'resuming from its checkpoints'}")
     if wait:
         old = before.condition(ConditionType.FAILED)
 
-        def goes_on(item: ClusterRun) -> bool:
+        def has_resumed(item: ClusterRun) -> bool:
             failed = item.condition(ConditionType.FAILED)
-            news = old is None or failed is None or failed.last_transition_time != old.last_transition_time
-            stands = item.holds(ConditionType.SUSPENDED) or (item.holds(ConditionType.FAILED) and not news)
-            return item.is_seen and not stands
+            # A failure after the retry is a new transition of the condition, and ends the wait too.
+            is_new = old is None or failed is None or failed.last_transition_time != old.last_transition_time
+            is_stopped = item.is_true(ConditionType.SUSPENDED) or (item.is_true(ConditionType.FAILED) and not is_new)
+            return item.is_observed and not is_stopped
 
-        run = watch_quietly(api, name, goes_on, say)
+        run = wait_quietly(api, name, has_resumed, notify)
         click.echo(f"{run.title}: {run.state.value.lower()}")
 
 
 def patch_to_resume(run: ClusterRun, now: float) -> dict[str, Any]:
-    """Return the merge patch that lets a run go on; empty where nothing keeps it. `now`: seconds since the epoch."""
+    """Return the merge patch that resumes a run; empty if nothing stops it. `now`: seconds since the epoch."""
     from datetime import UTC, datetime
 
     from stagecoach_api.names import ANNOTATION_RETRY
@@ -81,30 +89,30 @@ def patch_to_resume(run: ClusterRun, now: float) -> dict[str, Any]:
 
     spec = {field: False for field in ("suspend", "cancel") if run.spec.get(field)}
     patch: dict[str, Any] = {"spec": spec} if spec else {}
-    if run.holds(ConditionType.FAILED) and not run.is_cancelled:
-        # After every failure by the cluster's clock too, which may go before this machine's.
+    if run.is_true(ConditionType.FAILED) and not run.is_cancelled:
+        # The operator forgives failures before this time. The cluster's clock may be ahead of this machine's.
         ends = [item.ended.timestamp() for stage in run.status.stages for item in stage.attempts if item.ended]
-        asked = datetime.fromtimestamp(max([now, *(end + 1.0 for end in ends)]), UTC)
-        patch["metadata"] = {"annotations": {ANNOTATION_RETRY: asked.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}}
+        time = datetime.fromtimestamp(max([now, *(end + 1.0 for end in ends)]), UTC)
+        patch["metadata"] = {"annotations": {ANNOTATION_RETRY: time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}}
     return patch
 
 
-def resume_here(ctx: click.Context, folder: RunFolder) -> int:
-    """Work on the run as `stagecoach run` would; return its exit code. The lock tells where somebody does."""
+def resume_local(ctx: click.Context, folder: RunFolder) -> int:
+    """Run `stagecoach run` with the recorded options; return its exit code. It fails if a driver holds the lock."""
     from stagecoach_cli.commands.run import command as run_command
 
     record = folder.load()
     if record is None or not Path(record.file).is_file():
         file = "its file" if record is None else record.file
-        raise InvalidInput(f"{folder.name}: {file} is gone; go on with `stagecoach run FILE`")
-    asked = record.invocation
+        raise InvalidInput(f"{folder.name}: {file} does not exist; resume with `stagecoach run FILE`")
+    invocation = record.invocation
     code: int = ctx.invoke(
         run_command,
         file=Path(record.file),
-        overrides=asked.overrides,
-        storage=asked.storage,
-        until=asked.until,
+        overrides=invocation.overrides,
+        storage=invocation.storage,
+        until=invocation.until,
         start=None,
-        nproc=asked.nproc,
+        nproc=invocation.nproc,
     )
     return code

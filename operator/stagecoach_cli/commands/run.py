@@ -1,4 +1,4 @@
-"""`stagecoach run`: work on a run until it is finished."""
+"""`stagecoach run`: run a TrainingRun on this machine until it is complete."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.options import Failure, console, explained, file_argument, set_option, storage_option
+from stagecoach_cli.commands.options import Failure, console, file_argument, report_errors, set_option, storage_option
 from stagecoach_cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stagecoach_local.driver import Outcome
-    from stagecoach_local.prepare import Prepared
+    from stagecoach_local.prepare import PreparedRun
     from stagecoach_local.run_job import Job
 
 
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 @file_argument
 @set_option
 @storage_option
-@click.option("--until", metavar="STAGE", help="Work on this stage and what it needs, nothing else.")
+@click.option("--until", metavar="STAGE", help="Run only this stage and the stages it depends on.")
 @click.option(
     "--from",
     "start",
     metavar="STAGE",
-    help="Run this stage again although it is finished (its artifact is deleted first); those behind it follow if its "
-    "result differs.",
+    help="Run this stage again even if it is finished (its artifact is deleted first), and later stages if its result "
+    "differs.",
 )
 @click.option(
     "--nproc",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks of training stages. Default: what their resources say, as far as this machine has them.",
+    help="Ranks of training stages. Default: what their resources request, at most what this machine has.",
 )
 def command(
     file: Path, overrides: tuple[str, ...], storage: str | None, until: str | None, start: str | None, nproc: int | None
 ) -> int:
-    """Work on a run: every stage that is not finished, in order, side by side where this machine has room.
+    """Run the stages of FILE on this machine, in order, and concurrently if there are enough cores.
 
-    Finished stages are taken from the cache. Ctrl-C (or `stagecoach suspend` elsewhere) stops at a checkpoint; the same
-    command, or `stagecoach resume`, goes on from there.
+    Finished stages are taken from the cache. Ctrl-C, or `stagecoach suspend` in another terminal, stops at a
+    checkpoint; the same command, or `stagecoach resume`, resumes from there.
     """
-    with explained():
+    with report_errors():
         from dataclasses import replace
 
         from stagecoach_local.prepare import prepare
-        from stagecoach_local.workspace import Invocation, here
+        from stagecoach_local.workspace import Invocation, current_workspace
 
-        workspace = here()
+        workspace = current_workspace()
         workspace.prepare()
         prepared = prepare(file, workspace, overrides, storage)
         check_trainer()
@@ -61,18 +61,18 @@ def command(
             )
 
 
-def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
-    """Put together what the driver needs. Raises UnknownStage."""
+def make_job(prepared: PreparedRun, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
+    """Return the driver's input. Raises UnknownStage."""
     from stagecoach_core.policies.selection import starting_from
     from stagecoach_core.policies.selection import until as selected_until
     from stagecoach_local.machine import this_machine
     from stagecoach_local.run_job import Job
-    from stagecoach_local.workspace import here
+    from stagecoach_local.workspace import current_workspace
 
     return Job(
         plan=prepared.plan,
         file=file.absolute(),
-        workspace=here(),
+        workspace=current_workspace(),
         store=prepared.store,
         machine=this_machine(),
         storage_endpoint=prepared.run.spec.storage.endpoint,
@@ -86,7 +86,7 @@ def make_job(prepared: Prepared, file: Path, until: str | None, start: str | Non
 
 
 def work(job: Job) -> int:
-    """Drive the run, show it, print what came of it; return the exit code. The run's lock is held."""
+    """Run the driver with a live view, then print the outcome; return the exit code. The run's lock must be held."""
     from stagecoach_cli.display.live import open_view
     from stagecoach_local.driver import Driver
     from stagecoach_local.interrupts import Interrupts
@@ -102,15 +102,13 @@ def work(job: Job) -> int:
 
 
 def report(out: Console, job: Job, outcome: Outcome) -> int:
-    """Print the end of a run; return the exit code."""
+    """Print the outcome of a run; return the exit code."""
     from stagecoach_cli.display.summary import print_failures, print_summary
     from stagecoach_core.values import RunState
 
     state = outcome.decision.state
     if state is RunState.SUSPENDED:
-        why = (
-            "`spec.suspend` is true; set it to false to go on" if job.suspend else "the same command goes on from here"
-        )
+        why = "`spec.suspend` is true; set it to false to resume" if job.suspend else "run the same command to resume"
         out.print(f"interrupted; {why}", highlight=False)
         return EXIT_INTERRUPTED
     if state is RunState.CANCELLED:
@@ -125,10 +123,10 @@ def report(out: Console, job: Job, outcome: Outcome) -> int:
 
 
 def check_trainer() -> None:
-    """Raise Failure unless what stages need is installed; nothing is imported."""
+    """Raise Failure unless the trainer and its main libraries are installed; nothing is imported."""
     from importlib.util import find_spec
 
     missing = [name for name in ("stagecoach_trainer", "torch", "transformers") if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        raise Failure(f"{names} not installed, so no stage can run here; install `stagecoach[trainer]`")
+        raise Failure(f"{names} not installed; run `pip install 'stagecoach[trainer]'` to run stages on this machine")

@@ -1,4 +1,4 @@
-"""`stagecoach status`: how runs stand; of this folder from what their driver wrote down, of a cluster from its API."""
+"""`stagecoach status`: the state of local runs, from their drivers' records, and of runs on a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.options import WHICH_WORLD, cluster_options, console, explained
+from stagecoach_cli.commands.options import TARGET_RULE, cluster_options, console, report_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 1.0
 LONG_WAIT = 60
-"""What a stage waits for is told below the table too where it has more characters: the table may cut it."""
+"""A wait reason with more characters is repeated below the table, which may truncate it."""
 
 
 @click.command(
     "status",
-    help=f"""Show how a run's stages stand; without RUN, all runs of this folder, else all of the cluster's namespace.
+    help=f"""Show the state of a run's stages. Without RUN, list the runs of this folder, or if there are none, of the
+    cluster's namespace.
 
-    Of a cluster's run every condition that is not as it should be is told below the table, word for word.
+    For a run on a cluster, conditions that need attention are shown below the table with their full message.
 
-    {WHICH_WORLD}""",
+    {TARGET_RULE}""",
 )
 @click.argument("run", required=False)
 @cluster_options
-@click.option("--watch", "-w", is_flag=True, help="Go on showing it until the run is over.")
+@click.option("--watch", "-w", is_flag=True, help="Keep showing the run until it is over.")
 def command(run: str | None, context: str | None, namespace: str | None, watch: bool) -> None:
-    with explained():
+    with report_errors():
         from stagecoach_cli.cluster.api import ClusterChoice
         from stagecoach_cli.target import local_run
 
@@ -52,7 +53,7 @@ def command(run: str | None, context: str | None, namespace: str | None, watch: 
             show_local(out, folder)
 
 
-# -- of this folder ----------------------------------------------------------------------------------------------------
+# -- local runs --------------------------------------------------------------------------------------------------------
 
 
 def show_local(out: Console, folder: RunFolder) -> None:
@@ -69,7 +70,7 @@ def show_local(out: Console, folder: RunFolder) -> None:
 
 
 def watch_local(out: Console, folder: RunFolder) -> None:
-    """Show the run until no driver works on it."""
+    """Show the run until its driver has ended."""
     import time
 
     from stagecoach_cli.display.live import open_view
@@ -87,21 +88,21 @@ def watch_local(out: Console, folder: RunFolder) -> None:
 
 
 def headline(folder: RunFolder, record: RunRecord) -> str:
-    """Return the run's state in a line."""
-    return f"{record.namespace}/{record.run}: {state_word(folder, record)}  {record.storage_uri}"
+    """Return a line with the run's name, state and storage."""
+    return f"{record.namespace}/{record.run}: {state_text(folder, record)}  {record.storage_uri}"
 
 
-def state_word(folder: RunFolder, record: RunRecord) -> str:
-    """Return the run's state; a run that says it progresses needs a driver that lives."""
+def state_text(folder: RunFolder, record: RunRecord) -> str:
+    """Return the run's state; a run recorded as progressing without a live driver is interrupted."""
     from stagecoach_core.values import RunState
 
     if record.state is RunState.PROGRESSING and not folder.is_locked:
-        return f"interrupted (no driver works on it; go on with `stagecoach run {record.file}`)"
+        return f"interrupted (no driver is running; resume with `stagecoach run {record.file}`)"
     return record.state.value.lower()
 
 
 def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
-    """Return the run as its record and its progress files tell it."""
+    """Return the run's snapshot from its record and progress files."""
     import time
 
     from stagecoach_api.status import LIVING
@@ -124,7 +125,7 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
             artifact=artifact,
             attempt=stage.attempt,
             restarts=stage.restarts,
-            waiting_for=stage.waiting_for if locked or not living else "the run to be taken up again",
+            waiting_for=stage.waiting_for if locked or not living else "the run to be resumed",
             message=stage.message,
         )
         rows.append(
@@ -142,7 +143,7 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
     return Snapshot(record.run, record.storage_uri, record.state, time.time(), tuple(rows), record.message)
 
 
-# -- of a cluster ------------------------------------------------------------------------------------------------------
+# -- runs of a cluster -------------------------------------------------------------------------------------------------
 
 
 def show_cluster(out: Console, name: str, choice: ClusterChoice, watch: bool) -> None:
@@ -163,51 +164,57 @@ def show_cluster(out: Console, name: str, choice: ClusterChoice, watch: bool) ->
     print_cluster(out, run)
 
 
+def cluster_state_text(run: ClusterRun) -> str:
+    """Return the run's state, `not accepted` if the operator rejects its spec."""
+    return run.state.value.lower() if run.rejection is None else "not accepted"
+
+
 def print_cluster(out: Console, run: ClusterRun) -> None:
-    """Print a cluster's run: state, stages, what is out of order, failures."""
+    """Print a cluster's run: state, stages, warnings and failures."""
     import time
 
-    from stagecoach_cli.cluster.runs import snapshot_of, troubles_of
+    from stagecoach_cli.cluster.runs import snapshot_of, warnings_of
     from stagecoach_cli.display.live import render_rows
     from stagecoach_cli.display.summary import print_failures
 
     snapshot = snapshot_of(run, time.time())
-    state = run.state.value.lower() if run.refusal is None else "not accepted"
+    state = cluster_state_text(run)
     out.print(f"{run.title}: {state}  {snapshot.storage}".rstrip(), highlight=False, markup=False, soft_wrap=True)
     out.print(render_rows(snapshot, out.width, out.options.ascii_only))
-    troubles = troubles_of(run)
+    warnings = warnings_of(run)
     waits = [(row.name, row.view.waiting_for) for row in snapshot.rows]
-    untold = [item for item in waits if len(item[1]) > LONG_WAIT and not any(item[1] in line for line in troubles)]
-    for line in [*(f"{name} waits for {words}" for name, words in untold), *troubles]:
+    long_waits = [item for item in waits if len(item[1]) > LONG_WAIT and not any(item[1] in line for line in warnings)]
+    for line in [*(f"{name}: waiting for {reason}" for name, reason in long_waits), *warnings]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     print_failures(out, snapshot)
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+# -- lists of runs -----------------------------------------------------------------------------------------------------
 
 
 def show_all(out: Console, choice: ClusterChoice) -> None:
-    """Print the runs of this folder; where there are none, or a cluster is asked for, the cluster's."""
+    """List the runs of this folder; if there are none, or a cluster is selected, those of the cluster's namespace."""
     from stagecoach_cli.cluster.api import NotConfigured, connect
-    from stagecoach_local.workspace import here
+    from stagecoach_local.workspace import current_workspace
 
-    known = [] if choice.is_given else here().known_runs()
+    known = [] if choice.is_given else current_workspace().known_runs()
     if known:
         out.print(runs_table(known))
         return
-    nothing = f"no runs in {here().root}"
+    no_local_runs = f"no runs in {current_workspace().root}"
     try:
         api = connect(choice)
     except NotConfigured:
         if choice.is_given:
             raise
-        out.print(nothing)
+        out.print(no_local_runs)
         return
     runs = api.runs()
     if runs:
         out.print(cluster_table(runs))
         return
-    out.print(("" if choice.is_given else f"{nothing}, and ") + f"no runs in namespace {api.namespace} of {api.server}")
+    no_cluster_runs = f"no runs in namespace {api.namespace} of {api.server}"
+    out.print(no_cluster_runs if choice.is_given else f"{no_local_runs}, and {no_cluster_runs}")
 
 
 def runs_table(folders: list[RunFolder]) -> Table:
@@ -224,7 +231,7 @@ def runs_table(folders: list[RunFolder]) -> Table:
         finished = sum(stage.state in FINISHED for stage in record.stages.values())
         updated = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.updated))
         name = f"{record.namespace}/{record.run}"
-        state = state_word(folder, record).split(" (")[0]
+        state = state_text(folder, record).split(" (")[0]
         table.add_row(name, state, f"{finished}/{len(record.stages)}", updated, record.file)
     return table
 
@@ -238,7 +245,7 @@ def cluster_table(bodies: list[Body]) -> Table:
     for body in sorted(bodies, key=lambda item: str(item["metadata"].get("creationTimestamp", ""))):
         run = cluster_run(body)
         summary = run.status.summary
-        state = run.state.value.lower() if run.refusal is None else "not accepted"
-        told = ("", "", "") if summary is None else (summary.stage, summary.progress, str(summary.restarts))
-        table.add_row(run.title, state, *told, str(body["metadata"].get("creationTimestamp", "")))
+        state = cluster_state_text(run)
+        cells = ("", "", "") if summary is None else (summary.stage, summary.progress, str(summary.restarts))
+        table.add_row(run.title, state, *cells, str(body["metadata"].get("creationTimestamp", "")))
     return table

@@ -1,4 +1,4 @@
-"""`stagecoach submit`: give a run to a cluster."""
+"""`stagecoach submit`: create or update a run on a cluster."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stagecoach_cli.commands.options import (
     InvalidInput,
     cluster_options,
     console,
-    explained,
     file_argument,
+    report_errors,
     set_option,
     wait_option,
 )
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 @click.command("submit")
 @file_argument
 @set_option
-@click.option("--storage", metavar="URI", help="Where artifacts lie, instead of spec.storage.uri: s3://bucket/prefix.")
+@click.option("--storage", metavar="URI", help="Artifact storage instead of spec.storage.uri: s3://bucket/prefix.")
 @cluster_options
-@click.option("--force-conflicts", is_flag=True, help="Take over fields that were set by other means, such as kubectl.")
-@wait_option("the run is finished or has failed, with the exit codes of `stagecoach run`")
+@click.option(
+    "--force-conflicts", is_flag=True, help="Take over fields owned by other field managers, such as kubectl."
+)
+@wait_option("the run is complete or has failed; the exit codes are those of `stagecoach run`")
 def command(
     file: Path,
     overrides: tuple[str, ...],
@@ -41,12 +43,12 @@ def command(
     force_conflicts: bool,
     wait: bool,
 ) -> int:
-    """Give a run to the cluster, or change the one of that name there.
+    """Create the run of FILE on a cluster, or update it, by server-side apply.
 
-    The file is checked as by `validate` first; relative inputs are looked for on the cluster's side, in
-    spec.storage.inputs. What the file does not mention stays as it is there, such as a suspension.
+    The file is first checked as by `stagecoach validate`, except for inputs: relative ones are resolved on the cluster,
+    against spec.storage.inputs. Fields that the file does not set are not changed, such as `spec.suspend`.
     """
-    with explained():
+    with report_errors():
         from stagecoach_api.names import API_GROUP, SINGULAR
         from stagecoach_cli.cluster.api import Changed, ClusterChoice, connect
         from stagecoach_local.prepare import check
@@ -59,19 +61,19 @@ def command(
         try:
             _, is_new = api.apply_run(document, force_conflicts)
         except Changed as error:
-            raise Failure(f"{error}\nto take these fields over: --force-conflicts") from error
+            raise Failure(f"{error}\nuse --force-conflicts to take over these fields") from error
         name = document["metadata"]["name"]
         click.echo(f"{SINGULAR}.{API_GROUP}/{name} {'created' if is_new else 'configured'}")
         return follow(api, name) if wait else 0
 
 
 def document_of(loaded: LoadedRun, namespace: str | None, default: str) -> dict[str, Any]:
-    """Return what is applied: the run as written, in the namespace of the command line, of the file, or `default`."""
+    """Return the run as written, with the namespace of the command line, else of the file, else `default`."""
     document = dict(loaded.document)
     metadata = dict(document["metadata"])
     written = metadata.get("namespace")
     if None not in (namespace, written) and namespace != written:
-        raise InvalidInput(f"{loaded.source} is for namespace `{written}`, and --namespace says `{namespace}`")
+        raise InvalidInput(f"{loaded.source} is for namespace `{written}`, but --namespace is `{namespace}`")
     metadata["namespace"] = namespace or written or default
     return {**document, "metadata": metadata}
 
@@ -80,7 +82,7 @@ def follow(api: ClusterApi, name: str) -> int:
     """Show the run until it is over; return the exit code."""
     import time
 
-    from stagecoach_cli.cluster.runs import snapshot_of, troubles_of
+    from stagecoach_cli.cluster.runs import snapshot_of, warnings_of
     from stagecoach_cli.cluster.watch import watch
     from stagecoach_cli.display.live import open_view
     from stagecoach_cli.display.summary import print_failures
@@ -91,26 +93,26 @@ def follow(api: ClusterApi, name: str) -> int:
         run = watch(api, name, lambda item: exit_code(item) is not None, view)
     finally:
         view.close()
-    for line in troubles_of(run):
+    for line in warnings_of(run):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     print_failures(out, snapshot_of(run, time.time()))
     code = exit_code(run)
-    hint = f"; `stagecoach resume {run.title}` tries once more" if code == EXIT_FAILED else ""
+    hint = f"; retry with `stagecoach resume {run.title}`" if code == EXIT_FAILED else ""
     out.print(f"{run.title}: {run.state.value.lower()}{hint}", highlight=False, markup=False, soft_wrap=True)
     return EXIT_FAILED if code is None else code
 
 
 def exit_code(run: ClusterRun) -> int | None:
-    """Return what the command ends with. None: the run goes on, or waits for something that may come."""
+    """Return the exit code for a run that is over, suspended or rejected; None if it may still progress."""
     from stagecoach_api.status import ConditionType, Reason
 
-    if run.holds(ConditionType.COMPLETE):
+    if run.is_true(ConditionType.COMPLETE):
         return 0
-    if run.is_cancelled or run.holds(ConditionType.SUSPENDED):
+    if run.is_cancelled or run.is_true(ConditionType.SUSPENDED):
         return EXIT_INTERRUPTED
-    if run.holds(ConditionType.FAILED):
+    if run.is_true(ConditionType.FAILED):
         return EXIT_FAILED
-    refusal = run.refusal
-    if refusal is not None and refusal.reason is not Reason.STORAGE_UNREACHABLE:
+    rejection = run.rejection
+    if rejection is not None and rejection.reason is not Reason.STORAGE_UNREACHABLE:
         return EXIT_INVALID
     return None

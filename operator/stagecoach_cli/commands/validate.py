@@ -1,4 +1,4 @@
-"""`stagecoach validate`: every problem of a run file at once."""
+"""`stagecoach validate`: report all problems of a run file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from stagecoach_cli.commands.options import explained, file_argument, set_option
+from stagecoach_cli.commands.options import file_argument, report_errors, set_option
 
 
 @click.command("validate")
 @file_argument
 @set_option
 def command(file: Path, overrides: tuple[str, ...]) -> None:
-    """Check a run file: fields, values, graph, local inputs. All problems are told at once; exit code 2 for any."""
-    with explained():
+    """Check a run file: fields, values, graph and local inputs. All problems are reported, with exit code 2."""
+    with report_errors():
         from stagecoach_local.prepare import check
 
         loaded = check(file, overrides)

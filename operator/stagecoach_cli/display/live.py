@@ -1,4 +1,4 @@
-"""What people see while a run is being worked on: a live table on a terminal, plain lines elsewhere."""
+"""Views of a run in progress: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.status import ENDED, FINISHED, LIVING
-from stagecoach_cli.display.numbers import duration, metric, quantity, short, words
+from stagecoach_cli.display.numbers import duration, metric, metric_label, quantity, short
 from stagecoach_core.snapshot import Snapshot, StageRow, View
 from stagecoach_core.values import StageState
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 15.0
 BAR_WIDTH = 20
 NARROW_COLUMNS = 100
-"""Terminals with fewer columns get less beside the words."""
+"""Terminals with fewer columns get a shorter bar and no kinds, to leave room for the description."""
 NARROW_BAR_WIDTH = 10
 ELAPSED_WIDTH = 9
 SHOWN_METRICS = 3
 FIRST_METRICS = ("loss", "reward", "kl", "tokensPerSecond")
-"""Shown first where a stage reports them."""
+"""Shown first if a stage reports them."""
 
 UNUSUAL = frozenset({StageState.RETRYING, StageState.SUSPENDED, StageState.SKIPPED})
-"""Told when a stage comes into them, and not where it is from the beginning on."""
+"""Shown when a stage enters one of them, but not if it starts in it."""
 
 _ICONS: Mapping[StageState, tuple[str, str, str]] = {
     StageState.PENDING: ("·", ".", "dim"),
@@ -41,21 +41,21 @@ _ICONS: Mapping[StageState, tuple[str, str, str]] = {
     StageState.CANCELLED: ("✘", "x", "yellow"),
     StageState.SKIPPED: ("–", "-", "dim"),
 }
-"""Icon, icon where only ASCII can be shown, style."""
+"""Icon, ASCII icon, style."""
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- descriptions ------------------------------------------------------------------------------------------------------
 
 
 def describe(row: StageRow) -> str:
-    """Return what is to be said of a stage beside its name and bar."""
-    said = _DESCRIPTIONS.get(row.view.state, _describe_end)(row)
-    restarts = row.view.restarts if row.view.state not in ENDED else {}  # of a failure they are told with its cause
-    return f"{said}  restarted: {causes(row)}" if any(restarts.values()) else said
+    """Return the description of a stage that is shown next to its name and bar."""
+    text = _DESCRIPTIONS.get(row.view.state, _describe_end)(row)
+    restarts = row.view.restarts if row.view.state not in ENDED else {}  # failures are printed with their causes
+    return f"{text}  restarted: {causes(row)}" if any(restarts.values()) else text
 
 
 def causes(row: StageRow) -> str:
-    """Return how often attempts failed, by cause: `infrastructure × 2, hang × 1`. Empty: none did."""
+    """Return how often attempts failed, by cause, such as `infrastructure × 2, hang × 1`; empty if none did."""
     return ", ".join(f"{cause.value} × {count}" for cause, count in row.view.restarts.items() if count)
 
 
@@ -68,21 +68,21 @@ def _describe_finished(row: StageRow) -> str:
 
 def _describe_running(row: StageRow) -> str:
     if row.progress is None:
-        return "starts"
+        return "starting"
     left = "" if row.eta is None else f"  {duration(max(0.0, row.eta - row.progress.time))} left"
     return f"{describe_progress(row.progress)}{left}"
 
 
 def _describe_waiting(row: StageRow) -> str:
-    return f"waits for {row.view.waiting_for}" if row.view.waiting_for else "waits"
+    return f"waiting for {row.view.waiting_for}" if row.view.waiting_for else "waiting"
 
 
 def _describe_retrying(row: StageRow) -> str:
-    return f"tries again{_because(_first_line(row.view.message))}"
+    return f"retrying{_suffix(_first_line(row.view.message))}"
 
 
 def _describe_end(row: StageRow) -> str:
-    return f"{row.view.state.value.lower()}{_because(_first_line(row.view.message))}"
+    return f"{row.view.state.value.lower()}{_suffix(_first_line(row.view.message))}"
 
 
 _DESCRIPTIONS: Mapping[StageState, Callable[[StageRow], str]] = {
@@ -95,23 +95,23 @@ _DESCRIPTIONS: Mapping[StageState, Callable[[StageRow], str]] = {
 
 
 def describe_progress(event: ProgressEvent) -> str:
-    """Return activity, amount and the first metrics of a progress event."""
+    """Return the activity, the amount done and the first metrics of a progress event."""
     parts = [event.activity]
     unit = f" {event.unit}" if event.unit else ""
     if event.total:
         parts.append(f"{quantity(event.done)}/{quantity(event.total)}{unit}")
     elif event.done:
         parts.append(f"{quantity(event.done)}{unit}")
-    parts += [f"{words(name)} {metric(event.metrics[name])}" for name in _shown(event.metrics)]
+    parts += [f"{metric_label(name)} {metric(event.metrics[name])}" for name in _shown(event.metrics)]
     return "  ".join(parts)
 
 
 def _shown(metrics: Mapping[str, float]) -> list[str]:
-    first = [name for name in FIRST_METRICS if name in metrics]
+    first = [name for name in FIRST_METRICS if name in metrics]  # fixed order, so that columns do not jump
     return (first + [name for name in metrics if name not in first])[:SHOWN_METRICS]
 
 
-def _because(text: str) -> str:
+def _suffix(text: str) -> str:
     return f": {text}" if text else ""
 
 
@@ -128,9 +128,9 @@ def _elapsed(row: StageRow, now: float) -> str:
 
 
 def render_rows(snapshot: Snapshot, width: int, ascii_only: bool = False) -> RenderableType:
-    """Return the live table: icon, stage, kind, bar, words, elapsed time of each stage.
+    """Return the live table: icon, name, kind, progress bar, description and elapsed time of each stage.
 
-    `width`: columns of the terminal; on a narrow one the kind is left out, and the bar is shorter.
+    `width`: columns of the terminal; below NARROW_COLUMNS the kind is omitted and the bar is shorter.
     """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -163,7 +163,7 @@ def render_rows(snapshot: Snapshot, width: int, ascii_only: bool = False) -> Ren
 
 
 class LiveView:
-    """Redraws one table in place."""
+    """Redraws a table in place."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
@@ -175,7 +175,7 @@ class LiveView:
     def show(self, snapshot: Snapshot) -> None:
         self._live.update(render_rows(snapshot, self._console.width, self._console.options.ascii_only), refresh=True)
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self._console.print(text, style="yellow", highlight=False)
 
     def close(self) -> None:
@@ -183,33 +183,34 @@ class LiveView:
         self._console.print()
 
 
-# -- elsewhere ---------------------------------------------------------------------------------------------------------
+# -- plain lines -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class PlainView:
-    """Writes a line when a stage changes, and one about its progress every 15 seconds."""
+    """Writes a line when a stage changes, and a progress line every 15 seconds."""
 
     console: Console
-    _said: dict[str, tuple[StageState, int]] = field(default_factory=dict)
+    _shown: dict[str, tuple[StageState, int]] = field(default_factory=dict)
+    """State and attempt last shown, by stage."""
     _last_line: dict[str, float] = field(default_factory=dict)
 
     def show(self, snapshot: Snapshot) -> None:
         for row in snapshot.rows:
             self._show_row(row, snapshot.now)
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self._line(time.time(), text)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Do nothing."""
 
     def _show_row(self, row: StageRow, now: float) -> None:
         state = (row.view.state, row.view.attempt)
-        if self._said.get(row.name) != state:
-            known = self._said.get(row.name)
-            self._said[row.name] = state
-            if row.view.state in LIVING | FINISHED | ENDED or (known is not None and row.view.state in UNUSUAL):
+        if self._shown.get(row.name) != state:
+            previous = self._shown.get(row.name)
+            self._shown[row.name] = state
+            if row.view.state in LIVING | FINISHED | ENDED or (previous is not None and row.view.state in UNUSUAL):
                 self._line(now, f"{row.name}: {_change(row)}")
             self._last_line[row.name] = now
         elif row.view.state is StageState.RUNNING and now - self._last_line[row.name] >= SECONDS_BETWEEN_LINES:
@@ -222,7 +223,7 @@ class PlainView:
 
 
 def _change(row: StageRow) -> str:
-    """Return the line for a stage that has just come into its state."""
+    """Return the line for a stage that has just entered its state."""
     view = row.view
     if view.state is StageState.RUNNING:
         ranks = f" on {row.ranks} ranks" if row.ranks > 1 else ""
@@ -233,5 +234,5 @@ def _change(row: StageRow) -> str:
 
 
 def open_view(console: Console) -> View:
-    """Return the live view on a terminal, plain lines elsewhere."""
+    """Return a live view if the console is a terminal, otherwise a view of plain lines."""
     return LiveView(console) if console.is_terminal else PlainView(console)

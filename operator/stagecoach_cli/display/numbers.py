@@ -1,6 +1,8 @@
-"""Figures as people read them."""
+"""Formatting of durations, counts, sizes and metrics for people."""
 
 from __future__ import annotations
+
+import math
 
 THOUSAND = 1000
 MINUTE = 60
@@ -24,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """Return a count in three significant digits: `812`, `12.3k`, `4.2M`, `1.5B`, `2T`."""
+    """Return a count with three significant digits: `812`, `12.3k`, `4.2M`, `1.5B`, `2T`."""
     for power, suffix in ((4, "T"), (3, "B"), (2, "M"), (1, "k")):
         unit = THOUSAND**power
         if value >= unit * 0.9995:
@@ -33,7 +35,7 @@ def quantity(value: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Return a number of bytes in three significant digits: `812 B`, `12.3 kB`, `4.2 MB`, `1.5 GB`, `2 TB`."""
+    """Return a number of bytes with three significant digits: `812 B`, `12.3 kB`, `4.2 MB`, `1.5 GB`, `2 TB`."""
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if num_bytes >= THOUSAND**power * 0.9995:
             return f"{num_bytes / THOUSAND**power:.3g} {unit}"
@@ -41,18 +43,18 @@ def size(num_bytes: float) -> str:
 
 
 def metric(value: float) -> str:
-    """Return a measured value in four significant digits, large ones as counts."""
-    if value != value or abs(value) >= 10_000:  # noqa: PLR0124  # not a number
-        return "not a number" if value != value else quantity(value)  # noqa: PLR0124
-    return f"{value:.4g}"
+    """Return a measured value with four significant digits, `NaN`, or a large value as a count."""
+    if math.isnan(value):
+        return "NaN"
+    return quantity(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def short(digest: str) -> str:
-    """Return the part of a digest that people compare."""
+    """Return the leading digits of a digest, enough to distinguish digests."""
     return digest[:SHORT_DIGEST]
 
 
-def words(camel: str) -> str:
-    """Return a metric's camelCase name in words: `tokensPerSecond` as `tokens/s`, `gradNorm` as `grad norm`."""
+def metric_label(camel: str) -> str:
+    """Return a label for a metric's camelCase name: `tokens/s` for `tokensPerSecond`, `grad norm` for `gradNorm`."""
     spaced = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in camel)
     return spaced.replace(" per second", "/s").replace(" per ", "/")

@@ -1,4 +1,4 @@
-"""What people see at the end of a run: stages, vocabulary, held-out text before and after, evaluation, answers."""
+"""Printed at the end of a run: tables of stages and metrics, samples of the released model, and failures."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 FAILURE_LINES = 15
 
 REWARDS = ("reward", "kl", "endedShare", "answerTokens")
-"""What the table tells of reinforcement."""
+"""Metrics of a PPO stage that are shown."""
 
 _TOKENS_PER_CHARACTER = re.compile(r"^tokensPerCharacter\.(?P<set>.+)\.(?P<when>before|after)$")
 _HELD_OUT = re.compile(r"^heldOut\.(?P<set>.+?)(?P<before>\.before)?\.(?P<figure>[A-Za-z]+)$")
 
 
 @dataclass(frozen=True)
-class Change:
-    """A figure before and after. None: not measured."""
+class BeforeAfter:
+    """A metric before and after a stage, each None if it was not measured."""
 
     before: float | None = None
     after: float | None = None
@@ -45,41 +45,41 @@ class Change:
         return f"{before} → {after}"
 
 
-def tokens_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
-    """Return tokens per character before and after a vocabulary, by set."""
-    changes: dict[str, Change] = {}
+def tokens_per_character(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
+    """Return tokens per character before and after a tokenizer stage, by set."""
+    changes: dict[str, BeforeAfter] = {}
     for name, value in metrics.items():
         found = _TOKENS_PER_CHARACTER.match(name)
         if found:
-            known = changes.get(found["set"], Change())
+            other = changes.get(found["set"], BeforeAfter())
             is_before = found["when"] == "before"
-            changes[found["set"]] = Change(value, known.after) if is_before else Change(known.before, value)
+            changes[found["set"]] = BeforeAfter(value, other.after) if is_before else BeforeAfter(other.before, value)
     return changes
 
 
-def bits_per_character(metrics: Mapping[str, float]) -> dict[str, Change]:
+def bits_per_character(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
     """Return held-out bits per character before and after a training stage, by set."""
     return _held_out(metrics, "bitsPerCharacter")
 
 
-def accuracy(metrics: Mapping[str, float]) -> dict[str, Change]:
-    """Return the share of held-out preferences that a model tells rightly, before and after training, by set."""
+def accuracy(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
+    """Return the accuracy on held-out preferences before and after a training stage, by set."""
     return _held_out(metrics, "accuracy")
 
 
-def _held_out(metrics: Mapping[str, float], figure: str) -> dict[str, Change]:
-    changes: dict[str, Change] = {}
+def _held_out(metrics: Mapping[str, float], figure: str) -> dict[str, BeforeAfter]:
+    changes: dict[str, BeforeAfter] = {}
     for name, value in metrics.items():
         found = _HELD_OUT.match(name)
         if found is None or found["figure"] != figure:
             continue
-        known = changes.get(found["set"], Change())
-        changes[found["set"]] = Change(value, known.after) if found["before"] else Change(known.before, value)
+        other = changes.get(found["set"], BeforeAfter())
+        changes[found["set"]] = BeforeAfter(value, other.after) if found["before"] else BeforeAfter(other.before, value)
     return changes
 
 
 def rewards_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return what matters of a PPO stage's last update."""
+    """Return the shown metrics of a PPO stage's last update."""
     return {name: metrics[name] for name in REWARDS if name in metrics}
 
 
@@ -87,7 +87,7 @@ def rewards_of(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> Table:
-    """Return stage, kind, time, training tokens, artifact of every stage."""
+    """Return a table of every stage's kind, time, training tokens and artifact."""
     table = empty_table("Stage", "Kind", ">Time", ">Tokens", "Artifact")
     for row in rows:
         manifest = manifests.get(row.view.digest or "") if row.view.state in FINISHED else None
@@ -105,8 +105,8 @@ def _time(row: StageRow) -> str:
     return row.view.state.value.lower()
 
 
-def change_table(changes: Mapping[str, Mapping[str, Change]]) -> Table | None:
-    """Return one row for each stage and one column for each set. None: nothing was measured."""
+def change_table(changes: Mapping[str, Mapping[str, BeforeAfter]]) -> Table | None:
+    """Return a table with a row for each stage and a column for each set; None if nothing was measured."""
     sets = list(dict.fromkeys(name for by_set in changes.values() for name in by_set))
     if not sets:
         return None
@@ -118,7 +118,7 @@ def change_table(changes: Mapping[str, Mapping[str, Change]]) -> Table | None:
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table | None:
-    """Return one row for each stage's metric. None: there is none."""
+    """Return a table with a row for each metric of each stage; None if there is none."""
     if not any(metrics.values()):
         return None
     table = empty_table("Stage", "Metric", ">Value")
@@ -129,7 +129,7 @@ def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Table | None:
 
 
 def empty_table(*columns: str) -> Table:
-    """Return a table without rows; a column whose name begins with `>` is set right."""
+    """Return a table without rows; a column whose name starts with `>` is right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -141,7 +141,7 @@ def empty_table(*columns: str) -> Table:
 
 
 def print_titled(console: Console, title: str, table: Table) -> None:
-    """Print a table below its title, and an empty line."""
+    """Print a title, a table and an empty line."""
     from rich.text import Text
 
     console.print(Text(title, style="bold"), soft_wrap=True)
@@ -149,11 +149,11 @@ def print_titled(console: Console, title: str, table: Table) -> None:
     console.print()
 
 
-# -- the whole ---------------------------------------------------------------------------------------------------------
+# -- summary -----------------------------------------------------------------------------------------------------------
 
 
 def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, Manifest], store: Store) -> None:
-    """Print everything that is known of the finished stages of a run."""
+    """Print the tables and samples of a run's finished stages, and where their artifacts are."""
     finished = {
         row.name: manifests[row.view.digest or ""]
         for row in snapshot.rows
@@ -161,28 +161,28 @@ def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, 
     }
     of_kind = {kind: {name: item for name, item in finished.items() if item.kind == kind} for kind in _kinds(finished)}
     training = {name: item for name, item in finished.items() if item.kind in TRAINING_KINDS}
-    words = {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()}
+    vocabularies = {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()}
     held_out = {name: bits_per_character(item.metrics) for name, item in training.items()}
-    preferred = {name: accuracy(item.metrics) for name, item in training.items()}
+    preferences = {name: accuracy(item.metrics) for name, item in training.items()}
     rewards = {name: rewards_of(item.metrics) for name, item in of_kind.get("ppo", {}).items()}
     tables = {
         "Stages": stage_table(snapshot.rows, manifests),
-        "Tokens per character, before and after the vocabulary": change_table(words),
+        "Tokens per character, before and after the vocabulary": change_table(vocabularies),
         "Held-out bits per character, before and after training": change_table(held_out),
-        "Held-out preferences told rightly, before and after training": change_table(preferred),
-        "Reinforcement, last update": metrics_table(rewards),
+        "Held-out preference accuracy, before and after training": change_table(preferences),
+        "Reinforcement learning, last update": metrics_table(rewards),
         "Evaluation": metrics_table({name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
     }
     for title, table in tables.items():
         if table is not None:
             print_titled(console, title, table)
     for name, manifest in of_kind.get("export", {}).items():
-        _print_answers(console, name, samples(store, manifest))
+        _print_samples(console, name, samples(store, manifest))
     root = f"{store.uri.rstrip('/')}/artifacts"
-    console.print(f"Artifacts lie in {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Artifacts: {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
     for name, manifest in of_kind.get("export", {}).items():
         uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
-        console.print(f"{name} lies in {uri}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Output of {name}: {uri}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _kinds(manifests: Mapping[str, Manifest]) -> list[str]:
@@ -190,7 +190,7 @@ def _kinds(manifests: Mapping[str, Manifest]) -> list[str]:
 
 
 def samples(store: Store, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the prompts and answers in a stage's report; none where it has no such report."""
+    """Return the prompts and answers in a stage's report; empty if it has no report with samples."""
     if REPORT not in {item.path for item in manifest.objects}:
         return []
     try:
@@ -205,14 +205,14 @@ def samples(store: Store, manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _print_answers(console: Console, stage: str, answers: list[tuple[str, str]]) -> None:
+def _print_samples(console: Console, stage: str, answers: list[tuple[str, str]]) -> None:
     from rich.text import Text
 
     if answers:
         console.print(Text(f"Answers of {stage}", style="bold"))
     for prompt, answer in answers:
         console.print(Text(f"\n  > {_indented(prompt, '    ')}", style="dim"), soft_wrap=True)
-        console.print(Text(f"    {_indented(answer, '    ') or '(nothing)'}"), soft_wrap=True)
+        console.print(Text(f"    {_indented(answer, '    ') or '(empty)'}"), soft_wrap=True)
     if answers:
         console.print()
 
@@ -225,7 +225,7 @@ def _indented(text: str, indent: str) -> str:
 
 
 def print_failures(console: Console, snapshot: Snapshot) -> None:
-    """Print of every failed stage: why, what it said, where its log lies, and the log's last lines."""
+    """Print the cause, message, log file and last log lines of every failed stage."""
     from rich.text import Text
 
     for row in snapshot.rows:

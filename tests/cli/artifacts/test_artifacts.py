@@ -1,4 +1,4 @@
-"""Artifacts of a store, by the functions below the commands; the same on a folder and on S3."""
+"""The functions that `stagecoach artifacts` calls, on stores in a folder and in S3."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BASE, TUNED = "a" * 64, "b" * 64
 def publish(
     store: Store, digest: str, stage: str, files: dict[str, bytes], parents: tuple[Parent, ...] = ()
 ) -> Manifest:
-    """Make an artifact and its pointer."""
+    """Write an artifact and its pointer."""
     objects = []
     for name, data in files.items():
         store.write(f"{output_prefix(digest)}/{name}", data)
@@ -97,17 +97,17 @@ def test_a_shorter_a_missing_object_and_a_missing_manifest_are_named(pair: Store
     ]
     pair.delete(manifest_key(BASE))
     faults = [fault for item in verify(pair, TUNED, "tiny/tuned") for fault in item.faults]
-    assert f"{manifest_key(BASE)}: the manifest is gone" in faults
+    assert f"{manifest_key(BASE)}: the manifest is missing" in faults
 
 
 def test_a_manifest_that_was_edited_is_named(pair: Store) -> None:
     text = pair.read(manifest_key(BASE)).replace(b'"size":7', b'"size":8')
     pair.write(manifest_key(BASE), text)
     faults = [fault for item in verify(pair, BASE, "tiny/base") for fault in item.faults]
-    assert any(fault.startswith(f"{manifest_key(BASE)}: its content digest is not that of") for fault in faults)
+    assert any(fault.startswith(f"{manifest_key(BASE)}: its content digest does not match") for fault in faults)
 
 
-def test_fetching_checks_every_byte_and_never_leaves_a_damaged_file(pair: Store, tmp_path: Path) -> None:
+def test_a_download_is_verified_and_never_leaves_a_damaged_file(pair: Store, tmp_path: Path) -> None:
     names = [path.relative_to(tmp_path / "copy").as_posix() for _, path in fetch(pair, BASE, tmp_path / "copy")]
     assert names == ["model.safetensors", "sub/config.json"]
     pair.write(f"{output_prefix(BASE)}/model.safetensors", b"weightz")
@@ -116,7 +116,7 @@ def test_fetching_checks_every_byte_and_never_leaves_a_damaged_file(pair: Store,
     assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
-def test_artifacts_are_found_by_name_and_by_the_start_of_a_digest(pair: Store) -> None:
+def test_artifacts_are_found_by_name_and_by_a_digests_prefix(pair: Store) -> None:
     assert [find(pair, name) for name in ("tiny/base", "default/tiny/tuned", "bbbbbb", BASE)] == [
         BASE,
         TUNED,
@@ -124,7 +124,7 @@ def test_artifacts_are_found_by_name_and_by_the_start_of_a_digest(pair: Store) -
         BASE,
     ]
     for name in ("tiny/gone", "aaa", "cccccc"):
-        with pytest.raises(UnknownArtifact, match="There are: tiny/base, tiny/tuned"):
+        with pytest.raises(UnknownArtifact, match="Known artifacts: tiny/base, tiny/tuned"):
             find(pair, name)
 
 
@@ -142,5 +142,5 @@ def test_a_lineage_lists_ancestors_first_and_each_once(pair: Store) -> None:
         ("file:///s/artifacts/abc", None),
     ],
 )
-def test_an_artifact_s_uri_tells_its_store_and_digest(uri: str, parts: tuple[str, str] | None) -> None:
+def test_an_artifacts_uri_is_split_into_store_and_digest(uri: str, parts: tuple[str, str] | None) -> None:
     assert split_uri(uri) == parts

@@ -1,4 +1,4 @@
-"""Artifacts nothing needs: which they are, as a property of any store; and how they go, on a folder and on S3."""
+"""Garbage collection: which artifacts are needed, as properties of any store; deletion, in a folder and in S3."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from stagecoach_api.artifacts import (
 from stagecoach_api.store import Corrupt, Store, StoreEntry
 from stagecoach_cli.artifacts.collect import (
     StoredArtifact,
-    collected,
     delete,
     digests_of_record,
+    group_by_artifact,
     parents_of,
-    pointed,
+    pointer_targets,
     reachable,
     survey,
     unneeded,
@@ -46,7 +46,7 @@ DAY = 86_400.0
 KEPT, PARENT, OLD, YOUNG, HALF = (letter * 64 for letter in "abcde")
 
 
-# -- which they are ----------------------------------------------------------------------------------------------------
+# -- which artifacts are needed ----------------------------------------------------------------------------------------
 
 DIGESTS = st.integers(min_value=0, max_value=15).map(lambda number: f"{number:064x}")
 ARTIFACTS = st.builds(
@@ -62,7 +62,7 @@ STORES = st.lists(ARTIFACTS, max_size=16).map(lambda items: {item.digest: item f
 
 
 @given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100))
-def test_nothing_goes_that_is_a_root_is_young_or_that_one_of_these_was_made_from(
+def test_roots_recent_artifacts_and_their_ancestors_are_needed(
     artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float
 ) -> None:
     garbage = {item.digest for item in unneeded(artifacts, roots, young_since)}
@@ -76,7 +76,7 @@ def test_nothing_goes_that_is_a_root_is_young_or_that_one_of_these_was_made_from
 
 
 @given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100), st.data())
-def test_a_further_root_never_makes_more_garbage(
+def test_another_root_never_makes_more_garbage(
     artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float, data: st.DataObject
 ) -> None:
     more = roots | {data.draw(DIGESTS)}
@@ -85,7 +85,7 @@ def test_a_further_root_never_makes_more_garbage(
 
 
 @given(STORES, st.sets(DIGESTS, max_size=4), st.floats(min_value=0, max_value=100))
-def test_what_is_left_after_a_collection_is_no_garbage(
+def test_a_second_collection_finds_no_garbage(
     artifacts: dict[str, StoredArtifact], roots: set[str], young_since: float
 ) -> None:
     gone = {item.digest for item in unneeded(artifacts, roots, young_since)}
@@ -101,7 +101,7 @@ def test_a_lineage_with_a_loop_ends() -> None:
     assert reachable(pair, {KEPT}) == {KEPT, OLD}
 
 
-def test_only_artifacts_are_collected_and_their_newest_object_counts() -> None:
+def test_objects_are_grouped_by_artifact_with_the_time_of_the_newest() -> None:
     entries = [
         StoreEntry(f"artifacts/{OLD}/output/model", 100, "", NOW - 5),
         StoreEntry(f"artifacts/{OLD}/manifest.json", 10, "", NOW - 9),
@@ -110,13 +110,13 @@ def test_only_artifacts_are_collected_and_their_newest_object_counts() -> None:
         StoreEntry(f"artifacts/{'x' * 64}/output/model", 1, "", 0.0),
         StoreEntry(f"runs/{OLD}/a", 1, "", 0.0),
     ]
-    assert collected(entries) == {
+    assert group_by_artifact(entries) == {
         OLD: StoredArtifact(OLD, 2, 110, NOW - 5, True),
         HALF: StoredArtifact(HALF, 1, 1, NOW, False),
     }
 
 
-# -- how they go -------------------------------------------------------------------------------------------------------
+# -- deletion ----------------------------------------------------------------------------------------------------------
 
 
 def publish(store: Store, digest: str, *parents: Parent) -> None:
@@ -149,7 +149,7 @@ def parent(digest: str) -> Parent:
 
 @pytest.fixture
 def filled(store: Store) -> Store:
-    """A pointed artifact and its parent; two that nobody names; and what an attempt has left."""
+    """An artifact with a pointer and its parent; two without a pointer; the partial output of an attempt."""
     publish(store, PARENT)
     publish(store, KEPT, parent(PARENT))
     point(store, KEPT)
@@ -171,21 +171,21 @@ def test_a_store_is_surveyed_with_kinds_sizes_times_and_parents(filled: Store) -
     assert (found[KEPT].kind, found[KEPT].parents, found[KEPT].num_objects) == ("sft", {PARENT}, 2)
     assert (found[HALF].kind, found[HALF].is_finished, found[HALF].size) == ("", False, 7)
     assert all(abs(before - item.newest) < 120 for item in found.values())
-    assert pointed(filled) == {KEPT}
+    assert pointer_targets(filled) == {KEPT}
 
 
-def test_unneeded_artifacts_go_whole_and_the_others_stay_untouched(filled: Store) -> None:
+def test_unneeded_artifacts_are_deleted_entirely_and_others_are_unchanged(filled: Store) -> None:
     kept = {entry.key: filled.read(entry.key) for entry in filled.list() if KEPT in entry.key or PARENT in entry.key}
     found = {digest: replace(item, newest=NOW - 2 * DAY) for digest, item in survey(filled).items()}
     found[YOUNG] = replace(found[YOUNG], newest=NOW - 60)
-    garbage = unneeded(found, pointed(filled), NOW - DAY)
+    garbage = unneeded(found, pointer_targets(filled), NOW - DAY)
     assert {item.digest for item in delete(filled, garbage)} == {OLD, HALF}
     assert digests_in(filled) == {KEPT, PARENT, YOUNG}
     assert {key: filled.read(key) for key in kept} == kept
 
 
-class Watched:
-    """A store whose deletions are written down."""
+class RecordingStore:
+    """A store that records its deletions."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -199,18 +199,18 @@ class Watched:
         self._store.delete(prefix)
 
 
-def test_a_manifest_goes_before_the_rest_of_its_artifact(filled: Store) -> None:
-    watched = Watched(filled)
+def test_a_manifest_is_deleted_before_the_rest_of_its_artifact(filled: Store) -> None:
+    recording = RecordingStore(filled)
     found = survey(filled)
-    list(delete(watched, [found[OLD], found[HALF]]))  # type: ignore[arg-type]
-    assert watched.deleted == [manifest_key(OLD), f"artifacts/{OLD}", f"artifacts/{HALF}"]
+    list(delete(recording, [found[OLD], found[HALF]]))  # type: ignore[arg-type]
+    assert recording.deleted == [manifest_key(OLD), f"artifacts/{OLD}", f"artifacts/{HALF}"]
 
 
 @pytest.mark.parametrize("key", [manifest_key(KEPT), pointer_key("default", "tiny", "sft")])
-def test_a_store_that_cannot_be_read_wholly_is_not_judged(filled: Store, key: str) -> None:
+def test_a_corrupt_manifest_or_pointer_stops_the_collection(filled: Store, key: str) -> None:
     filled.write(key, b"{}")
     with pytest.raises(Corrupt, match=key):
-        unneeded(survey(filled), pointed(filled), NOW)
+        unneeded(survey(filled), pointer_targets(filled), NOW)
 
 
 def test_an_input_given_as_an_artifacts_uri_is_a_parent(store: Store) -> None:
@@ -222,10 +222,10 @@ def test_an_input_given_as_an_artifacts_uri_is_a_parent(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_size", "said"), [(812, "812 B"), (12_345, "12.3 kB"), (1.5e9, "1.5 GB"), (2e12, "2 TB")]
+    ("given_size", "text"), [(812, "812 B"), (12_345, "12.3 kB"), (1.5e9, "1.5 GB"), (2e12, "2 TB")]
 )
-def test_sizes_read_well(given_size: float, said: str) -> None:
-    assert size(given_size) == said
+def test_sizes_are_formatted_for_people(given_size: float, text: str) -> None:
+    assert size(given_size) == text
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def artifacts(bench: Bench) -> set[str]:
     return {path.name for path in (bench.workspace.default_storage / "artifacts").iterdir()}
 
 
-def test_what_an_edit_has_left_behind_is_listed_then_deleted(bench: Bench, cli: Cli) -> None:
+def test_artifacts_from_before_an_edit_are_listed_then_deleted(bench: Bench, cli: Cli) -> None:
     in_use = digests_of_record(bench.record())
     before = artifacts(bench)
     assert (len(before), len(in_use)) == (9, 6)
@@ -261,7 +261,7 @@ def test_what_an_edit_has_left_behind_is_listed_then_deleted(bench: Bench, cli: 
     listed = {word for line in output.splitlines() for word in line.split()[:1] if len(word) == 64 and word[0] != "─"}
     assert listed == before - in_use
     assert "3 of 9 artifacts" in output
-    assert "could be deleted; --delete does it" in output
+    assert "can be deleted; use --delete to delete them" in output
     assert artifacts(bench) == before
     code, output = cli("artifacts", "gc", "--delete")
     assert (code, artifacts(bench)) == (0, in_use)
@@ -269,13 +269,13 @@ def test_what_an_edit_has_left_behind_is_listed_then_deleted(bench: Bench, cli: 
     assert cli("artifacts", "verify", "tiny/release")[0] == 0
 
 
-def test_what_is_young_stays(bench: Bench, cli: Cli) -> None:
+def test_recent_artifacts_are_kept(bench: Bench, cli: Cli) -> None:
     age(bench, 0.5)
     assert "nothing to delete" in cli("artifacts", "gc")[1]
     assert "3 of 9 artifacts" in cli("artifacts", "gc", "--older-than", "0.25")[1]
 
 
-def test_what_an_interrupted_run_of_this_folder_has_begun_stays(bench: Bench, cli: Cli) -> None:
+def test_partial_output_of_an_interrupted_local_run_is_kept(bench: Bench, cli: Cli) -> None:
     begun = bench.workspace.default_storage / "artifacts" / HALF / "checkpoints" / "step-00000001" / "state"
     begun.parent.mkdir(parents=True)
     begun.write_bytes(b"state")
@@ -288,7 +288,7 @@ def test_what_an_interrupted_run_of_this_folder_has_begun_stays(bench: Bench, cl
     assert HALF in artifacts(bench)
 
 
-def test_runs_of_the_cluster_count_for_a_storage_on_s3(
+def test_artifacts_of_the_clusters_runs_are_kept_if_the_storage_is_s3(
     filled: Store, cluster: FakeCluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if filled.local_path("") is not None:
@@ -297,11 +297,11 @@ def test_runs_of_the_cluster_count_for_a_storage_on_s3(
         return
     options = ["artifacts", "gc", "--storage", filled.uri, "--endpoint", str(getattr(filled, "endpoint", ""))]
     options += ["--older-than", "0", "--delete"]
-    time.sleep(1.1)  # S3 tells times in whole seconds
+    time.sleep(1.1)  # S3's time stamps are in whole seconds
     cluster.add_run(stage_status(digest=HALF), namespace="far-away")
     cluster.refused["GET"] = (403, "you cannot list trainingruns at the cluster scope")
     code, output = cli(*options)
-    assert (code, "none is deleted" in output, "--no-cluster" in output) == (1, True, True)
+    assert (code, "nothing is deleted" in output, "--no-cluster" in output) == (1, True, True)
     assert digests_in(filled) == {KEPT, PARENT, OLD, YOUNG, HALF}
     assert cli(*[item for item in options if item != "--delete"])[0] == 0
     cluster.refused.clear()

@@ -1,7 +1,7 @@
-"""An API server for tests of the command line: runs, pods and their logs, in memory, behind real HTTP.
+"""A fake API server for tests of the command line: runs, pods and logs in memory, served over real HTTP.
 
-It does what the command line relies on: merge patches, server-side apply that tells new from known, label selectors,
-logs with time stamps that are followed, Status objects for errors. The real one is asked in `tests/charts` and in e2e.
+It implements what the command line relies on: merge patches, server-side apply with 201 for new objects, label
+selectors, followed logs with time stamps, Status objects for errors. `tests/charts` and e2e use a real API server.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ POD_PATH = re.compile(r"/api/v1/namespaces/([^/]+)/pods(?:/([^/]+))?(/log)?")
 
 @dataclass
 class FakePod:
-    """A pod, and what its trainer prints."""
+    """A pod and the output of its trainer."""
 
     body: Body
     lines: list[tuple[str, str]] = field(default_factory=list)
     """Time stamp and text."""
     cuts: int = 0
-    """How many connections of followers are reset once they have all lines."""
+    """Number of log connections to reset after all lines have been sent."""
 
     def print(self, *texts: str) -> None:
         for text in texts:
@@ -67,7 +67,7 @@ class FakePod:
 
 
 class FakeCluster:
-    """An API server on 127.0.0.1."""
+    """A fake API server on 127.0.0.1."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, str], Body] = {}
@@ -75,10 +75,10 @@ class FakeCluster:
         self.requests: list[str] = []
         """Method and path with query of every request."""
         self.refused: dict[str, tuple[int, str]] = {}
-        """Status and message for requests that contain a text, such as `PATCH ` or `/pods`."""
+        """Error status and message by a text in the request, such as `PATCH ` or `/pods`."""
         self.is_installed = True
         self.on_patch: Callable[[Body], None] = lambda run: None
-        """What the operator does about an edited run."""
+        """The operator's reaction to an edited run."""
         cluster = self
 
         class Handler(_Handler):
@@ -96,7 +96,7 @@ class FakeCluster:
         self._server.server_close()
 
     def write_kubeconfig(self, path: Path, namespace: str = NAMESPACE) -> Path:
-        """Write a kubeconfig whose current context is this cluster, and which has one that does not answer."""
+        """Write a kubeconfig whose current context is this cluster; the context `away` names a closed port."""
         config = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -116,7 +116,7 @@ class FakeCluster:
         return path
 
     def add_run(self, *stages: StageStatus, name: str = "demo", namespace: str = NAMESPACE, **fields: Any) -> Body:
-        """Add a run with a status; `spec`, `status` (a TrainingRunStatus) and metadata may be given."""
+        """Add a run with a status. `fields`: `spec`, `status` (a TrainingRunStatus) and metadata."""
         spec = fields.pop("spec", {"storage": {"uri": "s3://models/demo"}, "stages": [{"name": "sft", "sft": {}}]})
         status = fields.pop("status", None) or status_of(*stages)
         body: Body = {
@@ -140,7 +140,7 @@ class FakeCluster:
         self.runs[namespace, name]["status"] = status.model_dump(mode="json", exclude_none=True)
 
     def add_pod(self, index: int = 0, attempt: int = 1, stage: str = "sft", suffix: str = "a", **state: Any) -> FakePod:
-        """Add a running pod of an attempt of `demo`; `state`: of its container instead."""
+        """Add a pod of an attempt of `demo`. `state`: the container's, default running."""
         name = f"r-demo-{stage}-{attempt}-w-0-{index}-{suffix}"
         labels = {
             names.LABEL_RUN_UID: RUN_UID,
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Be silent."""
+        """Do not log."""
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -239,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(201 if is_new else 200, answer)
 
     def _stream(self, name: str, query: dict[str, str]) -> None:
-        """Send a pod's lines; followed, until its container has ended or the connection is to be cut."""
+        """Send a pod's lines; with `follow`, until its container has ended or the connection is to be reset."""
         pod = self.fake.pods.get(name)
         if pod is None:
             self._fail(404, f'pods "{name}" not found')
@@ -290,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def merge(target: Body, patch: Body) -> None:
-    """Do an RFC 7386 merge in place."""
+    """Apply an RFC 7386 merge patch in place."""
     for name, value in patch.items():
         if value is None:
             target.pop(name, None)
@@ -320,18 +320,18 @@ def status_of(
     generation: int = 1,
     conditions: tuple[Condition, ...] = (),
 ) -> TrainingRunStatus:
-    """Return a status; conditions that are not given are as of a run that is well."""
-    well = {
+    """Return a status; conditions that are not given are those of a healthy run."""
+    healthy = {
         ConditionType.ACCEPTED: condition(ConditionType.ACCEPTED, True, Reason.VALID),
         ConditionType.PROGRESSING: condition(ConditionType.PROGRESSING, True, Reason.STAGES_RUNNING, "running: sft"),
         ConditionType.SUSPENDED: condition(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED),
         ConditionType.COMPLETE: condition(ConditionType.COMPLETE, False, Reason.STAGES_UNFINISHED),
         ConditionType.FAILED: condition(ConditionType.FAILED, False, Reason.NO_FAILURE),
     }
-    told = {**well, **{item.type: item for item in conditions}}
+    by_type = {**healthy, **{item.type: item for item in conditions}}
     return TrainingRunStatus(
         observed_generation=generation,
-        conditions=tuple(told.values()),
+        conditions=tuple(by_type.values()),
         stages=stages,
         summary=Summary(state=state, stage="0/1 sft"),
     )

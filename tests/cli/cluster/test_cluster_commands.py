@@ -1,4 +1,4 @@
-"""The commands that speak to a cluster, against an API server over HTTP: what they ask, print and end with."""
+"""The commands on a cluster's runs against a fake API server: their requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bench(cluster: FakeCluster, tmp_path: Any) -> Bench:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "POLL_SECONDS", 0.01)
 
 
 def patches(cluster: FakeCluster) -> list[str]:
@@ -56,7 +56,7 @@ def test_a_run_is_created_then_configured_by_server_side_apply(bench: Bench, clu
     assert all("fieldManager=stagecoach-cli" in request and "force" not in request for request in patches(cluster))
 
 
-def test_the_namespace_is_the_command_lines_the_files_or_the_contexts(
+def test_the_namespace_is_that_of_the_command_line_the_file_or_the_context(
     bench: Bench, cluster: FakeCluster, cli: Cli
 ) -> None:
     assert cli("submit", "run.yaml", "-n", "mine")[0] == 0
@@ -64,24 +64,26 @@ def test_the_namespace_is_the_command_lines_the_files_or_the_contexts(
     assert cli("submit", "run.yaml", "--context", "other")[0] == 0
     assert sorted(cluster.runs) == [("filed", "tiny"), ("mine", "tiny"), ("other", "tiny")]
     code, output = cli("submit", "run.yaml", "-n", "mine", "--set", "metadata.namespace=filed")
-    assert (code, "is for namespace `filed`, and --namespace says `mine`" in output) == (2, True)
+    assert (code, "is for namespace `filed`, but --namespace is `mine`" in output) == (2, True)
 
 
-def test_inputs_are_looked_for_on_the_clusters_side(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
+def test_submit_does_not_look_for_inputs_on_this_machine(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
     (bench.folder / "data" / "one.txt").unlink()
     bench.write([data_stage("one")])
     (bench.folder / "data" / "one.txt").unlink()
     assert cli("submit", "run.yaml")[0] == 0
 
 
-def test_a_wrong_file_is_refused_before_the_cluster_is_asked(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
+def test_an_invalid_file_is_rejected_before_any_request(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
     code, output = cli("submit", "run.yaml", "--set", "stages.one.after=[gone]")
     assert code == 2
     assert "gone" in output
     assert cluster.requests == []
 
 
-def test_what_the_api_server_refuses_is_told_in_its_words(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
+def test_rejections_by_the_api_server_are_reported_with_its_message(
+    bench: Bench, cluster: FakeCluster, cli: Cli
+) -> None:
     cluster.refused["PATCH"] = (422, 'TrainingRun.stagecoach.dev "tiny" is invalid: spec.seed: too large')
     assert cli("submit", "run.yaml") == (
         2,
@@ -93,16 +95,16 @@ def test_what_the_api_server_refuses_is_told_in_its_words(bench: Bench, cluster:
     cluster.refused.clear()
     cluster.is_installed = False
     code, output = cli("submit", "run.yaml")
-    assert (code, "knows no TrainingRuns; install the operator" in output) == (1, True)
+    assert (code, "has no TrainingRuns; install the operator" in output) == (1, True)
 
 
-def test_conflicts_are_taken_over_only_on_demand(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
+def test_conflicting_fields_are_taken_over_with_force_conflicts(bench: Bench, cluster: FakeCluster, cli: Cli) -> None:
     assert cli("submit", "run.yaml", "--force-conflicts")[0] == 0
     assert "force=true" in patches(cluster)[0]
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "text"),
     [
         pytest.param(
             complete_status(1, stage_status(state=StageState.CACHED)), 0, "team/tiny: complete", id="complete"
@@ -112,7 +114,7 @@ def test_conflicts_are_taken_over_only_on_demand(bench: Bench, cluster: FakeClus
                 1, Reason.USER_ERROR, "bad", stage_status(state=StageState.FAILED, message="data.jsonl:3: bad")
             ),
             1,
-            "data.jsonl:3: bad\nteam/tiny: failed; `stagecoach resume team/tiny` tries once more",
+            "data.jsonl:3: bad\nteam/tiny: failed; retry with `stagecoach resume team/tiny`",
             id="failed",
         ),
         pytest.param(failed_status(1, Reason.CANCELLED, "cancelled"), 130, "team/tiny: cancelled", id="cancelled"),
@@ -121,12 +123,12 @@ def test_conflicts_are_taken_over_only_on_demand(bench: Bench, cluster: FakeClus
             status_of(conditions=(condition(ConditionType.ACCEPTED, False, Reason.INPUT_NOT_FOUND, "s3://x: gone"),)),
             2,
             "Accepted is False, InputNotFound: s3://x: gone",
-            id="refused",
+            id="rejected",
         ),
     ],
 )
-def test_waiting_ends_as_a_run_on_a_laptop_does(
-    status: Any, code: int, said: str, bench: Bench, cluster: FakeCluster, cli: Cli
+def test_submit_waits_and_ends_with_the_exit_codes_of_a_local_run(
+    status: Any, code: int, text: str, bench: Bench, cluster: FakeCluster, cli: Cli
 ) -> None:
     answers = iter([status_of(stage_status(state=StageState.PENDING)), status_of(stage_status()), status])
 
@@ -143,7 +145,7 @@ def test_waiting_ends_as_a_run_on_a_laptop_does(
 
     cluster.requests = Requests(real)
     got, output = cli("submit", "run.yaml", "--wait")
-    assert (got, said in output) == (code, True), output
+    assert (got, text in output) == (code, True), output
     assert "sft: started" in output
 
 
@@ -154,7 +156,7 @@ WAITS = (
 )
 
 
-def test_status_shows_stages_and_what_is_out_of_order(cluster: FakeCluster, cli: Cli) -> None:
+def test_status_shows_stages_and_warnings(cluster: FakeCluster, cli: Cli) -> None:
     waiting = condition(ConditionType.QUOTA_RESERVED, False, Reason.WAITING_FOR_QUOTA, f"stage `sft`: {WAITS}")
     stage = stage_status(state=StageState.PENDING, waiting_for=WAITS)
     cluster.add_run(stage, status=status_of(stage, conditions=(waiting,)))
@@ -166,9 +168,9 @@ def test_status_shows_stages_and_what_is_out_of_order(cluster: FakeCluster, cli:
     assert rest == [f"QuotaReserved is False, WaitingForQuota: stage `sft`: {WAITS}"]
 
 
-def test_a_long_wait_that_no_condition_tells_is_told_whole(cluster: FakeCluster, cli: Cli) -> None:
+def test_a_long_wait_reason_without_a_condition_is_shown_in_full(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(stage_status(state=StageState.PENDING, waiting_for=WAITS))
-    assert f"sft waits for {WAITS}" in cli("status", "demo")[1].splitlines()
+    assert f"sft: waiting for {WAITS}" in cli("status", "demo")[1].splitlines()
 
 
 def test_status_shows_why_a_stage_failed(cluster: FakeCluster, cli: Cli) -> None:
@@ -179,7 +181,7 @@ def test_status_shows_why_a_stage_failed(cluster: FakeCluster, cli: Cli) -> None
     assert "Failed is True, UserError: stage `sft`: OOMKilled" in output
 
 
-def test_without_a_name_all_runs_of_the_namespace_are_shown(cluster: FakeCluster, cli: Cli) -> None:
+def test_without_a_name_all_runs_of_the_namespace_are_listed(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(stage_status())
     cluster.add_run(name="later", creationTimestamp="2026-11-22T09:30:00Z")
     cluster.add_run(name="foreign", namespace="other")
@@ -188,7 +190,9 @@ def test_without_a_name_all_runs_of_the_namespace_are_shown(cluster: FakeCluster
     assert "other/foreign" in cli("status", "-n", "other")[1]
 
 
-def test_watching_goes_on_while_the_api_server_is_away_and_ends_with_the_run(cluster: FakeCluster, cli: Cli) -> None:
+def test_watching_continues_while_the_api_server_is_unreachable_and_ends_with_the_run(
+    cluster: FakeCluster, cli: Cli
+) -> None:
     cluster.add_run(stage_status())
     asked = []
 
@@ -204,14 +208,14 @@ def test_watching_goes_on_while_the_api_server_is_away_and_ends_with_the_run(clu
     cluster.requests = Requests()
     code, output = cli("status", "demo", "--watch")
     assert code == 0
-    assert output.count("answers 503: starting; try again; trying again") == 1
+    assert output.count("answered 503: starting; this may be temporary; retrying") == 1
     assert "team/demo: complete" in output
 
 
 # -- suspend, resume, cancel -------------------------------------------------------------------------------------------
 
 
-def test_suspending_waits_until_the_operator_says_so(cluster: FakeCluster, cli: Cli) -> None:
+def test_suspending_waits_until_the_run_is_suspended(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(stage_status())
 
     def suspend(run: Body) -> None:
@@ -222,7 +226,7 @@ def test_suspending_waits_until_the_operator_says_so(cluster: FakeCluster, cli: 
     code, output = cli("suspend", "demo", "--wait")
     assert code == 0
     assert output.splitlines() == [
-        "team/demo: asked to stop at a checkpoint; `stagecoach resume team/demo` goes on",
+        "team/demo: stopping at a checkpoint; resume with `stagecoach resume team/demo`",
         "team/demo: suspended; checkpoints: `sft` at step 120",
     ]
 
@@ -236,52 +240,52 @@ def test_cancelling_waits_until_nothing_runs(cluster: FakeCluster, cli: Cli) -> 
 
 
 @pytest.mark.parametrize("held", [{"suspend": True}, {"cancel": True}, {"suspend": True, "cancel": True}])
-def test_resuming_takes_back_what_holds_the_run(held: dict[str, bool], cluster: FakeCluster, cli: Cli) -> None:
+def test_resuming_reverts_suspend_and_cancel(held: dict[str, bool], cluster: FakeCluster, cli: Cli) -> None:
     status = failed_status(1, Reason.CANCELLED) if "cancel" in held else suspended_status(1)
     run = cluster.add_run(spec={"stages": [], **held}, status=status)
     cluster.on_patch = lambda run: cluster.set_status(status_of(generation=run["metadata"]["generation"]))
     assert cli("resume", "demo", "--wait") == (
         0,
-        "team/demo: goes on from its checkpoints\nteam/demo: progressing\n",
+        "team/demo: resuming from its checkpoints\nteam/demo: progressing\n",
     )
     assert {name: run["spec"][name] for name in held} == dict.fromkeys(held, False)
     assert "annotations" not in run["metadata"]
 
 
-def test_resuming_a_failed_run_asks_for_one_more_try_after_its_last_failure(cluster: FakeCluster, cli: Cli) -> None:
-    late = datetime(2099, 1, 1, tzinfo=UTC)  # the cluster's clock goes before this one
+def test_resuming_a_failed_run_requests_a_retry_after_its_last_failure(cluster: FakeCluster, cli: Cli) -> None:
+    late = datetime(2099, 1, 1, tzinfo=UTC)  # the cluster's clock is ahead of this one
     record = {"number": 1, "digest": "a" * 64, "name": "r", "started": late, "ended": late, "cause": "user"}
     failed = stage_status(state=StageState.FAILED, attempts=[record])
     run = cluster.add_run(status=failed_status(1, Reason.USER_ERROR, "bad", failed))
     cluster.on_patch = lambda run: cluster.set_status(status_of(stage_status()))
     code, output = cli("resume", "demo", "--wait")
-    assert (code, output.splitlines()[0]) == (0, "team/demo: one more try is asked for")
+    assert (code, output.splitlines()[0]) == (0, "team/demo: retrying")
     assert datetime.fromisoformat(run["metadata"]["annotations"][ANNOTATION_RETRY]) > late
     assert run["metadata"]["generation"] == 1
 
 
-def test_a_run_that_nothing_holds_is_left_alone(cluster: FakeCluster, cli: Cli) -> None:
+def test_resuming_a_run_that_is_progressing_changes_nothing(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(stage_status())
-    assert cli("resume", "demo") == (0, "team/demo: progressing; there is nothing to resume\n")
+    assert cli("resume", "demo") == (0, "team/demo: progressing; nothing to resume\n")
     assert patches(cluster) == []
 
 
-# -- which world -------------------------------------------------------------------------------------------------------
+# -- target ------------------------------------------------------------------------------------------------------------
 
 VERBS = [("status",), ("suspend",), ("resume",), ("cancel",), ("logs",)]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
-def test_an_unknown_run_is_told_with_those_there_are(verb: tuple[str, ...], cluster: FakeCluster, cli: Cli) -> None:
+def test_an_unknown_run_is_reported_with_the_known_ones(verb: tuple[str, ...], cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(name="one")
     cluster.add_run(name="two")
     code, output = cli(*verb, "gone")
     assert code == 2
-    assert "no run `gone` in namespace `team`; there are: one, two" in output
+    assert "no run `gone` in namespace `team`; known runs: one, two" in output
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
-def test_without_any_cluster_this_folders_runs_are_told(
+def test_an_unknown_run_without_a_cluster_is_reported_with_this_folders_runs(
     verb: tuple[str, ...], cli: Cli, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -292,17 +296,17 @@ def test_without_any_cluster_this_folders_runs_are_told(
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
-def test_a_forbidden_cluster_is_exit_code_1_and_its_own_words(
+def test_a_forbidden_request_is_exit_code_1_with_the_api_servers_message(
     verb: tuple[str, ...], cluster: FakeCluster, cli: Cli
 ) -> None:
     cluster.refused["GET"] = (403, 'trainingruns.stagecoach.dev is forbidden: User "me" cannot get')
     code, output = cli(*verb, "demo")
     assert code == 1
-    assert 'User "me" cannot get; ask whoever runs' in output
+    assert 'User "me" cannot get; ask the administrator of' in output
     assert "Traceback" not in output
 
 
-def test_a_run_of_this_folder_comes_first_unless_a_cluster_is_named(
+def test_a_run_of_this_folder_takes_precedence_unless_a_cluster_is_selected(
     bench: Bench, cluster: FakeCluster, cli: Cli
 ) -> None:
     bench.write([data_stage("one")])
@@ -318,4 +322,4 @@ def test_a_run_of_this_folder_comes_first_unless_a_cluster_is_named(
 
 def test_a_name_with_a_namespace_must_not_contradict_the_option(cluster: FakeCluster, cli: Cli) -> None:
     code, output = cli("status", "team/demo", "-n", "other")
-    assert (code, "in another namespace than --namespace other" in output) == (2, True)
+    assert (code, "`team/demo` contradicts --namespace other" in output) == (2, True)

@@ -1,4 +1,4 @@
-"""`stagecoach logs` of a cluster's run: from pods while they are there, from the store when they are gone."""
+"""`stagecoach logs` of a cluster's run: from pods while they exist, else from the store."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def spec(store: Store | None = None, **resources: int) -> dict[str, Any]:
 # -- from pods ---------------------------------------------------------------------------------------------------------
 
 
-def test_logs_of_a_living_attempt_come_from_its_pods(cluster: FakeCluster, cli: Cli) -> None:
+def test_logs_of_a_running_attempt_come_from_its_pods(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(sft(record()), spec=spec(nodes=2))
     cluster.add_pod(1).print("second")
     cluster.add_pod(0).print("first", "more")
@@ -60,13 +60,13 @@ def test_logs_of_a_living_attempt_come_from_its_pods(cluster: FakeCluster, cli: 
     assert cli("logs", "demo", "sft", "--rank", "1")[1].splitlines() == ["second", "sft, attempt 1"]
 
 
-def test_a_pod_that_has_not_started_is_told(cluster: FakeCluster, cli: Cli) -> None:
+def test_a_pod_that_has_not_started_is_reported(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(sft(record()), spec=spec())
     name = cluster.add_pod(waiting={"reason": "ContainerCreating"}).body["metadata"]["name"]
     assert f"{name} has not started: ContainerCreating" in cli("logs", "demo")[1]
 
 
-def test_a_finished_attempt_whose_pods_are_all_there_needs_no_store(cluster: FakeCluster, cli: Cli) -> None:
+def test_a_finished_attempt_whose_pods_all_exist_needs_no_store(cluster: FakeCluster, cli: Cli) -> None:
     cluster.add_run(sft(record(ended=True), state=StageState.SUCCEEDED), spec=spec())
     pod = cluster.add_pod()
     pod.print("done")
@@ -75,7 +75,7 @@ def test_a_finished_attempt_whose_pods_are_all_there_needs_no_store(cluster: Fak
 
 
 def test_following_ends_with_the_attempt(cluster: FakeCluster, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagecoach_cli.cluster.pod_logs.Follower.look_seconds", 0.01)
+    monkeypatch.setattr("stagecoach_cli.cluster.pod_logs.Follower.poll_seconds", 0.01)
     cluster.add_run(sft(record()), spec=spec())
     pod = cluster.add_pod()
     pod.print("working")
@@ -111,14 +111,14 @@ def test_an_ended_attempts_logs_come_from_the_store_rank_by_rank(cluster: FakeCl
     assert cli("logs", "demo", "--rank", "0")[1].splitlines()[0] == "another attempt's"
 
 
-def test_one_pod_that_is_left_of_several_does_not_stand_for_all(cluster: FakeCluster, store: Store, cli: Cli) -> None:
+def test_logs_come_from_the_store_if_only_some_pods_still_exist(cluster: FakeCluster, store: Store, cli: Cli) -> None:
     cluster.add_run(sft(record(ended=True)), spec=spec(store, nodes=2))
     cluster.add_pod(1).print("left")
     keep(store, 0, "whole\n")
     assert "whole" in cli("logs", "demo")[1].splitlines()
 
 
-def test_the_storage_may_be_named_and_is_known_by_an_artifact(cluster: FakeCluster, store: Store, cli: Cli) -> None:
+def test_the_storage_is_read_from_an_option_or_an_artifacts_uri(cluster: FakeCluster, store: Store, cli: Cli) -> None:
     uri = f"{store.uri}/artifacts/{'b' * 64}/output"
     made = stage_status(
         "data", StageState.SUCCEEDED, artifact={"uri": uri, "stageDigest": "b" * 64, "contentDigest": DIGEST}
@@ -135,7 +135,7 @@ def test_the_storage_may_be_named_and_is_known_by_an_artifact(cluster: FakeClust
     assert "kept" in cli("logs", "demo", *options)[1].splitlines()
 
 
-def test_an_attempt_that_the_status_has_forgotten_is_found_all_the_same(
+def test_logs_of_an_attempt_that_is_no_longer_in_the_status_are_found(
     cluster: FakeCluster, store: Store, cli: Cli
 ) -> None:
     forgotten = {"infrastructure": 4, "digest": DIGEST, "until": "2026-11-22T10:00:00Z"}
@@ -144,9 +144,7 @@ def test_an_attempt_that_the_status_has_forgotten_is_found_all_the_same(
     assert "long ago" in cli("logs", "demo", "sft", "--attempt", "2")[1].splitlines()
 
 
-def test_no_logs_anywhere_is_told_with_the_place_that_was_looked_at(
-    cluster: FakeCluster, store: Store, cli: Cli
-) -> None:
+def test_missing_logs_are_reported_with_their_prefix_in_the_store(cluster: FakeCluster, store: Store, cli: Cli) -> None:
     cluster.add_run(sft(record(ended=True)), spec=spec(store))
     code, output = cli("logs", "demo")
     assert code == 1
@@ -156,31 +154,31 @@ def test_no_logs_anywhere_is_told_with_the_place_that_was_looked_at(
 def test_logs_are_sorted_by_rank_then_start(store: Store) -> None:
     for rank, started in ((1, T0 + 5), (0, T0 + 9), (1, T0), (12, T0)):
         keep(store, rank, "", started)
-    assert [item.told for item in stored_logs(store, DIGEST, 1)] == [(0, T0 + 9), (1, T0), (1, T0 + 5), (12, T0)]
+    assert [item.name for item in stored_logs(store, DIGEST, 1)] == [(0, T0 + 9), (1, T0), (1, T0 + 5), (12, T0)]
 
 
 # -- which attempt -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
-        (("sft", "--attempt", "7"), "has no attempt 7 of sft; there are: sft 1"),
-        (("gone",), "has no attempt of gone; there are: sft 1"),
-        (("gone", "-f"), "has no attempt of gone; there are: sft 1"),
-        (("sft", "--rank", "2"), "--rank 2: sft has 2 ranks, from 0 on"),
+        (("sft", "--attempt", "7"), "has no attempt 7 of sft; known attempts: sft 1"),
+        (("gone",), "has no attempt of gone; known attempts: sft 1"),
+        (("gone", "-f"), "has no attempt of gone; known attempts: sft 1"),
+        (("sft", "--rank", "2"), "--rank 2: sft has 2 ranks, from rank 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_there_is_not_is_told_with_what_there_is(
-    arguments: tuple[str, ...], told: str, cluster: FakeCluster, cli: Cli
+def test_unknown_attempts_and_ranks_are_reported_with_the_known_ones(
+    arguments: tuple[str, ...], text: str, cluster: FakeCluster, cli: Cli
 ) -> None:
     cluster.add_run(sft(record()), spec=spec(nodes=2))
     code, output = cli("logs", "demo", *arguments)
-    assert (code, told in output) == (2, True), output
+    assert (code, text in output) == (2, True), output
 
 
-def test_following_waits_for_an_attempt_to_come_unless_the_run_is_over(
+def test_following_waits_for_an_attempt_to_start_unless_the_run_is_over(
     cluster: FakeCluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stagecoach_cli.commands.logs.CLUSTER_POLL_SECONDS", 0.01)
@@ -199,7 +197,7 @@ def test_following_waits_for_an_attempt_to_come_unless_the_run_is_over(
     cluster.requests = Requests()
     code, output = cli("logs", "demo", "-f")
     assert (code, output.splitlines()[0]) == (0, "begun")
-    assert output.count("has not begun yet; waiting") == 1
+    assert output.count("has not started yet; waiting") == 1
     cluster.set_status(failed_status(1))
     assert cli("logs", "demo", "-f")[0] == 2
 
@@ -207,7 +205,7 @@ def test_following_waits_for_an_attempt_to_come_unless_the_run_is_over(
 # -- artifacts ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_artifact_of_a_clusters_run_is_fetched_by_its_name(cluster: FakeCluster, store: Store, cli: Cli) -> None:
+def test_an_artifact_of_a_clusters_run_is_downloaded_by_its_name(cluster: FakeCluster, store: Store, cli: Cli) -> None:
     item = StoredObject(path="model", size=7, sha256=hashlib.sha256(b"weights").hexdigest())
     store.write(f"{output_prefix(DIGEST)}/model", b"weights")
     manifest = Manifest(
@@ -228,7 +226,7 @@ def test_an_artifact_of_a_clusters_run_is_fetched_by_its_name(cluster: FakeClust
         assert (code, Path(f"copy-{index}/model").read_bytes()) == (0, b"weights"), output
     assert cli("artifacts", "verify", "demo/sft")[0] == 0
     code, output = cli("artifacts", "get", "gone/sft", "copy")
-    assert (code, "no run `gone` in namespace `team`; there are: demo" in output) == (2, True)
+    assert (code, "no run `gone` in namespace `team`; known runs: demo" in output) == (2, True)
     cluster.add_run(spec={"stages": []})
     code, output = cli("artifacts", "get", "demo/sft", "copy")
-    assert (code, "name that by --storage" in output) == (1, True)
+    assert (code, "the operator's storage; give it by --storage" in output) == (1, True)

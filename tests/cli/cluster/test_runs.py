@@ -1,4 +1,4 @@
-"""A cluster's run as it is shown: the table's rows, and what is told beside it."""
+"""A cluster's run: the rows of its table, and its warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionType, Reason, StageState
 from stagecoach_cli.cluster.api import ClusterError
-from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, digests_in_use, snapshot_of, troubles_of
+from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, digests_in_use, snapshot_of, warnings_of
 from stagecoach_cli.display.live import describe
 from stagecoach_core.values import RunState
 from tests.cli.cluster.makers import FakeCluster, condition, failed_status, stage_status, status_of, suspended_status
@@ -33,7 +33,7 @@ def run_of(*stages: Any, **fields: Any) -> ClusterRun:
     return cluster_run(FakeCluster().add_run(*stages, **fields))
 
 
-def test_a_stage_is_shown_with_all_that_its_status_tells() -> None:
+def test_a_stage_is_shown_with_everything_in_its_status() -> None:
     working = stage_status(
         state="Running",
         attempt=3,
@@ -53,7 +53,7 @@ def test_a_stage_is_shown_with_all_that_its_status_tells() -> None:
     assert describe(row) == ("train  1.2k/4k tokens  5 m 00 s left  restarted: infrastructure × 1, preemption × 1")
 
 
-def test_finished_stages_tell_their_time_and_their_storage() -> None:
+def test_finished_stages_have_their_time_and_show_the_storage() -> None:
     artifact = {"uri": f"s3://kept/here/artifacts/{DIGEST}/output", "stageDigest": DIGEST, "contentDigest": OTHER}
     times = {"started": "2026-11-22T10:00:00Z", "finished": "2026-11-22T10:01:15Z"}
     done = stage_status(state="Succeeded", digest=DIGEST, artifact=artifact, **times)
@@ -63,22 +63,22 @@ def test_finished_stages_tell_their_time_and_their_storage() -> None:
     assert snapshot.storage == "s3://kept/here"
 
 
-def test_a_run_nobody_has_looked_at_shows_the_stages_of_its_spec() -> None:
+def test_a_run_that_no_operator_has_seen_shows_the_stages_of_its_spec() -> None:
     body = FakeCluster().add_run()
     body["status"] = {}
     run = cluster_run(body)
     assert [(row.name, row.view.waiting_for) for row in snapshot_of(run, NOW).rows] == [("sft", "the operator")]
-    assert troubles_of(run) == ["no operator has looked at it yet; does one watch this namespace?"]
+    assert warnings_of(run) == ["no operator has seen the run yet; check that an operator watches this namespace"]
 
 
 @pytest.mark.parametrize(
     ("given", "lines"),
     [
-        pytest.param((), [], id="a run that is well"),
+        pytest.param((), [], id="a healthy run"),
         pytest.param(
             (condition(ConditionType.QUOTA_RESERVED, False, Reason.WAITING_FOR_QUOTA, f"stage `sft`: {WAITS}"),),
             [f"QuotaReserved is False, WaitingForQuota: stage `sft`: {WAITS}"],
-            id="a queue's own words",
+            id="a queue's message",
         ),
         pytest.param(
             (condition(ConditionType.PROGRESSING, True, Reason.UNSCHEDULABLE, "stage `sft`: 0/4 nodes are available"),),
@@ -88,7 +88,7 @@ def test_a_run_nobody_has_looked_at_shows_the_stages_of_its_spec() -> None:
         pytest.param(
             (condition(ConditionType.PROGRESSING, False, Reason.JOBSET_NOT_INSTALLED, "install JobSet"),),
             ["Progressing is False, JobSetNotInstalled: install JobSet"],
-            id="what keeps the operator",
+            id="a missing prerequisite",
         ),
         pytest.param(
             (
@@ -96,7 +96,7 @@ def test_a_run_nobody_has_looked_at_shows_the_stages_of_its_spec() -> None:
                 condition(ConditionType.PROGRESSING, False, Reason.INVALID_SPEC, "the run is not accepted"),
             ),
             ["Accepted is False, InvalidSpec: spec.stages[0]: cycle"],
-            id="a refusal is told once",
+            id="a rejection is shown once",
         ),
         pytest.param(
             (condition(ConditionType.SUSPENDED, False, Reason.STOPPING_STAGES, "`sft` end at a checkpoint"),),
@@ -105,20 +105,20 @@ def test_a_run_nobody_has_looked_at_shows_the_stages_of_its_spec() -> None:
         ),
     ],
 )
-def test_conditions_that_are_not_as_they_should_be_are_told_word_for_word(given: Any, lines: list[str]) -> None:
-    assert troubles_of(run_of(status=status_of(stage_status(), conditions=given))) == lines
+def test_conditions_that_need_attention_are_shown_unchanged(given: Any, lines: list[str]) -> None:
+    assert warnings_of(run_of(status=status_of(stage_status(), conditions=given))) == lines
 
 
-def test_what_was_said_of_an_older_spec_does_not_hold() -> None:
+def test_conditions_of_an_older_spec_are_ignored() -> None:
     old = run_of(status=suspended_status(1, stage_status()), generation=2)
-    assert not old.holds(ConditionType.SUSPENDED)
-    assert "the operator has not seen the newest edit yet" in troubles_of(old)
-    assert run_of(status=suspended_status(2), generation=2).holds(ConditionType.SUSPENDED)
+    assert not old.is_true(ConditionType.SUSPENDED)
+    assert "the operator has not seen the newest edit yet" in warnings_of(old)
+    assert run_of(status=suspended_status(2), generation=2).is_true(ConditionType.SUSPENDED)
 
 
-def test_a_run_that_is_being_deleted_says_so() -> None:
+def test_a_run_that_is_being_deleted_has_a_warning() -> None:
     run = run_of(stage_status(), generation=2, deletionTimestamp="2026-11-22T10:00:00Z")
-    assert troubles_of(run) == ["it is being deleted, and goes when its pods have ended"]
+    assert warnings_of(run) == ["the run is being deleted: it is removed when its pods have ended"]
 
 
 def test_a_cancelled_run_is_over_and_no_other_failure_is_a_cancellation() -> None:
@@ -128,7 +128,7 @@ def test_a_cancelled_run_is_over_and_no_other_failure_is_a_cancellation() -> Non
     assert (failed.is_over, failed.is_cancelled) == (True, False)
 
 
-def test_attempts_come_in_the_order_of_their_start_with_the_labels_of_their_pods() -> None:
+def test_attempts_are_sorted_by_start_and_select_their_pods_by_label() -> None:
     first = stage_status(
         "a", attempts=[attempt(1, ended="2026-11-22T10:00:09Z"), attempt(2, started="2026-11-22T10:00:10Z")]
     )
@@ -144,17 +144,17 @@ def test_attempts_come_in_the_order_of_their_start_with_the_labels_of_their_pods
     )
 
 
-def test_digests_in_use_are_those_of_stages_of_living_attempts_and_of_inputs() -> None:
+def test_digests_in_use_are_those_of_stages_live_attempts_and_inputs() -> None:
     ended = attempt(1, digest="c" * 64, ended="2026-11-22T10:00:09Z")
     stage = stage_status(digest=DIGEST, attempts=[ended, attempt(2, digest="d" * 64)])
     spec = {"stages": [{"name": "sft", "sft": {"model": {"uri": f"s3://models/x/artifacts/{'e' * 64}/output"}}}]}
     assert digests_in_use(FakeCluster().add_run(stage, spec=spec)) == {DIGEST, "d" * 64, "e" * 64}
 
 
-def test_a_status_of_another_version_is_told_in_words() -> None:
+def test_a_status_of_another_version_is_reported_with_what_to_do() -> None:
     body = FakeCluster().add_run(stage_status())
     body["status"]["stages"][0]["mood"] = "good"
     with pytest.raises(
-        ClusterError, match=r"status\.stages\.0\.mood.*install the `stagecoach` of the operator's version"
+        ClusterError, match=r"status\.stages\.0\.mood.*install the same version of `stagecoach` as the operator's"
     ):
         cluster_run(body)

@@ -1,4 +1,4 @@
-"""What people see, as text: live rows, plain lines, the tables at the end."""
+"""The terminal output, as text: the live table, plain lines, the tables at the end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stagecoach_api.outcomes import Cause
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.store import open_store
 from stagecoach_cli.display.live import LiveView, PlainView, render_rows
-from stagecoach_cli.display.numbers import duration, metric, quantity, words
+from stagecoach_cli.display.numbers import duration, metric, metric_label, quantity
 from stagecoach_cli.display.summary import (
-    Change,
+    BeforeAfter,
     accuracy,
     bits_per_character,
     print_failures,
@@ -108,28 +108,28 @@ def test_the_live_table_shows_every_state() -> None:
     assert text_of(render_rows(snapshot(*rows()), width=100)) == (GOLDEN / "live.txt").read_text(encoding="utf-8")
 
 
-def test_a_narrow_terminal_keeps_room_for_the_words() -> None:
+def test_a_narrow_terminal_keeps_room_for_the_description() -> None:
     lines = text_of(render_rows(snapshot(*rows()), width=80), width=80).splitlines()
     assert lines[2] == "▶  base     ━━━         train  123k/400k tokens  loss 3.422  tokens/…       42 s"
 
 
-def test_a_terminal_without_unicode_gets_plain_marks() -> None:
+def test_a_terminal_without_unicode_gets_ascii_icons() -> None:
     lines = text_of(render_rows(snapshot(*rows()), width=100, ascii_only=True)).splitlines()
     assert [line[0] for line in lines] == ["+", "+", ">", ">", "#", ".", "r", "x", "-"]
 
 
-def test_the_live_view_draws_and_leaves_the_terminal() -> None:
+def test_the_live_view_draws_tables_and_messages_and_closes() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     view = LiveView(console)
     view.show(snapshot(*rows()))
-    view.say("stopping")
+    view.notify("stopping")
     view.close()
     assert isinstance(console.file, io.StringIO)
     assert "pretrain" in console.file.getvalue()
     assert "stopping" in console.file.getvalue()
 
 
-def test_plain_lines_tell_changes_at_once_and_progress_every_15_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_show_changes_at_once_and_progress_every_15_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.localtime", lambda seconds=None: __import__("time").gmtime(seconds))
     console = Console(file=io.StringIO(), width=160, color_system=None)
     view = PlainView(console)
@@ -153,20 +153,20 @@ def test_plain_lines_tell_changes_at_once_and_progress_every_15_seconds(monkeypa
     ]
 
 
-def test_a_retry_is_told_with_its_attempt() -> None:
+def test_a_retry_is_shown_with_its_attempt() -> None:
     console = Console(file=io.StringIO(), width=160, color_system=None)
     view = PlainView(console)
     for attempt, state in ((1, StageState.RUNNING), (1, StageState.RETRYING), (2, StageState.RUNNING)):
         view.show(snapshot(row("one", "data", StageView(state, digest("a"), attempt=attempt, message="killed"))))
     assert isinstance(console.file, io.StringIO)
-    told = [line.split(" ", 1)[1] for line in console.file.getvalue().splitlines()]
-    assert told == ["one: started", "one: tries again: killed", "one: started, attempt 2"]
+    lines = [line.split(" ", 1)[1] for line in console.file.getvalue().splitlines()]
+    assert lines == ["one: started", "one: retrying: killed", "one: started, attempt 2"]
 
 
 # -- at the end --------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_at_the_end_hold_every_figure(tmp_path: Path) -> None:
+def test_the_tables_at_the_end_have_every_metric(tmp_path: Path) -> None:
     stages = (
         ("words", "tokenizer", "a", 0, {"tokensPerCharacter.zh.before": 2.871, "tokensPerCharacter.zh.after": 0.7123}),
         (
@@ -205,47 +205,47 @@ def test_a_failed_stage_shows_cause_message_log_and_last_lines(tmp_path: Path) -
     assert lines[5:] == [f"  | line {number}" for number in range(25, 40)]
 
 
-def test_held_out_figures_are_read_for_every_set_even_one_with_dots_in_its_name() -> None:
+def test_held_out_metrics_are_read_for_every_set_even_one_with_dots_in_its_name() -> None:
     metrics = {
         "heldOut.zh.v1.before.bitsPerCharacter": 4.0,
         "heldOut.zh.v1.bitsPerCharacter": 3.0,
         "heldOut.en.bitsPerCharacter": 2.0,
         "heldOut.en.loss": 1.0,
     }
-    assert bits_per_character(metrics) == {"zh.v1": Change(4.0, 3.0), "en": Change(None, 2.0)}
-    assert tokens_per_character({"tokensPerCharacter.zh.after": 0.5}) == {"zh": Change(None, 0.5)}
+    assert bits_per_character(metrics) == {"zh.v1": BeforeAfter(4.0, 3.0), "en": BeforeAfter(None, 2.0)}
+    assert tokens_per_character({"tokensPerCharacter.zh.after": 0.5}) == {"zh": BeforeAfter(None, 0.5)}
 
 
-def test_what_alignment_came_to_is_told_by_set_and_by_figure() -> None:
-    told = {"heldOut.pairs.before.accuracy": 0.5, "heldOut.pairs.accuracy": 0.9, "heldOut.pairs.loss": 0.3}
-    assert accuracy(told) == {"pairs": Change(0.5, 0.9)}
+def test_alignment_metrics_are_selected_by_set_and_by_name() -> None:
+    metrics = {"heldOut.pairs.before.accuracy": 0.5, "heldOut.pairs.accuracy": 0.9, "heldOut.pairs.loss": 0.3}
+    assert accuracy(metrics) == {"pairs": BeforeAfter(0.5, 0.9)}
     assert rewards_of({"reward": 1.5, "kl": 0.2, "policyLoss": 0.1}) == {"reward": 1.5, "kl": 0.2}
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.4, "42 s"), (185, "3 m 05 s"), (7620, "2 h 07 m"), (273_600, "3 d 04 h")],
 )
-def test_durations_read_well(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_are_formatted_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [(0, "0"), (812, "812"), (999.9, "1k"), (12_345, "12.3k"), (4_200_000, "4.2M"), (1.57e9, "1.57B"), (2e12, "2T")],
 )
-def test_quantities_read_well(value: float, said: str) -> None:
-    assert quantity(value) == said
+def test_quantities_are_formatted_for_people(value: float, text: str) -> None:
+    assert quantity(value) == text
 
 
-def test_metrics_and_their_names_read_well() -> None:
+def test_metrics_and_their_names_are_formatted_for_people() -> None:
     assert [metric(value) for value in (3.42161, 18_200, float("nan"), 0.002)] == [
         "3.422",
         "18.2k",
-        "not a number",
+        "NaN",
         "0.002",
     ]
-    assert [words(name) for name in ("tokensPerSecond", "gradNorm", "loss")] == ["tokens/s", "grad norm", "loss"]
+    assert [metric_label(name) for name in ("tokensPerSecond", "gradNorm", "loss")] == ["tokens/s", "grad norm", "loss"]
