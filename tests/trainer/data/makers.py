@@ -41,7 +41,7 @@ class FolderContext(StageContext):
 def make_context(
     folder: Path, seed: int = 1, stages: Mapping[str, Path] | None = None, store: Store | None = None
 ) -> FolderContext:
-    """Return a context that works below `folder`; its store lies there too, unless one is given."""
+    """Return a context that works below `folder`, where its store is, too, unless one is given."""
     work = folder / f"work-{seed}"
     (work / "output").mkdir(parents=True)
     resolved = ResolvedStage(

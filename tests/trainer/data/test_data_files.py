@@ -48,10 +48,10 @@ ARRAY = json.dumps(VALUES, ensure_ascii=False, indent=2).encode()
         pytest.param("a.json", json.dumps(VALUES).encode(), id="an array on one line"),
         pytest.param("a.json", LINES, id="JSON lines called .json"),
         pytest.param("a.json", ARRAY[1:-1].replace(b"},\n  {", b"}\n{"), id="indented objects one after another"),
-        pytest.param("part-0", ARRAY, id="an array without a telling name"),
+        pytest.param("part-0", ARRAY, id="an array with an unknown suffix"),
     ],
 )
-def test_the_same_values_come_out_of_every_json_layout(tmp_path: Path, name: str, data: bytes, suffix: str) -> None:
+def test_every_json_layout_yields_the_same_values(tmp_path: Path, name: str, data: bytes, suffix: str) -> None:
     assert values(write(tmp_path / (name + suffix), data)) == VALUES
 
 
@@ -65,7 +65,7 @@ def test_parquet_rows_are_values(tmp_path: Path, suffix: str) -> None:
     assert [raw.line for raw in found] == list(range(1, 1401))
 
 
-def test_small_chunks_give_the_same_values_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_yield_the_same_values_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     array = write(tmp_path / "a.json", ARRAY)
     lines = write(tmp_path / "a.jsonl", LINES)
     expected = read(array), read(lines)
@@ -73,12 +73,12 @@ def test_small_chunks_give_the_same_values_and_lines(tmp_path: Path, monkeypatch
     assert (read(array), read(lines)) == expected
 
 
-def test_values_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
+def test_values_carry_the_line_they_begin_on(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'[\n{"a": 1},\n{\n"a":\n2},\n\n{"a": 3}]')
     assert [raw.line for raw in read(path)] == [2, 3, 7]
 
 
-def test_text_is_parted_by_blank_lines_or_else_by_lines(tmp_path: Path) -> None:
+def test_text_is_split_at_blank_lines_or_else_at_lines(tmp_path: Path) -> None:
     poems = write(tmp_path / "poems.txt", "\n\n春眠\r\n不觉晓\r\n \t\n\n处处\n闻啼鸟\n".encode())
     assert [(raw.line, raw.value) for raw in read(poems)] == [
         (3, {"text": "春眠\n不觉晓"}),
@@ -106,7 +106,7 @@ def test_text_is_parted_by_blank_lines_or_else_by_lines(tmp_path: Path) -> None:
         pytest.param("a.txt", b"one\n\ntw\xc0\n\nthree", 3, "bad UTF-8", id="bad UTF-8 in text"),
     ],
 )
-def test_what_cannot_be_read_is_named_and_the_rest_is_read(
+def test_unreadable_values_are_reported_and_the_rest_is_read(
     tmp_path: Path, name: str, data: bytes, line: int, reason: str
 ) -> None:
     first, bad, last = read(write(tmp_path / name, data))
@@ -125,13 +125,15 @@ def test_an_array_that_ends_badly_is_malformed(tmp_path: Path, data: bytes, reas
     assert reason in (bad.error or "")
 
 
-def test_an_object_without_an_end_stops_the_reading_with_its_line(tmp_path: Path) -> None:
+def test_an_unclosed_object_stops_reading_and_names_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'[{"a": 1},\n{"a": "no end},\n{"a": 3}]')
     with pytest.raises(UserError, match=r"a\.json:2: the end of the JSON object"):
         read(path)
 
 
-def test_a_line_beyond_the_limit_is_malformed_and_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_beyond_the_limit_is_malformed_and_never_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit = 1 << 20
     monkeypatch.setattr(files, "MAX_RECORD_BYTES", limit)
     monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 16)
@@ -152,18 +154,18 @@ def test_a_line_beyond_the_limit_is_malformed_and_never_held(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_truncated_archive_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_a_truncated_archive_is_rejected_by_name(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, LINES * 5000)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=rf"{name}: the archive is damaged"):
         read(path)
 
 
-def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet: row 1: the Parquet file cannot be read"):
         read(write(tmp_path / "a.parquet", b"PAR1 but not really"))
 
 
-def test_a_file_of_no_known_layout_is_refused_with_the_layouts(tmp_path: Path) -> None:
+def test_a_file_of_unknown_layout_is_rejected_with_the_allowed_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.bin: .*\.jsonl.*\.parquet"):
         read(write(tmp_path / "a.bin", b"\0\1\2"))

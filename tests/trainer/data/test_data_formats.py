@@ -36,7 +36,7 @@ def parse(value: dict[str, Any], format_: Format = Format.AUTO, fields: FieldMap
             {"instruction": "do", "input": "it", "output": "done"},
             Format.ALPACA,
             Record(messages=(Turn(USER, "do", "it"), Turn(ASSISTANT, "done"))),
-            id="alpaca keeps instruction and input apart",
+            id="alpaca keeps instruction and input separate",
         ),
         pytest.param(
             {"instruction": "do", "input": None, "output": "done", "system": "be kind"},
@@ -104,13 +104,13 @@ def parse(value: dict[str, Any], format_: Format = Format.AUTO, fields: FieldMap
         ),
     ],
 )
-def test_each_layout_is_told_from_its_record_and_read(value: dict[str, Any], format_: Format, expected: Record) -> None:
+def test_each_layout_is_detected_and_parsed(value: dict[str, Any], format_: Format, expected: Record) -> None:
     assert detect_format(value, NO_FIELDS) is format_
     assert parse(value) == expected
     assert parse(value, format_) == expected
 
 
-def test_fields_are_read_under_the_names_given() -> None:
+def test_fields_are_read_under_configured_names() -> None:
     assert parse({"body": "a", "text": "b"}, fields=FieldMapping(text="body")).text == "a"
     names = FieldMapping(instruction="question", input="context", output="answer")
     found = parse({"question": "q", "context": "c", "answer": "a"}, fields=names)
@@ -141,7 +141,9 @@ def test_fields_are_read_under_the_names_given() -> None:
         pytest.param({"messages": [{"role": "user"}]}, Format.MESSAGES, "`content` must be a string", id="no content"),
     ],
 )
-def test_what_is_no_record_is_told_with_field_and_value(value: dict[str, Any], format_: Format, message: str) -> None:
+def test_a_malformed_record_is_reported_with_field_and_value(
+    value: dict[str, Any], format_: Format, message: str
+) -> None:
     with pytest.raises(RecordError, match=message):
         parse(value, format_)
 

@@ -52,7 +52,7 @@ HH = {
             {"system": "s", "question": "q", "chosen": "good", "rejected": "bad"},
             Format.PAIRS,
             (Turn(Role.SYSTEM, "s"), *QUESTION),
-            id="a system prompt apart",
+            id="a separate system prompt",
         ),
         pytest.param(
             {
@@ -75,7 +75,7 @@ HH = {
             id="messages, an answer as a turn and one as a list",
         ),
         pytest.param(HH, Format.PAIRS, QUESTION, id="two conversations with the prompt in common"),
-        pytest.param({"prompt": "q", **HH}, Format.PAIRS, QUESTION, id="the prompt both apart and in front"),
+        pytest.param({"prompt": "q", **HH}, Format.PAIRS, QUESTION, id="the prompt both separate and repeated"),
         pytest.param(
             {"prompt": "q", "system": "s", **HH}, Format.PAIRS, (Turn(Role.SYSTEM, "s"), *QUESTION), id="both"
         ),
@@ -100,9 +100,7 @@ HH = {
         ),
     ],
 )
-def test_each_layout_is_told_from_its_record_and_read(
-    value: dict[str, Any], format_: Format, expected: tuple[Turn, ...]
-) -> None:
+def test_each_layout_is_detected_and_parsed(value: dict[str, Any], format_: Format, expected: tuple[Turn, ...]) -> None:
     assert detect_format(value, NO_FIELDS) is format_
     assert parse(value, format_) == Record(messages=expected, answers=PAIR)
 
@@ -110,7 +108,7 @@ def test_each_layout_is_told_from_its_record_and_read(
 @pytest.mark.parametrize(
     ("label", "liked"), [(True, True), (False, False), (1, True), (0, False), ("good", True), ("Bad", False)]
 )
-def test_labels_say_whether_an_answer_is_good(label: object, liked: bool) -> None:
+def test_labels_mark_an_answer_as_good_or_bad(label: object, liked: bool) -> None:
     value = {"prompt": "q", "completion": "a", "label": label}
     assert detect_format(value, NO_FIELDS) is Format.LABELS
     assert parse(value, Format.LABELS).answers == (Answer("a", liked=liked),)
@@ -122,7 +120,7 @@ def test_equal_ranks_and_scores_are_ties() -> None:
     assert [(answer.content, answer.rank) for answer in found.answers] == [("b", 1), ("d", 2), ("a", 3), ("c", 3)]
 
 
-def test_fields_are_read_under_the_names_given() -> None:
+def test_fields_are_read_under_configured_names() -> None:
     fields = FieldMapping(prompt="ask", chosen="win", rejected="lose", answers="said", completion="reply", label="ok")
     values = [
         ({"ask": "q", "win": "good", "lose": "bad", "prompt": "no"}, Format.PAIRS),
@@ -152,15 +150,13 @@ COMPARED = {"user_input": "q", "completion_a": "good", "completion_b": "bad"}
         ({"score_a": 3, "score_b": 3}, 1),
     ],
 )
-def test_a_comparison_may_say_that_a_is_preferred_or_that_both_are_equal(
-    more: dict[str, Any], second_rank: int
-) -> None:
+def test_a_comparison_may_prefer_a_or_declare_a_tie(more: dict[str, Any], second_rank: int) -> None:
     found = parse({**COMPARED, **more}, Format.COMPARISON)
     assert [answer.rank for answer in found.answers] == [1, second_rank]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "got"),
     [
         ({"preferred": "b"}, "`preferred` is 'b'"),
         ({"winner": "completion_b"}, "`winner` is 'completion_b'"),
@@ -172,17 +168,15 @@ def test_a_comparison_may_say_that_a_is_preferred_or_that_both_are_equal(
         ({"rank_a": 2, "rank_b": 1}, "`rank_a` is 2 and `rank_b` 1"),
     ],
 )
-def test_a_comparison_that_contradicts_itself_is_an_error_with_its_line(
-    tmp_path: Path, more: dict[str, Any], said: str
-) -> None:
+def test_a_contradictory_comparison_is_an_error_with_its_line(tmp_path: Path, more: dict[str, Any], got: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [COMPARED, {**COMPARED, **more}])
-    with pytest.raises(UserError, match=rf"a\.jsonl:2: `completion_a` must be the preferred answer, but {said}; swap"):
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: `completion_a` must be the preferred answer, but {got}; swap"):
         list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
 
 
-@pytest.mark.parametrize("said", ["high", "", "1_0", "9/10", "nan", "inf", True, [3], pytest.param(10**400, id="huge")])
-def test_a_score_that_is_no_number_is_an_error_with_its_line(tmp_path: Path, said: object) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [COMPARED, {**COMPARED, "score_a": said}])
+@pytest.mark.parametrize("mark", ["high", "", "1_0", "9/10", "nan", "inf", True, [3], pytest.param(10**400, id="huge")])
+def test_a_score_that_is_not_numeric_is_an_error_with_its_line(tmp_path: Path, mark: object) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [COMPARED, {**COMPARED, "score_a": mark}])
     with pytest.raises(UserError, match=r"a\.jsonl:2: `score_a` must be a number, got "):
         list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
 
@@ -252,7 +246,7 @@ def test_ranks_and_scores_may_be_numbers_in_quotes(key: str, marks: tuple[str, s
             {"prompt": "q", "answers": [{"text": "a", "score": float("nan")}, {"text": "b", "score": 1}]},
             Format.RANKED,
             "got nan",
-            id="a score that is no number",
+            id="a score that is not numeric",
         ),
         pytest.param(
             {"prompt": "q", "completion": "a", "label": "so so"}, Format.LABELS, "\"bad\", got 'so so'", id="so so"
@@ -261,12 +255,12 @@ def test_ranks_and_scores_may_be_numbers_in_quotes(key: str, marks: tuple[str, s
         pytest.param({"prompt": "q", "completion": "a"}, Format.LABELS, "got no such field", id="no label"),
     ],
 )
-def test_what_is_no_preference_is_told_with_the_field(value: dict[str, Any], format_: Format, message: str) -> None:
+def test_a_malformed_preference_is_reported_by_field(value: dict[str, Any], format_: Format, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         parse(value, format_)
 
 
-def test_questions_with_answers_in_other_shapes_are_no_rankings() -> None:
+def test_questions_with_answers_in_other_shapes_are_not_rankings() -> None:
     dialogue = {"messages": [turn("user", "q"), turn("assistant", "a")], "answers": {"text": ["a"]}}
     assert detect_format(dialogue, NO_FIELDS) is Format.MESSAGES
     assert detect_format({"text": "a", "label": 1}, NO_FIELDS) is Format.TEXT
@@ -279,7 +273,7 @@ def data_stage(path: Path, **fields: Any) -> DataStage:
     return DataStage.model_validate({"sources": [{"uri": str(path)}], **fields}, by_alias=True, by_name=False)
 
 
-def test_the_real_file_goes_through_a_data_stage_and_comes_back(tmp_path: Path) -> None:
+def test_a_real_file_survives_a_round_trip_through_a_data_stage(tmp_path: Path) -> None:
     path = SHARED / "preference" / "comparison_zh.json"
     context = make_context(tmp_path)
     original = list(read_records(context, RecordSource(uri=str(path))))
@@ -291,7 +285,7 @@ def test_the_real_file_goes_through_a_data_stage_and_comes_back(tmp_path: Path) 
     assert back == original
 
 
-def test_records_with_one_prompt_stay_in_one_part(tmp_path: Path) -> None:
+def test_records_with_the_same_prompt_stay_in_one_split(tmp_path: Path) -> None:
     values = [
         {"prompt": f"question {number % 40}", "completion": f"answer {number}", "label": number % 2 == 0}
         for number in range(400)
@@ -332,7 +326,7 @@ def test_steps_see_and_clean_the_answers(tmp_path: Path) -> None:
     assert [[answer.content for answer in record.answers] for record in found] == [["good", "bad"], ["bad", "good"]]
 
 
-def test_hashes_tell_answers_and_ranks_apart_but_not_for_the_prompt() -> None:
+def test_content_hashes_depend_on_answers_and_ranks_but_prompt_hashes_do_not() -> None:
     records = [
         Record(messages=QUESTION, answers=answers)
         for answers in (PAIR, PAIR[::-1], (Answer("good", liked=True),), (Answer("good", liked=False),), ())
@@ -351,7 +345,7 @@ def test_the_canonical_form_has_turns_and_verdicts() -> None:
     assert record.content == "q\ngood\nbad\nso"
 
 
-def test_a_preference_record_is_no_conversation() -> None:
+def test_a_preference_record_is_not_a_conversation() -> None:
     with pytest.raises(UserError, match=r"a:1: a preference record.*`rewardModel` or `dpo`.*`sft` with `hindsight`"):
         require_no_answers(Record(messages=QUESTION, answers=PAIR, where="a:1"))
     conversation = Record(messages=QUESTION)

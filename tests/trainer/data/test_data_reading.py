@@ -28,7 +28,7 @@ from tests.trainer.data.makers import make_context, write_jsonl
         ("sft/toolcall_sharegpt_zh.json", 300, 4),
     ],
 )
-def test_real_files_are_read_wholly_without_settings(tmp_path: Path, name: str, count: int, turns: int) -> None:
+def test_real_files_are_read_completely_without_settings(tmp_path: Path, name: str, count: int, turns: int) -> None:
     path = SHARED / name
     records = list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
     assert len(records) == count
@@ -45,7 +45,7 @@ def test_classical_poems_equal_plain_json(tmp_path: Path) -> None:
     assert [record.text for record in records] == expected
 
 
-def test_a_glob_reads_only_what_it_matches_in_order_of_names(tmp_path: Path) -> None:
+def test_a_glob_reads_only_matching_files_in_order_of_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.json"):
         write_jsonl(tmp_path / "in" / name, [{"text": f"{name} {n}"} for n in range(2)])
     source = RecordSource(uri=str(tmp_path / "in" / "*.jsonl"))
@@ -58,7 +58,7 @@ def test_a_glob_reads_only_what_it_matches_in_order_of_names(tmp_path: Path) -> 
     ]
 
 
-def test_a_folder_is_read_below_and_its_readme_is_not(tmp_path: Path) -> None:
+def test_a_folder_is_read_recursively_without_its_readme(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in" / "deep" / "a.jsonl", [{"text": "one"}])
     (tmp_path / "in" / "b.txt").write_text("two\n", encoding="utf-8")
     (tmp_path / "in" / "README.md").write_text("about this data\n", encoding="utf-8")
@@ -74,19 +74,19 @@ def test_a_malformed_record_stops_with_file_and_line(tmp_path: Path) -> None:
         list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
 
 
-def test_an_unknown_layout_stops_with_the_fields_there_are(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_rejected_with_the_fields_found(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q"}])
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the layout cannot be told from the fields \['question'\]"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the layout cannot be detected from the fields \['question'\]"):
         list(read_records(make_context(tmp_path), RecordSource(uri=str(path))))
 
 
-def test_a_text_file_among_conversations_is_refused(tmp_path: Path) -> None:
+def test_a_text_file_among_conversations_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.txt: a text file holds no `alpaca` records"):
+    with pytest.raises(UserError, match=r"a\.txt: a text file has no `alpaca` records"):
         list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "a.txt"), format=Format.ALPACA)))
 
 
-def test_a_split_that_is_empty_is_refused_with_advice(tmp_path: Path) -> None:
+def test_an_empty_split_is_rejected_with_advice(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     splits = {"train": {"shards": [], "records": 0}, "heldout": {"shards": [], "records": 0}}
     index = {"format": "text", "splits": splits, "sources": {}}
@@ -96,7 +96,7 @@ def test_a_split_that_is_empty_is_refused_with_advice(tmp_path: Path) -> None:
         list(read_records(context, RecordSource(stage="corpus", split=Split.HELD_OUT)))
 
 
-def test_a_record_shows_all_its_text() -> None:
+def test_the_content_of_a_record_is_all_its_text() -> None:
     record = Record(messages=(Turn(Role.USER, "do", "it"), Turn(Role.ASSISTANT, "done")))
     assert record.content == "do\nit\ndone"
     assert Record(text="a").content == "a"

@@ -78,6 +78,6 @@ def test_the_shuffle_moves_records_everywhere(tmp_path: Path) -> None:
     assert sum(place == number for place, number in enumerate(order)) < 10
 
 
-def test_equal_texts_do_not_stand_side_by_side(tmp_path: Path) -> None:
+def test_equal_texts_are_not_adjacent_after_shuffling(tmp_path: Path) -> None:
     order = shuffled(tmp_path, [str(number) for number in range(300) for _ in range(2)], 3, 1)
     assert sum(left == right for left, right in pairwise(order)) < 15

@@ -43,7 +43,7 @@ def content_of(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_real_poems_and_english_become_a_data_set_that_reads_back(tmp_path: Path) -> None:
+def test_a_data_set_of_real_poems_and_english_reads_back(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     config = stage(
         sources=[
@@ -64,7 +64,7 @@ def test_real_poems_and_english_become_a_data_set_that_reads_back(tmp_path: Path
     assert "| read | 3,000 | 30 | 3,030 |" in (context.output / "report.md").read_text(encoding="utf-8")
 
 
-def test_equal_runs_give_equal_bytes_and_another_seed_another_order(tmp_path: Path) -> None:
+def test_equal_runs_give_equal_bytes_and_another_seed_reorders(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"text {n % 90}"} for n in range(100)])
     config = stage(sources=[{"uri": str(path)}], heldOutShare=0.2, shardBytes=1024)
     contexts = [make_context(tmp_path / name, seed) for name, seed in (("x", 1), ("y", 1), ("z", 2))]
@@ -75,7 +75,7 @@ def test_equal_runs_give_equal_bytes_and_another_seed_another_order(tmp_path: Pa
     assert first["train/part-00000.jsonl.zst"] != other["train/part-00000.jsonl.zst"]
 
 
-def test_order_as_given_is_kept(tmp_path: Path) -> None:
+def test_order_as_given_keeps_the_order(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(200)]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     context = make_context(tmp_path)
@@ -114,7 +114,7 @@ def test_weights_write_records_more_or_less_often(tmp_path: Path) -> None:
     assert funnels["more"]["trainWritten"] == written["more"]
 
 
-def test_malformed_records_are_counted_named_and_left_out(tmp_path: Path) -> None:
+def test_malformed_records_are_counted_listed_and_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b"\n".join([b'{"text": "a"}', b'{"text": ', b'{"text": "\xff"}', b'{"txt": "b"}', b'{"text": "c"}'])
@@ -151,7 +151,7 @@ def test_only_the_first_twenty_malformed_records_are_listed(tmp_path: Path) -> N
         pytest.param(["ab", "cd"], {"heldOutShare": 1 - 1e-9}, "the split `train` is empty", id="all is held out"),
     ],
 )
-def test_an_empty_data_set_is_refused_with_the_reason(
+def test_an_empty_data_set_is_rejected_with_the_reason(
     tmp_path: Path, texts: list[str], fields: dict[str, Any], message: str
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
@@ -162,7 +162,7 @@ def test_an_empty_data_set_is_refused_with_the_reason(
 def test_documents_and_conversations_do_not_mix(tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     chat = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "q", "output": "a"}])
-    with pytest.raises(UserError, match=r"b\.jsonl:1: source b\.jsonl gives a conversation record"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: source b\.jsonl has a conversation record"):
         run(stage(sources=[{"uri": str(text)}, {"uri": str(chat)}]), make_context(tmp_path))
 
 
@@ -174,7 +174,7 @@ def test_the_stop_flag_interrupts(tmp_path: Path) -> None:
         run(stage(sources=[{"uri": str(path)}]), context)
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_sources_of_the_same_name_get_distinct_labels(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / name / "a.jsonl", [{"text": name}]) for name in ("x", "y")]
     context = make_context(tmp_path)
     run(stage(sources=[{"uri": str(path)} for path in paths]), context)
@@ -192,7 +192,7 @@ def test_a_glob_on_s3_is_read_like_a_folder(tmp_path: Path, s3_server: S3Server)
     assert [record.text for record in records_of(context)] == expected
 
 
-def test_a_lost_record_is_a_fault_that_raises() -> None:
+def test_a_lost_record_raises_runtime_error() -> None:
     funnel = Funnel(read=3, malformed=1, train=1)
     with pytest.raises(RuntimeError, match="funnel of x: 3 records read, 2 accounted for"):
         funnel.check("x")
@@ -218,7 +218,7 @@ STEPS: list[dict[str, Any]] = [
     steps=st.lists(st.sampled_from(STEPS), max_size=5),
     held_out_share=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_every_record_that_goes_in_is_written_or_dropped_for_a_reason(
+def test_every_record_read_is_written_or_dropped_for_a_reason(
     sources: list[tuple[list[bytes], float]], steps: list[dict[str, Any]], held_out_share: float
 ) -> None:
     with tempfile.TemporaryDirectory() as name:

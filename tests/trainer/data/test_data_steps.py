@@ -55,7 +55,7 @@ def test_normalize_cleans(text: str, expected: str) -> None:
     assert clean(expected) == expected
 
 
-def test_normalize_does_only_what_is_asked_for() -> None:
+def test_normalize_does_only_what_is_configured() -> None:
     assert clean("１２ Ａ", Normalize(unicode=UnicodeForm.NFKC)) == "12 A"
     untouched = Normalize(unicode=UnicodeForm.NONE, collapse_whitespace=False)
     assert clean(" e\u0301  \r\n", untouched) == " e\u0301  \r\n"
@@ -96,7 +96,7 @@ def test_normalize_cleans_every_turn_and_counts_changed_records() -> None:
             DataStep(character_share=CharacterShare(script=Script.CJK, at_least=0.5)),
             ["床前 ab", "床 abc", "，。", ""],
             [None, "characterShare.cjkShare", "characterShare.cjkShare", "characterShare.cjkShare"],
-            id="share of one script, blanks apart",
+            id="share of one script, ignoring whitespace",
         ),
         pytest.param(
             DataStep(character_share=CharacterShare(script=Script.ALPHANUMERIC, at_least=1.0)),
@@ -158,9 +158,9 @@ def test_conversations_are_duplicates_only_when_every_turn_is_equal() -> None:
     assert content_hash(base, b"another key") not in hashes
 
 
-def test_a_pattern_that_re2_has_not_is_refused_by_field() -> None:
+def test_a_pattern_that_re2_lacks_is_rejected_by_field() -> None:
     steps = [DataStep(length=Length()), DataStep(match=Match(drop=r"(a)\1"))]
-    with pytest.raises(UserError, match=r"steps\[1\]\.match\.drop: .*no RE2 pattern"):
+    with pytest.raises(UserError, match=r"steps\[1\]\.match\.drop: .*is not a valid RE2 pattern"):
         build_steps(steps)
 
 
@@ -170,6 +170,6 @@ def test_a_pattern_cannot_stall_the_stage() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_a_step_that_stands_twice_is_told_apart_by_its_place() -> None:
+def test_repeated_steps_are_labelled_with_their_position() -> None:
     pipeline = build_steps([DataStep(length=Length()), DataStep(normalize=Normalize()), DataStep(length=Length())])
     assert [step.label for step in pipeline] == ["length1", "normalize", "length3"]

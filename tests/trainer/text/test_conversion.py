@@ -83,7 +83,7 @@ def random_texts() -> list[str]:
 
 @cache
 def built(name: str) -> Vocabulary:
-    """The vocabulary of that name; `below` and `cjk` and `zero` are merged ones."""
+    """The vocabulary of that name; `below`, `cjk` and `zero` are merged vocabularies."""
     if name == "llama":
         return load_vocabulary(LLAMA)
     if name == "chinese":
@@ -106,7 +106,7 @@ def built(name: str) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Vocabulary, Any]]:
-    """Return a function that gives a vocabulary by name, and its folder loaded by transformers."""
+    """Return a function that returns a vocabulary by name, and its folder as loaded by transformers."""
 
     @cache
     def open_(name: str) -> tuple[Vocabulary, Any]:
@@ -134,7 +134,7 @@ def test_transformers_and_sentencepiece_agree_on_every_text(opened: Opened, name
     assert len(texts) > 1400
 
 
-def test_score_zero_makes_them_disagree(opened: Opened) -> None:
+def test_score_zero_makes_the_encoders_disagree(opened: Opened) -> None:
     vocabulary, tokenizer = opened("zero")
     texts = real_texts()[400:600]
     ours = encode_batch(tokenizer, texts)
@@ -142,18 +142,18 @@ def test_score_zero_makes_them_disagree(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "below"])
-def test_text_comes_back_from_its_ids(opened: Opened, name: str) -> None:
+def test_text_round_trips_through_its_ids(opened: Opened, name: str) -> None:
     _, tokenizer = opened(name)
     texts = [*real_texts()[::2], *PROBES]
     encoded = encode_batch(tokenizer, texts)
     assert [text for text, ids in zip(texts, encoded, strict=True) if tokenizer.decode(ids) != text] == []
 
 
-@pytest.mark.parametrize("beside_a_model", [False, True], ids=["alone", "beside a LLaMA model"])
-def test_auto_tokenizer_opens_the_folder_and_gives_the_same_ids(tmp_path: Path, beside_a_model: bool) -> None:
+@pytest.mark.parametrize("next_to_a_model", [False, True], ids=["alone", "next to a LLaMA model"])
+def test_auto_tokenizer_opens_the_folder_and_gives_the_same_ids(tmp_path: Path, next_to_a_model: bool) -> None:
     vocabulary = add_special_tokens(built("cjk"), ["<|im_start|>", "<|im_end|>"], "[PAD]")
     save_vocabulary(vocabulary, tmp_path)
-    if beside_a_model:
+    if next_to_a_model:
         LlamaConfig().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == vocabulary.size
@@ -167,7 +167,7 @@ def test_auto_tokenizer_opens_the_folder_and_gives_the_same_ids(tmp_path: Path, 
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.all_special_tokens)
 
 
-def test_special_tokens_are_read_where_asked_for_and_begin_no_text(tmp_path: Path) -> None:
+def test_special_tokens_are_parsed_on_request_and_begin_no_text(tmp_path: Path) -> None:
     vocabulary = add_special_tokens(built("llama"), ["<|im_start|>"], None)
     save_vocabulary(vocabulary, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -205,12 +205,12 @@ def test_the_folder_has_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "tokenizer.model").stat().st_size == LLAMA.stat().st_size
 
 
-def test_merges_stand_in_the_order_of_their_pieces_scores() -> None:
+def test_merges_are_ordered_by_the_scores_of_their_pieces() -> None:
     vocabulary = built("below")
     scores = {piece.piece: piece.score for piece in vocabulary.model.pieces}
     found = merges(vocabulary)
     made = [scores[left + right] for left, right in found]
     assert made == sorted(made, reverse=True)
-    # Of equal scores the longer left part comes first: blanks are merged from the left.
+    # Of equal scores the longer left part comes first: spaces are merged from the left.
     assert found.index(("▁▁▁", "▁")) < found.index(("▁▁", "▁")) < found.index(("▁", "▁"))
     assert len(set(found)) == len(found)

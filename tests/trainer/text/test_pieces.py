@@ -79,7 +79,7 @@ def test_new_pieces_follow_the_second_vocabulary_in_order_and_in_steps_of_one(
     known = set(llama.pieces)
     expected = [piece.piece for piece in chinese.model.pieces if piece.piece not in known and piece.type == NORMAL]
     assert merged.pieces[llama.size :] == expected
-    assert lowest_score(llama) == -31_740  # the blanks at -1e9 do not count
+    assert lowest_score(llama) == -31_740  # the runs of spaces at -1e9 do not count
     scores = [piece.score for piece in merged.model.pieces[llama.size :]]
     assert scores == [-31_741.0 - index for index in range(17_953)]  # exact in float32
 
@@ -90,7 +90,7 @@ def test_zero_gives_every_new_piece_the_score_zero(llama: Vocabulary, chinese: V
     assert typed(zero)[: llama.size] == typed(llama)
 
 
-def test_pieces_that_no_two_pieces_make_are_found(merged: Vocabulary, llama: Vocabulary, chinese: Vocabulary) -> None:
+def test_pieces_that_no_two_pieces_form_are_found(merged: Vocabulary, llama: Vocabulary, chinese: Vocabulary) -> None:
     unreachable, without_split = unreachable_pieces(merged)
     assert (len(unreachable), len(without_split)) == (338, 321)
     assert {"越来越", "意大利"} <= set(without_split) <= set(unreachable)
@@ -100,7 +100,7 @@ def test_pieces_that_no_two_pieces_make_are_found(merged: Vocabulary, llama: Voc
     assert unreachable_pieces(chinese) == ([], [])  # a unigram model reaches every piece
 
 
-def test_a_unigram_base_takes_no_merge(llama: Vocabulary, chinese: Vocabulary) -> None:
+def test_a_unigram_base_cannot_be_merged_into(llama: Vocabulary, chinese: Vocabulary) -> None:
     with pytest.raises(UserError, match="the base is a unigram vocabulary"):
         merge_vocabularies(chinese, llama, MergedCharacters.ALL, MergedScore.BELOW)
 
@@ -115,7 +115,7 @@ def test_characters_are_added_once_and_only_where_they_are_missing(llama: Vocabu
     assert grown.processor().encode("龘的", out_type=str) == ["▁", "龘", "的"]
 
 
-def test_special_tokens_are_control_pieces_that_text_never_gives(llama: Vocabulary) -> None:
+def test_special_tokens_are_control_pieces_that_text_never_produces(llama: Vocabulary) -> None:
     grown = add_special_tokens(llama, ["<|im_start|>", "</s>", "<|im_start|>"], "[PAD]")
     assert typed(grown)[llama.size :] == [("<|im_start|>", 0.0, CONTROL), ("[PAD]", 0.0, CONTROL)]
     encoder = grown.processor()
@@ -125,14 +125,15 @@ def test_special_tokens_are_control_pieces_that_text_never_gives(llama: Vocabula
 
 
 @pytest.mark.parametrize(
-    ("token", "message"), [("the", "is an ordinary piece"), ("<0x0A>", "is an ordinary piece"), (" <a>", "a blank")]
+    ("token", "message"),
+    [("the", "is an ordinary piece"), ("<0x0A>", "is an ordinary piece"), (" <a>", "has whitespace at an end")],
 )
-def test_a_special_token_that_text_produces_is_refused(llama: Vocabulary, token: str, message: str) -> None:
+def test_a_special_token_that_text_produces_is_rejected(llama: Vocabulary, token: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         add_special_tokens(llama, [token], None)
 
 
-def test_tokens_behind_the_pieces_keep_their_ids(llama: Vocabulary) -> None:
+def test_tokens_after_the_pieces_keep_their_ids(llama: Vocabulary) -> None:
     grown = append_tokens(llama, [("[PAD]", True), ("<image>", False)])
     assert grown.pieces[32_000:] == ["[PAD]", "<image>"]
 
@@ -145,7 +146,7 @@ def test_sentences_are_lines_of_bounded_length_without_blank_ones() -> None:
 
 
 @pytest.mark.parametrize("algorithm", list(Algorithm))
-def test_training_gives_the_size_asked_for_the_same_each_time(poems: list[str], algorithm: Algorithm) -> None:
+def test_training_gives_the_requested_size_deterministically(poems: list[str], algorithm: Algorithm) -> None:
     config = TrainVocabulary(on=ON, vocab_size=3000, algorithm=algorithm, character_coverage=0.98)
     vocabulary = train_vocabulary(config, poems, "train")
     assert (vocabulary.size, vocabulary.algorithm) == (3000, algorithm.value)
@@ -178,22 +179,24 @@ def test_every_digit_is_a_piece_of_its_own(poems: list[str]) -> None:
             {"vocab_size": 900_000, "algorithm": "unigram"}, "are too many .*; at most", id="too large, unigram"
         ),
         pytest.param(
-            {"vocab_size": 4000, "character_coverage": 0.5}, r"0\.5 is too low; 0\.98 to 1", id="low coverage"
+            {"vocab_size": 4000, "character_coverage": 0.5},
+            r"0\.5 is too low; allowed are 0\.98 to 1",
+            id="low coverage",
         ),
     ],
 )
-def test_what_cannot_be_trained_is_told_with_advice(poems: list[str], fields: dict[str, object], message: str) -> None:
+def test_a_failed_training_is_reported_with_advice(poems: list[str], fields: dict[str, object], message: str) -> None:
     config = TrainVocabulary.model_validate({"on": ON, **fields})
     with pytest.raises(UserError, match=message):
         train_vocabulary(config, poems[:800], "train")
 
 
-def test_no_text_is_told(poems: list[str]) -> None:
-    with pytest.raises(UserError, match=r"train\.on: there is no text"):
+def test_missing_text_is_reported(poems: list[str]) -> None:
+    with pytest.raises(UserError, match=r"train\.data: there is no text"):
         train_vocabulary(TrainVocabulary(on=ON, vocab_size=300), [], "train")
 
 
 @pytest.mark.parametrize("data", [b"", b"no model at all", b"\x08\x01"])
-def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"x\.model: no SentencePiece model"):
+def test_bytes_that_are_not_a_model_are_rejected(data: bytes) -> None:
+    with pytest.raises(UserError, match=r"x\.model: not a SentencePiece model"):
         parse_vocabulary(data, "x.model")

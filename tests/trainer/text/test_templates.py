@@ -94,7 +94,7 @@ def test_a_prompt_is_rendered_as_published(name: str, prompt: str) -> None:
     assert render.render(messages, add_generation_prompt=True) == prompt
 
 
-def test_the_own_system_prompt_stands_in_training_and_in_the_exported_template() -> None:
+def test_the_configured_system_prompt_is_in_training_and_in_the_exported_template() -> None:
     text = "It's \\ 你好\n{{ no jinja }} {%- if -%}"
     for name in NAMED:
         tokenizer, render = renderer(Template(name=name, system=text))
@@ -106,7 +106,7 @@ def test_the_own_system_prompt_stands_in_training_and_in_the_exported_template()
         assert text not in own
 
 
-def test_a_tool_call_in_the_form_of_transformers_is_rendered_like_ours() -> None:
+def test_a_tool_call_in_transformers_form_renders_like_ours() -> None:
     _, render = renderer(Template(name=TemplateName.CHATML))
     call = {"name": "add", "arguments": {"甲": 1}}
     ours = {"role": "toolCall", "content": json.dumps(call, ensure_ascii=False)}
@@ -115,7 +115,7 @@ def test_a_tool_call_in_the_form_of_transformers_is_rendered_like_ours() -> None
     assert render.render([question, ours]) == render.render([question, theirs])
 
 
-def test_chatml_makes_its_end_marker_the_end_token_where_the_vocabulary_has_it() -> None:
+def test_chatml_uses_its_end_marker_as_end_token_if_the_vocabulary_has_it() -> None:
     with_markers = make_tokenizer(special=("<|im_start|>", "<|im_end|>"))
     without = make_tokenizer()
     template = Template(name=TemplateName.CHATML)
@@ -149,7 +149,7 @@ def test_only_the_chosen_turns_carry_loss() -> None:
     assert "q2" in next(piece.text for piece in render.segments(messages, Loss(roles=(Role.USER,))) if piece.trained)
 
 
-def test_a_template_whose_turn_does_not_begin_with_the_generation_prompt_is_refused() -> None:
+def test_a_template_whose_turns_lack_the_generation_prompt_is_rejected() -> None:
     jinja = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}>{% endif %}"
@@ -159,7 +159,7 @@ def test_a_template_whose_turn_does_not_begin_with_the_generation_prompt_is_refu
         render.trained_turns([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], Loss())
 
 
-def test_a_template_without_end_token_is_refused() -> None:
+def test_a_template_without_end_token_is_rejected() -> None:
     jinja = (
         "{% for m in messages %}{% if m['role'] == 'user' %}Q:{{ m['content'] }} A:"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -176,11 +176,11 @@ def test_a_role_that_the_template_lacks_is_named() -> None:
 
 
 @pytest.mark.parametrize("tools", ["{", '{"name": "x"}', "[1]"])
-def test_tools_that_are_no_list_of_objects_are_refused(tools: str) -> None:
+def test_tools_that_are_not_a_list_of_objects_are_rejected(tools: str) -> None:
     with pytest.raises(UserError, match="tools"):
         parse_tools(tools)
 
 
-def test_templates_are_shipped_beside_the_code(tmp_path: Path) -> None:
+def test_templates_are_shipped_with_the_code(tmp_path: Path) -> None:
     for name in NAMED:
         assert "eos_token" in chat_template(Template(name=name))

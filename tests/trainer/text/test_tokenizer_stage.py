@@ -60,7 +60,7 @@ def test_the_papers_vocabulary_is_made_and_measured(tmp_path: Path) -> None:
     assert "49,954 pieces (bpe): 32,000 of the base, 17,953 new." in text
 
 
-def test_han_pieces_leave_ascii_as_it_was(tmp_path: Path) -> None:
+def test_han_pieces_do_not_change_ascii_encodings(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     merge = {"vocabulary": {"uri": str(CHINESE)}, "characters": "cjk"}
     outcome = make(context, base=BASE, merge=merge, measureOn=MEASURED[1:])
@@ -69,7 +69,7 @@ def test_han_pieces_leave_ascii_as_it_was(tmp_path: Path) -> None:
     assert report_of(context)["sets"]["en"]["asciiLines"] > 200
 
 
-def test_score_zero_is_made_with_warnings(tmp_path: Path) -> None:
+def test_score_zero_gives_warnings(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     merge = {"vocabulary": {"uri": str(CHINESE)}, "score": "zero"}
     outcome = make(context, base=BASE, merge=merge, measureOn=MEASURED[1:])
@@ -93,7 +93,7 @@ def test_a_trained_vocabulary_is_merged_and_base_ids_stay(tmp_path: Path) -> Non
     assert new.processor().encode(texts) == old.processor().encode(texts)
 
 
-def test_a_vocabulary_from_nothing_has_no_before(tmp_path: Path) -> None:
+def test_a_vocabulary_trained_from_scratch_has_no_counts_before(tmp_path: Path) -> None:
     context = make_context(tmp_path)
     train = {"on": [{key: value for key, value in MEASURED[1].items() if key != "name"}], "vocabSize": 600}
     outcome = make(context, train=train, add={"specialTokens": ["<|im_start|>"]}, measureOn=MEASURED[1:])
@@ -117,7 +117,7 @@ def test_listed_characters_are_added_as_ziya_did(tmp_path: Path) -> None:
     assert outcome.metrics["disagreements"] == 0
 
 
-def test_an_artifact_is_a_base_again(tmp_path: Path, small: Path) -> None:
+def test_an_artifact_can_be_a_base(tmp_path: Path, small: Path) -> None:
     first = make_context(tmp_path / "first")
     make(first, base={"uri": str(small)}, add={"padToken": "[PAD]", "characters": "龘"})
     second = make_context(tmp_path / "second", stages={"vocabulary": first.output})
@@ -148,11 +148,11 @@ def test_tokens_that_a_hugging_face_folder_adds_keep_their_ids(tmp_path: Path, s
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        pytest.param({"added_tokens": {"[PAD]": 505}}, "leave a gap behind the 500 pieces", id="a gap"),
+        pytest.param({"added_tokens": {"[PAD]": 505}}, "leave a gap after the 500 pieces", id="a gap"),
         pytest.param({"tokenizer_config": {"auto_map": {}}}, "trust_remote_code", id="code of its own"),
     ],
 )
-def test_a_base_folder_that_cannot_be_kept_is_refused(
+def test_a_base_folder_whose_ids_cannot_be_kept_is_rejected(
     tmp_path: Path, small: Path, files: dict[str, Any], message: str
 ) -> None:
     folder = folder_with(tmp_path, small, **files)
@@ -160,7 +160,7 @@ def test_a_base_folder_that_cannot_be_kept_is_refused(
         make(make_context(tmp_path), base={"uri": str(folder)}, add={"characters": "龘"})
 
 
-def test_a_folder_without_sentencepiece_is_no_base(tmp_path: Path, small: Path) -> None:
+def test_a_folder_without_sentencepiece_cannot_be_a_base(tmp_path: Path, small: Path) -> None:
     folder = folder_with(tmp_path, small, tokenizer={})
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.model; only SentencePiece"):
@@ -176,12 +176,12 @@ def test_encoders_that_disagree_fail_the_stage(tmp_path: Path, small: Path, monk
         make(make_context(tmp_path), base={"uri": str(small)}, add={"characters": "龘"}, measureOn=MEASURED[1:])
 
 
-def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"measureOn\[1\]\.name: 'zh' stands twice"):
+def test_two_sets_of_the_same_name_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"measureOn\[1\]\.name: 'zh' is used twice"):
         make(make_context(tmp_path), base=BASE, add={"characters": "龘"}, measureOn=[MEASURED[0], MEASURED[0]])
 
 
-def test_sentences_are_drawn_by_the_seed_in_their_order(tmp_path: Path) -> None:
+def test_sentences_are_sampled_by_the_seed_and_keep_their_order(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{number:04d}"} for number in range(1000)])
     config = TokenizerStage.model_validate(
         {"train": {"on": [{"uri": str(path)}], "vocabSize": 300, "maxSentences": 100}}

@@ -35,7 +35,7 @@ def test_texts_encoded_in_batches_give_the_same_ids_as_in_one(folder: Path) -> N
     assert [ids.tolist() for ids in stream] == [ids.tolist() for ids in encode_batch(tokenizer, texts)]
 
 
-def test_encoding_leaves_the_tokenizer_as_it_was(folder: Path) -> None:
+def test_encoding_does_not_change_the_tokenizer(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     encode_batch(tokenizer, ["</s>"])
     assert tokenizer("</s>").input_ids == [1, 2]
@@ -44,14 +44,14 @@ def test_encoding_leaves_the_tokenizer_as_it_was(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        pytest.param(None, "no folder", id="nothing there"),
+        pytest.param(None, "not a folder", id="nothing there"),
         pytest.param({}, "neither tokenizer.json nor tokenizer.model", id="an empty folder"),
         pytest.param(
             {
                 "tokenizer.json": "{}",
                 "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}}),
             },
-            "`trust_remote_code`.*never run",
+            "`trust_remote_code`.*never executed",
             id="code of its own",
         ),
         pytest.param(
@@ -67,7 +67,7 @@ def test_encoding_leaves_the_tokenizer_as_it_was(folder: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_vocabulary_is_refused(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
+def test_a_folder_without_a_vocabulary_is_rejected(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
     folder = tmp_path / "folder"
     if files is not None:
         folder.mkdir()

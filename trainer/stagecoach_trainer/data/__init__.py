@@ -1,9 +1,12 @@
-"""Records: read in any layout, passed through an ordered list of steps, written as shards with an index.
+"""Records: read from files of any layout, cleaned by an ordered list of steps, written as shards. Imports `runtime`.
 
-files     one file → raw values and where they stood; whatever cannot be read is a value too
-formats   a raw value → a `Record`, by the layout of its source
-records   `Record`, and `read_records`: what every training stage reads its data with
-steps     the pipeline's steps, each with its counters
-shards    writers: shuffled or in order, `.jsonl.zst` with an index
-funnel    in = out + each drop reason, per source
+records      `Record`, its parts, and its canonical JSON
+files        a file → raw values with their line numbers; an unreadable value is yielded as an error
+turns        parts of a raw value → turns, tools, strings
+formats      a raw value → a `Record`, by the layout of its source
+preferences  the layouts of preference records
+reading      `read_records`, with which every training stage reads its data
+steps        the pipeline's steps, each with its counters
+shards       writers: shuffled or in order, `.jsonl.zst` with an index
+funnel       per source: records in = records out + records dropped, by reason
 """

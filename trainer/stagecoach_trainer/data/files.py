@@ -1,7 +1,8 @@
-"""One file to raw values: JSON lines, JSON arrays, plain text and Parquet, each plain or compressed (.gz, .zst).
+"""Read the raw values of a file: JSON lines, JSON arrays, plain text and Parquet, each plain or compressed (.gz, .zst).
 
-Every reader streams: memory is bounded by `MAX_RECORD_BYTES`, whatever the file holds. What cannot be read becomes a
-`Raw` with an error and its line, so that the caller decides whether to count it or to stop.
+Every reader streams: memory is bounded by `MAX_RECORD_BYTES`, whatever the file contains. A value that cannot be read
+becomes a `Raw` with an error and its line, so that the caller decides whether to count it or to stop.
+The errors are listed in the report of a `data` stage, so rewording one changes the artifact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NoReturn, Protocol
 from stagecoach_trainer.runtime.errors import UserError
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024
-"""Longest line or JSON value that is read; a longer one is malformed."""
+"""Size limit of a line or JSON value; a longer one is malformed."""
 
 CHUNK_BYTES = 1 << 20
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -28,13 +29,13 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Readable(Protocol):
-    """Bytes, read from front to back."""
+    """A binary stream that is read sequentially."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
 
 class Layout(Enum):
-    """How a file's bytes are cut into values."""
+    """How a file's bytes are split into values."""
 
     LINES = "JSON lines"
     JSON = "JSON"
@@ -55,17 +56,17 @@ LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One value of a file, or the reason why it could not be read."""
+    """A value of a file, or the reason why it could not be read."""
 
     line: int
-    """Line on which it begins, from 1; in Parquet its row."""
+    """Line on which it begins, from 1; in Parquet, its row."""
 
     value: Any = None
     error: str | None = None
 
 
 def layout_of(path: Path) -> Layout | None:
-    """Tell a file's layout by its name, `.gz` and `.zst` apart. None: the name says nothing."""
+    """Return the layout by a file's suffix, ignoring `.gz` and `.zst`. None if the suffix is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -77,18 +78,18 @@ def read_values(path: Path, name: str, layout: Layout | None = None) -> Iterator
 
     Args:
         path: The file.
-        name: What messages call it.
-        layout: How it is cut. None: told by the name, then by the first byte.
+        name: Name of the file in messages.
+        layout: Its layout. Detected from the file's name, then from its first bytes, if it is None.
 
     Raises:
-        UserError: The file as a whole is damaged (a truncated archive, no Parquet, an unknown layout).
+        UserError: The whole file is unreadable (a truncated archive, damaged Parquet, an unknown layout).
     """
-    found = layout or layout_of(path) or _sniffed_layout(path, name)
-    if found is Layout.PARQUET:
+    layout = layout or layout_of(path) or _sniffed_layout(path, name)
+    if layout is Layout.PARQUET:
         yield from _read_parquet(path, name)
-    elif found is Layout.TEXT:
+    elif layout is Layout.TEXT:
         yield from _read_text(path, name)
-    elif found is Layout.LINES or _first_line_is_json(path, name):
+    elif layout is Layout.LINES or _first_line_is_json(path, name):
         yield from _read_json_lines(path, name)
     else:
         yield from _read_json_values(path, name)
@@ -96,19 +97,19 @@ def read_values(path: Path, name: str, layout: Layout | None = None) -> Iterator
 
 @contextmanager
 def open_bytes(path: Path, name: str) -> Iterator[Readable]:
-    """Open a file, decompressed by its suffix. A damaged or truncated archive is a `UserError` naming the file."""
+    """Open a file, decompressing it according to its suffix. Raises UserError for a damaged or truncated archive."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         with path.open("rb") as plain:
             yield plain
         return
-    import pyarrow  # its streams notice a truncated archive; zstandard's reader does not
+    import pyarrow  # its streams detect a truncated archive; zstandard's reader does not
 
     with pyarrow.input_stream(str(path), compression=compression) as stream:
-        yield _Checked(stream, name)
+        yield _CheckedStream(stream, name)
 
 
-class _Checked:
+class _CheckedStream:
     """A decompressed stream whose errors name the file."""
 
     def __init__(self, stream: Any, name: str) -> None:
@@ -126,7 +127,7 @@ class _Checked:
 
 
 def _read_lines(stream: Readable) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number, line without its end); None stands for a line longer than `MAX_RECORD_BYTES`."""
+    """Yield (line number, line without its end); the line is None if it is longer than `MAX_RECORD_BYTES`."""
     number = 0
     parts: list[bytes] = []
     size = 0
@@ -142,7 +143,7 @@ def _read_lines(stream: Readable) -> Iterator[tuple[int, bytes | None]]:
             yield number, None if too_long else whole
         size += len(lines[-1])
         if size > MAX_RECORD_BYTES:
-            parts = [b""]  # the line is lost; only its length still counts
+            parts = [b""]  # drop the line but keep its size, so that its end still reports it as too long
         elif lines[-1]:
             parts.append(lines[-1])
     if size:
@@ -171,7 +172,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def parse_json(data: bytes, line: int) -> Raw:
-    """Parse one JSON value; malformed bytes become a `Raw` that says why."""
+    """Parse one JSON value; malformed bytes become a `Raw` with the reason."""
     try:
         return Raw(line, json.loads(data.decode("utf-8"), parse_constant=_refuse_constant))
     except UnicodeDecodeError as error:
@@ -186,6 +187,8 @@ def parse_json(data: bytes, line: int) -> Raw:
 
 # -- JSON values over several lines ------------------------------------------------------------------------------------
 
+# A complete string, a bracket, or the quote of a string that the window cuts off. Possessive quantifiers (`*+`) keep
+# the search linear: without them, a long unfinished string is rescanned by backtracking.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]"]', re.DOTALL)
 _START = re.compile(rb"(?:\xef\xbb\xbf)?\s*")
 _GAP = re.compile(rb"[\s,]*")
@@ -194,7 +197,7 @@ _DEPTH = {b"{": 1, b"[": 1, b"}": -1, b"]": -1}
 
 
 def _first_line_is_json(path: Path, name: str) -> bool:
-    """Tell JSON lines in a `.json` file from an array or a value over several lines."""
+    """Return whether a `.json` file holds JSON lines, rather than an array or values over several lines."""
     with open_bytes(path, name) as stream:
         for number, line in _read_lines(stream):
             if line is None:
@@ -205,7 +208,7 @@ def _first_line_is_json(path: Path, name: str) -> bool:
 
 
 class _Scanner:
-    """A window on a stream, at whose start the next value begins."""
+    """A window of a stream that starts at the next value."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
@@ -220,14 +223,14 @@ class _Scanner:
         return self._data[self._start : self._start + 1]
 
     def more(self) -> None:
-        """Read on: at least doubles the window, so that scanning it again costs linear time in all."""
+        """Extend the window, at least doubling it so that rescanning it costs linear time in total."""
         rest = self._data[self._start :]
         chunk = self._stream.read(max(CHUNK_BYTES, len(rest)))
         self.ended = not chunk
         self._data, self._start = rest + chunk, 0
 
     def skip(self, pattern: re.Pattern[bytes]) -> None:
-        """Pass over what matches, reading on as long as it reaches the window's end."""
+        """Skip what matches, extending the window as long as the match reaches its end."""
         while True:
             match = pattern.match(self._data, self._start)
             self._take(match.end() if match else self._start)
@@ -239,13 +242,13 @@ class _Scanner:
         self._take(self._start + 1)
 
     def _take(self, end: int) -> bytes:
-        """Cut off the window's start up to the index `end`."""
+        """Remove the window's start up to the index `end` and return it."""
         taken, self._start = self._data[self._start : end], end
         self.line += taken.count(b"\n")
         return taken
 
     def take_value(self) -> bytes | None:
-        """Cut one object off, from its `{` to the `}` that closes it. None: its end was not found."""
+        """Remove one object, from its `{` to the closing `}`, and return it. None if its end is not found."""
         depth, position = 0, self._start
         while True:
             match = _TOKEN.search(self._data, position)
@@ -254,7 +257,7 @@ class _Scanner:
                 if self.ended or len(self._data) - self._start > MAX_RECORD_BYTES:
                     return None
                 self.more()
-                position = scanned
+                position = scanned  # `more` moves the window to index 0, so positions are relative to it
                 continue
             position = match.end()
             depth += _DEPTH.get(match.group(), 0)
@@ -289,7 +292,7 @@ def _next_value(scanner: _Scanner, name: str) -> Raw:
     if value is None:
         raise UserError(
             f"{name}:{line}: the end of the JSON object that begins here was not found "
-            f"within {MAX_RECORD_BYTES // 1024 // 1024} MiB, so nothing behind it can be read; mend the file there"
+            f"within {MAX_RECORD_BYTES // 1024 // 1024} MiB, so nothing after it can be read; fix the file there"
         )
     return parse_json(value, line)
 
@@ -308,9 +311,9 @@ def _array_end(scanner: _Scanner) -> Iterator[Raw]:
 
 
 def _read_text(path: Path, name: str) -> Iterator[Raw]:
-    """Yield `{"text": …}` per document.
+    """Yield `{"text": …}` for each document.
 
-    Blank lines part documents. A file without any blank line between its lines holds one document per line.
+    Blank lines separate documents. A file with no blank line between its lines has one document per line.
     """
     by_line = not _has_blank_line(path, name)
     with open_bytes(path, name) as stream:
@@ -363,7 +366,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Raw]:
 
     with tempfile.TemporaryFile() as spool:
         source: Any = str(path)
-        if path.suffix.lower() in COMPRESSIONS:  # Parquet is read from its end: unpack it first
+        if path.suffix.lower() in COMPRESSIONS:  # Parquet is read from its end, so it is decompressed first
             with open_bytes(path, name) as stream:
                 while chunk := stream.read(CHUNK_BYTES):
                     spool.write(chunk)
@@ -379,7 +382,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Raw]:
 
 
 def _parquet_rows(batch: Any) -> list[dict[str, Any] | str]:
-    """Return a batch's rows; a row whose string is no UTF-8 becomes a message instead."""
+    """Return a batch's rows; a row with a string that is not valid UTF-8 becomes an error message."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
@@ -393,7 +396,7 @@ def _parquet_row(row: Any) -> dict[str, Any] | str:
         return f"bad UTF-8 at byte {error.start}"
 
 
-# -- files without a telling name --------------------------------------------------------------------------------------
+# -- files with an unknown suffix --------------------------------------------------------------------------------------
 
 
 def _sniffed_layout(path: Path, name: str) -> Layout:
@@ -405,6 +408,6 @@ def _sniffed_layout(path: Path, name: str) -> Layout:
         return Layout.JSON
     allowed = ", ".join(sorted(LAYOUTS))
     raise UserError(
-        f"{name}: neither the name nor the first bytes tell how the file is laid out; "
+        f"{name}: neither the suffix nor the first bytes identify the file's layout; "
         f"allowed are {allowed}, each also with .gz or .zst"
     )

@@ -1,4 +1,4 @@
-"""A raw value to a `Record`, by the layout of its source; told from the first record where the source says `auto`."""
+"""Convert raw values to records by the layout of their source; `auto` detects it from the first record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stagecoach_trainer.data.turns import (
 
 
 def detect_format(value: Mapping[str, Any], fields: FieldMapping) -> Format:
-    """Tell the layout of a source from its first record. Raises RecordError naming what each layout needs."""
+    """Detect the layout of a source from its first record. Raises RecordError listing what each layout needs."""
     preference = detect_preferences(value, fields)
     if preference is not None:
         return preference
@@ -37,10 +37,10 @@ def detect_format(value: Mapping[str, Any], fields: FieldMapping) -> Format:
         if isinstance(first, Mapping):
             return Format.SHAREGPT if "from" in first else Format.MESSAGES
     raise RecordError(
-        f"the layout cannot be told from the fields {sorted(value)}: `text` needs `text`, `alpaca` `instruction` and "
-        "`output`, `sharegpt` `conversations`, `messages` `messages`, `pairs` `chosen` and `rejected`, `comparison` "
-        "`completion_a` and `completion_b`, `ranked` `answers`, `labels` `completion` and `label`; set `format`, and "
-        "`fields` where names differ"
+        f"the layout cannot be detected from the fields {sorted(value)}: `text` needs `text`, `alpaca` "
+        "`instruction` and `output`, `sharegpt` `conversations`, `messages` `messages`, `pairs` `chosen` and "
+        "`rejected`, `comparison` `completion_a` and `completion_b`, `ranked` `answers`, `labels` `completion` and "
+        "`label`; set `format`, and `fields` where names differ"
     )
 
 
@@ -50,7 +50,7 @@ def parser_for(format_: Format, fields: FieldMapping, sample: Mapping[str, Any])
     Args:
         format_: The layout, not `auto`.
         fields: Names that differ from the layout's own.
-        sample: A first record: `messages` are looked for under `conversations` too.
+        sample: A first record; `messages` may also be called `conversations` in it.
     """
     if format_ in PREFERENCE_FORMATS:
         return preference_parser(format_, fields)

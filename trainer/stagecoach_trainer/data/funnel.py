@@ -1,4 +1,4 @@
-"""The funnel: for every source, what came in, where it went, and that nothing was lost in between."""
+"""The funnel: for every source, the records read, kept and dropped by reason, with a check that none is lost."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from stagecoach_trainer.data.reading import Malformed
 from stagecoach_trainer.data.steps import StepCounter
 
 MAX_LISTED = 20
-"""Malformed records that a report names."""
+"""Malformed records that a report lists, at most."""
 
 
 @dataclass
 class Funnel:
-    """Counts of records of one source."""
+    """Record counts of one source."""
 
     read: int = 0
     """Records read, malformed ones included."""
 
     malformed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By `step.reason`; `weight` are those that a weight below 1 leaves out."""
+    """By `step.reason`; `weight` counts those that a source weight below 1 leaves out."""
 
     train: int = 0
-    """Different training records; `copies` counts each as often as it is written."""
+    """Distinct training records; `copies` counts each as often as it is written."""
 
     copies: int = 0
     held_out: int = 0
     characters: int = 0
-    """Of `train` and `held_out`, each record once."""
+    """Characters of `train` and `held_out`, each record once."""
 
     @property
     def kept(self) -> int:
         return self.train + self.held_out
 
     def check(self, label: str) -> None:
-        """Raise unless in = out + each drop reason: a record got lost, which is a fault of ours, not of the data."""
+        """Raise RuntimeError unless in = out + dropped. A lost record is a bug here, not a fault of the data."""
         accounted = self.malformed + self.dropped.total() + self.kept
         if self.read != accounted:
             raise RuntimeError(f"funnel of {label}: {self.read} records read, {accounted} accounted for")
@@ -72,7 +72,7 @@ def total(funnels: Iterable[Funnel]) -> Funnel:
 def report_json(
     funnels: dict[str, Funnel], pipeline: Sequence[StepCounter], malformed: Sequence[Malformed]
 ) -> dict[str, Any]:
-    """Return `report.json`: the whole funnel, each source's, each step's counters, the malformed records listed."""
+    """Return `report.json`: the funnel in total and per source, each step's counters, malformed records."""
     return {
         "total": total(funnels.values()).as_json(),
         "sources": {label: funnel.as_json() for label, funnel in funnels.items()},
@@ -90,7 +90,7 @@ def report_json(
 
 
 def report_markdown(report: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as Markdown."""
     sources = report["sources"]
     columns = {**sources, "total": report["total"]} if len(sources) > 1 else sources
     reasons = sorted({reason for funnel in columns.values() for reason in funnel["dropped"]})

@@ -1,6 +1,6 @@
-"""Raw values to preference records: a prompt, and answers to it that people compared.
+"""Convert raw values to preference records: a prompt, and answers to it that people compared.
 
-Whatever the layout, ranked answers come out the best first, with ranks from 1 on; equal ranks are ties.
+Whatever the layout, ranked answers are returned best first, with ranks from 1; equal ranks are ties.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from stagecoach_trainer.data.turns import (
 )
 
 PROMPT_FIELDS = ("prompt", "conversations", "messages", "question", "instruction")
-"""Where the prompt of a preference record is looked for, in this order."""
+"""Fields that may contain the prompt of a preference record, in order of precedence."""
 
 MIN_ANSWERS, MAX_ANSWERS = 2, 64
 
 VERDICT_FIELDS = ("preferred", "preference", "better", "winner", "choice", "label")
-"""Fields in which a comparison may say which answer is the better one."""
+"""Fields in which a comparison may name its better answer."""
 
 LOWER_IS_BETTER = {"score": False, "rank": True}
-"""Figures with which a comparison may judge its answers, as `score_a` and `score_b`."""
+"""Numbers with which a comparison may judge its answers, as in `score_a` and `score_b`."""
 
-TIE_WORDS = frozenset({"tie", "equal", "same", "both"})
-LIKED_WORDS = {"good": True, "bad": False}
+TIE_VALUES = frozenset({"tie", "equal", "same", "both"})
+LIKED_VALUES = {"good": True, "bad": False}
 
 
 def detect_preferences(value: Mapping[str, Any], fields: FieldMapping) -> Format | None:
-    """Tell the layout of a preference source from its first record. None: it is no preference record."""
+    """Detect the layout of a preference source from its first record. None if it is not a preference record."""
     if "completion_a" in value and "completion_b" in value:
         return Format.COMPARISON
     if (fields.chosen or "chosen") in value and (fields.rejected or "rejected") in value:
@@ -54,7 +54,7 @@ def detect_preferences(value: Mapping[str, Any], fields: FieldMapping) -> Format
 
 
 def preference_parser(format_: Format, fields: FieldMapping) -> Parse:
-    """Return the parser of one source of preferences. `fields`: names that differ from the layout's own."""
+    """Return the parser of a preference source. `fields`: names that differ from the layout's own."""
     match format_:
         case Format.PAIRS:
             return lambda value: _pair(value, fields)
@@ -65,22 +65,21 @@ def preference_parser(format_: Format, fields: FieldMapping) -> Parse:
         case Format.LABELS:
             return lambda value: _label(value, fields)
         case _:
-            raise ValueError(f"{format_} is no layout of preferences")
+            raise ValueError(f"{format_} is not a layout of preferences")
 
 
 def canonical_preferences(value: Mapping[str, Any]) -> Record:
-    """Read a preference record as a `data` artifact holds it. Raises RecordError."""
+    """Parse a preference record of a `data` artifact. Raises RecordError."""
     turns = list_of_turns(value.get("messages"), "messages", MESSAGES_TURNS)
-    answers = _items(value, "answers")
-    found = []
-    for index, item in enumerate(answers):
+    answers = []
+    for index, item in enumerate(_items(value, "answers")):
         if not isinstance(item, Mapping):
             raise RecordError(f"`answers[{index}]` must be an object, got {type(item).__name__}")
         rank, liked = item.get("rank"), item.get("liked")
         if not ((isinstance(rank, int) and liked is None) or (isinstance(liked, bool) and rank is None)):
             raise RecordError(f"`answers[{index}]` must have a `rank`, a whole number, or `liked`, true or false")
-        found.append(Answer(string_of(item, "content"), rank, liked))
-    return Record(messages=tuple(turns), tools=tools_of(value), answers=tuple(found))
+        answers.append(Answer(string_of(item, "content"), rank, liked))
+    return Record(messages=tuple(turns), tools=tools_of(value), answers=tuple(answers))
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def _pair(value: Mapping[str, Any], fields: FieldMapping) -> Record:
 def _pair_without_prompt(
     value: Mapping[str, Any], names: tuple[str, str], fields: FieldMapping
 ) -> tuple[list[Turn], list[str]]:
-    """Return the turns two conversations begin with and the answers they end with, as sets of the HH kind have them."""
+    """Return the common first turns of two conversations and their last turns, as in data sets of the HH kind."""
     if not all(isinstance(value.get(name), list) for name in names):
         _required_prompt(value, fields.prompt)
     chosen, rejected = ([*_system(value), *_turns(value, name)] for name in names)
@@ -108,15 +107,15 @@ def _pair_without_prompt(
             f"`{names[0]}` and `{names[1]}` must be the same conversation up to their last turns; give the prompt "
             "apart, as `prompt`"
         )
-    return chosen[:-1], [_spoken(turns[-1:], name) for turns, name in zip((chosen, rejected), names, strict=True)]
+    return chosen[:-1], [_only_answer(turns[-1:], name) for turns, name in zip((chosen, rejected), names, strict=True)]
 
 
 def _comparison(value: Mapping[str, Any], fields: FieldMapping) -> Record:
-    """HuangDi's layout, where `completion_a` is the better one: what a record says besides must agree."""
+    """Parse HuangDi's layout, in which `completion_a` is the better answer; verdicts in other fields must agree."""
     names = (fields.chosen or "completion_a", fields.rejected or "completion_b")
     prompt = _required_prompt(value, fields.prompt or "user_input")
     better, other = (_answer(value, name, prompt) for name in names)
-    is_tie = _says_tie(value, names, (better, other), fields.label)
+    is_tie = _is_tie(value, names, (better, other), fields.label)
     return _record(value, prompt, [Answer(better, rank=1), Answer(other, rank=1 if is_tie else 2)])
 
 
@@ -126,14 +125,14 @@ def _ranked(value: Mapping[str, Any], fields: FieldMapping) -> Record:
     if not MIN_ANSWERS <= len(items) <= MAX_ANSWERS:
         raise RecordError(f"`{name}` must have {MIN_ANSWERS} to {MAX_ANSWERS} answers, got {len(items)}")
     if all(isinstance(item, str) for item in items):
-        found = [Answer(string_of({name: item}, name), rank) for rank, item in enumerate(items, 1)]
+        answers = [Answer(string_of({name: item}, name), rank) for rank, item in enumerate(items, 1)]
     else:
-        found = _ranked_objects(items, name)
-    return _record(value, _required_prompt(value, fields.prompt), found)
+        answers = _ranked_objects(items, name)
+    return _record(value, _required_prompt(value, fields.prompt), answers)
 
 
 def _ranked_objects(items: Sequence[Any], name: str) -> list[Answer]:
-    """Return answers with a `rank` (1 is best) or a `score` (higher is better) each, the best first."""
+    """Return answers that have a `rank` (1 is best) or a `score` (higher is better) each, best first."""
     if not all(isinstance(item, Mapping) for item in items):
         raise RecordError(f"`{name}` must be all strings, the best first, or all objects with `rank` or `score`")
     key = "rank" if all("rank" in item for item in items) else "score"
@@ -145,21 +144,21 @@ def _ranked_objects(items: Sequence[Any], name: str) -> list[Answer]:
             raise RecordError(
                 f"`{name}[{index}]`: every answer of a record needs one of {allowed}, got {item.get(key)!r}"
             )
-        marks.append(mark if key == "rank" else -mark)
+        marks.append(mark if key == "rank" else -mark)  # so that lower is better for both
     contents = [_content(item, f"{name}[{index}]") for index, item in enumerate(items)]
-    places = {mark: place for place, mark in enumerate(sorted(set(marks)), 1)}
-    ranked = [Answer(content, rank=places[mark]) for content, mark in zip(contents, marks, strict=True)]
+    ranks = {mark: rank for rank, mark in enumerate(sorted(set(marks)), 1)}
+    ranked = [Answer(content, rank=ranks[mark]) for content, mark in zip(contents, marks, strict=True)]
     return sorted(ranked, key=lambda answer: answer.rank or 0)
 
 
 def _label(value: Mapping[str, Any], fields: FieldMapping) -> Record:
     name = fields.label or "label"
-    said = value.get(name)
-    liked = LIKED_WORDS.get(said.strip().lower()) if isinstance(said, str) else None
-    if isinstance(said, int | float) and said in (0, 1):  # True and False are numbers too
-        liked = bool(said)
+    label = value.get(name)
+    liked = LIKED_VALUES.get(label.strip().lower()) if isinstance(label, str) else None
+    if isinstance(label, int | float) and label in (0, 1):  # True and False are instances of int
+        liked = bool(label)
     if liked is None:
-        got = repr(said) if name in value else describe(value, name)
+        got = repr(label) if name in value else describe(value, name)
         raise RecordError(f'`{name}` must be true or false, 1 or 0, "good" or "bad", got {got}')
     prompt = _required_prompt(value, fields.prompt)
     return _record(value, prompt, [Answer(_answer(value, fields.completion or "completion", prompt), liked=liked)])
@@ -175,24 +174,25 @@ def _record(value: Mapping[str, Any], prompt: Sequence[Turn], answers: Sequence[
     return Record(messages=tuple(prompt), tools=tools_of(value), answers=tuple(answers))
 
 
-# -- what a comparison says of itself ----------------------------------------------------------------------------------
+# -- verdicts in a comparison ------------------------------------------------------------------------------------------
 
 
-def _says_tie(value: Mapping[str, Any], names: tuple[str, str], answers: tuple[str, str], verdict: str | None) -> bool:
-    """Return whether the record calls its two answers equally good.
+def _is_tie(value: Mapping[str, Any], names: tuple[str, str], answers: tuple[str, str], verdict: str | None) -> bool:
+    """Return whether the record judges its two answers to be equally good.
 
-    Raises RecordError where it calls the second one better, or says what cannot be understood: never a silent swap.
+    Raises RecordError if it prefers the second one or its verdict cannot be parsed, so that answers are never swapped
+    silently.
     """
     tie = False
     for name in (verdict,) if verdict else VERDICT_FIELDS:
-        said = value.get(name)
-        if said is None or said in (names[0], answers[0]) or _is_word(said, {"a"}):
+        preferred = value.get(name)
+        if preferred is None or preferred in (names[0], answers[0]) or _is_one_of(preferred, {"a"}):
             continue
-        if not _is_word(said, TIE_WORDS):
-            raise RecordError(_disagrees(names, f"`{name}` is {said!r}"))
+        if not _is_one_of(preferred, TIE_VALUES):
+            raise RecordError(_disagrees(names, f"`{name}` is {preferred!r}"))
         tie = True
     for figure, lower_is_better in LOWER_IS_BETTER.items():
-        first, second = (_figure(value, f"{figure}_{letter}") for letter in "ab")
+        first, second = (_judgement(value, f"{figure}_{letter}") for letter in "ab")
         if first is None or second is None:
             continue
         if first != second and (first < second) != lower_is_better:
@@ -201,13 +201,13 @@ def _says_tie(value: Mapping[str, Any], names: tuple[str, str], answers: tuple[s
     return tie
 
 
-def _is_word(said: Any, words: frozenset[str] | set[str]) -> bool:
-    return isinstance(said, str) and said.strip().lower() in words
+def _is_one_of(value: Any, allowed: frozenset[str] | set[str]) -> bool:
+    return isinstance(value, str) and value.strip().lower() in allowed
 
 
-def _disagrees(names: tuple[str, str], said: str) -> str:
+def _disagrees(names: tuple[str, str], verdict: str) -> str:
     return (
-        f"`{names[0]}` must be the preferred answer, but {said}; swap the two answers in the data, or name the "
+        f"`{names[0]}` must be the preferred answer, but {verdict}; swap the two answers in the data, or name the "
         "preferred one's field in `fields.chosen`"
     )
 
@@ -220,16 +220,16 @@ def _prompt_field(value: Mapping[str, Any], name: str | None) -> str | None:
 
 
 def _required_prompt(value: Mapping[str, Any], name: str | None) -> list[Turn]:
-    found = _optional_prompt(value, name)
-    if found is None:
+    prompt = _optional_prompt(value, name)
+    if prompt is None:
         allowed = f"`{name}`" if name else ", ".join(f"`{field}`" for field in PROMPT_FIELDS)
         there = ", ".join(sorted(map(str, value))) or "none"
         raise RecordError(f"there is no prompt: it is looked for under {allowed} (there are: {there})")
-    return found
+    return prompt
 
 
 def _optional_prompt(value: Mapping[str, Any], name: str | None) -> list[Turn] | None:
-    """Return the turns in front of the answers. None: the value has no field for them."""
+    """Return the turns that the answers reply to. None if the value has no field for them."""
     field = _prompt_field(value, name)
     if field is None:
         return None
@@ -252,26 +252,27 @@ def _turns(value: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def _answer(value: Mapping[str, Any], name: str, prompt: Sequence[Turn]) -> str:
-    """Return an answer: a string, a turn, or turns that may repeat the prompt in front of it."""
-    found = value.get(name)
-    if isinstance(found, str):
+    """Return the text of an answer: a string, a turn, or turns that may repeat the prompt before it."""
+    answer = value.get(name)
+    if isinstance(answer, str):
         return string_of(value, name)
-    if isinstance(found, Mapping):
+    if isinstance(answer, Mapping):
         try:
-            return _spoken(turns_of(found, turn_keys_of(found)), name)
+            return _only_answer(turns_of(answer, turn_keys_of(answer)), name)
         except RecordError as error:
             raise RecordError(f"`{name}`: {error}") from error
-    if not isinstance(found, list):
+    if not isinstance(answer, list):
         raise RecordError(f"`{name}` must be a string, a turn or a list of turns, got {describe(value, name)}")
     turns = _turns(value, name)
+    # The answer's turns may repeat the prompt with or without its system prompt.
     for front in (list(prompt), [turn for turn in prompt if turn.role is not Role.SYSTEM]):
         if len(turns) > len(front) and turns[: len(front)] == front:
-            return _spoken(turns[len(front) :], name)
-    return _spoken(turns, name)
+            return _only_answer(turns[len(front) :], name)
+    return _only_answer(turns, name)
 
 
-def _spoken(turns: Sequence[Turn], name: str) -> str:
-    """Return what the one turn of the assistant says."""
+def _only_answer(turns: Sequence[Turn], name: str) -> str:
+    """Return the content of the only turn, which must be the assistant's."""
     if len(turns) != 1 or turns[0].role is not Role.ASSISTANT:
         roles = ", ".join(turn.role.value for turn in turns) or "none"
         raise RecordError(f"`{name}` must end in one turn of the assistant behind the prompt, got turns of: {roles}")
@@ -293,24 +294,24 @@ def _items(value: Mapping[str, Any], name: str) -> list[Any]:
     return items
 
 
-def _figure(value: Mapping[str, Any], name: str) -> float | None:
-    """Return what an answer was judged with. None: it was not. Raises RecordError for what is no number."""
+def _judgement(value: Mapping[str, Any], name: str) -> float | None:
+    """Return the number with which an answer was judged, or None. Raises RecordError if it is not numeric."""
     if value.get(name) is None:
         return None
-    found = _number(value[name])
-    if found is None:
+    number = _number(value[name])
+    if number is None:
         raise RecordError(f"`{name}` must be a number, got {value[name]!r:.60}; mend it, or leave it out")
-    return found
+    return number
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, which may be written as a string; None for anything else, truth values too."""
+    """Return a finite number, which may be written as a string; None for anything else, including booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and "_" in value:
-        return None  # Python's own way to write a number
+        return None  # `float` accepts digit separators such as 1_000, which only Python writes
     try:
-        found = float(value)
+        number = float(value)
     except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""`read_records`: the records of a `data` artifact's split or of files in any layout, one by one, in order."""
+"""Read the records of a `data` artifact's split, or of files in any layout, one by one, in order."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ INDEX = "index.json"
 
 
 class Fetches(Protocol):
-    """The part of a stage's context that reading needs."""
+    """The part of a `StageContext` that reading needs."""
 
     def fetch(self, reference: Reference) -> Path: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Something that is no record."""
+    """A value that could not be read as a record."""
 
     where: str
     """`file:line`."""
@@ -37,39 +37,39 @@ class Malformed:
 
 
 def read_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
-    """Yield the records of `source`, from the first on.
+    """Yield the records of `source`, in order.
 
     Raises:
-        UserError: A record is malformed (the message names file and line), the split or the files are not there.
+        UserError: A record is malformed (the message names file and line), or the split or the files are missing.
     """
-    for found in read_raw_records(context, source):
-        if isinstance(found, Malformed):
-            raise UserError(f"{found.where}: {found.reason}; a `data` stage can count and leave out malformed records")
-        yield found
+    for item in read_raw_records(context, source):
+        if isinstance(item, Malformed):
+            raise UserError(f"{item.where}: {item.reason}; a `data` stage can count and leave out malformed records")
+        yield item
 
 
 def read_raw_records(context: Fetches, source: RecordSource) -> Iterator[Record | Malformed]:
-    """Like `read_records`, but what is malformed is yielded, not raised. Counts against `maxSamples` too."""
+    """Like `read_records`, but yield malformed records instead of raising. They count against `maxSamples` too."""
     return read_path(context.fetch(source), source)
 
 
 def read_path(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
     """Like `read_raw_records`, for a source that is already fetched to `path`."""
     is_artifact = path.is_dir() and (path / INDEX).is_file()
-    found = _read_artifact(path, source) if is_artifact else _read_files(path, source)
-    for number, record in enumerate(found):
+    records = _read_artifact(path, source) if is_artifact else _read_files(path, source)
+    for number, record in enumerate(records):
         if source.max_samples is not None and number >= source.max_samples:
             return
         yield record
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return the index of the `data` artifact in `folder`. Raises UserError where it is none."""
+    """Return the index of the `data` artifact in `folder`. Raises UserError if it is missing or malformed."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return {"format": index["format"], "splits": dict(index["splits"]), "sources": dict(index["sources"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX}: no index of a `data` artifact: {error!r}") from error
+        raise UserError(f"{folder / INDEX}: not the index of a `data` artifact: {error!r}") from error
 
 
 # -- data artifacts ----------------------------------------------------------------------------------------------------
@@ -85,16 +85,16 @@ def _read_artifact(folder: Path, source: RecordSource) -> Iterator[Record | Malf
     for shard in split["shards"]:
         name = shard["path"]
         for raw in read_values(folder / name, f"{source.label}/{name}", Layout.LINES):
-            found = _parsed(raw.value, raw.error, parse, f"{source.label}/{name}:{raw.line}")
-            if isinstance(found, Record):
-                found = replace(found, source=str(raw.value.get("source", source.label)))
-            yield found
+            record = _parsed(raw.value, raw.error, parse, f"{source.label}/{name}:{raw.line}")
+            if isinstance(record, Record):
+                record = replace(record, source=str(raw.value.get("source", source.label)))
+            yield record
 
 
-def _artifact_parser(sort: str) -> Parse:
-    if sort == PREFERENCES:
+def _artifact_parser(kind: str) -> Parse:
+    if kind == PREFERENCES:
         return canonical_preferences
-    return parser_for(Format.TEXT if sort == "text" else Format.MESSAGES, FieldMapping(), {})
+    return parser_for(Format.TEXT if kind == "text" else Format.MESSAGES, FieldMapping(), {})
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -116,12 +116,12 @@ def _read_files(path: Path, source: RecordSource) -> Iterator[Record | Malformed
             if parse is None and raw.error is None and isinstance(raw.value, Mapping):
                 detected = detected or _detected(raw.value, source.fields, where)
                 parse = parser_for(detected, source.fields, raw.value)
-            found = _parsed(raw.value, raw.error, parse, where)
-            yield replace(found, source=source.label) if isinstance(found, Record) else found
+            record = _parsed(raw.value, raw.error, parse, where)
+            yield replace(record, source=source.label) if isinstance(record, Record) else record
 
 
 def _data_files(path: Path, source: RecordSource) -> list[tuple[Path, str]]:
-    """Return the files of a source with the names that messages use, sorted by name."""
+    """Return (file, name in messages) of a source's files, sorted by name."""
     if path.is_file():
         return [(path, (source.uri or path.name).rsplit("/", 1)[-1])]
     files = sorted(
@@ -129,16 +129,16 @@ def _data_files(path: Path, source: RecordSource) -> list[tuple[Path, str]]:
         for file in path.rglob("*")
         if file.is_file() and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
     )
-    if len(files) > 1:  # a folder may hold a README or a licence beside the data
+    if len(files) > 1:  # a folder may contain a README or a licence next to the data
         files = [(name, file) for name, file in files if layout_of(file) and not name.lower().endswith(".md")] or files
     if not files:
-        raise UserError(f"{source.key}: no files there; give a file, a glob or a folder with data in it")
+        raise UserError(f"{source.key}: no files found; give a file, a glob or a folder with data in it")
     return [(file, name) for name, file in files]
 
 
 def _text_format(detected: Format | None, name: str) -> Format:
     if detected not in (None, Format.TEXT):
-        raise UserError(f"{name}: a text file holds no `{detected}` records; give JSON or Parquet, or `format: text`")
+        raise UserError(f"{name}: a text file has no `{detected}` records; give JSON or Parquet, or `format: text`")
     return Format.TEXT
 
 

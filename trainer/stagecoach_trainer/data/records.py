@@ -9,56 +9,59 @@ from stagecoach_api.conversation import Role
 from stagecoach_trainer.runtime.errors import UserError
 
 PREFERENCES = "preferences"
-"""What the index calls records with answers that people compared; the others are `text` and `conversation`."""
+"""Kind of a record with compared answers, as the index names it; the others are `text` and `conversation`."""
 
 
 class RecordError(ValueError):
-    """A value is no record of its layout; the message says which field, what was got and what is allowed."""
+    """A value does not match its layout; the message names the field, what was got and what is allowed.
+
+    The message is listed in the report of a `data` stage, so rewording one changes the artifact.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one speaker says."""
+    """One turn of a conversation."""
 
     role: Role
     content: str
     input: str = ""
-    """Alpaca's `input`, kept apart so that a template may join it in its own way."""
+    """Alpaca's `input`, kept separate so that each template can join it in its own way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of several answers to a prompt, and what people think of it: a rank among the others, or a verdict."""
+    """An answer to a prompt with its human judgement: a rank among the other answers, or good/bad."""
 
     content: str
     rank: int | None = None
-    """Place among the answers of the record; 1 is best, equal ranks are a tie. None: `liked` is given."""
+    """Rank among the answers of the record; 1 is best, equal ranks are a tie. None if `liked` is given."""
 
     liked: bool | None = None
-    """Whether it is a good answer. None: `rank` is given."""
+    """Whether it is a good answer. None if `rank` is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One document, one conversation, or one prompt with answers that people compared (a preference record)."""
+    """A document, a conversation, or a prompt with judged answers (a preference record)."""
 
     text: str | None = None
-    """The document. None: it has turns."""
+    """The document. None if the record has turns."""
 
     messages: tuple[Turn, ...] = ()
-    """The turns of a conversation, or of the prompt in front of `answers`; empty for a document."""
+    """The turns of a conversation, or of the prompt that `answers` reply to; empty for a document."""
 
     tools: str | None = None
-    """JSON list of the tools a conversation may call. None: none are given."""
+    """JSON list of the tools a conversation may call. None if there are none."""
 
     source: str = ""
-    """Label of the source it came from."""
+    """Label of its source."""
 
     where: str = field(default="", compare=False)
-    """`file:line` it was read from."""
+    """Position it was read from, `file:line`."""
 
     answers: tuple[Answer, ...] = ()
-    """A preference record's answers, the best first where they are ranked; else empty."""
+    """A preference record's answers, best first if they are ranked; empty for other records."""
 
     @property
     def is_text(self) -> bool:
@@ -74,7 +77,7 @@ class Record:
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """Return the canonical form in which shards hold a record."""
+    """Return the canonical form in which shards store a record."""
     if record.text is not None:
         return {"text": record.text, "source": record.source}
     messages = []
@@ -94,16 +97,16 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
 
 
 def kind_of(record: Record) -> str:
-    """Return what sort of record it is, in the words of a `data` artifact's index."""
+    """Return the kind of a record, as the index of a `data` artifact names it."""
     if record.is_text:
         return "text"
     return PREFERENCES if record.answers else "conversation"
 
 
 def require_no_answers(record: Record) -> Record:
-    """Return a record that is a conversation or text.
+    """Return `record` if it is a conversation or text.
 
-    Raises UserError for a preference record: read as a conversation it would be a question without an answer.
+    Raises UserError for a preference record: read as a conversation, it would be a question without an answer.
     """
     if record.answers:
         raise UserError(

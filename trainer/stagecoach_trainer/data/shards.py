@@ -1,8 +1,8 @@
 """Write records as shards: `.jsonl.zst` files of bounded size, equal bytes for equal records.
 
-Shuffling is external, in sequential passes: every record gets a key, the hash of (seed, its number), and goes to the
-spool file of the key's range; then each range is sorted in memory and written. So the order is a uniform permutation
-that depends on nothing but the seed and the records' numbers, and memory holds one range (about `RANGE_BYTES`).
+Shuffling is external, in sequential passes: each record gets a key, the hash of (seed, record number), and is appended
+to the spool file of the key's range; then each range is sorted in memory and written. The order is thus a uniform
+permutation that depends only on the seed and the record numbers, and memory holds one range (about `RANGE_BYTES`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stagecoach_trainer.data.records import Record, record_to_json
 ZSTD_LEVEL = 3
 RANGE_BYTES = 64 * 1024 * 1024
 MAX_RANGES = 512
-"""Spool files open at a time; the usual limit of a process is 1,024 files."""
+"""Spool files open at the same time; a process may usually open 1,024 files."""
 
 KEY_BYTES = 8
 _LENGTH_BYTES = 4
@@ -32,24 +32,24 @@ class Shard:
     """One file of a split."""
 
     path: str
-    """Below the artifact's folder."""
+    """Relative to the artifact's folder."""
 
     records: int
     bytes: int
-    """Of JSON, before compression."""
+    """Bytes of JSON before compression."""
 
     characters: int
 
 
 class RecordSink(Protocol):
-    """Where a split's records go."""
+    """Destination of a split's records."""
 
     def add(self, record: Record) -> None: ...
     def close(self) -> list[Shard]: ...
 
 
 class ShardWriter:
-    """Writes records in the order they come."""
+    """Writes records in the order in which they are added."""
 
     def __init__(self, folder: Path, split: str, shard_bytes: int) -> None:
         self._folder = folder
@@ -72,13 +72,14 @@ class ShardWriter:
         self._records += 1
         self._bytes += len(line)
         self._characters += characters
+        # Lines are buffered because a compressor call per line costs more than compressing a short line.
         if len(self._lines) >= 512 or self._bytes >= self._shard_bytes:
             self._flush()
         if self._bytes >= self._shard_bytes:
             self._end()
 
     def close(self) -> list[Shard]:
-        """Finish the last shard; return them all."""
+        """Finish the last shard and return all shards."""
         if self._open is not None:
             self._end()
         return self._shards
@@ -108,14 +109,14 @@ class ShardWriter:
 
 
 class ShufflingWriter:
-    """Writes records in an order drawn by the seed.
+    """Writes records in a random order that the seed determines.
 
     Args:
-        writer: Where they are written in the end.
-        spool: A folder for the ranges; emptied again.
+        writer: Destination of the shuffled records.
+        spool: A folder for the ranges; `close` removes it.
         seed: The order's seed.
-        expected_bytes: Estimate of all records' bytes; it sets the number of ranges. The order does not depend on it.
-        on_range: Called with (ranges written, all ranges) while they are written.
+        expected_bytes: Estimate of all records' bytes; sets the number of ranges. The order does not depend on it.
+        on_range: Called with (ranges written, number of ranges) before each range is written.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class ShufflingWriter:
         self._number = 0
 
     def add(self, record: Record) -> None:
+        # Big-endian keys sort as bytes in the order of their values, so sorting range after range sorts all records.
         number = self._number.to_bytes(8, "big")
         self._number += 1
         key = hashlib.blake2b(number, digest_size=KEY_BYTES, key=self._key).digest()
@@ -158,7 +160,7 @@ class ShufflingWriter:
 
 
 def _read_spool(data: bytes) -> Iterator[tuple[bytes, bytes, int]]:
-    """Yield (key and number, line, characters); no two have the same first member."""
+    """Yield (key and number, line, characters); the first member is unique, so sorting never compares lines."""
     position = 0
     while position < len(data):
         size_at = position + KEY_BYTES + 8
@@ -173,12 +175,12 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 def encode_line(record: Record) -> bytes:
-    """Return a record's canonical JSON and a newline."""
+    """Return a record's canonical JSON, ending in a newline."""
     return (_ENCODE(record_to_json(record)) + "\n").encode()
 
 
 def split_index(shards: Iterable[Shard]) -> dict[str, Any]:
-    """Return a split's part of `index.json`."""
+    """Return the entry of a split in `index.json`."""
     shards = list(shards)
     return {
         "shards": [

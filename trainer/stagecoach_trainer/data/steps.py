@@ -1,6 +1,6 @@
-"""The steps of the `data` pipeline. Each is a small class with one method and counters of its own.
+"""The steps of the `data` pipeline. Each is a small class with one method and its own counters.
 
-A step takes a record and gives it back, perhaps changed, or says why it is dropped. To add one: a member of
+A step returns the record, possibly changed, or the reason for which it is dropped. To add one: a member of
 `stagecoach_api.kinds.data.DataStep`, a class here, a line in `STEPS`.
 """
 
@@ -29,12 +29,12 @@ from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.runtime.errors import UserError
 
 HASH_BYTES = 16
-"""128 bits: among 10^12 texts two collide with a chance below 10^-14."""
+"""128 bits: the chance that any two of 10^12 texts collide is below 10^-14."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A step's verdict that a record goes no further."""
+    """Result of a step that drops a record."""
 
     reason: str
 
@@ -47,10 +47,10 @@ class Step(Protocol):
 
 @dataclass
 class StepCounter:
-    """What happened at one step."""
+    """A step with counters of what it did."""
 
     label: str
-    """The step's name; with its position where the name stands twice in the pipeline."""
+    """The step's name, with its position appended if the pipeline has several steps of that name."""
 
     step: Step
     seen: int = 0
@@ -70,9 +70,9 @@ class StepCounter:
 
 
 def content_hash(record: Record, key: bytes = b"") -> bytes:
-    """Hash what a record says, its ends trimmed, whatever its source: 16 bytes.
+    """Return a 16-byte hash of a record's content, each text trimmed; its source does not matter.
 
-    Equal text gives equal hashes: `deduplicate` and the split rely on it. `key` (up to 64 bytes) makes another,
+    `deduplicate` and the split rely on equal content giving equal hashes. Each `key` (up to 64 bytes) gives an
     independent hash.
     """
     hasher = hashlib.blake2b(digest_size=HASH_BYTES, key=key)
@@ -80,7 +80,7 @@ def content_hash(record: Record, key: bytes = b"") -> bytes:
         hasher.update(record.text.strip().encode())
         return hasher.digest()
     for turn in record.messages:
-        # \x1c and \x1d (file and group separator) keep "a" + "bc" and "ab" + "c" apart.
+        # \x1c and \x1d (file and group separator) make "a" + "bc" hash differently from "ab" + "c".
         hasher.update(f"{turn.role.value}\x1d{turn.content.strip()}\x1d{turn.input.strip()}\x1c".encode())
     hasher.update((record.tools or "").encode())
     for answer in record.answers:
@@ -90,12 +90,12 @@ def content_hash(record: Record, key: bytes = b"") -> bytes:
 
 
 def prompt_hash(record: Record, key: bytes = b"") -> bytes:
-    """Like `content_hash`, the answers of a preference record apart: equal for all records with the same prompt."""
+    """Like `content_hash` without the answers of a preference record: equal for all records with the same prompt."""
     return content_hash(replace(record, answers=()) if record.answers else record, key)
 
 
 class NormalizeStep:
-    """Unicode normalisation, blanks and empty lines."""
+    """Normalises Unicode, whitespace and empty lines."""
 
     _LINE_END = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]")
     _BLANKS = re.compile(r"[^\S\n]{2,}|[^\S\n ]")
@@ -118,7 +118,8 @@ class NormalizeStep:
         return replace(record, messages=turns, answers=answers)
 
     def clean(self, text: str) -> str:
-        """Return the text in the form asked for."""
+        """Return the normalised text."""
+        # `is_normalized` has a quick check (Unicode UAX #15, section 9) that spares most texts the normalisation.
         if self._form is not None and not text.isascii() and not unicodedata.is_normalized(self._form, text):
             text = unicodedata.normalize(self._form, text)
         if not self._collapse:
@@ -129,7 +130,7 @@ class NormalizeStep:
 
 
 class LengthStep:
-    """Bounds on the number of characters."""
+    """Drops records with too few or too many characters."""
 
     def __init__(self, config: Length) -> None:
         self._min = config.min_characters
@@ -145,10 +146,10 @@ class LengthStep:
 
 
 class MatchStep:
-    """A regular expression that must, or must not, be found."""
+    """Keeps or drops records that contain a regular expression."""
 
     def __init__(self, config: Match, where: str) -> None:
-        import re2  # linear time whatever the pattern: a user's pattern cannot stall the stage
+        import re2  # runs in linear time, so no pattern can stall the stage
 
         self._keeps = config.keep is not None
         pattern = config.keep if config.keep is not None else config.drop
@@ -159,19 +160,19 @@ class MatchStep:
         except re2.error as error:
             member = "keep" if self._keeps else "drop"
             raise UserError(
-                f"{where}.match.{member}: {pattern!r} is no RE2 pattern: {_words(error)}; "
-                "look-arounds and back-references do not exist there"
+                f"{where}.match.{member}: {pattern!r} is not a valid RE2 pattern: {_message_of(error)}; "
+                "RE2 has no look-arounds and no back-references"
             ) from error
 
     def apply(self, record: Record) -> Record | Dropped:
-        found = self._search(record.content) is not None
-        if found == self._keeps:
+        matched = self._search(record.content) is not None
+        if matched == self._keeps:
             return record
         return Dropped("notMatched" if self._keeps else "matched")
 
 
 SCRIPTS = {
-    # Han (with its extensions and compatibility forms), kana, bopomofo, hangul; punctuation is no script.
+    # Han (with extensions and compatibility forms), kana, bopomofo, hangul; punctuation belongs to no script.
     Script.CJK: re.compile(
         "[\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
         "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9d"
@@ -186,12 +187,12 @@ _NOT_BLANK = re.compile(r"\S+")
 
 
 def count_characters(pattern: re.Pattern[str], text: str) -> int:
-    """Return how many characters of `text` lie in matches of `pattern`."""
+    """Return the number of characters of `text` that matches of `pattern` cover."""
     return sum(map(len, pattern.findall(text)))
 
 
 class CharacterShareStep:
-    """A least share of one script among the characters that are not blank."""
+    """Drops records with too small a share of one script among their non-blank characters."""
 
     def __init__(self, config: CharacterShare) -> None:
         self._pattern = SCRIPTS[config.script]
@@ -206,7 +207,7 @@ class CharacterShareStep:
 
 
 class RepetitionStep:
-    """Lines said twice, or one character all over (after Gopher's rules, arXiv 2112.11446)."""
+    """Drops records with many duplicate lines or one dominant character (after Gopher's rules, arXiv 2112.11446)."""
 
     def __init__(self, config: Repetition) -> None:
         self._max_lines = config.max_duplicate_lines
@@ -227,7 +228,7 @@ class RepetitionStep:
 
 
 class DeduplicateStep:
-    """Exact deduplication over all sources; the first stays. Holds about 110 bytes per record."""
+    """Drops exact duplicates across all sources, keeping the first. Needs about 110 bytes of memory per record."""
 
     def __init__(self, config: Deduplicate) -> None:
         del config  # it has no settings
@@ -249,11 +250,11 @@ STEPS: dict[str, Callable[[Any, str], Step]] = {
     "repetition": lambda config, _: RepetitionStep(config),
     "deduplicate": lambda config, _: DeduplicateStep(config),
 }
-"""Makers of the steps by the member of `DataStep` that asks for them; they are given its value and field path."""
+"""Factories of the steps by their member of `DataStep`; called with its value and field path."""
 
 
 def build_steps(configs: Sequence[DataStep]) -> list[StepCounter]:
-    """Make the pipeline. Raises UserError where a pattern does not compile."""
+    """Return the pipeline. Raises UserError if a pattern does not compile."""
     named = [(name, getattr(config, name)) for config in configs for name in STEPS if getattr(config, name) is not None]
     times = Counter(name for name, _ in named)
     pipeline = []
@@ -264,6 +265,6 @@ def build_steps(configs: Sequence[DataStep]) -> list[StepCounter]:
     return pipeline
 
 
-def _words(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     message = error.args[0] if error.args else str(error)
     return message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)

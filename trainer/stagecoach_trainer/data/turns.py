@@ -1,4 +1,4 @@
-"""What a record is, and how the parts of a raw value become one: strings, turns, tools."""
+"""Parse the parts of a raw value that records consist of: strings, turns, tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagecoach_api.conversation import Role
 from stagecoach_trainer.data.records import Record, RecordError, Turn
 
 Parse = Callable[[Mapping[str, Any]], Record]
-"""Make a record of one value; `source` and `where` are filled in by the reader. Raises RecordError."""
+"""Makes a record of a raw value; the reader fills in `source` and `where`. Raises RecordError."""
 
 USER_ROLES = ("human", "user")
 SHAREGPT_ROLES = {
@@ -33,12 +33,12 @@ MESSAGES_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class TurnKeys:
-    """How a layout spells a turn."""
+    """Field names and role names with which a layout writes a turn."""
 
     role: str
     content: str
     roles: Mapping[str, Role]
-    """Its words for the roles."""
+    """Role by the name that the layout uses."""
 
 
 SHAREGPT_TURNS = TurnKeys("from", "value", SHAREGPT_ROLES)
@@ -46,15 +46,15 @@ MESSAGES_TURNS = TurnKeys("role", "content", MESSAGES_ROLES)
 
 
 def turn_keys_of(turn: Any) -> TurnKeys:
-    """Tell from one turn how a list of turns is spelled."""
+    """Return the field names that a list of turns uses, detected from one of its turns."""
     return SHAREGPT_TURNS if isinstance(turn, Mapping) and "from" in turn else MESSAGES_TURNS
 
 
 def list_of_turns(items: Any, name: str, keys: TurnKeys) -> list[Turn]:
-    """Return the turns of a list. Raises RecordError naming the turn that is none."""
+    """Return the turns of a list. Raises RecordError naming the malformed turn."""
     if not isinstance(items, list) or not items:
-        found = "an empty list" if items == [] else type(items).__name__
-        raise RecordError(f"`{name}` must be a list of at least one turn, got {found}")
+        got = "an empty list" if items == [] else type(items).__name__
+        raise RecordError(f"`{name}` must be a list of at least one turn, got {got}")
     turns: list[Turn] = []
     for index, item in enumerate(items):
         try:
@@ -65,7 +65,7 @@ def list_of_turns(items: Any, name: str, keys: TurnKeys) -> list[Turn]:
 
 
 def turns_of(item: Any, keys: TurnKeys) -> list[Turn]:
-    """Return a turn: one, or two where it both speaks and calls a tool. Raises RecordError."""
+    """Return the turns of one item: two if it has both text and tool calls, else one. Raises RecordError."""
     if not isinstance(item, Mapping):
         raise RecordError(f"a turn must be an object, got {type(item).__name__}")
     name = string_of(item, keys.role)
@@ -74,28 +74,28 @@ def turns_of(item: Any, keys: TurnKeys) -> list[Turn]:
         raise RecordError(f"unknown `{keys.role}` {name!r}; allowed are {', '.join(sorted(keys.roles))}")
     calls = item.get("tool_calls")
     if calls:
-        said = optional_string_of(item, keys.content)
-        return [*([Turn(role, said)] if said else []), Turn(Role.TOOL_CALL, _tool_calls(calls))]
+        text = optional_string_of(item, keys.content)
+        return [*([Turn(role, text)] if text else []), Turn(Role.TOOL_CALL, _tool_calls(calls))]
     return [Turn(role, string_of(item, keys.content), optional_string_of(item, "input") or "")]
 
 
 def _tool_calls(calls: Any) -> str:
-    """Write OpenAI's `tool_calls` as the JSON that ShareGPT sets have: one object, or a list of several."""
+    """Return OpenAI's `tool_calls` as the JSON of ShareGPT data sets: one object, or a list of several."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise RecordError("`tool_calls` must be a list of objects")
     functions = [call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls]
-    said = []
+    written = []
     for function in functions:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):  # a model's malformed arguments stay the text they are
+            with contextlib.suppress(ValueError):  # malformed arguments written by a model stay text
                 arguments = json.loads(arguments)
-        said.append({"name": string_of(function, "name"), "arguments": arguments})
-    return json.dumps(said[0] if len(said) == 1 else said, ensure_ascii=False)
+        written.append({"name": string_of(function, "name"), "arguments": arguments})
+    return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
 
 
 def tools_of(value: Mapping[str, Any]) -> str | None:
-    """Return the JSON list of tools a value gives, or None. Raises RecordError."""
+    """Return the JSON list of tools in a value, or None if there are none. Raises RecordError."""
     tools = value.get("tools")
     if tools is None or tools in ("", []):
         return None
@@ -107,20 +107,20 @@ def tools_of(value: Mapping[str, Any]) -> str | None:
 
 
 def string_of(value: Mapping[str, Any], name: str) -> str:
-    """Return the string in a field. Raises RecordError naming what is there."""
-    found = value.get(name)
-    if not isinstance(found, str):
+    """Return the string in a field. Raises RecordError naming what the field contains."""
+    text = value.get(name)
+    if not isinstance(text, str):
         raise RecordError(f"`{name}` must be a string, got {describe(value, name)}")
-    return _valid_unicode(found, name)
+    return _valid_unicode(text, name)
 
 
 def optional_string_of(value: Mapping[str, Any], name: str) -> str | None:
-    """Like `string_of`; None where the field is null or missing."""
+    """Like `string_of`, but None if the field is null or missing."""
     return None if value.get(name) is None else string_of(value, name)
 
 
 def _valid_unicode(text: str, name: str) -> str:
-    """JSON may spell half a surrogate pair, which is no character and cannot be written as UTF-8."""
+    """Reject lone surrogates: JSON can escape half of a surrogate pair, which UTF-8 cannot encode."""
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -130,7 +130,7 @@ def _valid_unicode(text: str, name: str) -> str:
 
 
 def describe(value: Mapping[str, Any], name: str) -> str:
-    """Return words on what a field holds."""
+    """Describe the content of a field for an error message."""
     if name not in value:
         return f"no such field (there are: {', '.join(sorted(map(str, value))) or 'none'})"
     return type(value[name]).__name__ if value[name] != [] else "an empty list"

@@ -1,4 +1,4 @@
-"""`data`: read sources, run them through the pipeline, split, write shards, account for every record."""
+"""`data`: read sources, run records through the pipeline, split, write shards, account for every record."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from stagecoach_trainer.runtime.errors import Interrupted, UserError
 
 RECORDS_PER_HEARTBEAT = 512
 EXPANSION = 4
-"""Guess of how much larger records are than their (often compressed) files; only sets the number of spool files."""
+"""Estimated ratio of record bytes to (often compressed) file bytes; only sets the number of spool files."""
 
 
 def run(config: DataStage, context: StageContext) -> StageOutcome:
-    """Make the data set of `config` in `context.output`.
+    """Write the data set of `config` to `context.output`.
 
     Raises:
-        UserError: A source is missing or mixes layouts, too many records are malformed, or nothing is left.
-        Interrupted: The stage was asked to stop; it begins anew the next time.
+        UserError: A source is missing or mixes layouts, too many records are malformed, or no record is left.
+        Interrupted: The stage was asked to stop; the next attempt starts from scratch.
     """
     pipeline = build_steps(config.steps)
     labels = source_labels(config.sources)
     paths = [context.fetch(source) for source in config.sources]
     sinks = _open_sinks(config, context, paths)
-    work = _Work(config, context, pipeline, sinks, {label: Funnel() for label in labels})
+    work = _Progress(config, context, pipeline, sinks, {label: Funnel() for label in labels})
     for source, label, path in zip(config.sources, labels, paths, strict=True):
-        work.take_source(source, label, path)
+        work.read_source(source, label, path)
     work.check()
     splits = {split.value: split_index(sinks[split].close()) for split in Split}
     report = report_json(work.funnels, pipeline, work.malformed)
@@ -48,7 +48,7 @@ def run(config: DataStage, context: StageContext) -> StageOutcome:
 
 
 def source_labels(sources: tuple[DataSource, ...]) -> list[str]:
-    """Return each source's label; a label that stands twice gets its position behind it."""
+    """Return each source's label; a repeated label gets its position appended."""
     labels: list[str] = []
     for index, source in enumerate(sources):
         label = source.label
@@ -76,56 +76,56 @@ def _bytes_below(path: Path) -> int:
 
 
 @dataclass
-class _Work:
-    """What the stage has done so far."""
+class _Progress:
+    """Running state of the stage: counts, and the sinks that records are written to."""
 
     config: DataStage
     context: StageContext
     pipeline: list[StepCounter]
     sinks: dict[Split, RecordSink]
     funnels: dict[str, Funnel]
-    """By source label."""
+    """Funnel by source label."""
 
     malformed: list[Malformed] = field(default_factory=list)
-    """The first `MAX_LISTED`."""
+    """The first `MAX_LISTED` malformed records."""
 
     format: str = ""
     """`text`, `conversation` or `preferences`."""
 
     num_read: int = 0
 
-    def take_source(self, source: DataSource, label: str, path: Path) -> None:
-        """Read one source to its end."""
-        for found in self._watched(read_path(path, source)):
+    def read_source(self, source: DataSource, label: str, path: Path) -> None:
+        """Process all records of a source."""
+        for item in self._watched(read_path(path, source)):
             funnel = self.funnels[label]
             funnel.read += 1
-            if isinstance(found, Malformed):
+            if isinstance(item, Malformed):
                 funnel.malformed += 1
                 if len(self.malformed) < MAX_LISTED:
-                    self.malformed.append(found)
+                    self.malformed.append(item)
                 continue
-            self._check_format(found, label)
-            self._take_record(replace(found, source=label), source.weight, funnel)
+            self._check_kind(item, label)
+            self._process(replace(item, source=label), source.weight, funnel)
 
     def _watched(self, records: Iterator[Record | Malformed]) -> Iterator[Record | Malformed]:
-        """Beat the heart and obey the stop flag while reading."""
+        """Report progress and honour the stop flag while reading."""
         for record in records:
             if self.num_read % RECORDS_PER_HEARTBEAT == 0:
                 self.context.progress.report("read", self.num_read, None, "records")
                 if self.context.stop.is_set():
-                    raise Interrupted(f"stopped after {self.num_read:,} records; the stage begins anew the next time")
+                    raise Interrupted(f"stopped after {self.num_read:,} records; the next attempt starts from scratch")
             self.num_read += 1
             yield record
 
-    def _take_record(self, record: Record, weight: float, funnel: Funnel) -> None:
-        """Run one record through the pipeline and write what is left of it."""
+    def _process(self, record: Record, weight: float, funnel: Funnel) -> None:
+        """Run one record through the pipeline and write the result."""
         for step in self.pipeline:
             result = step.apply(record)
             if isinstance(result, Dropped):
                 funnel.dropped[result.reason] += 1
                 return
             record = result
-        # By the prompt: a prompt's other answers must not be trained on where some are held out.
+        # Split by prompt: if one answer to a prompt is held out, its other answers must not be trained on.
         if _draw(prompt_hash(record, f"split:{self.context.seed}".encode())) < self.config.held_out_share:
             self.sinks[Split.HELD_OUT].add(record)
             funnel.held_out += 1
@@ -140,17 +140,17 @@ class _Work:
             funnel.train += 1
         funnel.characters += len(record.content)
 
-    def _check_format(self, record: Record, label: str) -> None:
-        found = kind_of(record)
-        if self.format and found != self.format:
+    def _check_kind(self, record: Record, label: str) -> None:
+        kind = kind_of(record)
+        if self.format and kind != self.format:
             raise UserError(
-                f"{record.where}: source {label} gives a {found} record, those before are {self.format} records; "
-                "a data set holds one sort: make one `data` stage for each"
+                f"{record.where}: source {label} has a {kind} record, but earlier records are {self.format} records; "
+                "a data set holds one kind: make one `data` stage for each"
             )
-        self.format = found
+        self.format = kind
 
     def check(self) -> None:
-        """Refuse a data set that is empty or has too many malformed records."""
+        """Raise UserError if the data set is empty or has too many malformed records."""
         for label, funnel in self.funnels.items():
             funnel.check(label)
         whole = total(self.funnels.values())
@@ -160,7 +160,7 @@ class _Work:
             raise UserError(
                 f"{whole.malformed:,} of {whole.read:,} records are malformed "
                 f"({whole.malformed / whole.read:.2%}; maxMalformedShare allows "
-                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}. Mend "
+                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}. Fix "
                 "them, or raise maxMalformedShare to leave them out"
             )
         if not whole.kept:
@@ -174,7 +174,7 @@ class _Work:
 
 
 def _draw(hash_: bytes) -> float:
-    """Make a number in [0, 1) of a hash: the same for equal text."""
+    """Return a number in [0, 1) that is a function of the hash, so equal text gives equal numbers."""
     return int.from_bytes(hash_[:7], "big") / (1 << 56)
 
 
@@ -186,11 +186,11 @@ def _copies(record: Record, weight: float, seed: int) -> int:
 
 def _why_empty(whole: Funnel, labels: list[str]) -> str:
     if not whole.read:
-        return f"the data set is empty: the sources have no records ({', '.join(labels)}); look at their `uri`"
+        return f"the data set is empty: the sources have no records ({', '.join(labels)}); check their `uri`"
     reason, count = max([("malformed", whole.malformed), *sorted(whole.dropped.items())], key=lambda item: item[1])
     return (
-        f"the data set is empty: of {whole.read:,} records none is left; most, {count:,}, were dropped by `{reason}`: "
-        "loosen that step or look at the source"
+        f"the data set is empty: none of {whole.read:,} records is left; most, {count:,}, were dropped by `{reason}`: "
+        "relax that step or check the source"
     )
 
 

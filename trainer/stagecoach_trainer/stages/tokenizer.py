@@ -1,4 +1,4 @@
-"""`tokenizer`: train a vocabulary, merge one into a base, add tokens; write it for both encoders and measure it."""
+"""`tokenizer`: train a vocabulary, merge it into a base, add tokens; write it for both encoders and measure it."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from stagecoach_trainer.text.vocabulary import (
 
 RECORDS_PER_HEARTBEAT = 512
 MAX_USE_CHARACTERS = 8_000_000
-"""Characters of the training text in which the report looks for new pieces."""
+"""Characters of the training text in which the report counts uses of new pieces, at most."""
 
 
 def run(config: TokenizerStage, context: StageContext) -> StageOutcome:
-    """Make the vocabulary of `config` in `context.output`.
+    """Write the vocabulary of `config` to `context.output`.
 
     Raises:
-        UserError: An input is no vocabulary, the text cannot give one of the size asked for, or SentencePiece and
-            transformers encode a measured text differently (a warning under `score: zero`).
-        Interrupted: The stage was asked to stop; it begins anew the next time.
+        UserError: An input is not a vocabulary, the text does not suffice for the requested size, or SentencePiece and
+            transformers encode a measured text differently (only a warning under `score: zero`).
+        Interrupted: The stage was asked to stop; the next attempt starts from scratch.
     """
     _check_names(config)
     base = None if config.base is None else load_base(context, config.base)
@@ -59,7 +59,7 @@ def run(config: TokenizerStage, context: StageContext) -> StageOutcome:
     used_in = sum(measured.characters for measured in sets.values()) + meter.count_uses(_first(lines))
     facts = piece_facts(base, vocabulary, meter.uses, used_in)
     report = _report(facts, sets, meter.measure(PROBES), warnings)
-    _judge(config, report)
+    _check_agreement(config, report)
     _write(report, context.output)
     return StageOutcome(metrics=_metrics(report))
 
@@ -68,7 +68,7 @@ def _check_names(config: TokenizerStage) -> None:
     names = [source.name for source in config.measure_on]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise UserError(f"measureOn[{index}].name: {name!r} stands twice; every set needs a name of its own")
+            raise UserError(f"measureOn[{index}].name: {name!r} is used twice; give every set its own name")
 
 
 # -- parts of the vocabulary -------------------------------------------------------------------------------------------
@@ -77,7 +77,9 @@ def _check_names(config: TokenizerStage) -> None:
 def load_base(context: StageContext, reference: Reference) -> Vocabulary:
     """Load a SentencePiece vocabulary from a `.model` file, a `tokenizer` artifact or a Hugging Face folder.
 
-    Tokens that a folder adds behind the model's pieces (a pad token, say) become pieces with the same ids.
+    Tokens that a folder adds after the model's pieces (such as a pad token) become pieces with the same ids.
+
+    Raises UserError if the folder has no SentencePiece model, needs its own code, or leaves gaps between ids.
     """
     path = context.fetch(reference)
     if path.is_file():
@@ -88,38 +90,40 @@ def load_base(context: StageContext, reference: Reference) -> Vocabulary:
             f"{reference.key}: the folder has no {SENTENCEPIECE_FILE}; only SentencePiece vocabularies can be a base"
         )
     vocabulary = load_vocabulary(path / SENTENCEPIECE_FILE)
-    return append_tokens(vocabulary, _tokens_behind(vocabulary, _added_tokens(path, config), reference.key))
+    return append_tokens(vocabulary, _tokens_after(vocabulary, _added_tokens(path, config), reference.key))
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Return the (token, is special) by id that a folder's JSON files add to its SentencePiece model."""
-    found: dict[int, tuple[str, bool]] = {}
+    """Return (token, is special) by id of the tokens in a folder's JSON files."""
+    tokens: dict[int, tuple[str, bool]] = {}
+    # Later files override earlier ones: only they record which tokens are special.
     added = folder / "added_tokens.json"
     if added.is_file():
-        found |= {int(index): (str(token), True) for token, index in read_json(added).items()}
+        tokens |= {int(index): (str(token), True) for token, index in read_json(added).items()}
     if (folder / TOKENIZER_FILE).is_file():
         for item in read_json(folder / TOKENIZER_FILE).get("added_tokens", []):
-            found[int(item["id"])] = (str(item["content"]), bool(item.get("special")))
+            tokens[int(item["id"])] = (str(item["content"]), bool(item.get("special")))
     for index, item in config.get("added_tokens_decoder", {}).items():
-        found[int(index)] = (str(item["content"]), bool(item.get("special")))
-    return found
+        tokens[int(index)] = (str(item["content"]), bool(item.get("special")))
+    return tokens
 
 
-def _tokens_behind(vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], where: str) -> list[tuple[str, bool]]:
-    behind = {index: token for index, token in added.items() if index >= vocabulary.size}
-    if sorted(behind) != list(range(vocabulary.size, vocabulary.size + len(behind))):
+def _tokens_after(vocabulary: Vocabulary, added: dict[int, tuple[str, bool]], where: str) -> list[tuple[str, bool]]:
+    after = {index: token for index, token in added.items() if index >= vocabulary.size}
+    if sorted(after) != list(range(vocabulary.size, vocabulary.size + len(after))):
         raise UserError(
-            f"{where}: {CONFIG_FILE} adds tokens with the ids {sorted(behind)}, which leave a gap behind the "
-            f"{vocabulary.size:,} pieces of {SENTENCEPIECE_FILE}; ids must follow one another"
+            f"{where}: {CONFIG_FILE} adds tokens with the ids {sorted(after)}, which leave a gap after the "
+            f"{vocabulary.size:,} pieces of {SENTENCEPIECE_FILE}; ids must be consecutive"
         )
-    return [behind[index] for index in sorted(behind)]
+    return [after[index] for index in sorted(after)]
 
 
 def sample_lines(config: TrainVocabulary, context: StageContext) -> list[str]:
-    """Return the lines to train on: all, or `maxSentences` drawn uniformly by the seed, in the order they stand."""
-    generator = random.Random(f"sentences:{context.seed}")  # noqa: S311 - a sample, no secret
+    """Return the lines to train on: all, or `maxSentences` of them sampled uniformly by the seed, in their order."""
+    generator = random.Random(f"sentences:{context.seed}")  # noqa: S311 - not used for secrets
     kept: list[tuple[int, str]] = []
     texts = (text for source in config.on for text in _texts(context, source, "read"))
+    # Reservoir sampling (algorithm R): one pass, memory for the sample only.
     for number, line in enumerate(sentences(texts)):
         if number < config.max_sentences:
             kept.append((number, line))
@@ -136,7 +140,7 @@ def _train(config: TrainVocabulary, lines: list[str], context: StageContext) -> 
 def _combine(
     config: TokenizerStage, context: StageContext, base: Vocabulary | None, trained: Vocabulary | None
 ) -> tuple[Vocabulary, list[str]]:
-    """Put base, trained or merged pieces and added tokens together; returns warnings too."""
+    """Return the vocabulary of base, trained or merged pieces and added tokens, and warnings for the report."""
     vocabulary = base if base is not None else trained
     warnings: list[str] = []
     if config.merge is not None and base is not None:
@@ -145,7 +149,7 @@ def _combine(
             vocabulary = merge_vocabularies(base, other, config.merge.characters, config.merge.score)
             warnings = _merge_warnings(config.merge, base, other)
     if vocabulary is None:
-        raise UserError("without `base`, `train` must make the vocabulary")
+        raise UserError("without `base`, the vocabulary must be trained; set `train`")
     if config.add is not None:
         vocabulary = add_characters(vocabulary, config.add.characters + _characters_from(config.add, context))
         vocabulary = add_special_tokens(vocabulary, config.add.special_tokens, config.add.pad_token)
@@ -191,12 +195,12 @@ def _characters_from(config: AddTokens, context: StageContext) -> str:
 
 
 def _texts(context: StageContext, source: RecordSource, activity: str) -> Iterator[str]:
-    """Yield each record's text, beating the heart and obeying the stop flag."""
+    """Yield each record's text, reporting progress and honouring the stop flag."""
     for number, record in enumerate(read_records(context, source)):
         if number % RECORDS_PER_HEARTBEAT == 0:
             context.progress.report(activity, number, source.max_samples, "records")
             if context.stop.is_set():
-                raise Interrupted("stopped while reading text; the stage begins anew the next time")
+                raise Interrupted("stopped while reading text; the next attempt starts from scratch")
         yield record.content
 
 
@@ -223,8 +227,8 @@ def _report(
     }
 
 
-def _judge(config: TokenizerStage, report: dict[str, Any]) -> None:
-    """Fail on disagreement; under `score: zero`, which causes it, make it a warning."""
+def _check_agreement(config: TokenizerStage, report: dict[str, Any]) -> None:
+    """Raise UserError if the encoders disagree; under `score: zero`, which causes it, add a warning instead."""
     parts = {**report["sets"], "probes": report["probes"]}
     differing = {name: part["disagreements"] for name, part in parts.items() if part["disagreements"]}
     if not differing:
@@ -236,7 +240,7 @@ def _judge(config: TokenizerStage, report: dict[str, Any]) -> None:
         return
     example = next(part["disagreementExamples"][0] for part in parts.values() if part["disagreements"])
     raise UserError(
-        f"{message}; for example {example!r}. The vocabulary would not mean the same in every program: "
+        f"{message}; for example {example!r}. The vocabulary would give different ids in different programs: "
         "use a BPE vocabulary with byte fallback and identity normalisation"
     )
 

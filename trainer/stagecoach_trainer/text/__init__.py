@@ -1,1 +1,1 @@
-"""Text to tokens and back: vocabularies and templates."""
+"""Text to token ids and back: vocabularies, chat templates, encoders. Imports `batches` and `runtime`."""

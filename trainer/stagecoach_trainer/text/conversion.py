@@ -1,14 +1,15 @@
-"""A SentencePiece vocabulary as a folder that `AutoTokenizer` opens, with the same ids for the same text.
+"""Write a SentencePiece vocabulary as a folder that `AutoTokenizer` opens, with the same ids for the same text.
 
-What makes them equal (measured with transformers 5.23 and tokenizers 0.23):
-- BPE merges are sorted by the score of the piece they make, highest first. SentencePiece merges by that score; the
-  stock conversion sorts otherwise and differed on 5 of 400 texts.
-- Pieces of equal score (LLaMA's runs of blanks) are merged from the left by SentencePiece. A merge with the longer
-  left part first does the same.
-- SentencePiece puts a blank in front of every text. `Metaspace` leaves it out where the text begins with one, so a
-  normaliser doubles a leading blank. transformers' `LlamaTokenizer` drops normalisers, hence the plain class
-  `PreTrainedTokenizerFast`, which takes `tokenizer.json` as it stands, in every version of transformers.
-- Special tokens are matched after normalisation, so that only the beginning of the text counts as a beginning.
+Why the ids are equal (measured with transformers 5.23 and tokenizers 0.23):
+- BPE merges are sorted by the score of the resulting piece, highest first. SentencePiece merges by that score; the
+  stock conversion sorts differently, and its ids differed on 5 of 400 texts.
+- SentencePiece merges pieces of equal score (LLaMA's runs of spaces) from the left. Listing the merge with the longer
+  left part first has the same effect.
+- SentencePiece prepends a space to every text. `Metaspace` omits it if the text begins with a space, so a normaliser
+  doubles a leading space. transformers' `LlamaTokenizer` drops normalisers, hence the plain class
+  `PreTrainedTokenizerFast`, which loads `tokenizer.json` unchanged in every version of transformers.
+- Special tokens are matched after normalisation, so that only the beginning of the text is treated as a beginning,
+  not the text after each special token.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stagecoach_trainer.text.pieces import BLANK, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, splits_of
-from stagecoach_trainer.text.vocabulary import CONFIG_FILE, SENTENCEPIECE_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE
+from stagecoach_trainer.text.pieces import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, splits_of
+from stagecoach_trainer.text.vocabulary import (
+    CONFIG_FILE,
+    META_SPACE,
+    SENTENCEPIECE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_FILE,
+)
 
 UNTYPABLE_FACTOR = 256
-"""In a unigram `tokenizer.json` control and byte pieces stand among the ordinary ones; a score this many times the
-lowest keeps a text that spells `<s>` from producing them."""
+"""A unigram `tokenizer.json` lists control and byte pieces among the ordinary ones; a score this many times the lowest
+keeps a text that spells `<s>` from producing them."""
 
 
 def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
-    """Write `tokenizer.model`, `tokenizer.json` and the two configurations into `folder`."""
+    """Write `tokenizer.model`, `tokenizer.json` and the two configuration files to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SENTENCEPIECE_FILE).write_bytes(vocabulary.serialize())
     _write_json(folder / TOKENIZER_FILE, tokenizer_json(vocabulary), indent=None)
@@ -46,7 +53,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the special tokens by transformers' names."""
+    """Return the special tokens by the names that transformers gives them."""
     spec = vocabulary.model.trainer_spec
     pieces = vocabulary.pieces
     ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
@@ -58,7 +65,7 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return `tokenizer.json`."""
+    """Return the content of `tokenizer.json`."""
     normalizer = vocabulary.model.normalizer_spec
     prefix = bool(normalizer.add_dummy_prefix)
     return {
@@ -69,7 +76,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(normalizer, prefix)},
         "pre_tokenizer": {
             "type": "Metaspace",
-            "replacement": BLANK,
+            "replacement": META_SPACE,
             "prepend_scheme": "first" if prefix else "never",
             "split": False,
         },
@@ -87,7 +94,7 @@ def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": True,
+            "normalized": True,  # matched after normalisation; see the module's docstring
             "special": piece.type != USER_DEFINED,
         }
         for index, piece in enumerate(vocabulary.model.pieces)
@@ -99,8 +106,9 @@ def _normalizers(spec: Any, prefix: bool) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        # tokenizers looks each perceived character up as a whole and drops what follows the first match: composed
-        # beforehand, decomposed accents and Hangul come out as SentencePiece has them; so do the two of \r\n.
+        # tokenizers looks up each grapheme cluster as a whole and drops what follows the first match. Composing them
+        # beforehand (NFC) makes decomposed accents and Hangul come out as in SentencePiece. The cluster \r\n would lose
+        # one of its two characters in the same way.
         if "nfkc" in spec.name:
             steps.append({"type": "NFC"})
         if spec.name.startswith("nmt_"):
@@ -111,7 +119,8 @@ def _normalizers(spec: Any, prefix: bool) -> list[dict[str, Any]]:
     elif prefix:
         steps.append(_replace(r"\A ", "  "))
     if prefix:
-        steps.append(_replace(rf"\A{BLANK}", BLANK * 2))
+        # A literal U+2581 counts as a space for `Metaspace`, so a leading one suppresses the prepended space, too.
+        steps.append(_replace(rf"\A{META_SPACE}", META_SPACE * 2))
     return steps
 
 
@@ -121,7 +130,7 @@ def _replace(pattern: str, content: str) -> dict[str, Any]:
 
 def _decoder(prefix: bool) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
+        {"type": "Replace", "pattern": {"String": META_SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
@@ -167,10 +176,11 @@ def _bpe(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return the BPE merges, first to last: by the resulting piece's score, then the longer left part, then its id."""
+    """Return the BPE merges in order: by the resulting piece's score, then the longer left part, then its id."""
     scores = {piece.piece: piece.score for piece in vocabulary.model.pieces if piece.type == NORMAL}
-    found = [pair for piece in scores for pair in splits_of(piece, scores.keys())]
-    return sorted(found, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
+    pairs = [pair for piece in scores for pair in splits_of(piece, scores.keys())]
+    # `sorted` is stable, so pairs of equal keys stay in the order of their ids.
+    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
 
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text as token ids, as the exported tokenizer will encode it when the model is served."""
+"""Encode text as the exported tokenizer encodes it when the model is served."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stagecoach_trainer.text.vocabulary import encode_batch
 
 
 class Encoder:
-    """A tokenizer with a second face: one that goes on in the middle of a text.
+    """A tokenizer that can also encode the continuation of a text.
 
-    SentencePiece puts a blank in front of a text, once. An answer is encoded apart from its prompt and must get none,
-    or the decoded text would differ from the rendered one.
+    SentencePiece prepends a space to every text. An answer is encoded separately from its prompt and must not get one,
+    or the decoded text would differ from the rendered text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -28,17 +28,18 @@ class Encoder:
         )
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Encode rendered prompts exactly as `apply_chat_template(tokenize=True)` does: special tokens are read as
-        such, none is added."""
+        """Encode rendered prompts exactly as `apply_chat_template(tokenize=True)` does: special tokens are recognised,
+        and none is added."""
         return encode_batch(self._tokenizer, texts, parse_special=True)
 
     def documents(self, texts: Sequence[str]) -> list[Ids]:
-        """Encode whole texts; what looks like a special token in them is ordinary text."""
+        """Encode whole texts; the spelling of a special token in them is ordinary text."""
         return encode_batch(self._tokenizer, texts)
 
     def continuations(self, texts: Sequence[str], parse_special: bool = False) -> list[Ids]:
-        """Encode texts that follow others, without the blank that would begin a text."""
+        """Encode texts that follow other texts, without the space that is prepended to a text of its own."""
         backend = self._tokenizer.backend_tokenizer
+        # Swapping the steps of the one back end spares a second copy of a large vocabulary.
         before = (backend.normalizer, backend.pre_tokenizer)
         backend.normalizer, backend.pre_tokenizer = self._without_prefix
         try:
@@ -53,11 +54,11 @@ class Encoder:
     @cached_property
     def _without_prefix(self) -> tuple[Any, Any]:
         backend = self._tokenizer.backend_tokenizer
-        return _changed(backend.normalizer), _changed(backend.pre_tokenizer)
+        return _copy_without_prefix(backend.normalizer), _copy_without_prefix(backend.pre_tokenizer)
 
 
-def _changed(step: Any) -> Any:
-    """Return a copy of a normaliser or pre-tokenizer that puts no blank in front of a text."""
+def _copy_without_prefix(step: Any) -> Any:
+    """Return a copy of a normaliser or pre-tokenizer that prepends no space; None if nothing remains of it."""
     if step is None:
         return None
     state = without_prefix(json.loads(step.__getstate__()))
@@ -69,7 +70,10 @@ def _changed(step: Any) -> Any:
 
 
 def without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a normaliser or pre-tokenizer, as `tokenizer.json` has them, that puts no blank in front of a text."""
+    """Return the `tokenizer.json` entry of a normaliser or pre-tokenizer, changed so that it prepends no space.
+
+    None if the step does nothing else.
+    """
     if step is None:
         return None
     kind = step.get("type")

@@ -1,4 +1,4 @@
-"""What a vocabulary does to text: tokens per character, round trips, agreement of its encoders, changed encodings."""
+"""Measure a vocabulary on text: tokens per character, round trips, agreement of its encoders, changed encodings."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ PROBES = (
     "Привет мир, こんにちは, 안녕하세요",
     "<s> </s> <unk> <0x0A>",
 )
-"""Texts on which every vocabulary is tried, whatever it is measured on."""
+"""Texts on which every vocabulary is measured. The counts are reported, so editing a text changes artifacts."""
 
 
 @dataclass
 class EncodingCounts:
-    """Counts over one set of texts."""
+    """Counts over a set of texts."""
 
     texts: int = 0
     characters: int = 0
     tokens_before: int | None = None
-    """Of the base vocabulary. None: there is no base."""
+    """Tokens under the base vocabulary. None if there is no base."""
 
     tokens: int = 0
     round_trip_failures: int = 0
-    """Texts that decoding their tokens does not give back. Normalisation, and the character U+2581, cause them."""
+    """Texts that decoding their tokens does not restore, because of normalisation or the character U+2581."""
 
     disagreements: int = 0
     """Texts that SentencePiece and transformers encode differently."""
 
     examples: list[str] = field(default_factory=list)
-    """Beginnings of such texts."""
+    """Beginnings of texts with disagreements."""
 
     ascii_lines: int = 0
     ascii_changed: int = 0
-    """ASCII lines that the base encodes with other ids."""
+    """ASCII lines that the base encodes with different ids."""
 
     def as_json(self) -> dict[str, Any]:
         has_base = self.tokens_before is not None
@@ -92,12 +92,12 @@ def _ratio(count: int | None, whole: int) -> float | None:
 
 
 class EncodingMeter:
-    """Encodes text with SentencePiece and transformers, before and after, and counts.
+    """Encodes text with the base and the new vocabulary, by SentencePiece and transformers, and counts.
 
     Args:
-        base: The vocabulary started from. None: there is none.
-        vocabulary: The one that was made.
-        tokenizer: The same, loaded from its folder by transformers.
+        base: The vocabulary that was extended, if any.
+        vocabulary: The new vocabulary.
+        tokenizer: The new vocabulary, loaded from its folder by transformers.
     """
 
     def __init__(self, base: Vocabulary | None, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -105,17 +105,17 @@ class EncodingMeter:
         self._new = vocabulary.processor()
         self._tokenizer = tokenizer
         self.uses = np.zeros(vocabulary.size, dtype=np.int64)
-        """How often each id came up in anything that was measured: int64 [V]."""
+        """Occurrences of each id in all measured texts: int64 [V]."""
 
     def measure(self, texts: Iterable[str]) -> EncodingCounts:
-        """Count over `texts`, with bounded memory."""
+        """Return the counts over `texts`, using bounded memory."""
         result = EncodingCounts(tokens_before=None if self._base is None else 0)
         for batch in batches_of(texts, BATCH_CHARACTERS):
             self._measure_batch(batch, result)
         return result
 
     def count_uses(self, texts: Iterable[str]) -> int:
-        """Only count which ids come up; returns the number of characters."""
+        """Add the ids of `texts` to `uses`; return the number of characters."""
         characters = 0
         for batch in batches_of(texts, BATCH_CHARACTERS):
             characters += sum(map(len, batch))
@@ -135,7 +135,7 @@ class EncodingMeter:
                 result.disagreements += 1
                 if len(result.examples) < MAX_EXAMPLES:
                     result.examples.append(text[:200])
-            result.round_trip_failures += not self._comes_back(text, ids)
+            result.round_trip_failures += not self._round_trips(text, ids)
         if self._base is not None and result.tokens_before is not None:
             result.tokens_before += sum(map(len, self._base.encode(batch)))
             lines = [line for text in batch for line in text.split("\n") if line.strip() and line.isascii()]
@@ -143,7 +143,7 @@ class EncodingMeter:
             pairs = zip(self._base.encode(lines), self._new.encode(lines), strict=True)
             result.ascii_changed += sum(old != new for old, new in pairs)
 
-    def _comes_back(self, text: str, ids: list[int]) -> bool:
+    def _round_trips(self, text: str, ids: list[int]) -> bool:
         decoded = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return bool(decoded == text and self._new.decode(ids) == text)
 
@@ -151,12 +151,12 @@ class EncodingMeter:
 def piece_facts(
     base: Vocabulary | None, vocabulary: Vocabulary, uses: np.ndarray[Any, np.dtype[np.int64]], characters: int
 ) -> dict[str, Any]:
-    """Return what the report says about the pieces.
+    """Return the report's entry about the pieces.
 
     Args:
-        base: The vocabulary started from; pieces behind its last id are new. None: all are new.
-        vocabulary: The one that was made.
-        uses: How often each id came up: [V].
+        base: The vocabulary that was extended; pieces after its last id are new. If it is None, all are new.
+        vocabulary: The new vocabulary.
+        uses: Occurrences of each id: [V].
         characters: Size of the text in which `uses` were counted.
     """
     first_new = 0 if base is None else base.size

@@ -1,6 +1,8 @@
-"""Conversations as text. One Jinja template is the only source: training renders with the very chat template that the
-exported tokenizer carries, so the two cannot differ by a byte. What carries loss is told by our own segments: the
-difference between the conversation so far with the generation prompt and the same conversation one turn longer.
+"""Render conversations as text, and find the parts that carry loss.
+
+Training renders with the same Jinja chat template that the exported tokenizer contains, so the two cannot differ by a
+byte. The part of a turn that carries loss is the difference between the conversation so far with the generation prompt
+and the same conversation one turn longer.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ CHATML_START = "<|im_start|>"
 CHATML_END = "<|im_end|>"
 
 GENERATED = frozenset({Role.ASSISTANT, Role.TOOL_CALL})
-"""Roles the model speaks as: their turns follow the generation prompt and end with the end token."""
+"""Roles whose turns the model generates: they follow the generation prompt and end with the end token."""
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a rendered conversation."""
+    """A part of a rendered conversation."""
 
     text: str
     trained: bool
@@ -35,26 +37,26 @@ class Segment:
 
 @dataclass(frozen=True)
 class TrainedTurn:
-    """One turn that carries loss."""
+    """A turn that carries loss."""
 
     index: int
-    """Place of the turn among the conversation's messages."""
+    """Index of the turn among the conversation's messages."""
 
     prompt: str
-    """The conversation so far with the generation prompt: byte for byte what the model is served."""
+    """The conversation so far with the generation prompt: byte for byte the prompt of a served model."""
 
     answer: str
-    """What the model must say, the end token apart."""
+    """The text to generate, without the end token."""
 
     content: str
-    """The turn's own words; part of `answer`."""
+    """The turn's content, without the template's text around it; part of `answer`."""
 
     ends: bool
-    """The end token follows the answer and carries loss."""
+    """Whether the end token follows the answer and carries loss."""
 
 
 def chat_template(template: Template) -> str:
-    """Return the Jinja chat template of `template`, its system prompt built in."""
+    """Return the Jinja chat template of `template`, including its system prompt."""
     body = template.jinja if template.jinja is not None else _named(template.name)
     if template.system is None:
         return body
@@ -76,11 +78,11 @@ def _jinja_string(text: str) -> str:
 
 
 def apply_template(tokenizer: Any, template: Template) -> list[str]:
-    """Put the chat template of `template` on the tokenizer; return warnings for the report.
+    """Set the chat template of `template` on the tokenizer; return warnings for the report.
 
-    ChatML's `<|im_end|>` becomes the end token where the vocabulary has it as a special token. Where it has not, the
-    markers are spelled out in ordinary pieces and the tokenizer's own end token follows them.
-    Raises UserError for a template that does not compile, or a tokenizer without an end token.
+    ChatML's `<|im_end|>` becomes the end token if the vocabulary has it as a special token. Otherwise the markers are
+    encoded as several ordinary tokens, and the tokenizer's own end token follows them.
+    Raises UserError for a tokenizer without an end token.
     """
     warnings: list[str] = []
     if template.name is TemplateName.CHATML:
@@ -92,7 +94,7 @@ def apply_template(tokenizer: Any, template: Template) -> list[str]:
                 "ordinary tokens; a `tokenizer` stage can add them (`add.specialTokens`)"
             )
     if tokenizer.eos_token is None:
-        raise UserError("template: the tokenizer has no end token, so a trained model would never stop; name one in it")
+        raise UserError("template: the tokenizer has no end token, so a trained model would never stop; set one")
     tokenizer.chat_template = chat_template(template)
     return warnings
 
@@ -117,7 +119,7 @@ class Renderer:
     ) -> str:
         """Return the text of a conversation, exactly as `tokenizer.apply_chat_template` renders it.
 
-        Raises UserError with the template's own complaint.
+        Raises UserError with the template's error.
         """
         from jinja2 import TemplateError
 
@@ -135,10 +137,10 @@ class Renderer:
     def trained_turns(
         self, messages: Sequence[Message], loss: Loss, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[TrainedTurn]:
-        """Return the turns of a conversation that carry loss, in order. A turn with nothing in front of it is none.
+        """Return the turns of a conversation that carry loss, in order; the first turn never does.
 
-        Raises UserError where the conversation so far is no prefix of the conversation one turn longer, or a turn the
-        model generates does not end with the end token.
+        Raises UserError if the conversation so far is not a prefix of the conversation one turn longer, or a turn that
+        the model generates does not end with the end token.
         """
         roles = {role.value for role in loss.roles}
         chosen = [index for index, message in enumerate(messages) if message["role"] in roles and index > 0]
@@ -150,6 +152,7 @@ class Renderer:
         self, messages: Sequence[Message], index: int, tools: Sequence[Mapping[str, Any]] | None
     ) -> TrainedTurn:
         generated = messages[index]["role"] in {role.value for role in GENERATED}
+        # Only turns that the model generates begin after the generation prompt; others are trained on from their start.
         prompt = self.render(messages[:index], tools, add_generation_prompt=generated)
         whole = self.render(messages[: index + 1], tools)
         if not whole.startswith(prompt):
@@ -166,33 +169,31 @@ class Renderer:
         if end < 0:
             raise UserError(
                 f"the chat template does not end turn {index} ({messages[index]['role']}) with the end token "
-                f"{self._end!r}, so the model would never stop; write {{{{ eos_token }}}} behind the content"
+                f"{self._end!r}, so the model would never stop; write {{{{ eos_token }}}} after the content"
             )
         return TrainedTurn(index, prompt, answer[:end], content, ends=True)
 
     def segments(
         self, messages: Sequence[Message], loss: Loss, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Segment]:
-        """Return the whole conversation in pieces with and without loss; joined they are `render(messages)`.
+        """Split the whole conversation into segments with and without loss; joined, they are `render(messages)`.
 
-        Raises UserError as `trained_turns` does, and where earlier turns are rendered differently later on.
+        Raises UserError as `trained_turns` does, and if a later turn changes how earlier turns are rendered.
         """
         whole = self.render(messages, tools)
-        pieces: list[Segment] = []
+        segments: list[Segment] = []
         done = 0
         for turn in self.trained_turns(messages, loss, tools):
             trained = turn.answer + (self._end if turn.ends else "")
             if not whole.startswith(turn.prompt + trained):
-                raise UserError(
-                    f"the chat template renders turn {turn.index} differently once the conversation goes on"
-                )
-            pieces += [Segment(whole[done : len(turn.prompt)], False), Segment(trained, True)]
+                raise UserError(f"the chat template renders turn {turn.index} differently once more turns follow it")
+            segments += [Segment(whole[done : len(turn.prompt)], False), Segment(trained, True)]
             done = len(turn.prompt) + len(trained)
-        return [piece for piece in [*pieces, Segment(whole[done:], False)] if piece.text]
+        return [segment for segment in [*segments, Segment(whole[done:], False)] if segment.text]
 
 
 def message_of(role: Role, content: str, extra_input: str = "") -> dict[str, str]:
-    """Return a turn in the form chat templates read."""
+    """Return a turn in the form that chat templates read."""
     message = {"role": role.value, "content": content}
     return {**message, "input": extra_input} if extra_input else message
 
@@ -202,9 +203,9 @@ def parse_tools(tools: str | None) -> list[dict[str, Any]] | None:
     if tools is None or not tools.strip():
         return None
     try:
-        found = json.loads(tools)
+        descriptions = json.loads(tools)
     except json.JSONDecodeError as error:
         raise UserError(f"`tools` is not JSON: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+    if not isinstance(descriptions, list) or not all(isinstance(item, dict) for item in descriptions):
         raise UserError("`tools` must be a JSON list of objects, each describing one tool")
-    return found or None
+    return descriptions or None

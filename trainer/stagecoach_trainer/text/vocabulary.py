@@ -1,4 +1,4 @@
-"""Load a vocabulary, and encode text with it. Needs no torch where the folder is one that we wrote."""
+"""Load a vocabulary, and encode text with it. Folders written by this program load without importing torch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
-"""What a `tokenizer` artifact's vocabulary consists of; a model's folder carries copies."""
+"""Files of a `tokenizer` artifact's vocabulary; a model's folder has copies of them."""
+
+META_SPACE = "\u2581"
+"""Represents a space in SentencePiece pieces."""
 
 PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
-"""Classes that take `tokenizer.json` as it stands. AutoTokenizer gives the same class; loading it needs torch."""
+"""Classes that load `tokenizer.json` unchanged. AutoTokenizer would return the same class, but importing it needs
+torch."""
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load the vocabulary in `path`: a `tokenizer` artifact or a Hugging Face folder.
 
     Raises:
-        UserError: It is no folder with a vocabulary, or it needs code of its own (`trust_remote_code`).
+        UserError: It is not a folder with a vocabulary, or it needs its own code (`trust_remote_code`).
     """
     config = read_tokenizer_config(path)
     loader: Any
@@ -44,7 +48,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         loader = AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises what the broken file makes it trip over
+    except Exception as error:  # the exception type depends on which file is broken, and how
         raise UserError(f"{path}: the vocabulary cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{path}: {type(tokenizer).__name__} has no `tokenizer.json`; convert it with transformers")
@@ -52,11 +56,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """Return `tokenizer_config.json`, or nothing where there is none. Refuses a vocabulary that needs its own code."""
+    """Return `tokenizer_config.json`, or {} if there is none. Raises UserError if the vocabulary needs its own code."""
     if not path.is_dir():
-        raise UserError(f"{path}: no folder; a vocabulary is a folder with {TOKENIZER_FILE} or {SENTENCEPIECE_FILE}")
+        raise UserError(f"{path}: not a folder; a vocabulary is a folder with {TOKENIZER_FILE} or {SENTENCEPIECE_FILE}")
     if not any((path / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
-        raise UserError(f"{path}: there is neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; name a vocabulary")
+        raise UserError(f"{path}: it has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; give a vocabulary")
     file = path / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -66,8 +70,8 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: expected a JSON object, got {type(config).__name__}")
     if "auto_map" in config:
         raise UserError(
-            f"{file}: `auto_map` asks for code from the folder (`trust_remote_code`), which is never run; "
-            "use a vocabulary of a class that transformers has"
+            f"{file}: `auto_map` requires code from the folder (`trust_remote_code`), which is never executed; "
+            "use a vocabulary whose class is part of transformers"
         )
     return config
 
@@ -78,10 +82,10 @@ def encode_batch(
     """Encode texts in parallel, without adding special tokens.
 
     Args:
-        tokenizer: A vocabulary with a Rust back end.
+        tokenizer: A fast tokenizer, with a Rust back end.
         texts: B texts.
-        parse_special: Read `</s>` and the like in a text as the special token. Default: they are ordinary characters,
-            as for SentencePiece, so that data cannot forge a turn's end.
+        parse_special: Encode text such as `</s>` as the special token. By default it is ordinary text, as for
+            SentencePiece, so that data cannot forge the end of a turn.
 
     Returns:
         B arrays of token ids, int32 [T].
