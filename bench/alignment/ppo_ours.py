@@ -23,8 +23,9 @@ from bench.alignment import ppo_task as task
 from bench.ours import NEVER, resolve
 from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.batches.mixing import Mix, Stream
-from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
-from stagecoach_trainer.rewards.term import Judged, Judgement
+from stagecoach_trainer.ppo.job import PpoJob
+from stagecoach_trainer.ppo.prompt_plan import PromptPlan
+from stagecoach_trainer.rewards.term import Completion, Score
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.samples.prompts import Prompt
 
@@ -62,9 +63,9 @@ class ModelReward(RewardSum):
     def names(self) -> tuple[str, ...]:
         return ("model",)
 
-    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+    def score(self, batch: Sequence[Completion]) -> list[Score]:
         rows = [_ids(f"{judged.prompt[-1]['content']} {judged.answer}") for judged in batch]
-        return [Judgement(value, {"model": value}) for value in self.model.score_ids(rows, task.SAMPLES)]
+        return [Score(value, {"model": value}) for value in self.model.score_ids(rows, task.SAMPLES)]
 
 
 def configuration(precision: str, updates: int) -> PpoStage:

@@ -51,7 +51,7 @@ def main() -> None:
     import torch
     from transformers import LlamaForSequenceClassification
 
-    from stagecoach_trainer.align.objectives import RewardObjective
+    from stagecoach_trainer.align.reward_objective import RewardObjective
     from stagecoach_trainer.loop.job import TrainingJob
     from stagecoach_trainer.loop.loop import train
     from stagecoach_trainer.run_stage import AttemptSettings, build_context

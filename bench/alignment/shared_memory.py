@@ -87,7 +87,8 @@ def make_job(folder: Path, shared: bool) -> Any:
     from stagecoach_trainer.models.load import load_folder
     from stagecoach_trainer.models.reward import RewardModel, make_reward_model
     from stagecoach_trainer.models.trainable import choose_trainable
-    from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
+    from stagecoach_trainer.ppo.job import PpoJob
+    from stagecoach_trainer.ppo.prompt_plan import PromptPlan
     from stagecoach_trainer.ppo.shared_weights import share_frozen
     from stagecoach_trainer.samples.prompts import Prompt
 
@@ -112,29 +113,30 @@ def make_job(folder: Path, shared: bool) -> Any:
         rewards=ModelReward(RewardModel(reward.requires_grad_(False).eval(), None)),
         prompts=PromptPlan((prompts,), Mix([Stream(len(prompts), 5)], [1.0], len(prompts), 6, [0]), SAMPLES, UPDATES),
         text=None,
-        asked=[reward] if shared else [],
+        inference_only=[reward] if shared else [],
     )
 
 
 def main() -> None:
     """Train, and print the process's peak, the bytes of all weights, and the rewards."""
     from bench.ours import resolve
-    from stagecoach_trainer.ppo import loop
-    from stagecoach_trainer.ppo.shared_weights import memory_of
+    from stagecoach_trainer.ppo import shared_weights
+    from stagecoach_trainer.ppo.loop import train_policy
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
+    from tests.trainer.ppo.makers import parameter_bytes
 
     mode, base = sys.argv[1], Path(sys.argv[2])
     if mode == SEPARATE:
-        loop.share_frozen = lambda models: 0  # type: ignore[assignment]
+        shared_weights.share_frozen = lambda models: 0
     job = make_job(base, mode == SHARED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stage = resolve("ppo", job.config.model_dump(mode="json"), [], folder)
         attempt = AttemptSettings(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
-        result = loop.train_policy(job, build_context(attempt, threading.Event()))
+        result = train_policy(job, build_context(attempt, threading.Event()))
     reference = [] if job.reference is None else [job.reference]
-    weights = memory_of([job.policy, job.critic, job.rewards.model.model, *reference])
+    weights = parameter_bytes([job.policy, job.critic, job.rewards.model.model, *reference])
     rewards = [point["reward"] for point in result.history if "reward" in point]
     print(json.dumps({"peakBytes": peak_bytes(), "weightBytes": weights, "rewards": rewards}))
 

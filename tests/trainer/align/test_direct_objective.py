@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stagecoach_api.kinds.dpo import DirectLoss
 from stagecoach_trainer.align.answer_scores import score_answers
-from stagecoach_trainer.align.direct_held_out import DirectSet, direct_figures
-from stagecoach_trainer.align.direct_objective import AnswerLoss, DirectObjective, sequences_of
+from stagecoach_trainer.align.direct_held_out import DirectPreferenceSet, direct_figures
+from stagecoach_trainer.align.direct_objective import AnswerLoss, DirectObjective
+from stagecoach_trainer.align.groups import sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit, mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, fill_table, windows
 from stagecoach_trainer.kernels.accelerate import accelerate
@@ -334,7 +335,7 @@ def test_a_stopped_reference_pass_keeps_its_finished_windows(tmp_path: Path) -> 
 
     expected = [len(window) for window in windows(items)]
     assert len(expected) == 3
-    with pytest.raises(Interrupted, match="finished parts are kept"):
+    with pytest.raises(Interrupted, match="finished windows are cached"):
         fill_table(ReferenceTable(), context, {}, items, scorer)
     context.stop.clear()
     fill_table(ReferenceTable(), context, {}, items, scorer)
@@ -348,7 +349,7 @@ def test_a_reference_without_numbers_is_refused(tmp_path: Path) -> None:
     def broken() -> Any:
         return lambda window: torch.full((len(window),), math.nan, dtype=torch.float64)
 
-    with pytest.raises(UserError, match="2 of 2 answers are no numbers"):
+    with pytest.raises(UserError, match="2 of 2 answers are NaN or infinite"):
         fill_table(ReferenceTable(), context, {}, items, broken)
 
 
@@ -398,7 +399,7 @@ def test_a_held_out_set_measured_with_the_reference_itself_has_ratios_of_exactly
     model = make_model(ROWS, seed=1)
     groups = make_pairs(5) if loss.kto is None else make_labels(5)
     table = ReferenceTable()
-    held_out = DirectSet("toy", groups, loss, 64, table)
+    held_out = DirectPreferenceSet("toy", groups, loss, 64, table)
     found = scored(model, held_out.sequences, rows=2)
     table.put(list(held_out.sequences), found.of(list(held_out.sequences)))
     figures = held_out.measure(AnswerLoss(model, loss), 2, CPU, World(), lambda done, total: None)
@@ -409,7 +410,7 @@ def test_a_held_out_set_measured_with_the_reference_itself_has_ratios_of_exactly
 def test_a_held_out_set_for_kto_has_its_own_point() -> None:
     policy, reference, groups = make_model(ROWS, seed=2), make_model(ROWS, seed=1), make_labels(6)
     items = [*sequences_of(groups), *mismatched(sequences_of(groups), 64)]
-    held_out = DirectSet("toy", groups, KTO, 64, table_of(reference, items))
+    held_out = DirectPreferenceSet("toy", groups, KTO, 64, table_of(reference, items))
     found = held_out.measure(AnswerLoss(policy, KTO), 2, CPU, World(), lambda done, total: None)
     units = PointedPlan(FewSteps(groups), 64, 1).rows(0)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagecoach_trainer.evaluation.proof import Witness, kl_divergence, proof_rows
+from stagecoach_trainer.evaluation.proof import StoredLogProbs, kl_divergence, proof_rows
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.evaluation.makers import lively_model
 
@@ -32,7 +32,7 @@ def test_the_input_is_fixed_by_its_seed_and_reaches_the_whole_vocabulary() -> No
 def test_a_model_agrees_with_itself_and_not_with_another(tmp_path: Path) -> None:
     model, other = lively_model(60), lively_model(60, seed=1)
     rows = proof_rows(60, 300, seed=0, positions=256)
-    witness = Witness(model, rows, tmp_path)
+    witness = StoredLogProbs(model, rows, tmp_path)
     same = witness.compare(model)
     assert (same.mean_kl, same.max_kl, same.same_first) == (0.0, 0.0, 1.0)
     found = witness.compare(other)
@@ -48,11 +48,11 @@ def test_a_model_agrees_with_itself_and_not_with_another(tmp_path: Path) -> None
 
 def test_another_vocabulary_or_broken_logits_are_refused(tmp_path: Path) -> None:
     model, rows = lively_model(60), proof_rows(50, 20, seed=0, positions=256)
-    witness = Witness(model, rows, tmp_path / "a")
+    witness = StoredLogProbs(model, rows, tmp_path / "a")
     with pytest.raises(UserError, match="had 60 rows before and has 61 now"):
         witness.compare(lively_model(61))
     model.lm_head.weight.data[3].fill_(float("nan"))
     with pytest.raises(UserError, match="logits that are no numbers"):
         witness.compare(model)
     with pytest.raises(UserError, match="itself gives logits that are no numbers"):
-        Witness(model, rows, tmp_path / "b")
+        StoredLogProbs(model, rows, tmp_path / "b")

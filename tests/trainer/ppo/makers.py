@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
@@ -24,11 +25,12 @@ from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
 from stagecoach_trainer.models.save import save_adapter
 from stagecoach_trainer.models.trainable import choose_trainable
-from stagecoach_trainer.ppo.job import PpoJob, PromptPlan
+from stagecoach_trainer.ppo.job import PpoJob
 from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.ppo.prompt_plan import PromptPlan
 from stagecoach_trainer.rewards.model import ModelTerm
-from stagecoach_trainer.rewards.term import Judged, Term
-from stagecoach_trainer.rewards.total import RewardSum, _Weighted
+from stagecoach_trainer.rewards.term import Completion, Term
+from stagecoach_trainer.rewards.total import RewardSum, _WeightedTerm
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.samples.prompts import Prompt
 from stagecoach_trainer.text.templates import apply_template
@@ -76,10 +78,10 @@ class FunctionTerm(Term):
     """A term that is a function of prompt and answer; it counts what it was asked, over resumes too."""
 
     function: Callable[[str, str], float]
-    asked: list[Judged] = field(default_factory=list)
+    asked: list[Completion] = field(default_factory=list)
     asked_before: int = 0
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         self.asked += batch
         return [self.function(str(item.prompt[-1]["content"]), item.answer) for item in batch]
 
@@ -94,7 +96,7 @@ def reward_of(*terms: tuple[str, Term, float]) -> RewardSum:
     """A reward of terms with their names and weights."""
     return RewardSum(
         [
-            _Weighted(RewardTerm(name=name, expression="0", weight=weight), term, f"rewards[{index}]")
+            _WeightedTerm(RewardTerm(name=name, expression="0", weight=weight), term, f"rewards[{index}]")
             for index, (name, term, weight) in enumerate(terms)
         ]
     )
@@ -135,6 +137,12 @@ def configuration(**settings: Any) -> PpoStage:
         "checkpoints": {"everySteps": 2},
     }
     return PpoStage.model_validate(values | settings)
+
+
+def parameter_bytes(models: Iterable[nn.Module]) -> int:
+    """The bytes that the models' parameters take, shared ones counted once."""
+    storages = (parameter.data.untyped_storage() for model in models for parameter in model.parameters())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def with_adapter(model: Any, seed: int = 0) -> Any:

@@ -22,10 +22,10 @@ from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.training import Precision, Sharding
 from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.engine.sharded import shard_frozen
-from stagecoach_trainer.ppo import rollout
-from stagecoach_trainer.ppo.rollout import CopySampler
+from stagecoach_trainer.ppo import samplers
+from stagecoach_trainer.ppo.samplers import CopySampler
 from stagecoach_trainer.rewards.model import ModelTerm
-from stagecoach_trainer.rewards.term import Judged
+from stagecoach_trainer.rewards.term import Completion
 from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder, complete_checkpoints
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group, world_from
@@ -87,7 +87,7 @@ def judge(world: World, precision: Precision, shared: bool) -> dict[str, Any]:
     found = []
     for counts in ROUNDS:
         texts = ["".join(map(str, random.integers(0, 10, 1 + number))) for number in range(counts[world.rank])]
-        batch = [Judged(({"role": "user", "content": "12"},), text, len(text), ended=True) for text in texts]
+        batch = [Completion(({"role": "user", "content": "12"},), text, len(text), ended=True) for text in texts]
         found.append([judgement.total for judgement in rewards.score(batch)])
     everybody: list[Any] = [None] * world.size
     dist.all_gather_object(everybody, found)
@@ -106,7 +106,7 @@ def answer(folder: Path, world: World, kind: str, whole: bool) -> dict[str, Any]
         batch={"samples": 9, "microBatchRows": 3},
         rollout={"maxNewTokens": 8, "batchRows": 4, "wholeCopy": whole},
     )
-    with patch.object(rollout, "CopySampler", side_effect=CopySampler) as copies:
+    with patch.object(samplers, "CopySampler", side_effect=CopySampler) as copies:
         found = run_to_end(context(folder, world), config, policy=with_adapter(policy) if kind == "lora" else policy)
     return found | {"copies": copies.call_count}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stagecoach_trainer.ppo.experience import PER_TOKEN, Experience, Pool, write_chunk
-from stagecoach_trainer.ppo.saved_rollouts import KeptAnswers, name_of
+from stagecoach_trainer.ppo.saved_rollouts import SavedRollouts, name_of
 from stagecoach_trainer.runtime.context import World
 from tests.trainer.loop.makers import context, disk_full_beyond
 
@@ -89,42 +89,42 @@ def test_a_full_disk_is_an_os_error_that_names_the_file_and_leaves_the_pool_as_i
     assert len(pool) == 3
 
 
-# -- kept over a stop --------------------------------------------------------------------------------------------------
+# -- saved when stopped -----------------------------------------------------------------------------------------------
 
 NAME = name_of(7, 0, World(rank=1, size=2))
 
 
-def test_kept_answers_are_found_under_their_name_only_and_forgotten_once_used(tmp_path: Path) -> None:
+def test_saved_answers_are_loaded_under_their_name_only_and_deleted_once_used(tmp_path: Path) -> None:
     made = experiences(4, 9)
-    KeptAnswers(context(tmp_path)).keep(NAME, made, 3, {"kl": 0.1, "terms": (0.5, 1 / 3)})
-    kept = KeptAnswers(context(tmp_path))
+    SavedRollouts(context(tmp_path)).save(NAME, made, 3, {"kl": 0.1, "terms": (0.5, 1 / 3)})
+    saved = SavedRollouts(context(tmp_path))
     for other in (name_of(8, 0, World(1, size=2)), name_of(7, 1, World(1, size=2)), name_of(7, 0, World(1, size=4))):
-        assert kept.find(other) is None
-    found = kept.find(NAME)
+        assert saved.load(other) is None
+    found = saved.load(NAME)
     assert found is not None
     assert (found.done, found.sums) == (3, {"kl": 0.1, "terms": [0.5, 1 / 3]})
     for left, right in zip(found.experiences, made, strict=True):
         assert_equal(left, right)
-    kept.forget()
-    assert KeptAnswers(context(tmp_path)).find(NAME) is None
+    saved.discard_loaded()
+    assert SavedRollouts(context(tmp_path)).load(NAME) is None
 
 
-def test_kept_answers_that_were_damaged_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_saved_answers_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     here = context(tmp_path)
-    KeptAnswers(here).keep(NAME, experiences(4, 9), 3, {})
+    SavedRollouts(here).save(NAME, experiences(4, 9), 3, {})
     path = next((tmp_path / "store").rglob(f"{NAME}.safetensors"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    assert KeptAnswers(here).find(NAME) is None
-    assert "cannot be used (the bytes are not the ones that were written); they are made again" in caplog.text
+    assert SavedRollouts(here).load(NAME) is None
+    assert "cannot be used (size or SHA-256 differs from what was written); they are made again" in caplog.text
 
 
 def test_half_a_file_without_its_second_does_not_count(tmp_path: Path) -> None:
     here = context(tmp_path)
-    KeptAnswers(here).keep(NAME, experiences(4, 9), 3, {})
+    SavedRollouts(here).save(NAME, experiences(4, 9), 3, {})
     next((tmp_path / "store").rglob(f"{NAME}.json")).unlink()
-    assert KeptAnswers(here).find(NAME) is None
+    assert SavedRollouts(here).load(NAME) is None
 
 
 def test_a_chunk_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

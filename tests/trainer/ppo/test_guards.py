@@ -17,7 +17,7 @@ import torch
 from stagecoach_api.kinds.ppo import Guards, PpoStage
 from stagecoach_trainer.ppo.guards import UpdateFigures, Watch
 from stagecoach_trainer.ppo.loop import train_policy
-from stagecoach_trainer.rewards.term import Judged
+from stagecoach_trainer.rewards.term import Completion
 from stagecoach_trainer.runtime.errors import Diverged, UserError
 from tests.trainer.loop.makers import context, equal_weights, weights
 from tests.trainer.ppo.makers import FunctionTerm, configuration, digit_model, echoes, ppo_job, reward_of
@@ -103,7 +103,7 @@ def sharper(model: Any) -> Any:
     return model
 
 
-Answers = list[Judged]
+Answers = list[Completion]
 Sign = Callable[[Answers, Answers], bool]
 """Whether an update shows a failure, from its answers and those of the first update."""
 
@@ -159,7 +159,7 @@ def test_entropy_collapse_is_stopped(tmp_path: Path) -> None:
     message = stopped(
         tmp_path, guarded(minEntropy=0.05) | FASTER, lambda prompt, answer: float("7" in answer), monotonous
     )
-    assert "entropy collapse: the policy says one thing only" in message
+    assert "entropy collapse: answers no longer vary" in message
 
 
 def none_ends(answers: Answers, first: Answers) -> bool:
@@ -177,7 +177,7 @@ def a_third_as_long(answers: Answers, first: Answers) -> bool:
 def test_answers_that_no_longer_end_are_stopped(tmp_path: Path) -> None:
     settings = long_answers(**guarded(minEndedShare=0.05), **FAST)
     message = stopped(tmp_path, settings, lambda prompt, answer: len(answer) / 40, none_ends)
-    assert "answers no longer end by themselves" in message
+    assert "answers no longer end: they are truncated" in message
 
 
 def test_length_explosion_is_stopped(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_run_goes_back_to_its_checkpoint_at_half_the_rate_with_other_random_nu
 
     result = train_policy(ppo_job(rolling_back(), once), context(tmp_path))
     assert "update 4: reward out of range: 5000 is above 1000" in caplog.text
-    assert "back to update 2" in caplog.text
+    assert "rolling back to update 2" in caplog.text
     assert result.updates == 5
     assert result.metrics["rollbacks"] == 1.0
     steps = [point["step"] for point in result.history]
@@ -273,8 +273,8 @@ def test_with_patience_a_run_goes_back_to_before_the_sign_began(
     config = rolling_back(guards=guards, checkpoints={"everySteps": 1, "keepLast": 1}, budget={"steps": 9})
     result = train_policy(ppo_job(config, out_of_range), context(tmp_path))
     assert f"update {failing[-1]}: reward out of range" in caplog.text
-    assert f"; back to update {back_to}\n" in caplog.text
-    assert ("no checkpoint from before the failure" in caplog.text) == (failing[0] == 1)
+    assert f"; rolling back to update {back_to}\n" in caplog.text
+    assert ("no checkpoint is older than the failure" in caplog.text) == (failing[0] == 1)
     assert result.metrics["rollbacks"] == 1.0
     steps = [point["step"] for point in result.history]
     assert steps == [*range(1, back_to + 1), *range(back_to, 10)]
@@ -296,7 +296,7 @@ def test_a_collapse_is_gone_back_from_to_a_policy_that_had_not_collapsed(
         )
         with contextlib.suppress(Diverged):
             train_policy(ppo_job(config, lambda prompt, answer: float("7" in answer)), context(tmp_path))
-    found = re.search(r"update (\d+): entropy collapse.*; back to update (\d+)", caplog.text)
+    found = re.search(r"update (\d+): entropy collapse.*; rolling back to update (\d+)", caplog.text)
     assert found
     failed, back_to = int(found[1]), int(found[2])
     assert [entropy < 0.05 for entropy in entropies[failed - 4 : failed]] == [False, True, True, True]

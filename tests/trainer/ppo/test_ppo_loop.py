@@ -19,9 +19,10 @@ import torch
 
 from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.loop import checkpoint
-from stagecoach_trainer.ppo import saved_rollouts as kept
-from stagecoach_trainer.ppo.job import PpoJob, PpoResult, own_mini_batches
+from stagecoach_trainer.ppo import saved_rollouts
+from stagecoach_trainer.ppo.job import PpoJob, PpoResult
 from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.ppo.mini_batches import own_mini_batches
 from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
@@ -160,10 +161,10 @@ def test_answers_that_cannot_be_kept_are_made_again_and_the_checkpoint_is_saved_
 
     whole = run(context(tmp_path / "whole"))
     here = context(tmp_path / "stopped")
-    monkeypatch.setattr(kept, "write_chunk", full)
+    monkeypatch.setattr(saved_rollouts, "write_chunk", full)
     with pytest.raises(Interrupted, match="after update 1 of 5"):
         run(here, judging=stop_at(here, SAMPLES + 5))
-    assert "could not be kept ([Errno 28] No space left on device" in caplog.text
+    assert "could not be saved ([Errno 28] No space left on device" in caplog.text
     assert_same(run(context(tmp_path / "stopped")), whole)
 
 

@@ -15,12 +15,12 @@ from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
 from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.answer_log_probs import collate_answers
+from stagecoach_trainer.losses.advantages import Whitening
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.ppo.experience import Experience
 from stagecoach_trainer.ppo.objectives import (
     CriticObjective,
     PolicyObjective,
-    Whitening,
     collate_experiences,
 )
 from tests.trainer.ppo.makers import digit_model

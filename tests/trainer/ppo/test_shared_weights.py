@@ -1,4 +1,4 @@
-"""Frozen weights that policy, critic and reward model have in common are kept once, and nobody notices."""
+"""Frozen weights that policy, critic and reward model have in common are stored once, without changing outputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stagecoach_trainer.models.reward import last_rewards, make_reward_model
-from stagecoach_trainer.ppo.shared_weights import memory_of, place_of, share_frozen
-from tests.trainer.ppo.makers import digit_model
+from stagecoach_trainer.ppo.shared_weights import share_frozen, unwrapped_name
+from tests.trainer.ppo.makers import digit_model, parameter_bytes
 
 TOKENS = torch.tensor([[1, 4, 5, 6], [1, 9, 8, 7]])
 LAST = torch.tensor([3, 2])
 
 
 def adapted(model: Any, kind: str = "CAUSAL_LM") -> Any:
-    """An adapter that says something over a model."""
+    """The model with an adapter that changes its output."""
     targets = ["q_proj", "v_proj"]
     found = get_peft_model(model, LoraConfig(task_type=kind, r=2, target_modules=targets, init_lora_weights=False))
     return found.eval()
@@ -43,7 +43,7 @@ def frozen(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def test_outputs_are_the_same_to_the_bit() -> None:
+def test_sharing_leaves_outputs_bit_identical() -> None:
     models = policy_critic_and_reward_model()
     before = outputs(*models)
 
@@ -52,33 +52,33 @@ def test_outputs_are_the_same_to_the_bit() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, outputs(*models), strict=True))
 
 
-def test_the_body_is_kept_once() -> None:
+def test_the_body_is_stored_once() -> None:
     models = policy_critic_and_reward_model()
-    before = memory_of(models)
+    before = parameter_bytes(models)
     body = sum(p.numel() * 4 for p in digit_model(layers=2).model.parameters())
 
     freed = share_frozen(models)
 
     assert freed >= 2 * body
-    assert memory_of(models) == before - freed
+    assert parameter_bytes(models) == before - freed
     assert share_frozen(models) == 0
 
 
-def test_training_one_model_leaves_what_it_shares_alone() -> None:
+def test_training_one_model_does_not_change_the_shared_weights() -> None:
     policy, critic, reward = policy_critic_and_reward_model()
     share_frozen((policy, critic, reward))
-    before, said = frozen(policy), outputs(policy, critic, reward)
+    weights, before = frozen(policy), outputs(policy, critic, reward)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.1)
 
     policy(TOKENS, labels=TOKENS).loss.backward()
     optimizer.step()
 
     after = frozen(policy)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
     now = outputs(policy, critic, reward)
-    assert not torch.equal(said[0], now[0])
-    assert torch.equal(said[1], now[1])
-    assert torch.equal(said[2], now[2])
+    assert not torch.equal(before[0], now[0])
+    assert torch.equal(before[1], now[1])
+    assert torch.equal(before[2], now[2])
 
 
 def test_trained_and_different_weights_are_not_shared() -> None:
@@ -97,6 +97,9 @@ def test_formats_that_differ_are_not_shared() -> None:
     assert share_frozen((model, copy.deepcopy(model).to(torch.bfloat16))) == 0
 
 
-def test_wrappers_do_not_change_a_place() -> None:
-    assert place_of("model.layers.0.self_attn.q_proj.base_layer.weight", "model") == "layers.0.self_attn.q_proj.weight"
-    assert place_of("score.original_module.weight", "model") == "score.weight"
+def test_names_do_not_depend_on_wrappers() -> None:
+    assert (
+        unwrapped_name("model.layers.0.self_attn.q_proj.base_layer.weight", "model")
+        == "layers.0.self_attn.q_proj.weight"
+    )
+    assert unwrapped_name("score.original_module.weight", "model") == "score.weight"

@@ -141,9 +141,9 @@ def test_answers_come_back_with_their_end_and_each_has_a_seed_of_its_own(
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({}, World(size=2), "on one rank only, and there are 2"),
+        ({}, World(size=2), "one rank only, and there are 2"),
         ({"trainable": {"lora": {"modulesToSave": ["lm_head"]}}}, World(), "plain adapters only"),
-        ({"trainable": {"embeddings": {}}}, World(), "rows alone are trained"),
+        ({"trainable": {"embeddings": {}}}, World(), "does not support `trainable.embeddings`"),
     ],
 )
 def test_what_it_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], world: World, message: str) -> None:

@@ -40,9 +40,9 @@ def evaluate_stage(*terms: dict[str, Any], name: str = "compare", **changes: Any
 
 def make_judged(answer: str, prompt: str = "what is a fox", num_tokens: int = 5, ended: bool = True) -> Any:
     """An answer to one question of a user."""
-    from stagecoach_trainer.rewards import Judged
+    from stagecoach_trainer.rewards import Completion
 
-    return Judged(({"role": "user", "content": prompt},), answer, num_tokens, ended)
+    return Completion(({"role": "user", "content": prompt},), answer, num_tokens, ended)
 
 
 # -- a real endpoint ---------------------------------------------------------------------------------------------------

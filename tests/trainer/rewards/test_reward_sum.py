@@ -14,7 +14,7 @@ from stagecoach_api.artifacts import ModelCard, RewardCard
 from stagecoach_api.rewards import RewardTerm
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
 from stagecoach_trainer.models.save import save_model
-from stagecoach_trainer.rewards import Judged, RewardSum, plugin
+from stagecoach_trainer.rewards import Completion, RewardSum, plugin
 from stagecoach_trainer.rewards.term import prompt_text
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.align.makers import rewards_of
@@ -232,4 +232,4 @@ def test_a_prompt_of_several_turns_is_told_with_its_roles() -> None:
         {"role": "user", "content": "add", "input": "1 and 2"},
     )
     assert prompt_text(turns) == "system: be kind\nuser: add\n1 and 2"
-    assert prompt_text(Judged(turns[1:], "", 0, True).prompt) == "add\n1 and 2"
+    assert prompt_text(Completion(turns[1:], "", 0, True).prompt) == "add\n1 and 2"

@@ -13,11 +13,10 @@ from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.ppo import loop
 from stagecoach_trainer.ppo.job import PpoJob
-from stagecoach_trainer.ppo.shared_weights import memory_of
 from stagecoach_trainer.stages.ppo import run
 from tests.trainer.align.makers import rewards_of
 from tests.trainer.models.makers import make_context, make_tokenizer, save_base
-from tests.trainer.ppo.makers import adapter_stage, save_adapted_reward
+from tests.trainer.ppo.makers import adapter_stage, parameter_bytes, save_adapted_reward
 from tests.trainer.ranks import report_of_two_ranks
 
 HERE = Path(__file__).parent
@@ -44,7 +43,7 @@ def test_an_adapter_left_on_its_base_gives_the_rewards_of_the_merged_one(tmp_pat
     assert left[0] != left[1]
 
 
-def test_the_base_is_kept_once_and_the_critic_goes_on_with_the_reward_models_adapter(
+def test_the_base_is_stored_once_and_the_critic_continues_the_reward_models_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
@@ -58,19 +57,19 @@ def test_the_base_is_kept_once_and_the_critic_goes_on_with_the_reward_models_ada
     run(adapter_stage(), context)
 
     (job,) = jobs
-    (asked,) = job.asked
-    body = memory_of([load_folder(base).model])  # without its head
-    together = memory_of([job.policy, job.critic, asked])
-    apart = sum(memory_of([model]) for model in (job.policy, job.critic, asked))
-    assert apart - together >= 2 * body
-    frozen = {name: parameter for name, parameter in asked.named_parameters() if "lora" in name}
+    (reward_model,) = job.inference_only
+    body = parameter_bytes([load_folder(base).model])  # without its head
+    together = parameter_bytes([job.policy, job.critic, reward_model])
+    separate = sum(parameter_bytes([model]) for model in (job.policy, job.critic, reward_model))
+    assert separate - together >= 2 * body
+    frozen = {name: parameter for name, parameter in reward_model.named_parameters() if "lora" in name}
     trained = {name: parameter for name, parameter in job.critic.named_parameters() if "lora" in name}
     assert set(frozen) == set(trained)
     assert any(not torch.equal(frozen[name], trained[name]) for name in frozen)
 
 
 @pytest.mark.timeout(300)
-def test_two_ranks_that_share_policy_critic_and_reward_model_learn_what_whole_copies_do(tmp_path: Path) -> None:
+def test_two_ranks_learn_the_same_with_sharded_models_as_with_whole_copies(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     write_prompts(tmp_path / "prompts")
     save_adapted_reward(tmp_path, base)

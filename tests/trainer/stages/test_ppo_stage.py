@@ -275,7 +275,7 @@ def test_prompts_that_leave_no_room_and_prompts_that_ask_nothing_are_counted(tmp
     assert "| prompts | 9 | 6 | 2 | 1 |" in (context.output / "report.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match=r"33.3% of prompts's prompts were left out \(tooLong 2, empty 1\)"):
         run(stage(maxDroppedShare=0.1), context_for(tmp_path / "strict", prompts=prompts))
-    with pytest.raises(UserError, match="has no prompt to answer"):
+    with pytest.raises(UserError, match="has no usable prompts"):
         run(stage(sequenceLength=16), context_for(tmp_path / "none", prompts=prompts))
 
 
@@ -322,7 +322,7 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     [
         ({"template": None}, "no chat template; name one"),
         ({"trainable": {"lora": {"continueAdapter": True}}}, "continueAdapter"),
-        ({"rollout": {"maxNewTokens": 96}}, "leaves no room for a prompt"),
+        ({"rollout": {"maxNewTokens": 96}}, "leaves no tokens for a prompt"),
         ({"data": [{"uri": "prompts", "weight": 1.0}, {"uri": "prompts", "name": "b"}]}, "to every set or to none"),
         ({"rewards": [SHORT, SHORT]}, "two terms are called `short`"),
         ({"rollout": {"engine": "vllm", "maxNewTokens": 4}}, "vllm is not installed in this image"),

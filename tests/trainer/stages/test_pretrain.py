@@ -145,7 +145,7 @@ def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
         ({"trainable": {"embeddings": {}}}, "no new rows"),
         (
             {"model": None, "architecture": SHAPE, "tokenizer": {"uri": "base"}, "trainable": {"lora": {}}},
-            "`model` to sit on",
+            "an adapter needs a `model`",
         ),
         (
             {"model": None, "architecture": SHAPE, "tokenizer": {"uri": "base"}, "sequenceLength": 128},

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_api.kinds.reward_model import (
-    BiasOn,
-    FocalLoss,
-    PairLoss,
-    PreferenceLoss,
-    RankedLoss,
-    RewardModelStage,
-)
+from stagecoach_api.kinds.reward_model import BiasOn, FocalLoss, PairLoss, PreferenceLoss, RankedLoss, RewardModelStage
 from stagecoach_api.references import Reference
-from stagecoach_trainer.align.held_out import length_baseline
-from stagecoach_trainer.align.objectives import RewardObjective, collate_pairs
+from stagecoach_trainer.align.reward_held_out import length_baseline
+from stagecoach_trainer.align.reward_objective import RewardObjective, collate_pairs
 from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.runtime.context import StageContext
@@ -319,7 +312,7 @@ def test_equal_answers_are_counted_and_too_many_of_them_stop_the_stage(tmp_path:
         ({"template": None}, "no chat template; name one"),
         ({"trainable": {"embeddings": {}}}, "head is new and must learn"),
         ({"trainable": {"lora": {"continueAdapter": True}}}, "continueAdapter"),
-        ({"domains": [{"name": "a", "system": "x"}] * 2}, "two are called 'a'"),
+        ({"domains": [{"name": "a", "system": "x"}] * 2}, "two domains are named 'a'"),
         ({"domains": [{"name": "a", "system": "x"}], "data": [{"uri": "train", "domain": "b"}]}, "only a"),
         ({"sequenceLength": 8}, "no preference to learn from is left"),
         ({"earlyStop": {"set": "other"}}, "earlyStop.set"),

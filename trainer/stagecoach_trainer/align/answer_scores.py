@@ -1,6 +1,7 @@
-"""Log-probabilities of many answers under one model, shared out over the ranks.
+"""Log-probabilities of many answers under one model, computed by all ranks together.
 
-Batches are cut before they are dealt to ranks: the numbers do not depend on how many ranks there are.
+Answers are split into batches first and the batches distributed to ranks, so results do not depend on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.groups import TokenSequence
 
 
-def answers_at_once(micro_batch_rows: int | None) -> int:
-    """Return how many answers are scored at once: as many as a micro-batch of pairs has."""
+def answers_per_batch(micro_batch_rows: int | None) -> int:
+    """Return how many answers one forward pass scores: as many as a micro-batch of pairs has."""
     return 2 * (micro_batch_rows or 1)
 
 
@@ -40,45 +41,48 @@ def score_answers(
 ) -> Tensor:
     """Return log π(answer | prompt) of each sequence, in nats, fp64 [N]; the same on every rank.
 
-    `module`: an `AnswerLoss`, computed without dropout. Every rank makes as many forward passes, as ZeRO-3 needs it.
+    `module`: an `AnswerLoss`, evaluated without dropout. All ranks make the same number of forward passes, because
+    under ZeRO-3 each pass gathers parameters from all of them; a rank without work left runs an empty batch.
     """
+    # Longest first: batches hold answers of similar length, and running out of memory shows at once.
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids))
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rounds = -(-len(batches) // world.size)
     mine = batches[world.rank :: world.size]
-    found = torch.zeros(len(sequences), dtype=torch.float64)
+    scores = torch.zeros(len(sequences), dtype=torch.float64)
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
             for index in range(rounds):
                 batch = mine[index] if index < len(mine) else []
-                answers = collate_sequences([sequences[place] for place in batch]).to(device)
-                found[batch] = module(answers).cpu()
+                answers = collate_sequences([sequences[row] for row in batch]).to(device)
+                scores[batch] = module(answers).cpu()
                 report(index + 1, rounds)
     finally:
         module.train(was_training)
     if world.size > 1:
-        dist.all_reduce(found)
-    return found
+        dist.all_reduce(scores)  # each score is 0 on all ranks but one
+    return scores
 
 
 @contextmanager
-def scoring(model: nn.Module, config: DpoStage, world: World) -> Iterator[Scorer]:
-    """Put a model on this rank's device, in the number formats that training computes in, for as long as the block
-    lasts; afterwards it is as it was, on the CPU.
+def scorer_of(model: nn.Module, config: DpoStage, world: World) -> Iterator[Scorer]:
+    """Yield a scorer that computes with `model` on this rank's device, in the number formats of training.
 
-    Only what training would keep in fp32 is kept so: nothing is trained here, and there are no other masters.
+    Equal formats make the policy's initial log-ratios 0. On exit the model is restored, on the CPU.
     """
     device = training_device(world)
     flags = {name: item.requires_grad for name, item in model.named_parameters()}
-    exact = {id(item) for layer in _kept_exact(model) for item in layer.parameters()}
+    # `MixedPrecision` keeps fp32 masters of trained parameters. Nothing is trained here, so only those that training
+    # also computes with in fp32 stay marked as trained.
+    exact = {id(item) for layer in _fp32_layers(model) for item in layer.parameters()}
     for item in model.parameters():
         item.requires_grad_(item.requires_grad and id(item) in exact)
     precision = MixedPrecision(model, config.precision)
     precision.cast(device)
     module = AnswerLoss(model, config.loss)
-    size = answers_at_once(config.batch.micro_batch_rows)
+    size = answers_per_batch(config.batch.micro_batch_rows)
     try:
         with accelerate(module, device, precision.dtype):
             yield lambda sequences: score_answers(module, sequences, size, device, world)
@@ -90,6 +94,6 @@ def scoring(model: nn.Module, config: DpoStage, world: World) -> Iterator[Scorer
             torch.cuda.empty_cache()
 
 
-def _kept_exact(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the layers that training computes with in fp32 where they are trained."""
+def _fp32_layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the layers whose weights training computes with in fp32, if they are trained."""
     return causal_model(model).get_input_embeddings(), output_layer(model)

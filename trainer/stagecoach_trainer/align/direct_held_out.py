@@ -1,4 +1,4 @@
-"""Held-out preferences for DPO, IPO and KTO: does the policy imply the rewards that people do?
+"""Held-out measurements of DPO, IPO and KTO: do the rewards that the policy implies rank answers as people did?
 
 N answers, P pairs.
 """
@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from stagecoach_api.kinds.dpo import DirectLoss
-from stagecoach_trainer.align.answer_scores import answers_at_once, score_answers
-from stagecoach_trainer.align.direct import kl_point, log_ratios
-from stagecoach_trainer.align.direct_objective import direct_losses, prompt_and_answer, sequences_of
-from stagecoach_trainer.align.held_out import pair_places
+from stagecoach_trainer.align.answer_scores import answers_per_batch, score_answers
+from stagecoach_trainer.align.direct_objective import direct_losses, prompt_and_answer
+from stagecoach_trainer.align.groups import pair_rows, sequences_of
 from stagecoach_trainer.align.mismatched import mismatched
 from stagecoach_trainer.align.reference_table import ReferenceTable, windows
 from stagecoach_trainer.loop.job import Report
+from stagecoach_trainer.losses.direct import log_ratios, reference_point
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.groups import Group, TokenSequence
 
 
-class DirectSet:
-    """Held-out preferences with the name their figures get (a `Measurable`)."""
+class DirectPreferenceSet:
+    """A named set of held-out preferences (a `Measurable`)."""
 
     def __init__(
         self, name: str, groups: Sequence[Group], loss: DirectLoss, capacity: int, references: ReferenceTable
     ) -> None:
-        """`capacity`: tokens that prompt and answer may have. `references`: has all of `sequences` once measuring
-        begins."""
+        """`capacity`: maximum tokens of prompt and answer. `references`: must contain all of `sequences` before the
+        first measurement."""
         self.name = name
         self.groups = tuple(groups)
         self._loss = loss
@@ -40,20 +40,22 @@ class DirectSet:
 
     @property
     def sequences(self) -> Iterator[TokenSequence]:
-        """What the reference must have scored."""
+        """The sequences that the reference must have scored."""
         yield from self._answers
         yield from self._mismatched
 
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:
-        """Return `loss`, `accuracy` and `margin`, as `direct_figures` says."""
+        """Return `loss`, `accuracy` and `margin`; see `direct_figures`."""
         policy = ReferenceTable()
-        size = answers_at_once(micro_batch_rows)
-        for window in windows(self.sequences):  # the reference's own batches: at the start the ratios are exactly 0
+        size = answers_per_batch(micro_batch_rows)
+        # The windows that the reference was scored in: equal batches round equally, so the initial ratios are exactly
+        # 0.
+        for window in windows(self.sequences):
             policy.put(window, score_answers(module, window, size, device, world, report))
         ratios = self._ratios(policy, self._answers)
-        point = kl_point(self._ratios(policy, self._mismatched)) if self._mismatched else ratios.new_zeros(())
+        point = reference_point(self._ratios(policy, self._mismatched)) if self._mismatched else ratios.new_zeros(())
         return direct_figures(self._loss, self.groups, ratios, point)
 
     def _ratios(self, policy: ReferenceTable, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -61,15 +63,15 @@ class DirectSet:
 
 
 def direct_figures(loss: DirectLoss, groups: Sequence[Group], ratios: Tensor, point: Tensor) -> dict[str, float]:
-    """Return the figures of groups whose answers have the log-ratios `ratios` [N], one after the other.
+    """Return the figures of groups whose answers, in row order, have the log-ratios `ratios` [N].
 
-    An answer's reward is beta times its log-ratio; for IPO, times its mean log-ratio per token. `loss` is the mean.
-    Of pairs, `accuracy` is the share whose better answer has the greater reward (an equal pair is half right), and
-    `margin` the mean difference. Of single answers (KTO), `accuracy` is the share of liked ones with a log-ratio above
-    `point` and of others below it (at it is half right), and `margin` is the difference of the mean rewards of both,
-    left out where there is one kind only; `point` is the reference point.
+    An answer's reward is beta times its log-ratio; for IPO, beta times its mean log-ratio per token. `loss` is the mean
+    loss. For pairs, `accuracy` is the share whose better answer has the higher reward, and `margin` the mean
+    difference. For single answers (KTO), `accuracy` is the share of liked answers with a log-ratio above `point` and
+    of others with one below it; `margin` is the mean reward of liked answers minus that of the others, omitted if one
+    kind is missing; `point` is the reference point. Ties count ½.
     """
-    better, worse = pair_places(groups)
+    better, worse = pair_rows(groups)
     lengths = torch.tensor([len(prompt_and_answer(item)[1]) for item in sequences_of(groups)], dtype=ratios.dtype)
     liked = torch.tensor([bool(value) for group in groups if group.liked is not None for value in group.liked])
     losses = direct_losses(loss, ratios, lengths, better, worse, liked, point)

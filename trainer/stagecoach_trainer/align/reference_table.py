@@ -1,7 +1,7 @@
-"""Log-probabilities of answers under the reference, computed once and kept.
+"""Log-probabilities of answers under the reference, computed once and cached on disk.
 
-They are computed in windows of sequences; a window's result is a file `cache/references/<digest>.npy`, named by what it
-was made of, so that a resumed attempt finds the very same numbers.
+Sequences are scored in windows. The result of a window is a file `cache/references/<digest>.npy`, named by a digest of
+everything it depends on, so a resumed attempt uses exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.samples.groups import TokenSequence
 
 VERSION = 2
-"""Raised when the code would compute other numbers from the same input."""
+"""Part of the digest; increment it when the code computes different numbers from the same input."""
 
 WINDOW = 1024
-"""Sequences whose results are kept in one file."""
+"""Sequences per cache file."""
 
 Scorer = Callable[[Sequence[TokenSequence]], Tensor]
-"""Returns the log-probability of each sequence's answer, fp64 [N], the same on every rank."""
+"""Returns the log-probability of each sequence's answer, in nats, fp64 [N], the same on every rank."""
 
 
 def key_of(sequence: TokenSequence) -> bytes:
-    """Return what names a sequence: its tokens, and where the answer begins."""
+    """Return a digest of a sequence: of its tokens and the position at which the answer begins."""
     content = np.ascontiguousarray(sequence.ids, np.int32).tobytes()
     return hashlib.blake2b(content, digest_size=16, salt=sequence.num_prompt.to_bytes(8, "little")).digest()
 
 
 def windows(sequences: Iterable[TokenSequence], size: int = WINDOW) -> Iterator[list[TokenSequence]]:
-    """Yield the sequences, each once, in lists of at most `size`."""
+    """Yield the distinct sequences in lists of at most `size`."""
     seen: set[bytes] = set()
     window: list[TokenSequence] = []
     for sequence in sequences:
@@ -69,7 +69,7 @@ class ReferenceTable:
         self._values.update(zip(map(key_of, sequences), log_probs.tolist(), strict=True))
 
     def of(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Return the log-probabilities, fp64 [N]. Raises KeyError for a sequence that was never put."""
+        """Return the log-probabilities, fp64 [N]. Raises KeyError for a sequence that is not in the table."""
         return torch.tensor([self._values[key_of(item)] for item in sequences], dtype=torch.float64)
 
 
@@ -80,35 +80,41 @@ def fill_table(
     sequences: Iterable[TokenSequence],
     scorer: Callable[[], Scorer],
 ) -> None:
-    """Put all sequences into the table, from the cache or by the scorer, which is made when it is first needed.
+    """Add all sequences to the table, from the cache or by scoring them.
 
     Args:
-        key: What the numbers depend on beside the sequences: the reference and how it is computed.
+        table: Receives the log-probabilities.
+        context: Provides the cache, the stop signal and the progress report.
+        key: Everything besides the sequences that determines the numbers: the reference and how it is computed.
+        sequences: The sequences to add; duplicates are scored once.
+        scorer: Returns the scorer. Called only if the cache lacks a window, and at most once per window.
 
-    Raises Interrupted, on all ranks, when any of them is asked to stop (what is finished is kept), and UserError where
-    the reference gives no numbers.
+    Raises:
+        Interrupted: On all ranks, if any rank is asked to stop. Finished windows stay in the cache.
+        UserError: The reference returns NaN or infinite log-probabilities.
     """
     done = 0
     for window in windows(sequences):
         _stop_together(context)
         content = hashlib.sha256(b"".join(map(key_of, window))).hexdigest()
         path = context.cache / "references" / f"{digest_of({'version': VERSION, **key, 'sequences': content})}.npy"
-        found = _kept(context, path, len(window))
-        if found is None:
-            found = scorer()(window)
-            _require_numbers(found)
+        log_probs = _cached(context, path, len(window))
+        if log_probs is None:
+            log_probs = scorer()(window)
+            _require_finite(log_probs)
             if context.world.local_rank == 0:
-                _keep(path, found)
-        table.put(window, found)
+                _write(path, log_probs)
+        table.put(window, log_probs)
         done += len(window)
         context.progress.report("score with the reference", done, unit="answers")
 
 
-def _require_numbers(found: Tensor) -> None:
-    if not bool(found.isfinite().all()):
+def _require_finite(log_probs: Tensor) -> None:
+    bad = ~log_probs.isfinite()
+    if bool(bad.any()):
         raise UserError(
-            f"reference: the log-probabilities of {int((~found.isfinite()).sum())} of {len(found)} answers are no "
-            "numbers; the model is damaged, or its weights overflow in this `precision` (try `bf16` or `fp32`)"
+            f"reference: the log-probabilities of {int(bad.sum())} of {len(log_probs)} answers are NaN or infinite; "
+            "the model is damaged, or its weights overflow in this `precision` (try `bf16` or `fp32`)"
         )
 
 
@@ -117,11 +123,12 @@ def _stop_together(context: StageContext) -> None:
     if context.world.size > 1:
         dist.all_reduce(stop)
     if stop.item():
-        raise Interrupted("asked to stop while the reference scores the answers; finished parts are kept")
+        raise Interrupted("stopped while the reference scored the answers; finished windows are cached")
 
 
-def _kept(context: StageContext, path: Path, length: int) -> Tensor | None:
-    """Return what rank 0 finds in its cache, on every rank. None: nothing."""
+def _cached(context: StageContext, path: Path, length: int) -> Tensor | None:
+    """Return the content of rank 0's cache file on every rank; None if there is no file."""
+    # Scores are finite, so NaN can stand for "no file" in the broadcast.
     values = torch.full((length,), torch.nan, dtype=torch.float64)
     if context.world.is_main and path.is_file():
         values = torch.from_numpy(np.load(path, allow_pickle=False))
@@ -130,8 +137,9 @@ def _kept(context: StageContext, path: Path, length: int) -> Tensor | None:
     return None if bool(values.isnan().all()) else values
 
 
-def _keep(path: Path, values: Tensor) -> None:
+def _write(path: Path, values: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name first: a process that is killed must not leave half a file.
     unfinished = path.with_suffix(f".{os.getpid()}")
     with unfinished.open("wb") as file:
         np.save(file, values.numpy(), allow_pickle=False)

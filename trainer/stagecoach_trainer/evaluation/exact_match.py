@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Matched:
+class ExactMatchResult:
     """How one task went."""
 
     name: str
@@ -54,7 +54,7 @@ class Matched:
 
 def measure_exact_match(
     task: ExactMatch, model: Any, tokenizer: Any, context: Fetches, batch_rows: int, seed: int, report: Report
-) -> Matched:
+) -> ExactMatchResult:
     """Ask all questions of the task. Raises UserError for records that are no conversations with an answer."""
     questions = list(islice(_questions(task, Prompter(tokenizer, task.generation), context), task.max_samples))
     if not questions:
@@ -63,7 +63,7 @@ def measure_exact_match(
     answers = generate(model, tokenizer, prompts, task.generation, batch_rows, seed, report)
     right = [answer.text.strip() == question.reference for question, answer in zip(questions, answers, strict=True)]
     shown = _first(right, True) + _first(right, False)
-    return Matched(
+    return ExactMatchResult(
         name=task.name,
         num_questions=len(questions),
         num_right=sum(right),

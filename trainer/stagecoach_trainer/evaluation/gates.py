@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stagecoach_api.kinds.evaluate import EvaluateStage, Gate, GateFailure
-from stagecoach_trainer.evaluation.rewards import reward_metrics
+from stagecoach_trainer.evaluation.reward_comparison import reward_metrics
 from stagecoach_trainer.runtime.errors import UserError
 
 HELD_OUT_METRICS = ("loss", "perplexity", "bitsPerCharacter", "perplexityPerCharacter", "tokensPerCharacter")

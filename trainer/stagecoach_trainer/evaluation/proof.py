@@ -50,7 +50,7 @@ def log_probabilities(model: Any, rows: Sequence[Tensor]) -> Iterator[Tensor]:
             yield torch.log_softmax(logits.float(), dim=-1).cpu()
 
 
-class Witness:
+class StoredLogProbs:
     """A model's log-probabilities on the proof's rows, kept on disk while the model itself makes room for another.
 
     Raises UserError where they are no numbers.

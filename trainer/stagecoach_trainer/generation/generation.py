@@ -26,7 +26,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What the model said to one prompt."""
 
     text: str
@@ -73,7 +73,7 @@ def generate(
     batch_rows: int,
     seed: int,
     report: Report = lambda done, total: None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Return one answer per prompt, in order.
 
     Prompts of like length share a batch, padded on the left, where the mask hides it. Sampling draws from `seed`, so
@@ -82,7 +82,7 @@ def generate(
     """
     limits = [room(model, ids, settings.max_new_tokens) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GeneratedAnswer] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def _batches(order: Sequence[int], limits: Sequence[int], batch_rows: int) -> li
 
 def _generate_batch(
     model: Any, tokenizer: Any, prompts: Sequence[Ids], settings: Generation, max_new_tokens: int
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     ends = end_ids(model, tokenizer)
     padding = ends[0] if ends else 0
     tokens, mask = pad_left(prompts, padding)
@@ -150,10 +150,10 @@ def _generate_batch(
     return [_answer(tokenizer, ids, set(ends)) for ids in said]
 
 
-def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> Answer:
+def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> GeneratedAnswer:
     length = next((index for index, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(text, length, length < len(ids))
+    return GeneratedAnswer(text, length, length < len(ids))
 
 
 def pad_left(prompts: Sequence[Ids], padding: int) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def uniforms(key: Sequence[int], count: int) -> Uniforms:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key)))).random(count)
 
 
-class Calls:
+class ModelCalls:
     """How the model is called: alone, as here, or by all ranks together."""
 
     def mode(self) -> AbstractContextManager[Any]:
@@ -76,12 +76,12 @@ def sample_answers(
     draws: Sequence[Uniforms],
     decoding: Decoding,
     device: torch.device,
-    calls: Calls | None = None,
+    calls: ModelCalls | None = None,
 ) -> list[Sampled]:
     """Return one answer per prompt, in order. `model`: a transformers causal language model in evaluation mode;
     `draws`: random numbers of each answer, at least as many as it may have tokens; `calls`: how the model is called,
     None: alone. More calls than the rows here need do them no harm."""
-    calls = calls or Calls()
+    calls = calls or ModelCalls()
     with calls.mode():
         batch = _Decoder(model, prompts, draws, decoding, device)
         while calls.go_on(batch.under_way):
@@ -98,7 +98,7 @@ class _Decoder:
         from transformers import DynamicCache
 
         self._decoder = getattr(model, model.base_model_prefix)
-        self._head = _Head(model.get_output_embeddings())
+        self._head = _OutputLayer(model.get_output_embeddings())
         self._decoding = decoding
         tokens, mask = pad_left(prompts, padding=0)
         self._input = tokens.to(device)
@@ -117,7 +117,7 @@ class _Decoder:
     def under_way(self) -> bool:
         return self._step < self._decoding.max_new_tokens and not bool(self._finished.all())
 
-    def advance(self, calls: Calls) -> None:
+    def advance(self, calls: ModelCalls) -> None:
         """Draw the next token of every row that is under way."""
         chosen = draw(calls.logits(self._logits), self._draws[self._rows, self._step], self._decoding)
         self._keep(chosen)
@@ -161,7 +161,7 @@ class _Decoder:
         return [Sampled(np.array(ids, np.int32), ended) for ids, ended in zip(self._said, self._ended, strict=True)]
 
 
-class _Head:
+class _OutputLayer:
     """The head in the states' format, as the training's log-probabilities take it (`train/log_probs.py`): while
     training its own weight may be in fp32, the rest in bf16."""
 

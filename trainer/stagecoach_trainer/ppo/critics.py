@@ -1,4 +1,4 @@
-"""The critic: what it starts from, and what of it learns."""
+"""The critic: its initial weights, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from stagecoach_trainer.models.vocabularies import require_same_vocabulary
 from stagecoach_trainer.runtime.context import StageContext
 
 CLASSIFIER = "ForSequenceClassification"
-"""End of the name of an architecture that is a reward model."""
+"""Suffix of the names of architectures that are reward models."""
 
 
 @dataclass(frozen=True)
 class NewCritic:
-    """A critic that has learnt nothing yet."""
+    """A critic before training."""
 
     model: Any
-    """A reward model of the policy's vocabulary, `requires_grad` set."""
+    """A reward model with the policy's vocabulary, `requires_grad` set."""
 
     bias: float = 0.0
-    """Added to all it says: the reward model's, so that the first values are that model's rewards."""
+    """Added to its output: the reward model's bias, so that the initial values are that model's rewards."""
 
 
 def make_critic(config: PpoStage, context: StageContext, start: StartingPoint) -> NewCritic:
-    """Return the critic with what it learns chosen: the policy's way, its head always. Under LoRA a reward model that
-    is an adapter goes on with that adapter, over the base it was made on.
+    """Return the critic, with `requires_grad` set by the policy's `trainable`; its head is always trained.
 
-    Raises UserError for a model of another vocabulary than the policy's.
+    Under LoRA, a reward model that is itself an adapter continues with that adapter over its own base.
+    Raises UserError if the vocabulary differs from the policy's.
     """
     from peft import PeftModel
 
-    found = _starting_point(config, context, start)
-    if isinstance(found.model, PeftModel):
-        found.model.set_adapter(ADAPTER)  # it is trained again
-        return found
-    return NewCritic(_choose_trained(found.model, config, context, start), found.bias)
+    critic = _initial_critic(config, context, start)
+    if isinstance(critic.model, PeftModel):
+        critic.model.set_adapter(ADAPTER)  # makes the loaded adapter trainable again
+        return critic
+    return NewCritic(_choose_trained(critic.model, config, context, start), critic.bias)
 
 
-def _starting_point(config: PpoStage, context: StageContext, start: StartingPoint) -> NewCritic:
+def _initial_critic(config: PpoStage, context: StageContext, start: StartingPoint) -> NewCritic:
     source = config.critic.model
     if source is not None and not _is_reward_model(context, source):
         return NewCritic(_from_language_model(context, source, start))
@@ -57,13 +57,13 @@ def _starting_point(config: PpoStage, context: StageContext, start: StartingPoin
     if source is None:
         return NewCritic(make_reward_model(copy.deepcopy(start.model), context.seed))
     whole = config.trainable.lora is None
-    found = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=whole)
+    loaded = load_reward_model(context, source, torch.float32, torch.device("cpu"), merge=whole)
     _require_same(
         start.tokenizer,
-        found.tokenizer,
+        loaded.tokenizer,
         "rewards: the reward model" if config.critic.model is None else "critic.model: the reward model",
     )
-    return NewCritic(found.model, found.bias)
+    return NewCritic(loaded.model, loaded.bias)
 
 
 def _from_language_model(context: StageContext, source: Reference, start: StartingPoint) -> Any:
@@ -86,17 +86,17 @@ def _is_reward_model(context: StageContext, source: Reference) -> bool:
     return any(str(kind).endswith(CLASSIFIER) for kind in kinds)
 
 
-def _require_same(policys: Any, critics: Any, whose: str) -> None:
+def _require_same(policy_tokenizer: Any, critic_tokenizer: Any, whose: str) -> None:
     remedy = (
-        "the critic reads the policy's tokens, so name as `critic.model` a model of the policy's vocabulary: a reward "
+        "the critic reads the policy's tokens, so set `critic.model` to a model with the policy's vocabulary: a reward "
         "model, or a language model such as `model` itself"
     )
-    require_same_vocabulary(policys, critics, whose, remedy)
+    require_same_vocabulary(policy_tokenizer, critic_tokenizer, whose, remedy)
 
 
 def _choose_trained(model: Any, config: PpoStage, context: StageContext, start: StartingPoint) -> Any:
-    """Return the critic with `requires_grad` set. Where the policy's embedding alone is trained, so is the critic's,
-    beside its head."""
+    """Return the critic with `requires_grad` set. If only the policy's embedding is trained, then so are the critic's
+    embedding and its head."""
     trainable = config.trainable
     if trainable.embeddings is not None:
         model.requires_grad_(False)

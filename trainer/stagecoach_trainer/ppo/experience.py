@@ -1,4 +1,4 @@
-"""Answers with everything an update needs to know of them, and the pool they wait in.
+"""Experiences (scored answers with their per-token figures), and the pool that holds those of one update.
 
 A tokens of an answer.
 """
@@ -25,27 +25,28 @@ PER_TOKEN = ("log_probs", "values", "advantages", "returns")
 
 @dataclass(frozen=True)
 class Experience:
-    """One answer, judged. A `Unit` of an update."""
+    """One scored answer (a `Unit` of an update)."""
 
     prompt: Ids
     answer: Ids
     """Token ids [A], the end token included."""
 
     log_probs: Floats
-    """Of the policy that wrote the answer, at its temperature, by the training's forward pass, in nats [A]."""
+    """Log-probabilities under the policy that generated the answer, at the sampling temperature, by the training
+    forward pass, in nats [A]."""
 
     values: Floats
-    """What the critic expected in front of each token [A]."""
+    """The critic's prediction before each token [A]."""
 
     advantages: Floats
-    """How much better it went [A]."""
+    """GAE advantages [A], not whitened."""
 
     returns: Floats
-    """What the critic should have expected [A]."""
+    """Targets of the critic [A]."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that enter the model: the last one only is predicted."""
+        """Tokens that enter the model: all but the last one, which is only predicted."""
         return len(self.prompt) + len(self.answer) - 1
 
     @property
@@ -58,7 +59,7 @@ class Experience:
 
 
 class Pool:
-    """The experiences of one update on this rank. What exceeds `max_bytes` lies on disk, mapped into memory."""
+    """The experiences of one update on this rank. Those beyond `max_bytes` are stored on disk and memory-mapped."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -68,7 +69,7 @@ class Pool:
         self._first: list[int] = []
         self._size = 0
         self.num_spilled = 0
-        """Experiences that lie on disk."""
+        """Number of experiences on disk."""
 
     def __len__(self) -> int:
         return self._size
@@ -81,8 +82,8 @@ class Pool:
         return (self[index] for index in range(len(self)))
 
     def add(self, chunk: Sequence[Experience]) -> None:
-        """Append experiences that were made together. Raises OSError where the disk is full; the pool is then as it
-        was."""
+        """Append experiences that were made together. Raises OSError if the disk is full, and leaves the pool
+        unchanged."""
         size = sum(item.num_bytes for item in chunk)
         if self._bytes + size <= self._max_bytes:
             self._bytes += size
@@ -94,7 +95,7 @@ class Pool:
         self.add_stored(StoredChunk(path))
 
     def add_stored(self, chunk: StoredChunk) -> None:
-        """Append experiences that lie in a file."""
+        """Append the experiences of a file."""
         self._append(chunk)
         self.num_spilled += len(chunk)
 
@@ -104,15 +105,15 @@ class Pool:
         self._size += len(chunk)
 
     def discard(self) -> None:
-        """Delete what was written to disk; the pool is of no use afterwards."""
+        """Delete the files on disk. The pool must not be used afterwards."""
         self._chunks.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def write_chunk(path: Path, chunk: Sequence[Experience]) -> None:
-    """Write experiences as one file: each array of theirs, one behind the other, and where each experience begins.
+    """Write experiences to one file: each field's arrays concatenated, and the offsets at which experiences begin.
 
-    Raises OSError with the file's name, and leaves no half of it.
+    Raises OSError with the file's name, and leaves no partial file.
     """
     tensors = {
         field.name: np.concatenate([getattr(item, field.name) for item in chunk]) for field in fields(Experience)
@@ -120,14 +121,15 @@ def write_chunk(path: Path, chunk: Sequence[Experience]) -> None:
     tensors["prompt_offsets"] = np.cumsum([0, *(len(item.prompt) for item in chunk)])
     tensors["answer_offsets"] = np.cumsum([0, *(len(item.answer) for item in chunk)])
     try:
-        path.write_bytes(save(tensors))  # safetensors' own writer would hide that a disk is full
+        # Not safetensors' `save_file`, which does not report a full disk.
+        path.write_bytes(save(tensors))
     except OSError as error:
         path.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class StoredChunk(Sequence[Experience]):
-    """Experiences in a file; only the ones asked for are read."""
+    """Experiences in a file, read on access."""
 
     def __init__(self, path: Path) -> None:
         self._file = cast(Any, safe_open(path, framework="numpy"))

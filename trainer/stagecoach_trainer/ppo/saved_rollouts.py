@@ -1,10 +1,10 @@
-"""Answers of an update that was stopped while they were made: kept beside the checkpoints, so that none is made twice.
+"""Answers of an update that was stopped while they were generated, saved next to the checkpoints for the next attempt.
 
     pool/update-00000007-rollbacks-0-rank-00000-of-00002.safetensors   the experiences of one rank, in their order
-                                                        .json          last: its sha256, how far it came, sums
+                                                        .json          written last: sha256, prompts done, sums
 
-They are worth something only to an attempt that comes to the same update with the same weights, the same random numbers
-and as many ranks; the name says so.
+Only an attempt that reaches the same update with the same weights, random numbers and number of ranks can use them,
+which the name identifies.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ FOLDER = "pool"
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What one rank had made when it was stopped."""
+class SavedRollout:
+    """The answers that one rank had made when it was stopped."""
 
     experiences: StoredChunk
     done: int
-    """Places of its share that it had answered; on a rank with an answer less than others, theirs."""
+    """Number of prompts done of the largest share of any rank. A rank with a smaller share may have one answer less."""
     sums: Mapping[str, Any]
     """The fields of the rank's tally."""
 
 
 def name_of(update: int, rollbacks: int, world: World) -> str:
-    """Name what a rank makes in an update."""
+    """Return the name of a rank's answers in an update."""
     return f"update-{update:08d}-rollbacks-{rollbacks}-rank-{world.rank:05d}-of-{world.size:05d}"
 
 
-class KeptAnswers:
-    """The answers that stopped attempts of one stage have left."""
+class SavedRollouts:
+    """The saved answers of stopped attempts of one stage."""
 
     def __init__(self, context: StageContext) -> None:
         digest = context.resolved.digest
@@ -54,15 +54,15 @@ class KeptAnswers:
         self._prefix = f"{checkpoints_prefix(digest)}/{FOLDER}"
         self._home = checkpoints_folder(context.store, context.cache, digest) / FOLDER
         self._is_in_store = context.store.local_path(self._prefix) is not None
-        self._taken: str | None = None
+        self._loaded: str | None = None
 
-    def keep(self, name: str, experiences: Sequence[Experience], done: int, sums: Mapping[str, Any]) -> None:
-        """Write experiences, here and to the store. Raises OSError and StoreError."""
+    def save(self, name: str, experiences: Sequence[Experience], done: int, sums: Mapping[str, Any]) -> None:
+        """Write experiences to the local disk and to the store. Raises OSError and StoreError."""
         if not experiences:
             return
         self._home.mkdir(parents=True, exist_ok=True)
         path, about_path = self._paths(name)
-        about_path.unlink(missing_ok=True)  # it would speak of a file that is being replaced
+        about_path.unlink(missing_ok=True)  # it describes the file that is about to be replaced
         write_chunk(path, experiences)
         found = StoredObject(path=path.name, size=path.stat().st_size, sha256=sha256_of_file(path))
         about = canonical_json({"object": found.model_dump(mode="json"), "done": done, "sums": dict(sums)})
@@ -71,36 +71,37 @@ class KeptAnswers:
             self._store.upload(path, f"{self._prefix}/{path.name}")
             self._store.write(f"{self._prefix}/{about_path.name}", about)
 
-    def find(self, name: str) -> Kept | None:
-        """Return what was kept under a name, brought to this machine if need be; None where nothing usable was."""
+    def load(self, name: str) -> SavedRollout | None:
+        """Return the answers saved under a name, downloaded if needed; None if there are none or they are damaged."""
         path, about_path = self._paths(name)
         try:
             if not about_path.is_file():
-                self._bring(name)
+                self._download(name)
             about = json.loads(about_path.read_bytes())
             _check(path, StoredObject.model_validate(about["object"]))
         except (NotFound, FileNotFoundError):
             return None
         except (StoreError, OSError, ValueError, KeyError) as error:
-            log.warning("answers kept in %s cannot be used (%s); they are made again", path.name, error)
+            log.warning("the answers saved in %s cannot be used (%s); they are made again", path.name, error)
             return None
-        self._taken = name
-        return Kept(StoredChunk(path), int(about["done"]), about["sums"])
+        self._loaded = name
+        return SavedRollout(StoredChunk(path), int(about["done"]), about["sums"])
 
-    def forget(self) -> None:
-        """Delete what was found last."""
-        if self._taken is None:
+    def discard_loaded(self) -> None:
+        """Delete the answers that were loaded last."""
+        if self._loaded is None:
             return
-        for path in reversed(self._paths(self._taken)):
+        # The .json first: without it the other file does not count.
+        for path in reversed(self._paths(self._loaded)):
             if not self._is_in_store:
                 self._store.delete(f"{self._prefix}/{path.name}")
             path.unlink(missing_ok=True)
-        self._taken = None
+        self._loaded = None
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         return self._home / f"{name}.safetensors", self._home / f"{name}.json"
 
-    def _bring(self, name: str) -> None:
+    def _download(self, name: str) -> None:
         if self._is_in_store:
             return
         path, about_path = self._paths(name)
@@ -113,4 +114,4 @@ class KeptAnswers:
 
 def _check(path: Path, expected: StoredObject) -> None:
     if path.stat().st_size != expected.size or sha256_of_file(path) != expected.sha256:
-        raise ValueError("the bytes are not the ones that were written")
+        raise ValueError("size or SHA-256 differs from what was written")

@@ -1,4 +1,4 @@
-"""What PPO must remember from one update to the next, beside weights and random numbers."""
+"""PPO's state between updates, in addition to weights and random states."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stagecoach_trainer.engine.engine import MASTER, EngineState
 from stagecoach_trainer.ppo.guards import Watch
 
 POLICY, CRITIC, AVERAGE = "policy:", "critic:", "average:"
-"""In front of a parameter's name in a checkpoint."""
+"""Prefixes of parameter names in a checkpoint."""
 
 
 @dataclass
 class PpoProgress:
-    """Counters of the stage."""
+    """Counters and coefficients of the stage."""
 
     kl_coefficient: float
     watch: Watch = field(default_factory=Watch)
@@ -27,15 +27,15 @@ class PpoProgress:
     critic_loss_scale: float = 1.0
     critic_good_steps: int = 0
     rewards: dict[str, Any] = field(default_factory=dict)
-    """What the reward's terms remember: requests spent, weights fitted."""
+    """State of the reward's terms, such as requests spent and weights fitted."""
 
     @property
     def rate_factor(self) -> float:
-        """Factor of the learning rates: half after each rollback."""
+        """Factor of the learning rates: halved by each rollback."""
         return 0.5**self.rollbacks
 
-    def note(self, critic: EngineState, rewards: Mapping[str, Any]) -> None:
-        """Take down what a checkpoint has no place of its own for."""
+    def record(self, critic: EngineState, rewards: Mapping[str, Any]) -> None:
+        """Take over state for which the checkpoint format has no field of its own."""
         self.critic_steps = critic.num_steps
         self.critic_loss_scale, self.critic_good_steps = critic.loss_scale, critic.good_steps
         self.rewards = copy.deepcopy(dict(rewards))
@@ -49,7 +49,8 @@ class PpoProgress:
 
 
 def join_states(policy: EngineState, critic: EngineState, average: Mapping[str, Tensor]) -> EngineState:
-    """Return both engines' tensors and the average of the policy's weights as one state; counters are the policy's."""
+    """Return the tensors of both engines and the average of the policy's weights as one state, with the policy's
+    counters."""
     tensors = {_named(key, POLICY): tensor for key, tensor in policy.tensors.items()}
     tensors |= {_named(key, CRITIC): tensor for key, tensor in critic.tensors.items()}
     tensors |= {f"{MASTER}{AVERAGE}{name}": tensor for name, tensor in average.items()}

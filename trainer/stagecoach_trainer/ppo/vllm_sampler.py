@@ -1,8 +1,10 @@
-"""Answers by vLLM (arXiv 2309.06180) in place of our own decoding, where the image has it.
+"""Answers by vLLM (arXiv 2309.06180) instead of our own decoding, if the image has vLLM installed.
 
-The policy is written to a folder once an update, and the engine reads it again: of a LoRA policy only the adapter. vLLM
-draws by its own random numbers, seeded per answer, and its kernels may round differently from run to run: old
-log-probabilities are the training forward's as always, but a resumed run need not be equal to the bit.
+This module is tested only against a stand-in with vLLM's calls; it has not been run with vLLM itself.
+
+Once per update the policy (for LoRA, only the adapter) is written to a folder, which the engine reloads. vLLM samples
+with its own random numbers, seeded per answer, and its kernels may round differently from run to run. Old
+log-probabilities still come from the training forward pass, but a resumed run is not guaranteed to be bit-identical.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import UserError
 
 MEMORY_SHARE = 0.35
-"""Share of the GPU's memory that vLLM may take; the rest is the training's."""
+"""Share of the GPU's memory that vLLM may use; the rest is left to training."""
 
 TRANSFORMERS_INSTEAD = "use `rollout.engine: transformers`"
 
 
 class VllmSampler:
-    """Answers with an engine of its own. Raises UserError where vLLM is not installed, or cannot do what is asked."""
+    """Answers with a vLLM engine. Raises UserError if vLLM is not installed or does not support the configuration."""
 
     def __init__(
         self, config: PpoStage, policy: nn.Module, tokenizer: Any, decoding: Decoding, folder: Path, world: World
@@ -51,11 +53,11 @@ class VllmSampler:
         tokenizer.save_pretrained(folder / "model")
 
     def refresh(self, owner: CausalLoss) -> None:
-        """Write the policy's weights and let the engine read them."""
+        """Write the policy's weights and make the engine reload them."""
         policy: Any = owner.model
         self._refreshes += 1
         if self._lora is not None:
-            self._take_adapter(policy)
+            self._reload_adapter(policy)
             return
         policy.save_pretrained(self._folder / "model")
         if self._engine is not None:
@@ -63,7 +65,7 @@ class VllmSampler:
         else:
             self._start()
 
-    def _take_adapter(self, policy: Any) -> None:
+    def _reload_adapter(self, policy: Any) -> None:
         folder = self._folder / f"adapter-{self._refreshes}"
         policy.save_pretrained(folder)
         if self._engine is None:
@@ -79,15 +81,15 @@ class VllmSampler:
             dtype=self._dtype,
             max_model_len=self._longest,
             gpu_memory_utilization=MEMORY_SHARE,
-            enable_prefix_caching=False,  # what it would remember is of older weights
+            enable_prefix_caching=False,  # cached states would be those of older weights
             **settings,
         )
 
     def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
         """Return one answer per prompt; `keys` seed the random numbers of each."""
-        asked = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
+        inputs = [{"prompt_token_ids": ids.tolist()} for ids in prompts]
         settings = [self._settings(key) for key in keys]
-        outputs = self._engine.generate(asked, settings, use_tqdm=False, lora_request=self._adapter)
+        outputs = self._engine.generate(inputs, settings, use_tqdm=False, lora_request=self._adapter)
         return [self._sampled(output.outputs[0]) for output in outputs]
 
     def _settings(self, key: Sequence[int]) -> Any:
@@ -101,6 +103,7 @@ class VllmSampler:
 
     def _sampled(self, output: Any) -> Sampled:
         ids, ended = [int(token) for token in output.token_ids], output.finish_reason == "stop"
+        # vLLM may leave the stop token out of the ids; PPO trains on it as the answer's last token.
         if ended and (not ids or ids[-1] not in self._decoding.ends):
             ids.append(int(output.stop_reason or self._decoding.ends[0]))
         return Sampled(np.array(ids, np.int32), ended)
@@ -121,19 +124,19 @@ def _check(config: PpoStage, world: World) -> None:
     if not torch.cuda.is_available():
         raise UserError(f"rollout.engine: vllm needs a GPU here; {TRANSFORMERS_INSTEAD}")
     if world.size > 1:
-        raise UserError(f"rollout.engine: vllm answers on one rank only, and there are {world.size}; "
+        raise UserError(f"rollout.engine: vllm supports one rank only, and there are {world.size}; "
                         f"{TRANSFORMERS_INSTEAD}")  # fmt: skip
     if lora is not None and (lora.modules_to_save or lora.new_rows):
         raise UserError(
-            "rollout.engine: vllm takes plain adapters only, without `modulesToSave` or `newRows`; "
+            "rollout.engine: vllm supports plain adapters only, without `modulesToSave` or `newRows`; "
             f"{TRANSFORMERS_INSTEAD}"
         )
     if config.trainable.embeddings is not None:
-        raise UserError(f"rollout.engine: vllm takes no policy whose rows alone are trained; {TRANSFORMERS_INSTEAD}")
+        raise UserError(f"rollout.engine: vllm does not support `trainable.embeddings`; {TRANSFORMERS_INSTEAD}")
 
 
 def _save_base(policy: Any, folder: Path) -> None:
-    """Write the model below a new adapter under its own names."""
+    """Write the model below a new adapter, under the names that its parameters have without the adapter."""
     with torch.no_grad():
         state = {
             name.replace(".base_layer.", "."): tensor

@@ -1,6 +1,6 @@
 """What an answer is worth: the terms of a reward and their weighted sum."""
 
-from stagecoach_trainer.rewards.term import Judged, Judgement
+from stagecoach_trainer.rewards.term import Completion, Score
 from stagecoach_trainer.rewards.total import RewardSum
 
-__all__ = ["Judged", "Judgement", "RewardSum"]
+__all__ = ["Completion", "RewardSum", "Score"]

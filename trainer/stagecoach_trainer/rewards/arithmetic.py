@@ -34,7 +34,7 @@ class _Token:
     """A blank stands in front of it."""
 
 
-class _NoSum(ValueError):
+class _NotArithmetic(ValueError):
     """The tokens are no sum of plain numbers."""
 
 
@@ -59,8 +59,8 @@ def _verdict(left: Sequence[_Token], right: Sequence[_Token]) -> bool | None:
     if not any(token.kind == "operator" for token in (*left[1:], *right[1:])):
         return None
     try:
-        return _Sum(left).value() == _Sum(right).value()
-    except _NoSum:
+        return _ExpressionValue(left).value() == _ExpressionValue(right).value()
+    except _NotArithmetic:
         return None
     except ZeroDivisionError:
         return False
@@ -121,7 +121,7 @@ def _first_chunk(side: Sequence[_Token]) -> list[_Token]:
     return _chunks(side)[0]
 
 
-class _Sum:
+class _ExpressionValue:
     """Computes a sum by recursive descent."""
 
     def __init__(self, tokens: Sequence[_Token]) -> None:
@@ -130,10 +130,10 @@ class _Sum:
         self._depth = 0
 
     def value(self) -> Fraction:
-        """Return the value. Raises _NoSum unless all tokens are one sum, and ZeroDivisionError."""
+        """Return the value. Raises _NotArithmetic unless all tokens are one sum, and ZeroDivisionError."""
         found = self._sum()
         if self._next < len(self._tokens):
-            raise _NoSum
+            raise _NotArithmetic
         return found
 
     def _take(self, kind: str, texts: str = "") -> _Token | None:
@@ -163,7 +163,7 @@ class _Sum:
         if self._take("operator", "-") is None:
             return self._plain_factor()
         if self._next < len(self._tokens) and self._tokens[self._next].spaced:
-            raise _NoSum  # `x - 3 = 4`: a sign stands right before its number
+            raise _NotArithmetic  # `x - 3 = 4`: a sign stands right before its number
         return -self._plain_factor()
 
     def _plain_factor(self) -> Fraction:
@@ -171,17 +171,17 @@ class _Sum:
         if number is not None:
             return _number(number.text)
         if self._take("open") is None or self._depth >= MAX_DEPTH:
-            raise _NoSum
+            raise _NotArithmetic
         self._depth += 1
         value = self._sum()
         self._depth -= 1
         if self._take("close") is None:
-            raise _NoSum
+            raise _NotArithmetic
         return value
 
 
 def _number(text: str) -> Fraction:
     if len(text) > MAX_DIGITS:
-        raise _NoSum
+        raise _NotArithmetic
     plain = text.replace(",", "")
     return Fraction(plain[:-1]) / 100 if plain.endswith("%") else Fraction(plain)

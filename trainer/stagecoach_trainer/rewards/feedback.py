@@ -9,8 +9,8 @@ from functools import partial
 
 from stagecoach_api.rewards import FeedbackReward
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
-from stagecoach_trainer.rewards.judge_prompts import QUOTED, Counts, ask_twice, chat_of, quote, read_mark
-from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.judge_prompts import QUOTED, VerdictCounts, ask_with_retry, chat_of, quote, read_mark
+from stagecoach_trainer.rewards.term import Completion, Term, prompt_text
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -35,17 +35,17 @@ class FeedbackTerm(Term):
         self._config = config
         self._where = where
         self._judge = Judge(config.endpoint, f"{where}.endpoint", world)
-        self._counts = Counts()
+        self._counts = VerdictCounts()
         self._again = f"Answer with one number from {config.worst:g} to {config.best:g}, and nothing else."
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         read = partial(read_mark, best=self._config.best)
         chats = [self._chat(judged) for judged in batch]
-        marks = ask_twice(self._judge, chats, read, self._again, self._counts)
+        marks = ask_with_retry(self._judge, chats, read, self._again, self._counts)
         self._require_marks()
         return [MIDDLE if mark is None else self._scaled(mark) for mark in marks]
 
-    def _chat(self, judged: Judged) -> Chat:
+    def _chat(self, judged: Completion) -> Chat:
         # In one pass: an answer that says {prompt} is not filled in.
         words = {"prompt": quote(prompt_text(judged.prompt)), "answer": quote(judged.answer)}
         return chat_of(SYSTEM, _PLACE.sub(lambda match: words[match[1]], self._config.instruction))

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Counts:
+class VerdictCounts:
     """How often the judge was asked for a verdict, and how often none could be read, even the second time."""
 
     asked: int = 0
@@ -48,8 +48,8 @@ def chat_of(system: str, user: str) -> Chat:
     return ({"role": "system", "content": system}, {"role": "user", "content": user})
 
 
-def ask_twice(
-    judge: Judge, chats: Sequence[Chat], read: Callable[[str], T | None], again: str, counts: Counts
+def ask_with_retry(
+    judge: Judge, chats: Sequence[Chat], read: Callable[[str], T | None], again: str, counts: VerdictCounts
 ) -> list[T | None]:
     """Return what is read from the reply to each chat; where nothing is, the judge is told `again` what is wanted and
     asked once more. None: nothing could be read then either."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stagecoach_trainer.models.reward import RewardModel
-from stagecoach_trainer.rewards.term import Judged, Term
+from stagecoach_trainer.rewards.term import Completion, Term
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.scoring import encode_answered
 
@@ -30,10 +30,10 @@ class ModelTerm(Term):
     def sit_out(self) -> None:
         self.values([])
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         return self.model.score_ids(self._encoded(batch), self._batch_rows)
 
-    def _encoded(self, batch: Sequence[Judged]) -> list[npt.NDArray[np.int32]]:
+    def _encoded(self, batch: Sequence[Completion]) -> list[npt.NDArray[np.int32]]:
         """Return the token ids of each answer behind its prompt, and in front the system prompt of the prompt's domain.
         A model without domains heeds none."""
         places: dict[str | None, list[int]] = {}

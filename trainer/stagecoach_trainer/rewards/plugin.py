@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from stagecoach_api.rewards import PluginReward
-from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.term import Completion, Term, prompt_text
 from stagecoach_trainer.runtime.errors import UserError
 
 GROUP = "stagecoach.rewards"
@@ -21,7 +21,7 @@ class PluginTerm(Term):
         self._name = f"{where}.entryPoint: {config.entry_point}"
         self._function = _load(config.entry_point, where)
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         prompts = [prompt_text(judged.prompt) for judged in batch]
         try:
             found = self._function(prompts, [judged.answer for judged in batch])

@@ -16,8 +16,15 @@ from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
 from stagecoach_trainer.rewards.hinge import Fitted, Matrix, fit_weights
-from stagecoach_trainer.rewards.judge_prompts import QUOTED, Counts, ask_twice, chat_of, quote, read_yes_or_no
-from stagecoach_trainer.rewards.term import Judged, Term, prompt_text
+from stagecoach_trainer.rewards.judge_prompts import (
+    QUOTED,
+    VerdictCounts,
+    ask_with_retry,
+    chat_of,
+    quote,
+    read_yes_or_no,
+)
+from stagecoach_trainer.rewards.term import Completion, Term, prompt_text
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import message_of
@@ -45,7 +52,7 @@ class PropositionsTerm(Term):
         self._where = where
         self._context = context
         self._judge = Judge(config.endpoint, f"{where}.endpoint", context.world)
-        self._counts = Counts()
+        self._counts = VerdictCounts()
         self._ordered: float | None = None
         self._fixed = [item.weight for item in config.propositions]
         self.weights = np.array([np.nan if weight is None else weight for weight in self._fixed])
@@ -58,18 +65,18 @@ class PropositionsTerm(Term):
         self._fit(source, self._context)
         return True
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         return [float(value) for value in self.features(batch) @ self.weights]
 
-    def features(self, batch: Sequence[Judged]) -> Matrix:
+    def features(self, batch: Sequence[Completion]) -> Matrix:
         """Return which statements hold for which answers: 0 or 1, [answers, k]. No verdict counts as no."""
         chats = [self._chat(judged, item.text) for judged in batch for item in self._config.propositions]
-        verdicts = ask_twice(self._judge, chats, read_yes_or_no, AGAIN, self._counts)
+        verdicts = ask_with_retry(self._judge, chats, read_yes_or_no, AGAIN, self._counts)
         found = np.array([1.0 if verdict else 0.0 for verdict in verdicts])
         return found.reshape(len(batch), len(self._config.propositions))
 
     @staticmethod
-    def _chat(judged: Judged, statement: str) -> Chat:
+    def _chat(judged: Completion, statement: str) -> Chat:
         return chat_of(
             SYSTEM,
             f"Prompt: {quote(prompt_text(judged.prompt))}\n"
@@ -124,15 +131,17 @@ class PropositionsTerm(Term):
         return found | {f"weight.{name}": float(weight) for name, weight in zip(names, self.weights, strict=True)}
 
 
-def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Judged], list[_Pair]]:
+def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Completion], list[_Pair]]:
     """Return all answers of the records, and the pairs of which one is the better. Ties make no pair."""
-    answers: list[Judged] = []
+    answers: list[Completion] = []
     pairs: list[_Pair] = []
     for record in read_records(context, source):
         if not record.answers:
             raise UserError(f"{record.where}: no ranked answers; give `ranked`, `pairs` or `comparison` records")
         first = len(answers)
-        answers += [Judged(_prompt_of(record), answer.content, num_tokens=0, ended=True) for answer in record.answers]
+        answers += [
+            Completion(_prompt_of(record), answer.content, num_tokens=0, ended=True) for answer in record.answers
+        ]
         for (left, one), (right, other) in combinations(enumerate(record.answers, first), 2):
             if one.rank is not None and other.rank is not None and one.rank != other.rank:
                 pairs.append(_Pair(left, right) if one.rank < other.rank else _Pair(right, left))

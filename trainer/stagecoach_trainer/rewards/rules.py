@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from stagecoach_api.expressions import ExpressionError, Figures, parse_expression
 from stagecoach_api.rewards import FormatReward, LanguageReward, LengthReward, RepetitionReward
 from stagecoach_trainer.data.steps import SCRIPTS, count_characters
-from stagecoach_trainer.rewards.term import Judged, Term, describe, message_text
+from stagecoach_trainer.rewards.term import Completion, Term, describe, message_text
 from stagecoach_trainer.runtime.errors import UserError
 
 
@@ -17,7 +17,7 @@ class TextTerm(Term):
     def __init__(self, rule: Callable[[str], float]) -> None:
         self._rule = rule
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         return [self._rule(judged.answer) for judged in batch]
 
 
@@ -85,10 +85,10 @@ class ExpressionTerm(Term):
         except ExpressionError as error:
             raise UserError(f"{where}: {text!r} is no reward expression: {error}") from error
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         return [self._value(judged, index) for index, judged in enumerate(batch)]
 
-    def _value(self, judged: Judged, index: int) -> float:
+    def _value(self, judged: Completion, index: int) -> float:
         prompt_characters = sum(len(message_text(message)) for message in judged.prompt)
         figures = Figures(judged.answer, judged.num_tokens, judged.ended, prompt_characters)
         try:

@@ -14,7 +14,7 @@ SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class Judged:
+class Completion:
     """One answer to be judged."""
 
     prompt: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Score:
     """What an answer is worth."""
 
     total: float
@@ -47,7 +47,7 @@ class Judgement:
 class Term:
     """One term of a reward. A term without memory need only say `values`."""
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         """Return one value per answer. Raises UserError naming the term and the answer where there is none."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ def prompt_text(prompt: Sequence[Message]) -> str:
     return "\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
 
 
-def describe(judged: Judged, index: int) -> str:
+def describe(judged: Completion, index: int) -> str:
     """Name an answer in a message: its place in the batch, and how it and its prompt begin."""
     return f"sample {index} (prompt {_short(prompt_text(judged.prompt))}, answer {_short(judged.answer)})"
 

@@ -18,7 +18,7 @@ from stagecoach_trainer.rewards.rules import (
     length_term,
     repetition_term,
 )
-from stagecoach_trainer.rewards.term import Judged, Judgement, Term, describe, share_of
+from stagecoach_trainer.rewards.term import Completion, Score, Term, describe, share_of
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -35,7 +35,7 @@ COUNTS = "counts"
 
 
 @dataclass(frozen=True)
-class _Workshop:
+class _TermContext:
     """What terms are made with."""
 
     context: StageContext
@@ -46,14 +46,14 @@ class _Workshop:
 
 
 @dataclass(frozen=True)
-class _Weighted:
+class _WeightedTerm:
     """A term, and how it enters the sum."""
 
     config: RewardTerm
     term: Term
     where: str
 
-    def values(self, batch: Sequence[Judged]) -> list[float]:
+    def values(self, batch: Sequence[Completion]) -> list[float]:
         """Return one value per answer, clipped. Raises UserError where one is no number."""
         values = self.term.values(batch)
         for index, value in enumerate(values):
@@ -70,7 +70,7 @@ class _Weighted:
 class RewardSum:
     """The terms of a reward, ready to judge."""
 
-    def __init__(self, terms: Sequence[_Weighted], world: World | None = None) -> None:
+    def __init__(self, terms: Sequence[_WeightedTerm], world: World | None = None) -> None:
         self._terms = terms
         self._world = world or World()
 
@@ -98,12 +98,12 @@ class RewardSum:
 
         Raises UserError with all problems at once.
         """
-        workshop = _Workshop(context, device, precision, batch_rows, merge)
-        made: list[_Weighted] = []
+        workshop = _TermContext(context, device, precision, batch_rows, merge)
+        made: list[_WeightedTerm] = []
         problems: list[str] = []
         for index, config in enumerate(terms):
             try:
-                made.append(_Weighted(config, _make(config, f"{where}[{index}]", workshop), f"{where}[{index}]"))
+                made.append(_WeightedTerm(config, _make(config, f"{where}[{index}]", workshop), f"{where}[{index}]"))
             except UserError as error:
                 problems.append(str(error))
         names = [config.name for config in terms]
@@ -130,7 +130,7 @@ class RewardSum:
             self.load_state(self.state())  # what one rank asked is on the account of all
         return any(done)
 
-    def score(self, batch: Sequence[Judged]) -> list[Judgement]:
+    def score(self, batch: Sequence[Completion]) -> list[Score]:
         """Return what each answer is worth. Where the ranks share reward models, all of them call it as often, without
         an answer too.
 
@@ -145,7 +145,7 @@ class RewardSum:
         for index in range(len(batch)):
             terms = {name: of_term[index] for name, of_term in values.items()}
             total = math.fsum(item.config.weight * terms[item.config.name] for item in self._terms)
-            judgements.append(Judgement(total, terms))
+            judgements.append(Score(total, terms))
         return judgements
 
     def reward_models(self) -> dict[str, RewardModel]:
@@ -183,7 +183,7 @@ class RewardSum:
     def _model_terms(self) -> dict[str, ModelTerm]:
         return {item.config.name: term for item, term in self._placed_models()}
 
-    def _placed_models(self) -> list[tuple[_Weighted, ModelTerm]]:
+    def _placed_models(self) -> list[tuple[_WeightedTerm, ModelTerm]]:
         from stagecoach_trainer.rewards.model import ModelTerm
 
         return [(item, item.term) for item in self._terms if isinstance(item.term, ModelTerm)]
@@ -223,7 +223,7 @@ class RewardSum:
         return {name: {what: int(next(totals)) for what in counts} for name, counts in own.items()}
 
 
-def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
+def _make(config: RewardTerm, where: str, workshop: _TermContext) -> Term:
     """Return the term that the one given member asks for."""
     member = next(name for name in REWARD_MEMBERS if getattr(config, name) is not None)
     place = f"{where}.{member}"
@@ -245,7 +245,7 @@ def _make(config: RewardTerm, where: str, workshop: _Workshop) -> Term:
 # The modules below bring torch or the endpoint's client, so each is imported where its term is asked for.
 
 
-def _model_term(value: Any, workshop: _Workshop) -> Term:
+def _model_term(value: Any, workshop: _TermContext) -> Term:
     import torch
 
     from stagecoach_trainer.engine.precision import DTYPES
@@ -257,13 +257,13 @@ def _model_term(value: Any, workshop: _Workshop) -> Term:
     return ModelTerm(model, workshop.batch_rows)
 
 
-def _propositions_term(value: Any, place: str, workshop: _Workshop) -> Term:
+def _propositions_term(value: Any, place: str, workshop: _TermContext) -> Term:
     from stagecoach_trainer.rewards.propositions import PropositionsTerm
 
     return PropositionsTerm(value, place, workshop.context)
 
 
-def _feedback_term(value: Any, place: str, workshop: _Workshop) -> Term:
+def _feedback_term(value: Any, place: str, workshop: _TermContext) -> Term:
     from stagecoach_trainer.rewards.feedback import FeedbackTerm
 
     return FeedbackTerm(value, place, workshop.context.world)

@@ -1,4 +1,4 @@
-"""`dpo`: learn from preferences directly, without a reward model (DPO, IPO, KTO)."""
+"""The `dpo` stage: train a policy on preferences without a reward model (DPO, IPO, KTO)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_api.references import NamedSource
-from stagecoach_trainer.align.answer_scores import scoring
-from stagecoach_trainer.align.direct_held_out import DirectSet
-from stagecoach_trainer.align.direct_objective import DirectObjective, counting_of, grouping_of, sequences_of
+from stagecoach_trainer.align.answer_scores import scorer_of
+from stagecoach_trainer.align.direct_held_out import DirectPreferenceSet
+from stagecoach_trainer.align.direct_objective import DirectObjective, counting_of, grouping_of
+from stagecoach_trainer.align.groups import sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable, Scorer, fill_table
 from stagecoach_trainer.batches.rows import StepPlan
@@ -39,9 +40,12 @@ from stagecoach_trainer.stages.training import Prepared, check_before_loading, m
 
 
 def run(config: DpoStage, context: StageContext) -> StageOutcome:
-    """Train a policy on preferences; the output is a model folder or a PEFT adapter, with tokenizer.
+    """Train a policy on preferences; write a model folder or a PEFT adapter, with tokenizer.
 
-    Raises UserError for data, models or settings that do not go together; Interrupted and Diverged as `train` does.
+    Raises:
+        UserError: Data, models or settings are invalid or do not match each other.
+        Interrupted: A stop was requested.
+        Diverged: As `train`.
     """
     check_before_loading(config, from_nothing=False)
     continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
@@ -49,7 +53,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
-    warnings += _lonely_answers(config, plan)
+    warnings += _reference_point_warnings(config, plan)
     steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, config.sequence_length, context.world.size)
     table = ReferenceTable()
     held_out = tuple(_held_out(config, context, source, start.tokenizer, table) for source in config.held_out.sets)
@@ -77,15 +81,15 @@ def _shard(config: DpoStage, context: StageContext, source: Any, tokenizer: Any)
 
 def _held_out(
     config: DpoStage, context: StageContext, source: NamedSource, tokenizer: Any, table: ReferenceTable
-) -> DirectSet:
-    """Return a set to measure on: its pairs or answers from the first on, `maxTokens` in all."""
+) -> DirectPreferenceSet:
+    """Return a held-out set: its first pairs or answers, up to `maxTokens` tokens."""
     shard = _shard(config, context, source, tokenizer)
     groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
-    return DirectSet(source.name, groups, config.loss, config.sequence_length, table)
+    return DirectPreferenceSet(source.name, groups, config.loss, config.sequence_length, table)
 
 
-def _lonely_answers(config: DpoStage, plan: MixedPlan) -> list[str]:
-    """Return a warning where KTO's reference point cannot be estimated."""
+def _reference_point_warnings(config: DpoStage, plan: MixedPlan) -> list[str]:
+    """Return a warning if KTO's reference point cannot be estimated."""
     if config.loss.kto is None or plan.phases[0].per_step > 1:
         return []
     return ["KTO: a step has one answer, and no other prompt's to estimate the reference point from: it is 0"]
@@ -95,7 +99,7 @@ def _lonely_answers(config: DpoStage, plan: MixedPlan) -> list[str]:
 
 
 def _drawn(steps: StepPlan) -> Iterator[TokenSequence]:
-    """Yield the sequences that training will see, in its order; again where it sees them again."""
+    """Yield the sequences in the order in which training uses them, repetitions included."""
     for step in range(steps.num_steps):
         units: Sequence[Any] = steps.rows(step)
         for unit in units:
@@ -112,9 +116,11 @@ def _score_with_reference(
     trained: TrainableModel,
     streams: Sequence[Iterator[TokenSequence]],
 ) -> None:
-    """Put what the reference gives the answers of all streams into the table. The reference is loaded only if the cache
-    lacks something, and is gone afterwards."""
+    """Add the reference's log-probabilities of all sequences to the table.
 
+    The reference is loaded only if the cache lacks a window, and released afterwards.
+    """
+    # Without another reference the policy's initial weights are the reference, and no second model is loaded.
     own = config.reference is None or context.input(config.reference).digest == context.input(config.model).digest
     if not own:
         _check_vocabulary(config, context, start)
@@ -124,7 +130,7 @@ def _score_with_reference(
         def scorer() -> Scorer:
             if not scorers:
                 model = trained.model if own else _load_reference(config, context)
-                scorers.append(stack.enter_context(scoring(model, config, context.world)))
+                scorers.append(stack.enter_context(scorer_of(model, config, context.world)))
             return scorers[0]
 
         for stream in streams:
@@ -132,10 +138,10 @@ def _score_with_reference(
 
 
 def _reference_key(config: DpoStage, context: StageContext, own: bool) -> dict[str, Any]:
-    """Return what the reference's numbers depend on, the answers apart."""
+    """Return everything except the answers that determines the reference's log-probabilities."""
     return {
         "model": context.input(config.model if own or config.reference is None else config.reference).digest,
-        "trainable": config.trainable.model_dump(mode="json") if own else None,  # it decides the number formats
+        "trainable": config.trainable.model_dump(mode="json") if own else None,  # determines the number formats
         "precision": config.precision.value,
         "sequenceLength": config.sequence_length,
         "rows": config.batch.micro_batch_rows or 1,
@@ -151,9 +157,11 @@ def _load_reference(config: DpoStage, context: StageContext) -> Any:
 
 
 def _check_vocabulary(config: DpoStage, context: StageContext, start: StartingPoint) -> None:
-    """Raise UserError unless the reference has the policy's vocabulary: both are given the same ids."""
+    """Raise UserError unless the reference has the policy's vocabulary: both receive the same ids."""
     path = context.fetch(config.reference or config.model)
     tokenizer = own_tokenizer(path)
     if tokenizer is None:
-        raise UserError(f"reference: {path} has no vocabulary to be compared with the policy's; put it there")
+        raise UserError(
+            f"reference: {path} has no tokenizer, so its vocabulary cannot be compared with the policy's; add it"
+        )
     require_vocabulary_of_reference(start.tokenizer, tokenizer)

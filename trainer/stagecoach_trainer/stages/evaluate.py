@@ -1,5 +1,5 @@
-"""`evaluate`: measure a model on held-out text, on questions with one right answer, by reward against rivals, and on
-lm-eval's tasks; show what it says; hold the figures against the gates."""
+"""The `evaluate` stage: measure a model on held-out text, by exact match, by reward against rivals, and on lm-eval's
+tasks; generate samples; check the metrics against the gates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stagecoach_api.references import Reference
 from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
-from stagecoach_trainer.evaluation.heldout import measure_held_out
+from stagecoach_trainer.evaluation.held_out import measure_held_out
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness
 from stagecoach_trainer.evaluation.report import EvaluationReport
-from stagecoach_trainer.evaluation.rewards import Opened, compare_by_reward
+from stagecoach_trainer.evaluation.reward_comparison import ModelAndTokenizer, compare_by_reward
 from stagecoach_trainer.generation.generation import answer_samples
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.placement import compute_device, place
@@ -30,7 +30,7 @@ NO_TEMPLATE = "the tokenizer has no chat template and the stage names none: prom
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured."""
+    """The model that is evaluated."""
 
     model: Any
     """A PreTrainedModel on its device, in the stage's precision, ready to measure."""
@@ -39,16 +39,19 @@ class Subject:
 
 
 def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
-    """Measure everything the stage names, write the reports, then look at the gates.
+    """Run all measurements of the stage, write the reports, then check the gates.
 
-    Raises UserError, and GateFailed once the reports are written.
+    Raises:
+        UserError: Inputs or settings are invalid.
+        Interrupted: A stop was requested between two measurements.
+        GateFailed: A gate with `onFailure: stop` was missed; the reports are written.
     """
     _refuse_unknown_gates(config)
     report = EvaluationReport(model=config.model.key)
     subject = _load(config, context, report)
     for measurement in (_held_out, _exact_match, _rewards, _lm_eval, _samples):
         if context.stop.is_set():
-            raise Interrupted("asked to stop while measuring; the stage begins anew next time")
+            raise Interrupted("stopped between two measurements; the next attempt starts from the first one")
         measurement(config, context, subject, report)
     report.gates = check_gates(config.gates, report.metrics)
     report.write(context.output, context.work / "logs")
@@ -57,7 +60,7 @@ def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
 
 
 def _refuse_unknown_gates(config: EvaluateStage) -> None:
-    """Say at once, not after an hour of measuring, that a gate's metric will not come."""
+    """Raise UserError before the first measurement if a gate's metric will not be measured."""
     names = metrics_to_come(config)
     if names is not None:
         require_known(config.gates, names)
@@ -65,14 +68,14 @@ def _refuse_unknown_gates(config: EvaluateStage) -> None:
 
 def _load(config: EvaluateStage, context: StageContext, report: EvaluationReport) -> Subject:
     subject = _open(config.model, config, context, report)
-    asks = config.samples or config.exact_match or config.rewards
-    if subject.tokenizer.chat_template is None and asks:
+    generates = config.samples or config.exact_match or config.rewards
+    if subject.tokenizer.chat_template is None and generates:
         report.warnings.append(NO_TEMPLATE)
     return subject
 
 
 def _open(model: Reference, config: EvaluateStage, context: StageContext, report: EvaluationReport) -> Subject:
-    """Load a model, with the stage's template on its tokenizer where it names one, ready to measure."""
+    """Load a model, with the stage's template, if any, applied to its tokenizer."""
     context.progress.report("load model")
     loaded = load_model(context, model)
     tokenizer = loaded.require_tokenizer()
@@ -84,17 +87,17 @@ def _open(model: Reference, config: EvaluateStage, context: StageContext, report
 
 def _held_out(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
     for source in config.held_out:
-        say = partial(context.progress.report, f"held out {source.name}", unit="rows")
-        found = measure_held_out(source, config, subject.model, subject.tokenizer, context, say)
+        report_progress = partial(context.progress.report, f"held out {source.name}", unit="rows")
+        found = measure_held_out(source, config, subject.model, subject.tokenizer, context, report_progress)
         report.metrics.update(found.metrics)
         report.held_out[source.name] = found.counts
 
 
 def _exact_match(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
     for task in config.exact_match:
-        say = partial(context.progress.report, f"exact match {task.name}", unit="answers")
+        report_progress = partial(context.progress.report, f"exact match {task.name}", unit="answers")
         found = measure_exact_match(
-            task, subject.model, subject.tokenizer, context, config.batch_rows, context.seed, say
+            task, subject.model, subject.tokenizer, context, config.batch_rows, context.seed, report_progress
         )
         report.metrics.update(found.metrics)
         report.exact_match[task.name] = {
@@ -109,7 +112,7 @@ def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, rep
     for number, task in enumerate(config.rewards):
         rewards = RewardSum.build(
             task.rewards,
-            replace(context, world=World()),  # the other ranks have nothing to do here
+            replace(context, world=World()),  # only rank 0 evaluates
             compute_device(),
             config.precision,
             config.batch_rows,
@@ -118,11 +121,11 @@ def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, rep
         rewards.require_domains({f"rewards[{number}].data.domain": task.on.domain})
         rewards.prepare()
 
-        def open_rival(index: int, rivals: tuple[Rival, ...] = task.rivals) -> Opened:
+        def open_rival(index: int, rivals: tuple[Rival, ...] = task.rivals) -> ModelAndTokenizer:
             rival = _open(rivals[index].model, config, context, report)
             return rival.model, rival.tokenizer
 
-        say = partial(context.progress.report, f"rewards {task.name}", unit="answers")
+        report_progress = partial(context.progress.report, f"rewards {task.name}", unit="answers")
         found = compare_by_reward(
             task,
             rewards,
@@ -131,7 +134,7 @@ def _rewards(config: EvaluateStage, context: StageContext, subject: Subject, rep
             context,
             config.batch_rows,
             context.seed,
-            say,
+            report_progress,
         )
         report.metrics.update(found.metrics)
         report.rewards[task.name] = found.as_json()
@@ -148,9 +151,9 @@ def _lm_eval(config: EvaluateStage, context: StageContext, subject: Subject, rep
 
 def _samples(config: EvaluateStage, context: StageContext, subject: Subject, report: EvaluationReport) -> None:
     if config.samples is not None:
-        say = partial(context.progress.report, "samples", unit="answers")
+        report_progress = partial(context.progress.report, "samples", unit="answers")
         report.samples = answer_samples(
-            config.samples, subject.model, subject.tokenizer, config.batch_rows, context.seed, say
+            config.samples, subject.model, subject.tokenizer, config.batch_rows, context.seed, report_progress
         )
 
 

@@ -15,7 +15,7 @@ from stagecoach_api.kinds.export import ExportStage
 from stagecoach_api.store import external_digest, list_external
 from stagecoach_api.stores.base import file_uri
 from stagecoach_trainer.engine.precision import DTYPES
-from stagecoach_trainer.evaluation.proof import Divergence, Witness, proof_rows
+from stagecoach_trainer.evaluation.proof import Divergence, StoredLogProbs, proof_rows
 from stagecoach_trainer.evaluation.report import figure, samples_text, table, write_json
 from stagecoach_trainer.generation.generation import answer_samples, end_ids, generation_settings
 from stagecoach_trainer.models.load import LoadedModel, load_folder, load_model, locate_base, name_base, positions_of
@@ -61,15 +61,15 @@ def run(config: ExportStage, context: StageContext) -> StageOutcome:
     source = _load(config, context)
     tokenizer = source.require_tokenizer()
     _set_chat_template(tokenizer, config)
-    witness = _witness(source, config, context)
+    before = _store_log_probs(source, config, context)
     if config.merge_adapters:
-        _release_model(source, config, context, witness, report)
+        _release_model(source, config, context, before, report)
     else:
         _release_adapter(source, context, report)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     del source  # its memory is needed for the reloaded release
     gc.collect()
-    _prove(config, context, witness, vocabulary, report)
+    _prove(config, context, before, vocabulary, report)
     _write(report, context)
     return StageOutcome(metrics=report.metrics)
 
@@ -98,26 +98,26 @@ def _set_chat_template(tokenizer: Any, config: ExportStage) -> None:
         raise UserError(f"chatTemplate: {error}") from error
 
 
-def _witness(source: LoadedModel, config: ExportStage, context: StageContext) -> Witness:
+def _store_log_probs(source: LoadedModel, config: ExportStage, context: StageContext) -> StoredLogProbs:
     """Write down what the model says before anything is done to it."""
     context.progress.report("proof: before")
     model = place(source.model, torch.float32, compute_device())
     rows = proof_rows(model.config.vocab_size, config.proof.tokens, context.seed, positions_of(model.config))
-    return Witness(model, rows, context.work / "proof")
+    return StoredLogProbs(model, rows, context.work / "proof")
 
 
 # -- releasing ---------------------------------------------------------------------------------------------------------
 
 
 def _release_model(
-    source: LoadedModel, config: ExportStage, context: StageContext, witness: Witness, report: ExportReport
+    source: LoadedModel, config: ExportStage, context: StageContext, before: StoredLogProbs, report: ExportReport
 ) -> None:
     """Merge in fp32, compare, cast and save."""
     model = source.model
     if source.card.adapter:
         context.progress.report("merge adapters")
         model = model.merge_and_unload(safe_merge=True)
-        report.proof["merge"] = witness.compare(model)
+        report.proof["merge"] = before.compare(model)
         _require(report.proof["merge"], MERGE_KL, "merging the adapters")
     if untie(model):
         report.notes.append(
@@ -171,7 +171,7 @@ def _release_adapter(source: LoadedModel, context: StageContext, report: ExportR
 
 
 def _prove(
-    config: ExportStage, context: StageContext, witness: Witness, vocabulary: dict[str, int], report: ExportReport
+    config: ExportStage, context: StageContext, before: StoredLogProbs, vocabulary: dict[str, int], report: ExportReport
 ) -> None:
     """Reload what was written and compare; let it answer the prompts."""
     context.progress.report("proof: reload")
@@ -181,7 +181,7 @@ def _prove(
     model = place(_reload(config, context), torch.float32, compute_device())
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise UserError("proof: the released model has fewer rows than its vocabulary has pieces; nothing is published")
-    report.proof["release"] = witness.compare(model)
+    report.proof["release"] = before.compare(model)
     _require(report.proof["release"], config.proof.max_kl, f"the release in {report.precision}")
     report.weights = {path.name: path.stat().st_size for path in sorted(context.output.glob("*.safetensors"))}
     if config.samples is not None:

@@ -1,4 +1,4 @@
-"""`ppo`: train a policy by a reward, held to a reference, judged by a critic."""
+"""The `ppo` stage: train a policy to maximise a reward, with a critic and a penalty on the KL to a reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from stagecoach_trainer.models.starting_point import StartingPoint, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.ppo.critics import make_critic
-from stagecoach_trainer.ppo.job import PpoJob, PpoResult, PromptPlan
+from stagecoach_trainer.ppo.job import PpoJob, PpoResult
+from stagecoach_trainer.ppo.prompt_plan import PromptPlan
 from stagecoach_trainer.ppo.shared_weights import share_frozen
 from stagecoach_trainer.rewards.total import RewardSum
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -31,7 +32,7 @@ from stagecoach_trainer.samples.datasets import (
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
 from stagecoach_trainer.samples.prompts import PromptSet, read_prompts
 from stagecoach_trainer.samples.token_cache import TokenShard
-from stagecoach_trainer.stages.reports import table, trained_words, write_report
+from stagecoach_trainer.stages.reports import table, trained_parameters, write_report
 from stagecoach_trainer.stages.training import start_with_template
 
 KEY_PROMPTS, KEY_MIX = 11, 12
@@ -40,22 +41,26 @@ SHOWN = ("reward", "kl", "entropy", "endedShare", "answerTokens")
 
 
 def run(config: PpoStage, context: StageContext) -> StageOutcome:
-    """Train the policy; the output is a model folder or a PEFT adapter, its tokenizer with the chat template.
+    """Train a policy by PPO; write a model folder or a PEFT adapter, with the tokenizer and its chat template.
 
-    Raises UserError for data, models or settings that do not go together, Interrupted, and Diverged for a broken guard.
+    Raises:
+        UserError: Data, models or settings are invalid or do not match each other.
+        Interrupted: A stop was requested.
+        Diverged: A guard is violated, or a gradient is NaN or infinite.
     """
     from stagecoach_trainer.ppo.loop import train_policy
 
     start, warnings = _start(config, context)
     prompts = _prompts(config, context, start.tokenizer)
     texts = _texts(config, context, start.tokenizer)
-    start.model.requires_grad_(config.trainable.lora is None)  # a frozen base is shared with those that come
+    # Only frozen weights can be shared. Sharing after each load keeps the peak memory below two copies of the base.
+    start.model.requires_grad_(config.trainable.lora is None)
     rewards = _rewards(config, context)
     rewards.require_domains({f"data[{index}].domain": source.domain for index, source in enumerate(config.data)})
-    asked = [found.model for found in rewards.reward_models().values()]
-    share_frozen([start.model, *asked])
+    reward_models = [term.model for term in rewards.reward_models().values()]
+    share_frozen([start.model, *reward_models])
     critic = make_critic(config, context, start)
-    share_frozen([start.model, *asked, critic.model])
+    share_frozen([start.model, *reward_models, critic.model])
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     warnings += _without_dropout(policy.model, critic.model)
@@ -71,14 +76,14 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
         rewards=rewards,
         prompts=plan,
         text=_text(config, context, texts, plan),
-        asked=asked,
+        inference_only=reward_models,
     )
     result = train_policy(job, context)
     figures = rewards.figures()
     if context.world.is_main:
         context.progress.report("save")
         save_result(context, start, policy)
-        told = {
+        details = {
             "data": {name: dict(found.counts) for name, found in prompts.items()},
             "parameters": dict(parameters),
             "pretraining": {name: dict(shard.counts) for name, shard in texts.items()},
@@ -87,7 +92,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
             "trained": [*policy.notes],
             "warnings": warnings,
         }
-        _report(context, result, told)
+        _report(context, result, details)
     return StageOutcome(tokens=result.tokens, metrics=result.metrics)
 
 
@@ -111,15 +116,15 @@ def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     from stagecoach_trainer.loop.loop import training_device
 
     rows = config.rollout.batch_rows
-    whole = not shards_what_is_asked(config, context.world)  # else they get to the device one after the other
+    whole = not shards_what_is_asked(config, context.world)  # sharded models are moved to the device one by one
     device = training_device(context.world) if whole else torch.device("cpu")
-    merge = config.trainable.lora is None  # else policy, critic and reward models may share the base below them
+    merge = config.trainable.lora is None  # unmerged, models over the same base can share it
     return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
 
 
 def _without_dropout(policy: Any, critic: Any) -> list[str]:
-    """Switch dropout off: what the policy says while it learns must be what it said when it answered. Returns a
-    warning for each model in which that changes something."""
+    """Switch dropout off, so that training computes the same log-probabilities as the rollout. Return a warning for
+    each model that this changes."""
     warnings = []
     for whose, model in (("policy", policy), ("critic", critic)):
         found = ", ".join(f"{name} {value:g}" for name, value in sorted(switch_off_dropout(model).items()))
@@ -132,7 +137,7 @@ def _without_dropout(policy: Any, critic: Any) -> list[str]:
 
 
 def _reference(config: PpoStage, context: StageContext, start: StartingPoint) -> Any | None:
-    """Return the frozen model the policy is held to. None: the base below the policy's new adapter is that model."""
+    """Return the frozen reference model; None if the base under the policy's new adapter serves as the reference."""
     lora = config.trainable.lora
     if config.reference is not None:
         loaded = load_model(context, config.reference)
@@ -147,19 +152,19 @@ def _reference(config: PpoStage, context: StageContext, start: StartingPoint) ->
 
 
 def _prompts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str, PromptSet]:
-    """Return the prompts of each set. Raises UserError where too many, or all, had to be left out."""
+    """Return the prompts of each set. Raises UserError if all of a set, or too many, are dropped."""
     longest = config.sequence_length - config.rollout.max_new_tokens
     if longest < 1:
         raise UserError(
-            f"rollout.maxNewTokens: {config.rollout.max_new_tokens} leaves no room for a prompt in `sequenceLength` "
-            f"{config.sequence_length}"
+            f"rollout.maxNewTokens: {config.rollout.max_new_tokens} leaves no tokens for a prompt in `sequenceLength` "
+            f"{config.sequence_length}; lower it, or raise `sequenceLength`"
         )
     found = {source.label: read_prompts(context, source, tokenizer, longest, source.domain) for source in config.data}
     for label, prompts in found.items():
         lost = sum(prompts.counts[name] for name in DROPPED)
         why = ", ".join(f"{name} {prompts.counts[name]}" for name in DROPPED)
         if not prompts.prompts:
-            raise UserError(f"data: {label} has no prompt to answer ({why}); a prompt may have {longest} tokens")
+            raise UserError(f"data: {label} has no usable prompts ({why}); a prompt may have up to {longest} tokens")
         share = lost / prompts.counts["records"]
         if share > config.max_dropped_share:
             raise UserError(
@@ -184,7 +189,7 @@ def _prompt_plan(config: PpoStage, context: StageContext, found: Mapping[str, Pr
 
 
 def _texts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str, TokenShard]:
-    """Return the sets of text beside the answers. Raises UserError where too much of it had to be left out."""
+    """Return the sets of text for `pretraining`. Raises UserError if too much of it is dropped."""
     mix = config.pretraining
     if mix is None:
         return {}
@@ -197,7 +202,7 @@ def _texts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[str,
 def _text(
     config: PpoStage, context: StageContext, shards: Mapping[str, TokenShard], plan: PromptPlan
 ) -> MixedPlan | None:
-    """Return the text beside the answers: one step of it for each optimiser step."""
+    """Return the plan of the text: one step of text for each optimiser step of the policy."""
     mix = config.pretraining
     if mix is None:
         return None
@@ -224,10 +229,10 @@ def _shard(config: PpoStage, context: StageContext, mix: PretrainingMix, number:
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def _report(context: StageContext, result: PpoResult, told: Mapping[str, Any]) -> None:
-    """Write the report: what training came to, beside what is `told` of what it was made with."""
+def _report(context: StageContext, result: PpoResult, details: Mapping[str, Any]) -> None:
+    """Write the report: the result of training, and `details` of its inputs."""
     report = {
-        **told,
+        **details,
         "history": [dict(point) for point in result.history],
         "metrics": dict(sorted(result.metrics.items())),
         "tokens": result.tokens,
@@ -242,7 +247,7 @@ def _report_text(report: Mapping[str, Any]) -> str:
     lines = [
         "# ppo",
         "",
-        f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {trained_words(report)}.",
+        f"{report['updates']:,} updates of {report['samplesPerUpdate']:,} answers; {trained_parameters(report)}.",
         "",
         *table("prompts", ("records", "prompts", *DROPPED), report["data"]),
         *_text_lines(report["pretraining"]),

@@ -1,4 +1,4 @@
-"""Reports of training stages: `report.json` for programs, `report.md` for people. No stage kind of its own."""
+"""Reports of training stages: `report.json` for programs, `report.md` for people. Not a stage kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stagecoach_trainer.runtime.context import StageContext
 
 
 def write_report(context: StageContext, report: Mapping[str, Any], text: str) -> None:
-    """Write a report for programs, and its `text` for people."""
+    """Write `report` as JSON and `text` as Markdown to the output."""
     written = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
     (context.output / REPORT).write_text(written + "\n", encoding="utf-8")
     (context.output / REPORT_TEXT).write_text(text, encoding="utf-8")
@@ -22,14 +22,14 @@ def training_text(kind: str, report: Mapping[str, Any], columns: Sequence[str], 
 
     Args:
         kind: The stage's kind.
-        report: What `make_report` returned, or more.
-        columns: Counts of each data set that are shown.
-        more: Lines between the data sets and the metrics.
+        report: The result of `make_report`, possibly with more fields.
+        columns: Counts to show of each data set.
+        more: Lines to insert between the data sets and the metrics.
     """
     lines = [
         f"# {kind}",
         "",
-        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {trained_words(report)}.",
+        f"{report['tokens']:,} tokens in {report['steps']:,} steps; {trained_parameters(report)}.",
         "",
         *table("data set", columns, report["data"]),
         *more,
@@ -43,8 +43,8 @@ def training_text(kind: str, report: Mapping[str, Any], columns: Sequence[str], 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def trained_words(report: Mapping[str, Any]) -> str:
-    """Return how many parameters were trained, and which."""
+def trained_parameters(report: Mapping[str, Any]) -> str:
+    """Return a sentence on how many parameters were trained, and which."""
     parameters = report["parameters"]
     share = parameters["trained"] / max(1, parameters["all"])
     return (
@@ -54,7 +54,7 @@ def trained_words(report: Mapping[str, Any]) -> str:
 
 
 def table(what: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return a Markdown table with one row for each name; counts as they are, other figures with four digits."""
+    """Return a Markdown table with one row per name; integers unrounded, other numbers with four decimals."""
     lines = [f"| {what} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(_cell(row.get(column, 0)) for column in columns) + " |")

@@ -1,4 +1,4 @@
-"""`rewardModel`: learn from preferences what an answer is worth."""
+"""The `rewardModel` stage: train a model on preferences to score answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from stagecoach_api.artifacts import RewardCard
 from stagecoach_api.kinds.reward_model import BiasOn, DomainNamedSource, DomainSource, RewardModelStage
-from stagecoach_trainer.align.held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
-from stagecoach_trainer.align.objectives import RewardObjective, counting_of
+from stagecoach_trainer.align.reward_held_out import PreferenceSet, TrainingSample, join_rewards, length_baseline
+from stagecoach_trainer.align.reward_objective import RewardObjective, counting_of
 from stagecoach_trainer.loop.job import TrainingJob, TrainingResult
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.models.starting_point import save_result
@@ -31,18 +31,21 @@ from stagecoach_trainer.stages.reports import table, training_text, write_report
 from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
 
 BIAS_ANSWERS = 1024
-"""Answers of the training set from which the bias is found, at most."""
+"""Maximum number of training answers from which the bias is computed."""
 
 NO_DOMAIN = "none"
-"""What the report calls preferences of no domain."""
+"""The report's name for preferences without a domain."""
 
 FIGURES = ("pairs", "accuracy", "lengthBaseline", "margin", "calibrationError", "loss")
 
 
 def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
-    """Train on preferences; the output is a sequence classifier of one label or a PEFT adapter, with tokenizer.
+    """Train a reward model; write a sequence classifier with one label or a PEFT adapter, with tokenizer.
 
-    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    Raises:
+        UserError: Data, model or settings are invalid or do not match each other.
+        Interrupted: A stop was requested.
+        Diverged: As `train`, or the mean reward is NaN or infinite.
     """
     from stagecoach_trainer.loop.loop import train
 
@@ -86,20 +89,20 @@ def _check(config: RewardModelStage) -> None:
     names = [domain.name for domain in config.domains]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"domains: two are called {twice[0]!r}; give each a name of its own")
+        raise UserError(f"domains: two domains are named {twice[0]!r}; give each a unique name")
     for where, sources in (("data", config.data), ("heldOut.sets", config.held_out.sets)):
         for source in sources:
             if names and source.domain is not None and source.domain not in names:
                 raise UserError(
-                    f"{where}: {source.label} is of the domain {source.domain!r}, and `domains` has only "
-                    f"{', '.join(names)}; add a system prompt for it, or leave the set's `domain` out"
+                    f"{where}: the domain {source.domain!r} of {source.label} is not in `domains`, which has "
+                    f"{', '.join(names)}; add a system prompt for it, or remove the set's `domain`"
                 )
     if config.trainable.embeddings is not None:
         raise UserError("trainable.embeddings: a reward model's head is new and must learn; train `full` or `lora`")
     if config.trainable.lora is not None and config.trainable.lora.continue_adapter:
         raise UserError(
-            "trainable.lora.continueAdapter: a reward model has a new head, and its adapter is a new one over the "
-            "merged `model`; leave it out"
+            "trainable.lora.continueAdapter: a reward model has a new head, so its adapter is a new one over the "
+            "merged `model`; remove the field"
         )
 
 
@@ -117,7 +120,7 @@ def _shard(
 def _held_out(
     config: RewardModelStage, context: StageContext, source: DomainNamedSource, tokenizer: Any
 ) -> PreferenceSet:
-    """Return a set to measure on: its prompts from the first on, `maxTokens` in all."""
+    """Return a held-out set: its first prompts, up to `maxTokens` tokens."""
     shard = _shard(config, context, source, tokenizer)
     groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
     return PreferenceSet(source.name, groups, config.loss, source.domain)
@@ -127,7 +130,7 @@ def _held_out(
 
 
 def _sample(normalize: BiasOn, plan: MixedPlan) -> tuple[TrainingSample, ...]:
-    """Return the answers that the bias is found from: those training begins with, mixed as it mixes."""
+    """Return the answers from which the bias is computed: the first ones of training, in its mix."""
     if normalize is BiasOn.NONE:
         return ()
     groups: list[Group] = []
@@ -142,11 +145,11 @@ def _sample(normalize: BiasOn, plan: MixedPlan) -> tuple[TrainingSample, ...]:
 
 
 def _bias(result: TrainingResult) -> float:
-    """Return what is added to every reward. Raises Diverged where the rewards are no numbers."""
+    """Return the bias: the negative mean reward. Raises Diverged if it is NaN or infinite."""
     mean = result.metrics.get(f"{TrainingSample.name}.meanReward", 0.0)
     if not math.isfinite(mean):
         raise Diverged(f"the mean reward of the training set is {mean}; lower `optimizer.learningRate`")
-    return 0.0 - mean
+    return 0.0 - mean  # not -mean: the bias of a mean of 0 is 0, not -0
 
 
 def _card(config: RewardModelStage, bias: float) -> RewardCard:

@@ -1,4 +1,4 @@
-"""What `pretrain` and `sft` share: choose what learns, train, save, report. No stage kind of its own."""
+"""Steps that the training stages have in common: check settings, load, train, save, report. Not a stage kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stagecoach_trainer.text.templates import apply_template
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training stage, ready but for what learns."""
+    """Inputs of a training stage, before the trainable parameters are chosen."""
 
     start: StartingPoint
     shards: Mapping[str, TokenShard]
@@ -35,29 +35,32 @@ class Prepared:
     held_out: tuple[HeldOutSet, ...]
     warnings: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the data, known before training."""
+    """Metrics of the data, available before training."""
+
     schedule: StepSchedule | None = None
     """None if the configuration sets the same schedule for all steps."""
 
 
 def check_before_loading(config: MeasuredTraining, from_nothing: bool) -> None:
-    """Raise UserError for settings that cannot work, before anything large is read."""
+    """Raise UserError for invalid settings, before any model or data is read."""
     names = [source.label for source in config.data]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"data: two sets are called {twice[0]!r}; give each a `name` of its own")
+        raise UserError(f"data: two sets are named {twice[0]!r}; give each a unique `name`")
     if config.early_stop is not None and config.early_stop.set not in [source.name for source in config.held_out.sets]:
-        raise UserError(f"earlyStop.set: {config.early_stop.set!r} is no set of `heldOut.sets`")
+        raise UserError(
+            f"earlyStop.set: {config.early_stop.set!r} is not in `heldOut.sets`; add it, or name one of its sets"
+        )
     if from_nothing and config.trainable.lora is not None:
-        raise UserError("trainable.lora: an adapter needs a `model` to sit on; an `architecture` is trained in full")
+        raise UserError("trainable.lora: an adapter needs a `model`; an `architecture` is trained in full")
 
 
 def start_with_template(
     context: StageContext, model: Reference, template: Template | None, sequence_length: int, merge: bool = True
 ) -> tuple[StartingPoint, list[str]]:
-    """Return a model as it is, its vocabulary with a chat template, and warnings for the report.
+    """Return the model, with a chat template on its tokenizer, and warnings for the report.
 
-    `merge`: fold an adapter into the weights. Raises UserError where there is no template.
+    `merge`: merge an adapter into the weights. Raises UserError if there is no template.
     """
     start = start_unchanged(context, model, position_change(sequence_length), merge=merge)
     if template is not None:
@@ -68,7 +71,7 @@ def start_with_template(
 
 
 def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Prepared) -> StageOutcome:
-    """Train, write the result and the report to the output, and return what the stage says of itself."""
+    """Train, write the model and the report to the output, and return the stage's outcome."""
     from stagecoach_trainer.loop.loop import train
 
     start = prepared.start
@@ -91,14 +94,14 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
 
 
 def useful_share(plan: MixedPlan) -> float:
-    """Return the share of the rows' places that hold tokens, over all phases that draw rows; 1 where none does."""
-    tokens = places = 0
+    """Return the share of positions in rows that hold tokens, over all phases that draw rows; 1 if none does."""
+    tokens = positions = 0
     for phase in plan.phases:
         for units in phase.units:
             if isinstance(units, RowUnits):
                 tokens += units.num_tokens
-                places += len(units) * phase.settings.sequence_length
-    return tokens / places if places else 1.0
+                positions += len(units) * phase.settings.sequence_length
+    return tokens / positions if positions else 1.0
 
 
 def make_report(
@@ -108,7 +111,7 @@ def make_report(
     parameters: Mapping[str, int],
     metrics: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return `report.json`: nothing in it depends on when or where the stage ran."""
+    """Return the content of `report.json`. It must not depend on when or where the stage ran."""
     return {
         "data": {name: dict(shard.counts) for name, shard in prepared.shards.items()},
         "history": [dict(point) for point in result.history],
@@ -142,10 +145,13 @@ def _phase_report(phase: PlannedPhase, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _ranked_lines(data: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return what became of the ranked answers of each data set that has some."""
+    """Return lines with the counts of ranked answers, for each data set that has any."""
     found = {
         name: [f"{count} {counts[count]:,}" for count in COUNTS if counts.get(count)] for name, counts in data.items()
     }
     return [
-        line for name, said in found.items() if said for line in ("", f"Ranked answers of {name}: {', '.join(said)}.")
+        line
+        for name, counts in found.items()
+        if counts
+        for line in ("", f"Ranked answers of {name}: {', '.join(counts)}.")
     ]

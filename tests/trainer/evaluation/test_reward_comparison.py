@@ -11,12 +11,12 @@ import pytest
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, RewardCard
 from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import Reference
-from stagecoach_trainer.evaluation.rewards import win_rate
+from stagecoach_trainer.evaluation.reward_comparison import win_rate
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.reward import RewardModel, make_reward_model
 from stagecoach_trainer.models.save import save_model
-from stagecoach_trainer.rewards import Judgement
+from stagecoach_trainer.rewards import Score
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import GateFailed, UserError
 from stagecoach_trainer.stages.evaluate import run
@@ -185,6 +185,6 @@ def test_a_record_that_is_an_answer_only_is_named(tmp_path: Path, inputs: dict[s
 
 
 def test_a_tie_is_half_a_win() -> None:
-    own, other = [Judgement(value) for value in (1.0, 2.0, 3.0)], [Judgement(value) for value in (1.0, 3.0, 2.0)]
+    own, other = [Score(value) for value in (1.0, 2.0, 3.0)], [Score(value) for value in (1.0, 3.0, 2.0)]
     assert win_rate(own, other) == 0.5
     assert win_rate(own[:2], other[:2]) == 0.25

@@ -8,24 +8,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_trainer.align.advantages import generalized_advantages, moments, whiten
+from stagecoach_trainer.losses.advantages import Whitening, generalized_advantages
 
 
 def advantages_of_one(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:
     """The double sum, in fp64, of an answer without padding."""
     count = len(rewards)
     following = np.append(values[1:], 0.0)
-    surprises = rewards + gamma * following - values
-    return np.array([sum((gamma * lam) ** k * surprises[t + k] for k in range(count - t)) for t in range(count)])
+    deltas = rewards + gamma * following - values
+    return np.array([sum((gamma * lam) ** k * deltas[t + k] for k in range(count - t)) for t in range(count)])
 
 
 def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewards, values and mask; what lies behind an answer is no number."""
+    """Rewards, values and mask; NaN after each answer."""
     random = np.random.default_rng(seed)
     width = max(lengths) + 2
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     rewards, values = (torch.from_numpy(random.normal(size=(len(lengths), width))) for _ in range(2))
     return rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.nan), mask
+
+
+def whitening_of(ranks: list[np.ndarray]) -> Whitening:
+    """From the moments of every rank's values, added up in fp64."""
+    exact = [values.astype(np.float64) for values in ranks]
+    moments = np.sum([(len(values), values.sum(), np.square(values).sum()) for values in exact], axis=0)
+    return Whitening.of(*map(float, moments))
 
 
 @given(
@@ -34,9 +41,7 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
     lam=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_advantages_are_the_papers_whatever_the_padding(
-    lengths: list[int], gamma: float, lam: float, seed: int
-) -> None:
+def test_advantages_are_the_papers_for_any_padding(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
     rewards, values, mask = batch(lengths, seed)
     advantages, returns = generalized_advantages(rewards, values, mask, gamma, lam)
     for row, length in enumerate(lengths):
@@ -54,7 +59,7 @@ def test_without_discount_the_returns_at_lambda_one_are_the_rewards_still_to_com
     np.testing.assert_allclose(returns[0, :6].numpy(), expected, atol=1e-12)
 
 
-def test_answers_may_begin_behind_a_prompt_of_any_length() -> None:
+def test_answers_may_begin_after_a_prompt_of_any_length() -> None:
     rewards, values, mask = batch([4])
     shifted = [torch.cat((item.new_zeros(1, 3), item), dim=1) for item in (rewards, values, mask)]
     plain, _ = generalized_advantages(rewards, values, mask, 0.9, 0.8)
@@ -73,27 +78,26 @@ def test_advantages_in_fp32_are_those_of_fp64_and_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3], ids=["one rank", "two ranks", "three ranks"])
-def test_whitening_is_that_of_the_whole_batch_on_any_number_of_ranks(parts: int) -> None:
-    values, _, mask = batch([7, 3, 9, 1, 5, 2], seed=4)
-    counted = values[mask].numpy()
+def test_whitening_is_that_of_the_whole_update_on_any_number_of_ranks(parts: int) -> None:
+    values = [np.random.default_rng(seed).normal(size=length) for seed, length in enumerate([7, 3, 9, 1, 5, 2])]
+    counted = np.concatenate(values)
     expected = (counted - counted.mean()) / np.sqrt(counted.var() + 1e-8)
-    shares = list(zip(values.chunk(parts), mask.chunk(parts), strict=True))
-    total = torch.stack([moments(value, inside) for value, inside in shares]).sum(0)
-    white = torch.cat([whiten(value, inside, total) for value, inside in shares])
-    np.testing.assert_allclose(white[mask].numpy(), expected, atol=1e-9)
-    assert not white[~mask].any()
+    whitening = whitening_of([np.concatenate(values[rank::parts]) for rank in range(parts)])
+    assert whitening.mean == pytest.approx(counted.mean(), abs=1e-9)
+    assert whitening.deviation == pytest.approx(np.sqrt(counted.var() + 1e-8), abs=1e-9)
+    white = np.concatenate([whitening.apply(value.astype(np.float32)) for value in values])
+    np.testing.assert_allclose(white, expected, atol=1e-6)
 
 
 def test_whitened_values_have_mean_zero_and_deviation_one() -> None:
-    values, _, mask = batch([50, 60], seed=2)
-    values = 1000.0 + 3.0 * values
-    white = whiten(values, mask, moments(values, mask))[mask]
-    assert float(white.mean()) == pytest.approx(0.0, abs=1e-9)
-    assert float(white.std(correction=0)) == pytest.approx(1.0, abs=1e-6)
+    values = 1000.0 + 3.0 * np.random.default_rng(2).normal(size=110).astype(np.float32)
+    white = whitening_of([values]).apply(values)
+    assert float(white.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(white.std()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_equal_values_and_none_at_all_become_zeros() -> None:
-    equal, everywhere = torch.full((2, 3), 0.1), torch.ones(2, 3, dtype=torch.bool)
-    assert whiten(equal, everywhere, moments(equal, everywhere)).abs().max() < 1e-3
-    nothing = whiten(equal, ~everywhere, moments(equal, ~everywhere))
-    assert not nothing.any()
+    equal = np.full(6, 0.1, np.float32)
+    assert np.abs(whitening_of([equal]).apply(equal)).max() < 1e-3
+    nothing = np.empty(0, np.float32)
+    assert not whitening_of([nothing]).apply(nothing).any()

@@ -1,6 +1,6 @@
-"""Preferences that a reward model has not learnt from: does it rank them as people did?
+"""Held-out measurements of a reward model: does it rank unseen answers as people did?
 
-K answers to a prompt, P pairs, N answers of a whole set.
+P pairs, N answers of a whole set.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from stagecoach_api.kinds.reward_model import PreferenceLoss
-from stagecoach_trainer.align.objectives import collate_pairs, preference_losses
-from stagecoach_trainer.align.ranking import pair_figures, pair_weights
+from stagecoach_trainer.align.groups import pair_rows
+from stagecoach_trainer.align.reward_objective import collate_pairs, preference_losses
 from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.loop.job import Report
+from stagecoach_trainer.losses.ranking import pair_figures, pair_weights
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.samples.groups import Group
 
 
 @dataclass(frozen=True)
-class _Numbered:
-    """A group and the number of its first answer among those of the set (a `Unit`)."""
+class _NumberedGroup:
+    """A group and the row of its first answer within the set (a `Unit`)."""
 
     group: Group
     first: int
@@ -43,13 +43,13 @@ class _Numbered:
 def measure_rewards(
     module: Any, groups: Sequence[Group], micro_batch_groups: int, device: torch.device, world: World, report: Report
 ) -> Tensor:
-    """Return the reward of every answer of `groups`, one after the other, fp64 [N]; the same on every rank.
+    """Return the reward of every answer of `groups`, in row order, fp64 [N]; the same on every rank.
 
-    `module`: a `RewardLoss`. The groups are shared out over the ranks.
+    `module`: a `RewardLoss`, evaluated without dropout. Each rank scores its share of the groups.
     """
     sizes = [len(group.sequences) for group in groups]
     firsts = np.cumsum([0, *sizes])
-    numbered = [_Numbered(group, int(first)) for group, first in zip(groups, firsts[:-1], strict=True)]
+    numbered = [_NumberedGroup(group, int(first)) for group, first in zip(groups, firsts[:-1], strict=True)]
     share = shard_batch(numbered, micro_batch_groups, world.rank, world.size)
     rewards = torch.zeros(int(firsts[-1]), dtype=torch.float64)
     was_training = module.training
@@ -58,15 +58,15 @@ def measure_rewards(
         with torch.no_grad():
             for index, part in enumerate(share.micro_batches):
                 batch = collate_pairs([item.group for item in part], by_prompt=False).to(device)
-                found = iter(module.rewards(batch).double().cpu())
+                scores = iter(module.rewards(batch).double().cpu())
                 for item in part:
-                    for place in range(item.first, item.first + len(item.group.sequences)):
-                        rewards[place] = next(found)
+                    for row in range(item.first, item.first + len(item.group.sequences)):
+                        rewards[row] = next(scores)
                 report(index + 1, len(share.micro_batches))
     finally:
         module.train(was_training)
     if world.size > 1:
-        dist.all_reduce(rewards)
+        dist.all_reduce(rewards)  # each row is 0 on all ranks but one
     return rewards
 
 
@@ -81,7 +81,7 @@ class PairRewards:
     """fp64 [P]."""
 
     weights: Tensor
-    """Of each pair in the loss: their sum is the divisor, fp64 [P]."""
+    """Weight of each pair in the loss, fp64 [P]; their sum is the divisor."""
 
     def figures(self, loss: PreferenceLoss) -> dict[str, float]:
         """Return `loss`, `accuracy`, `margin` and `calibrationError`."""
@@ -91,27 +91,27 @@ class PairRewards:
 
 
 def join_rewards(parts: Sequence[PairRewards]) -> PairRewards:
-    """Return the pairs of several sets as one."""
+    """Return the pairs of several sets concatenated."""
     return PairRewards(*(torch.cat([getattr(part, name) for part in parts]) for name in ("better", "worse", "weights")))
 
 
 class PreferenceSet:
-    """Held-out preferences with the name their figures get (a `Measurable`)."""
+    """A named set of held-out preferences (a `Measurable`)."""
 
     def __init__(self, name: str, groups: Sequence[Group], loss: PreferenceLoss, domain: str | None = None) -> None:
         self.name = name
         self.groups = tuple(groups)
         self.domain = domain
         self.latest: PairRewards | None = None
-        """What the last measurement found. None: there was none."""
+        """Result of the last measurement; None before the first one."""
         self._loss = loss
 
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:
-        """Return `loss`, `accuracy` (an equal pair is half right), `margin` and `calibrationError`."""
+        """Return `loss`, `accuracy` (ties count ½), `margin` and `calibrationError`."""
         rewards = measure_rewards(module, self.groups, micro_batch_rows, device, world, report)
-        better, worse = pair_places(self.groups)
+        better, worse = pair_rows(self.groups)
         pairs = torch.tensor([len(group.better) for group in self.groups])
         weights = torch.ones(len(better), dtype=torch.float64) if self._loss.ranked is None else pair_weights(pairs)
         self.latest = PairRewards(rewards[better], rewards[worse], weights)
@@ -119,7 +119,10 @@ class PreferenceSet:
 
 
 class TrainingSample:
-    """Answers of the training set, whose mean reward the bias makes 0 (a `Measurable`, measured once, at the end)."""
+    """Answers of the training set from which the bias is computed (a `Measurable`, measured once, after training).
+
+    `chosen_only`: only the best answers to each prompt count.
+    """
 
     name = "training"
 
@@ -130,32 +133,20 @@ class TrainingSample:
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:
-        """Return `meanReward`, of the best answer to each prompt or of all answers, and `rewardDeviation` likewise."""
+        """Return `meanReward` and `rewardDeviation`."""
         rewards = measure_rewards(module, self.groups, micro_batch_rows, device, world, report)
         if self._chosen_only:
-            _, worse = pair_places(self.groups)
+            _, worse = pair_rows(self.groups)
             best = torch.ones(len(rewards), dtype=torch.bool)
-            best[worse] = False
+            best[worse] = False  # the best answers are never the worse of a pair
             rewards = rewards[best]
         return {"meanReward": float(rewards.mean()), "rewardDeviation": float(rewards.std(correction=0))}
 
 
-def pair_places(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Return the numbers of each pair's better and worse answer among the answers of all groups [P], [P]."""
-    firsts = np.cumsum([0, *(len(group.sequences) for group in groups)])[:-1]
-    better = [group.better + first for group, first in zip(groups, firsts, strict=True)]
-    worse = [group.worse + first for group, first in zip(groups, firsts, strict=True)]
-    return _joined(better), _joined(worse)
-
-
-def _joined(parts: Sequence[npt.NDArray[np.int64]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.int64)
-
-
 def length_baseline(groups: Sequence[Group]) -> float:
-    """Return the accuracy of preferring the answer with more tokens; an equal pair is half right.
+    """Return the accuracy of preferring the answer with more tokens; ties count ½.
 
-    People like longer answers, so a reward model that is no better has learnt nothing else.
+    People tend to prefer longer answers, so a reward model that does not beat this has learnt nothing but length.
     """
     right: list[float] = []
     for group in groups:

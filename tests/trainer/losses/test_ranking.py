@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stagecoach_trainer.align.ranking import (
+from stagecoach_trainer.losses.ranking import (
     barrier,
     focal_losses,
     pair_figures,
     pair_losses,
     pair_weights,
-    ranked_losses,
 )
 
 BETTER = [2.0, -1.0, 0.5, 4.9, -3.0, 0.0]
@@ -109,7 +108,7 @@ def test_every_prompt_of_the_ranked_loss_counts_once_and_ties_are_no_pairs() -> 
         worse += [other for _, other in found]
         counts.append(len(found))
     assert counts == [6, 2, 0, 1]
-    losses = ranked_losses(tensor(better), tensor(worse), torch.tensor(counts))
+    losses = pair_losses(tensor(better), tensor(worse)) * pair_weights(torch.tensor(counts))
     assert float(losses.sum()) == pytest.approx(ranked_oracle(prompts), abs=1e-12)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import NamedSource
-from stagecoach_trainer.evaluation.heldout import HeldOutFigures, measure_held_out
+from stagecoach_trainer.evaluation.held_out import HeldOutFigures, measure_held_out
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.encoding import Encoder
 from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, write_lines

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stagecoach_trainer.align.kl import AdaptiveKl, FixedKl, answer_sums, k1, k3, kl_price, token_rewards
+from stagecoach_trainer.losses.kl import (
+    AdaptiveKlController,
+    FixedKlController,
+    answer_sums,
+    k1,
+    k3,
+    kl_controller,
+    token_rewards,
+)
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,7 +30,7 @@ MASK = torch.tensor([[True, True, True, False], [True, False, False, False], [Fa
 
 
 def per_token() -> torch.Tensor:
-    """Figures under the mask, no numbers elsewhere."""
+    """Random values under the mask, NaN elsewhere."""
     figures = torch.arange(12, dtype=torch.float64).reshape(3, 4) / 7
     return figures.masked_fill(~MASK, torch.nan)
 
@@ -83,19 +91,19 @@ def test_the_rewards_of_an_answer_add_up_to_its_score_less_the_price() -> None:
     ids=["at the target", "a tenth above", "far above", "negative"],
 )
 def test_the_adaptive_price_follows_the_papers_rule(kl: float, factor: float) -> None:
-    price = AdaptiveKl(0.15, target=6.0, horizon=10000)
+    price = AdaptiveKlController(0.15, target=6.0, horizon=10000)
     assert price.after(kl, 256).coefficient == pytest.approx(0.15 * factor, abs=1e-12)
     assert price.coefficient == 0.15
 
 
 @given(kls=st.lists(st.floats(-100, 1000), max_size=30), answers=st.integers(1, 1_000_000))
 def test_the_adaptive_price_stays_above_zero_however_large_the_updates(kls: list[float], answers: int) -> None:
-    price = AdaptiveKl(0.15, target=6.0, horizon=10000)
+    price = AdaptiveKlController(0.15, target=6.0, horizon=10000)
     for kl in kls:
         price = price.after(kl, answers)
         assert price.coefficient > 0
 
 
 def test_a_price_without_a_target_is_fixed() -> None:
-    assert kl_price(0.02, None, 10000).after(1e9, 100) == FixedKl(0.02)
-    assert kl_price(0.02, 6.0, 100) == AdaptiveKl(0.02, 6.0, 100)
+    assert kl_controller(0.02, None, 10000).after(1e9, 100) == FixedKlController(0.02)
+    assert kl_controller(0.02, 6.0, 100) == AdaptiveKlController(0.02, 6.0, 100)

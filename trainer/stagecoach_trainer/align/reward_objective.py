@@ -1,6 +1,6 @@
-"""What alignment stages minimise, as the training loop takes it: preferences in, a summed loss out.
+"""The objective of reward models: from groups of ranked answers to a summed loss.
 
-B sequences, T tokens of the longest, P pairs, G prompts.
+B sequences, T tokens of the longest, P pairs.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stagecoach_api.kinds.reward_model import PreferenceLoss
-from stagecoach_trainer.align.ranking import barrier, focal_losses, pair_losses, pair_weights
+from stagecoach_trainer.align.groups import pair_rows, sequences_of
 from stagecoach_trainer.engine.objective import UnpackedObjective
 from stagecoach_trainer.kernels.causal import DecoderLoss
+from stagecoach_trainer.losses.ranking import barrier, focal_losses, pair_losses, pair_weights
 from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
 from stagecoach_trainer.samples.groups import Counting, Group
 
@@ -35,13 +35,13 @@ class PairBatch:
     """Row of each pair's better answer [P]."""
 
     worse: Tensor
-    """Row of each pair's other answer [P]."""
+    """Row of each pair's worse answer [P]."""
 
     weights: Tensor
-    """What each pair's loss is multiplied by, fp32 [P]."""
+    """Weight of each pair's loss, fp32 [P]."""
 
     num_targets: int
-    """What the summed loss is divided by, as far as it lies here: pairs or prompts."""
+    """This micro-batch's share of the loss's divisor: its number of pairs or prompts."""
 
     def to(self, device: torch.device) -> PairBatch:
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -61,26 +61,21 @@ class PairBatch:
 
 
 def counting_of(loss: PreferenceLoss) -> Counting:
-    """Return what a preference loss is averaged over: prompts where it is ranked, else pairs."""
+    """Return the unit over which a preference loss is averaged: prompts for `ranked`, else pairs."""
     return Counting.PAIRS if loss.ranked is None else Counting.GROUPS
 
 
 def collate_pairs(groups: Sequence[Group], by_prompt: bool) -> PairBatch:
     """Lay out whole groups as one micro-batch, padded to the longest sequence.
 
-    `by_prompt`: the pairs of a prompt weigh one together; else each pair weighs one.
+    `by_prompt`: the weights of each prompt's pairs sum to 1; otherwise every pair has weight 1.
     """
-    if not groups:
+    if not groups:  # of a rank that has no more groups: one padding token, so that it still runs a forward pass
         nothing = torch.empty(0, dtype=torch.int64)
         one = torch.zeros(1, dtype=torch.int64)
         return PairBatch(one[None], one, nothing, nothing, torch.empty(0), 0)
-    tokens, last = pad_right([sequence.ids for group in groups for sequence in group.sequences])
-    sizes = [len(group.sequences) for group in groups]
-    first = np.cumsum([0, *sizes[:-1]])
-    better, worse = (
-        torch.from_numpy(np.concatenate([getattr(group, side) + at for group, at in zip(groups, first, strict=True)]))
-        for side in ("better", "worse")
-    )
+    tokens, last = pad_right([sequence.ids for sequence in sequences_of(groups)])
+    better, worse = pair_rows(groups)
     pairs = torch.tensor([len(group.better) for group in groups])
     weights = pair_weights(pairs).float() if by_prompt else torch.ones(len(better))
     return PairBatch(tokens, last, better, worse, weights, len(groups) if by_prompt else len(better))
@@ -106,25 +101,26 @@ class RewardLoss(DecoderLoss):
         rewards = self.rewards(batch)
         losses = preference_losses(self._loss, rewards[batch.better], rewards[batch.worse])
         total = scale * (losses * batch.weights).sum()
-        return total if batch.num_targets else total + 0.0 * rewards.sum()  # every rank's graph reaches the weights
+        # Without pairs the loss would not depend on the weights, and this rank would skip the gradients' all-reduce.
+        return total if batch.num_targets else total + 0.0 * rewards.sum()
 
 
 def preference_losses(loss: PreferenceLoss, better: Tensor, worse: Tensor) -> Tensor:
-    """Return the loss of each pair [P] whose answers have the rewards `better` [P] and `worse` [P].
+    """Return the loss of each pair [P] from the rewards of its answers, `better` [P] and `worse` [P].
 
-    The barrier of the focal loss counts as the mean over a pair's two rewards.
+    The focal loss's barrier is averaged over a pair's two rewards; the paper (arXiv 2403.17297) does not specify it.
     """
     if loss.pair is not None:
         return pair_losses(better, worse, loss.pair.margin, loss.pair.centering)
     if loss.focal is not None:
         limit, weight = loss.focal.limit, loss.focal.barrier
-        held = weight * (barrier(better, limit) + barrier(worse, limit)) / 2 if weight else 0.0
-        return focal_losses(better, worse, loss.focal.gamma) + held
+        penalty = weight * (barrier(better, limit) + barrier(worse, limit)) / 2 if weight else 0.0
+        return focal_losses(better, worse, loss.focal.gamma) + penalty
     return pair_losses(better, worse)
 
 
 class RewardObjective(UnpackedObjective):
-    """Preferences as a loss over rewards, by the stage's `loss`."""
+    """The training loop's objective for a stage's `loss` over pairs of rewards."""
 
     def __init__(self, loss: PreferenceLoss) -> None:
         self._loss = loss

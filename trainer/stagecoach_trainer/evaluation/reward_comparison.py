@@ -12,7 +12,7 @@ from stagecoach_api.kinds.evaluate import RewardTask
 from stagecoach_trainer.data.reading import Fetches, read_records
 from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
-from stagecoach_trainer.rewards import Judged, Judgement, RewardSum
+from stagecoach_trainer.rewards import Completion, RewardSum, Score
 from stagecoach_trainer.rewards.term import prompt_text
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import Message, message_of
@@ -23,16 +23,16 @@ SHOWN = 6
 OWN = "model"
 """What tables call the model that is measured."""
 
-Opened = tuple[Any, Any]
+ModelAndTokenizer = tuple[Any, Any]
 """A model, ready to measure, and its tokenizer."""
 
 
 @dataclass(frozen=True)
-class Answered:
+class ModelScores:
     """What one model made of the prompts."""
 
-    answers: tuple[Judged, ...]
-    judgements: tuple[Judgement, ...]
+    answers: tuple[Completion, ...]
+    judgements: tuple[Score, ...]
 
     @property
     def reward(self) -> float:
@@ -49,11 +49,11 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Compared:
+class RewardComparison:
     """How one task went."""
 
     name: str
-    models: Mapping[str, Answered]
+    models: Mapping[str, ModelScores]
     """By name: the model itself is `OWN`, in the first place."""
 
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def reward_metrics(task: RewardTask) -> list[str]:
     return [f"{task.name}.reward", *rewards, *(f"{task.name}.winRate.{rival.name}" for rival in task.rivals)]
 
 
-def win_rate(own: Sequence[Judgement], other: Sequence[Judgement]) -> float:
+def win_rate(own: Sequence[Score], other: Sequence[Score]) -> float:
     """Return the share of prompts for which `own` is worth more; a tie is half a win."""
     wins = [(one.total > two.total) + 0.5 * (one.total == two.total) for one, two in zip(own, other, strict=True)]
     return _mean(wins)
@@ -101,13 +101,13 @@ def _mean(values: Sequence[float]) -> float:
 def compare_by_reward(
     task: RewardTask,
     rewards: RewardSum,
-    subject: Opened,
-    open_rival: Callable[[int], Opened],
+    subject: ModelAndTokenizer,
+    open_rival: Callable[[int], ModelAndTokenizer],
     context: Fetches,
     batch_rows: int,
     seed: int,
     report: Report,
-) -> Compared:
+) -> RewardComparison:
     """Let all models answer, one after the other, and judge what they say.
 
     `open_rival` loads the rival at an index; it is let go of before the next one is loaded.
@@ -118,28 +118,33 @@ def compare_by_reward(
         raise UserError(f"rewards {task.name}: the set `{task.on.label}` has no records; give prompts")
     total = len(prompts) * (1 + len(task.rivals))
 
-    def answered(opened: Opened, place: int) -> Answered:
+    def answered(opened: ModelAndTokenizer, place: int) -> ModelScores:
         def say(done: int, _: int) -> None:
             report(place * len(prompts) + done, total)
 
         answers = _answers(task, opened, prompts, batch_rows, seed, say)
-        return Answered(answers, tuple(rewards.score(answers)))
+        return ModelScores(answers, tuple(rewards.score(answers)))
 
     models = {OWN: answered(subject, 0)}
     for index, rival in enumerate(task.rivals):
         models[rival.name] = answered(open_rival(index), index + 1)
-    return Compared(task.name, models, rewards.figures())
+    return RewardComparison(task.name, models, rewards.figures())
 
 
 def _answers(
-    task: RewardTask, opened: Opened, prompts: Sequence[tuple[Message, ...]], batch_rows: int, seed: int, say: Report
-) -> tuple[Judged, ...]:
+    task: RewardTask,
+    opened: ModelAndTokenizer,
+    prompts: Sequence[tuple[Message, ...]],
+    batch_rows: int,
+    seed: int,
+    say: Report,
+) -> tuple[Completion, ...]:
     model, tokenizer = opened
     prompter = Prompter(tokenizer, task.generation)
     ids = [prompter.encode(prompt) for prompt in prompts]
     said = generate(model, tokenizer, ids, task.generation, batch_rows, seed, say)
     return tuple(
-        Judged(prompt, answer.text, answer.num_tokens, answer.ended, task.on.domain)
+        Completion(prompt, answer.text, answer.num_tokens, answer.ended, task.on.domain)
         for prompt, answer in zip(prompts, said, strict=True)
     )
 

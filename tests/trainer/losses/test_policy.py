@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_trainer.align.policy import clipped, clipped_share, policy_losses, update_kl, value_losses
+from stagecoach_trainer.losses.policy import clipped, policy_losses, update_kl, value_losses
 
 log_prob = st.floats(-5, 0)
 tokens = st.lists(st.tuples(log_prob, log_prob, st.floats(-3, 3)), min_size=1, max_size=20)
@@ -62,15 +62,8 @@ def test_a_token_that_became_very_likely_has_a_finite_loss() -> None:
     assert torch.isfinite(gradient).all()
 
 
-def test_the_clipped_share_is_that_of_the_tokens_under_the_mask() -> None:
-    is_clipped = torch.tensor([[True, False, True], [False, True, True]])
-    mask = torch.tensor([[True, True, False], [True, True, False]])
-    assert float(clipped_share(is_clipped, mask)) == 0.5
-    assert float(clipped_share(is_clipped, torch.zeros_like(mask))) == 0.0
-
-
 @given(rows=predictions, clip=st.floats(0.01, 3.0))
-def test_the_critics_loss_is_the_larger_of_the_free_and_the_held_prediction(
+def test_the_critics_loss_is_the_larger_of_the_free_and_the_clamped_prediction(
     rows: list[tuple[float, float, float]], clip: float
 ) -> None:
     expected = [
@@ -93,7 +86,7 @@ def test_gradients_of_the_critics_loss_are_those_of_finite_differences(clip: flo
     assert torch.autograd.gradcheck(lambda value: value_losses(value, old, returns, clip), (values,))
 
 
-def test_how_far_an_update_went_is_its_kl_from_the_old_policy() -> None:
+def test_the_update_kl_is_that_from_the_old_policy() -> None:
     """Over all tokens, weighted by the old policy, the estimate is the KL itself."""
     old = torch.log_softmax(torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), 0)
     new = torch.log_softmax(torch.tensor([0.5, 0.4, -2.0], dtype=torch.float64), 0).requires_grad_()

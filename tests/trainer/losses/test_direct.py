@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stagecoach_trainer.align.direct import ipo_losses, kl_point, kto_losses, log_ratios, sigmoid_losses
+from stagecoach_trainer.losses.direct import ipo_losses, kto_losses, log_ratios, reference_point, sigmoid_losses
 
 BETTER = [3.0, -2.0, 0.0, 40.0, 1.5]
 WORSE = [1.0, 5.0, 0.0, -30.0, 1.0]
@@ -82,7 +82,7 @@ def test_kto_is_the_papers(good: float, bad: float, point: float) -> None:
 
 @given(values=ratios)
 def test_ktos_point_is_the_mean_but_never_negative_and_has_no_gradient(values: list[float]) -> None:
-    point = kl_point(tensor(values).requires_grad_())
+    point = reference_point(tensor(values).requires_grad_())
     assert float(point) == pytest.approx(max(0.0, float(np.mean(values))), abs=1e-9)
     assert not point.requires_grad
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from stagecoach_trainer.ppo import average
-from stagecoach_trainer.ppo.average import WeightAverage
+from stagecoach_trainer.ppo import weight_average
 from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.ppo.weight_average import WeightAverage
 from stagecoach_trainer.runtime.errors import Interrupted
 from tests.trainer.loop.makers import context, equal_weights, weights
 from tests.trainer.ppo.makers import FunctionTerm, configuration, ppo_job, reward_of
@@ -46,13 +46,13 @@ def test_the_result_is_the_average_over_all_updates(tmp_path: Path, monkeypatch:
     seen: list[dict[str, np.ndarray]] = []
 
     class Noting(WeightAverage):
-        def __init__(self, decay: float, weights: average.Weights) -> None:
+        def __init__(self, decay: float, weights: weight_average.Weights) -> None:
             super().__init__(decay, noted(weights))
 
-        def follow(self, weights: average.Weights) -> None:
+        def follow(self, weights: weight_average.Weights) -> None:
             super().follow(noted(weights))
 
-    def noted(weights: average.Weights) -> list[tuple[str, torch.Tensor]]:
+    def noted(weights: weight_average.Weights) -> list[tuple[str, torch.Tensor]]:
         found = [(name, weight.clone()) for name, weight in weights]
         seen.append({name: weight.double().numpy() for name, weight in found})
         return found
