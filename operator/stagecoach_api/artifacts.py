@@ -1,4 +1,4 @@
-"""Artifacts: where they lie in the store, and the manifest that proves what they are."""
+"""Artifacts: their keys in the store, their manifests, and the resolved stage that makes one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_TEXT = "report.md"
 
 
 def artifact_prefix(digest: str) -> str:
-    """Folder of the artifact of the stage with this digest."""
+    """Return the folder of the artifact with this stage digest."""
     return f"artifacts/{digest}"
 
 
@@ -32,7 +32,7 @@ def manifest_key(digest: str) -> str:
 
 
 def output_prefix(digest: str) -> str:
-    """Folder of what the stage made."""
+    """Return the folder of the stage's output."""
     return f"{artifact_prefix(digest)}/output"
 
 
@@ -46,25 +46,29 @@ def checkpoints_prefix(digest: str) -> str:
 
 
 def checkpoint_name(step: int, version: int = 0) -> str:
-    """Name of a checkpoint's folder. `version`: how often training had gone back to a step saved already."""
+    """Return the name of a checkpoint's folder.
+
+    `version`: how many times training had gone back to a saved step. A checkpoint is never overwritten.
+    """
     return f"step-{step:08d}" + (f"-{version:04d}" if version else "")
 
 
 def attempt_prefix(digest: str, attempt: int) -> str:
-    """Folder of one attempt's logs and metrics; no part of the artifact's content."""
+    """Return the folder of one attempt's logs and metrics, which are not part of the artifact's content."""
     return f"{artifact_prefix(digest)}/attempts/{attempt:04d}"
 
 
 def attempt_logs_prefix(digest: str, attempt: int) -> str:
-    """Folder of what the ranks of one attempt printed (`rank_log_name`), and of its metrics."""
+    """Return the folder of one attempt's rank logs (see `rank_log_name`) and metrics."""
     return f"{attempt_prefix(digest, attempt)}/logs"
 
 
 def rank_log_name(rank: int, started: float) -> str:
-    """Name of the file that holds what one rank printed, e.g. `rank-00003.20261122T095244.125Z.log`.
+    """Return the name of the log file of one rank, e.g. `rank-00003.20261122T095244.125Z.log`.
 
-    `rank`: global rank. `started`: seconds since the epoch at which its node's launcher started; it tells apart the
-    incarnations of one attempt (Kueue stops an attempt's pods and starts new ones). Names of one rank sort by it.
+    `rank`: global rank. `started`: seconds since the epoch at which its node's launcher started. It
+    distinguishes the incarnations of one attempt (Kueue stops an attempt's pods and starts new ones). The names of one
+    rank's logs sort by it.
     """
     seconds, milliseconds = divmod(round(started * 1000), 1000)
     return f"rank-{rank:05d}.{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}.{milliseconds:03d}Z.log"
@@ -74,12 +78,12 @@ RANK_MARK = "[rank "
 
 
 def rank_mark(rank: int) -> str:
-    """Return what stands before each line of a rank where several are shown together."""
+    """Return the prefix of a rank's lines where the logs of several ranks are shown together."""
     return f"{RANK_MARK}{rank}] "
 
 
 class RankLog(NamedTuple):
-    """What the name of a rank's log says."""
+    """The parts of a rank log's name."""
 
     rank: int
     """Global rank."""
@@ -89,7 +93,7 @@ class RankLog(NamedTuple):
 
 
 def parse_rank_log_name(name: str) -> RankLog | None:
-    """Read a name as `rank_log_name` makes them. None: it is no rank's log (a metrics file, say)."""
+    """Parse a name made by `rank_log_name`. Returns None for any other file, such as one with metrics."""
     found = re.fullmatch(r"rank-(\d{5,})\.(\d{8}T\d{6})\.(\d{3})Z\.log", name, re.ASCII)
     if found is None:
         return None
@@ -102,7 +106,7 @@ def parse_rank_log_name(name: str) -> RankLog | None:
 
 
 def pointer_key(namespace: str, run: str, stage: str) -> str:
-    """The small file through which a run's stage names its artifact."""
+    """Return the key of the small file (`Pointer`) in which a run's stage names its artifact."""
     return f"runs/{namespace}/{run}/{stage}.json"
 
 
@@ -110,7 +114,7 @@ def pointer_key(namespace: str, run: str, stage: str) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Serialise so that equal values give equal bytes: sorted keys, no blanks, UTF-8, no NaN."""
+    """Serialise so that equal values give equal bytes: sorted keys, no white space, UTF-8, NaN rejected."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -133,7 +137,7 @@ class StoredObject(Model):
 
 
 def content_digest(objects: Iterable[StoredObject]) -> str:
-    """Return the digest of an artifact's content: paths, sizes and checksums, in whatever order they are given."""
+    """Return the digest of an artifact's content: paths, sizes and checksums, in any order."""
     return digest_of(sorted([item.path, item.size, item.sha256] for item in objects))
 
 
@@ -150,17 +154,17 @@ class Parent(Model):
     """Content digest of the input."""
 
     stage_digest: str | None = None
-    """Digest of the stage that made it. None: it came from outside."""
+    """Digest of the stage that made it. None for an input from outside the run."""
 
     uri: str
-    """Where it lay."""
+    """Its location when it was read."""
 
 
 class Manifest(Model):
-    """Written last, only if absent: an artifact counts only when its manifest exists."""
+    """An artifact's manifest. It is written last, and only if it does not exist: it makes the artifact complete."""
 
     stage_digest: str
-    """Digest of the stage; the artifact's folder is named by it."""
+    """Digest of the stage, which is also the name of the artifact's folder."""
 
     content_digest: str
     """Digest of `objects`. Equal work gives equal content digests."""
@@ -169,7 +173,7 @@ class Manifest(Model):
     """Stage kind."""
 
     objects: tuple[StoredObject, ...]
-    """What lies in `output/`."""
+    """The files in `output/`."""
 
     parents: tuple[Parent, ...] = ()
     """The stage's inputs."""
@@ -186,23 +190,23 @@ class Manifest(Model):
     """Training tokens the stage consumed; 0 for a stage that does not train."""
 
     seconds: float = 0.0
-    """Wall-clock seconds of all attempts that count."""
+    """Wall-clock seconds of all attempts that contributed."""
 
     gpu_seconds: float = 0.0
     """Seconds times GPUs."""
 
     environment: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the last digits depend on: ranks, threads, processor type, library versions."""
+    """What the last digits of results depend on: ranks, threads, processor type, library versions."""
 
     metrics: dict[str, float] = Field(default_factory=dict)
-    """The report's headline figures, so that a table needs no further read."""
+    """The report's headline figures, so that a table of artifacts needs no further reads."""
 
     created: float
     """Seconds since the epoch."""
 
 
 class Pointer(Model):
-    """`runs/<namespace>/<run>/<stage>.json`: which artifact a run's stage has."""
+    """`runs/<namespace>/<run>/<stage>.json`: the artifact of a run's stage."""
 
     stage: str
     kind: str
@@ -211,16 +215,16 @@ class Pointer(Model):
     uri: str
     """The artifact's output folder."""
     cached: bool
-    """The stage's work was found done."""
+    """Whether the artifact already existed."""
     recorded: float
     """Seconds since the epoch."""
 
 
-# -- what a stage is told ----------------------------------------------------------------------------------------------
+# -- resolved stages ---------------------------------------------------------------------------------------------------
 
 
 class ResolvedInput(Model):
-    """One input of a stage, found."""
+    """One input of a stage: where it is and what it contains."""
 
     uri: str
     """Folder or file(s) to read: an artifact's output folder, or the absolute external URI."""
@@ -229,11 +233,11 @@ class ResolvedInput(Model):
     """Content digest: an artifact's, or the hash over the external objects' paths, sizes and checksums."""
 
     stage_digest: str | None = None
-    """Digest of the stage that made it. None: external."""
+    """Digest of the stage that made it. None for an external input."""
 
 
 class ResolvedStage(Model):
-    """`stage.json`: everything a stage's trainer is told. Its digest names the artifact."""
+    """`stage.json`: everything that the trainer needs to know about a stage. Its digest names the artifact."""
 
     namespace: str
     run: str
@@ -257,46 +261,46 @@ class ResolvedStage(Model):
     """Root of the store, absolute."""
 
     storage_endpoint: str | None = None
-    """S3 endpoint. None: AWS's own."""
+    """S3 endpoint. None for AWS."""
 
     storage_region: str | None = None
-    """S3 region. None: the SDK's configuration."""
+    """S3 region. None for that of the AWS SDK's configuration."""
 
     num_nodes: int = 1
     ranks_per_node: int = 1
 
 
 class RewardCard(Model):
-    """What a reward model's folder says beside its weights."""
+    """The part of `ModelCard` that describes a reward model."""
 
     bias: float = 0.0
-    """Added to what the linear head says. transformers' sequence classifiers of decoders have a head without a bias, so
-    it stands here; differences between two rewards do not need it."""
+    """Added to the output of the linear head. It is stored here because the head of transformers' decoder sequence
+    classifiers has no bias; it cancels out in differences between two rewards."""
 
     domains: dict[str, str] = Field(default_factory=dict)
-    """System prompt by domain, as it was trained with."""
+    """System prompt by domain, as used in training."""
 
 
 class ModelCard(Model):
-    """`stagecoach.json` in the output of a stage that makes a model: what is needed to load it again."""
+    """`stagecoach.json` in the output of a stage that makes a model: what loading it requires."""
 
     adapter: bool
-    """The weights are a PEFT adapter; `base` is what it sits on."""
+    """Whether the weights are a PEFT adapter on top of `base`."""
 
     base: ResolvedInput | None = None
-    """The model below the adapter. An artifact of the same store is named by its key (`artifacts/<digest>/output`), so
-    that the card does not depend on where the store lies. None: the weights are whole."""
+    """The adapter's base model. An artifact of the same store is named by its key (`artifacts/<digest>/output`), so
+    that the card does not depend on the store's location. None if the weights are complete."""
 
     new_rows: str | None = None
-    """How the base's embedding is grown to the tokenizer's size before the adapter is put on (`mean`, `random`,
-    `zero`). None: it has that size."""
+    """How the base's embedding is resized to the tokenizer's size before the adapter is applied (`mean`, `random`,
+    `zero`). None if it has that size already."""
 
     resize_seed: int | None = None
-    """Seed of `random` new rows. None: not random."""
+    """Seed of `random` new rows. None for the other ways."""
 
     old_rows: int | None = Field(default=None, ge=0)
-    """Rows the embedding had before the vocabulary last grew; those from here on are the new rows that later stages
-    may train. None: it never grew."""
+    """Number of embedding rows before the vocabulary was last extended. The rows from this index on are the new rows
+    that later stages may train. None if it was never extended."""
 
     reward: RewardCard | None = None
-    """It is a reward model, a sequence classifier of one label. None: it is a language model."""
+    """Set if the model is a reward model: a sequence classifier with one label. None for a language model."""

@@ -1,4 +1,4 @@
-"""Sets of characters, which filters and rewards name."""
+"""Sets of characters that filters and rewards refer to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Script(StrEnum):
-    """Sets of characters."""
+    """A set of characters."""
 
     CJK = "cjk"
     LATIN = "latin"

@@ -1,7 +1,7 @@
-"""A small language for rewards: a formula over an answer's figures, parsed against a list of what is allowed.
+"""A small language for rewards: a formula over properties of an answer, parsed against an allowlist.
 
-Python's parser reads the text and nothing of Python runs: each permitted node becomes a function of our own, and every
-other one is refused with its position. Values are numbers; a comparison and `and`, `or`, `not` give 1 or 0.
+Python's parser parses the text, but no Python code is run: each allowed node becomes a function of this module, and any
+other node is rejected with its position. Values are numbers; comparisons and `and`, `or`, `not` give 1 or 0.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ ALLOWED = (
 
 
 class ExpressionError(ValueError):
-    """The text is no expression, or it has no value for an answer. The message says what, where and what is allowed."""
+    """The text is not an expression (the message has the position), or it has no value for an answer."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What an expression may look at."""
+    """The properties of an answer that an expression can use."""
 
     answer: str
     tokens: int = 0
     """Tokens of the answer."""
 
     ended: bool = True
-    """The answer ended by itself."""
+    """Whether the answer ended with an end token, rather than at the length limit."""
 
     prompt_characters: int = 0
 
@@ -83,25 +83,25 @@ FUNCTIONS = (*NUMBERS, *ONE_NUMBER, *TEXT)
 
 @dataclass(frozen=True)
 class Expression:
-    """A formula that was read."""
+    """A parsed formula."""
 
     text: str
     formula: Formula
 
     def value(self, figures: Figures) -> float:
-        """Return the value for one answer. Raises ExpressionError where there is none: 1 / 0, log(0), exp(1000)."""
+        """Return the value for one answer. Raises ExpressionError if it has none: 1 / 0, log(0), exp(1000)."""
         try:
             return self.formula(figures)
         except ZeroDivisionError as error:
-            raise ExpressionError("it divides by 0; write `max(1, …)` around the divisor") from error
+            raise ExpressionError("division by 0; write `max(1, …)` around the divisor") from error
         except OverflowError as error:
-            raise ExpressionError("a number becomes too large; write `min(…, 100)` around what grows") from error
+            raise ExpressionError("a number is too large; write `min(…, 100)` around what grows") from error
         except ValueError as error:
-            raise ExpressionError("log or sqrt of a number it does not exist for; write `max(1, …)` inside") from error
+            raise ExpressionError("log or sqrt is not defined for its argument; write `max(1, …)` inside") from error
 
 
 def parse_expression(text: str) -> Expression:
-    """Read an expression. Raises ExpressionError naming the position (from 1), what was got and what is allowed."""
+    """Parse an expression. Raises ExpressionError with the position (from 1), what was got and what is allowed."""
     source = " ".join(text.split("\n")).strip()
     tree = _syntax(source)
     return Expression(text, _Reader(source).read(tree.body, 1))
@@ -110,17 +110,17 @@ def parse_expression(text: str) -> Expression:
 def _syntax(source: str) -> ast.Expression:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's advice on style: `1if x else 2`
+            warnings.simplefilter("ignore")  # about style, such as `1if x else 2`
             return ast.parse(source, mode="eval")
     except SyntaxError as error:
         place = error.offset or len(source) + 1
         raise ExpressionError(f"position {place}: {error.msg}; allowed are {ALLOWED}") from error
     except (ValueError, MemoryError, RecursionError) as error:
-        raise ExpressionError(f"it cannot be read: nested too deeply, or not text; allowed are {ALLOWED}") from error
+        raise ExpressionError(f"cannot be parsed: nested too deeply, or not text; allowed are {ALLOWED}") from error
 
 
 class _Reader:
-    """Turns the nodes of one expression into functions."""
+    """Converts the nodes of one expression into functions."""
 
     def __init__(self, source: str) -> None:
         self._bytes = source.encode()
@@ -139,43 +139,44 @@ class _Reader:
     def read(self, node: ast.expr, depth: int) -> Formula:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            self._refuse(node, f"more than {MAX_NODES} parts", "a shorter formula")
+            self._reject(node, f"more than {MAX_NODES} parts", "a shorter formula")
         if depth > MAX_DEPTH:
-            self._refuse(node, f"more than {MAX_DEPTH} levels", "a flatter formula")
+            self._reject(node, f"more than {MAX_DEPTH} levels", "a flatter formula")
         for kind, reader in self._readers.items():
             if isinstance(node, kind):
                 return reader(node, depth)
-        return self._refuse(node, type(node).__name__)
+        return self._reject(node, type(node).__name__)
 
-    def _refuse(self, node: ast.expr, got: str, allowed: str = ALLOWED) -> NoReturn:
+    def _reject(self, node: ast.expr, got: str, allowed: str = ALLOWED) -> NoReturn:
+        # `col_offset` counts bytes of UTF-8; people count characters.
         position = len(self._bytes[: node.col_offset].decode(errors="replace")) + 1
         raise ExpressionError(f"position {position}: got {got}; allowed are {allowed}")
 
     def _number(self, node: ast.Constant, depth: int) -> Formula:
         if type(node.value) not in (int, float):
-            self._refuse(node, f"{type(node.value).__name__} {node.value!r:.40}")
+            self._reject(node, f"{type(node.value).__name__} {node.value!r:.40}")
         try:
             value = float(node.value)  # type: ignore[arg-type]
         except OverflowError:
             value = math.inf
         if not value <= MAX_CONSTANT:
-            self._refuse(node, "a huge number", f"numbers up to {MAX_CONSTANT:g}")
+            self._reject(node, "a huge number", f"numbers up to {MAX_CONSTANT:g}")
         return lambda figures: value
 
     def _variable(self, node: ast.Name, depth: int) -> Formula:
         if node.id not in VARIABLES:
-            self._refuse(node, f"the name `{node.id}`", f"{', '.join(VARIABLES)}; functions: {', '.join(FUNCTIONS)}")
+            self._reject(node, f"the name `{node.id}`", f"{', '.join(VARIABLES)}; functions: {', '.join(FUNCTIONS)}")
         return VARIABLES[node.id]
 
     def _sign(self, node: ast.UnaryOp, depth: int) -> Formula:
         if type(node.op) not in SIGNS:
-            self._refuse(node, f"the sign {type(node.op).__name__}", "the signs + - and not")
+            self._reject(node, f"the sign {type(node.op).__name__}", "the signs + - and not")
         inner, sign = self.read(node.operand, depth + 1), SIGNS[type(node.op)]
         return lambda figures: sign(inner(figures))
 
     def _arithmetic(self, node: ast.BinOp, depth: int) -> Formula:
         if type(node.op) not in ARITHMETIC:
-            self._refuse(node, f"the operator {type(node.op).__name__}", "the operators + - * /")
+            self._reject(node, f"the operator {type(node.op).__name__}", "the operators + - * /")
         left, right = self.read(node.left, depth + 1), self.read(node.right, depth + 1)
         _, apply = ARITHMETIC[type(node.op)]
         return lambda figures: apply(left(figures), right(figures))
@@ -188,7 +189,7 @@ class _Reader:
     def _comparison(self, node: ast.Compare, depth: int) -> Formula:
         for kind in node.ops:
             if type(kind) not in COMPARISONS:
-                self._refuse(node, f"the comparison {type(kind).__name__}", "the comparisons == != < <= > >=")
+                self._reject(node, f"the comparison {type(kind).__name__}", "the comparisons == != < <= > >=")
         parts = [self.read(part, depth + 1) for part in (node.left, *node.comparators)]
         tests = [COMPARISONS[type(kind)] for kind in node.ops]
 
@@ -204,11 +205,15 @@ class _Reader:
 
     def _call(self, node: ast.Call, depth: int) -> Formula:
         if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
-            got = f"a call of `{node.func.id}`" if isinstance(node.func, ast.Name) else "a call of no function's name"
-            self._refuse(node, got, f"the functions {', '.join(FUNCTIONS)}")
+            got = (
+                f"a call of `{node.func.id}`"
+                if isinstance(node.func, ast.Name)
+                else "a call of something that is not a name"
+            )
+            self._reject(node, got, f"the functions {', '.join(FUNCTIONS)}")
         name = node.func.id
         if node.keywords or any(isinstance(item, ast.Starred) for item in node.args):
-            self._refuse(node, f"named or starred arguments of `{name}`", "plain arguments")
+            self._reject(node, f"named or starred arguments of `{name}`", "plain arguments")
         if name in TEXT:
             return self._text_call(node, name)
         return self._number_call(node, name, [self.read(item, depth + 1) for item in node.args])
@@ -216,17 +221,17 @@ class _Reader:
     def _text_call(self, node: ast.Call, name: str) -> Formula:
         wanted = node.args[0].value if len(node.args) == 1 and isinstance(node.args[0], ast.Constant) else None
         if not isinstance(wanted, str) or not wanted:
-            self._refuse(node, f"`{name}` of something else", f'one text that is not empty: {name}("…")')
+            self._reject(node, f"`{name}` of something else", f'one non-empty text: {name}("…")')
         text, apply = wanted, TEXT[name]
         return lambda figures: apply(figures.answer, text)
 
     def _number_call(self, node: ast.Call, name: str, parts: list[Formula]) -> Formula:
         if name in NUMBERS:
             if len(parts) < 2:
-                self._refuse(node, f"`{name}` of {len(parts)}", f"two or more arguments of `{name}`")
+                self._reject(node, f"`{name}` of {len(parts)}", f"two or more arguments of `{name}`")
             choose = NUMBERS[name]
             return lambda figures: choose([part(figures) for part in parts])
         if len(parts) != 1:
-            self._refuse(node, f"`{name}` of {len(parts)}", f"one argument of `{name}`")
+            self._reject(node, f"`{name}` of {len(parts)}", f"one argument of `{name}`")
         (inner,), apply = parts, ONE_NUMBER[name]
         return lambda figures: float(apply(inner(figures)))

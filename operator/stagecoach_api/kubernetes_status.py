@@ -1,4 +1,4 @@
-"""What a Kubernetes API server answers when it refuses: for whoever calls one, with whatever client."""
+"""Error responses of the Kubernetes API server, independent of the client library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def status_object(text: str) -> Mapping[str, Any]:
-    """Return the `Status` that an answer holds. Empty: it is none, so the path itself is not served."""
+    """Return the `Status` object in the body of a response.
+
+    Empty if the body is something else, which means that the requested path itself is not served.
+    """
     try:
         answer = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Names that more than one side must know: the API group, environment variables, files of an attempt. Written once."""
+"""Names shared by several packages: the API group, environment variables, files of an attempt. Defined once, here."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ PLURAL = "trainingruns"
 SINGULAR = "trainingrun"
 SHORT_NAME = "tr"
 
-# What a driver tells the trainer's launcher through the environment. Never a secret: those are mounted files.
+# Environment variables that a driver sets for the trainer's launcher. None holds a secret: those are mounted files.
 ENV_STAGE_FILE = "STAGECOACH_STAGE_FILE"
 """Path of `stage.json`, the resolved stage."""
 ENV_WORK_DIR = "STAGECOACH_WORK_DIR"
 """Folder of this attempt: scratch, logs, local checkpoints."""
 ENV_CACHE_DIR = "STAGECOACH_CACHE_DIR"
-"""Folder shared by all attempts on this machine: fetched inputs and tokenised shards."""
+"""Folder shared by all attempts on this machine, for fetched inputs and tokenised shards."""
 ENV_RESULT_FILE = "STAGECOACH_RESULT_FILE"
-"""Where the launcher writes the attempt's outcome (on a cluster: the termination message)."""
+"""Path of the file to which the launcher writes the attempt's result (on a cluster: the termination message)."""
 ENV_PROGRESS_FILE = "STAGECOACH_PROGRESS_FILE"
-"""JSON lines of progress and heartbeats."""
+"""Path of the progress file: JSON lines with progress, which also serve as heartbeats."""
 ENV_THREADS = "STAGECOACH_THREADS"
-"""CPU threads of each rank. Always pinned: the number changes the last digits of a sum."""
+"""Number of CPU threads of each rank. Always set, because it changes the last digits of a sum."""
 ENV_CREDENTIALS_DIR = "STAGECOACH_CREDENTIALS_DIR"
-"""Folder with S3 credentials, one file each (`ACCESS_KEY_FILE`, `SECRET_KEY_FILE`). Unset: the AWS SDK's own chain."""
+"""Folder with S3 credentials, one file each (`ACCESS_KEY_FILE`, `SECRET_KEY_FILE`). If unset:
+the AWS SDK's own credential chain."""
 ENV_ENDPOINT_KEYS = "STAGECOACH_ENDPOINT_KEYS"
-"""Folder with the keys of endpoints: one folder per Secret, in it `ENDPOINT_KEY_FILE`."""
+"""Folder with the API keys of endpoints: one folder per Secret, with an `ENDPOINT_KEY_FILE` in it."""
 
-# Where the gang of a stage of several pods meets: torchrun's own names, which the launcher passes on.
+# Rendezvous of a stage with several pods: torchrun's own variables, which the launcher passes on.
 ENV_NUM_NODES = "PET_NNODES"
 ENV_RANKS_PER_NODE = "PET_NPROC_PER_NODE"
 ENV_NODE_RANK = "PET_NODE_RANK"
 ENV_MASTER_ADDRESS = "PET_MASTER_ADDR"
 ENV_MASTER_PORT = "PET_MASTER_PORT"
 MASTER_PORT = 29500
-"""Port of rank 0's rendezvous where nothing else is said."""
+"""Default port of the rendezvous at rank 0."""
 
-# Where a stage reports how far it is: the names of Kubeflow Trainer's KEP-2779. The last two are paths of files.
+# Where a stage reports its progress: the names of Kubeflow Trainer's KEP-2779. The last two are paths of files.
 ENV_PROGRESS_URL = "KUBEFLOW_TRAINER_SERVER_URL"
 ENV_PROGRESS_CA = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 ENV_PROGRESS_TOKEN = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105  # the name of a variable
@@ -50,29 +51,29 @@ LOG_FILE = "log.txt"
 
 # The pod of a stage: its container and what is mounted into it.
 REPLICATED_JOB = "w"
-"""Name of the one replicated job of an attempt's JobSet; part of every pod's name and host name."""
+"""Name of the only replicated job of an attempt's JobSet; part of every pod's name and host name."""
 TRAINER_CONTAINER = "trainer"
 STAGE_MOUNT = "/etc/stagecoach/stage"
 """The attempt's ConfigMap, read-only: `STAGE_FILE` and, for the progress server's certificate, `CA_FILE`."""
 CA_FILE = "ca.crt"
 DATA_MOUNT = "/var/lib/stagecoach"
-"""Scratch of a pod, which ends with it. One mount, so that files can be moved between the two folders below."""
+"""Scratch space of a pod, deleted with it. A single mount, so that files can be moved between the two folders below."""
 WORK_FOLDER = f"{DATA_MOUNT}/work"
 CACHE_FOLDER = f"{DATA_MOUNT}/cache"
 CREDENTIALS_MOUNT = "/var/run/secrets/stagecoach/credentials"
 ACCESS_KEY_FILE = "accessKeyId"
-"""Key of the credentials' Secret, and so the file's name."""
+"""Key in the Secret with the credentials, and therefore the name of the file."""
 SECRET_KEY_FILE = "secretAccessKey"  # noqa: S105  # the name of a file
 ENDPOINT_KEYS_MOUNT = "/var/run/secrets/stagecoach/endpoints"
-"""Keys of endpoints: below it one folder per Secret, called as the Secret is."""
+"""API keys of endpoints, in one folder per Secret that has the Secret's name."""
 ENDPOINT_KEY_FILE = "apiKey"
-"""Key of an endpoint's Secret, and so the file's name."""
+"""Key in the Secret of an endpoint, and therefore the name of the file."""
 TOKEN_MOUNT = "/var/run/secrets/stagecoach/progress"  # noqa: S105  # a path
 TOKEN_FILE = "token"  # noqa: S105  # the name of a file
 TERMINATION_LOG = "/dev/termination-log"
-"""Kubernetes' termination message: where the launcher writes the attempt's result."""
+"""Kubernetes' termination message, to which the launcher writes the attempt's result."""
 
-# Labels and annotations of what the operator makes.
+# Labels and annotations of the objects that the operator creates.
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGED_BY = "stagecoach"
 """Value of `LABEL_MANAGED_BY`; also the field manager of server-side apply."""
@@ -81,19 +82,19 @@ LABEL_RUN_UID = f"{API_GROUP}/run-uid"
 LABEL_STAGE = f"{API_GROUP}/stage"
 LABEL_ATTEMPT = f"{API_GROUP}/attempt"
 ANNOTATION_RETRY = f"{API_GROUP}/retry"
-"""On a run: time (RFC 3339) at which the user asked for one more try. Failures before it are not charged."""
+"""On a run: time (RFC 3339) at which the user asked to retry it. Failures before that time are not charged."""
 ANNOTATION_STAGE_DIGEST = f"{API_GROUP}/stage-digest"
 FINALIZER = f"{API_GROUP}/attempts"
 """On a TrainingRun while attempts of it exist."""
 
-# Kubernetes' own, and what is installed beside it.
+# Names of Kubernetes and of the components installed in the cluster.
 JOBSET_GROUP = "jobset.x-k8s.io"
 JOBSET_VERSION = "v1alpha2"
 JOBSET_PLURAL = "jobsets"
 JOBSET_KIND = "JobSet"
 LABEL_JOBSET_NAME = f"{JOBSET_GROUP}/jobset-name"
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
-"""Annotation and label of an Indexed Job's pod: 0 for the pod whose word counts."""
+"""Annotation and label of an Indexed Job's pod: its index, which is the node rank."""
 KUEUE_GROUP = "kueue.x-k8s.io"
 KUEUE_WORKLOAD_VERSION = "v1beta2"
 KUEUE_WORKLOAD_PLURAL = "workloads"
@@ -107,14 +108,14 @@ LABEL_GPU_PRODUCT = "nvidia.com/gpu.product"
 
 
 def progress_path(namespace: str, attempt: str) -> str:
-    """Return the path below the progress server's URL to which the attempt of this JobSet name reports."""
+    """Return the path, relative to the progress server's URL, to which the attempt with this JobSet name reports."""
     return f"/apis/{API_GROUP_VERSION}/namespaces/{namespace}/attempts/{attempt}/status"
 
 
 def progress_audience(namespace: str, attempt: str) -> str:
-    """Return the audience of the token with which an attempt's pods report: it names this one attempt."""
+    """Return the audience of the token with which an attempt's pods report. It is valid for this attempt only."""
     return f"{API_GROUP}/progress/{namespace}/{attempt}"
 
 
 DEFAULT_LOCAL_ROOT = ".stagecoach"
-"""Where a laptop keeps artifacts, attempts and caches when the run names no storage; below the working directory."""
+"""Folder, relative to the working directory, for local artifacts, attempts and caches if the run names no storage."""

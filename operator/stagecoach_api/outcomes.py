@@ -1,4 +1,4 @@
-"""How an attempt ends: exit codes, causes, and the result file the launcher leaves behind."""
+"""How an attempt ends: exit codes, causes, and the result file that the launcher writes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from stagecoach_api.base import Model
 
 
 class ExitCode(IntEnum):
-    """Exit codes of a stage's worker. Everything else, and every signal, counts as infrastructure."""
+    """Exit codes of a stage's worker. Any other code, and any signal, counts as an infrastructure failure."""
 
     DONE = 0
     USER_ERROR = 64
-    """The run is wrong (configuration, data): the same attempt would fail again."""
+    """The run itself is at fault (configuration, data): another attempt would fail in the same way."""
     GATE_FAILED = 65
-    """The stage did its work, and a metric missed its gate."""
+    """The stage did its work, but a metric missed its gate."""
     DIVERGED = 66
-    """The loss is no number, or training broke a guard."""
+    """The loss is NaN or infinite, or training violated a guard."""
     STORAGE = 74
-    """Storage, or an endpoint, did not answer or refused, after retries."""
+    """The store, or an endpoint, was unreachable or denied access, after retries."""
     INTERRUPTED = 75
-    """Asked to stop; a checkpoint is saved."""
+    """The worker was asked to stop, and saved a checkpoint."""
     HANG = 79
-    """No progress for too long."""
+    """The worker made no progress for too long."""
 
 
 class Cause(StrEnum):
@@ -34,7 +34,7 @@ class Cause(StrEnum):
     INFRASTRUCTURE = "infrastructure"
     HANG = "hang"
     PREEMPTION = "preemption"
-    """Asked to stop by somebody; never charged."""
+    """It was asked to stop, by the user, the operator or the cluster; never charged to a budget."""
 
 
 CAUSE_OF_EXIT: dict[int, Cause] = {
@@ -48,24 +48,24 @@ CAUSE_OF_EXIT: dict[int, Cause] = {
 
 
 def cause_of_exit(code: int) -> Cause:
-    """Return the cause an exit code other than 0 stands for; a negative code is the signal that killed the worker."""
+    """Return the cause of an exit code other than 0; a negative code is the signal that killed the worker."""
     return CAUSE_OF_EXIT.get(code, Cause.INFRASTRUCTURE)
 
 
 class AttemptResult(Model):
-    """What the launcher writes when an attempt ends: at most 4,000 bytes of JSON (a Pod's termination message)."""
+    """Result of an attempt, written by the launcher: at most 4,000 bytes of JSON (a pod's termination message)."""
 
     exit_code: int
     """Exit code of the worker that ended first; negative for a signal."""
 
     cause: Cause | None = None
-    """Why it ended without a result. None: it is done."""
+    """Why it ended without an artifact. None if it succeeded."""
 
     content_digest: str | None = Field(default=None, max_length=64)
-    """Content digest of the published artifact. None: there is none."""
+    """Content digest of the published artifact. None if it published none."""
 
     message: str = Field(default="", max_length=2500)
-    """What happened, in a sentence or a few; for an error: where, what was got, what is allowed, what to do."""
+    """What happened, in a few sentences; for an error: where, what was got, what is allowed, what to do."""
 
     last_step: int | None = None
-    """Last optimiser step whose checkpoint is complete. None: no checkpoint, or not a training stage."""
+    """Last optimiser step with a complete checkpoint. None if there is no checkpoint or the stage does not train."""

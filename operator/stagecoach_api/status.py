@@ -1,4 +1,4 @@
-"""What a run's status says: conditions with stable reasons, and the state of every stage."""
+"""The status of a TrainingRun: conditions with stable reasons, and the state of every stage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Digest = Annotated[str, Field(min_length=64, max_length=64, pattern=r"^[0-9a-f]{
 Generation = Annotated[int, Field(ge=0, le=2**62)]
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- enumerations ------------------------------------------------------------------------------------------------------
 
 
 class StageState(StrEnum):
-    """What people are told of a stage."""
+    """State of a stage."""
 
     PENDING = "Pending"
     RUNNING = "Running"
@@ -31,7 +31,7 @@ class StageState(StrEnum):
     FAILED = "Failed"
     CANCELLED = "Cancelled"
     SKIPPED = "Skipped"
-    """Not worked on: not selected, or something before it failed."""
+    """Will not run: it is not selected, or a stage it depends on failed."""
 
 
 LIVING = frozenset({StageState.RUNNING, StageState.STOPPING})
@@ -40,7 +40,7 @@ ENDED = frozenset({StageState.FAILED, StageState.CANCELLED})
 
 
 class RunState(StrEnum):
-    """Where the run as a whole is."""
+    """State of the run as a whole."""
 
     PROGRESSING = "Progressing"
     SUSPENDED = "Suspended"
@@ -50,26 +50,26 @@ class RunState(StrEnum):
 
 
 class ConditionType(StrEnum):
-    """What a condition speaks of. Each stands by itself: there is no one phase."""
+    """Type of a condition. Conditions are independent of each other: there is no single phase."""
 
     ACCEPTED = "Accepted"
-    """The run is valid."""
+    """The spec is valid and allowed."""
     PLANNED = "Planned"
-    """Every input was found, and the order of the stages is known."""
+    """Every input was found, and the order of the stages is resolved."""
     QUOTA_RESERVED = "QuotaReserved"
-    """Every stage that could run has its quota."""
+    """Quota is reserved for every stage that is ready to run."""
     PROGRESSING = "Progressing"
-    """Some stage is worked on, or will be without anybody's doing."""
+    """At least one stage is running or will start without user action."""
     SUSPENDED = "Suspended"
-    """Nothing runs because somebody asked for it."""
+    """Nothing runs, because the user suspended the run."""
     COMPLETE = "Complete"
-    """Every stage is finished."""
+    """Every stage has finished successfully."""
     FAILED = "Failed"
-    """A stage failed for good, or the run is cancelled."""
+    """A stage failed permanently, or the run was cancelled."""
 
 
 class ConditionStatus(StrEnum):
-    """Whether a condition holds."""
+    """Status of a condition."""
 
     TRUE = "True"
     FALSE = "False"
@@ -77,7 +77,7 @@ class ConditionStatus(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a condition is as it is. Programs may rely on these words: none is renamed or given another meaning."""
+    """Reason of a condition. The values are part of the API: they keep their names and meanings."""
 
     # Accepted
     VALID = "Valid"
@@ -115,7 +115,7 @@ class Reason(StrEnum):
     GATE_MISSED = "GateMissed"
     DIVERGED = "Diverged"
     TIMED_OUT = "TimedOut"
-    SECRET_MISSING = "SecretMissing"  # noqa: S105  # a word, no secret
+    SECRET_MISSING = "SecretMissing"  # noqa: S105  # the name of a reason, not a secret
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     CANCELLED = "Cancelled"
 
@@ -124,87 +124,87 @@ class Reason(StrEnum):
 
 
 class Condition(Model):
-    """One statement about the run, as Kubernetes has them."""
+    """A condition of the run, in the form of Kubernetes' `metav1.Condition`."""
 
     type: ConditionType
-    """What it speaks of."""
+    """Type of the condition."""
 
     status: ConditionStatus
-    """Whether it holds."""
+    """Whether the condition holds."""
 
     reason: Reason
-    """Why, in one word that programs may rely on."""
+    """Reason for the condition's last transition, stable across releases."""
 
     message: Message = ""
-    """Why, in words for people. Default: empty."""
+    """Details of the transition for people. May be empty."""
 
     observed_generation: Generation = 0
-    """Generation of the spec it was made for. Default: 0."""
+    """Value of `metadata.generation` that the condition was determined for."""
 
     last_transition_time: AwareDatetime
-    """When `status` last changed."""
+    """Time at which `status` last changed."""
 
 
 class Artifact(Model):
-    """What a finished stage made."""
+    """The artifact of a finished stage."""
 
     uri: Uri
-    """Folder of the output."""
+    """URI of its output folder."""
 
     stage_digest: Digest
-    """Digest of the work: configuration, inputs, code, seed."""
+    """Digest of the work that makes it: configuration, inputs, code and seed."""
 
     content_digest: Digest
-    """Digest of the bytes."""
+    """Digest of its content: the paths, sizes and checksums of its files."""
 
 
 class StageProgress(Model):
-    """How far the newest attempt is."""
+    """Progress of the stage's newest attempt."""
 
     activity: Annotated[str, Field(max_length=64)] = ""
-    """What is being done, such as `train`. Default: empty."""
+    """Current activity, such as `train`."""
 
     done: NonNegativeCount = 0
-    """How much of it, in `unit`. Default: 0."""
+    """Amount of work done, in `unit`."""
 
     total: NonNegativeCount | None = None
-    """How much there is. None: unknown."""
+    """Total amount of work, in `unit`. If unset: not known."""
 
     unit: Annotated[str, Field(max_length=32)] = ""
-    """Unit of `done` and `total`, such as `tokens`. Default: empty."""
+    """Unit of `done` and `total`, such as `tokens`."""
 
     eta: AwareDatetime | None = None
-    """When it will probably be done. None: unknown."""
+    """Estimated time of completion. If unset: not known."""
 
 
 class Restarts(Model):
-    """Failed attempts of a stage by cause, of its present digest. They are never forgotten, whatever is cleaned up."""
+    """Number of failed attempts by cause, at the stage's current digest. Kept when `attempts` drops old entries."""
 
     infrastructure: NonNegativeCount = 0
-    """Lost nodes and pods, killed processes, storage that did not answer. Default: 0."""
+    """Attempts lost to the infrastructure: nodes, pods, killed processes, unreachable storage."""
 
     hang: NonNegativeCount = 0
-    """No progress for too long. Default: 0."""
+    """Attempts stopped because they made no progress."""
 
     user: NonNegativeCount = 0
-    """Errors in the run itself. Default: 0."""
+    """Attempts ended by an error in the run itself, such as invalid data."""
 
     preemption: NonNegativeCount = 0
-    """Asked to stop; never charged. Default: 0."""
+    """Attempts that were asked to stop. They do not count against the retry budgets."""
 
 
 class ForgottenAttempts(Restarts):
-    """Attempts that are no longer in `attempts`: their number still counts against the retry budgets."""
+    """Number of failed attempts that `attempts` no longer lists. They still count against the retry budgets."""
 
     digest: Digest
-    """Stage digest they worked on."""
+    """Stage digest the attempts worked on."""
 
     until: AwareDatetime
-    """When the last of them ended."""
+    """Time at which the last of them ended."""
 
 
 class Incarnation(Model):
-    """One pod 0 of an attempt: a queue may stop an attempt's pods and start new ones."""
+    """One pod with index 0 of an attempt. A queue may stop an attempt's pods and create new ones."""
 
     pod_uid: Annotated[str, Field(max_length=64)]
     """UID of the pod."""
@@ -213,149 +213,151 @@ class Incarnation(Model):
     """Name of the pod."""
 
     node: Annotated[str, Field(max_length=253)] = ""
-    """Node it ran on. Default: empty, none yet."""
+    """Node the pod was scheduled to. Empty until it is scheduled."""
 
     started: AwareDatetime | None = None
-    """When its container started. None: it has not."""
+    """Time at which the pod's container started. If unset: it has not started."""
 
 
 class AttemptStatus(Model):
-    """One attempt at a stage's work."""
+    """Status of one attempt at running a stage."""
 
     number: Annotated[int, Field(ge=1, le=10**9)]
-    """1 for the stage's first."""
+    """Number of the attempt, counted from 1 over the life of the stage."""
 
     digest: Digest
-    """Stage digest it works on."""
+    """Stage digest the attempt works on."""
 
     name: Annotated[str, Field(max_length=63)]
-    """Name of its JobSet and of its ConfigMap."""
+    """Name of the attempt's JobSet and ConfigMap."""
 
     started: AwareDatetime
-    """When it was asked for."""
+    """Time at which the attempt was created."""
 
     running_since: AwareDatetime | None = None
-    """When all its pods had begun to run. None: they have not."""
+    """Time at which the last of its pods started running. If unset: not all of them have started."""
 
     ended: AwareDatetime | None = None
-    """When nothing of it was left, or its result was there. None: it lives."""
+    """Time at which the attempt ended: its result was reported, or none of its objects was left. If unset: it has not
+    ended."""
 
     stopping: Annotated[str, Field(max_length=512)] = ""
-    """Why it is being ended, or was. Default: empty, nobody ended it."""
+    """Reason the operator stopped the attempt. Empty if it did not."""
 
     stop_cause: Cause | None = None
-    """What its end is charged to if it was asked to stop. None: it was not."""
+    """Cause that the attempt's end is charged to if it was stopped. If unset: it was not stopped."""
 
     cause: Cause | None = None
-    """Why it ended without a result. None: it did not, or is done."""
+    """Cause of an end without an artifact. If unset: the attempt has not ended, or it succeeded."""
 
     content_digest: Digest | None = None
-    """Digest of the bytes it published. None: nothing."""
+    """Content digest of the artifact the attempt published. If unset: it published none."""
 
     exit_code: Annotated[int, Field(ge=-256, le=256)] | None = None
-    """Exit code of the process that ended it; negative for a signal. None: unknown."""
+    """Exit code of the process that ended the attempt; negative for a signal. If unset: not known."""
 
     pod: Annotated[str, Field(max_length=253)] = ""
-    """Pod whose end explains the attempt's. Default: empty, unknown."""
+    """Pod whose termination determined the attempt's result. Empty if not known."""
 
     node: Annotated[str, Field(max_length=253)] = ""
-    """Node of that pod. Default: empty, unknown."""
+    """Node of that pod. Empty if not known."""
 
     last_step: Annotated[int, Field(ge=0, le=10**15)] | None = None
-    """Last optimiser step whose checkpoint is complete. None: unknown, or the stage does not train."""
+    """Last optimiser step with a complete checkpoint. If unset: not known, or the stage does not train."""
 
     message: Annotated[str, Field(max_length=1024)] = ""
-    """How it ended, with the last lines of its log where it left no word. Default: empty."""
+    """How the attempt ended. If it left no result, the last lines of its log."""
 
     incarnations: Annotated[tuple[Incarnation, ...], Field(max_length=4)] = ()
-    """The newest of its pods 0, oldest first. Default: none yet."""
+    """Newest pods with index 0, oldest first."""
 
 
 class StageStatus(Model):
-    """One stage."""
+    """Status of one stage."""
 
     name: Name
     """Name of the stage."""
 
     state: StageState
-    """Where it is."""
+    """State of the stage."""
 
     attempt: NonNegativeCount = 0
-    """Number of the newest attempt, 1 for the first. Default: 0, there was none."""
+    """Number of the newest attempt; 0 before the first."""
 
     digest: Digest | None = None
-    """Stage digest. None: an input is not finished, so it is not known yet."""
+    """Stage digest: identifies the work by configuration, inputs, code and seed. If unset: not known until every input
+    is finished."""
 
     artifact: Artifact | None = None
-    """What it made. None: it is not finished."""
+    """Artifact of the stage. If unset: the stage is not finished."""
 
     cached: bool = False
-    """The artifact was found, not made. Default: false."""
+    """Whether the artifact already existed, so that no attempt was needed."""
 
     progress: StageProgress | None = None
-    """How far the newest attempt is. None: none runs."""
+    """Progress of the newest attempt. If unset: no attempt is running."""
 
     restarts: Restarts = Restarts()
-    """Failed attempts by cause. Default: none."""
+    """Number of failed attempts by cause."""
 
     last_cause: Cause | None = None
-    """Why the newest ended attempt failed. None: none has."""
+    """Cause of the most recent failure. If unset: no attempt has failed."""
 
     waiting_for: Annotated[str, Field(max_length=1024)] = ""
-    """What a stage that is neither running nor ended waits for. Default: empty, nothing."""
+    """What the stage is waiting for. Empty if it is running, has ended or waits for nothing."""
 
     started: AwareDatetime | None = None
-    """When its first attempt started. None: it has not, or its artifact was found."""
+    """Time at which the first attempt started. If unset: none has started, or the artifact already existed."""
 
     finished: AwareDatetime | None = None
-    """When it succeeded, failed or was cancelled. None: it has not."""
+    """Time at which the stage succeeded, failed or was cancelled. If unset: it has not."""
 
     gpu_seconds: NonNegativeCount = 0
-    """GPUs times seconds over all attempts, rounded down. Default: 0."""
+    """GPU time of all attempts: number of GPUs times seconds, rounded down."""
 
     message: Message = ""
-    """What people should know, such as the cause of a failure. Default: empty."""
+    """Details for people, such as the cause of a failure. May be empty."""
 
     attempts: Annotated[tuple[AttemptStatus, ...], Field(max_length=8)] = ()
-    """The newest attempts, oldest first. Default: there was none."""
+    """Newest attempts, oldest first."""
 
     forgotten: ForgottenAttempts | None = None
-    """Failed attempts that `attempts` has no more room for. None: there are none."""
+    """Failed attempts that were dropped from `attempts`. If unset: none were dropped."""
 
 
 class Summary(Model):
-    """What `kubectl get` shows. Made for people; programs read conditions and stages."""
+    """Values of the columns of `kubectl get`. Made for people; programs should read `conditions` and `stages`."""
 
     state: RunState
-    """Where the run as a whole is."""
+    """State of the run as a whole."""
 
     stage: Annotated[str, Field(max_length=128)] = ""
-    """Finished stages of all, and the one worked on, such as `3/7 sft`. Default: empty."""
+    """Number of finished stages, number of stages, and the stage being run, such as `3/7 sft`."""
 
     progress: Annotated[str, Field(max_length=32)] = ""
-    """How far that stage is, such as `42 %`. Default: empty."""
+    """Progress of that stage, such as `42 %`."""
 
     eta: AwareDatetime | None = None
-    """When that stage will probably be done. None: unknown."""
+    """Estimated time at which that stage completes. If unset: not known."""
 
     restarts: NonNegativeCount = 0
-    """Charged restarts of all stages. Default: 0."""
+    """Number of restarts of all stages that count against the retry budgets."""
 
 
 class TrainingRunStatus(Model):
-    """The status of a run. Only the operator writes it."""
+    """Most recently observed status of the run. Populated by the operator; read-only."""
 
     observed_generation: Generation = 0
-    """Generation of the spec this status was made for. Default: 0, none yet."""
+    """Most recent `metadata.generation` observed by the operator; 0 before the first."""
 
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
-    """Statements about the run, one of each type. Default: none yet."""
+    """Latest observations of the run's state, one of each type."""
 
     stages: Annotated[tuple[StageStatus, ...], Field(max_length=64)] = ()
-    """The stages, in the order of the spec. Default: none yet."""
+    """Status of every stage, in the order of the spec."""
 
     summary: Summary | None = None
-    """What `kubectl get` shows. None: nothing yet."""
+    """Values of the columns of `kubectl get`. If unset: the run has not been processed yet."""
 
     plan_digest: Digest | None = None
-    """Digest of the resolved plan that was made when the run was accepted. None: not accepted yet."""
+    """Digest of the resolved plan, made when the run was accepted. If unset: the run has not been accepted."""

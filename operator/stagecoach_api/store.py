@@ -1,8 +1,8 @@
-"""Where artifacts lie: one store type over a folder and over S3. boto3 is imported when the first S3 call is made.
+"""Artifact stores: one interface to a folder and to S3. boto3 is imported with the first call to S3.
 
 store = open_store("s3://models/chinese-alpaca", endpoint="https://s3.example.com")
 store.upload(Path("model.safetensors"), "artifacts/…/output/model.safetensors")
-store.commit("artifacts/…/manifest.json", manifest)      # last, and only if absent
+store.commit("artifacts/…/manifest.json", manifest)      # last, and only if it does not exist
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ __all__ = [
 
 
 def open_store(uri: str, endpoint: str | None = None, region: str | None = None) -> Store:
-    """Open the store at `s3://bucket/prefix`, `file:///folder` or a plain path. Nothing is read or made yet.
+    """Open the store at `s3://bucket/prefix`, `file:///folder` or a plain path. Nothing is read or created yet.
 
-    `endpoint`, `region`: of S3; None takes the AWS SDK's configuration. Raises StoreError for another scheme.
+    `endpoint`, `region`: of S3; if None, those of the AWS SDK's configuration. Raises StoreError for any other scheme.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):

@@ -1,10 +1,10 @@
-"""What every back end of the store shares: errors, entries, the protocol, locations, key rules.
+"""What all store back ends share: errors, entries, the protocol, locations, rules for keys.
 
-StoreError          a store could not do what was asked; names the key
+StoreError          an operation failed; has the key
 ├── NotFound        there is no such object (or bucket, or folder)
-├── AccessDenied    no credentials, wrong credentials, or no right
-├── Unreachable     the store did not answer, after all retries
-└── Corrupt         the bytes are not the ones that were promised
+├── AccessDenied    credentials are missing, wrong or lack a permission
+├── Unreachable     the store did not answer, or kept failing, after all retries
+└── Corrupt         the bytes differ from the expected ones
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from urllib.parse import unquote, urlsplit
 from stagecoach_api.artifacts import MANIFEST, StoredObject
 
 CHUNK_BYTES = 1 << 20
-"""Bytes read at once while copying and hashing."""
+"""Bytes per read while copying and hashing."""
 
 
 class StoreError(Exception):
-    """A store could not do what was asked.
+    """An operation on a store failed.
 
-    Attributes: `key`, the object or URI it is about; `message`, what happened and what to do. Neither holds a secret.
+    Attributes: `key`, the object or URI concerned; `message`, what happened and what to do. Neither contains a secret.
     """
 
     def __init__(self, key: str, message: str) -> None:
@@ -39,15 +39,15 @@ class NotFound(StoreError):
 
 
 class AccessDenied(StoreError):
-    """Credentials are missing or wrong, or they do not suffice."""
+    """Credentials are missing, wrong or lack a permission."""
 
 
 class Unreachable(StoreError):
-    """The store did not answer, or answered with errors of its own, until the retries were used up."""
+    """The store did not answer, or answered with server errors, until the retries were used up."""
 
 
 class Corrupt(StoreError):
-    """The bytes are not the ones that were promised."""
+    """The bytes differ from the expected ones, or a manifest is invalid."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class StoreEntry:
     """Bytes."""
 
     checksum: str
-    """`sha256:…` of a local file (only `list_external` computes it; a folder store's own `list` leaves it empty, since
-    it would have to read every byte), `etag:…` on S3."""
+    """`sha256:…` of a local file , `etag:…` on S3. Only `list_external` computes the former; `list` of a folder store
+    leaves it empty, because it would have to read every byte."""
 
     modified: float = field(default=0.0, compare=False)
-    """When it was written, in seconds since the epoch; 0 where `list_external` does not tell."""
+    """When it was last written, in seconds since the epoch; 0 in listings of local files by `list_external`."""
 
 
 class Store(Protocol):
@@ -79,34 +79,34 @@ class Store(Protocol):
         """The root, absolute."""
 
     def list(self, prefix: str = "") -> Iterator[StoreEntry]:
-        """Yield the object `prefix` and all objects below the folder `prefix`, sorted by key; nothing if none is."""
+        """Yield the object `prefix` and all objects below the folder `prefix`, sorted by key."""
 
     def exists(self, key: str) -> bool:
-        """Tell whether there is an object with this key."""
+        """Return whether an object with this key exists."""
 
     def read(self, key: str) -> bytes:
         """Return the whole object. Raises NotFound."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Create or replace the object; a reader sees the old bytes or the new ones, never a mixture."""
+        """Create or replace the object; a reader sees either the old or the new bytes, never a mixture."""
 
     def commit(self, key: str, data: bytes) -> bool:
-        """Create the object unless it exists. True: this call created it. False: somebody was first."""
+        """Create the object unless it exists. Returns True if this call created it, False if it existed already."""
 
     def upload(self, path: Path, key: str) -> StoredObject:
-        """Store a file of any size; returns `key` with the size and sha256 of the bytes that were stored."""
+        """Store a file of any size. Returns `key` with the size and SHA-256 of the stored bytes."""
 
     def download(self, key: str, path: Path, expected: StoredObject | None = None) -> None:
-        """Write the object to `path`, whole or not at all.
+        """Write the object to `path`, completely or not at all.
 
-        Raises NotFound, and Corrupt where size or sha256 differ from `expected`.
+        Raises NotFound, and Corrupt if the size or the SHA-256 differs from `expected`.
         """
 
     def local_path(self, key: str) -> Path | None:
-        """Return where the object (or folder) lies on this machine, which need not exist; None for a remote store."""
+        """Return the local path of the object or folder, which may not exist; None for a remote store."""
 
     def delete(self, prefix: str) -> None:
-        """Remove the object `prefix` and all objects below the folder `prefix`, manifests first."""
+        """Delete the object `prefix` and all objects below the folder `prefix`, manifests first."""
 
 
 # -- locations ---------------------------------------------------------------------------------------------------------
@@ -138,12 +138,12 @@ class FolderLocation:
 
 
 def file_uri(path: Path) -> str:
-    """Return a `file://` URI that people can read: only `%`, which would be ambiguous, is escaped."""
+    """Return a readable `file://` URI: only `%` is escaped, which would be ambiguous otherwise."""
     return "file://" + path.as_posix().replace("%", "%25")
 
 
 def parse_location(uri: str) -> S3Location | FolderLocation:
-    """Take apart `s3://bucket/prefix`, `file:///path` (percent-escapes allowed) or a plain path.
+    """Parse `s3://bucket/prefix`, `file:///path` (percent-escapes allowed) or a plain path.
 
     Raises StoreError for any other scheme.
     """
@@ -153,16 +153,18 @@ def parse_location(uri: str) -> S3Location | FolderLocation:
         return _parse_file(uri)
     if "://" in uri:
         scheme = uri.split("://", 1)[0]
-        raise StoreError(f"{scheme}://…", "scheme is not supported; use `s3://bucket/prefix`, `file:///path` or a path")
+        raise StoreError(
+            f"{scheme}://…", "the scheme is not supported; use `s3://bucket/prefix`, `file:///path` or a path"
+        )
     return FolderLocation(Path(uri).expanduser().absolute())
 
 
 def _parse_s3(uri: str) -> S3Location:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    if "@" in bucket or ":" in bucket:  # never repeated in the message: it may be a secret
+    if "@" in bucket or ":" in bucket:  # not repeated in the message: it may be a secret
         raise StoreError("s3://…", "credentials in the URI are not accepted; use the AWS SDK's own configuration")
     if not bucket:
-        raise StoreError(uri, "names no bucket; write `s3://bucket/prefix`")
+        raise StoreError(uri, "has no bucket; write `s3://bucket/prefix`")
     return S3Location(bucket, prefix.strip("/"))
 
 
@@ -174,7 +176,7 @@ def _parse_file(uri: str) -> FolderLocation:
 
 
 def public_endpoint(endpoint: str) -> str:
-    """Return scheme, host and port of an endpoint: what may be shown in a message."""
+    """Return scheme, host and port of an endpoint, which are safe to show in a message."""
     parts = urlsplit(endpoint)
     host = parts.hostname or ""
     return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
@@ -184,25 +186,25 @@ def public_endpoint(endpoint: str) -> str:
 
 
 def checked_key(key: str) -> str:
-    """Return `key`; raises StoreError where it is empty or could leave the root."""
+    """Return `key`. Raises StoreError if it is empty or could escape from the root."""
     if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise StoreError(repr(key), "is not a key; a key is a relative path without empty parts, `.` or `..`")
+        raise StoreError(repr(key), "is not a key; a key is a relative path without empty parts, `.` and `..`")
     return key
 
 
 def checked_prefix(prefix: str) -> str:
-    """Return `prefix` without a slash at its end; empty means the root."""
+    """Return `prefix` without a trailing slash; empty means the root. Raises StoreError for an invalid one."""
     prefix = prefix.rstrip("/")
     return checked_key(prefix) if prefix else ""
 
 
 def is_below(key: str, prefix: str) -> bool:
-    """Tell whether `key` is `prefix` itself or lies in the folder `prefix`; an empty prefix holds everything."""
+    """Return whether `key` is `prefix` itself or below the folder `prefix`; everything is below an empty prefix."""
     return not prefix or key == prefix or key.startswith(prefix + "/")
 
 
 def deletion_order(keys: list[str]) -> list[str]:
-    """Sort manifests to the front, so that what is half deleted never counts as complete."""
+    """Sort manifests to the front, so that a partly deleted artifact never counts as complete."""
     return sorted(keys, key=lambda key: (key.rsplit("/", 1)[-1] != MANIFEST, key))
 
 
@@ -210,18 +212,18 @@ def deletion_order(keys: list[str]) -> list[str]:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in chunks."""
+    """Return the SHA-256 (hex) of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_expected(key: str, size: int, sha256: str, expected: StoredObject | None) -> None:
-    """Raise Corrupt, naming `key`, unless size and checksum are the promised ones."""
+    """Raise Corrupt, with `key`, unless size and checksum are the expected ones."""
     if expected is None or (size, sha256) == (expected.size, expected.sha256):
         return
     got = f"{size} bytes, sha256 {sha256[:16]}…"
     raise Corrupt(
         key,
         f"bytes differ from the manifest: got {got}, expected {expected.size} bytes, sha256 {expected.sha256[:16]}…; "
-        "the object is damaged or was overwritten: make it anew with `stagecoach run --from` the stage that made it",
+        "the object is damaged or was overwritten; re-create it with `stagecoach run --from` the stage that made it",
     )

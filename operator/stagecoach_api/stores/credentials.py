@@ -1,7 +1,7 @@
-"""S3 credentials in a folder, one file each: a Kubernetes Secret as it is mounted.
+"""S3 credentials in a folder, one file for each key: a mounted Kubernetes Secret.
 
-The files are read for every request, so that credentials that are rotated while a stage runs are used at once: the
-kubelet replaces them below the pod. They never pass through the environment, arguments or logs.
+The files are read for every request, so that credentials rotated while a stage runs (the kubelet replaces the mounted
+files) are used at once. They never pass through the environment, arguments or logs.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
 
 METHOD = "stagecoach-folder"
-"""What botocore calls this way of finding credentials."""
+"""Name of this credential provider in botocore."""
 
 CURRENT = "..data"
-"""The kubelet's link to the folder that holds a mount's present files; it is replaced as a whole."""
+"""The kubelet's symbolic link to the folder with a mount's current files. It is replaced atomically, so resolving it
+once gives two keys of the same revision."""
 READ_ATTEMPTS = 3
 
 
 class KeyPair(NamedTuple):
-    """What requests are signed with."""
+    """The pair of keys that signs requests."""
 
     access_key: str
     secret_key: str
@@ -35,29 +36,31 @@ class KeyPair(NamedTuple):
 
 
 def read_key_pair(folder: Path) -> KeyPair:
-    """Return both halves as they were at one moment. Raises OSError where one is missing, ValueError where one is
-    empty; neither holds a secret."""
+    """Return both keys of the same revision.
+
+    Raises OSError if a file is missing, ValueError if one is empty; neither message contains a secret.
+    """
     for attempt in range(READ_ATTEMPTS):
         present = (folder / CURRENT).resolve() if (folder / CURRENT).exists() else folder
         try:
             pair = KeyPair(_read(present / ACCESS_KEY_FILE), _read(present / SECRET_KEY_FILE))
-        except FileNotFoundError:  # the folder may have been replaced between link and file
+        except FileNotFoundError:  # the folder may have been replaced after the link was resolved
             if attempt == READ_ATTEMPTS - 1:
                 raise
             continue
         empty = [name for name, half in zip((ACCESS_KEY_FILE, SECRET_KEY_FILE), pair, strict=True) if not half]
         if empty:
-            raise ValueError(f"{folder / empty[0]} is empty; the Secret's key of that name must hold a value")
+            raise ValueError(f"{folder / empty[0]} is empty; the Secret's key of that name must have a value")
         return pair
     raise AssertionError("unreachable")
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip()  # many a Secret is made from a file with a newline at its end
+    return path.read_text(encoding="utf-8").strip()  # Secrets are often made from a file that ends with a newline
 
 
 def put_first(session: botocore.session.Session, folder: Path) -> None:
-    """Let a session look into the folder before anything else, and at nothing else if there is nothing in it."""
+    """Make a session read the folder before any other source, and no other source if the folder has no credentials."""
     resolver = session.get_component("credential_provider")
     resolver.insert_before("env", _provider(folder))
 
@@ -75,13 +78,13 @@ def _provider(folder: Path) -> object:
 
 
 def _credentials(folder: Path) -> Credentials:
-    """Return credentials that read the folder each time they are used. Raises CredentialRetrievalError."""
+    """Return credentials that read the folder at every use. Raises CredentialRetrievalError."""
     from botocore.credentials import Credentials, ReadOnlyCredentials
     from botocore.exceptions import CredentialRetrievalError
 
     class FolderCredentials(Credentials):
         def get_frozen_credentials(self) -> ReadOnlyCredentials:
-            with suppress(OSError, ValueError):  # being replaced: what was read before is tried
+            with suppress(OSError, ValueError):  # being replaced: keep the previous keys
                 self.access_key, self.secret_key = read_key_pair(folder)
             return ReadOnlyCredentials(self.access_key, self.secret_key, None, None)
 

@@ -1,4 +1,4 @@
-"""Inputs that no stage made: a file, a folder or a glob, on this machine or on S3, and what identifies their bytes."""
+"""External inputs: a file, a folder or a glob, on this machine or on S3, and the digest of their content."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def list_external(
     region: str | None = None,
     hash_file: Callable[[Path], str] = sha256_of_file,
 ) -> tuple[str, list[StoreEntry]]:
-    """Find what lies at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
+    """List the files at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
 
     Returns the root's URI and the files with keys relative to it, sorted. The root of a single file is its folder, that
-    of a glob the last folder without a wildcard. Hidden files are passed over unless a pattern names them. Local files
-    carry their sha256, which `hash_file` returns (a caller may remember hashes), S3 objects their ETag. Raises
-    NotFound, naming `uri`, where there is nothing.
+    of a glob the last folder without a wildcard. Hidden files are skipped unless a pattern names them. The checksum
+    of a local file is its SHA-256, computed by `hash_file` (a caller may cache hashes); that of an S3 object its ETag.
+    Raises NotFound, with `uri`, if there is nothing.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):
@@ -45,13 +45,13 @@ def list_external(
         found = _list_s3(location, endpoint, region)
     if not found[1]:
         raise NotFound(
-            uri, "there is no such file, folder with files, or match; check the path (hidden files are not read)"
+            uri, "there is no such file, non-empty folder, or match; check the path (hidden files are skipped)"
         )
     return found
 
 
 def external_digest(entries: Iterable[StoreEntry]) -> str:
-    """Return the digest of external input: names below its root, sizes and checksums, in whatever order."""
+    """Return the digest of an external input: keys below its root, sizes and checksums, in any order."""
     return digest_of(sorted([entry.key, entry.size, entry.checksum] for entry in entries))
 
 
@@ -75,7 +75,7 @@ def _list_local(path: Path, hash_file: Callable[[Path], str]) -> tuple[Path, lis
 
 
 def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
-    """Yield the files below `folder`, at most `depth` levels down; linked folders are entered, but no loop is."""
+    """Yield the files below `folder`, at most `depth` levels down. Follows links to folders, but no cycle of them."""
     real = folder.resolve()
     if real in seen or depth == 0:
         return
@@ -88,7 +88,7 @@ def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozen
 
 
 def _hashed(root: Path, keys: list[str], hash_file: Callable[[Path], str]) -> list[StoreEntry]:
-    """Read the files, several at a time (hashing releases Python's lock)."""
+    """Hash the files, several at a time (hashing releases the GIL)."""
 
     def entry(key: str) -> StoreEntry:
         path = root / key
@@ -129,7 +129,7 @@ def _split_glob(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Match part by part, as shells do: a leading dot only by a leading dot, `**` any number of folders, even none."""
+    """Match part by part, as shells do: a leading dot only by a leading dot, `**` by any number of folders, even 0."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

@@ -1,4 +1,9 @@
-"""A store in a folder: atomic by rename, committed by hard link, synchronised to disk."""
+"""A store in a folder of a POSIX file system.
+
+A write is a temporary file that is renamed, which replaces the target atomically. A commit is a hard link, which fails
+if the name exists: rename would overwrite it, and `open("x")` would show a file that is still being written. Both
+synchronise the file and its folder, so that a manifest never survives a crash that its objects do not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,7 @@ from stagecoach_api.stores.base import (
 
 TEMPORARY_PREFIX = ".stagecoach-"
 TEMPORARY_SUFFIX = ".tmp"
-"""Files being written; a listing passes over those a crash left behind."""
+"""Names of files being written. Listings skip them, because a crash may leave some."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
@@ -36,7 +41,7 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class FolderStore:
-    """Objects are files below `location`; see `stagecoach_api.store.Store` for what each method promises."""
+    """Objects are files below `location`. See `stagecoach_api.store.Store` for the methods."""
 
     def __init__(self, location: FolderLocation) -> None:
         self._root = location.path
@@ -55,7 +60,7 @@ class FolderStore:
                 paths = [Path(folder) / name for folder, _, names in os.walk(start) for name in names]
             keys = sorted(path.relative_to(self._root).as_posix() for path in paths if not is_temporary(path.name))
         for key in keys:
-            # A file may go between the walk and here (another run deletes its checkpoints): it is no longer listed.
+            # A file may disappear after the walk, as when another run deletes its checkpoints: it is left out.
             with contextlib.suppress(FileNotFoundError):
                 stat = (self._root / key).stat()
                 yield StoreEntry(key, stat.st_size, "", stat.st_mtime)
@@ -111,12 +116,12 @@ class FolderStore:
         return self._root / checked_key(key)
 
 
-# -- files that appear whole or not at all -----------------------------------------------------------------------------
+# -- files that appear completely or not at all ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a new file in `target`'s folder (made if absent); it is gone at the end unless it was renamed."""
+    """Open a new file in `target`'s folder, created if needed. It is deleted at the end unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
     try:
@@ -131,20 +136,20 @@ def is_temporary(name: str) -> bool:
 
 
 def publish(temporary: Path, file: BinaryIO, target: Path) -> None:
-    """Bring `file` to disk and give it its name, replacing what was there."""
+    """Flush `file` to disk and rename it to `target`, replacing any file there."""
     synchronise(file)
     temporary.replace(target)
     _synchronise_folder(target.parent)
 
 
 def synchronise(file: BinaryIO) -> None:
-    """Wait until the file's bytes are on disk: a crash after a manifest was written must not find its objects empty."""
+    """Wait until the file's bytes are on disk: a crash after a manifest was written must not leave empty objects."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def copy_hashing(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    """Copy all bytes; return their number and hex sha256."""
+    """Copy all bytes; return their number and SHA-256 (hex)."""
     digest = hashlib.sha256()
     size = 0
     while chunk := source.read(CHUNK_BYTES):
@@ -163,14 +168,16 @@ def _synchronise_folder(folder: Path) -> None:
 
 
 def _link(temporary: Path, path: Path, key: str) -> bool:
-    """Give the finished file its name unless the name is taken: the one step that the file system makes exclusive."""
+    """Link the finished file to its name unless the name exists; the file system makes this step exclusive."""
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno in _NO_LINKS:
-            message = f"the file system below {path.parent} has no hard links, by which a store commits; use another"
+            message = (
+                f"the file system of {path.parent} has no hard links, which a store needs to commit; use another one"
+            )
             raise StoreError(key, message) from error
         raise
     _synchronise_folder(path.parent)
@@ -182,7 +189,7 @@ def _link(temporary: Path, path: Path, key: str) -> bool:
 
 @contextlib.contextmanager
 def translated(key: str, path: Path | None = None) -> Iterator[None]:
-    """Turn the operating system's errors into the store's, with the key; `path` is what was being written."""
+    """Turn OSError into StoreError with `key`. `path`: the file being written, None while reading."""
     try:
         yield
     except OSError as error:
@@ -192,9 +199,9 @@ def translated(key: str, path: Path | None = None) -> Iterator[None]:
 def _store_error(error: OSError, key: str, path: Path | None) -> StoreError:
     where = error.filename or path
     if error.errno in _FULL:
-        return StoreError(key, f"no space left ({error.strerror}) below {path}; free some, then run again")
+        return StoreError(key, f"no space left ({error.strerror}) for {path}; free some, then run again")
     if isinstance(error, PermissionError):
-        return AccessDenied(key, f"no right to use {where}; check its owner and mode")
+        return AccessDenied(key, f"permission denied for {where}; check its owner and mode")
     if error.errno in _ABSENT and path is None:
-        return NotFound(key, f"there is no file {where}")
+        return NotFound(key, f"the file {where} does not exist")
     return StoreError(key, f"{error.strerror or error} ({where})")

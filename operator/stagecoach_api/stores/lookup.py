@@ -1,4 +1,4 @@
-"""What both drivers ask a store: what lies at the URIs of a run's inputs, and whether a stage's work is done."""
+"""Look-ups that both drivers make: the inputs of a run, and the artifact of a stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOOKUP_THREADS = 8
 
 
 def absolute(uri: str, root: str) -> str:
-    """Return `uri` as it is where it is absolute, else below `root`, an absolute URI."""
+    """Return `uri` itself if it is absolute, else joined to `root`, an absolute URI."""
     if "://" in uri or uri.startswith(("/", "~")):
         return parse_location(uri).uri
     location = parse_location(root)
@@ -45,9 +45,9 @@ def find_inputs(
     region: str | None = None,
     hash_file: Callable[[Path], str] = sha256_of_file,
 ) -> dict[str, ResolvedInput | StoreError]:
-    """Look at absolute URIs, several at a time; return what was found, or why not, under the same keys.
+    """Look up absolute URIs, several at a time. Returns the input, or the error, under the same keys.
 
-    `endpoint`, `region`: of S3. `hash_file` returns the sha256 of a local file.
+    `endpoint`, `region`: of S3. `hash_file`: returns the SHA-256 (hex) of a local file.
     """
 
     def find(uri: str) -> ResolvedInput | StoreError:
@@ -64,9 +64,9 @@ def find_inputs(
 def input_problems(
     run: TrainingRun, failures: Mapping[str, StoreError], remedy: str, source: str = ""
 ) -> list[Problem]:
-    """Return a problem for every place of a run that names an input which was not found.
+    """Return a problem for every field of a run that refers to an input in `failures`.
 
-    `failures`: by `Reference.key`. `source`: the run's file. Empty: it came from elsewhere.
+    `failures`: by `Reference.key`. `source`: the run's file; empty if it has none.
     """
     return [
         Problem(
@@ -94,10 +94,10 @@ def find_manifest(store: Store, digest: str) -> Manifest | None:
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
-    """Return the manifest of a stage digest. Raises NotFound where there is no artifact, Corrupt for a damaged one."""
+    """Return the manifest of a stage digest. Raises NotFound if there is no artifact, Corrupt if it is invalid."""
     key = manifest_key(digest)
     try:
         return Manifest.model_validate_json(store.read(key))
     except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise Corrupt(key, f"is not a manifest ({said}); delete the artifact to make it again") from error
+        reason = error.errors()[0]["msg"]
+        raise Corrupt(key, f"is not a manifest ({reason}); delete the artifact to make it again") from error

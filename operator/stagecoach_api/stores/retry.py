@@ -1,4 +1,4 @@
-"""Calls that are made again: exponential waits with jitter, bounded in number and in time."""
+"""Retries of calls: exponential back-off with jitter, bounded in number and in time."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ OUTAGE_PAUSE_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long a call is repeated."""
+    """How often, and for how long, a call is retried."""
 
     max_attempts: int = 10
-    """Calls in all. With the waits below a store may be away for about 70 seconds."""
+    """Calls in total. With the waits below, a store may be unavailable for about 70 seconds."""
 
     first_contact_attempts: int = 4
-    """Calls in all while the store has never answered: then its address is more likely wrong than it is down."""
+    """Calls in total while the store has never answered: its address is more likely wrong than the store is down."""
 
     base_seconds: float = 0.5
-    """Wait after the first failure; doubled after each."""
+    """Wait after the first failure; doubled after each further one."""
 
     max_seconds: float = 20.0
     """Longest single wait."""
 
     deadline_seconds: float = 300.0
-    """No call is repeated later than this after the first."""
+    """No call is retried later than this after the first one."""
 
     def wait_seconds(self, failures: int, jitter: float) -> float:
-        """Return the wait after so many failures (≥ 1): half of it fixed, half scaled by `jitter` in [0, 1), so that
-        the ranks of a run do not come back all at once."""
+        """Return the wait after `failures` (≥ 1) failures. `jitter`: in [0, 1).
+
+        Half of it is fixed and half is scaled by the jitter, so that the ranks of a run do not retry all at once.
+        """
         longest = min(self.max_seconds, self.base_seconds * 2.0 ** (failures - 1))
         return longest * (0.5 + 0.5 * jitter)
 
 
 @dataclass(frozen=True)
 class Retrier:
-    """Repeats calls by a policy; clock, sleep and randomness are given, so that tests need not wait."""
+    """Retries calls by a policy. Clock, sleep and randomness are parameters, so that tests need not wait."""
 
     policy: RetryPolicy = RetryPolicy()
     sleep: Callable[[float], None] = time.sleep
@@ -52,8 +54,11 @@ class Retrier:
     def call(
         self, operation: Callable[[int], T], is_transient: Callable[[Exception], bool], max_attempts: int | None = None
     ) -> T:
-        """Return `operation(attempt)`, attempts counted from 1; the last error is raised when attempts or time are used
-        up, any error that is not transient at once. `max_attempts`: None takes the policy's."""
+        """Return `operation(attempt)`, with attempts counted from 1.
+
+        Raises the last error when attempts or time are used up, and a non-transient error at once. `max_attempts`: if
+        None, the policy's.
+        """
         limit = max_attempts or self.policy.max_attempts
         started = self.clock()
         attempt = 1

@@ -1,8 +1,11 @@
-"""A store in an S3 bucket, of AWS or of any server that speaks its protocol. boto3 is imported at the first call.
+"""A store in an S3 bucket, of AWS or of any compatible server. boto3 is imported at the first call.
 
-Integrity: every upload carries a Content-MD5 that the server checks, and its sha256 as metadata. botocore's own default
-checksums are off (`when_required`), because many clones refuse them (boto3#4392); what the trainer reads is compared
-with the sha256 of a manifest anyway.
+Integrity: every upload has a Content-MD5 that the server checks, and its SHA-256 as metadata. botocore's own default
+checksums are off (`when_required`), because many compatible servers reject them (boto3#4392); what the trainer reads is
+compared with the SHA-256 in a manifest anyway.
+
+Commits use conditional writes (`If-None-Match: *`), which AWS has offered since August 2024. Servers without them get a
+check followed by a plain write.
 """
 
 from __future__ import annotations
@@ -48,20 +51,20 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PART_BYTES = 8 << 20
-"""Files larger than this travel in parts of at least this size (S3 asks for ≥ 5 MiB)."""
+"""Files larger than this are transferred in parts of at least this size (S3 requires ≥ 5 MiB)."""
 MAX_PARTS = 10_000
-"""S3's limit; parts of larger files grow."""
+"""S3's limit for one upload; larger files get larger parts."""
 CONCURRENCY = 8
-"""Parts in flight of one file; also the memory of a transfer, in parts."""
+"""Number of a file's parts in flight, which also bounds the memory of a transfer."""
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 MAX_CORRUPT_DOWNLOADS = 2
-"""A download whose bytes are wrong is made once more: the network may have been at fault."""
+"""A download with wrong bytes is repeated once: the network may have been at fault."""
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What a HEAD request tells."""
+    """The result of a HEAD request."""
 
     size: int
     etag: str
@@ -69,7 +72,7 @@ class _Head:
 
 
 class S3Store:
-    """Objects below `location`; see `stagecoach_api.store.Store` for what each method promises."""
+    """Objects below `location`. See `stagecoach_api.store.Store` for the methods."""
 
     def __init__(
         self,
@@ -99,17 +102,18 @@ class S3Store:
         yield from sorted(found, key=lambda entry: entry.key)
 
     def list_raw(self, start: str) -> Iterator[StoreEntry]:
-        """Yield every object whose key begins with the characters `start`, page by page, in the server's order."""
+        """Yield every object whose key starts with the characters `start`, page by page, in the server's order."""
         root = f"{self._location.prefix}/" if self._location.prefix else ""
         token: str | None = None
         while True:
             page = self._list_page(root + start, token)
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(root)
-                if key and not key.endswith("/"):  # consoles make empty objects to show folders
+                if key and not key.endswith("/"):  # consoles create empty objects to show folders
                     tag = "etag:" + item["ETag"].strip('"')
                     yield StoreEntry(key, item["Size"], tag, item["LastModified"].timestamp())
             following = page.get("NextContinuationToken")
+            # A server that repeats its token would make this loop endless.
             if not page.get("IsTruncated") or following in (None, token):
                 return
             token = following
@@ -130,12 +134,16 @@ class S3Store:
     def commit(self, key: str, data: bytes) -> bool:
         if self._head(checked_key(key)) is not None:
             return False
+        # The random mark identifies this commit: a retry uses it to recognise an object that an earlier attempt of the
+        # same commit created, although the response was lost.
         metadata = _metadata(hashlib.sha256(data).hexdigest()) | {"stagecoach-commit": secrets.token_hex(16)}
         if self._has_conditional_put:
             done = self._conditional_put(key, data, metadata)
             if done is not None:
                 return done
-        self._call(key, lambda _: self._put(key, data, metadata))  # the best such a server can do
+        # Without conditional writes two commits between HEAD and PUT both succeed, and the later one wins. For
+        # artifacts either is right: equal stage digests give equal content.
+        self._call(key, lambda _: self._put(key, data, metadata))
         return True
 
     def local_path(self, key: str) -> Path | None:
@@ -145,7 +153,7 @@ class S3Store:
         prefix = checked_key(prefix.rstrip("/"))
         keys = deletion_order([entry.key for entry in self.list(prefix)])
         manifests = [key for key in keys if key.rsplit("/", 1)[-1] == MANIFEST]
-        # One request per key: the batch call needs checksums that clones do not agree on.
+        # One request per key: DeleteObjects requires a checksum, and compatible servers disagree on which.
         _map_concurrently(self._delete, manifests)
         _map_concurrently(self._delete, keys[len(manifests) :])
 
@@ -182,7 +190,7 @@ class S3Store:
         if head is None:
             raise NotFound(key, f"there is no such object in {self.uri}")
         with translated(key, path), temporary_file(path) as (temporary, file):
-            file.truncate(head.size)
+            file.truncate(head.size)  # parts are written at their offsets, in any order
             spans = _spans(head.size, self._part_bytes)
             _map_concurrently(lambda span: self._download_part(key, file.fileno(), head, span), spans)
             if expected is not None:
@@ -190,10 +198,11 @@ class S3Store:
             publish(temporary, file, path)
 
     def _download_part(self, key: str, handle: int, head: _Head, span: tuple[int, int]) -> None:
-        """Fetch the bytes [start, end) of the object that HEAD saw, and write them to their place in the file."""
+        """Fetch the bytes [start, end) of the object that HEAD returned, and write them at their offset in the file."""
         start, end = span
 
         def get(_: int) -> bytes:
+            # `If-Match` gives 412 if the object was replaced since HEAD: parts of two objects are never mixed.
             body = self._client.get_object(**self._at(key), Range=f"bytes={start}-{end - 1}", IfMatch=f'"{head.etag}"')[
                 "Body"
             ].read()
@@ -217,7 +226,7 @@ class S3Store:
             parts = _map_concurrently(lambda part: self._upload_part(path, key, upload_id, *part), spans)
             self._call(key, lambda attempt: self._complete(stored, upload_id, parts, attempt))
         except BaseException:
-            # What was sent would be kept, and paid for, until somebody aborts it.
+            # Uploaded parts are kept, and billed, until the upload is completed or aborted.
             with suppress(Exception):
                 self._client.abort_multipart_upload(**self._at(key), UploadId=upload_id)
             raise
@@ -247,7 +256,8 @@ class S3Store:
                 **self._at(stored.path), UploadId=upload_id, MultipartUpload={"Parts": parts}
             )
         except Exception as error:
-            # The first answer may have been lost after the server had done it: then the upload is gone.
+            # The response of an earlier attempt may have been lost after the server completed the upload: the upload
+            # no longer exists (404 NoSuchUpload), and the object does.
             if attempt == 1 or not is_absent(error):
                 raise
             head = self._head(stored.path)
@@ -258,7 +268,7 @@ class S3Store:
 
     @cached_property
     def _client(self) -> S3Client:
-        """boto3's client (safe to share between threads); its own retries are off, since ours count time as well."""
+        """boto3's client, which threads can share. Its own retries are off: ours are bounded in time as well."""
         from botocore.config import Config
 
         config = Config(
@@ -275,7 +285,7 @@ class S3Store:
         return _session().client("s3", endpoint_url=self.endpoint, region_name=self.region, config=config)
 
     def _call(self, key: str, operation: Callable[[int], T]) -> T:
-        """Make a request, again if it may help; errors come out as the store's, with the key."""
+        """Make a request, with retries; raises StoreError with the key."""
         limit = None if self._has_answered else self._retrier.policy.first_contact_attempts
         try:
             result = self._retrier.call(operation, is_transient, limit)
@@ -283,7 +293,7 @@ class S3Store:
             raise
         except OSError as error:
             if type(error).__module__ == "builtins" and error.filename is not None:
-                raise  # a local file, not the network
+                raise  # about a local file, not the network
             raise store_error(error, key, self.uri, self.endpoint) from None
         except Exception as error:
             raise store_error(error, key, self.uri, self.endpoint) from None
@@ -316,13 +326,17 @@ class S3Store:
         self._client.put_object(**self._at(key), Body=data, ContentMD5=_md5(data), Metadata=metadata, **conditions)
 
     def _conditional_put(self, key: str, data: bytes, metadata: dict[str, str]) -> bool | None:
-        """Put with `If-None-Match: *`. True: created; False: it was there; None: the server cannot do it."""
+        """Put with `If-None-Match: *`. Returns True if created, False if the object existed, None if not supported.
+
+        A conflict with another conditional write (409 ConditionalRequestConflict) is transient: the retry gets 412 once
+        the other write is done.
+        """
 
         def put(attempt: int) -> bool | None:
             try:
                 self._put(key, data, metadata, IfNoneMatch="*")
             except Exception as error:
-                if error_status(error) == 412:
+                if error_status(error) == 412:  # precondition failed: the object exists
                     return attempt > 1 and self._is_ours(key, metadata)
                 if error_status(error) == 501 or error_code(error) == "NotImplemented":
                     self._has_conditional_put = False
@@ -333,13 +347,13 @@ class S3Store:
         return self._call(key, put)
 
     def _is_ours(self, key: str, metadata: dict[str, str]) -> bool:
-        """Tell whether an earlier attempt of this very commit succeeded and only its answer was lost."""
+        """Return whether an earlier attempt of this commit created the object, and only its response was lost."""
         head = self._head(key)
         return head is not None and head.metadata.get("stagecoach-commit") == metadata["stagecoach-commit"]
 
 
 class _Truncated(StoreError):
-    """The body ended early; asked for again."""
+    """The body ended early. Transient."""
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -347,16 +361,17 @@ class _Truncated(StoreError):
 
 @cache
 def _service_models() -> Any:
-    """botocore's descriptions of S3, parsed once for all stores: they are most of what a client costs."""
+    """botocore's service models, shared by all stores: parsing them is most of the cost of a client."""
     import botocore.loaders
 
     return botocore.loaders.create_loader()
 
 
 def _session() -> Session:
-    """Return a session of its own, which reads the credentials anew and is shared by no other thread.
+    """Return a new session: sessions are not thread-safe, and a new one reads the credentials again.
 
-    Credentials are those in the folder `ENV_CREDENTIALS_DIR` where that is set, else what the AWS SDK finds."""
+    Credentials are those in the folder `ENV_CREDENTIALS_DIR` if it is set, else those that the AWS SDK finds.
+    """
     import boto3
     import botocore.session
 
@@ -376,17 +391,17 @@ def _metadata(sha256: str) -> dict[str, str]:
 
 
 def _md5(data: bytes) -> str:
-    """Return Content-MD5: the one transfer checksum that every S3 server checks. It guards no secret."""
+    """Return Content-MD5, the only checksum of a transfer that every S3 server checks. It protects no secret."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _spans(size: int, part_bytes: int) -> list[tuple[int, int]]:
-    """Cut [0, size) into consecutive [start, end)."""
+    """Split [0, size) into consecutive ranges [start, end)."""
     return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
 
 
 def _map_concurrently(function: Callable[[S], T], items: Sequence[S]) -> Sequence[T]:
-    """Apply `function` to the items, `CONCURRENCY` at a time; the first error stops those not yet begun."""
+    """Apply `function` to the items, `CONCURRENCY` at a time. After the first error no further call starts."""
     if len(items) <= 1:
         return [function(item) for item in items]
     with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="s3") as pool:

@@ -1,6 +1,6 @@
-"""What an S3 error means: worth another try, or which of the store's errors. botocore is not imported for it.
+"""Translation of S3 errors: whether a retry may help, and which StoreError they become. Does not import botocore.
 
-Messages are built from codes alone: a server's text may repeat request headers, and with them credentials.
+Messages contain error codes only: a server's text may repeat request headers, and with them credentials.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _TRANSIENT_CODES = {
     "Throttling",
     "ThrottlingException",
     "InternalError",
-    "BadDigest",  # the bytes were damaged on their way: the server's checksum says so
-    "ConditionalRequestConflict",  # another conditional write of the key is under way; the next try is told 412
+    "BadDigest",  # the server's checksum shows that the bytes were damaged in transit
+    "ConditionalRequestConflict",  # another conditional write of the key is in progress; the next attempt gets 412
     "OperationAborted",
 }
 _TRANSIENT_ERRORS = {
@@ -52,31 +52,31 @@ _WRONG_CREDENTIALS = {
     "InvalidSecurity",
 }
 _WHERE = (
-    f"credentials are looked for in the folder that {ENV_CREDENTIALS_DIR} names, else where the AWS SDK does: the "
+    f"credentials are read from the folder in {ENV_CREDENTIALS_DIR}, else from where the AWS SDK looks: the "
     "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), the credentials file (AWS_SHARED_CREDENTIALS_FILE or "
-    "~/.aws/credentials, profile AWS_PROFILE), then web or machine identity"
+    "~/.aws/credentials, profile AWS_PROFILE), then the web or machine identity"
 )
 
 
 def error_code(error: BaseException) -> str:
-    """Return S3's error code, such as `NoSuchKey`; empty where the error is not an answer of the server."""
+    """Return S3's error code, such as `NoSuchKey`; empty if the error is not a response of the server."""
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def error_status(error: BaseException) -> int:
-    """Return the HTTP status; 0 where the error is not an answer of the server."""
+    """Return the HTTP status; 0 if the error is not a response of the server."""
     response = getattr(error, "response", None)
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
 
 
 def is_absent(error: BaseException) -> bool:
-    """Tell whether the server said that the key, the bucket or the upload does not exist."""
+    """Return whether the server reported that the key, the bucket or the upload does not exist."""
     return error_status(error) == 404
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether the same request may succeed a moment later."""
+    """Return whether the same request may succeed if it is retried."""
     status = error_status(error)
     if status:
         return status in _TRANSIENT_STATUS or error_code(error) in _TRANSIENT_CODES
@@ -84,11 +84,11 @@ def is_transient(error: Exception) -> bool:
 
 
 def store_error(error: Exception, key: str, uri: str, endpoint: str | None) -> StoreError:
-    """Return the store's error for what came out of botocore after the last try."""
+    """Return the StoreError for an error that botocore raised in the last attempt."""
     status = error_status(error)
     where = public_endpoint(endpoint) if endpoint else "AWS"
     if status:
-        return _of_answer(error, key, uri, f"{where} answered {status} {error_code(error)}".rstrip())
+        return _response_error(error, key, uri, f"{where} answered {status} {error_code(error)}".rstrip())
     name = type(error).__name__
     if name in _NO_CREDENTIALS:
         return AccessDenied(key, f"no usable credentials for {uri} ({name}); {_WHERE}")
@@ -97,17 +97,19 @@ def store_error(error: Exception, key: str, uri: str, endpoint: str | None) -> S
     return StoreError(key, f"the request failed ({where}: {name})")
 
 
-def _of_answer(error: Exception, key: str, uri: str, answer: str) -> StoreError:
+def _response_error(error: Exception, key: str, uri: str, answer: str) -> StoreError:
     code, status = error_code(error), error_status(error)
     if code in _WRONG_CREDENTIALS:
         return AccessDenied(key, f"wrong credentials for {uri} ({answer}); {_WHERE}")
     if status in (401, 403):
-        return AccessDenied(key, f"access to {uri} is refused ({answer}): wrong credentials, or no right; {_WHERE}")
+        return AccessDenied(
+            key, f"access to {uri} is denied ({answer}): wrong credentials, or a missing permission; {_WHERE}"
+        )
     if status == 404:
         what = "the bucket does not exist" if code == "NoSuchBucket" else "there is no such object"
         return NotFound(key, f"{what} in {uri} ({answer})")
     if status == 412:
         return Corrupt(key, f"the object was replaced while it was read ({answer})")
     if is_transient(error):
-        return Unreachable(key, f"{uri} kept failing ({answer}); the server is overloaded or ill, try again later")
+        return Unreachable(key, f"{uri} kept failing ({answer}); the server is overloaded or broken, try again later")
     return StoreError(key, f"the request failed ({answer})")

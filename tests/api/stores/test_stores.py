@@ -232,7 +232,7 @@ def test_a_folder_without_rights_says_so(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(AccessDenied, match=r"^a: no right to use"):
+    with pytest.raises(AccessDenied, match=r"^a: permission denied for"):
         open_store(str(tmp_path)).write("a", b"")
 
 
@@ -252,7 +252,7 @@ def test_a_file_system_without_hard_links_is_refused_and_not_half_used(
     ("uri", "message"),
     [
         pytest.param("http://host/x", "scheme is not supported", id="another scheme"),
-        pytest.param("s3://", "names no bucket", id="no bucket"),
+        pytest.param("s3://", "has no bucket", id="no bucket"),
         pytest.param("file://host/x", "not a local path", id="another host"),
         pytest.param("s3://key:hidden@bucket/x", "credentials in the URI", id="credentials in the URI"),
         pytest.param("ftp://key:hidden@host/x", "scheme is not supported", id="credentials in a foreign URI"),
