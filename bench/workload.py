@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach_trainer.batches.rows import IGNORE, Row
+from stagecoach_trainer.batches.rows import IGNORE, Row, Unit
 from stagecoach_trainer.batches.schedule import StepSchedule
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def row_of(sample: Sample) -> Row:
 class GivenPlan:
     """The given rows, step by step."""
 
-    batches: Sequence[Sequence[Row]]
+    batches: Sequence[Sequence[Unit]]
 
     @property
     def num_steps(self) -> int:
         return len(self.batches)
 
-    def rows(self, step: int) -> Sequence[Row]:
+    def rows(self, step: int) -> Sequence[Unit]:
         return self.batches[step]
 
 

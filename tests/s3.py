@@ -81,8 +81,8 @@ class VersityServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [self._binary, "--port", f"127.0.0.1:{self._port}", "--quiet", "posix"]
-        command += ["--sidecar", self._sidecar, self._data]
+        listen = ["--port", f"127.0.0.1:{self._port}", "--quiet"]
+        command = [str(self._binary), *listen, "posix", "--sidecar", str(self._sidecar), str(self._data)]
         environment = {"ROOT_ACCESS_KEY": ACCESS_KEY, "ROOT_SECRET_KEY": SECRET_KEY, "PATH": os.environ["PATH"]}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -105,7 +105,7 @@ class MotoServer:
         self._server: Any = None
 
     def start(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
         application = DomainDispatcherApplication(create_backend_app)

@@ -203,7 +203,7 @@ def run_sft(
     attempt = AttemptSettings(stage, config, place / "work", place / "cache", None, World(), time.time())
     context = build_context(attempt, threading.Event())
     outcome = run(config, context)
-    return context.output, outcome.metrics | {"tokens": float(outcome.tokens or 0)}
+    return context.output, {**outcome.metrics, "tokens": float(outcome.tokens or 0)}
 
 
 def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -> float:
@@ -215,7 +215,8 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     from stagecoach_trainer.text.encoding import Encoder
     from stagecoach_trainer.text.templates import Renderer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(model_folder), AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
     renderer = Renderer(tokenizer)
     texts = []
     for prompt in prompts:

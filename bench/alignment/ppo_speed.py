@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,13 @@ def figures() -> list[Figure]:
         folder = Path(name)
         task.make_task(folder)
 
-        def run(module: str, seed: int, interpreter: Mapping[str, str]) -> Report:
+        def run(module: str, seed: int, interpreter: str) -> Report:
             arguments = ["-m", f"bench.alignment.{module}", str(folder), str(seed), PRECISION, str(task.UPDATES)]
-            return run_child(arguments, QUIET, **interpreter).report
+            return run_child(arguments, QUIET, interpreter).report
 
         pairs = alternate(
-            lambda number: run("ppo_ours", number, {}),
-            lambda number: run("ppo_peer", number, {"python": python}),
+            lambda number: run("ppo_ours", number, sys.executable),
+            lambda number: run("ppo_peer", number, python),
         )
     speeds = [(samples_per_second(ours), samples_per_second(peer)) for ours, peer in pairs]
     return [
@@ -41,7 +42,7 @@ def figures() -> list[Figure]:
 
 def samples_per_second(report: Report) -> float:
     """Return the speed at the median update; the first, which warms up, is not counted."""
-    return task.SAMPLES / statistics.median(report["seconds"])
+    return task.SAMPLES / float(statistics.median(report["seconds"]))
 
 
 def final_reward(report: Report) -> float:

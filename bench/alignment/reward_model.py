@@ -181,7 +181,7 @@ def train(root: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path], s
         threading.Event(),
     )  # fmt: skip
     common = {"model": {"uri": "base"}, "template": {"name": "humanBot"}, "precision": "fp32"}
-    return dict(run(RewardModelStage.model_validate(common | settings), context).metrics)
+    return dict(run(RewardModelStage.model_validate({**common, **settings}), context).metrics)
 
 
 def write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:

@@ -60,7 +60,7 @@ def main() -> None:
     task_folder, config = Path(sys.argv[1]), configuration()
     model: Any = LlamaForSequenceClassification.from_pretrained(task_folder / "model", dtype=torch.float32)
     steps = [[group_of(pair, place) for place, pair in enumerate(step)] for step in task.read_steps(task_folder)]
-    plan: Any = GivenPlan(steps)
+    plan = GivenPlan(steps)
     schedule = ClockedSchedule.of(config, task.STEPS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -109,7 +109,7 @@ def everything() -> Body:
     return merged(found, WITHOUT_DEFINITION)
 
 
-VARIANTS = {
+VARIANTS: dict[str, Body] = {
     "defaults": WITHOUT_DEFINITION,
     "cluster scope": {"scope": "cluster", **WITHOUT_DEFINITION},
     "everything else": everything(),

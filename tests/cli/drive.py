@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import stagecoach_cli.commands.run as run_module
 from stagecoach_cli.main import call
 from stagecoach_local.machine import Machine
+from stagecoach_local.prepare import Prepared
 from stagecoach_local.run_job import Job
 
 original = run_module.make_job
 
 
-def make_job(*arguments: Any) -> Job:
+def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
     fake = Path(__file__).with_name("fake_launcher.py")
     return replace(
-        original(*arguments),
+        original(prepared, file, until, start, nproc),
         launcher=(sys.executable, "-S", str(fake), str(Path.cwd())),
         machine=Machine(cores=2),
         poll_seconds=0.02,

@@ -20,27 +20,28 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 HERE = Path(sys.argv[1])
 STAGE = json.loads(Path(os.environ["STAGECOACH_STAGE_FILE"]).read_bytes())
 INTERRUPTED = 75
 
 
-def tell(event, **more):
+def tell(event: str, **more: object) -> None:
     line = {"event": event, "stage": STAGE["stage"], "attempt": STAGE["attempt"], "time": time.time(), **more}
     with (HERE / "events.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def events():
+def events() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (HERE / "events.jsonl").read_text().splitlines()]
 
 
-def canonical(value):
+def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def leave(code, cause, **more):
+def leave(code: int, cause: str | None, **more: object) -> NoReturn:
     result = Path(os.environ["STAGECOACH_RESULT_FILE"])
     temporary = result.with_suffix(".tmp")
     temporary.write_text(json.dumps({"exitCode": code, "cause": cause, **more}))
@@ -50,46 +51,52 @@ def leave(code, cause, **more):
     os._exit(code)
 
 
-def stop(*_):
+def stop(*_: object) -> NoReturn:
     leave(INTERRUPTED, "preemption", message="stopped", lastStep=3)
 
 
-def watch_stdin():
+def watch_stdin() -> None:
     while os.read(0, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def progress(done, total):
-    event = {"time": time.time(), "activity": "train", "done": done, "total": total, "unit": "tokens"}
-    event["metrics"] = {"loss": 3.21}
+def progress(done: float, total: float) -> None:
+    event = {
+        "time": time.time(),
+        "activity": "train",
+        "done": done,
+        "total": total,
+        "unit": "tokens",
+        "metrics": {"loss": 3.21},
+    }
     with Path(os.environ["STAGECOACH_PROGRESS_FILE"]).open("a") as file:
         file.write(json.dumps(event) + "\n")
 
 
-def work(seconds):
+def work(seconds: float) -> None:
     started = time.monotonic()
     while (passed := time.monotonic() - started) < seconds:
         progress(passed, seconds)
         time.sleep(0.02)
 
 
-def publish(script):
+def publish(script: dict[str, Any]) -> str:
     files = {"model.txt": f"made by {STAGE['kind']} from {STAGE['digest']}\n".encode()}
     if script.get("random"):
         files["noise.txt"] = os.urandom(8).hex().encode()
     if "report" in script:
         files["report.json"] = canonical(script["report"])
     root = Path(STAGE["storageUri"].removeprefix("file://")) / "artifacts" / STAGE["digest"]
-    objects = []
+    objects: list[dict[str, Any]] = []
     for name, data in files.items():
         (root / "output").mkdir(parents=True, exist_ok=True)
         (root / "output" / name).write_bytes(data)
         objects.append({"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    content = sorted([item["path"], item["size"], item["sha256"]] for item in objects)
+    content_digest = hashlib.sha256(canonical(sorted(list(item.values()) for item in objects))).hexdigest()
     manifest = {
         "stageDigest": STAGE["digest"],
-        "contentDigest": hashlib.sha256(canonical(content)).hexdigest(),
+        "contentDigest": content_digest,
         "kind": STAGE["kind"],
         "objects": objects,
         "parents": [
@@ -109,11 +116,11 @@ def publish(script):
     try:
         os.link(temporary, root / "manifest.json")
     except FileExistsError:
-        return json.loads((root / "manifest.json").read_bytes())["contentDigest"]
-    return manifest["contentDigest"]
+        return str(json.loads((root / "manifest.json").read_bytes())["contentDigest"])
+    return content_digest
 
 
-def main():
+def main() -> None:
     scripts = json.loads((HERE / "script.json").read_bytes()).get(STAGE["stage"], [{}])
     script = scripts[min(STAGE["attempt"], len(scripts)) - 1]
     tell("start", pid=os.getpid(), ranks=STAGE["ranksPerNode"], threads=os.environ["STAGECOACH_THREADS"])

@@ -11,8 +11,10 @@ import pytest
 from stagecoach_cli.main import COMMANDS
 from tests.cli.makers import Bench, chain
 
-HEAVY = ("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "kubernetes", "urllib3")
-HEAVY += ("stagecoach_api.spec",)
+HEAVY = (
+    *("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "kubernetes", "urllib3"),
+    "stagecoach_api.spec",
+)
 COMMAND_LINES = [
     [],
     *[[name] for name in COMMANDS],

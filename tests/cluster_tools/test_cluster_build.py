@@ -51,7 +51,7 @@ def write_stand_in(folder: Path, version: str) -> None:
     program.chmod(0o755)
 
 
-def builder(tmp_path: Path, part: Part = PART, debian: Mapping[str, Path] | None = None) -> Builder:
+def builder(tmp_path: Path, part: Part = PART, debian: Mapping[str, Mapping[str, Path]] | None = None) -> Builder:
     return Builder(Versions("1.26", {part.name: part}, debian or {}), tmp_path / "cache")
 
 

@@ -70,10 +70,9 @@ def story(
                 loud = pool.submit(disturbed_run, disturbed)
                 told.write_text(json.dumps(quiet.result() | loud.result()), encoding="utf-8")
     about = json.loads(told.read_text(encoding="utf-8"))
-    ended = {
-        name: Ended(*about.pop(name)) for name in ("first", "again", "verified", "ranks", "interrupted", "finished")
-    }
-    return Story(disturbed, attempts=tuple(about.pop("attempts")), **ended, **about)
+    commands = ("first", "again", "verified", "ranks", "interrupted", "finished")
+    fields: dict[str, Any] = {name: Ended(*about[name]) for name in commands}
+    return Story(disturbed, **{**about, **fields, "attempts": tuple(about["attempts"])})
 
 
 @contextmanager

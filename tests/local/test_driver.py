@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -292,11 +293,15 @@ class Flaky:
         return getattr(self._store, name)
 
 
+def flaky(store: Store, failures: int, after: int) -> Store:
+    return cast(Store, Flaky(store, failures, after))
+
+
 def test_a_temporary_outage_of_the_store_only_delays_the_run(bench: Bench) -> None:
     bench.write(chain())
     job = bench.job(store_pause_seconds=0.05)
     view = Recorder()
-    outcome = Driver(replace(job, store=Flaky(job.store, failures=3, after=5)), view).run()
+    outcome = Driver(replace(job, store=flaky(job.store, failures=3, after=5)), view).run()
     assert outcome.decision.state is RunState.COMPLETE
     assert len([text for text in view.messages if "storage is not reachable" in text]) == 3
     assert len(list((bench.workspace.default_storage / "runs" / "default" / "tiny").iterdir())) == len(chain())
@@ -306,7 +311,7 @@ def test_a_store_that_was_never_reachable_ends_the_run_at_once(bench: Bench) -> 
     bench.write(chain())
     job = bench.job()
     with pytest.raises(Unreachable):
-        Driver(replace(job, store=Flaky(job.store, failures=1, after=0)), Recorder()).run()
+        Driver(replace(job, store=flaky(job.store, failures=1, after=0)), Recorder()).run()
     assert bench.started() == []
 
 

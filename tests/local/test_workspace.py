@@ -9,7 +9,7 @@ import pytest
 
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_local.tail import ProgressTail, last_lines
-from stagecoach_local.workspace import RunLocked, RunRecord, Workspace, WorkspaceError, write_atomically
+from stagecoach_local.workspace import RunFolder, RunLocked, RunRecord, Workspace, WorkspaceError, write_atomically
 
 
 def record(run: str, namespace: str = "default") -> RunRecord:
@@ -43,16 +43,20 @@ def test_a_run_is_found_by_name_and_by_namespace(tmp_path: Path) -> None:
         workspace.find("other")
 
 
+def locked_folders(*folders: RunFolder) -> list[RunFolder]:
+    return [folder for folder in folders if folder.is_locked]
+
+
 def test_a_run_is_locked_by_one_driver_at_a_time(tmp_path: Path) -> None:
     folder = Workspace(tmp_path).run("default", "tiny")
-    assert not folder.is_locked
+    assert locked_folders(folder) == []
     with folder.lock():
-        assert folder.is_locked
+        assert locked_folders(folder) == [folder]
         with pytest.raises(RunLocked, match=r"another driver is working on this run: process \d+ since"), folder.lock():
             pass
         with Workspace(tmp_path).run("default", "other").lock():
             pass
-    assert not folder.is_locked
+    assert locked_folders(folder) == []
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:

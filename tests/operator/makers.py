@@ -11,7 +11,7 @@ import asyncio
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,12 +41,17 @@ from stagecoach_operator.kube import (
     Resource,
     Unavailable,
 )
-from stagecoach_operator.object_cache import Cache
+from stagecoach_operator.object_cache import Cache, Child
 from stagecoach_operator.object_views import RunView, jobset_view, pod_view, run_view, workload_view
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
 
+_VIEWS: dict[str, Callable[[Body], Child]] = {
+    JOBSETS.plural: jobset_view,
+    PODS.plural: pod_view,
+    WORKLOADS.plural: workload_view,
+}
 NAMESPACE = "team"
 START = 1_800_000_000.0
 FOREGROUND = "foregroundDeletion"
@@ -232,7 +237,7 @@ class FakeApi:
     def version(self) -> int:
         return max((int(item["metadata"]["resourceVersion"]) for item in self.objects.values()), default=0)
 
-    def all_of(self, resource: Resource) -> list[Body]:
+    def all_of(self, resource: Resource) -> Sequence[Body]:
         return [item for key, item in self.objects.items() if key[0] == resource.plural]
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -594,8 +599,8 @@ class Operator:
         elif resource is TRAINING_RUNS:
             run_uid = uid if self.cache.put_run(run_view(body)) else None
         else:
-            view = {JOBSETS.plural: jobset_view, PODS.plural: pod_view, WORKLOADS.plural: workload_view}
-            run_uid = self.cache.put(view[resource.plural](body)) if resource.plural in view else None  # type: ignore[operator]
+            view = _VIEWS.get(resource.plural)
+            run_uid = None if view is None else self.cache.put(view(body))
         if run_uid:
             self.enqueue(run_uid)
 

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
 
 import pytest
 
 from stagecoach_api.names import FINALIZER
 from stagecoach_operator.chart_hooks import DEPLOYMENTS, MAX_TRIES, POLLS, HookError, check, uninstall
-from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Forbidden, Resource
+from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Forbidden, Listing, Resource
 from tests.operator.makers import FakeApi
 
 SYSTEM, RESEARCH, OTHER = "system", "research", "other"
@@ -35,12 +34,14 @@ class Installed(FakeApi):
         self.scaled_to = patch["spec"]["replicas"]
         return {}
 
-    async def list(self, resource: Resource, namespace: str | None, labels: str = "", **others: Any) -> Any:
+    async def list(
+        self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
+    ) -> Listing:
         if resource == PODS and self.scaled_to == 0:
             self.polls_until_gone -= 1
             if self.polls_until_gone == 0:
                 self.remove(PODS, SYSTEM, "stagecoach-0")
-        return await super().list(resource, namespace, labels, **others)
+        return await super().list(resource, namespace, labels, fields, metadata_only)
 
 
 @pytest.fixture

@@ -568,7 +568,7 @@ def test_without_read_access_the_pods_look_up_artifacts(world: World, monkeypatc
 def test_an_unreachable_store_blocks_the_run_and_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable = [True]
 
-    def read(store: Store, digest: str) -> Manifest:
+    def read(store: Store, digest: str) -> Manifest | None:
         if unreachable[0]:
             raise Unreachable(digest, "cannot be reached (connection refused)")
         return find_manifest(store, digest)

@@ -136,8 +136,10 @@ def test_a_preemption_by_the_queue_does_not_end_the_attempt() -> None:
 
 @pytest.mark.parametrize("hint", ["completed", "failed"])
 def test_without_pods_the_jobset_decides(hint: str) -> None:
-    status = {"completed": True} if hint == "completed" else {"failed": "BackoffLimitExceeded", "failed_at": NOW - 5}
-    report = outcome_of([], replace(jobset(), **status), NOW).report  # type: ignore[arg-type]
+    status: dict[str, Any] = (
+        {"completed": True} if hint == "completed" else {"failed": "BackoffLimitExceeded", "failed_at": NOW - 5}
+    )
+    report = outcome_of([], replace(jobset(), **status), NOW).report
     assert report is not None
     assert report.result.cause is (None if hint == "completed" else Cause.INFRASTRUCTURE)
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from botocore.credentials import Credentials
 
 from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.store import AccessDenied, open_store
@@ -36,6 +37,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_credentials: None
     return tmp_path / "credentials"
 
 
+def current_credentials() -> Credentials:
+    credentials = _session().get_credentials()
+    assert credentials is not None
+    return credentials
+
+
 def test_a_store_is_opened_with_mounted_credentials(folder: Path, s3_server: S3Server) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a bucket is not made by the store
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -51,19 +58,19 @@ def test_they_come_before_the_environments(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-environment")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-environment")
     mount(folder, "id", "key")
-    assert _session().get_credentials().get_frozen_credentials()[:2] == ("id", "key")
+    assert current_credentials().get_frozen_credentials()[:2] == ("id", "key")
 
 
 def test_rotated_credentials_are_used_at_once(folder: Path) -> None:
     mount(folder, "old-id", "old-key")
-    credentials = _session().get_credentials()
+    credentials = current_credentials()
     mount(folder, "new-id", "new-key")
     assert credentials.get_frozen_credentials()[:2] == ("new-id", "new-key")
 
 
 def test_while_they_are_replaced_those_read_last_are_used(folder: Path) -> None:
     mount(folder, "id", "key")
-    credentials = _session().get_credentials()
+    credentials = current_credentials()
     (folder / "..data").unlink()
     assert credentials.get_frozen_credentials()[:2] == ("id", "key")
 

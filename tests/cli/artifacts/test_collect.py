@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -168,7 +168,7 @@ def test_a_store_is_surveyed_with_kinds_sizes_times_and_parents(filled: Store) -
     before = time.time()
     found = survey(filled)
     assert set(found) == {KEPT, PARENT, OLD, YOUNG, HALF}
-    assert (found[KEPT].kind, found[KEPT].parents, found[KEPT].num_objects) == ("sft", {PARENT}, 2)
+    assert (found[KEPT].kind, found[KEPT].parents, found[KEPT].num_objects) == ("sft", frozenset({PARENT}), 2)
     assert (found[HALF].kind, found[HALF].is_finished, found[HALF].size) == ("", False, 7)
     assert all(abs(before - item.newest) < 120 for item in found.values())
     assert pointer_targets(filled) == {KEPT}
@@ -202,7 +202,7 @@ class RecordingStore:
 def test_a_manifest_is_deleted_before_the_rest_of_its_artifact(filled: Store) -> None:
     recording = RecordingStore(filled)
     found = survey(filled)
-    list(delete(recording, [found[OLD], found[HALF]]))  # type: ignore[arg-type]
+    list(delete(cast(Store, recording), [found[OLD], found[HALF]]))
     assert recording.deleted == [manifest_key(OLD), f"artifacts/{OLD}", f"artifacts/{HALF}"]
 
 

@@ -310,7 +310,7 @@ def condition(kind: ConditionType, holds: bool, reason: Reason, message: str = "
         reason=reason,
         message=message,
         observed_generation=generation,
-        last_transition_time="2026-11-22T10:00:00Z",  # type: ignore[arg-type]
+        last_transition_time="2026-11-22T10:00:00Z",
     )
 
 

@@ -35,7 +35,7 @@ def run_of(*stages: Any, **fields: Any) -> ClusterRun:
 
 def test_a_stage_is_shown_with_everything_in_its_status() -> None:
     working = stage_status(
-        state="Running",
+        state=StageState.RUNNING,
         attempt=3,
         digest=DIGEST,
         progress={"activity": "train", "done": 1200, "total": 4000, "unit": "tokens", "eta": "2026-11-22T10:05:00Z"},
@@ -56,7 +56,7 @@ def test_a_stage_is_shown_with_everything_in_its_status() -> None:
 def test_finished_stages_have_their_time_and_show_the_storage() -> None:
     artifact = {"uri": f"s3://kept/here/artifacts/{DIGEST}/output", "stageDigest": DIGEST, "contentDigest": OTHER}
     times = {"started": "2026-11-22T10:00:00Z", "finished": "2026-11-22T10:01:15Z"}
-    done = stage_status(state="Succeeded", digest=DIGEST, artifact=artifact, **times)
+    done = stage_status(state=StageState.SUCCEEDED, digest=DIGEST, artifact=artifact, **times)
     cached = stage_status("data", StageState.CACHED, digest=OTHER, cached=True)
     snapshot = snapshot_of(run_of(done, cached, spec={"stages": []}), NOW)
     assert [describe(row) for row in snapshot.rows] == ["1 m 15 s  aaaaaaaaaaaa", "cached  bbbbbbbbbbbb"]

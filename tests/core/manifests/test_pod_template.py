@@ -21,11 +21,13 @@ SECRET = {"uri": "s3://models/demo", "credentials": {"secretName": "s3-access"}}
 
 
 def pod_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) -> dict[str, Any]:
-    return pod_template(attempt, settings)["spec"]
+    spec: dict[str, Any] = pod_template(attempt, settings)["spec"]
+    return spec
 
 
 def container_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) -> dict[str, Any]:
-    (container,) = pod_of(attempt, settings)["containers"]
+    containers: list[dict[str, Any]] = pod_of(attempt, settings)["containers"]
+    (container,) = containers
     return container
 
 
@@ -33,7 +35,7 @@ def environment_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) ->
     return {item["name"]: item.get("value", "") for item in container_of(attempt, settings)["env"]}
 
 
-EVERYTHING = {
+EVERYTHING: dict[str, Any] = {
     "resources": A100,
     "queue": {"name": "research", "priorityClass": "high", "requiredTopology": "cloud.example.com/rack"},
     "pods": {

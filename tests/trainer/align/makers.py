@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from stagecoach_trainer.models.reward import RewardModel
 from stagecoach_trainer.runtime.context import StageContext
+from stagecoach_trainer.runtime.errors import Interrupted
 from stagecoach_trainer.samples.scoring import AnsweredConversation, encode_answered
 from tests.trainer.evaluation.makers import write_lines
 from tests.trainer.models.makers import make_context, make_tokenizer, save_base
+
+Config = TypeVar("Config")
 
 WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
 GOOD, BAD = "the dog sleeps", "a fox jumps"
@@ -33,6 +37,25 @@ LEARNS: dict[str, Any] = {
 def some_words(random: np.random.Generator, count: int) -> str:
     """Return words of no meaning."""
     return " ".join(random.choice(WORDS, count))
+
+
+def stop_and_resume(
+    run: Callable[[Config, StageContext], object], config: Config, context: StageContext, at: int
+) -> None:
+    """Run a stage until it is interrupted after step `at`, then run it to its end."""
+    report = context.progress.report
+
+    def stop_in_the_middle(activity: str, done: float = 0.0, *rest: Any, **more: Any) -> None:
+        report(activity, done, *rest, **more)
+        if activity == "train" and done >= at:
+            context.stop.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context.progress, "report", stop_in_the_middle)
+        with pytest.raises(Interrupted, match="after step"):
+            run(config, context)
+    context.stop.clear()
+    run(config, context)
 
 
 def write_pairs(path: Path, count: int, seed: int, good: str = GOOD, bad: str = BAD) -> Path:

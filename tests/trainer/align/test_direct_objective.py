@@ -94,7 +94,7 @@ def log_prob(model: Any, item: TokenSequence) -> Tensor:
     """Return log π(answer | prompt) by transformers' logits over the whole sequence, one at a time."""
     ids = torch.from_numpy(item.ids).long()
     logits = model(input_ids=ids[None]).logits[0].double()
-    each = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    each: Tensor = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     return each[item.num_prompt - 1 :].sum()
 
 
@@ -242,7 +242,7 @@ def test_the_point_is_found_once_a_step_and_again_in_the_next() -> None:
     seen = [item for units in steps for item in (*sequences_of(groups_of(units)), *point_of(units))]
     objective = DirectObjective(KTO, table_of(reference, seen), point_rows=3)
     module: Any = objective.module(policy)
-    passes = []
+    passes: list[None] = []
     policy.model.register_forward_hook(lambda *_: passes.append(None))
     with torch.no_grad():
         for units in steps:

@@ -122,7 +122,7 @@ def test_equal_ranks_and_scores_are_ties() -> None:
 
 def test_fields_are_read_under_configured_names() -> None:
     fields = FieldMapping(prompt="ask", chosen="win", rejected="lose", answers="said", completion="reply", label="ok")
-    values = [
+    values: list[tuple[dict[str, Any], Format]] = [
         ({"ask": "q", "win": "good", "lose": "bad", "prompt": "no"}, Format.PAIRS),
         ({"ask": "q", "said": ["good", "bad"], "answers": "no"}, Format.RANKED),
     ]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from stagecoach_api.character_sets import Script
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.data import (
     CharacterShare,
@@ -14,7 +15,6 @@ from stagecoach_api.kinds.data import (
     Match,
     Normalize,
     Repetition,
-    Script,
     UnicodeForm,
 )
 from stagecoach_trainer.data.records import Record, Turn

@@ -70,7 +70,12 @@ def test_offloaded_training_resumes_bit_for_bit(tmp_path: Path, stage: int, monk
     first = train(TrainingJob(whole, config, RandomPlan()), context(tmp_path))
     found: list[CheckpointId | None] = []
     find = CheckpointManager.find_newest
-    monkeypatch.setattr(CheckpointManager, "find_newest", lambda self: found.append(find(self)) or found[-1])
+
+    def find_and_note(self: CheckpointManager) -> CheckpointId | None:
+        found.append(find(self))
+        return found[-1]
+
+    monkeypatch.setattr(CheckpointManager, "find_newest", find_and_note)
     again = train(TrainingJob(resumed, config, RandomPlan()), context(tmp_path))
     assert found == [CheckpointId(0, 4)]
     assert again == first

@@ -13,6 +13,7 @@ from stagecoach_api.artifacts import ModelCard
 from stagecoach_api.conversation import Template, TemplateName
 from stagecoach_api.references import Reference
 from stagecoach_api.training import LoraTraining, NewRows, Trainable
+from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.resize import grow
 from stagecoach_trainer.models.save import save_adapter
@@ -50,7 +51,7 @@ def save_chat_adapter(root: Path, base: Path, output: Path, grown: bool = True, 
     """Write a LoRA with random weights over `base`, which it grows by two pieces; return its folder."""
     output.mkdir(parents=True)
     loaded = load_model(make_context(root / "making", inputs={"base": base}), Reference(uri="base"))
-    tokenizer = make_tokenizer(extra=("龘", "靐")) if grown else loaded.tokenizer
+    tokenizer = make_tokenizer(extra=("龘", "靐")) if grown else loaded.require_tokenizer()
     apply_template(tokenizer, ALPACA)
     rows = grow(loaded.model, loaded.tokenizer, tokenizer, NewRows.RANDOM, seed=5) if grown else range(0)
     model = choose_trainable(loaded.model, Trainable(lora=LoraTraining(new_rows=grown)), rows, seed=1).model
@@ -71,7 +72,7 @@ def save_chat_adapter(root: Path, base: Path, output: Path, grown: bool = True, 
     return output
 
 
-def naive_answer(model: Any, prompt: Sequence[int], num_tokens: int, ends: Sequence[int] = ()) -> list[int]:
+def naive_answer(model: Any, prompt: Sequence[int] | Ids, num_tokens: int, ends: Sequence[int] = ()) -> list[int]:
     """Greedy generation without cache, batch or padding; the end token is left out."""
     tokens = [int(token) for token in prompt]
     for _ in range(num_tokens):

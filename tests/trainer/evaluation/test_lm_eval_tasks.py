@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from stagecoach_api.artifacts import REPORT
-from stagecoach_api.kinds.evaluate import EvaluateStage
-from stagecoach_trainer.evaluation import lm_eval_tasks
+from stagecoach_api.kinds.evaluate import EvaluateStage, LmEvalTask
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_own_task
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.evaluate import run
@@ -20,7 +19,9 @@ from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_c
 from tests.trainer.models.makers import make_context
 
 CHOICES = ["fox", "dog", "白日"]
-DOCUMENTS = [{"question": f"the quick {word} jumps over the", "gold": index % 3} for index, word in enumerate("abcdef")]
+DOCUMENTS: list[dict[str, Any]] = [
+    {"question": f"the quick {word} jumps over the", "gold": index % 3} for index, word in enumerate("abcdef")
+]
 TASK: dict[str, Any] = {
     "task": "animals",
     "dataset_path": "json",
@@ -136,7 +137,7 @@ def refused_templates_reach_nothing(tmp_path: Path, cache: Path, harness: Harnes
     canary = tmp_path / "canary"
     hostile = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
     folder = task_folder(tmp_path / "hostile", doc_to_text=hostile)
-    task = lm_eval_tasks.LmEvalTask(uri="hostile")
+    task = LmEvalTask(uri="hostile")
     harness.__dict__["_own_task"] = lambda uri, field: read_own_task(folder, cache, field)
     with pytest.raises(UserError, match="lm-eval cannot run the task `hostile`: SecurityError"):
         harness.run(task, "lmEval[0]")

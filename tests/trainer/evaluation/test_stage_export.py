@@ -19,6 +19,7 @@ from stagecoach_api.kinds.export import ExportStage
 from stagecoach_api.references import Reference
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.models.load import load_folder, load_model
+from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages import export as export_module
@@ -147,7 +148,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 def test_weights_that_are_no_longer_one_are_released_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_chat_base(tmp_path / "base", tied=True)
-    whole = export_module.load_model
+    whole = load_model
 
     def with_a_head_of_its_own(*arguments: Any, **settings: Any) -> Any:
         loaded = whole(*arguments, **settings)
@@ -233,7 +234,7 @@ def change_the_vocabulary(folder: Path) -> None:
 def test_what_was_written_wrong_is_found_when_it_is_read_back(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
 ) -> None:
-    sound = export_module.save_model
+    sound = save_model
 
     def save_and_damage(model: Any, tokenizer: Any, vocabulary: Path, output: Path, *rest: Any, **more: Any) -> None:
         sound(model, tokenizer, vocabulary, output, *rest, **more)

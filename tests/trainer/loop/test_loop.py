@@ -124,6 +124,7 @@ def test_a_phase_can_change_the_base_of_the_rotary_embedding(tmp_path: Path) -> 
     phases = [PhaseSchedule(0, 3, None, None), PhaseSchedule(3, 3, None, 50000.0)]
     schedule = StepSchedule.of(training(), 6, phases)
     train(TrainingJob(model, training(), RandomPlan(), schedule=schedule), context(tmp_path))
+    assert model.config.rope_parameters is not None
     assert model.config.rope_parameters["rope_theta"] == 50000.0
     fresh = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 50000.0})
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)

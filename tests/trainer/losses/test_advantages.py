@@ -61,9 +61,11 @@ def test_without_discount_the_returns_at_lambda_one_are_the_rewards_still_to_com
 
 def test_answers_may_begin_after_a_prompt_of_any_length() -> None:
     rewards, values, mask = batch([4])
-    shifted = [torch.cat((item.new_zeros(1, 3), item), dim=1) for item in (rewards, values, mask)]
+    moved_rewards, moved_values, moved_mask = (
+        torch.cat((item.new_zeros(1, 3), item), dim=1) for item in (rewards, values, mask)
+    )
     plain, _ = generalized_advantages(rewards, values, mask, 0.9, 0.8)
-    moved, _ = generalized_advantages(*shifted, 0.9, 0.8)
+    moved, _ = generalized_advantages(moved_rewards, moved_values, moved_mask, 0.9, 0.8)
     assert torch.equal(moved[:, 3:], plain)
     assert not moved[:, :3].any()
 

@@ -17,8 +17,9 @@ tokens = st.lists(st.tuples(log_prob, log_prob, st.floats(-3, 3)), min_size=1, m
 predictions = st.lists(st.tuples(*[st.floats(-5, 5)] * 3), min_size=1, max_size=20)
 
 
-def columns(rows: list[tuple[float, float, float]]) -> list[torch.Tensor]:
-    return list(torch.tensor(rows, dtype=torch.float64).unbind(1))
+def columns(rows: list[tuple[float, float, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    first, second, third = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return first, second, third
 
 
 def policy_oracle(new: float, old: float, advantage: float, clip: float) -> float:

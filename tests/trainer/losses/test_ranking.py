@@ -121,7 +121,7 @@ def test_weights_of_a_prompts_pairs_add_up_to_one() -> None:
 
 def focal_oracle(better: float, worse: float, gamma: float) -> float:
     probability = sigmoid(better - worse)
-    return -((1.0 - 2.0 * max(0.0, probability - 0.5)) ** gamma) * math.log(probability)
+    return -float((1.0 - 2.0 * max(0.0, probability - 0.5)) ** gamma) * math.log(probability)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])

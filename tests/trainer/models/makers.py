@@ -94,7 +94,7 @@ def make_model(rows: int, seed: int = 0, tied: bool = False, hidden: int = 32) -
 
 CONTEXT = 256
 _SIZES: dict[str, Any] = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32}
-_CONTEXT = {"max_position_embeddings": CONTEXT}
+_CONTEXT: dict[str, Any] = {"max_position_embeddings": CONTEXT}
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "gpt2": partial(GPT2Config, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, embd_pdrop=0.0, resid_pdrop=0.0),
     "opt": partial(OPTConfig, **_SIZES, **_CONTEXT, dropout=0.0, ffn_dim=64, word_embed_proj_dim=32),

@@ -180,7 +180,7 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
 def test_a_sound_folder_is_loaded_bit_for_bit_in_the_wanted_format(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", make_tokenizer(), seed=3)
     loaded = load_model(make_context(tmp_path, inputs={"base": folder}), Reference(uri="base"), dtype=torch.bfloat16)
-    expected = make_model(len(loaded.tokenizer), seed=3).state_dict()
+    expected = make_model(len(loaded.require_tokenizer()), seed=3).state_dict()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, expected[name].to(torch.bfloat16))
     assert loaded.card == ModelCard(adapter=False)
@@ -191,7 +191,7 @@ def make_adapter(base: Path, output: Path, root: Path, grown: bool) -> ResolvedI
     output.mkdir()
     context = make_context(root, inputs={"base": base})
     loaded = load_model(context, Reference(uri="base"))
-    tokenizer = make_tokenizer(extra=("龘", "靐")) if grown else loaded.tokenizer
+    tokenizer = make_tokenizer(extra=("龘", "靐")) if grown else loaded.require_tokenizer()
     rows = grow(loaded.model, loaded.tokenizer, tokenizer, NewRows.RANDOM, seed=5) if grown else range(0)
     trainable = Trainable(lora=LoraTraining(targets=("q_proj",), new_rows=grown))
     model = choose_trainable(loaded.model, trainable, rows, seed=1).model
@@ -215,7 +215,7 @@ def test_an_adapter_is_put_on_its_base_grown_as_recorded_and_merged(tmp_path: Pa
     context = make_context(tmp_path)
     apart = load_model(context, found, merge=False)
     merged = load_model(context, found)
-    ids = torch.tensor([[1, 300, 5, len(merged.tokenizer) - 1]])
+    ids = torch.tensor([[1, 300, 5, len(merged.require_tokenizer()) - 1]])
     with torch.no_grad():
         difference = (apart.model(ids).logits - merged.model(ids).logits).abs().max()
         plain = load_folder(base)
@@ -224,7 +224,7 @@ def test_an_adapter_is_put_on_its_base_grown_as_recorded_and_merged(tmp_path: Pa
         )
     assert difference <= 1e-5
     assert changed > 1e-3
-    assert merged.model.get_input_embeddings().weight.shape[0] == len(merged.tokenizer)
+    assert merged.model.get_input_embeddings().weight.shape[0] == len(merged.require_tokenizer())
     assert type(merged.model).__name__ == "LlamaForCausalLM"
     assert apart.card.base is not None
     assert all(
@@ -238,7 +238,7 @@ def test_an_adapter_of_an_adapter_is_loaded_through_the_whole_chain(tmp_path: Pa
     found = make_adapter(tmp_path / "first", tmp_path / "second", tmp_path / "two", grown=False)
     chained = load_model(make_context(tmp_path), found)
     first = load_model(make_context(tmp_path), outside(tmp_path / "first"))
-    assert len(chained.tokenizer) == len(make_tokenizer()) + 2
+    assert len(chained.require_tokenizer()) == len(make_tokenizer()) + 2
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(chained.model.state_dict()[name], first.model.state_dict()[name])
     other = "model.layers.0.self_attn.k_proj.weight"
@@ -295,7 +295,7 @@ def test_a_saved_model_comes_back_with_vocabulary_card_and_template(tmp_path: Pa
     assert not any(str(tmp_path).encode() in content for content in files[0].values())
     loaded = load_model(make_context(tmp_path), outside(outputs[0]))
     assert loaded.card.old_rows == 3
-    assert loaded.tokenizer.chat_template == tokenizer.chat_template
+    assert loaded.require_tokenizer().chat_template == tokenizer.chat_template
     assert loaded.model.config.eos_token_id == tokenizer.eos_token_id
     assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from stagecoach_api.kinds.pretrain import Architecture
 from stagecoach_api.training import NewRows
-from stagecoach_trainer.models.new_model import Architecture, build_model
+from stagecoach_trainer.models.new_model import build_model
 from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.models.makers import make_model, make_tokenizer
@@ -14,8 +18,14 @@ from tests.trainer.models.makers import make_model, make_tokenizer
 EXTRA = ("龘", "▁龘靐", "<|new|>")
 
 
-def grown_tokenizer() -> object:
+def grown_tokenizer() -> Any:
     return make_tokenizer(extra=EXTRA[:2], special=EXTRA[2:])
+
+
+def embeddings(model: LlamaForCausalLM) -> torch.Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -26,11 +36,12 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_are_appended(how: NewRows, tied:
     rows = grow(model, old_tokenizer, new_tokenizer, how, seed=11)
     assert rows == range(len(old_tokenizer), len(old_tokenizer) + 3)
     assert model.config.vocab_size == len(new_tokenizer)
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
-    for matrix, original in (
-        (model.get_input_embeddings().weight, before.get_input_embeddings().weight),
+    assert (model.lm_head.weight is embeddings(model)) is tied
+    matrices: list[tuple[torch.Tensor, torch.Tensor]] = [
+        (embeddings(model), embeddings(before)),
         (model.lm_head.weight, before.lm_head.weight),
-    ):
+    ]
+    for matrix, original in matrices:
         assert matrix.shape == (len(new_tokenizer), 32)
         assert torch.equal(matrix[: rows.start], original)
         if how is NewRows.ZERO:
@@ -43,9 +54,9 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_are_appended(how: NewRows, tied:
                 assert torch.equal(matrix[index], original[pieces].mean(dim=0))
 
 
-def _pieces(tokenizer: object, text: str) -> list[str]:
+def _pieces(tokenizer: Any, text: str) -> list[str]:
     """Return the old pieces of a text, the blank in front of it taken off where it has none."""
-    pieces = tokenizer.tokenize("\n" + text)
+    pieces: list[str] = tokenizer.tokenize("\n" + text)
     return pieces[pieces.index("<0x0A>") + 1 :]
 
 
@@ -54,7 +65,8 @@ def test_random_rows_depend_on_the_seed_alone() -> None:
         torch.manual_seed(seed * 100)
         model = make_model(len(make_tokenizer()))
         new = grow(model, None, grown_tokenizer(), NewRows.RANDOM, seed=seed)
-        return model.lm_head.weight[new.start :].detach()
+        head: torch.Tensor = model.lm_head.weight
+        return head[new.start :].detach()
 
     assert torch.equal(rows(1), rows(1))
     assert not torch.equal(rows(1), rows(2))

@@ -109,6 +109,7 @@ def test_attention_dropout_that_a_model_does_not_know_is_refused() -> None:
 def test_a_context_that_is_too_short_is_stated_longer_where_positions_are_rotary() -> None:
     config = LlamaConfig(max_position_embeddings=128)
     position_change(500, theta=1e6)(config)
+    assert config.rope_parameters is not None
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (500, 1e6)
 
 

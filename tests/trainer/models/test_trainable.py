@@ -114,7 +114,8 @@ def test_modules_to_save_train_all_rows_and_say_so() -> None:
 def test_a_new_adapter_is_a_function_of_the_seed() -> None:
     def first(seed: int) -> torch.Tensor:
         prepared = choose_trainable(make_model(100), Trainable(lora=LoraTraining()), range(0), seed)
-        return next(p for name, p in prepared.model.named_parameters() if "lora_A" in name).detach()
+        adapter: torch.Tensor = next(p for name, p in prepared.model.named_parameters() if "lora_A" in name)
+        return adapter.detach()
 
     state = torch.random.get_rng_state()
     assert torch.equal(first(1), first(1))

@@ -37,6 +37,8 @@ from stagecoach_trainer.text.templates import apply_template
 from tests.trainer.models.makers import make_tokenizer, outside
 
 SPECIAL = ("<unk>", "<s>", "</s>")
+HUMAN_BOT = Template(name=TemplateName.HUMAN_BOT)
+"""Template of the tests' policies and reward models."""
 DIGITS = tuple("0123456789")
 END = 2
 FIRST_DIGIT = len(SPECIAL)
@@ -106,7 +108,7 @@ def digit_judge(dtype: torch.dtype = torch.float32) -> RewardModel:
     """A reward model of digits in `dtype`, its head in fp32. Most of its matrices are large enough for ZeRO-3, which
     keeps those below 100,000 elements whole."""
     tokenizer = digit_tokenizer()
-    apply_template(tokenizer, Template(name=TemplateName.HUMAN_BOT))
+    apply_template(tokenizer, HUMAN_BOT)
     model = make_reward_model(digit_model(seed=8, width=320), seed=9).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name.startswith("score") else dtype)
@@ -173,7 +175,7 @@ def ppo_job(
 ) -> PpoJob:
     """A PPO stage over digits, ready to start."""
     config = config or configuration()
-    policy = digit_model(seed) if model is None else model
+    policy: Any = digit_model(seed) if model is None else model
     start = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     prompts = digit_prompts()
     samples, updates = config.batch.samples or 1, config.budget.steps or 1
@@ -272,7 +274,7 @@ def adapter_stage(**changes: Any) -> PpoStage:
 def save_adapted_reward(root: Path, base: Path) -> Path:
     """Write a reward model that is an adapter over `base` and says something."""
     tokenizer = make_tokenizer()
-    apply_template(tokenizer, adapter_stage().template)
+    apply_template(tokenizer, HUMAN_BOT)
     lora = Trainable(lora=LoraTraining(rank=2))
     model = choose_trainable(make_reward_model(load_folder(base), seed=3), lora, range(0), seed=1).model
     torch.manual_seed(4)

@@ -51,7 +51,7 @@ ROUNDS = ((7, 2), (0, 4), (1, 0), (0, 0))
 def main() -> None:
     folder, cases = Path(sys.argv[1]), sys.argv[2:]
     world = world_from(os.environ)
-    report = {}
+    report: dict[str, Any] = {}
     with process_group(world):
         if "judge" in cases:
             cases.remove("judge")

@@ -29,7 +29,7 @@ from stagecoach_trainer.stages.ppo import run
 from stagecoach_trainer.text.templates import apply_template
 from tests.trainer.loop.makers import weights
 from tests.trainer.models.makers import make_context, make_model, make_tokenizer, report_of, save_base
-from tests.trainer.ppo.makers import adapter_stage, save_adapted_reward
+from tests.trainer.ppo.makers import HUMAN_BOT, adapter_stage, save_adapted_reward
 
 BIAS = -3.5
 SHORT = {"name": "short", "length": {"atMost": 12}}
@@ -45,7 +45,7 @@ def stage(**changes: Any) -> PpoStage:
 def save_reward(root: Path, tokenizer: Any, seed: int = 3) -> Path:
     """Write a reward model with a bias over random weights of this vocabulary."""
     model = make_reward_model(make_model(len(tokenizer), seed), seed=seed)
-    apply_template(tokenizer, stage().template)
+    apply_template(tokenizer, HUMAN_BOT)
     vocabulary, folder = root / "vocabulary", root / "reward"
     tokenizer.save_pretrained(vocabulary)
     folder.mkdir(parents=True)

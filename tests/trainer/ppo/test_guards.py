@@ -163,7 +163,7 @@ def test_entropy_collapse_is_stopped(tmp_path: Path) -> None:
 
 
 def none_ends(answers: Answers, first: Answers) -> bool:
-    return np.mean([item.ended for item in answers]) < 0.05
+    return bool(np.mean([item.ended for item in answers]) < 0.05)
 
 
 def twice_as_long(answers: Answers, first: Answers) -> bool:
@@ -288,12 +288,12 @@ def test_a_collapse_is_gone_back_from_to_a_policy_that_had_not_collapsed(
     entropies: list[float] = []
     after = Watch.after
 
+    def note_entropy(self: Watch, figures: UpdateFigures, limits: Guards) -> Watch:
+        entropies.append(figures.entropy)
+        return after(self, figures, limits)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Watch,
-            "after",
-            lambda self, figures, limits: entropies.append(figures.entropy) or after(self, figures, limits),
-        )
+        patch.setattr(Watch, "after", note_entropy)
         with contextlib.suppress(Diverged):
             train_policy(ppo_job(config, lambda prompt, answer: float("7" in answer)), context(tmp_path))
     found = re.search(r"update (\d+): entropy collapse.*; rolling back to update (\d+)", caplog.text)

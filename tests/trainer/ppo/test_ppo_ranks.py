@@ -24,7 +24,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks made of a policy that answers from copies and from its shards."""
-    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("shards"), "shards")["shards"]
+    report = report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("shards"), "shards")
+    shards: dict[str, Any] = report["shards"]
+    return shards
 
 
 @pytest.mark.timeout(300)

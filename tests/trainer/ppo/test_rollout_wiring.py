@@ -112,7 +112,8 @@ def score(item: Experience) -> float:
     if item.answer[-1] != END:
         return NO_END
     digits = [token for token in item.answer.tolist() if token >= FIRST_DIGIT]
-    return WEIGHT * sum(token == item.prompt[-1] for token in digits[:4]) / 4
+    right = [token for token in digits[:4] if token == item.prompt[-1]]
+    return WEIGHT * len(right) / 4
 
 
 def advantages(rewards: Array, expected: Array) -> Array:

@@ -94,7 +94,7 @@ def test_trained_and_different_weights_are_not_shared() -> None:
 def test_formats_that_differ_are_not_shared() -> None:
     model = digit_model().requires_grad_(False)
 
-    assert share_frozen((model, copy.deepcopy(model).to(torch.bfloat16))) == 0
+    assert share_frozen((model, copy.deepcopy(model).bfloat16())) == 0
 
 
 def test_names_do_not_depend_on_wrappers() -> None:

@@ -212,7 +212,7 @@ def test_a_domain_that_a_reward_model_does_not_know_is_told_with_those_it_knows(
 @pytest.mark.parametrize("model", [True, False])
 def test_a_domain_that_no_reward_model_heeds_is_a_mistake(tmp_path: Path, model: bool) -> None:
     save_judge(tmp_path / "judge" / "model", {})
-    term = {"model": {"uri": "reward"}} if model else {"expression": "1"}
+    term: dict[str, Any] = {"model": {"uri": "reward"}} if model else {"expression": "1"}
     built = build(tmp_path, term, inputs={"reward": tmp_path / "judge" / "model"})
     built.require_domains({"data[0].domain": None})
     with pytest.raises(UserError, match=r"data\[0\]\.domain: no reward model .* has domains, so 'poems' "):

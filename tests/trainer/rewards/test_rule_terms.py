@@ -137,7 +137,8 @@ def test_sums_are_those_python_computes_with_fractions(left: str, right: str) ->
     import re
 
     def exact(text: str) -> Fraction:
-        return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})  # noqa: S307  # the oracle
+        value: Fraction = eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})  # noqa: S307  # the oracle
+        return value
 
     try:
         expected = exact(left) == exact(right)

@@ -232,18 +232,18 @@ def test_a_system_prompt_replaces_the_conversations_own(tmp_path: Path, small: A
 
 def test_a_shard_is_made_once_for_equal_settings(tmp_path: Path, small: Any) -> None:
     values = [{"prompt": "q", "answers": ["a", "b"]}]
-    for index, options in enumerate([{}, {"domain": 5}, {"system": "s"}, {"sequence_length": 99}]):
+    settings: list[dict[str, Any]] = [{}, {"domain": 5}, {"system": "s"}, {"sequence_length": 99}]
+    for index, options in enumerate(settings):
         path = write_jsonl(tmp_path / "in.jsonl", values)
         context = make_context(tmp_path, seed=index + 1)
-        length = int(options.get("sequence_length", 50))
         group_shard(
             context,
             RecordSource(uri=str(path)),
             small,
-            length,
+            options.get("sequence_length", 50),
             Grouping.PROMPTS,
-            system=options.get("system"),  # type: ignore[arg-type]
-            domain=int(options.get("domain", 0)),
+            system=options.get("system"),
+            domain=options.get("domain", 0),
         )
     assert len(list((tmp_path / "cache" / "tokens").glob("*/index.json"))) == 3
 

@@ -14,10 +14,10 @@ from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_api.references import Reference
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.runtime.context import StageContext
-from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages import dpo
 from stagecoach_trainer.stages.dpo import run
-from tests.trainer.align.makers import LEARNS, preference_context, write_labels, write_pairs
+from tests.trainer.align.makers import LEARNS, preference_context, stop_and_resume, write_labels, write_pairs
 from tests.trainer.models.makers import content_of, make_context, make_tokenizer, report_of, save_base
 
 KTO = {"kto": {"beta": 0.5}}
@@ -32,23 +32,6 @@ def stage(**changes: Any) -> DpoStage:
 
 def context_for(root: Path, **inputs: Path) -> StageContext:
     return preference_context(root, "dpo", (24, 8), **inputs)
-
-
-def stopped_and_resumed(config: DpoStage, context: StageContext, at: int) -> None:
-    """Run a stage that is asked to stop after step `at`, and then to its end."""
-    report = context.progress.report
-
-    def stop_in_the_middle(activity: str, done: float = 0, *rest: Any, **more: Any) -> None:
-        report(activity, done, *rest, **more)
-        if activity == "train" and done >= at:
-            context.stop.set()
-
-    context.progress.report = stop_in_the_middle  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="after step"):
-        run(config, context)
-    context.stop.clear()
-    context.progress.report = report  # type: ignore[method-assign]
-    run(config, context)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -110,12 +93,17 @@ def test_a_resumed_stage_makes_the_same_bytes_and_asks_the_reference_no_more(
     config = stage(loss=KTO, reference={"uri": "other"}, checkpoints={"everySteps": 2}, batch={"samples": 4})
     loads: list[None] = []
     load = dpo._load_reference
-    monkeypatch.setattr(dpo, "_load_reference", lambda *given: loads.append(None) or load(*given))
+
+    def note_and_load(*arguments: Any) -> Any:
+        loads.append(None)
+        return load(*arguments)
+
+    monkeypatch.setattr(dpo, "_load_reference", note_and_load)
     whole = context_for(tmp_path / "whole", **inputs)
     run(config, whole)
     assert len(loads) == 1
     parted = context_for(tmp_path / "parted", **inputs)
-    stopped_and_resumed(config, parted, at=2)
+    stop_and_resume(run, config, parted, at=2)
     assert len(loads) == 2
     assert content_of(parted.output) == content_of(whole.output)
 

@@ -12,7 +12,8 @@ from stagecoach_api.references import Reference
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.ppo import loop
-from stagecoach_trainer.ppo.job import PpoJob
+from stagecoach_trainer.ppo.job import PpoJob, PpoResult
+from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.stages.ppo import run
 from tests.trainer.align.makers import rewards_of
 from tests.trainer.models.makers import make_context, make_tokenizer, save_base
@@ -52,7 +53,12 @@ def test_the_base_is_stored_once_and_the_critic_continues_the_reward_models_adap
     context = make_context(tmp_path / "run", "ppo", {"base": base, "prompts": prompts, "reward": reward})
     jobs: list[PpoJob] = []
     train = loop.train_policy
-    monkeypatch.setattr(loop, "train_policy", lambda job, context: jobs.append(job) or train(job, context))
+
+    def note_and_train(job: PpoJob, context: StageContext) -> PpoResult:
+        jobs.append(job)
+        return train(job, context)
+
+    monkeypatch.setattr(loop, "train_policy", note_and_train)
 
     run(adapter_stage(), context)
 

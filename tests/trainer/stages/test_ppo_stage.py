@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_api.artifacts import ModelCard, RewardCard
+from stagecoach_api.conversation import Template
 from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.models.load import load_folder
 from stagecoach_trainer.models.reward import make_reward_model
@@ -56,7 +57,7 @@ def save_reward(root: Path, base: Path, tokenizer: Any = None, **domains: str) -
     """Write a reward model over the weights of `base`, as a `rewardModel` stage does; `domains`: system prompts."""
     tokenizer = tokenizer or make_tokenizer()
     model = make_reward_model(load_folder(base), seed=3)
-    apply_template(tokenizer, stage().template)
+    apply_template(tokenizer, Template.model_validate(TEMPLATE))
     vocabulary = root / "vocabulary"
     tokenizer.save_pretrained(vocabulary)
     folder = root / "reward"
@@ -81,7 +82,8 @@ def test_the_output_opens_in_transformers_and_the_report_tells_of_the_updates(tm
     reward = save_reward(tmp_path, base)
     context = context_for(tmp_path, base=base, reward=reward)
     outcome = run(stage(rewards=[{"name": "helpful", "model": {"uri": "reward"}}, SHORT]), context)
-    model, tokenizer = (maker.from_pretrained(context.output) for maker in (AutoModelForCausalLM, AutoTokenizer))
+    model: Any = AutoModelForCausalLM.from_pretrained(context.output)
+    tokenizer: Any = AutoTokenizer.from_pretrained(context.output)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a fox"}], tokenize=False)
     output = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=3)
     assert torch.isfinite(model(output).logits).all()
@@ -155,11 +157,11 @@ def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:
         if answered.count("answer") == 3:  # half of the second update's answers
             parted.stop.set()
 
-    parted.progress.report = stop_in_the_middle  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="after update 1 of 3"):
-        run(config, parted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parted.progress, "report", stop_in_the_middle)
+        with pytest.raises(Interrupted, match="after update 1 of 3"):
+            run(config, parted)
     parted.stop.clear()
-    parted.progress.report = report  # type: ignore[method-assign]
     run(config, parted)
     assert content_of(parted.output) == content_of(whole.output)
 
@@ -251,11 +253,11 @@ def test_weights_are_fitted_once_however_often_a_stage_is_resumed(tmp_path: Path
             "fit": {"name": "ranked", "uri": "ranked", "format": "ranked"},
         }
         config = stage(rewards=[{"name": "rules", "propositions": rules}, SHORT])
-        context.progress.report = interrupt  # type: ignore[method-assign]
-        with pytest.raises(Interrupted, match="killed"):
-            run(config, context)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(context.progress, "report", interrupt)
+            with pytest.raises(Interrupted, match="killed"):
+                run(config, context)
         assert fitting_requests(judge) == 5
-        context.progress.report = report  # type: ignore[method-assign]
         run(config, context)
         assert fitting_requests(judge) == 5
     figures = report_of(context)["rewards"]["rules"]

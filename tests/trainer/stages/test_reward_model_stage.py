@@ -19,10 +19,10 @@ from stagecoach_trainer.align.reward_objective import RewardObjective, collate_p
 from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
 from stagecoach_trainer.runtime.context import StageContext
-from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence, pairs_of
 from stagecoach_trainer.stages.reward_model import run
-from tests.trainer.align.makers import BAD, GOOD, LEARNS, preference_context, rewards_of, write_pairs
+from tests.trainer.align.makers import BAD, GOOD, LEARNS, preference_context, rewards_of, stop_and_resume, write_pairs
 from tests.trainer.models.makers import content_of, make_context, make_model, make_tokenizer, report_of, save_base
 
 PAIR = PreferenceLoss(pair=PairLoss())
@@ -211,19 +211,7 @@ def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:
     whole = context_for(tmp_path / "whole", base=base, train=train, test=test)
     run(config, whole)
     parted = context_for(tmp_path / "parted", base=base, train=train, test=test)
-    report = parted.progress.report
-
-    def stop_in_the_middle(activity: str, done: int = 0, *rest: Any, **more: Any) -> None:
-        report(activity, done, *rest, **more)
-        if activity == "train" and done >= 3:
-            parted.stop.set()
-
-    parted.progress.report = stop_in_the_middle  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="after step"):
-        run(config, parted)
-    parted.stop.clear()
-    parted.progress.report = report  # type: ignore[method-assign]
-    run(config, parted)
+    stop_and_resume(run, config, parted, at=3)
     assert content_of(parted.output) == content_of(whole.output)
 
 

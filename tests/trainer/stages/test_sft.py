@@ -37,8 +37,8 @@ def test_it_learns_and_the_result_answers_in_plain_transformers_with_its_chat_te
     )
     assert outcome.metrics["heldOut.talks.loss"] < outcome.metrics["heldOut.talks.before.loss"] - 1
     assert "heldOut.en.bitsPerCharacter" in outcome.metrics
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer: Any = AutoTokenizer.from_pretrained(output)
+    model: Any = AutoModelForCausalLM.from_pretrained(output)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "what is 3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

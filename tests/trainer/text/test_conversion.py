@@ -160,7 +160,7 @@ def test_auto_tokenizer_opens_the_folder_and_gives_the_same_ids(tmp_path: Path, 
     texts = [text for text in (*real_texts()[::10], *NASTY) if "<s>" not in text]
     encoder = vocabulary.processor()
     assert [tokenizer.encode(text, add_special_tokens=False) for text in texts] == encoder.encode(texts)
-    assert tokenizer.convert_ids_to_tokens(range(vocabulary.size)) == vocabulary.pieces
+    assert tokenizer.convert_ids_to_tokens(list(range(vocabulary.size))) == vocabulary.pieces
     specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token)
     assert specials == ("<s>", "</s>", "<unk>", "[PAD]")
     assert tokenizer.pad_token_id == encoder.pad_id() == vocabulary.size - 1
