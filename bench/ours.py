@@ -127,5 +127,5 @@ def output_of(stage: ResolvedStage) -> Path:
 
 def full_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's configuration with every default filled in."""
-    filled: dict[str, Any] = STAGE_KINDS[kind].model_validate(config).model_dump(mode="json")
+    filled: dict[str, Any] = STAGE_KINDS[kind].config.model_validate(config).model_dump(mode="json")
     return filled

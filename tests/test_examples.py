@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from stagecoach_api.expressions import Figures, parse_expression
-from stagecoach_api.kinds import TRAINING_KINDS
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.reading.loading import load_run
 from stagecoach_api.spec import TrainingRun
+from stagecoach_api.stage_kind import Ranks
 from stagecoach_core.plan import external_keys, make_plan
 from stagecoach_core.values import External, Plan
 from tests import ROOT
@@ -150,7 +151,7 @@ def test_a_full_size_run_trains_on_two_nodes_of_eight_a100(name: str) -> None:
     run = load(name)
     for planned in plan_of(run).stages.values():
         resources = planned.stage.resources
-        if planned.stage.kind in TRAINING_KINDS:
+        if STAGE_KINDS[planned.stage.kind].ranks is Ranks.ALL:
             assert (resources.nodes, resources.gpus_per_node) == (2, 8)
             assert resources.gpu_product == "NVIDIA-A100-SXM4-80GB"
         assert planned.stage.queue is not None

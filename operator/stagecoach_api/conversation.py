@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import LongText, Model
+from stagecoach_api.constraints import Constraint, equals, given, same
 
 
 class TemplateName(StrEnum):
@@ -24,6 +25,14 @@ class TemplateName(StrEnum):
 class Template(Model):
     """How a conversation becomes text, in training and in the exported tokenizer's chat template alike."""
 
+    constraints = (
+        Constraint(
+            same(equals("name", "custom"), given("jinja")),
+            "`jinja` belongs to `name: custom`, and only to it",
+            "give both or neither",
+        ),
+    )
+
     name: TemplateName
     """`alpaca` joins instruction and input by a newline (as Chinese-Alpaca does); `alpacaWithInput` gives the input a
     section of its own; `vicuna`; `chatml` with tool and environment roles; `humanBot` is Ziya's `<human>:`/`<bot>:`;
@@ -31,17 +40,11 @@ class Template(Model):
 
     jinja: LongText | None = None
     """`custom` only: a Jinja chat template as transformers has them, with `messages`, `add_generation_prompt`,
-    `bos_token`, `eos_token`, `tools`. It must render the conversation so far as a prefix of the whole. None: a named
-    template."""
+    `bos_token`, `eos_token`, `tools`. It must render the conversation so far as a prefix of the whole. If unset: a
+    named template."""
 
     system: LongText | None = None
-    """System prompt put in front of conversations that have none. None: the template's own, if it has one."""
-
-    @model_validator(mode="after")
-    def _custom_has_jinja(self) -> Template:
-        if (self.name is TemplateName.CUSTOM) != (self.jinja is not None):
-            raise ValueError("`jinja` belongs to `name: custom`, and only to it")
-        return self
+    """System prompt put in front of conversations that have none. If unset: the template's own, if it has one."""
 
 
 class Role(StrEnum):

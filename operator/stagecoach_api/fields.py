@@ -1,6 +1,6 @@
-"""What a model's fields are made of, read from their annotations: shared by validation, overrides, CRD and reference.
+"""The shape of models' fields, read from their annotations: shared by validation, overrides, CRD and reference.
 
-The contract knows no unions but `X | None`, so a field's shape is one of four.
+The only unions in the API are `X | None`, so a field's shape is one of four.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stagecoach_api.base import Model
+from stagecoach_api.base import Model, constraints_of
+from stagecoach_api.constraints import ExactlyOne
 
 Step: TypeAlias = str | int
-"""One step of a path: a field's name outside (camelCase) or an index."""
+"""One step of a path: a field's name in YAML (camelCase) or an index."""
 FieldPath: TypeAlias = tuple[Step, ...]
 
 
@@ -33,7 +34,7 @@ class Shape:
     scalar: Any = None
     """The Python type of anything else."""
     optional: bool = False
-    """None is allowed."""
+    """None is an allowed value."""
 
 
 def shape_of(annotation: Any) -> Shape:
@@ -50,7 +51,7 @@ def shape_of(annotation: Any) -> Shape:
 
 
 def _strip(annotation: Any) -> tuple[Any, bool]:
-    """Take `Annotated`, type aliases and `None` off."""
+    """Remove `Annotated`, type aliases and `None`."""
     optional = False
     while True:
         origin = get_origin(annotation)
@@ -69,12 +70,12 @@ def _strip(annotation: Any) -> tuple[Any, bool]:
 
 @cache
 def fields_of(model: type[Model]) -> Mapping[str, FieldInfo]:
-    """Fields of a model by their name in YAML."""
+    """Return the fields of a model by their names in YAML."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def model_at(model: type[Model], path: Sequence[Step]) -> type[Model] | None:
-    """Return the model of what stands at `path` below `model`; None: it is no model, or there is no such path."""
+    """Return the model at `path` below `model`; None if it is not a model or there is no such path."""
     annotation: Any = model
     for step in path:
         shape = shape_of(annotation)
@@ -102,14 +103,33 @@ def walk_models(*roots: type[Model]) -> Iterator[type[Model]]:
         waiting += [child for field in fields_of(model).values() if (child := _model_in(field.annotation)) is not None]
 
 
+def walk_values(value: object, path: FieldPath = ()) -> Iterator[tuple[FieldPath, object]]:
+    """Yield a model or a list, and everything below it, with its path below the first; other values end the walk."""
+    yield path, value
+    if isinstance(value, Model):
+        for name, field in type(value).model_fields.items():
+            yield from walk_values(getattr(value, name), (*path, field.alias or name))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from walk_values(item, (*path, index))
+
+
 def _model_in(annotation: Any) -> type[Model] | None:
     shape = shape_of(annotation)
     inner = shape.item if shape.item is not None else shape.value
     return shape.model or (_model_in(inner) if inner is not None else None)
 
 
+def one_of_members(model: type[Model]) -> tuple[str, ...]:
+    """Return the fields, by their names in YAML, of which exactly one must be set; none if there is no such rule."""
+    for constraint in constraints_of(model):
+        if isinstance(constraint.condition, ExactlyOne):
+            return tuple(str(model.model_fields[name].alias) for name in constraint.condition.members)
+    return ()
+
+
 def format_path(path: Sequence[Step]) -> str:
-    """Write a path as people read it: `spec.stages[2].sft.data[0].weight`."""
+    """Format a path as in `spec.stages[2].sft.data[0].weight`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)

@@ -23,7 +23,7 @@ class Generation(Model):
 
     answer_begins_with: ShortText | None = None
     """Words, and a newline, that the answer is made to begin with and that do not count as part of it, such as the
-    `good` words of a chain of hindsight. None: the model begins."""
+    `good` words of a chain of hindsight. If unset: the model begins."""
 
 
 Prompt = Annotated[str, Field(min_length=1, max_length=65536)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Model, Name
+from stagecoach_api.constraints import Constraint, either, equals, exactly_one, given, implies, missing
 
 Quantity = Annotated[
     str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
@@ -28,32 +29,39 @@ MountPath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^/[^:\\
 class Toleration(Model):
     """A taint the pods may be placed beside, as Kubernetes writes it."""
 
+    constraints = (
+        Constraint(
+            implies(equals("operator", "Exists"), missing("value")),
+            "`operator: Exists` takes no `value`",
+            "leave one of them out",
+        ),
+        Constraint(
+            either(given("key"), equals("operator", "Exists")),
+            "without `key` every taint is meant",
+            "write `operator: Exists`",
+        ),
+    )
+
     key: LabelKey | None = None
-    """Key of the taint. None: every taint; `operator` is `Exists` then."""
+    """Key of the taint. If unset: every taint; `operator` is `Exists` then."""
 
     operator: Literal["Equal", "Exists"] = "Equal"
     """Whether `value` must be the taint's. Default: Equal."""
 
     value: LabelValue | None = None
-    """Value of the taint. None: the empty one; must be left out for `Exists`."""
+    """Value of the taint. If unset: the empty one; must be left out for `Exists`."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint. None: every effect."""
+    """Effect of the taint. If unset: every effect."""
 
     toleration_seconds: Annotated[int, Field(ge=0, le=10**8)] | None = None
-    """Seconds a pod stays on a node that gets a `NoExecute` taint. None: for ever."""
-
-    @model_validator(mode="after")
-    def _exists_has_no_value(self) -> Toleration:
-        if self.operator == "Exists" and self.value is not None:
-            raise ValueError("`operator: Exists` takes no `value`: leave one of them out")
-        if self.operator == "Equal" and self.key is None:
-            raise ValueError("without `key` every taint is meant: write `operator: Exists`")
-        return self
+    """Seconds a pod stays on a node that gets a `NoExecute` taint. If unset: for ever."""
 
 
 class Volume(Model):
     """Something mounted into the pods. Exactly one of `claimName`, `configMapName` and `secretName`."""
+
+    constraints = (exactly_one("claim_name", "config_map_name", "secret_name"),)
 
     name: Name
     """Unique name among the stage's volumes."""
@@ -62,25 +70,19 @@ class Volume(Model):
     """Folder in the container, absolute."""
 
     sub_path: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Folder of the volume that is mounted. None: all of it."""
+    """Folder of the volume that is mounted. If unset: all of it."""
 
     read_only: bool = True
     """Whether the pods may not write to it. Default: true."""
 
     claim_name: Name | None = None
-    """A PersistentVolumeClaim in the run's namespace. None: another is given."""
+    """A PersistentVolumeClaim in the run's namespace. If unset: another is given."""
 
     config_map_name: Name | None = None
-    """A ConfigMap in the run's namespace. None: another is given."""
+    """A ConfigMap in the run's namespace. If unset: another is given."""
 
     secret_name: Name | None = None
-    """A Secret in the run's namespace. None: another is given."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Volume:
-        if sum(name is not None for name in (self.claim_name, self.config_map_name, self.secret_name)) != 1:
-            raise ValueError("give exactly one of `claimName`, `configMapName` and `secretName`")
-        return self
+    """A Secret in the run's namespace. If unset: another is given."""
 
 
 class FabricVariable(Model):
@@ -98,23 +100,23 @@ class Pods(Model):
     value."""
 
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
-    """Labels a node must have, beside `resources.gpuProduct`. None: none."""
+    """Labels a node must have, beside `resources.gpuProduct`. If unset: none."""
 
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] | None = None
-    """Taints the pods tolerate, beside `nvidia.com/gpu` where they have GPUs. None: none."""
+    """Taints the pods tolerate, beside `nvidia.com/gpu` where they have GPUs. If unset: none."""
 
     volumes: Annotated[tuple[Volume, ...], Field(max_length=16)] | None = None
-    """What else is mounted, such as a shared file system with inputs. None: nothing."""
+    """What else is mounted, such as a shared file system with inputs. If unset: nothing."""
 
     fabric: Annotated[tuple[FabricVariable, ...], Field(max_length=32)] | None = None
-    """Settings of NCCL, Gloo, UCX and libfabric. None: the libraries' own, NCCL's warnings shown."""
+    """Settings of NCCL, Gloo, UCX and libfabric. If unset: the libraries' own, NCCL's warnings shown."""
 
     image_pull_secrets: Annotated[tuple[Name, ...], Field(max_length=8)] | None = None
-    """Secrets in the run's namespace with which the image is fetched. None: the operator's setting."""
+    """Secrets in the run's namespace with which the image is fetched. If unset: the operator's setting."""
 
     service_account: Name | None = None
     """Service account the pods run as; its identity is the storage's where no credentials are given. They get no token
-    for the API server. None: the operator's setting, else the namespace's `default`."""
+    for the API server. If unset: the operator's setting, else the namespace's `default`."""
 
     priority_class: Name | None = None
-    """PriorityClass of the pods. None: the cluster's default."""
+    """PriorityClass of the pods. If unset: the cluster's default."""

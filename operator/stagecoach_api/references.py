@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Identifier, Model, Name, Uri, Weight
+from stagecoach_api.constraints import exactly_one
+
+
+class Artifact(StrEnum):
+    """The kinds of artifact that stages make and other stages read."""
+
+    RECORDS = "records"
+    VOCABULARY = "vocabulary"
+    MODEL = "model"
+    REWARD_MODEL = "rewardModel"
+    REPORT = "report"
 
 
 class Split(StrEnum):
@@ -37,17 +48,14 @@ PREFERENCE_FORMATS = frozenset({Format.PAIRS, Format.COMPARISON, Format.RANKED, 
 class Reference(Model):
     """An input: the artifact of a stage of this run, or something that lies at a URI. Exactly one of the two."""
 
+    constraints = (exactly_one("stage", "uri"),)
+
     stage: Name | None = None
-    """Name of a stage of this run whose artifact is read. None: `uri` is given."""
+    """Name of a stage of this run whose artifact is read. If unset: `uri` is given."""
 
     uri: Uri | None = None
-    """A folder or file: `s3://…`, `file:///…`, or a path relative to `spec.storage.inputs`. None: `stage` is given."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Reference:
-        if (self.stage is None) == (self.uri is None):
-            raise ValueError("give exactly one of `stage` and `uri`")
-        return self
+    """A folder or file: `s3://…`, `file:///…`, or a path relative to `spec.storage.inputs`. If unset: `stage` is
+    given."""
 
     @property
     def key(self) -> str:
@@ -59,38 +67,38 @@ class FieldMapping(Model):
     """Names of the source's fields where they differ from the format's own."""
 
     text: Identifier | None = None
-    """Field of a `text` record. None: `text`."""
+    """Field of a `text` record. If unset: `text`."""
 
     instruction: Identifier | None = None
-    """Field of an `alpaca` record. None: `instruction`."""
+    """Field of an `alpaca` record. If unset: `instruction`."""
 
     input: Identifier | None = None
-    """Field of an `alpaca` record. None: `input`."""
+    """Field of an `alpaca` record. If unset: `input`."""
 
     output: Identifier | None = None
-    """Field of an `alpaca` record. None: `output`."""
+    """Field of an `alpaca` record. If unset: `output`."""
 
     messages: Identifier | None = None
-    """Field that holds the turns. None: `conversations` for `sharegpt`, `messages` for `messages`."""
+    """Field that holds the turns. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
 
     prompt: Identifier | None = None
-    """Field with what answers reply to, text or turns, in a preference record. None: `prompt`, `conversations`,
+    """Field with what answers reply to, text or turns, in a preference record. If unset: `prompt`, `conversations`,
     `messages`, `question` or `instruction`, whichever is there; `user_input` for `comparison`."""
 
     chosen: Identifier | None = None
-    """Field of the preferred answer. None: `chosen`; `completion_a` for `comparison`."""
+    """Field of the preferred answer. If unset: `chosen`; `completion_a` for `comparison`."""
 
     rejected: Identifier | None = None
-    """Field of the other answer. None: `rejected`; `completion_b` for `comparison`."""
+    """Field of the other answer. If unset: `rejected`; `completion_b` for `comparison`."""
 
     answers: Identifier | None = None
-    """Field with the list of a `ranked` record's answers. None: `answers`."""
+    """Field with the list of a `ranked` record's answers. If unset: `answers`."""
 
     completion: Identifier | None = None
-    """Field of a `labels` record's answer. None: `completion`."""
+    """Field of a `labels` record's answer. If unset: `completion`."""
 
     label: Identifier | None = None
-    """Field that says whether a `labels` record's answer is a good one. None: `label`."""
+    """Field that says whether a `labels` record's answer is a good one. If unset: `label`."""
 
 
 class RecordSource(Reference):
@@ -106,7 +114,7 @@ class RecordSource(Reference):
     """Field names that differ from the format's own. Default: none do."""
 
     max_samples: int | None = Field(default=None, ge=1)
-    """Read at most this many records, from the first on. None: all."""
+    """Read at most this many records, from the first on. If unset: all."""
 
     @property
     def label(self) -> str:
@@ -118,11 +126,12 @@ class WeightedSource(RecordSource):
     """Records to train on, and their share of the mix."""
 
     name: Identifier | None = None
-    """What phases and reports call this set. None: the stage's or the file's name."""
+    """What phases and reports call this set. If unset: the stage's or the file's name."""
 
     weight: Weight | None = None
-    """Share of the training tokens drawn from this set, relative to the other weights. None: in proportion to its size.
-    Give a weight to every set or to none. A set whose share exceeds its size is passed over more often (replay)."""
+    """Share of the training tokens drawn from this set, relative to the other weights. If unset: in proportion to its
+    size. Give a weight to every set or to none. A set whose share exceeds its size is passed over more often
+    (replay)."""
 
     @property
     def label(self) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Count, Identifier, LongText, Model, Name, NonNegativeCount, Pattern
 from stagecoach_api.character_sets import Script
+from stagecoach_api.constraints import Constraint, each, either, exactly_one, given
 from stagecoach_api.references import NamedSource, Reference, WeightedSource
-from stagecoach_api.training import require_exactly_one
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
@@ -22,14 +22,28 @@ class PromptSource(WeightedSource):
 
     domain: Identifier | None = None
     """What the prompts are about: reward models with `domains` read the answers behind that domain's system prompt, and
-    must have it; those without ignore it. None: of no domain, read without a system prompt of the reward model's."""
+    must have it; those without ignore it. If unset: of no domain, read without a system prompt of the reward
+    model's."""
 
 
 class PromptNamedSource(NamedSource):
     """Prompts with a name, to compare models on."""
 
     domain: Identifier | None = None
-    """What the prompts are about, as in the `data` of `ppo`. None: of no domain."""
+    """What the prompts are about, as in the `data` of `ppo`. If unset: of no domain."""
+
+
+# -- domains of reward models ------------------------------------------------------------------------------------------
+
+
+class Domain(Model):
+    """A system prompt that tells the reward model which preferences count (InternLM2's COOL, arXiv 2403.17297)."""
+
+    name: Identifier
+    """The domain."""
+
+    system: LongText
+    """The system prompt in front of every conversation of the domain. Only the reward model sees it, never a policy."""
 
 
 # -- language models behind an endpoint --------------------------------------------------------------------------------
@@ -53,7 +67,7 @@ class Endpoint(Model):
     """The model's name there."""
 
     credentials: EndpointCredentials | None = None
-    """Where the key lies. None: the endpoint asks for none."""
+    """Where the key lies. If unset: the endpoint asks for none."""
 
     timeout_seconds: Annotated[float, Field(ge=0.1, le=3600.0)] = 60.0
     """Longest time one request may take, in seconds. Default: 60."""
@@ -65,8 +79,8 @@ class Endpoint(Model):
     """Requests under way at once. Default: 8."""
 
     max_requests: Count | None = None
-    """Budget of the stage, as far as its checkpoints remember what was spent; when it is gone the stage fails. None: no
-    limit."""
+    """Budget of the stage, as far as its checkpoints remember what was spent; when it is gone the stage fails. If
+    unset: no limit."""
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------
@@ -80,7 +94,7 @@ class LengthReward(Model):
     """Fewest characters. Default: 0."""
 
     at_most: Count | None = None
-    """Most characters. None: no limit."""
+    """Most characters. If unset: no limit."""
 
 
 class LanguageReward(Model):
@@ -129,7 +143,7 @@ class Proposition(Model):
     """The statement."""
 
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    """What it adds where it is true. None: `fit` finds it."""
+    """What it adds where it is true. If unset: `fit` finds it."""
 
 
 class PropositionReward(Model):
@@ -142,14 +156,15 @@ class PropositionReward(Model):
     """The statements."""
 
     fit: NamedSource | None = None
-    """Ranked answers from which the weights are fitted by a hinge loss. None: every proposition has a `weight`."""
+    """Ranked answers from which the weights are fitted by a hinge loss. If unset: every proposition has a `weight`."""
 
-    @model_validator(mode="after")
-    def _weights_come_from_somewhere(self) -> PropositionReward:
-        missing = [item.name for item in self.propositions if item.weight is None]
-        if missing and self.fit is None:
-            raise ValueError(f"give `fit`, or a `weight` to every proposition; {', '.join(missing)} has none")
-        return self
+    constraints = (
+        Constraint(
+            either(given("fit"), each("propositions", given("weight"))),
+            "every proposition needs a `weight`, unless `fit` determines them",
+            "give `fit`, or a `weight` to every proposition",
+        ),
+    )
 
 
 class FeedbackReward(Model):
@@ -168,60 +183,6 @@ class FeedbackReward(Model):
     """The highest mark. Default: 10."""
 
 
-class RewardTerm(Model):
-    """One term of the reward: weight times value. Exactly one member says what the value is."""
-
-    name: Identifier
-    """What metrics and reports call it."""
-
-    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """Factor of the value. Default: 1."""
-
-    at_least: float | None = None
-    """Lower values are raised to this. None: no limit."""
-
-    at_most: float | None = None
-    """Higher values are lowered to this. None: no limit."""
-
-    model: Reference | None = None
-    """A `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label. None: another member
-    is given."""
-
-    length: LengthReward | None = None
-    """By length. None: another member is given."""
-
-    language: LanguageReward | None = None
-    """By script. None: another member is given."""
-
-    repetition: RepetitionReward | None = None
-    """Against repetition. None: another member is given."""
-
-    format: FormatReward | None = None
-    """By a pattern. None: another member is given."""
-
-    arithmetic: ArithmeticReward | None = None
-    """By whether its sums are right. None: another member is given."""
-
-    expression: Expression | None = None
-    """By a formula over the answer's figures: numbers, `+ - * / ( )`, comparisons, `and or not`, `x if c else y`,
-    `min max abs log exp sqrt`, `characters words lines tokens ended promptCharacters`, `count("…") contains("…")`.
-    None: another member is given."""
-
-    propositions: PropositionReward | None = None
-    """By statements a language model judges. None: another member is given."""
-
-    feedback: FeedbackReward | None = None
-    """By a mark a language model gives. None: another member is given."""
-
-    plugin: PluginReward | None = None
-    """By a function of the image. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> RewardTerm:
-        require_exactly_one(self, *REWARD_MEMBERS)
-        return self
-
-
 REWARD_MEMBERS = (
     "model",
     "length",
@@ -235,5 +196,57 @@ REWARD_MEMBERS = (
     "plugin",
 )
 """Members of a reward term of which exactly one is given (Python names)."""
+
+
+class RewardTerm(Model):
+    """One term of the reward: weight times value. Exactly one member says what the value is."""
+
+    constraints = (exactly_one(*REWARD_MEMBERS),)
+
+    name: Identifier
+    """What metrics and reports call it."""
+
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    """Factor of the value. Default: 1."""
+
+    at_least: float | None = None
+    """Lower values are raised to this. If unset: no limit."""
+
+    at_most: float | None = None
+    """Higher values are lowered to this. If unset: no limit."""
+
+    model: Reference | None = None
+    """A `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label. If unset: another
+    member is given."""
+
+    length: LengthReward | None = None
+    """By length. If unset: another member is given."""
+
+    language: LanguageReward | None = None
+    """By script. If unset: another member is given."""
+
+    repetition: RepetitionReward | None = None
+    """Against repetition. If unset: another member is given."""
+
+    format: FormatReward | None = None
+    """By a pattern. If unset: another member is given."""
+
+    arithmetic: ArithmeticReward | None = None
+    """By whether its sums are right. If unset: another member is given."""
+
+    expression: Expression | None = None
+    """By a formula over the answer's figures: numbers, `+ - * / ( )`, comparisons, `and or not`, `x if c else y`,
+    `min max abs log exp sqrt`, `characters words lines tokens ended promptCharacters`, `count("…") contains("…")`.
+    If unset: another member is given."""
+
+    propositions: PropositionReward | None = None
+    """By statements a language model judges. If unset: another member is given."""
+
+    feedback: FeedbackReward | None = None
+    """By a mark a language model gives. If unset: another member is given."""
+
+    plugin: PluginReward | None = None
+    """By a function of the image. If unset: another member is given."""
+
 
 RewardTerms = Annotated[tuple[RewardTerm, ...], Field(min_length=1, max_length=16)]

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model
 
 from stagecoach_api.base import Model, Name, ShortText, Uri
-from stagecoach_api.kinds import (
-    STAGE_KINDS,
-    DataStage,
-    DpoStage,
-    EvaluateStage,
-    ExportStage,
-    PpoStage,
-    PretrainStage,
-    RewardModelStage,
-    SftStage,
-    TokenizerStage,
-)
-from stagecoach_api.kinds.evaluate import LmEvalTask
-from stagecoach_api.kinds.tokenizer import AddTokens
+from stagecoach_api.constraints import Constraint, at_most_one, exactly_one
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.pods import LabelKey, Pods, Quantity
 from stagecoach_api.references import Reference
+from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
 class SecretReference(Model):
@@ -37,20 +26,20 @@ class Storage(Model):
     """Where artifacts lie, and where relative inputs are found."""
 
     uri: Uri | None = None
-    """Folder of all artifacts: `s3://bucket/prefix` or `file:///folder`. None: `.stagecoach/store` below the working
-    directory on a laptop, the operator's default on a cluster."""
+    """Folder of all artifacts: `s3://bucket/prefix` or `file:///folder`. If unset: `.stagecoach/store` below the
+    working directory on a laptop, the operator's default on a cluster."""
 
     endpoint: Annotated[str, Field(max_length=512)] | None = None
-    """S3 endpoint URL. None: AWS's own, or the one in the SDK's configuration."""
+    """S3 endpoint URL. If unset: AWS's own, or the one in the SDK's configuration."""
 
     region: Annotated[str, Field(max_length=64)] | None = None
-    """S3 region. None: the SDK's configuration."""
+    """S3 region. If unset: the SDK's configuration."""
 
     credentials: SecretReference | None = None
-    """Credentials on a cluster. None: the service account's identity; on a laptop always the SDK's own chain."""
+    """Credentials on a cluster. If unset: the service account's identity; on a laptop always the SDK's own chain."""
 
     inputs: Uri | None = None
-    """Folder against which relative `uri` values are resolved. None: the run file's folder on a laptop; needed on a
+    """Folder against which relative `uri` values are resolved. If unset: the run file's folder on a laptop; needed on a
     cluster when a relative `uri` is used."""
 
 
@@ -58,29 +47,29 @@ class Resources(Model):
     """The gang of pods a stage runs as. In `defaults` or a stage; a field that is None takes the default's value."""
 
     nodes: Annotated[int, Field(ge=1, le=16384)] | None = None
-    """Pods of the stage, one per node. None: 1."""
+    """Pods of the stage, one per node. If unset: 1."""
 
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
-    """GPUs of each pod, and so ranks. None: 0, which is one CPU rank per pod."""
+    """GPUs of each pod, and so ranks. If unset: 0, which is one CPU rank per pod."""
 
     gpu_product: Annotated[str, Field(max_length=63)] | None = None
-    """Value of the node label `nvidia.com/gpu.product`. None: any."""
+    """Value of the node label `nvidia.com/gpu.product`. If unset: any."""
 
     ranks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Ranks of each pod where it has no GPU. None: 1."""
+    """Ranks of each pod where it has no GPU. If unset: 1."""
 
     cpu: Quantity | None = None
-    """CPUs of each pod; its ranks share them as threads. None: no request and one thread a rank; on a laptop all
+    """CPUs of each pod; its ranks share them as threads. If unset: no request and one thread a rank; on a laptop all
     cores."""
 
     memory: Quantity | None = None
-    """Memory of each pod. None: no request."""
+    """Memory of each pod. If unset: no request."""
 
     shared_memory: Quantity | None = None
-    """Size of `/dev/shm`, which counts as memory. None: 64Mi."""
+    """Size of `/dev/shm`, which counts as memory. If unset: 64Mi."""
 
     extended: Annotated[dict[str, Quantity], Field(max_length=8)] | None = None
-    """Other resources of each pod, by name, such as `rdma/hca: "1"`. None: none."""
+    """Other resources of each pod, by name, such as `rdma/hca: "1"`. If unset: none."""
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -94,49 +83,51 @@ class Resources(Model):
 class Queue(Model):
     """A Kueue queue."""
 
+    constraints = (
+        Constraint(
+            at_most_one("required_topology", "preferred_topology"),
+            "`requiredTopology` and `preferredTopology` exclude each other",
+            "give at most one",
+        ),
+    )
+
     name: Name
     """Name of the LocalQueue."""
 
     priority_class: Name | None = None
-    """WorkloadPriorityClass: who goes first, and who is preempted. None: the pods' own priority."""
+    """WorkloadPriorityClass: who goes first, and who is preempted. If unset: the pods' own priority."""
 
     required_topology: LabelKey | None = None
-    """Node label within one value of which all pods of the stage must be, such as a rack's. None: anywhere."""
+    """Node label within one value of which all pods of the stage must be, such as a rack's. If unset: anywhere."""
 
     preferred_topology: LabelKey | None = None
-    """Node label within one value of which all pods should be, if there is room. None: anywhere."""
-
-    @model_validator(mode="after")
-    def _one_topology(self) -> Queue:
-        if self.required_topology is not None and self.preferred_topology is not None:
-            raise ValueError("give at most one of `requiredTopology` and `preferredTopology`")
-        return self
+    """Node label within one value of which all pods should be, if there is room. If unset: anywhere."""
 
 
 class Retries(Model):
     """How often a failed attempt is made again, by cause. Being asked to stop (preemption) is never charged."""
 
     infrastructure: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Lost nodes and pods, killed processes, storage that did not answer. None: 20."""
+    """Lost nodes and pods, killed processes, storage that did not answer. If unset: 20."""
 
     hang: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """No progress for too long. None: 5."""
+    """No progress for too long. If unset: 5."""
 
     user: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Errors in the run itself, which would happen again. None: 0."""
+    """Errors in the run itself, which would happen again. If unset: 0."""
 
 
 class StageSettings(Model):
     """What a stage inherits from `defaults` and may override: none of it changes what the stage computes."""
 
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Trainer image; by digest (`name@sha256:…`) where it is not the operator's own. None: the operator's."""
+    """Trainer image; by digest (`name@sha256:…`) where it is not the operator's own. If unset: the operator's."""
 
     resources: Resources = Resources()
     """The gang of pods. Default: every field's own."""
 
     queue: Queue | None = None
-    """Kueue queue the stage waits in; quota is held only while the stage runs. None: it runs unqueued."""
+    """Kueue queue the stage waits in; quota is held only while the stage runs. If unset: it runs unqueued."""
 
     retries: Retries = Retries()
     """Retry budgets by cause. Default: every field's own."""
@@ -145,11 +136,11 @@ class StageSettings(Model):
     """Placement and surroundings of the pods on a cluster. Default: every field's own."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Longest time one attempt may take. None: no limit."""
+    """Longest time one attempt may take. If unset: no limit."""
 
 
-class Stage(StageSettings):
-    """One step of the pipeline: a name, exactly one kind, and what it overrides."""
+class NamedStage(StageSettings):
+    """A stage without its kind. Not part of the API."""
 
     name: Name
     """Unique name in the run."""
@@ -158,58 +149,36 @@ class Stage(StageSettings):
     """Stages that must be finished first though nothing of theirs is read. Default: none."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
-    """Seed of everything random in the stage. None: the run's."""
+    """Seed of everything random in the stage. If unset: the run's."""
 
-    data: DataStage | None = None
-    """Read, filter, deduplicate, split. None: the stage is of another kind."""
 
-    tokenizer: TokenizerStage | None = None
-    """Make a vocabulary. None: the stage is of another kind."""
+def _member(kind: StageKind) -> tuple[Any, Any]:
+    """Return the annotation and the field in which a stage of this kind has its configuration."""
+    description = f"{kind.summary} If unset: the stage is of another kind."
+    return kind.config | None, Field(default=None, description=description)
 
-    pretrain: PretrainStage | None = None
-    """Next-token training. None: the stage is of another kind."""
 
-    sft: SftStage | None = None
-    """Supervised fine-tuning. None: the stage is of another kind."""
+if TYPE_CHECKING:
+    _StageOfAnyKind = NamedStage  # the members are looked up by name only
+else:
+    _StageOfAnyKind = create_model(
+        "_StageOfAnyKind", __base__=NamedStage, **{kind.module: _member(kind) for kind in STAGE_KINDS.values()}
+    )
 
-    reward_model: RewardModelStage | None = None
-    """Learn from preferences what an answer is worth. None: the stage is of another kind."""
 
-    ppo: PpoStage | None = None
-    """Reinforcement learning from a reward. None: the stage is of another kind."""
+class Stage(_StageOfAnyKind):
+    """One step of the pipeline: a name, exactly one kind, and what it overrides."""
 
-    dpo: DpoStage | None = None
-    """Learn from preferences directly. None: the stage is of another kind."""
-
-    evaluate: EvaluateStage | None = None
-    """Measure a model. None: the stage is of another kind."""
-
-    export: ExportStage | None = None
-    """Make a release. None: the stage is of another kind."""
-
-    @model_validator(mode="after")
-    def _exactly_one_kind(self) -> Stage:
-        given = list(self._given_kinds())
-        if len(given) != 1:
-            kinds = ", ".join(STAGE_KINDS)
-            raise ValueError(f"a stage is exactly one of {kinds}; this one is {' and '.join(given) or 'none of them'}")
-        return self
+    constraints = (exactly_one(*(kind.module for kind in STAGE_KINDS.values())),)
 
     @property
     def kind(self) -> str:
-        return next(self._given_kinds())
-
-    def _given_kinds(self) -> Iterator[str]:
-        for name, field in type(self).model_fields.items():
-            if field.alias in STAGE_KINDS and getattr(self, name) is not None:
-                yield str(field.alias)
+        return next(name for name, kind in STAGE_KINDS.items() if getattr(self, kind.module) is not None)
 
     @property
-    def config(self) -> Model:
+    def config(self) -> StageConfig:
         """The member of this stage's kind."""
-        config: Model = next(
-            getattr(self, name) for name, field in type(self).model_fields.items() if field.alias == self.kind
-        )
+        config: StageConfig = getattr(self, STAGE_KINDS[self.kind].module)
         return config
 
     def references(self) -> Iterator[tuple[str, Reference]]:
@@ -222,18 +191,13 @@ class Stage(StageSettings):
         return frozenset(inputs | set(self.after))
 
 
-FILE_FIELDS: dict[type[Model], str] = {AddTokens: "characters_from", LmEvalTask: "uri"}
-"""Plain URI fields whose file is read by the stage: inputs like a `Reference` with that `uri`."""
-
-
 def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
     if isinstance(value, Reference):
         yield path, value
     elif isinstance(value, Model):
-        file_field = FILE_FIELDS.get(type(value))
         for name, field in type(value).model_fields.items():
             item = getattr(value, name)
-            if name == file_field and item is not None:
+            if name == value.input_file and item is not None:
                 item = Reference(uri=item)
             yield from _references(item, f"{path}.{field.alias or name}")
     elif isinstance(value, tuple):

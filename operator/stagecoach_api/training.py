@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from math import ceil
+from typing import Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, NonNegativeCount
+from stagecoach_api.constraints import Constraint, at_least, equals, exactly_one, implies
+from stagecoach_api.fields import FieldPath
 from stagecoach_api.references import NamedSource, Reference, WeightedSource
-
-
-def require_exactly_one(model: Model, *members: str) -> None:
-    """Raise unless exactly one of the optional `members` (Python names) is set."""
-    given = [name for name in members if getattr(model, name) is not None]
-    if len(given) != 1:
-        allowed = ", ".join(f"`{type(model).model_fields[name].alias or name}`" for name in members)
-        raise ValueError(f"give exactly one of {allowed}")
-
+from stagecoach_api.stage_kind import StageConfig
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
@@ -82,19 +78,16 @@ class LoraTraining(Model):
 class Trainable(Model):
     """Which parameters learn. Exactly one member."""
 
+    constraints = (exactly_one("full", "embeddings", "lora"),)
+
     full: FullTraining | None = None
-    """Every parameter. None: another member is given."""
+    """Every parameter. If unset: another member is given."""
 
     embeddings: EmbeddingTraining | None = None
-    """Input embedding and head only. None: another member is given."""
+    """Input embedding and head only. If unset: another member is given."""
 
     lora: LoraTraining | None = None
-    """Low-rank adapters. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Trainable:
-        require_exactly_one(self, "full", "embeddings", "lora")
-        return self
+    """Low-rank adapters. If unset: another member is given."""
 
 
 class NewRows(StrEnum):
@@ -119,39 +112,34 @@ class Resize(Model):
 class Budget(Model):
     """How long training lasts. Exactly one member."""
 
+    constraints = (exactly_one("tokens", "steps", "epochs"),)
+
     tokens: Count | None = None
-    """Training tokens, counted as they enter the model, padding apart. None: another member is given."""
+    """Training tokens, counted as they enter the model, padding apart. If unset: another member is given."""
 
     steps: Count | None = None
-    """Optimiser steps. None: another member is given."""
+    """Optimiser steps. If unset: another member is given."""
 
     epochs: Annotated[float, Field(ge=0.001, le=10000.0)] | None = None
-    """Passes over the data. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Budget:
-        require_exactly_one(self, "tokens", "steps", "epochs")
-        return self
+    """Passes over the data. If unset: another member is given."""
 
 
 class Batch(Model):
     """The global batch of one optimiser step. It never depends on the number of ranks. `tokens` or `samples`, one."""
 
+    constraints = (exactly_one("tokens", "samples"),)
+
     tokens: Count | None = None
     """Tokens of one optimiser step over all ranks: `tokens / sequenceLength` rows, rounded down, at least one.
-    None: `samples` is given."""
+    If unset: `samples` is given."""
 
     samples: Count | None = None
-    """Samples of one optimiser step over all ranks, packed into as few rows as they fit. None: `tokens` is given."""
+    """Samples of one optimiser step over all ranks, packed into as few rows as they fit. If unset: `tokens` is
+    given."""
 
     micro_batch_rows: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Rows of `sequenceLength` tokens that one rank computes at once; the rest of its share of the batch is
-    accumulated. None: 1."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Batch:
-        require_exactly_one(self, "tokens", "samples")
-        return self
+    accumulated. If unset: 1."""
 
 
 class ScheduleName(StrEnum):
@@ -171,7 +159,7 @@ class Schedule(Model):
     the floor over the last `decayShare` of the steps (arXiv 2404.06395). Default: cosine."""
 
     warmup_steps: NonNegativeCount | None = None
-    """Steps of the warm-up. None: `warmupShare` decides."""
+    """Steps of the warm-up. If unset: `warmupShare` decides."""
 
     warmup_share: Fraction = 0.0
     """Share of all steps spent in the warm-up. Default: 0. Ignored where `warmupSteps` is given."""
@@ -202,7 +190,7 @@ class Optimizer(Model):
     """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed. Default: 0."""
 
     clip: Annotated[float, Field(ge=0.0, le=1e6)] | None = 1.0
-    """Largest global gradient norm; above it gradients are scaled down. Default: 1. None: no clipping."""
+    """Largest global gradient norm; above it gradients are scaled down. Default: 1. If unset: no clipping."""
 
 
 class EarlyStop(Model):
@@ -239,6 +227,19 @@ class Offload(StrEnum):
 class Sharding(Model):
     """DeepSpeed ZeRO (arXiv 1910.02054). At one rank without offload the plain PyTorch step is used instead."""
 
+    constraints = (
+        Constraint(
+            implies(equals("offload_optimizer", "cpu"), at_least("zero", 1)),
+            "`offloadOptimizer: cpu` needs `zero` of 1 or more",
+            "raise it, or leave the offload out",
+        ),
+        Constraint(
+            implies(equals("offload_parameters", "cpu"), at_least("zero", 3)),
+            "`offloadParameters: cpu` needs `zero: 3`",
+            "raise it, or leave the offload out",
+        ),
+    )
+
     zero: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage: 0 replicates, 1 shards the optimiser state, 2 gradients too, 3 parameters too. Default: 0."""
 
@@ -248,26 +249,18 @@ class Sharding(Model):
     offload_parameters: Offload = Offload.NONE
     """Where the parameters lie; `cpu` needs `zero: 3`. Default: none."""
 
-    @model_validator(mode="after")
-    def _offload_needs_sharding(self) -> Sharding:
-        if self.offload_optimizer is Offload.CPU and self.zero < 1:
-            raise ValueError("`offloadOptimizer: cpu` needs `zero` of 1 or more")
-        if self.offload_parameters is Offload.CPU and self.zero < 3:
-            raise ValueError("`offloadParameters: cpu` needs `zero: 3`")
-        return self
-
 
 class Checkpoints(Model):
     """When the whole training state is saved, and which saves are kept until the stage is done."""
 
     every_steps: Count | None = None
-    """Steps between two checkpoints. None: every tenth of the stage."""
+    """Steps between two checkpoints. If unset: every tenth of the stage."""
 
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
     """Newest checkpoints that are kept. Default: 2."""
 
     keep_every_steps: Count | None = None
-    """Checkpoints at multiples of this step are kept beside the newest. None: none are."""
+    """Checkpoints at multiples of this step are kept beside the newest. If unset: none are."""
 
 
 class HeldOut(Model):
@@ -277,13 +270,33 @@ class HeldOut(Model):
     """Sets whose loss, bits per character and perplexity are measured. Default: none."""
 
     every_steps: Count | None = None
-    """Steps between two measurements. None: before the first step and after the last only."""
+    """Steps between two measurements. If unset: before the first step and after the last only."""
 
     max_tokens: Count = 65536
     """Tokens measured per set, from the first record on. Default: 65,536."""
 
 
-class Training(Model):
+@dataclass(frozen=True)
+class Span:
+    """A part of training with one batch size and one row length. Not part of the API."""
+
+    path: FieldPath
+    """Path of `tokens` below the configuration."""
+    tokens: int | None
+    """Training tokens; None if the budget is not in tokens."""
+    batch_tokens: int | None
+    """Tokens of one optimiser step; None if the batch is in samples."""
+    sequence_length: int
+
+    @property
+    def num_steps(self) -> int | None:
+        """Return the optimiser steps, each of as many whole rows as fit the batch, at least one; None if unknown."""
+        if self.tokens is None or self.batch_tokens is None:
+            return None
+        return ceil(self.tokens / (max(1, self.batch_tokens // self.sequence_length) * self.sequence_length))
+
+
+class Training(StageConfig):
     """What all kinds of training have in common: the data, what learns, for how long, with which step."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
@@ -326,6 +339,31 @@ class Training(Model):
     attention_dropout: Fraction = 0.0
     """Dropout probability of the attention weights while training. Default: 0."""
 
+    trains: ClassVar[bool] = True
+
+    @property
+    def offloads(self) -> bool:
+        return Offload.CPU in (self.sharding.offload_optimizer, self.sharding.offload_parameters)
+
+    def spans(self) -> tuple[Span, ...]:
+        """Return the parts of training in order."""
+        return (Span(("budget", "tokens"), self.budget.tokens, self.batch.tokens, self.sequence_length),)
+
+    def planned_tokens(self) -> int | None:
+        tokens = [span.tokens for span in self.spans() if span.tokens is not None]
+        if tokens:
+            return sum(tokens)
+        steps, batch = self.budget.steps, self.batch.tokens
+        return steps * batch if steps is not None and batch is not None else None
+
+    def most_steps(self) -> int | None:
+        """Return the most optimiser steps the budget can mean; None if that depends on the data."""
+        spans = self.spans()
+        if any(span.tokens is None for span in spans):
+            return self.budget.steps
+        steps = [span.num_steps for span in spans if span.num_steps is not None]
+        return sum(steps) if len(steps) == len(spans) else None
+
 
 class MeasuredTraining(Training):
     """Training that measures held-out sets as it goes, and may end by what it finds."""
@@ -334,14 +372,14 @@ class MeasuredTraining(Training):
     """Measurement before, during and after training. Default: none."""
 
     early_stop: EarlyStop | None = None
-    """End when a held-out loss no longer falls. None: the budget alone ends training."""
+    """End when a held-out loss no longer falls. If unset: the budget alone ends training."""
 
 
 class TextTraining(MeasuredTraining):
     """What `pretrain` and `sft` have in common: they may grow the vocabulary."""
 
     tokenizer: Reference | None = None
-    """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. None: the model's own."""
+    """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. If unset: the model's own."""
 
     resize: Resize = Resize()
     """What new rows start as where the vocabulary is larger than the model's. Default: the mean of old rows."""

@@ -10,11 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from stagecoach_api.artifacts import Manifest
-from stagecoach_api.kinds import PretrainStage, TokenizerStage
-from stagecoach_api.kinds.pretrain import Architecture
 from stagecoach_api.references import Reference
 from stagecoach_api.spec import Stage
-from stagecoach_api.training import Training
 from stagecoach_core.values import Plan
 
 START_SECONDS = 20.0
@@ -52,7 +49,7 @@ def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estima
     machine, for a stage without GPUs.
     """
     stage = plan.stages[name].stage
-    tokens = training_tokens(stage)
+    tokens = stage.config.planned_tokens()
     if tokens is None and last is not None and last.tokens:
         tokens = last.tokens
     if last is not None:
@@ -66,50 +63,26 @@ def estimate(plan: Plan, name: str, last: Manifest | None, cores: int) -> Estima
     return Estimate(tokens, START_SECONDS + flops / _flops_per_second(stage, cores))
 
 
-def training_tokens(stage: Stage) -> int | None:
-    """Return the training tokens that a stage's configuration sets; None for other stages, or if data sets them."""
-    config = stage.config
-    if isinstance(config, PretrainStage) and config.phases:
-        return sum(phase.tokens for phase in config.phases)
-    if not isinstance(config, Training):
-        return None
-    if config.budget.tokens is not None:
-        return config.budget.tokens
-    if config.budget.steps is not None and config.batch.tokens is not None:
-        return config.budget.steps * config.batch.tokens
-    return None
-
-
 def num_parameters(plan: Plan, name: str) -> float | None:
     """Return the number of parameters of a stage's model; None if the run file does not determine it."""
     config = plan.stages[name].stage.config
-    if isinstance(config, PretrainStage) and config.architecture is not None:
-        vocabulary = config.tokenizer.stage if config.tokenizer is not None else None
-        return _architecture_parameters(config.architecture, _vocabulary_size(plan, vocabulary))
+    vocabulary: Reference | None = getattr(config, "tokenizer", None)
+    new = config.new_model_parameters(_vocabulary_size(plan, vocabulary.stage if vocabulary is not None else None))
+    if new is not None:
+        return new
     model: Reference | None = getattr(config, "model", None)
     if model is None:
         return None
     return _size_in_name(model.uri or "") if model.stage is None else num_parameters(plan, model.stage)
 
 
-def _architecture_parameters(shape: Architecture, vocabulary: int) -> float:
-    """Return the number of parameters in the matrices of a LLaMA: attention, feed-forward, embedding and head."""
-    kv_share = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
-    attention = shape.hidden_size**2 * (2 + 2 * kv_share)
-    feed_forward = 3 * shape.hidden_size * shape.intermediate_size
-    embeddings = vocabulary * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-    return shape.num_layers * (attention + feed_forward) + embeddings
-
-
 def _vocabulary_size(plan: Plan, name: str | None) -> int:
-    """Return the largest possible size of a tokenizer stage's vocabulary; 0 if the run file does not set it."""
+    """Return the largest possible size of a stage's vocabulary, as far as the run file sets it."""
     if name is None:
         return 0
     config = plan.stages[name].stage.config
-    if not isinstance(config, TokenizerStage):
-        return 0
-    base = _vocabulary_size(plan, config.base.stage) if config.base is not None else 0
-    return base + (config.train.vocab_size if config.train is not None else 0)
+    base: Reference | None = getattr(config, "base", None)
+    return config.new_vocabulary_size() + _vocabulary_size(plan, base.stage if base is not None else None)
 
 
 def _size_in_name(uri: str) -> float | None:

@@ -16,7 +16,7 @@ from stagecoach_api.artifacts import digest_of
 from stagecoach_api.base import Model
 from stagecoach_api.kinds.pretrain import DataWeight
 from stagecoach_api.references import Reference
-from stagecoach_api.spec import FILE_FIELDS, Stage
+from stagecoach_api.spec import Stage
 from stagecoach_api.training import Training
 from stagecoach_core.values import Found, PlannedStage
 
@@ -79,7 +79,7 @@ def _canonical_model(model: Model, inputs: Mapping[str, str], names: Mapping[str
         members["digest"] = inputs[model.key]
     if isinstance(model, DataWeight):
         members["name"] = names.get(model.name, model.name)
-    file_field = FILE_FIELDS.get(type(model))
+    file_field = model.input_file
     if file_field is not None and getattr(model, file_field) is not None:
         alias = type(model).model_fields[file_field].alias or file_field
         members[alias] = {"digest": inputs[Reference(uri=getattr(model, file_field)).key]}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from stagecoach_api.artifacts import Manifest, artifact_prefix
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import FINISHED
 from stagecoach_api.stores.lookup import find_manifest
@@ -37,7 +38,7 @@ from stagecoach_core.values import (
 from stagecoach_local import processes
 from stagecoach_local.attempts import LiveAttempt, ended_record, observed_end
 from stagecoach_local.launch import launch
-from stagecoach_local.machine import HEAVY_KINDS, Machine, admits
+from stagecoach_local.machine import Machine, admits
 from stagecoach_local.records import RunRecorder
 from stagecoach_local.run_job import Job
 from stagecoach_local.store_outages import StoreOutages
@@ -283,7 +284,7 @@ class Driver:
 
 def slot_message(machine: Machine, kind: str) -> str:
     """Return what a stage waits for that this machine has no free slot for."""
-    if kind in HEAVY_KINDS:
+    if STAGE_KINDS[kind].heavy:
         slots = machine.heavy_slots
         stages = f"training or evaluation stage{'s' * (slots > 1)}"
         return f"a free slot: {machine.cores} cores run {slots} {stages} at a time"

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagecoach_api.kinds import TRAINING_KINDS
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.spec import Stage
+from stagecoach_api.stage_kind import Ranks
 from stagecoach_core.quantities import asked_threads
-
-HEAVY_KINDS = TRAINING_KINDS | {"evaluate", "export"}
-"""Kinds that keep every core busy; the others read and write."""
 
 CORES_PER_HEAVY_STAGE = 4
 """Two heavy stages that run concurrently with fewer cores each are slower than one after the other."""
@@ -48,9 +46,9 @@ def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
     """Return the number of ranks of `stage` on this machine: `nproc` if given, else what it requests, at most what
     the machine has.
 
-    Only training stages have several ranks. A stage that requests GPUs on a machine without any runs as one CPU rank.
+    Some kinds always run as one rank. A stage that requests GPUs on a machine without any runs as one CPU rank.
     """
-    if stage.kind not in TRAINING_KINDS:
+    if STAGE_KINDS[stage.kind].ranks is Ranks.ONE:
         return 1
     if nproc is not None:
         return nproc
@@ -71,9 +69,9 @@ def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:
     """Return whether a stage of `kind` may start while stages of the `running` kinds run."""
-    if kind in HEAVY_KINDS:
-        return sum(other in HEAVY_KINDS for other in running) < machine.heavy_slots
-    return sum(other not in HEAVY_KINDS for other in running) < machine.light_slots
+    heavy = STAGE_KINDS[kind].heavy
+    alike = sum(STAGE_KINDS[other].heavy is heavy for other in running)
+    return alike < (machine.heavy_slots if heavy else machine.light_slots)
 
 
 def _num_cores() -> int:

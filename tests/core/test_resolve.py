@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stagecoach_api.artifacts import ResolvedInput
-from stagecoach_api.kinds import SftStage
+from stagecoach_api.kinds.sft import SftStage
 from stagecoach_core.resolve import artifacts_of, resolved_inputs, resolved_stage
 from stagecoach_core.values import StageState, StageView, Start
 from tests.core.makers import data_stage, found, plan_for, sft_stage

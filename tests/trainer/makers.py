@@ -33,9 +33,9 @@ PRETRAIN_CONFIG: dict[str, Any] = {
 }
 
 SITE = """
-import sys
-from stagecoach_trainer.stages import STAGE_MODULES
-STAGE_MODULES.update(data="stand_in", pretrain="stand_in")
+from stagecoach_trainer import stages
+real = stages.module_name
+stages.module_name = lambda kind: "stand_in" if kind in ("data", "pretrain") else real(kind)
 """
 
 

@@ -7,13 +7,12 @@ import json
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
-from stagecoach_api.kinds import DataStage
+from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.outcomes import Cause, ExitCode
 from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
 from stagecoach_trainer.__main__ import outcome_of, pin_threads, read_stage
@@ -53,7 +52,7 @@ def attempt(folder: Path, world: World | None = None) -> AttemptSettings:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    monkeypatch.setattr("stagecoach_trainer.run_stage.importlib.import_module", lambda name: SimpleNamespace(run=run))
+    monkeypatch.setattr("stagecoach_trainer.run_stage.load_stage", lambda kind: run)
 
 
 def test_a_stage_writes_into_an_empty_output_and_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

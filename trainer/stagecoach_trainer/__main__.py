@@ -25,7 +25,6 @@ from types import FrameType
 from pydantic import ValidationError
 
 from stagecoach_api.artifacts import ResolvedStage
-from stagecoach_api.base import Model
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import (
     ENV_CACHE_DIR,
@@ -35,8 +34,8 @@ from stagecoach_api.names import (
     ENV_WORK_DIR,
 )
 from stagecoach_api.outcomes import AttemptResult, ExitCode
+from stagecoach_api.stage_kind import StageConfig
 from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
-from stagecoach_api.training import Training
 from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe
 from stagecoach_trainer.runtime.attempt_files import announce
 from stagecoach_trainer.runtime.errors import Interrupted, StageError, UserError
@@ -63,7 +62,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
     resolved: ResolvedStage | None = None
     try:
         resolved, config = read_stage(Path(environment[ENV_STAGE_FILE]))
-        handle_signals(stop, lambda: print_into_log(work, rank), graceful=isinstance(config, Training))
+        handle_signals(stop, lambda: print_into_log(work, rank), graceful=config.trains)
         digest = _run(resolved, config, environment, stop, started)
         outcome = RankOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:
@@ -75,7 +74,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def _run(
-    resolved: ResolvedStage, config: Model, environment: Mapping[str, str], stop: threading.Event, started: float
+    resolved: ResolvedStage, config: StageConfig, environment: Mapping[str, str], stop: threading.Event, started: float
 ) -> str | None:
     from stagecoach_trainer.run_stage import AttemptSettings, run_stage
     from stagecoach_trainer.runtime.distributed import world_from
@@ -117,7 +116,7 @@ def start_logging(rank: int) -> None:
     )
 
 
-def read_stage(path: Path) -> tuple[ResolvedStage, Model]:
+def read_stage(path: Path) -> tuple[ResolvedStage, StageConfig]:
     """Read `stage.json` and check it and the configuration in it. Raises UserError with all problems."""
     try:
         resolved = ResolvedStage.model_validate_json(path.read_bytes())
@@ -129,7 +128,7 @@ def read_stage(path: Path) -> tuple[ResolvedStage, Model]:
     if kind is None:
         raise UserError(f"{path}: kind: `{resolved.kind}` is not a stage kind; one of {', '.join(STAGE_KINDS)}")
     try:
-        return resolved, kind.model_validate_json(json.dumps(resolved.config))
+        return resolved, kind.config.model_validate_json(json.dumps(resolved.config))
     except ValidationError as error:
         raise UserError(f"{path}: config: {_problems(error)}") from error
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
-from stagecoach_api.base import Model
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.references import Reference
+from stagecoach_api.stage_kind import Ranks, StageConfig
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
-from stagecoach_api.training import Offload, Training
 from stagecoach_trainer.models.safety import CONFIG, check_model_folder
 from stagecoach_trainer.runtime.attempt_files import logs_folder
-from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
+from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.distributed import process_group
 from stagecoach_trainer.runtime.errors import GateFailed
 from stagecoach_trainer.runtime.progress import Progress, Reporter
 from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.runtime.run_store import open_run_store
 from stagecoach_trainer.runtime.startup import fast_imports
-from stagecoach_trainer.stages import STAGE_MODULES
+from stagecoach_trainer.stages import load_stage
 
 log = logging.getLogger(__name__)
-
-StageFunction = Callable[[Model, StageContext], StageOutcome]
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class AttemptSettings:
     """What the entry point knows: the stage, checked, and the places of this attempt."""
 
     resolved: ResolvedStage
-    config: Model
+    config: StageConfig
     work: Path
     cache: Path
     progress_file: Path | None
@@ -54,14 +50,15 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     Raises StageError, StoreError, and whatever else goes wrong.
     """
     context = build_context(attempt, stop)
-    trains = isinstance(attempt.config, Training)
-    if not trains and not attempt.world.is_main:
-        return None  # only training is shared out over ranks
+    kind = STAGE_KINDS[attempt.resolved.kind]
+    spread = kind.ranks is Ranks.ALL
+    if not spread and not attempt.world.is_main:
+        return None  # the stage runs on rank 0 alone
     refuse_early(attempt.config, context)
-    with fast_imports(training=trains):
-        run = load_stage(attempt.resolved.kind)
+    with fast_imports(training=attempt.config.trains):
+        run = load_stage(kind.name)
     try:
-        with process_group(attempt.world if trains else World(), alone=_offloads(attempt.config)):
+        with process_group(attempt.world if spread else World(), alone=attempt.config.offloads):
             outcome = run(attempt.config, context)
     except GateFailed:
         _keep_report(context)
@@ -73,7 +70,7 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     return publish(context, outcome, attempt.started)
 
 
-def refuse_early(config: Model, context: StageContext) -> None:
+def refuse_early(config: StageConfig, context: StageContext) -> None:
     """Look at a model that lies on this machine before torch is imported, which takes ten seconds.
 
     Raises UserError for pickles, code and unsound files; the stage looks again, at every model, when it loads it.
@@ -104,18 +101,6 @@ def build_context(attempt: AttemptSettings, stop: threading.Event) -> StageConte
         logs_folder(context.work).mkdir(parents=True, exist_ok=True)
     context.cache.mkdir(parents=True, exist_ok=True)
     return context
-
-
-def load_stage(kind: str) -> StageFunction:
-    """Import the module of a stage kind and return its `run`."""
-    run: StageFunction = importlib.import_module(STAGE_MODULES[kind]).run
-    return run
-
-
-def _offloads(config: Model) -> bool:
-    if not isinstance(config, Training):
-        return False
-    return Offload.CPU in (config.sharding.offload_optimizer, config.sharding.offload_parameters)
 
 
 def _keep_report(context: StageContext) -> None:

@@ -1,44 +1,24 @@
-"""The stage kinds. A new kind is one model here, one trainer module, one line in `STAGE_KINDS`, one example."""
+"""The stage kinds: one module for each, found by name. A new kind needs no line here."""
 
 from __future__ import annotations
 
-from stagecoach_api.base import Model
-from stagecoach_api.kinds.data import DataStage
-from stagecoach_api.kinds.dpo import DpoStage
-from stagecoach_api.kinds.evaluate import EvaluateStage
-from stagecoach_api.kinds.export import ExportStage
-from stagecoach_api.kinds.ppo import PpoStage
-from stagecoach_api.kinds.pretrain import PretrainStage
-from stagecoach_api.kinds.reward_model import RewardModelStage
-from stagecoach_api.kinds.sft import SftStage
-from stagecoach_api.kinds.tokenizer import TokenizerStage
-from stagecoach_api.training import Training
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 
-STAGE_KINDS: dict[str, type[Model]] = {
-    "data": DataStage,
-    "tokenizer": TokenizerStage,
-    "pretrain": PretrainStage,
-    "sft": SftStage,
-    "rewardModel": RewardModelStage,
-    "ppo": PpoStage,
-    "dpo": DpoStage,
-    "evaluate": EvaluateStage,
-    "export": ExportStage,
-}
+from stagecoach_api.stage_kind import StageKind
 
-TRAINING_KINDS = frozenset(kind for kind, model in STAGE_KINDS.items() if issubclass(model, Training))
-"""Kinds that run as several ranks."""
 
-__all__ = [
-    "STAGE_KINDS",
-    "TRAINING_KINDS",
-    "DataStage",
-    "DpoStage",
-    "EvaluateStage",
-    "ExportStage",
-    "PpoStage",
-    "PretrainStage",
-    "RewardModelStage",
-    "SftStage",
-    "TokenizerStage",
-]
+def _discover() -> Mapping[str, StageKind]:
+    """Import every module of this package. Raises TypeError for one whose `KIND` is missing or has another name."""
+    kinds: list[StageKind] = []
+    for module in iter_modules(__path__):
+        kind = getattr(import_module(f"{__name__}.{module.name}"), "KIND", None)
+        if not isinstance(kind, StageKind) or kind.module != module.name:
+            raise TypeError(f"{__name__}.{module.name} must declare a StageKind of that name as `KIND`")
+        kinds.append(kind)
+    return {kind.name: kind for kind in sorted(kinds, key=lambda kind: (kind.position, kind.name))}
+
+
+STAGE_KINDS: Mapping[str, StageKind] = _discover()
+"""Every kind by its name in YAML, in the order of their positions."""

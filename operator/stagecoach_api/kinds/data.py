@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, Pattern, Weight
 from stagecoach_api.character_sets import Script
-from stagecoach_api.references import RecordSource
-from stagecoach_api.training import require_exactly_one
+from stagecoach_api.constraints import exactly_one
+from stagecoach_api.draft import Draft, Fault, configs
+from stagecoach_api.references import Artifact, RecordSource, Split
+from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
 class DataSource(RecordSource):
     """Files to read: JSONL, JSON, plain text or Parquet, plain or compressed (.gz, .zst); a glob is allowed."""
 
     name: Identifier | None = None
-    """What reports and each record's `source` field call it. None: the file's or stage's name."""
+    """What reports and each record's `source` field call it. If unset: the file's or stage's name."""
 
     weight: Weight = 1.0
     """How often each training record is written: 1 once, 2 twice, 0.5 every second one (chosen by its content's
@@ -53,22 +56,19 @@ class Length(Model):
     """Fewest characters. Default: 1."""
 
     max_characters: Count | None = None
-    """Most characters. None: no limit."""
+    """Most characters. If unset: no limit."""
 
 
 class Match(Model):
     """Keep or drop by a regular expression (RE2: linear time, no backtracking)."""
 
+    constraints = (exactly_one("keep", "drop"),)
+
     keep: Pattern | None = None
-    """Only records in which this is found pass. None: `drop` is given."""
+    """Only records in which this is found pass. If unset: `drop` is given."""
 
     drop: Pattern | None = None
-    """Records in which this is found are dropped. None: `keep` is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Match:
-        require_exactly_one(self, "keep", "drop")
-        return self
+    """Records in which this is found are dropped. If unset: `keep` is given."""
 
 
 class CharacterShare(Model):
@@ -98,28 +98,25 @@ class Deduplicate(Model):
 class DataStep(Model):
     """One step of the pipeline; steps run in the order given. Exactly one member."""
 
+    constraints = (exactly_one("normalize", "length", "match", "character_share", "repetition", "deduplicate"),)
+
     normalize: Normalize | None = None
-    """Change the text itself. None: another member is given."""
+    """Change the text itself. If unset: another member is given."""
 
     length: Length | None = None
-    """Filter by length. None: another member is given."""
+    """Filter by length. If unset: another member is given."""
 
     match: Match | None = None
-    """Filter by pattern. None: another member is given."""
+    """Filter by pattern. If unset: another member is given."""
 
     character_share: CharacterShare | None = None
-    """Filter by script. None: another member is given."""
+    """Filter by script. If unset: another member is given."""
 
     repetition: Repetition | None = None
-    """Filter by repetition. None: another member is given."""
+    """Filter by repetition. If unset: another member is given."""
 
     deduplicate: Deduplicate | None = None
-    """Exact deduplication over all sources. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> DataStep:
-        require_exactly_one(self, *type(self).model_fields)
-        return self
+    """Exact deduplication over all sources. If unset: another member is given."""
 
 
 class Order(StrEnum):
@@ -129,7 +126,7 @@ class Order(StrEnum):
     AS_GIVEN = "asGiven"
 
 
-class DataStage(Model):
+class DataStage(StageConfig):
     """Turn raw sources into a clean, deduplicated data set in two parts, train and held out."""
 
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=256)]
@@ -155,3 +152,63 @@ class DataStage(Model):
 
     shard_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 256 * 1024 * 1024
     """Size at which a new shard is begun, in bytes of JSON before compression. Default: 256 MiB."""
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def length_limits_are_in_order(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, DataStage):
+        for index, step in enumerate(config.steps):
+            length = step.length
+            if length is None or length.max_characters is None:
+                continue
+            if length.min_characters > length.max_characters:
+                yield Fault(
+                    stage.at("steps", index, "length"),
+                    length.model_dump(),
+                    "`minCharacters` must be at most `maxCharacters`",
+                    "swap them, or change one",
+                )
+
+
+def some_source_is_written(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, DataStage):
+        if all(source.weight == 0 for source in config.sources):
+            yield Fault(stage.at("sources"), [0] * len(config.sources), "all weights are 0", "raise one above 0")
+
+
+def parts_that_are_read_have_records(draft: Draft) -> Iterator[Fault]:
+    """A stage without held-out records has no held-out part; one that holds out all of them has no training part."""
+    stages = draft.by_name
+    for stage in draft.stages:
+        for link in stage.links:
+            data = stages[link.target].config if link.target in stages else None
+            if Artifact.RECORDS not in link.reads or not isinstance(data, DataStage):
+                continue
+            share, split = data.held_out_share, stage.raw_at(link.path).get("split", Split.TRAIN)
+            if split == Split.HELD_OUT and share == 0.0:
+                yield Fault(
+                    (*link.path, "split"),
+                    split,
+                    f"`{link.target}` holds out no records",
+                    f"give `{link.target}` a `heldOutShare` above 0, or read its `train` part",
+                )
+            if split == Split.TRAIN and share == 1.0:
+                yield Fault(
+                    (*link.path, "split"),
+                    split,
+                    f"`{link.target}` holds out all records",
+                    f"give `{link.target}` a `heldOutShare` below 1, or read its `heldout` part",
+                )
+
+
+KIND = StageKind(
+    name="data",
+    position=10,
+    summary="Read, filter, deduplicate and split records.",
+    config=DataStage,
+    makes=Artifact.RECORDS,
+    tables=(),
+    rules=(length_limits_are_in_order, some_source_is_written, parts_that_are_read_have_records),
+)

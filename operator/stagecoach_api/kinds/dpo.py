@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Model
+from stagecoach_api.constraints import exactly_one
 from stagecoach_api.conversation import Template
-from stagecoach_api.references import Reference
-from stagecoach_api.training import MeasuredTraining, require_exactly_one
+from stagecoach_api.draft import Draft, Fault, configs
+from stagecoach_api.references import Artifact, Format, Reference
+from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
+from stagecoach_api.stage_kind import Ranks, StageKind, reads
+from stagecoach_api.summary_tables import HELD_OUT_TABLES
+from stagecoach_api.training import MeasuredTraining
 
 Beta = Annotated[float, Field(ge=1e-6, le=1000.0)]
 
@@ -47,19 +53,16 @@ class KtoLoss(Model):
 class DirectLoss(Model):
     """What is minimised. Exactly one member."""
 
+    constraints = (exactly_one("sigmoid", "ipo", "kto"),)
+
     sigmoid: SigmoidLoss | None = None
-    """DPO. None: another member is given."""
+    """DPO. If unset: another member is given."""
 
     ipo: IpoLoss | None = None
-    """IPO. None: another member is given."""
+    """IPO. If unset: another member is given."""
 
     kto: KtoLoss | None = None
-    """KTO. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> DirectLoss:
-        require_exactly_one(self, "sigmoid", "ipo", "kto")
-        return self
+    """KTO. If unset: another member is given."""
 
 
 class DpoStage(MeasuredTraining):
@@ -69,10 +72,44 @@ class DpoStage(MeasuredTraining):
     """The policy to start from, usually an `sft` stage's."""
 
     reference: Reference | None = None
-    """The model the policy is held to; its log-probabilities are computed once, before training. None: `model`."""
+    """The model the policy is held to; its log-probabilities are computed once, before training. If unset: `model`."""
 
     template: Template | None = None
-    """How a conversation becomes text. None: the chat template of the model's tokenizer."""
+    """How a conversation becomes text. If unset: the chat template of the model's tokenizer."""
 
     loss: DirectLoss = DirectLoss(sigmoid=SigmoidLoss())
     """What is minimised. Default: sigmoid."""
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def dpo_learns_from_preferences(draft: Draft) -> Iterator[Fault]:
+    yield from only_preferences(draft, DpoStage)
+
+
+def labels_need_kto(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, DpoStage):
+        for path, source in training_sets(config) if config.loss.kto is None else ():
+            if source.format is Format.LABELS:
+                yield wrong_format(
+                    stage,
+                    path,
+                    source,
+                    "this loss compares two answers to one prompt, and labels judge one answer each",
+                    "set `loss: {kto: {}}`, or give pairs, comparison or ranked",
+                )
+
+
+KIND = StageKind(
+    name="dpo",
+    position=70,
+    summary="Train a policy on preferences directly, without a reward model.",
+    config=DpoStage,
+    makes=Artifact.MODEL,
+    reads={"model": reads(Artifact.MODEL), "reference": reads(Artifact.MODEL)},
+    ranks=Ranks.ALL,
+    heavy=True,
+    tables=HELD_OUT_TABLES,
+    rules=(dpo_learns_from_preferences, labels_need_kto),
+)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Count, Identifier, Model, Uri
+from stagecoach_api.constraints import Constraint, either, exactly_one, given
 from stagecoach_api.conversation import Template
+from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.generation import Generation, Samples
-from stagecoach_api.references import NamedSource, Reference
+from stagecoach_api.problems import suggest
+from stagecoach_api.references import PREFERENCE_FORMATS, Artifact, Format, NamedSource, Reference
 from stagecoach_api.rewards import PromptNamedSource, RewardTerms
-from stagecoach_api.training import Precision, require_exactly_one
+from stagecoach_api.stage_kind import StageConfig, StageKind, reads
+from stagecoach_api.summary_tables import MetricTable
+from stagecoach_api.training import Precision
 
 
 class ExactMatch(Model):
@@ -68,22 +75,20 @@ class RewardTask(Model):
 class LmEvalTask(Model):
     """A task of the LM evaluation harness. Exactly one of `task` and `uri`."""
 
+    constraints = (exactly_one("task", "uri"),)
+    input_file = "uri"
+
     task: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Name of one of lm-eval's own tasks. None: `uri` is given."""
+    """Name of one of lm-eval's own tasks. If unset: `uri` is given."""
 
     uri: Uri | None = None
-    """A task in lm-eval's YAML. None: `task` is given."""
+    """A task in lm-eval's YAML. If unset: `task` is given."""
 
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Examples in front of each question. None: the task's own number."""
+    """Examples in front of each question. If unset: the task's own number."""
 
     max_samples: Count | None = None
-    """Questions asked. None: all."""
-
-    @model_validator(mode="after")
-    def _one(self) -> LmEvalTask:
-        require_exactly_one(self, "task", "uri")
-        return self
+    """Questions asked. If unset: all."""
 
 
 class GateFailure(StrEnum):
@@ -96,26 +101,26 @@ class GateFailure(StrEnum):
 class Gate(Model):
     """A condition on one metric of the report."""
 
+    constraints = (
+        Constraint(
+            either(given("at_least"), given("at_most")), "a gate needs a limit", "give `atLeast`, `atMost` or both"
+        ),
+    )
+
     metric: Annotated[str, Field(min_length=1, max_length=256)]
     """Name of a metric in `report.json`, such as `heldOut.zh.bitsPerCharacter` or `verse.exactMatch`."""
 
     at_least: float | None = None
-    """The metric must not be lower. None: no lower limit."""
+    """The metric must not be lower. If unset: no lower limit."""
 
     at_most: float | None = None
-    """The metric must not be higher. None: no upper limit."""
+    """The metric must not be higher. If unset: no upper limit."""
 
     on_failure: GateFailure = GateFailure.STOP
     """`stop` fails the stage and with it the run; `continue` records the miss and goes on. Default: stop."""
 
-    @model_validator(mode="after")
-    def _limits(self) -> Gate:
-        if self.at_least is None and self.at_most is None:
-            raise ValueError("give `atLeast`, `atMost` or both")
-        return self
 
-
-class EvaluateStage(Model):
+class EvaluateStage(StageConfig):
     """Measure a model."""
 
     model: Reference
@@ -131,7 +136,7 @@ class EvaluateStage(Model):
     """Tokens of one row while measuring. Default: 1,024."""
 
     samples: Samples | None = None
-    """Prompts whose answers are shown. None: none are."""
+    """Prompts whose answers are shown. If unset: none are."""
 
     exact_match: Annotated[tuple[ExactMatch, ...], Field(max_length=32)] = ()
     """Tasks with one right answer. Default: none."""
@@ -143,7 +148,7 @@ class EvaluateStage(Model):
     """Tasks of the LM evaluation harness. Default: none."""
 
     template: Template | None = None
-    """Template of prompts. None: the tokenizer's own chat template."""
+    """Template of prompts. If unset: the tokenizer's own chat template."""
 
     gates: Annotated[tuple[Gate, ...], Field(max_length=32)] = ()
     """Conditions on the metrics. Default: none."""
@@ -153,3 +158,113 @@ class EvaluateStage(Model):
 
     batch_rows: Annotated[int, Field(ge=1, le=65536)] = 8
     """Rows computed at once. Default: 8."""
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+_REWARD_METRIC = re.compile(r".\.reward$|.\.(reward|winRate)\..")
+
+
+def an_evaluation_measures_something(draft: Draft) -> Iterator[Fault]:
+    measured = "give one of `heldOut`, `exactMatch`, `rewards`, `samples`, `lmEval`"
+    for stage, config in configs(draft, EvaluateStage):
+        if not (config.held_out or config.samples or config.exact_match or config.rewards or config.lm_eval):
+            yield Fault(stage.at(), [], "measures nothing", measured)
+
+
+def exact_match_names_are_unique(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, EvaluateStage):
+        yield from repeated_names(stage.at("exactMatch"), [task.name for task in config.exact_match])
+
+
+def names_of_reward_tasks_are_unique(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, EvaluateStage):
+        yield from repeated_names(stage.at("rewards"), [task.name for task in config.rewards])
+        for index, task in enumerate(config.rewards):
+            yield from repeated_names(stage.at("rewards", index, "rivals"), [rival.name for rival in task.rivals])
+
+
+def exact_match_reads_conversations(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, EvaluateStage):
+        for index, task in enumerate(config.exact_match):
+            if task.on.format is Format.TEXT:
+                yield Fault(
+                    stage.at("exactMatch", index),
+                    task.name,
+                    "plain text has no answers to compare with",
+                    "give conversations (alpaca, sharegpt, messages)",
+                )
+            elif task.on.format in PREFERENCE_FORMATS:
+                yield Fault(
+                    stage.at("exactMatch", index),
+                    task.name,
+                    "preferences have several answers, none of them the only right one",
+                    "give conversations (alpaca, sharegpt, messages), or compare answers in `rewards`",
+                )
+
+
+def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
+    """Only where it is certain: lm-eval names its metrics itself."""
+    for stage, config in configs(draft, EvaluateStage):
+        sets = [f"heldOut.{source.name}." for source in config.held_out]
+        tasks = [f"{task.name}.exactMatch" for task in config.exact_match]
+        rewards = list(_reward_metrics(config))
+        for index, gate in enumerate(config.gates):
+            path, metric = stage.at("gates", index, "metric"), gate.metric
+            if metric.startswith("heldOut.") and not any(metric.startswith(name) for name in sets):
+                known = [source.name for source in config.held_out]
+                yield Fault(
+                    path, metric, "must name a set in `heldOut`", suggest(metric.split(".")[1] or metric, known)
+                )
+            elif metric.endswith(".exactMatch") and not config.lm_eval and metric not in tasks:
+                yield Fault(path, metric, "must name a task in `exactMatch`", suggest(metric, tasks))
+            elif _REWARD_METRIC.search(metric) and not config.lm_eval and metric not in [*tasks, *rewards]:
+                rule = "must be the reward of a task in `rewards`, or of one of its `rivals`, or the win rate over one"
+                yield Fault(path, metric, rule, suggest(metric, rewards))
+            elif not (sets or tasks or rewards or config.lm_eval):
+                yield Fault(path, metric, "nothing is measured that a gate could watch", "measure it, or take it out")
+
+
+def _reward_metrics(config: EvaluateStage) -> Iterator[str]:
+    for task in config.rewards:
+        yield f"{task.name}.reward"
+        for rival in task.rivals:
+            yield f"{task.name}.reward.{rival.name}"
+            yield f"{task.name}.winRate.{rival.name}"
+
+
+def gates_can_be_passed(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, EvaluateStage):
+        win_rates = {metric for metric in _reward_metrics(config) if ".winRate." in metric}
+        for index, gate in enumerate(config.gates):
+            path = stage.at("gates", index)
+            if gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
+                limits = {"atLeast": gate.at_least, "atMost": gate.at_most}
+                yield Fault(path, limits, "`atLeast` must not be above `atMost`", "swap them, or change one")
+            is_share = gate.metric.endswith(".exactMatch") or gate.metric in win_rates
+            if is_share and gate.at_least is not None and gate.at_least > 1.0:
+                yield Fault((*path, "atLeast"), gate.at_least, "a share is never above 1", "write 0.9 for 90 %")
+
+
+KIND = StageKind(
+    name="evaluate",
+    position=80,
+    summary="Measure a model.",
+    config=EvaluateStage,
+    makes=Artifact.REPORT,
+    reads={
+        "model": reads(Artifact.MODEL),
+        "rewards.rewards.model": reads(Artifact.REWARD_MODEL),
+        "rewards.rivals.model": reads(Artifact.MODEL),
+    },
+    heavy=True,
+    tables=(MetricTable("Evaluation"),),
+    rules=(
+        an_evaluation_measures_something,
+        exact_match_names_are_unique,
+        names_of_reward_tasks_are_unique,
+        exact_match_reads_conversations,
+        gates_watch_what_is_measured,
+        gates_can_be_passed,
+    ),
+)

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from stagecoach_api.base import LongText, Model
 from stagecoach_api.generation import Generation, Samples
-from stagecoach_api.references import Reference
+from stagecoach_api.references import Artifact, Reference
+from stagecoach_api.stage_kind import StageConfig, StageKind, reads
 from stagecoach_api.training import Precision
 
 
@@ -23,7 +24,7 @@ class Proof(Model):
     """Tokens on which it is measured. Default: 512."""
 
 
-class ExportStage(Model):
+class ExportStage(StageConfig):
     """A release in Hugging Face layout: safetensors, tokenizer with chat template, generation settings."""
 
     model: Reference
@@ -39,13 +40,26 @@ class ExportStage(Model):
     """Largest weight file. Default: 5 GB."""
 
     chat_template: LongText | None = None
-    """A Jinja chat template to ship. None: the tokenizer's own."""
+    """A Jinja chat template to ship. If unset: the tokenizer's own."""
 
     generation: Generation = Generation()
     """Settings written to `generation_config.json`. Default: greedy, 64 new tokens."""
 
     samples: Samples | None = None
-    """Prompts that the reloaded release answers in the report. None: none."""
+    """Prompts that the reloaded release answers in the report. If unset: none."""
 
     proof: Proof = Proof()
     """What the reloaded release must show before it counts. Default: every field's own."""
+
+
+KIND = StageKind(
+    name="export",
+    position=90,
+    summary="Make a release of a model.",
+    config=ExportStage,
+    makes=Artifact.MODEL,
+    reads={"model": reads(Artifact.MODEL)},
+    heavy=True,
+    release=True,
+    tables=(),
+)

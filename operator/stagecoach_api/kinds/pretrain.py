@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Count, Identifier, Model, Weight
-from stagecoach_api.references import Reference
-from stagecoach_api.training import TextTraining, require_exactly_one
+from stagecoach_api.constraints import Constraint, divisible, exactly_one, given, implies
+from stagecoach_api.draft import Draft, Fault, configs, repeated_names
+from stagecoach_api.problems import suggest
+from stagecoach_api.references import Artifact, Reference
+from stagecoach_api.rules.training import batch_too_small
+from stagecoach_api.stage_kind import Ranks, StageKind, reads
+from stagecoach_api.summary_tables import HELD_OUT_TABLES
+from stagecoach_api.training import Span, TextTraining
 
 
 class Architecture(Model):
     """A LLaMA decoder made from nothing (transformers' `LlamaConfig`). The vocabulary's size is the tokenizer's."""
+
+    constraints = (
+        Constraint(
+            divisible("hidden_size", "num_heads"),
+            "`hiddenSize` must be divisible by `numHeads`",
+            "change one of them",
+        ),
+        Constraint(
+            implies(given("num_key_value_heads"), divisible("num_heads", "num_key_value_heads")),
+            "`numHeads` must be divisible by `numKeyValueHeads`",
+            "change one of them",
+        ),
+    )
 
     hidden_size: Annotated[int, Field(ge=8, le=65536)]
     """Width D of the residual stream."""
@@ -28,7 +48,7 @@ class Architecture(Model):
     """Attention heads; must divide `hiddenSize`."""
 
     num_key_value_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Key and value heads (grouped-query attention); must divide `numHeads`. None: as many as `numHeads`."""
+    """Key and value heads (grouped-query attention); must divide `numHeads`. If unset: as many as `numHeads`."""
 
     max_position_embeddings: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
     """Longest context the model states. Default: 2,048."""
@@ -44,16 +64,6 @@ class Architecture(Model):
 
     tie_embeddings: bool = False
     """Let the head share the input embedding's matrix. Default: false."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Architecture:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"`hiddenSize` ({self.hidden_size}) must be divisible by `numHeads` ({self.num_heads})")
-        if self.num_heads % (self.num_key_value_heads or self.num_heads):
-            raise ValueError(
-                f"`numHeads` ({self.num_heads}) must be divisible by `numKeyValueHeads` ({self.num_key_value_heads})"
-            )
-        return self
 
 
 class RopeScalingName(StrEnum):
@@ -94,44 +104,174 @@ class Phase(Model):
     """Training tokens of this phase."""
 
     sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] | None = None
-    """Tokens of one row. None: the stage's."""
+    """Tokens of one row. If unset: the stage's."""
 
     batch_tokens: Count | None = None
-    """Tokens of one optimiser step over all ranks. None: the stage's `batch`."""
+    """Tokens of one optimiser step over all ranks. If unset: the stage's `batch`."""
 
     learning_rate: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
-    """Highest learning rate; the phase then has the stage's schedule to itself. None: the stage's one schedule goes on
-    across phases."""
+    """Highest learning rate; the phase then has the stage's schedule to itself. If unset: the stage's one schedule goes
+    on across phases."""
 
     weights: Annotated[tuple[DataWeight, ...], Field(max_length=64)] = ()
     """The phase's data mix. Default: the weights given in `data`."""
 
     rope_theta: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
-    """Base of the rotary position embedding from this phase on (InternLM2: 50,000, then 1,000,000). None: as before."""
+    """Base of the rotary position embedding from this phase on (InternLM2: 50,000, then 1,000,000). If unset: as
+    before."""
 
 
 class PretrainStage(TextTraining):
     """Next-token training on text."""
 
+    constraints = (
+        exactly_one("model", "architecture"),
+        Constraint(
+            implies(given("architecture"), given("tokenizer")),
+            "`architecture` needs a `tokenizer`, which determines the size of the vocabulary",
+            "give one",
+        ),
+    )
+
     model: Reference | None = None
-    """Model to go on from: a stage's artifact or a Hugging Face folder (safetensors only). None: `architecture`."""
+    """Model to go on from: a stage's artifact or a Hugging Face folder (safetensors only). If unset: `architecture`."""
 
     architecture: Architecture | None = None
-    """Start from nothing with this shape. None: `model` is given."""
+    """Start from nothing with this shape. If unset: `model` is given."""
 
     rope_theta: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
-    """New base of the rotary position embedding. None: the model's own."""
+    """New base of the rotary position embedding. If unset: the model's own."""
 
     rope_scaling: RopeScaling | None = None
-    """Stretch rotary positions. None: the model's own."""
+    """Stretch rotary positions. If unset: the model's own."""
 
     phases: Annotated[tuple[Phase, ...], Field(max_length=32)] = ()
     """Parts of training, in order; their tokens are the budget. Default: one phase with the stage's own settings and
     `budget`."""
 
-    @model_validator(mode="after")
-    def _has_a_start(self) -> PretrainStage:
-        require_exactly_one(self, "model", "architecture")
-        if self.architecture is not None and self.tokenizer is None:
-            raise ValueError("`architecture` needs a `tokenizer`")
-        return self
+    def spans(self) -> tuple[Span, ...]:
+        phases = tuple(
+            Span(
+                ("phases", number, "tokens"),
+                phase.tokens,
+                phase.batch_tokens or self.batch.tokens,
+                phase.sequence_length or self.sequence_length,
+            )
+            for number, phase in enumerate(self.phases)
+        )
+        return phases or super().spans()
+
+    def new_model_parameters(self, vocabulary_size: int) -> float | None:
+        """Return the size of the matrices of a LLaMA: attention, feed-forward, embedding and head."""
+        shape = self.architecture
+        if shape is None:
+            return None
+        kv_share = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
+        attention = shape.hidden_size**2 * (2 + 2 * kv_share)
+        feed_forward = 3 * shape.hidden_size * shape.intermediate_size
+        embeddings = vocabulary_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+        return shape.num_layers * (attention + feed_forward) + embeddings
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def some_weight_of_each_phase_is_above_zero(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        for number, phase in enumerate(config.phases):
+            if phase.weights and all(share.weight == 0 for share in phase.weights):
+                yield Fault(
+                    stage.at("phases", number, "weights"),
+                    phase.name,
+                    "all weights of the phase are 0",
+                    "give one a weight above 0",
+                )
+
+
+def phases_weigh_sets_that_exist(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        known = [source.label for source in config.data]
+        for number, phase in enumerate(config.phases):
+            seen: set[str] = set()
+            for index, share in enumerate(phase.weights):
+                path = stage.at("phases", number, "weights", index, "name")
+                if share.name not in known:
+                    yield Fault(path, share.name, "must be the name of a set in `data`", suggest(share.name, known))
+                if share.name in seen:
+                    yield Fault(path, share.name, "must be named once in a phase", "remove one of the two weights")
+                seen.add(share.name)
+
+
+def phase_names_are_unique(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        yield from repeated_names(stage.at("phases"), [phase.name for phase in config.phases])
+
+
+def a_phases_batch_holds_a_whole_row(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        for number, (phase, span) in enumerate(zip(config.phases, config.spans(), strict=False)):
+            if phase.batch_tokens is None and phase.sequence_length is None:
+                continue  # the stage's own, which are checked there
+            if span.batch_tokens is not None and span.batch_tokens < span.sequence_length:
+                field = "batchTokens" if phase.batch_tokens is not None else "sequenceLength"
+                yield batch_too_small(stage.at("phases", number, field), span.batch_tokens, span.sequence_length)
+
+
+def phases_are_the_budget(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        default = PretrainStage.model_fields["budget"].default
+        if not config.phases or config.budget == default:
+            continue
+        total = sum(phase.tokens for phase in config.phases)
+        if config.budget.tokens != total:
+            yield Fault(
+                stage.at("budget"),
+                config.budget.model_dump(exclude_none=True),
+                f"the phases are the budget, and they add up to {total:,} tokens",
+                "remove `budget`",
+            )
+
+
+def rows_fit_the_context_of_the_architecture(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, PretrainStage):
+        if config.architecture is None:
+            continue
+        limit = config.architecture.max_position_embeddings
+        lengths = [(stage.at("sequenceLength"), config.sequence_length)]
+        lengths += [
+            (stage.at("phases", number, "sequenceLength"), phase.sequence_length)
+            for number, phase in enumerate(config.phases)
+            if phase.sequence_length is not None
+        ]
+        for path, length in lengths:
+            if length > limit:
+                yield Fault(
+                    path,
+                    length,
+                    f"must be at most {limit:,}, `architecture.maxPositionEmbeddings`",
+                    "shorten the rows, or raise that limit",
+                )
+
+
+KIND = StageKind(
+    name="pretrain",
+    position=30,
+    summary="Train on the next token of text.",
+    config=PretrainStage,
+    makes=Artifact.MODEL,
+    reads={
+        "model": reads(Artifact.MODEL),
+        "tokenizer": reads(Artifact.VOCABULARY, Artifact.MODEL),
+    },
+    ranks=Ranks.ALL,
+    heavy=True,
+    tables=HELD_OUT_TABLES,
+    rules=(
+        some_weight_of_each_phase_is_above_zero,
+        phases_weigh_sets_that_exist,
+        phase_names_are_unique,
+        a_phases_batch_holds_a_whole_row,
+        phases_are_the_budget,
+        rows_fit_the_context_of_the_architecture,
+    ),
+)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from stagecoach_api.base import Identifier, LongText, Model
+from stagecoach_api.base import Identifier, Model
+from stagecoach_api.constraints import exactly_one
 from stagecoach_api.conversation import Template
-from stagecoach_api.references import NamedSource, Reference, WeightedSource
-from stagecoach_api.training import HeldOut, MeasuredTraining, require_exactly_one
+from stagecoach_api.draft import Draft, Fault, configs, repeated_names
+from stagecoach_api.problems import suggest
+from stagecoach_api.references import Artifact, Format, NamedSource, Reference, WeightedSource
+from stagecoach_api.rewards import Domain
+from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
+from stagecoach_api.stage_kind import Ranks, StageKind, reads
+from stagecoach_api.summary_tables import HELD_OUT_TABLES
+from stagecoach_api.training import HeldOut, MeasuredTraining
 
 
 class DomainSource(WeightedSource):
     """Preferences to train on."""
 
     domain: Identifier | None = None
-    """What the preferences are about: chooses the system prompt in `domains`, and the row of the report. None: of no
-    domain."""
+    """What the preferences are about: chooses the system prompt in `domains`, and the row of the report. If unset: of
+    no domain."""
 
 
 class DomainNamedSource(NamedSource):
     """Preferences with a name, to measure on."""
 
     domain: Identifier | None = None
-    """What the preferences are about, as in `data`. None: of no domain."""
+    """What the preferences are about, as in `data`. If unset: of no domain."""
 
 
 class DomainHeldOut(HeldOut):
@@ -33,16 +41,6 @@ class DomainHeldOut(HeldOut):
 
     sets: Annotated[tuple[DomainNamedSource, ...], Field(max_length=16)] = ()
     """Sets whose loss, accuracy, margin and calibration are measured. Default: none."""
-
-
-class Domain(Model):
-    """A system prompt that tells the reward model which preferences count (InternLM2's COOL, arXiv 2403.17297)."""
-
-    name: Identifier
-    """The domain."""
-
-    system: LongText
-    """The system prompt in front of every conversation of the domain. Only the reward model sees it, never a policy."""
 
 
 class PairLoss(Model):
@@ -77,19 +75,16 @@ class FocalLoss(Model):
 class PreferenceLoss(Model):
     """What a reward model minimises. Exactly one member."""
 
+    constraints = (exactly_one("pair", "ranked", "focal"),)
+
     pair: PairLoss | None = None
-    """Bradley-Terry. None: another member is given."""
+    """Bradley-Terry. If unset: another member is given."""
 
     ranked: RankedLoss | None = None
-    """InstructGPT's K-ranked loss. None: another member is given."""
+    """InstructGPT's K-ranked loss. If unset: another member is given."""
 
     focal: FocalLoss | None = None
-    """COOL's focal ranking loss with a barrier. None: another member is given."""
-
-    @model_validator(mode="after")
-    def _one(self) -> PreferenceLoss:
-        require_exactly_one(self, "pair", "ranked", "focal")
-        return self
+    """COOL's focal ranking loss with a barrier. If unset: another member is given."""
 
 
 class BiasOn(StrEnum):
@@ -113,7 +108,7 @@ class RewardModelStage(MeasuredTraining):
     """Measurement before, during and after training. Default: none."""
 
     template: Template | None = None
-    """How a conversation becomes text. None: the chat template of the model's tokenizer."""
+    """How a conversation becomes text. If unset: the chat template of the model's tokenizer."""
 
     loss: PreferenceLoss = PreferenceLoss(ranked=RankedLoss())
     """What is minimised. Default: ranked."""
@@ -124,3 +119,57 @@ class RewardModelStage(MeasuredTraining):
     normalize_bias: BiasOn = BiasOn.CHOSEN
     """After training the head's bias is set so that these answers of the training set have the mean reward 0, as
     InstructGPT does before PPO. Default: chosen."""
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def reward_models_learn_from_preferences(draft: Draft) -> Iterator[Fault]:
+    yield from only_preferences(draft, RewardModelStage)
+
+
+def reward_models_do_not_learn_from_labels(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, RewardModelStage):
+        for path, source in training_sets(config):
+            if source.format is Format.LABELS:
+                yield wrong_format(
+                    stage,
+                    path,
+                    source,
+                    "a reward model compares answers to one prompt, and labels judge one answer each",
+                    "give pairs, comparison or ranked, or train on the labels in a `dpo` stage with `loss: {kto: {}}`",
+                )
+
+
+def domain_names_are_unique(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, RewardModelStage):
+        yield from repeated_names(stage.at("domains"), [domain.name for domain in config.domains])
+
+
+def domains_of_sets_exist(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, RewardModelStage):
+        names = [domain.name for domain in config.domains]
+        for path, source in training_sets(config):
+            domain = getattr(source, "domain", None)
+            if names and domain is not None and domain not in names:
+                rule = "must be the name of one of `domains`"
+                yield Fault(stage.at(*path, "domain"), domain, rule, suggest(domain, names))
+
+
+KIND = StageKind(
+    name="rewardModel",
+    position=50,
+    summary="Train a model that scores answers, on preferences.",
+    config=RewardModelStage,
+    makes=Artifact.REWARD_MODEL,
+    reads={"model": reads(Artifact.MODEL)},
+    ranks=Ranks.ALL,
+    heavy=True,
+    tables=HELD_OUT_TABLES,
+    rules=(
+        reward_models_learn_from_preferences,
+        reward_models_do_not_learn_from_labels,
+        domain_names_are_unique,
+        domains_of_sets_exist,
+    ),
+)

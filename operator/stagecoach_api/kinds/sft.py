@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
@@ -9,7 +10,11 @@ from pydantic import Field
 
 from stagecoach_api.base import Fraction, Model, ShortText
 from stagecoach_api.conversation import Loss, Template, TooLong
-from stagecoach_api.references import Reference
+from stagecoach_api.draft import Draft, Fault, configs
+from stagecoach_api.references import PREFERENCE_FORMATS, Artifact, Format, Reference
+from stagecoach_api.rules.formats import numbered, training_sets, wrong_format
+from stagecoach_api.stage_kind import Ranks, StageKind, reads
+from stagecoach_api.summary_tables import HELD_OUT_TABLES
 from stagecoach_api.training import TextTraining
 
 
@@ -74,4 +79,58 @@ class SftStage(TextTraining):
 
     hindsight: Hindsight | None = None
     """What becomes of preference records (`pairs`, `comparison`, `ranked`) in `data`; conversations and text beside
-    them are trained on as ever, text being the regulariser. None: `data` has no preference records."""
+    them are trained on as ever, text being the regulariser. If unset: `data` has no preference records."""
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def fine_tuning_reads_conversations(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, SftStage):
+        for path, source in numbered(("data",), config.data):
+            if source.format is Format.TEXT:
+                yield wrong_format(
+                    stage,
+                    path,
+                    source,
+                    "plain text has no turns to learn from",
+                    "give conversations (alpaca, sharegpt, messages), or train on the text in a `pretrain` stage",
+                )
+
+
+def preferences_need_hindsight(draft: Draft) -> Iterator[Fault]:
+    for stage, config in configs(draft, SftStage):
+        for path, source in training_sets(config):
+            if source.format is Format.LABELS:
+                yield wrong_format(
+                    stage,
+                    path,
+                    source,
+                    "labels judge single answers, and `hindsight` needs ranked ones",
+                    "train on them in a `dpo` stage with `loss: {kto: {}}`",
+                )
+            elif source.format in PREFERENCE_FORMATS and config.hindsight is None:
+                yield wrong_format(
+                    stage,
+                    path,
+                    source,
+                    "preferences are not conversations: each has several answers",
+                    "add `hindsight: {}`, or train on them in a `rewardModel` or `dpo` stage",
+                )
+
+
+KIND = StageKind(
+    name="sft",
+    position=40,
+    summary="Fine-tune a model on instructions and conversations.",
+    config=SftStage,
+    makes=Artifact.MODEL,
+    reads={
+        "model": reads(Artifact.MODEL),
+        "tokenizer": reads(Artifact.VOCABULARY, Artifact.MODEL),
+    },
+    ranks=Ranks.ALL,
+    heavy=True,
+    tables=HELD_OUT_TABLES,
+    rules=(fine_tuning_reads_conversations, preferences_need_hindsight),
+)

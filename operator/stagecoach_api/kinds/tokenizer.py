@@ -5,10 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from stagecoach_api.base import Fraction, Model, Uri
-from stagecoach_api.references import NamedSource, RecordSource, Reference
+from stagecoach_api.constraints import Constraint, both, different, either, given, implies
+from stagecoach_api.references import Artifact, NamedSource, RecordSource, Reference
+from stagecoach_api.stage_kind import StageConfig, StageKind, reads
+from stagecoach_api.summary_tables import ChangeTable
 
 
 class Algorithm(StrEnum):
@@ -69,7 +72,7 @@ class MergeVocabulary(Model):
     """Append the pieces of a second vocabulary to the base; base ids never move, duplicates are dropped."""
 
     vocabulary: Reference | None = None
-    """A SentencePiece `.model` file or `tokenizer` artifact to merge. None: the one trained by `train`."""
+    """A SentencePiece `.model` file or `tokenizer` artifact to merge. If unset: the one trained by `train`."""
 
     characters: MergedCharacters = MergedCharacters.ALL
     """`all` takes every new piece; `cjk` only those made of CJK characters alone, so that old text keeps its encoding.
@@ -83,11 +86,13 @@ class MergeVocabulary(Model):
 class AddTokens(Model):
     """Append listed characters or special tokens to the base."""
 
+    input_file = "characters_from"
+
     characters: Annotated[str, Field(max_length=65536)] = ""
     """Characters to add, each a piece of its own; those the base has are skipped. Default: none."""
 
     characters_from: Uri | None = None
-    """A UTF-8 text file whose distinct characters, blanks apart, are added. None: no file."""
+    """A UTF-8 text file whose distinct characters, blanks apart, are added. If unset: no file."""
 
     special_tokens: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=128)], ...], Field(max_length=1024)
@@ -95,39 +100,68 @@ class AddTokens(Model):
     """Tokens never split and never produced from text, such as `<|im_start|>`. Default: none."""
 
     pad_token: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Special token to add for padding, such as `[PAD]`. None: none is added."""
+    """Special token to add for padding, such as `[PAD]`. If unset: none is added."""
 
 
-class TokenizerStage(Model):
+class TokenizerStage(StageConfig):
     """Make a vocabulary: train one, merge one into a base, add tokens; at least one of the three."""
+
+    constraints = (
+        Constraint(
+            either(given("train"), given("merge"), given("add")),
+            "a tokenizer stage needs something to do",
+            "give at least one of `train`, `merge` and `add`",
+        ),
+        Constraint(either(given("base"), given("train")), "without `base` there must be `train`", "give one of them"),
+        Constraint(implies(given("merge"), given("base")), "`merge` needs a `base` to merge into", "give it"),
+        Constraint(
+            implies(given("merge"), different(given("merge.vocabulary"), given("train"))),
+            "`merge` needs exactly one source",
+            "give `train` or `merge.vocabulary`, not both",
+        ),
+        Constraint(
+            implies(both(given("base"), given("train")), given("merge")),
+            "`train` with `base` needs `merge`, or the base would be unused",
+            "give it, or leave `base` out",
+        ),
+    )
 
     base: Reference | None = None
     """Vocabulary to start from: a `tokenizer` artifact, a Hugging Face folder or a SentencePiece `.model` file.
-    None: `train` makes the vocabulary from nothing."""
+    If unset: `train` makes the vocabulary from nothing."""
 
     train: TrainVocabulary | None = None
-    """Train a vocabulary. None: none is trained."""
+    """Train a vocabulary. If unset: none is trained."""
 
     merge: MergeVocabulary | None = None
-    """Merge into `base`. None: nothing is merged."""
+    """Merge into `base`. If unset: nothing is merged."""
 
     add: AddTokens | None = None
-    """Append characters or special tokens. None: nothing is added."""
+    """Append characters or special tokens. If unset: nothing is added."""
 
     measure_on: Annotated[tuple[NamedSource, ...], Field(max_length=16)] = ()
     """Held-out text on which tokens per character, round trips and the agreement of SentencePiece and transformers
     are measured. Default: none."""
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> TokenizerStage:
-        if self.train is None and self.merge is None and self.add is None:
-            raise ValueError("give at least one of `train`, `merge` and `add`")
-        if self.base is None and self.train is None:
-            raise ValueError("without `base`, `train` must make the vocabulary")
-        if self.merge is not None and self.base is None:
-            raise ValueError("`merge` needs a `base` to merge into")
-        if self.merge is not None and (self.merge.vocabulary is None) == (self.train is None):
-            raise ValueError("`merge` needs exactly one source: `train`, or `merge.vocabulary`")
-        if self.base is not None and self.train is not None and self.merge is None:
-            raise ValueError("`train` beside `base` needs `merge`, or the base would be unused")
-        return self
+    def new_vocabulary_size(self) -> int:
+        return self.train.vocab_size if self.train is not None else 0
+
+
+KIND = StageKind(
+    name="tokenizer",
+    position=20,
+    summary="Make a vocabulary.",
+    config=TokenizerStage,
+    makes=Artifact.VOCABULARY,
+    reads={
+        "base": reads(Artifact.VOCABULARY, Artifact.MODEL),
+        "merge.vocabulary": reads(Artifact.VOCABULARY),
+    },
+    tables=(
+        ChangeTable(
+            "Tokens per character, before and after the vocabulary",
+            before="tokensPerCharacter.{set}.before",
+            after="tokensPerCharacter.{set}.after",
+        ),
+    ),
+)

@@ -134,7 +134,7 @@ def _with_kind(stage: dict[str, Any], segments: tuple[str, ...]) -> tuple[str, .
     if len(kinds) != 1:
         return segments
     kind, first = kinds[0], segments[0]
-    config = fields_of(STAGE_KINDS[kind])
+    config = fields_of(STAGE_KINDS[kind].config)
     # A stage has both `tokenizer` (a kind) and `sft.tokenizer`, both `data` (a kind) and `sft.data`: in an `sft` stage
     # the other kinds cannot be meant.
     if first in config and (first not in fields_of(Stage) or (first in STAGE_KINDS and first != kind)):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from stagecoach_api.base import Model
+from stagecoach_api.constraints import ConstraintError, ExactlyOne
 from stagecoach_api.fields import FieldPath, fields_of, format_path, model_at, shape_of
 from stagecoach_api.problems import MISSING, Problem, suggest
 from stagecoach_api.references import Reference
@@ -34,8 +35,19 @@ def _follows_from_others(detail: ErrorDetails) -> bool:
 def _problem(root: type[Model], detail: ErrorDetails) -> Problem:
     wording = _WORDINGS.get(detail["type"], _other)
     rule, remedy = wording(root, detail)
-    value = MISSING if detail["type"] == "missing" else detail["input"]
-    return Problem(format_path(detail["loc"]), value, rule, remedy)
+    return Problem(format_path(detail["loc"]), _value(root, detail), rule, remedy)
+
+
+def _value(root: type[Model], detail: ErrorDetails) -> Any:
+    """Return the value to report: of a mapping that breaks a constraint, the fields the constraint names."""
+    if detail["type"] == "missing":
+        return MISSING
+    value, error = detail["input"], detail.get("ctx", {}).get("error")
+    model = model_at(root, detail["loc"])
+    if not isinstance(error, ConstraintError) or not isinstance(value, Mapping) or model is None:
+        return value
+    names = {str(model.model_fields[path.split(".")[0]].alias) for path in error.constraint.condition.fields()}
+    return {name: item for name, item in value.items() if name in names}
 
 
 def _owner(root: type[Model], detail: ErrorDetails) -> type[Model]:
@@ -146,27 +158,25 @@ def _list(_: type[Model], detail: ErrorDetails) -> tuple[str, str]:
     return "must be a list", "write it as a list, each item behind a `- `"
 
 
-_QUOTED = re.compile(r"`([A-Za-z0-9]+)`")
-
-
 def _model_rule(root: type[Model], detail: ErrorDetails) -> tuple[str, str]:
-    """A rule over several fields, written where the model is."""
-    message = str(detail["ctx"]["error"])
-    value = detail["input"]
-    if not message.startswith("give exactly one of") or not isinstance(value, Mapping):
-        return message, "change one of the fields the rule names"
-    members = _QUOTED.findall(message)
-    return f"must have exactly one of {', '.join(members)}", _one_of_remedy(root, detail, members)
+    """Word a broken constraint over several fields of a model."""
+    error, value = detail["ctx"]["error"], detail["input"]
+    if not isinstance(error, ConstraintError):
+        return str(error), "change one of the fields the rule names"
+    constraint = error.constraint
+    model = model_at(root, detail["loc"])
+    if not isinstance(constraint.condition, ExactlyOne) or not isinstance(value, Mapping) or model is None:
+        return constraint.rule, constraint.remedy
+    members = [str(model.model_fields[name].alias) for name in constraint.condition.members]
+    return f"must have exactly one of {', '.join(members)}", _one_of_remedy(model, value, members)
 
 
-def _one_of_remedy(root: type[Model], detail: ErrorDetails, members: list[str]) -> str:
-    value: Mapping[str, Any] = detail["input"]
+def _one_of_remedy(model: type[Model], value: Mapping[str, Any], members: list[str]) -> str:
     given = [name for name in members if value.get(name) is not None]
     empty = [name for name in members if name in value and value[name] is None]
     if given:
         return f"keep one of {', '.join(given)} and remove the rest"
-    model = model_at(root, detail["loc"])
-    if empty and model is not None and shape_of(fields_of(model)[empty[0]].annotation).model is not None:
+    if empty and shape_of(fields_of(model)[empty[0]].annotation).model is not None:
         return f"`{empty[0]}` is empty: write `{empty[0]}: {{}}` for its defaults"
     return "add one of them"
 

@@ -1,4 +1,4 @@
-"""Is this a run? Every problem at once: of the schema, and of the graph that the stages make."""
+"""Checks a run: every problem at once, of the schema and of the rules over stages and their graph."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stagecoach_api.draft import Rule
 from stagecoach_api.fields import FieldPath
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
+from stagecoach_api.reading.read_draft import read_draft
 from stagecoach_api.reading.schema_errors import schema_problems
-from stagecoach_api.rules import RULES, Draft
+from stagecoach_api.rules import SHARED_RULES
 from stagecoach_api.spec import TrainingRun
 
 __all__ = ["MISSING", "InvalidRun", "Problem", "validate", "validate_with_paths"]
 
-# What the API server writes into an object. A file made by `kubectl get -o yaml` is a run all the same.
+# Fields the API server adds to an object; the output of `kubectl get -o yaml` is a valid run file too.
 _SERVER_METADATA = frozenset(
     {
         "creationTimestamp",
@@ -34,6 +37,10 @@ _SERVER_METADATA = frozenset(
 )
 
 
+RULES: tuple[Rule, ...] = (*SHARED_RULES, *(rule for kind in STAGE_KINDS.values() for rule in kind.rules))
+"""Every rule that no schema can express: those of all stages, then those of each kind."""
+
+
 def validate(document: Mapping[str, Any]) -> TrainingRun:
     """Return the run that `document` (a mapping of JSON values) describes.
 
@@ -46,7 +53,7 @@ def validate(document: Mapping[str, Any]) -> TrainingRun:
 
 
 def validate_with_paths(document: Mapping[str, Any]) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:
-    """Return the run, where the schema accepts it, and all problems with their paths, in the order of the document."""
+    """Return the run, None if the schema rejects it, and all problems with their paths, in the document's order."""
     document = _without_server_fields(document)
     try:
         text = json.dumps(document)
@@ -54,14 +61,14 @@ def validate_with_paths(document: Mapping[str, Any]) -> tuple[TrainingRun | None
         remedy = "use text, numbers, lists and mappings"
         return None, [((), Problem("", MISSING, f"must be made of JSON values: {error}", remedy))]
     run, found = _parse(text)
-    draft = Draft.of(document)
+    draft = read_draft(document)
     for rule in RULES:
         found += [(fault.path, fault.as_problem()) for fault in rule(draft)]
     return run, found
 
 
 def _parse(text: str) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:
-    """Check the schema as the API server would: names as in YAML only, no conversion of types."""
+    """Check the schema as the API server does: field names as in YAML only, no conversion of types."""
     try:
         return TrainingRun.model_validate_json(text, strict=True, by_alias=True, by_name=False), []
     except ValidationError as error:

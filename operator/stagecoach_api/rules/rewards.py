@@ -1,25 +1,29 @@
-"""Rules over rewards: expressions that can be computed, limits that leave something, names that reports can tell."""
+"""Rules over rewards: expressions that can be computed, limits that are in order, names that are unique in reports."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from stagecoach_api.base import Model
+from stagecoach_api.draft import Draft, Fault, Rule, repeated_names
 from stagecoach_api.expressions import ExpressionError, parse_expression
-from stagecoach_api.fields import FieldPath
-from stagecoach_api.kinds import EvaluateStage, PpoStage, RewardModelStage
+from stagecoach_api.fields import FieldPath, walk_values
 from stagecoach_api.problems import suggest
-from stagecoach_api.rewards import RewardTerm
-from stagecoach_api.rules.draft import Draft, Fault, configs
+from stagecoach_api.rewards import Domain, PromptNamedSource, PromptSource, RewardTerm
 
 Terms = Sequence[RewardTerm]
 
 
 def _lists_of_terms(draft: Draft) -> Iterator[tuple[FieldPath, Terms]]:
-    for stage, config in configs(draft, PpoStage):
-        yield stage.at("rewards"), config.rewards
-    for stage, evaluation in configs(draft, EvaluateStage):
-        for index, task in enumerate(evaluation.rewards):
-            yield stage.at("rewards", index, "rewards"), task.rewards
+    for stage in draft.stages:
+        for path, value in walk_values(stage.config):
+            if terms := _terms(value):
+                yield stage.at(*path), terms
+
+
+def _terms(value: object) -> Terms:
+    """Return the terms if the value is a list of them, else nothing."""
+    return [item for item in value if isinstance(item, RewardTerm)] if isinstance(value, tuple) else []
 
 
 def _all_terms(draft: Draft) -> Iterator[tuple[FieldPath, RewardTerm]]:
@@ -37,10 +41,10 @@ def expressions_can_be_computed(draft: Draft) -> Iterator[Fault]:
         except ExpressionError as error:
             rule, _, allowed = str(error).rpartition("; ")
             remedy = allowed.replace("allowed are", "use", 1) if rule else "write a shorter one"
-            yield Fault((*path, "expression"), term.expression, f"is no reward expression: {rule or error}", remedy)
+            yield Fault((*path, "expression"), term.expression, f"is not a reward expression: {rule or error}", remedy)
 
 
-def reward_limits_leave_something(draft: Draft) -> Iterator[Fault]:
+def reward_limits_are_in_order(draft: Draft) -> Iterator[Fault]:
     swap = "swap them, or change one"
     for path, term in _all_terms(draft):
         if term.at_least is not None and term.at_most is not None and term.at_least > term.at_most:
@@ -61,76 +65,79 @@ def feedback_sees_the_answer(draft: Draft) -> Iterator[Fault]:
             yield Fault(
                 (*path, "feedback", "instruction"),
                 term.feedback.instruction,
-                "must hold `{answer}`, or every answer gets the same mark",
+                "must contain `{answer}`, or every answer gets the same mark",
                 "write `{answer}` where the answer belongs",
             )
 
 
 def reward_names_are_unique(draft: Draft) -> Iterator[Fault]:
     for path, terms in _lists_of_terms(draft):
-        yield from _repeated(path, [term.name for term in terms])
+        yield from repeated_names(path, [term.name for term in terms])
     for path, term in _all_terms(draft):
         if term.propositions is not None:
             names = [item.name for item in term.propositions.propositions]
-            yield from _repeated((*path, "propositions", "propositions"), names)
-    for stage, config in configs(draft, EvaluateStage):
-        yield from _repeated(stage.at("rewards"), [task.name for task in config.rewards])
-        for index, task in enumerate(config.rewards):
-            yield from _repeated(stage.at("rewards", index, "rivals"), [rival.name for rival in task.rivals])
-
-
-def _repeated(path: FieldPath, names: Sequence[str]) -> Iterator[Fault]:
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            yield Fault((*path, index, "name"), name, "must be unique in this list", "rename one of the two")
+            yield from repeated_names((*path, "propositions", "propositions"), names)
 
 
 # -- domains -----------------------------------------------------------------------------------------------------------
 
 
 def domains_of_prompts_are_known(draft: Draft) -> Iterator[Fault]:
-    """What lies at a URI is looked at by the trainer."""
-    for path, domain, terms in _asked_domains(draft):
+    """Reward models at a URI are checked by the trainer."""
+    for path, domain, terms in _domains_of_prompts(draft):
         models = [term.model for term in terms if term.model is not None]
         names = list(dict.fromkeys(model.stage for model in models if model.stage is not None))
-        known = {name: found for name in names if (found := _domains_of(draft, name)) is not None}
+        known = {name: domains for name in names if (domains := _domains_of(draft, name)) is not None}
         for name, domains in known.items():
             if domains and domain not in domains:
                 rule = f"must be one of the `domains` of the stage `{name}`, whose reward model judges the answers"
                 yield Fault(path, domain, rule, suggest(domain, domains))
-        told = len(known) == len(names) and all(model.stage is not None for model in models)
-        if told and not any(known.values()):
+        all_known = len(known) == len(names) and all(model.stage is not None for model in models)
+        if all_known and not any(known.values()):
             yield Fault(
                 path,
                 domain,
-                "changes nothing: no reward model among the terms has domains",
+                "has no effect: no reward model among the terms has domains",
                 "leave it out, or give the `rewardModel` stage `domains`",
             )
 
 
-def _asked_domains(draft: Draft) -> Iterator[tuple[FieldPath, str, Terms]]:
-    """Yield the domains of prompts with their fields and the terms that judge the answers."""
-    for stage, config in configs(draft, PpoStage):
-        for index, source in enumerate(config.data):
-            if source.domain is not None:
-                yield stage.at("data", index, "domain"), source.domain, config.rewards
-    for stage, evaluation in configs(draft, EvaluateStage):
-        for index, task in enumerate(evaluation.rewards):
-            if task.on.domain is not None:
-                yield stage.at("rewards", index, "data", "domain"), task.on.domain, task.rewards
+def _domains_of_prompts(draft: Draft) -> Iterator[tuple[FieldPath, str, Terms]]:
+    """Yield the domains of prompts with their paths and the terms that judge the answers: those in the same model."""
+    for stage in draft.stages:
+        for path, value in walk_values(stage.config):
+            members = list(_members(value))
+            terms = [term for _, member in members for term in _terms(member)]
+            for steps, source in _prompts(members) if terms else ():
+                if source.domain is not None:
+                    yield stage.at(*path, *steps, "domain"), source.domain, terms
+
+
+def _members(value: object) -> Iterator[tuple[str, object]]:
+    for name, field in type(value).model_fields.items() if isinstance(value, Model) else ():
+        yield field.alias or name, getattr(value, name)
+
+
+def _prompts(members: Sequence[tuple[str, object]]) -> Iterator[tuple[FieldPath, PromptSource | PromptNamedSource]]:
+    """Yield the sources of prompts among a model's members and in its lists, with their paths."""
+    for name, member in members:
+        if isinstance(member, PromptSource | PromptNamedSource):
+            yield (name,), member
+        for index, item in enumerate(member if isinstance(member, tuple) else ()):
+            if isinstance(item, PromptSource | PromptNamedSource):
+                yield (name, index), item
 
 
 def _domains_of(draft: Draft, name: str) -> list[str] | None:
-    """Return the domains of a `rewardModel` stage of this run. None: there is no such stage, or it cannot be read."""
+    """Return the domains of a reward model's stage of this run; None if there is none or it cannot be read."""
     stage = draft.by_name.get(name)
-    if stage is None or not isinstance(stage.config, RewardModelStage):
-        return None
-    return [domain.name for domain in stage.config.domains]
+    domains = getattr(stage.config, "domains", None) if stage is not None else None
+    return [item.name for item in domains if isinstance(item, Domain)] if isinstance(domains, tuple) else None
 
 
-REWARD_RULES = (
+REWARD_RULES: tuple[Rule, ...] = (
     expressions_can_be_computed,
-    reward_limits_leave_something,
+    reward_limits_are_in_order,
     feedback_sees_the_answer,
     reward_names_are_unique,
     domains_of_prompts_are_known,

@@ -1,15 +1,13 @@
-"""Rules over the fields of one training stage."""
+"""Rules over the fields of one training stage, whatever its kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import ceil
 
+from stagecoach_api.draft import Draft, DraftStage, Fault, Rule, configs
 from stagecoach_api.fields import FieldPath
-from stagecoach_api.kinds import PretrainStage, SftStage
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import Format, RecordSource, Reference, Split
-from stagecoach_api.rules.draft import Draft, DraftStage, Fault, configs
+from stagecoach_api.references import RecordSource, Reference, Split
 from stagecoach_api.training import MeasuredTraining, Rows, ScheduleName, Training
 
 EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
@@ -35,50 +33,6 @@ def some_weight_is_above_zero(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, Training):
         if all(source.weight == 0 for source in config.data):
             yield Fault(stage.at("data"), [0] * len(config.data), "all weights are 0", "give one a weight above 0")
-    for stage, config in configs(draft, PretrainStage):
-        for number, phase in enumerate(config.phases):
-            if phase.weights and all(share.weight == 0 for share in phase.weights):
-                yield Fault(
-                    stage.at("phases", number, "weights"),
-                    phase.name,
-                    "all weights of the phase are 0",
-                    "give one a weight above 0",
-                )
-
-
-def phases_weigh_sets_that_exist(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, PretrainStage):
-        known = [source.label for source in config.data]
-        for number, phase in enumerate(config.phases):
-            seen: set[str] = set()
-            for index, share in enumerate(phase.weights):
-                path = stage.at("phases", number, "weights", index, "name")
-                if share.name not in known:
-                    yield Fault(path, share.name, "must be the name of a set in `data`", suggest(share.name, known))
-                if share.name in seen:
-                    yield Fault(path, share.name, "must be named once in a phase", "remove one of the two weights")
-                seen.add(share.name)
-
-
-def phase_names_are_unique(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, PretrainStage):
-        seen: set[str] = set()
-        for number, phase in enumerate(config.phases):
-            if phase.name in seen:
-                yield Fault(stage.at("phases", number, "name"), phase.name, "must be unique", "rename one of the two")
-            seen.add(phase.name)
-
-
-def fine_tuning_reads_conversations(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, SftStage):
-        for index, source in enumerate(config.data):
-            if source.format is Format.TEXT:
-                yield Fault(
-                    stage.at("data", index, "format"),
-                    str(source.format),
-                    "plain text has no turns to learn from",
-                    "give conversations (alpaca, sharegpt, messages), or train on the text in a `pretrain` stage",
-                )
 
 
 # -- batch and budget --------------------------------------------------------------------------------------------------
@@ -88,19 +42,11 @@ def a_batch_holds_a_whole_row(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, Training):
         tokens, length = config.batch.tokens, config.sequence_length
         if tokens is not None and tokens < length:
-            yield _batch_too_small(stage.at("batch", "tokens"), tokens, length)
-    for stage, config in configs(draft, PretrainStage):
-        for number, phase in enumerate(config.phases):
-            if phase.batch_tokens is None and phase.sequence_length is None:
-                continue
-            tokens = phase.batch_tokens or config.batch.tokens
-            length = phase.sequence_length or config.sequence_length
-            if tokens is not None and tokens < length:
-                field = "batchTokens" if phase.batch_tokens is not None else "sequenceLength"
-                yield _batch_too_small(stage.at("phases", number, field), tokens, length)
+            yield batch_too_small(stage.at("batch", "tokens"), tokens, length)
 
 
-def _batch_too_small(path: FieldPath, tokens: int, length: int) -> Fault:
+def batch_too_small(path: FieldPath, tokens: int, length: int) -> Fault:
+    """Return the fault of a global batch that is smaller than a row."""
     return Fault(
         path,
         tokens,
@@ -126,35 +72,14 @@ def micro_batches_fit_into_the_batch(draft: Draft) -> Iterator[Fault]:
 
 def the_budget_pays_for_one_step(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, Training):
-        batch = config.batch.tokens
-        if isinstance(config, PretrainStage) and config.phases:
-            for number, phase in enumerate(config.phases):
-                size = phase.batch_tokens or batch
-                if size is not None and phase.tokens < size:
-                    yield _budget_too_small(stage.at("phases", number, "tokens"), phase.tokens, size)
-        elif config.budget.tokens is not None and batch is not None and config.budget.tokens < batch:
-            yield _budget_too_small(stage.at("budget", "tokens"), config.budget.tokens, batch)
-
-
-def _budget_too_small(path: FieldPath, tokens: int, batch: int) -> Fault:
-    return Fault(
-        path, tokens, f"must pay for one optimiser step of {batch:,} tokens", "raise it, or make the batch smaller"
-    )
-
-
-def phases_are_the_budget(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, PretrainStage):
-        default = PretrainStage.model_fields["budget"].default
-        if not config.phases or config.budget == default:
-            continue
-        total = sum(phase.tokens for phase in config.phases)
-        if config.budget.tokens != total:
-            yield Fault(
-                stage.at("budget"),
-                config.budget.model_dump(exclude_none=True),
-                f"the phases are the budget, and they make {total:,} tokens",
-                "remove `budget`",
-            )
+        for span in config.spans():
+            if span.tokens is not None and span.batch_tokens is not None and span.tokens < span.batch_tokens:
+                yield Fault(
+                    stage.at(*span.path),
+                    span.tokens,
+                    f"must pay for one optimiser step of {span.batch_tokens:,} tokens",
+                    "raise it, or make the batch smaller",
+                )
 
 
 # -- schedule ----------------------------------------------------------------------------------------------------------
@@ -162,7 +87,7 @@ def phases_are_the_budget(draft: Draft) -> Iterator[Fault]:
 
 def the_warm_up_ends_before_training_does(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, Training):
-        steps, warmup = _most_steps(config), config.schedule.warmup_steps
+        steps, warmup = config.most_steps(), config.schedule.warmup_steps
         if warmup is not None and steps is not None and warmup > steps:
             yield Fault(
                 stage.at("schedule", "warmupSteps"),
@@ -184,25 +109,6 @@ def warm_up_and_decay_leave_room_for_each_other(draft: Draft) -> Iterator[Fault]
                 "`warmupShare` and `decayShare` must make at most 1 together",
                 "lower one of them",
             )
-
-
-def _most_steps(config: Training) -> int | None:
-    """Return the most optimiser steps the budget can mean. None: it depends on the data."""
-    if isinstance(config, PretrainStage) and config.phases:
-        sizes = [_step_tokens(config, phase.batch_tokens, phase.sequence_length) for phase in config.phases]
-        if None in sizes:
-            return None
-        return sum(ceil(phase.tokens / (size or 1)) for phase, size in zip(config.phases, sizes, strict=True))
-    if config.budget.tokens is not None:
-        size = _step_tokens(config, None, None)
-        return ceil(config.budget.tokens / size) if size is not None else None
-    return config.budget.steps
-
-
-def _step_tokens(config: Training, batch_tokens: int | None, sequence_length: int | None) -> int | None:
-    """Tokens of one step, where the batch is counted in tokens."""
-    tokens, length = batch_tokens or config.batch.tokens, sequence_length or config.sequence_length
-    return max(1, tokens // length) * length if tokens is not None else None
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -259,7 +165,7 @@ def new_rows_need_a_larger_vocabulary(draft: Draft) -> Iterator[Fault]:
         path = _new_rows(stage, config)
         if path is None or _vocabulary_may_have_grown(stage, stages):
             continue
-        if isinstance(config, PretrainStage) and config.architecture is not None:
+        if getattr(config, "model", None) is None:
             yield Fault(
                 path,
                 "new",
@@ -341,37 +247,12 @@ def _makes_whole_weights(stage: DraftStage) -> bool:
     return isinstance(stage.config, Training) and stage.config.trainable.lora is None
 
 
-def rows_fit_the_context_of_the_architecture(draft: Draft) -> Iterator[Fault]:
-    for stage, config in configs(draft, PretrainStage):
-        if config.architecture is None:
-            continue
-        limit = config.architecture.max_position_embeddings
-        lengths = [(stage.at("sequenceLength"), config.sequence_length)]
-        lengths += [
-            (stage.at("phases", number, "sequenceLength"), phase.sequence_length)
-            for number, phase in enumerate(config.phases)
-            if phase.sequence_length is not None
-        ]
-        for path, length in lengths:
-            if length > limit:
-                yield Fault(
-                    path,
-                    length,
-                    f"must be at most {limit:,}, `architecture.maxPositionEmbeddings`",
-                    "shorten the rows, or raise that",
-                )
-
-
-TRAINING_RULES = (
+TRAINING_RULES: tuple[Rule, ...] = (
     every_set_has_a_weight_or_none_has,
     some_weight_is_above_zero,
-    phases_weigh_sets_that_exist,
-    phase_names_are_unique,
-    fine_tuning_reads_conversations,
     a_batch_holds_a_whole_row,
     micro_batches_fit_into_the_batch,
     the_budget_pays_for_one_step,
-    phases_are_the_budget,
     the_warm_up_ends_before_training_does,
     warm_up_and_decay_leave_room_for_each_other,
     early_stop_watches_a_held_out_set,
@@ -379,5 +260,4 @@ TRAINING_RULES = (
     new_rows_need_a_larger_vocabulary,
     lora_layers_have_one_role,
     only_an_adapter_is_continued,
-    rows_fit_the_context_of_the_architecture,
 )

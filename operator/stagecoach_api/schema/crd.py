@@ -7,157 +7,18 @@ no defaults in it: the models fill them in, and an object in etcd stays as small
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from stagecoach_api import names
-from stagecoach_api.base import Model
-from stagecoach_api.conversation import Template
+from stagecoach_api.base import Model, constraints_of
 from stagecoach_api.fields import fields_of, shape_of, walk_models
-from stagecoach_api.kinds import STAGE_KINDS, PpoStage, PretrainStage, TokenizerStage
-from stagecoach_api.kinds.data import DataStep, Match
-from stagecoach_api.kinds.dpo import DirectLoss
-from stagecoach_api.kinds.evaluate import Gate, LmEvalTask
-from stagecoach_api.kinds.pretrain import Architecture
-from stagecoach_api.kinds.reward_model import PreferenceLoss
-from stagecoach_api.pods import Pods, Toleration, Volume
-from stagecoach_api.references import Reference
-from stagecoach_api.rewards import REWARD_MEMBERS, PropositionReward, RewardTerm
-from stagecoach_api.spec import Metadata, Queue, RunSpec, Stage, TrainingRun
+from stagecoach_api.pods import Pods
+from stagecoach_api.schema.cel import cel_of
+from stagecoach_api.spec import Metadata, RunSpec, TrainingRun
 from stagecoach_api.status import TrainingRunStatus
-from stagecoach_api.training import Batch, Budget, Sharding, Trainable
 
 Schema = dict[str, Any]
-
-# Members of which exactly one is given; the models check the same.
-EXACTLY_ONE: dict[type[Model], tuple[str, ...]] = {
-    Stage: tuple(STAGE_KINDS),
-    Reference: ("stage", "uri"),
-    Trainable: ("full", "embeddings", "lora"),
-    Budget: ("tokens", "steps", "epochs"),
-    Batch: ("tokens", "samples"),
-    DataStep: tuple(fields_of(DataStep)),
-    Match: ("keep", "drop"),
-    LmEvalTask: ("task", "uri"),
-    PretrainStage: ("model", "architecture"),
-    RewardTerm: tuple(REWARD_MEMBERS),
-    PreferenceLoss: ("pair", "ranked", "focal"),
-    DirectLoss: ("sigmoid", "ipo", "kto"),
-    Volume: ("claimName", "configMapName", "secretName"),
-}
-
-
-@dataclass(frozen=True)
-class CelRule:
-    """A rule over fields of one object, which the API server checks. CEL's `self` is the object."""
-
-    rule: str
-    message: str
-    """Which field, what must hold, what to do."""
-
-    def as_schema(self) -> Schema:
-        return {"rule": self.rule, "message": self.message}
-
-
-CEL_RULES: dict[type[Model], tuple[CelRule, ...]] = {
-    Queue: (
-        CelRule(
-            "!has(self.requiredTopology) || !has(self.preferredTopology)",
-            "`requiredTopology` and `preferredTopology` exclude each other: give at most one",
-        ),
-    ),
-    Toleration: (
-        CelRule(
-            "!has(self.operator) || self.operator != 'Exists' || !has(self.value)",
-            "`operator: Exists` takes no `value`: leave one of them out",
-        ),
-        CelRule(
-            "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
-            "without `key` every taint is meant: write `operator: Exists`",
-        ),
-    ),
-    PretrainStage: (
-        CelRule(
-            "!has(self.architecture) || has(self.tokenizer)",
-            "`architecture` needs a `tokenizer`, whose size is the vocabulary's: give one",
-        ),
-    ),
-    Architecture: (
-        CelRule(
-            "self.hiddenSize % self.numHeads == 0", "`hiddenSize` must be divisible by `numHeads`: change one of them"
-        ),
-        CelRule(
-            "!has(self.numKeyValueHeads) || self.numHeads % self.numKeyValueHeads == 0",
-            "`numHeads` must be divisible by `numKeyValueHeads`: change one of them",
-        ),
-    ),
-    Sharding: (
-        CelRule(
-            "!has(self.offloadOptimizer) || self.offloadOptimizer != 'cpu' || (has(self.zero) && self.zero >= 1)",
-            "`offloadOptimizer: cpu` needs `zero` of 1 or more: raise it, or leave the offload out",
-        ),
-        CelRule(
-            "!has(self.offloadParameters) || self.offloadParameters != 'cpu' || (has(self.zero) && self.zero >= 3)",
-            "`offloadParameters: cpu` needs `zero: 3`: raise it, or leave the offload out",
-        ),
-    ),
-    Template: (
-        CelRule(
-            "(self.name == 'custom') == has(self.jinja)",
-            "`jinja` belongs to `name: custom`, and only to it: give both or neither",
-        ),
-    ),
-    PropositionReward: (
-        CelRule(
-            "has(self.fit) || self.propositions.all(item, has(item.weight))",
-            "weights come from somewhere: give `fit`, or a `weight` to every proposition",
-        ),
-    ),
-    PpoStage: (
-        CelRule(
-            "has(self.batch.samples)", "`batch.samples` says how many answers an update has: give it, not `tokens`"
-        ),
-        CelRule(
-            "!has(self.budget) || !has(self.budget.tokens)",
-            "`budget` counts updates or passes over the prompts: give `steps` or `epochs`, not `tokens`",
-        ),
-    ),
-    Gate: (CelRule("has(self.atLeast) || has(self.atMost)", "a gate needs a limit: give `atLeast`, `atMost` or both"),),
-    TokenizerStage: (
-        CelRule(
-            "has(self.train) || has(self.merge) || has(self.add)",
-            "a tokenizer stage does something: give at least one of `train`, `merge` and `add`",
-        ),
-        CelRule("has(self.base) || has(self.train)", "without `base` there must be `train`: give one of them"),
-        CelRule("!has(self.merge) || has(self.base)", "`merge` needs a `base` to merge into: give it"),
-        CelRule(
-            "!has(self.merge) || has(self.merge.vocabulary) != has(self.train)",
-            "`merge` needs exactly one source: give `train` or `merge.vocabulary`, not both",
-        ),
-        CelRule(
-            "!has(self.base) || !has(self.train) || has(self.merge)",
-            "`train` beside `base` needs `merge`, or the base would be unused: give it, or leave `base` out",
-        ),
-    ),
-}
-
-
-def rules_of(model: type[Model]) -> Iterator[CelRule]:
-    """Yield the rules of a model and of the models it extends."""
-    for owner in reversed(model.__mro__):
-        if owner in EXACTLY_ONE:
-            yield _exactly_one(EXACTLY_ONE[owner])
-        yield from CEL_RULES.get(owner, ())
-
-
-def _exactly_one(members: tuple[str, ...]) -> CelRule:
-    present = ", ".join(f"has(self.{member})" for member in members)
-    listed = ", ".join(f"`{member}`" for member in members)
-    return CelRule(
-        f"[{present}].exists_one(given, given)", f"give exactly one of {listed}: add one, or remove the rest"
-    )
-
 
 # -- from the models to a structural schema ----------------------------------------------------------------------------
 
@@ -235,7 +96,10 @@ class _Converter:
             found["properties"] = properties
         if node.get("required"):
             found["required"] = node["required"]
-        rules = [rule.as_schema() for rule in rules_of(model)]
+        rules = [
+            {"rule": cel_of(constraint.condition, model), "message": constraint.message}
+            for constraint in constraints_of(model)
+        ]
         if rules:
             found["x-kubernetes-validations"] = rules
         return _describe(found, node.get("description"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from stagecoach_api.base import Model
-from stagecoach_api.fields import walk_models
+from stagecoach_api.fields import one_of_members, walk_models
 from stagecoach_api.names import API_GROUP_VERSION, KIND
-from stagecoach_api.schema.crd import EXACTLY_ONE, Schema
+from stagecoach_api.schema.crd import Schema
 from stagecoach_api.spec import TrainingRun
 
 
@@ -15,15 +14,11 @@ def editor_schema() -> Schema:
     """Return the JSON Schema of a TrainingRun."""
     schema = TrainingRun.model_json_schema(by_alias=True)
     for model in walk_models(TrainingRun):
-        members = _members(model)
+        members = one_of_members(model)
         if members and model.__name__ in schema["$defs"]:
             schema["$defs"][model.__name__]["oneOf"] = [{"required": [member]} for member in members]
     tidied: Schema = _tidy(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{KIND} {API_GROUP_VERSION}", **tidied}
-
-
-def _members(model: type[Model]) -> tuple[str, ...]:
-    return next((EXACTLY_ONE[owner] for owner in model.__mro__ if owner in EXACTLY_ONE), ())
 
 
 def _tidy(node: Any, *, keywords: bool = True) -> Any:

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from stagecoach_api.base import Model
-from stagecoach_api.fields import fields_of, walk_models
+from stagecoach_api.fields import fields_of, one_of_members, walk_models
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import API_GROUP_VERSION, KIND
-from stagecoach_api.schema.crd import EXACTLY_ONE, PRINTER_COLUMNS
+from stagecoach_api.schema.crd import PRINTER_COLUMNS
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.status import ConditionType, Reason, TrainingRunStatus
 
@@ -37,7 +37,7 @@ are unquoted words that YAML and `kubectl` read differently (`yes`, `no`, `on`, 
 
 def reference_page() -> str:
     """Return the page as Markdown."""
-    of_kinds = {kind: list(walk_models(model)) for kind, model in STAGE_KINDS.items()}
+    of_kinds = {name: list(walk_models(kind.config)) for name, kind in STAGE_KINDS.items()}
     parts_of_kinds = {model for models in of_kinds.values() for model in models}
     definitions = _definitions(TrainingRun)
     run_models = [model for model in walk_models(TrainingRun) if model not in parts_of_kinds]
@@ -82,7 +82,7 @@ def _listed(words: Any) -> str:
 
 def _section(model: type[Model], definitions: dict[str, Schema]) -> str:
     lines = [f"### {model.__name__}\n", _paragraph(model.__doc__), ""]
-    members = next((EXACTLY_ONE[owner] for owner in model.__mro__ if owner in EXACTLY_ONE), ())
+    members = one_of_members(model)
     if members and "xactly one" not in (model.__doc__ or ""):
         lines += [f"Exactly one of {_listed(members)} is given.", ""]
     if fields_of(model):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
-from stagecoach_api.kinds import TRAINING_KINDS
+from stagecoach_api.kinds import STAGE_KINDS
+from stagecoach_api.stage_kind import StageKind
 from stagecoach_api.status import FINISHED
 from stagecoach_api.store import Store, StoreError
+from stagecoach_api.summary_tables import ChangeTable, MetricTable
 from stagecoach_cli.display.live import causes
 from stagecoach_cli.display.numbers import duration, metric, quantity, short
 from stagecoach_core.snapshot import Snapshot, StageRow
@@ -23,12 +25,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILURE_LINES = 15
-
-REWARDS = ("reward", "kl", "endedShare", "answerTokens")
-"""Metrics of a PPO stage that are shown."""
-
-_TOKENS_PER_CHARACTER = re.compile(r"^tokensPerCharacter\.(?P<set>.+)\.(?P<when>before|after)$")
-_HELD_OUT = re.compile(r"^heldOut\.(?P<set>.+?)(?P<before>\.before)?\.(?P<figure>[A-Za-z]+)$")
 
 
 @dataclass(frozen=True)
@@ -45,42 +41,25 @@ class BeforeAfter:
         return f"{before} → {after}"
 
 
-def tokens_per_character(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
-    """Return tokens per character before and after a tokenizer stage, by set."""
-    changes: dict[str, BeforeAfter] = {}
+def changes(metrics: Mapping[str, float], table: ChangeTable) -> dict[str, BeforeAfter]:
+    """Return the table's figure before and after a stage, by data set."""
+    before, after = (_pattern(template) for template in (table.before, table.after))
+    found: dict[str, BeforeAfter] = {}
     for name, value in metrics.items():
-        found = _TOKENS_PER_CHARACTER.match(name)
-        if found:
-            other = changes.get(found["set"], BeforeAfter())
-            is_before = found["when"] == "before"
-            changes[found["set"]] = BeforeAfter(value, other.after) if is_before else BeforeAfter(other.before, value)
-    return changes
+        if match := before.match(name):
+            found[match["set"]] = replace(found.get(match["set"], BeforeAfter()), before=value)
+        elif match := after.match(name):
+            found[match["set"]] = replace(found.get(match["set"], BeforeAfter()), after=value)
+    return found
 
 
-def bits_per_character(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
-    """Return held-out bits per character before and after a training stage, by set."""
-    return _held_out(metrics, "bitsPerCharacter")
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile("^" + re.escape(template).replace(re.escape("{set}"), "(?P<set>.+)") + "$")
 
 
-def accuracy(metrics: Mapping[str, float]) -> dict[str, BeforeAfter]:
-    """Return the accuracy on held-out preferences before and after a training stage, by set."""
-    return _held_out(metrics, "accuracy")
-
-
-def _held_out(metrics: Mapping[str, float], figure: str) -> dict[str, BeforeAfter]:
-    changes: dict[str, BeforeAfter] = {}
-    for name, value in metrics.items():
-        found = _HELD_OUT.match(name)
-        if found is None or found["figure"] != figure:
-            continue
-        other = changes.get(found["set"], BeforeAfter())
-        changes[found["set"]] = BeforeAfter(value, other.after) if found["before"] else BeforeAfter(other.before, value)
-    return changes
-
-
-def rewards_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the shown metrics of a PPO stage's last update."""
-    return {name: metrics[name] for name in REWARDS if name in metrics}
+def shown(metrics: Mapping[str, float], table: MetricTable) -> dict[str, float]:
+    """Return the metrics that the table shows."""
+    return {name: metrics[name] for name in table.metrics or metrics if name in metrics}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -105,13 +84,13 @@ def _time(row: StageRow) -> str:
     return row.view.state.value.lower()
 
 
-def change_table(changes: Mapping[str, Mapping[str, BeforeAfter]]) -> Table | None:
+def change_table(by_stage: Mapping[str, Mapping[str, BeforeAfter]]) -> Table | None:
     """Return a table with a row for each stage and a column for each set; None if nothing was measured."""
-    sets = list(dict.fromkeys(name for by_set in changes.values() for name in by_set))
+    sets = list(dict.fromkeys(name for by_set in by_stage.values() for name in by_set))
     if not sets:
         return None
     table = empty_table("Stage", *(f">{name}" for name in sets))
-    for stage, by_set in changes.items():
+    for stage, by_set in by_stage.items():
         if by_set:
             table.add_row(stage, *(str(by_set.get(name, "")) for name in sets))
     return table
@@ -159,34 +138,39 @@ def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, 
         for row in snapshot.rows
         if row.view.state in FINISHED and row.view.digest in manifests
     }
-    of_kind = {kind: {name: item for name, item in finished.items() if item.kind == kind} for kind in _kinds(finished)}
-    training = {name: item for name, item in finished.items() if item.kind in TRAINING_KINDS}
-    vocabularies = {name: tokens_per_character(item.metrics) for name, item in of_kind.get("tokenizer", {}).items()}
-    held_out = {name: bits_per_character(item.metrics) for name, item in training.items()}
-    preferences = {name: accuracy(item.metrics) for name, item in training.items()}
-    rewards = {name: rewards_of(item.metrics) for name, item in of_kind.get("ppo", {}).items()}
-    tables = {
-        "Stages": stage_table(snapshot.rows, manifests),
-        "Tokens per character, before and after the vocabulary": change_table(vocabularies),
-        "Held-out bits per character, before and after training": change_table(held_out),
-        "Held-out preference accuracy, before and after training": change_table(preferences),
-        "Reinforcement learning, last update": metrics_table(rewards),
-        "Evaluation": metrics_table({name: item.metrics for name, item in of_kind.get("evaluate", {}).items()}),
-    }
-    for title, table in tables.items():
-        if table is not None:
-            print_titled(console, title, table)
-    for name, manifest in of_kind.get("export", {}).items():
+    print_titled(console, "Stages", stage_table(snapshot.rows, manifests))
+    for title, table in measured_tables(finished):
+        print_titled(console, title, table)
+    releases = {name: item for name, item in finished.items() if item.kind in STAGE_KINDS and _kind(item).release}
+    for name, manifest in releases.items():
         _print_samples(console, name, samples(store, manifest))
     root = f"{store.uri.rstrip('/')}/artifacts"
     console.print(f"Artifacts: {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
-    for name, manifest in of_kind.get("export", {}).items():
+    for name, manifest in releases.items():
         uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
         console.print(f"Output of {name}: {uri}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _kinds(manifests: Mapping[str, Manifest]) -> list[str]:
-    return sorted({manifest.kind for manifest in manifests.values()})
+def measured_tables(manifests: Mapping[str, Manifest]) -> list[tuple[str, Table]]:
+    """Return the tables that the kinds of finished stages declare, with titles, except those without a figure."""
+    tables: list[tuple[str, Table]] = []
+    for declared in dict.fromkeys(table for kind in STAGE_KINDS.values() for table in kind.tables):
+        metrics = {
+            name: item.metrics
+            for name, item in manifests.items()
+            if item.kind in STAGE_KINDS and declared in _kind(item).tables
+        }
+        if isinstance(declared, ChangeTable):
+            table = change_table({name: changes(figures, declared) for name, figures in metrics.items()})
+        else:
+            table = metrics_table({name: shown(figures, declared) for name, figures in metrics.items()})
+        if table is not None:
+            tables.append((declared.title, table))
+    return tables
+
+
+def _kind(manifest: Manifest) -> StageKind:
+    return STAGE_KINDS[manifest.kind]
 
 
 def samples(store: Store, manifest: Manifest) -> list[tuple[str, str]]:

@@ -112,7 +112,7 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
             f"a {name} stage does not learn from {layout}",
             (f"{name}.data.0.format", layout),
             f"spec.stages[{number}].{kind}.data[0].format",
-            ("do not say which answer is preferred", "(pairs, comparison, ranked)", "`sft`"),
+            ("do not state which answer is preferred", "(pairs, comparison, ranked)", "`sft`"),
         )
         for number, name, kind in ((1, "reward", "rewardModel"), (3, "dpo", "dpo"), (4, "kto", "dpo"))
         for layout in ("text", "alpaca", "sharegpt", "messages")
@@ -121,7 +121,7 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         "held-out sets are preferences too",
         ("reward.heldOut.sets.0.format", "text"),
         "spec.stages[1].rewardModel.heldOut.sets[0].format",
-        ("do not say which answer is preferred",),
+        ("do not state which answer is preferred",),
     ),
     (
         "a reward model does not learn from labels",
@@ -157,7 +157,7 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         "preferences are no text to predict",
         ("ppo.pretraining.data.0.format", "pairs"),
         "spec.stages[2].ppo.pretraining.data[0].format",
-        ("no text to predict", "give text or conversations"),
+        ("not text to predict", "give text or conversations"),
     ),
     (
         "a set's domain exists",
@@ -223,13 +223,13 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         "a rival is no reward model",
         ("score.rewards.0.rivals.0.model.stage", "reward"),
         "spec.stages[5].evaluate.rewards[0].rivals[0].model.stage",
-        ("of kind pretrain or sft or dpo or ppo or export",),
+        ("of kind pretrain or sft or ppo or dpo or export",),
     ),
     (
         "a policy is not held to a reward model",
         ("dpo.reference", {"stage": "reward"}),
         "spec.stages[3].dpo.reference.stage",
-        ("of kind pretrain or sft or dpo or ppo or export",),
+        ("of kind pretrain or sft or ppo or dpo or export",),
     ),
     (
         "exact match asks for one right answer",

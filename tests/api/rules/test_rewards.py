@@ -69,7 +69,7 @@ def judged(*names: str) -> dict[str, Any]:
         pytest.param(
             [feedback_term(instruction="Mark {prompt}.")],
             f"{AT}[0].feedback.instruction",
-            ("must hold `{answer}`",),
+            ("must contain `{answer}`",),
             id="a judge that does not see the answer",
         ),
         pytest.param(

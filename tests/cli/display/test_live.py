@@ -9,25 +9,27 @@ import pytest
 from rich.console import Console
 
 from stagecoach_api.artifacts import Manifest
+from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.store import open_store
+from stagecoach_api.summary_tables import HELD_OUT_TABLES
 from stagecoach_cli.display.live import LiveView, PlainView, render_rows
 from stagecoach_cli.display.numbers import duration, metric, metric_label, quantity
 from stagecoach_cli.display.summary import (
     BeforeAfter,
-    accuracy,
-    bits_per_character,
+    changes,
     print_failures,
     print_summary,
-    rewards_of,
-    tokens_per_character,
+    shown,
 )
 from stagecoach_core.snapshot import Snapshot, StageRow
 from stagecoach_core.values import RunState, StageState, StageView
 
 NOW = 1_700_000_000.0
 GOLDEN = Path(__file__).parent / "golden"
+BITS, ACCURACY = HELD_OUT_TABLES
+TOKENS, REWARDS = STAGE_KINDS["tokenizer"].tables[0], STAGE_KINDS["ppo"].tables[-1]
 
 
 def text_of(*renderables: object, width: int = 100) -> str:
@@ -212,14 +214,14 @@ def test_held_out_metrics_are_read_for_every_set_even_one_with_dots_in_its_name(
         "heldOut.en.bitsPerCharacter": 2.0,
         "heldOut.en.loss": 1.0,
     }
-    assert bits_per_character(metrics) == {"zh.v1": BeforeAfter(4.0, 3.0), "en": BeforeAfter(None, 2.0)}
-    assert tokens_per_character({"tokensPerCharacter.zh.after": 0.5}) == {"zh": BeforeAfter(None, 0.5)}
+    assert changes(metrics, BITS) == {"zh.v1": BeforeAfter(4.0, 3.0), "en": BeforeAfter(None, 2.0)}
+    assert changes({"tokensPerCharacter.zh.after": 0.5}, TOKENS) == {"zh": BeforeAfter(None, 0.5)}
 
 
 def test_alignment_metrics_are_selected_by_set_and_by_name() -> None:
     metrics = {"heldOut.pairs.before.accuracy": 0.5, "heldOut.pairs.accuracy": 0.9, "heldOut.pairs.loss": 0.3}
-    assert accuracy(metrics) == {"pairs": BeforeAfter(0.5, 0.9)}
-    assert rewards_of({"reward": 1.5, "kl": 0.2, "policyLoss": 0.1}) == {"reward": 1.5, "kl": 0.2}
+    assert changes(metrics, ACCURACY) == {"pairs": BeforeAfter(0.5, 0.9)}
+    assert shown({"reward": 1.5, "kl": 0.2, "policyLoss": 0.1}, REWARDS) == {"reward": 1.5, "kl": 0.2}
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ from stagecoach_trainer.samples.datasets import (
 from stagecoach_trainer.samples.plan import WHOLE, MixedPlan, PhaseSettings, Planner
 from stagecoach_trainer.samples.prompts import PromptSet, read_prompts
 from stagecoach_trainer.samples.token_cache import TokenShard
-from stagecoach_trainer.stages.reports import table, trained_parameters, write_report
-from stagecoach_trainer.stages.training import start_with_template
+from stagecoach_trainer.stage_parts.reports import table, trained_parameters, write_report
+from stagecoach_trainer.stage_parts.training import start_with_template
 
 KEY_PROMPTS, KEY_MIX = 11, 12
 DROPPED = ("tooLong", "empty")

@@ -14,7 +14,7 @@ from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.datasets import check_lost_samples, text_held_out, text_shard
 from stagecoach_trainer.samples.plan import Planner, phase_schedules, phase_settings
-from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
+from stagecoach_trainer.stage_parts.training import Prepared, check_before_loading, train_and_save
 
 
 def run(config: PretrainStage, context: StageContext) -> StageOutcome:

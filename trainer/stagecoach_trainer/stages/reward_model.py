@@ -27,8 +27,8 @@ from stagecoach_trainer.samples.groups import (
 )
 from stagecoach_trainer.samples.plan import MixedPlan
 from stagecoach_trainer.samples.preferences import Grouping, group_shard
-from stagecoach_trainer.stages.reports import table, training_text, write_report
-from stagecoach_trainer.stages.training import Prepared, check_before_loading, make_report, start_with_template
+from stagecoach_trainer.stage_parts.reports import table, training_text, write_report
+from stagecoach_trainer.stage_parts.training import Prepared, check_before_loading, make_report, start_with_template
 
 BIAS_ANSWERS = 1024
 """Maximum number of training answers from which the bias is computed."""

@@ -21,7 +21,7 @@ from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, Planner, phase_settings
 from stagecoach_trainer.samples.token_cache import TokenShard
 from stagecoach_trainer.samples.token_masking import TokenMasking, filler_token, mask_phases, masked_share
-from stagecoach_trainer.stages.training import Prepared, check_before_loading, train_and_save
+from stagecoach_trainer.stage_parts.training import Prepared, check_before_loading, train_and_save
 from stagecoach_trainer.text.templates import apply_template
 
 

@@ -1,4 +1,4 @@
-"""Reports of training stages: `report.json` for programs, `report.md` for people. Not a stage kind."""
+"""Reports of training stages: `report.json` for programs, `report.md` for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that the training stages have in common: check settings, load, train, save, report. Not a stage kind."""
+"""Steps that the training stages have in common: check settings, load, train, save, report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagecoach_trainer.samples.datasets import LOST_SAMPLES
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
 from stagecoach_trainer.samples.token_cache import TokenShard
-from stagecoach_trainer.stages.reports import training_text, write_report
+from stagecoach_trainer.stage_parts.reports import training_text, write_report
 from stagecoach_trainer.text.templates import apply_template
 
 

@@ -1,0 +1,1 @@
+"""Parts that several stage kinds share: preparing, training, saving and reporting. None of them is a kind."""
