@@ -1,15 +1,16 @@
-"""Writes what is made from a chart's values.yaml (values.schema.json, the table of README.md), or checks it.
+"""Generates values.schema.json and the table in README.md from a chart's values.yaml, and the versions in Chart.yaml.
 
 python charts/generate.py [--check]
 
-The comment above a value is its description. A comment's last line may be `Schema: {…}`, keywords of JSON Schema that
-its default does not show. A mapping without that line is a section: each of its members is a value with a comment.
+The comment above a value is its description. Its last line may be `Schema: {…}`: JSON Schema keywords that cannot be
+derived from the default. A mapping without that line is a section, and each of its members is a value with a comment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from stagecoach_api.version import __version__
 
 CHART = Path(__file__).resolve().parent / "stagecoach"
 TABLE_BEGIN = "<!-- values: written by `make generate` from values.yaml -->"
@@ -39,13 +42,13 @@ DEFINITIONS: Schema = {
         "additionalProperties": False,
     },
 }
-"""What `Schema:` lines refer to."""
+"""Definitions for use in `Schema:` lines."""
 
 TYPES: dict[type, str] = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
 
 
 class ChartError(ValueError):
-    """values.yaml cannot be documented as it stands."""
+    """A file of the chart lacks something that the generated files need."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Value:
     description: str
     default: Any
     schema: Schema
-    """What the `Schema:` line says."""
+    """Keywords from the `Schema:` line."""
     members: tuple[Value, ...]
-    """Of a section; else none."""
+    """The members of a section; empty for a value."""
 
     @property
     def name(self) -> str:
@@ -66,19 +69,19 @@ class Value:
 
 
 def read_values(text: str) -> tuple[Value, ...]:
-    """Return the values of a values.yaml. Raises ChartError with all that lack a comment."""
+    """Return the values of a values.yaml. Raises ChartError with the names of all that lack a comment."""
     root = yaml.compose(text, yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
-        raise ChartError("values.yaml: is no mapping; it must be one of values")
+        raise ChartError("values.yaml: must be a mapping")
     values = tuple(_members(root, text.splitlines(), ()))
     bare = [value.name for value in every(values) if not value.description]
     if bare:
-        raise ChartError(f"values.yaml: without a comment: {', '.join(bare)}; say above each what it does")
+        raise ChartError(f"values.yaml: without a comment: {', '.join(bare)}; describe each in a comment above it")
     return values
 
 
 def every(values: Sequence[Value]) -> Iterator[Value]:
-    """Yield values and sections, the outer before the inner."""
+    """Yield values and sections, outer ones first."""
     for value in values:
         yield value
         yield from every(value.members)
@@ -95,29 +98,29 @@ def _members(node: yaml.MappingNode, lines: Sequence[str], above: tuple[str, ...
 
 
 def _comment(lines: Sequence[str], at: int) -> tuple[str, Schema]:
-    """Return the comment that ends right above a line, and the keywords of its `Schema:` line."""
+    """Return the comment directly above a line, and the keywords of its `Schema:` line."""
     first = at
     while first > 0 and lines[first - 1].lstrip().startswith("#"):
         first -= 1
-    words = [line.lstrip().removeprefix("#").strip() for line in lines[first:at]]
+    comment = [line.lstrip().removeprefix("#").strip() for line in lines[first:at]]
     schema: Schema = {}
-    if words and words[-1].startswith(SCHEMA_MARK):
-        schema = yaml.safe_load(words.pop().removeprefix(SCHEMA_MARK))
-    return " ".join(words), schema
+    if comment and comment[-1].startswith(SCHEMA_MARK):
+        schema = yaml.safe_load(comment.pop().removeprefix(SCHEMA_MARK))
+    return " ".join(comment), schema
 
 
 # -- the schema --------------------------------------------------------------------------------------------------------
 
 
 def schema_text(values: Sequence[Value]) -> str:
-    """Return values.schema.json: closed, so that a misspelt value is refused."""
+    """Return values.schema.json. Its objects are closed, so that misspelt values are rejected."""
     schema = {
-        "$schema": "http://json-schema.org/draft-07/schema#",  # the newest that every Helm 3 reads
+        "$schema": "http://json-schema.org/draft-07/schema#",  # the newest draft that all versions of Helm 3 support
         **_section(values),
         "definitions": DEFINITIONS,
     }
-    # Helm hands it to a chart that is part of another one.
-    schema["properties"]["global"] = {"description": "Values of a chart around this one; not read.", "type": "object"}
+    # Helm passes `global` to a subchart.
+    schema["properties"]["global"] = {"description": "Values of a parent chart. Not used.", "type": "object"}
     return json.dumps(schema, indent=2) + "\n"
 
 
@@ -130,27 +133,29 @@ def _schema(value: Value) -> Schema:
     described: Schema = {"description": value.description}
     if value.members:
         return described | _section(value.members)
-    found = described | {"type": TYPES[type(value.default)]} | value.schema
-    if found["type"] == "object":
-        found.setdefault("additionalProperties", False)
-    return found | {"default": value.default}
+    schema = described | {"type": TYPES[type(value.default)]} | value.schema
+    if schema["type"] == "object":
+        schema.setdefault("additionalProperties", False)
+    return schema | {"default": value.default}
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
 
 
 def readme_text(readme: str, values: Sequence[Value]) -> str:
-    """Return the README with its table of values made anew. Raises ChartError where it has no place for one."""
+    """Return the README with its table of values regenerated. Raises ChartError if the table's markers are missing."""
     head, begin, rest = readme.partition(TABLE_BEGIN)
     _, end, tail = rest.partition(TABLE_END)
     if not begin or not end:
-        raise ChartError(f"README.md: no place for the values: it must have a line `{TABLE_BEGIN}` and `{TABLE_END}`")
+        raise ChartError(
+            f"README.md: no place for the values: it must contain the lines `{TABLE_BEGIN}` and `{TABLE_END}`"
+        )
     return f"{head}{begin}\n{_table(values)}{end}{tail}"
 
 
 def _table(values: Sequence[Value]) -> str:
     rows = [f"| `{value.name}` | {_cell(value)} | {_default(value)} |\n" for value in every(values)]
-    return "| value | what it does | default |\n|---|---|---|\n" + "".join(rows)
+    return "| Value | Description | Default |\n|---|---|---|\n" + "".join(rows)
 
 
 def _cell(value: Value) -> str:
@@ -161,18 +166,35 @@ def _default(value: Value) -> str:
     return "" if value.members else f"`{json.dumps(value.default)}`"
 
 
+# -- Chart.yaml --------------------------------------------------------------------------------------------------------
+
+
+def chart_text(metadata: str, version: str) -> str:
+    """Return Chart.yaml with a version as `version` and `appVersion`. Raises ChartError if one of them is missing."""
+    for name in ("version", "appVersion"):
+        metadata, count = re.subn(rf"^{name}: .*$", f"{name}: {version}", metadata, flags=re.MULTILINE)
+        if count != 1:
+            raise ChartError(f"Chart.yaml: {count} lines `{name}: …`; it must contain exactly one")
+    return metadata
+
+
 # -- writing and checking ----------------------------------------------------------------------------------------------
 
 
 def wanted(chart: Path) -> dict[str, str]:
-    """Return the generated files' names and texts. Raises ChartError."""
+    """Return the names and contents of the files to generate. Raises ChartError."""
     values = read_values((chart / "values.yaml").read_text(encoding="utf-8"))
     readme = (chart / "README.md").read_text(encoding="utf-8")
-    return {"values.schema.json": schema_text(values), "README.md": readme_text(readme, values)}
+    metadata = (chart / "Chart.yaml").read_text(encoding="utf-8")
+    return {
+        "values.schema.json": schema_text(values),
+        "README.md": readme_text(readme, values),
+        "Chart.yaml": chart_text(metadata, __version__),
+    }
 
 
 def outdated(chart: Path) -> dict[str, str]:
-    """Return those of the generated files that are missing or not what the values say, with what they should be."""
+    """Return the names of missing and outdated files with their expected contents."""
     return {name: text for name, text in wanted(chart).items() if _read(chart / name) != text}
 
 
@@ -181,23 +203,23 @@ def _read(path: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 1 where `--check` found an outdated file or the values cannot be documented."""
+    """Return the exit code: 1 if `--check` found an outdated file, or a file cannot be generated."""
     parser = argparse.ArgumentParser(prog="python charts/generate.py", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is outdated")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is outdated")
     parser.add_argument("--chart", type=Path, default=CHART, help="folder of the chart (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        found = outdated(options.chart)
+        files = outdated(options.chart)
     except ChartError as error:
         print(error, file=sys.stderr)
         return 1
-    for name, text in found.items():
+    for name, text in files.items():
         if options.check:
             print(f"{options.chart / name} is outdated: run `make generate`", file=sys.stderr)
         else:
             (options.chart / name).write_text(text, encoding="utf-8")
             print(f"wrote {options.chart / name}")
-    return 1 if options.check and found else 0
+    return 1 if options.check and files else 0
 
 
 if __name__ == "__main__":

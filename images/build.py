@@ -1,4 +1,4 @@
-"""Builds the images with buildah, podman or docker, and says how large they are.
+"""Builds the images with buildah, podman or docker, and prints their sizes.
 
 python images/build.py [operator] [trainer] [options]
 """
@@ -19,15 +19,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "images" / "local"
+VERSION_FILE = ROOT / "operator" / "stagecoach_api" / "version.py"
 CA_FILE = "ca.pem"
 WHEELS = "wheels"
 IMAGES = ("operator", "trainer")
 OWN_BASE = "debian"
 MOST_MEGABYTES_OVER_BASE = {"operator": 160}
-"""The operator is pulled by every node it may move to."""
+"""Limit per image. The operator's is pulled by every node that it may be moved to."""
 
 BUILD_COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "buildah": ("buildah", "bud", "--layers", "--isolation", "chroot", "--network", "host"),  # needs no daemon, no init
+    "buildah": (
+        "buildah",
+        "bud",
+        "--layers",
+        "--isolation",
+        "chroot",
+        "--network",
+        "host",
+    ),  # no daemon needed
     "podman": ("podman", "build"),
     "docker": ("docker", "build"),
 }
@@ -35,17 +44,17 @@ UNITS = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class BuildError(Exception):
-    """An image cannot be built; the message says what to do."""
+    """An image cannot be built; the message states what to do."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The program that builds."""
+    """The program that builds images."""
 
     name: str
 
     def build(self, image: str, dockerfile: Path, context: Path, arguments: Mapping[str, str]) -> None:
-        """Build an image. Raises BuildError; the engine has said why on standard error."""
+        """Build an image. Raises BuildError; the engine has printed the reason on standard error."""
         given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
         self._run([*BUILD_COMMANDS[self.name], *given, "--tag", image, "--file", str(dockerfile), str(context)])
 
@@ -54,20 +63,20 @@ class Engine:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def megabytes(self, image: str) -> float:
-        """Return what an image takes on disk, in 10⁶ bytes."""
+        """Return the size of an image on disk, in 10⁶ bytes."""
         if self.name == "buildah":
-            size = json.loads(self._ask(["buildah", "images", "--json", image]))[0]["size"]
+            size = json.loads(self._output(["buildah", "images", "--json", image]))[0]["size"]
             found = re.fullmatch(r"([\d.]+)\s*(\w+)", size)
             if found is None or found[2] not in UNITS:
-                raise BuildError(f"buildah says that {image} takes `{size}`; a size such as `282 MB` was expected")
+                raise BuildError(f"buildah reports `{size}` as the size of {image}; expected a size such as `282 MB`")
             return float(found[1]) * UNITS[found[2]] / 10**6
-        return int(self._ask([self.name, "image", "inspect", "--format", "{{.Size}}", image])) / 10**6
+        return int(self._output([self.name, "image", "inspect", "--format", "{{.Size}}", image])) / 10**6
 
     def base_of(self, dockerfile: Path) -> str:
-        """Return the base that a Dockerfile names."""
+        """Return the base image named in a Dockerfile."""
         found = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(encoding="utf-8"), re.MULTILINE)
         if found is None:
-            raise BuildError(f"{dockerfile}: has no line `ARG BASE=…`")
+            raise BuildError(f"{dockerfile}: must contain a line `ARG BASE=…`")
         return found[1]
 
     def archive(self, image: str, file: Path) -> None:
@@ -82,7 +91,7 @@ class Engine:
         if subprocess.run(command, check=False).returncode != 0:
             raise BuildError(f"failed: {' '.join(command)}")
 
-    def _ask(self, command: Sequence[str]) -> str:
+    def _output(self, command: Sequence[str]) -> str:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"failed: {' '.join(command)}: {done.stderr.strip()}")
@@ -90,7 +99,7 @@ class Engine:
 
 
 def find_engine(name: str | None) -> Engine:
-    """Return the engine asked for, else the first there is. Raises BuildError."""
+    """Return the requested engine, else the first installed one. Raises BuildError."""
     for candidate in BUILD_COMMANDS if name is None else [name]:
         if shutil.which(candidate):
             return Engine(candidate)
@@ -98,28 +107,28 @@ def find_engine(name: str | None) -> Engine:
 
 
 def fill_local(wheels: Path | None, ca_file: Path | None) -> None:
-    """Put what builds need of this machine where Dockerfiles find it; what an earlier build left there goes."""
+    """Copy local files that builds need to where the Dockerfiles expect them, and remove those of an earlier build."""
     shutil.rmtree(LOCAL / WHEELS, ignore_errors=True)
     (LOCAL / CA_FILE).unlink(missing_ok=True)
     (LOCAL / WHEELS).mkdir(parents=True)
     for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
-        shutil.copy2(wheel, LOCAL / WHEELS / wheel.name)  # its time, too: engines that compare it see the same file
+        shutil.copy2(wheel, LOCAL / WHEELS / wheel.name)  # with its mtime: engines that compare it can reuse the layer
     if ca_file is not None:
         shutil.copyfile(ca_file, LOCAL / CA_FILE)
 
 
 def build_arguments(options: argparse.Namespace, image: str, base: str) -> dict[str, str]:
     """Return the build arguments of one image."""
-    found = {"BASE": base, "INDEX_URL": options.index_url}
+    given = {"BASE": base, "INDEX_URL": options.index_url}
     if options.ca_file is not None:
-        found["CA_FILE"] = f"/local/{CA_FILE}"
+        given["CA_FILE"] = f"/local/{CA_FILE}"
     if image == "trainer":
-        found["TORCH"] = options.torch
-    return {name: value for name, value in found.items() if value}
+        given["TORCH"] = options.torch
+    return {name: value for name, value in given.items() if value}
 
 
 def own_base(engine: Engine, image: str, mirror: str | None) -> None:
-    """Make a base without a registry: Debian and its Python, from Debian's own packages (about two minutes)."""
+    """Build a base image without a registry: Debian and its Python, from Debian's packages. Takes about two minutes."""
     if engine.has(image):
         return
     if shutil.which("debootstrap") is None:
@@ -132,7 +141,7 @@ def own_base(engine: Engine, image: str, mirror: str | None) -> None:
     command = ["debootstrap", "--variant=minbase", packages, "bookworm", root, *([mirror] if mirror else [])]
     pack = ["tar", "-C", root, "-cf", str(folder / "root.tar"), "."]
     try:
-        print("base: debootstrap, about two minutes", flush=True)
+        print("base: running debootstrap, about two minutes", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         subprocess.run(pack, check=True)
         (folder / "Dockerfile").write_text("FROM scratch\nADD root.tar /\n", encoding="utf-8")
@@ -145,7 +154,7 @@ def own_base(engine: Engine, image: str, mirror: str | None) -> None:
 
 
 def build_all(options: argparse.Namespace) -> None:
-    """Build the images that the options name, and print a line for each. Raises BuildError."""
+    """Build the requested images and print a line for each. Raises BuildError."""
     unknown = set(options.images) - set(IMAGES)
     if unknown:
         raise BuildError(f"{', '.join(sorted(unknown))}: no such image; one of {', '.join(IMAGES)}")
@@ -173,26 +182,29 @@ def build_all(options: argparse.Namespace) -> None:
 
 
 def version() -> str:
-    """Return the chart's `appVersion`: the tag that it looks for."""
-    chart = (ROOT / "charts" / "stagecoach" / "Chart.yaml").read_text(encoding="utf-8")
-    return next(line.split(":")[1].strip() for line in chart.splitlines() if line.startswith("appVersion:"))
+    """Return the version of Stagecoach, the chart's default tag. Read as text: this script has no dependencies."""
+    text = VERSION_FILE.read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise BuildError(f'{VERSION_FILE}: must contain a line `__version__ = "…"`')
+    return found[1]
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python images/build.py", description=__doc__)
-    found.add_argument("images", nargs="*", metavar="operator|trainer", help="which images (default: both)")
-    found.add_argument("--engine", choices=list(BUILD_COMMANDS), help="default: the first of them that is installed")
-    found.add_argument("--registry", default="localhost/stagecoach", help="registry and folder (default: %(default)s)")
-    found.add_argument("--tag", default=version(), help="default: the chart's appVersion, %(default)s")
-    found.add_argument("--torch", choices=("cuda", "cpu"), default="cuda", help="PyTorch of the trainer's image")
+    found.add_argument("images", nargs="*", metavar="operator|trainer", help="images to build (default: both)")
+    found.add_argument("--engine", choices=list(BUILD_COMMANDS), help="default: the first that is installed")
+    found.add_argument("--registry", default="localhost/stagecoach", help="registry and path (default: %(default)s)")
+    found.add_argument("--tag", default=version(), help="default: the version, %(default)s")
+    found.add_argument("--torch", choices=("cuda", "cpu"), default="cuda", help="PyTorch variant of the trainer image")
     found.add_argument(
-        "--base", help=f"base image (default: the Dockerfile's); `{OWN_BASE}`: one made here by debootstrap"
+        "--base", help=f"base image (default: the Dockerfile's); `{OWN_BASE}`: build one with debootstrap"
     )
-    found.add_argument("--debian-mirror", help="where debootstrap fetches from (default: its own)")
-    found.add_argument("--wheels", type=Path, help="folder with packages that the index does not have")
+    found.add_argument("--debian-mirror", help="mirror for debootstrap (default: its own)")
+    found.add_argument("--wheels", type=Path, help="folder of packages that are not in the index")
     found.add_argument("--index-url", default=os.environ.get("UV_DEFAULT_INDEX", ""), help="package index")
-    found.add_argument("--ca-file", type=Path, help="certificates to trust while downloading")
-    found.add_argument("--archives", type=Path, help="folder to write each image to as a tar archive")
+    found.add_argument("--ca-file", type=Path, help="CA certificates to trust for downloads")
+    found.add_argument("--archives", type=Path, help="folder to save the images to, as tar archives")
     return found
 
 

@@ -1,5 +1,5 @@
-"""Imports all that the operator uses, once, while its image is built: what fails here fails there, and Python leaves
-the bytecode that pods cannot write."""
+"""Imports everything the operator uses while its image is built: a missing module fails the build, and Python writes
+the bytecode, which pods could not, because their root file system is read-only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATE = (
     "kubernetes.aio.client",
     "kubernetes.aio.config",
 )
-"""What the operator imports only when it runs."""
+"""Modules that the operator imports only at run time."""
 UNWANTED = ("torch", "stagecoach_trainer", "stagecoach_cli")
 
 
@@ -29,11 +29,11 @@ def prove() -> None:
         importlib.import_module(name)
     import boto3
 
-    # botocore imports and reads most of what it needs when a client is made.
+    # botocore imports most of its modules, and reads its data, when a client is created.
     boto3.client("s3", region_name="us-east-1", aws_access_key_id="none", aws_secret_access_key="none")  # noqa: S106
     found = [name for name in UNWANTED if find_spec(name) is not None]
     if found:
-        sys.exit(f"the operator's image must not hold {', '.join(found)}")
+        sys.exit(f"the operator's image must not contain {', '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Imports all that stages use, once, while the trainer's image is built: what fails here fails there, and Python leaves
-the bytecode that pods cannot write.
+"""Imports everything stages use while the trainer's image is built: a missing module fails the build, and Python writes
+the bytecode, which pods could not, because their root file system is read-only.
 
-First the packages, whose layers stay while the code changes; then the code, which must bring nothing else along.
+The packages come first, so that their layers stay the same when the code changes; then the code, which must not import
+further packages.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ PACKAGES = (
     "openai",
     "safetensors.numpy",
 )
-"""What the code imports, most of it only when it is needed."""
+"""Modules that the code imports, most of them lazily."""
 UNWANTED = ("kopf", "kubernetes", "stagecoach_core", "stagecoach_operator", "stagecoach_cli")
 
 
 def prove_packages(wanted: str) -> None:
-    """`wanted`: which PyTorch the image is built with, `cuda` or `cpu`."""
+    """Import the packages. `wanted`: the variant of PyTorch, `cuda` or `cpu`."""
     for name in PACKAGES:
         importlib.import_module(name)
     import torch
 
     got = "cpu" if torch.version.cuda is None else "cuda"
     if got != wanted:
-        sys.exit(f"the image is to have PyTorch for {wanted}, and has {torch.__version__}")
+        sys.exit(f"the image must have PyTorch for {wanted}, but has {torch.__version__}")
     prove_deepspeed()
 
 
@@ -52,20 +53,20 @@ def prove_code() -> None:
             importlib.import_module(module.name)
     found = [name for name in UNWANTED if find_spec(name) is not None]
     if found:
-        sys.exit(f"the trainer's image must not hold {', '.join(found)}")
+        sys.exit(f"the trainer's image must not contain {', '.join(found)}")
     new = {path.split("site-packages/")[-1].split(".")[0] for path in compiled() - before if "site-packages/" in path}
     if new:
-        sys.exit(f"{', '.join(sorted(new))}: only the code imports them; name what it imports in PACKAGES here")
+        sys.exit(f"{', '.join(sorted(new))}: imported by the code but not by PACKAGES; add the modules there")
 
 
 def compiled() -> set[str]:
-    """Return all bytecode there is."""
+    """Return the paths of all bytecode files."""
     return {str(path) for path in Path(os.environ["PYTHONPYCACHEPREFIX"]).rglob("*.pyc")}
 
 
 def prove_deepspeed() -> None:
-    """Check that nothing is left to compile in a pod."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # there is no GPU where images are built
+    """Check that DeepSpeed's operators are built: pods have no compiler."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # images are built without a GPU
     import deepspeed
     from deepspeed.git_version_info import installed_ops
 

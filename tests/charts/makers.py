@@ -1,4 +1,4 @@
-"""The chart as Helm renders it."""
+"""Rendering the chart with Helm."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.cluster.versions import read_versions
 CHART = ROOT / "charts" / "stagecoach"
 RELEASE = "stagecoach"
 NAMESPACE = "training"
-WITHOUT_DEFINITION = {"crds": {"install": False}}
-"""Ten times faster to render, and to compare."""
+WITHOUT_CRD = {"crds": {"install": False}}
+"""Rendering and comparing is ten times faster without the CRD."""
 
 Body = dict[str, Any]
 
 
 @cache
 def helm() -> str:
-    """Return the Helm that the test cluster is pinned to, else the one in PATH, else build the pinned one with Go."""
+    """Return the Helm pinned for the test cluster, else the one in PATH, else build the pinned one with Go."""
     builder = Builder(read_versions(), Path(os.environ.get(ENV_CACHE, DEFAULT_CACHE)))
     pinned = builder.program("helm", "helm")
     installed = shutil.which("helm")
@@ -51,7 +51,7 @@ def run_helm(*arguments: str, values: Mapping[str, Any] | None = None) -> subpro
 
 
 def rendered_text(values: Mapping[str, Any] | None = None, *, release: str = RELEASE) -> str:
-    """Return what `helm template` prints for some values over the defaults."""
+    """Return the output of `helm template` with the given values."""
     done = run_helm("template", release, str(CHART), "--namespace", NAMESPACE, values=values)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -67,23 +67,23 @@ def of_kind(objects: Sequence[Body], *kinds: str) -> list[Body]:
 
 
 def the(objects: Sequence[Body], kind: str, suffix: str = "") -> Body:
-    """Return the one object of a kind whose name ends so."""
+    """Return the only object of a kind whose name has a suffix."""
     (found,) = [body for body in of_kind(objects, kind) if body["metadata"]["name"].endswith(suffix)]
     return found
 
 
 def pod_specs(objects: Sequence[Body]) -> dict[str, Body]:
-    """Return the pods of everything that has some, by kind and name."""
-    found = {}
+    """Return the pod specs of all objects with pods, by kind and name."""
+    specs = {}
     for body in objects:
         spec = body if body["kind"] == "Pod" else body.get("spec", {}).get("template")
         if spec is not None:
-            found[f"{body['kind']}/{body['metadata']['name']}"] = spec["spec"]
-    return found
+            specs[f"{body['kind']}/{body['metadata']['name']}"] = spec["spec"]
+    return specs
 
 
 def nested(path: str, value: object) -> Body:
-    """Return values in which only the one at a dotted path is given."""
+    """Return values with only the one at a dotted path set."""
     for name in reversed(path.split(".")):
         value = {name: value}
     assert isinstance(value, dict)
@@ -91,8 +91,8 @@ def nested(path: str, value: object) -> Body:
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Body:
-    """Return both, sections member by member."""
-    found = dict(one)
+    """Return the deep merge of two sets of values."""
+    result = dict(one)
     for name, value in other.items():
-        found[name] = merged(found[name], value) if isinstance(found.get(name), Mapping) else value
-    return found
+        result[name] = merged(result[name], value) if isinstance(result.get(name), Mapping) else value
+    return result

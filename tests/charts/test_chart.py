@@ -25,7 +25,7 @@ from stagecoach_operator.settings import DEFAULT_FILE, ENV_POD_NAME, ENV_POD_NAM
 from tests.charts.makers import (
     CHART,
     NAMESPACE,
-    WITHOUT_DEFINITION,
+    WITHOUT_CRD,
     Body,
     merged,
     nested,
@@ -106,12 +106,12 @@ def everything() -> Body:
     for path, value in OTHERWISE.items():
         if path not in {"stages.image", "progress.certificateSecret"}:
             found = merged(found, nested(path, value))
-    return merged(found, WITHOUT_DEFINITION)
+    return merged(found, WITHOUT_CRD)
 
 
 VARIANTS: dict[str, Body] = {
-    "defaults": WITHOUT_DEFINITION,
-    "cluster scope": {"scope": "cluster", **WITHOUT_DEFINITION},
+    "defaults": WITHOUT_CRD,
+    "cluster scope": {"scope": "cluster", **WITHOUT_CRD},
     "everything else": everything(),
 }
 
@@ -122,7 +122,7 @@ def without_what_changes(text: str) -> str:
 
 
 def test_the_default_chart_is_the_golden_one() -> None:
-    text = without_what_changes(rendered_text(WITHOUT_DEFINITION))
+    text = without_what_changes(rendered_text(WITHOUT_CRD))
     if os.environ.get("STAGECOACH_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def test_values_yaml_fits_a_screen_or_two() -> None:
 
 @pytest.fixture(scope="module")
 def default_text() -> str:
-    return without_what_changes(rendered_text(WITHOUT_DEFINITION))
+    return without_what_changes(rendered_text(WITHOUT_CRD))
 
 
 def test_another_value_is_known_for_each() -> None:
@@ -153,8 +153,8 @@ def test_another_value_is_known_for_each() -> None:
 @pytest.mark.parametrize("path", sorted(OTHERWISE))
 def test_every_value_changes_what_is_rendered(path: str, default_text: str) -> None:
     about_definition = path.startswith("crds.")
-    base = NEEDS.get(path, WITHOUT_DEFINITION)
-    before = default_text if base is WITHOUT_DEFINITION else without_what_changes(rendered_text(base))
+    base = NEEDS.get(path, WITHOUT_CRD)
+    before = default_text if base is WITHOUT_CRD else without_what_changes(rendered_text(base))
     given = nested(path, OTHERWISE[path]) if about_definition else merged(base, nested(path, OTHERWISE[path]))
     assert without_what_changes(rendered_text(given)) != before
 
@@ -256,15 +256,15 @@ def test_values_reach_the_settings_they_are_meant_for() -> None:
 
 
 def test_a_custom_trainer_image_counts_by_its_digest_and_the_built_one_by_its_code() -> None:
-    assert settings_of(render(WITHOUT_DEFINITION)).trainer_code_file is not None
-    custom = settings_of(render(merged(WITHOUT_DEFINITION, {"stages": {"image": OTHERWISE["stages.image"]}})))
+    assert settings_of(render(WITHOUT_CRD)).trainer_code_file is not None
+    custom = settings_of(render(merged(WITHOUT_CRD, {"stages": {"image": OTHERWISE["stages.image"]}})))
     assert custom.trainer_code_file is None
     assert custom.code == "sha256:" + "c" * 64
 
 
 def test_new_settings_make_new_pods() -> None:
     def annotations(values: Body) -> Body:
-        found: Body = the(render(merged(WITHOUT_DEFINITION, values)), "Deployment")
+        found: Body = the(render(merged(WITHOUT_CRD, values)), "Deployment")
         return found["spec"]["template"]["metadata"]["annotations"]  # type: ignore[no-any-return]
 
     assert annotations({}) == annotations({})
@@ -279,7 +279,7 @@ def volume_names(pod: Body) -> set[str]:
 
 
 def test_the_service_leads_to_the_ports_that_the_settings_name() -> None:
-    objects = render(WITHOUT_DEFINITION)
+    objects = render(WITHOUT_CRD)
     settings = settings_of(objects)
     (container,) = the(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     listening = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -351,7 +351,7 @@ def test_every_pod_passes_the_restricted_profile(values: Body) -> None:
 
 
 def test_two_replicas_are_never_taken_away_at_once() -> None:
-    objects = render(WITHOUT_DEFINITION)
+    objects = render(WITHOUT_CRD)
     assert the(objects, "Deployment")["spec"]["replicas"] == 2
     budget = the(objects, "PodDisruptionBudget")["spec"]
     assert budget["maxUnavailable"] == 1
@@ -403,14 +403,14 @@ def needed() -> set[tuple[str, str]]:
 
 
 def test_the_operator_may_do_what_its_code_does_and_no_more() -> None:
-    lasting = [role for role in of_kind(render(WITHOUT_DEFINITION), "Role") if "annotations" not in role["metadata"]]
+    lasting = [role for role in of_kind(render(WITHOUT_CRD), "Role") if "annotations" not in role["metadata"]]
     # Not called by us: the API server asks whether we might, when an object of ours is to hold up its owner's deletion.
     assert set(rights(lasting)) == needed() - {("patch", "deployments")} | {("update", "trainingruns/finalizers")}
 
 
 def test_rights_end_at_the_namespace_unless_the_scope_is_the_cluster() -> None:
-    assert of_kind(render(WITHOUT_DEFINITION), "ClusterRole", "ClusterRoleBinding") == []
-    wide = render({"scope": "cluster", **WITHOUT_DEFINITION})
+    assert of_kind(render(WITHOUT_CRD), "ClusterRole", "ClusterRoleBinding") == []
+    wide = render({"scope": "cluster", **WITHOUT_CRD})
     assert len(of_kind(wide, "ClusterRole")) == 1
     assert {resource for _, resource in rights(of_kind(wide, "Role"))} == {"leases", "deployments/scale", "pods"}
 
@@ -437,7 +437,7 @@ def test_the_lease_that_may_be_renewed_is_the_one_in_the_settings() -> None:
 
 
 def test_pods_that_trust_the_ca_reach_the_progress_server_by_its_name(tmp_path: Path) -> None:
-    objects = render(WITHOUT_DEFINITION)
+    objects = render(WITHOUT_CRD)
     for name, content in the(objects, "Secret")["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(content))
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -462,7 +462,7 @@ def test_pods_that_trust_the_ca_reach_the_progress_server_by_its_name(tmp_path: 
 
 
 def test_a_certificate_of_one_s_own_takes_the_place_of_the_chart_s() -> None:
-    objects = render(merged(WITHOUT_DEFINITION, {"progress": {"certificateSecret": "own"}}))
+    objects = render(merged(WITHOUT_CRD, {"progress": {"certificateSecret": "own"}}))
     assert of_kind(objects, "Secret") == []
     volumes = the(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
     assert [volume["secret"]["secretName"] for volume in volumes if volume["name"] == "certificate"] == ["own"]
@@ -480,7 +480,7 @@ def test_the_definition_is_the_generated_one_and_is_kept() -> None:
 
 def test_helm_upgrades_the_definition_since_it_is_a_template() -> None:
     assert not (CHART / "crds").exists()
-    assert of_kind(render(WITHOUT_DEFINITION), "CustomResourceDefinition") == []
+    assert of_kind(render(WITHOUT_CRD), "CustomResourceDefinition") == []
     (found,) = of_kind(render({"crds": {"keep": False}}), "CustomResourceDefinition")
     assert "annotations" not in found["metadata"]
 
@@ -497,7 +497,7 @@ def test_hooks_say_what_their_program_understands(values: Body) -> None:
 
 
 def test_the_hook_before_a_deletion_finds_the_operator_s_pods() -> None:
-    objects = render(WITHOUT_DEFINITION)
+    objects = render(WITHOUT_CRD)
     options = argument_parser().parse_args(pod_specs(objects)["Job/stagecoach-uninstall"]["containers"][0]["args"])
     deployment = the(objects, "Deployment")
     assert options.deployment == deployment["metadata"]["name"]
@@ -510,6 +510,6 @@ def test_the_hook_before_a_deletion_finds_the_operator_s_pods() -> None:
     ("release", "name"), [("stagecoach", "stagecoach"), ("a", "a-stagecoach"), ("b" * 53, "b" * 40)]
 )
 def test_names_fit_whatever_the_release_is_called(release: str, name: str) -> None:
-    objects = render(WITHOUT_DEFINITION, release=release)
+    objects = render(WITHOUT_CRD, release=release)
     assert the(objects, "Deployment")["metadata"]["name"] == name
     assert max(len(body["metadata"]["name"]) for body in objects) <= 63

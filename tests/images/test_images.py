@@ -1,4 +1,4 @@
-"""What images are built from, and the script that builds them; the builds themselves run in `make images`."""
+"""The inputs of the images, and the script that builds them. The builds themselves run in `make images`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
+from stagecoach_api.version import __version__
 from tests import ROOT
 
 DOCKERFILES = {name: ROOT / "images" / name / "Dockerfile" for name in ("operator", "trainer")}
 
 
 def load() -> ModuleType:
-    """Return images/build.py, which is a script and in no package."""
+    """Import images/build.py, which is a script outside of any package."""
     spec = importlib.util.spec_from_file_location("images_build", ROOT / "images" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -45,29 +46,29 @@ def final_stage(dockerfile: Path) -> str:
     return dockerfile.read_text().rsplit("\nFROM ", 1)[1]
 
 
-# -- what is built -----------------------------------------------------------------------------------------------------
+# -- the images --------------------------------------------------------------------------------------------------------
 
 
-def test_the_operator_s_lock_has_the_versions_of_the_whole_lock_and_no_torch() -> None:
+def test_the_operators_lock_is_a_subset_without_torch() -> None:
     whole, own = pins(ROOT / "requirements.lock"), pins(ROOT / "images" / "operator" / "requirements.lock")
     assert {name: versions for name, versions in own.items() if whole.get(name) != versions} == {}
     assert {"kopf", "kubernetes", "boto3", "pydantic"} <= set(own)
     assert not {"torch", "transformers", "deepspeed", "numpy"} & set(own)
 
 
-def test_pytorch_without_cuda_is_of_the_trainer_s_version() -> None:
+def test_pytorch_for_cpus_has_the_same_version_as_for_cuda() -> None:
     (cuda,) = pins(ROOT / "trainer" / "stagecoach_trainer" / "requirements.lock")["torch"]
     assert pins(ROOT / "images" / "trainer" / "torch-cpu.lock") == {"torch": {f"{cuda}+cpu"}}
 
 
-def test_images_and_checkout_are_installed_by_the_same_uv() -> None:
+def test_images_and_checkout_use_the_same_uv() -> None:
     (wanted,) = re.findall(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for dockerfile in DOCKERFILES.values():
         assert re.findall(r"^ARG UV_VERSION=(\S+)$", dockerfile.read_text(), re.MULTILINE) == [wanted]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES.values(), ids=DOCKERFILES)
-def test_what_runs_is_no_root_and_has_no_build_tools(dockerfile: Path) -> None:
+def test_the_final_stage_is_not_root_and_has_no_build_tools(dockerfile: Path) -> None:
     stage = final_stage(dockerfile)
     assert re.search(r"^USER ([1-9]\d*):([1-9]\d*)$", stage, re.MULTILINE)
     assert "\nRUN " not in stage
@@ -77,15 +78,15 @@ def test_what_runs_is_no_root_and_has_no_build_tools(dockerfile: Path) -> None:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES.values(), ids=DOCKERFILES)
-def test_every_package_is_installed_by_its_hash(dockerfile: Path) -> None:
+def test_every_package_is_installed_with_its_hash(dockerfile: Path) -> None:
     text = dockerfile.read_text().replace("\\\n", " ")
     installs = re.findall(r"/tools/bin/uv pip install[^&;\"]*", text)
     assert installs
     assert all("--require-hashes" in command and "--no-deps" in command for command in installs)
 
 
-def carried(path: str) -> bool:
-    """Tell whether .dockerignore lets a path into a build."""
+def is_in_context(path: str) -> bool:
+    """Return whether .dockerignore includes a path in the build context."""
     found = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
@@ -97,7 +98,7 @@ def carried(path: str) -> bool:
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES.values(), ids=DOCKERFILES)
-def test_what_is_copied_exists_and_is_carried_into_the_build(dockerfile: Path) -> None:
+def test_copied_files_exist_and_are_in_the_build_context(dockerfile: Path) -> None:
     sources = [
         source
         for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile.read_text(), re.MULTILINE)
@@ -108,15 +109,15 @@ def test_what_is_copied_exists_and_is_carried_into_the_build(dockerfile: Path) -
         path = ROOT / source
         assert path.exists(), source
         files = [path] if path.is_file() else [file for file in path.rglob("*.py") if "__pycache__" not in file.parts]
-        carried_files = [file for file in files if carried(file.relative_to(ROOT).as_posix())]
-        assert carried_files or source.startswith("images/local"), source
+        included_files = [file for file in files if is_in_context(file.relative_to(ROOT).as_posix())]
+        assert included_files or source.startswith("images/local"), source
 
 
-def test_neither_tests_nor_the_command_line_get_into_an_image() -> None:
-    assert not carried("operator/stagecoach_cli/main.py")
-    assert not carried("tests/conftest.py")
-    assert not carried(".venv/bin/python")
-    assert carried("operator/stagecoach_operator/settings.py")
+def test_tests_and_command_line_are_not_in_the_build_context() -> None:
+    assert not is_in_context("operator/stagecoach_cli/main.py")
+    assert not is_in_context("tests/conftest.py")
+    assert not is_in_context(".venv/bin/python")
+    assert is_in_context("operator/stagecoach_operator/settings.py")
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ esac
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `docker` that notes how it is called, and the file with the notes."""
+    """Install a fake `docker` that logs its calls; return the log."""
     local = tmp_path / "local"
     local.mkdir()
     monkeypatch.setattr(build, "LOCAL", local)
@@ -149,7 +150,7 @@ def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return calls
 
 
-def test_an_image_is_built_with_what_was_given_and_measured_against_its_base(
+def test_an_image_is_built_with_the_given_options_and_measured(
     docker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wheels = tmp_path / "wheels"
@@ -168,7 +169,7 @@ def test_an_image_is_built_with_what_was_given_and_measured_against_its_base(
     assert "here/team/trainer:7: 250 MB, 150 MB over its base" in capsys.readouterr().out
 
 
-def test_what_an_earlier_build_left_is_not_built_in(docker: Path) -> None:
+def test_files_of_an_earlier_build_are_removed(docker: Path) -> None:
     (build.LOCAL / "wheels").mkdir()
     (build.LOCAL / "wheels" / "old.whl").write_text("old")
     (build.LOCAL / "ca.pem").write_text("old")
@@ -177,7 +178,7 @@ def test_what_an_earlier_build_left_is_not_built_in(docker: Path) -> None:
     assert "ca.pem" not in docker.read_text()
 
 
-def test_an_operator_that_grew_too_large_fails(
+def test_an_operator_image_over_the_limit_fails(
     docker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SIZE", "261000000")
@@ -193,7 +194,7 @@ def test_an_operator_that_grew_too_large_fails(
         pytest.param(["--base", "debian"], "needs debootstrap", id="no debootstrap"),
     ],
 )
-def test_what_cannot_be_done_is_told(
+def test_errors_are_reported(
     docker: Path,
     arguments: list[str],
     message: str,
@@ -207,16 +208,16 @@ def test_what_cannot_be_done_is_told(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("said", "megabytes"), [("282 MB", 282), ("1.77 GB", 1770), ("512 kB", 0.512)])
-def test_sizes_are_read_as_buildah_says_them(
-    said: str, megabytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("size", "megabytes"), [("282 MB", 282), ("1.77 GB", 1770), ("512 kB", 0.512)])
+def test_sizes_printed_by_buildah_are_parsed(
+    size: str, megabytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "buildah"
-    program.write_text(f"""#!/bin/sh\necho '[{{"size": "{said}"}}]'\n""")
+    program.write_text(f"""#!/bin/sh\necho '[{{"size": "{size}"}}]'\n""")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert build.Engine("buildah").megabytes("any") == pytest.approx(megabytes)
 
 
-def test_the_tag_is_the_one_that_the_chart_looks_for() -> None:
-    assert build.parser().parse_args([]).tag == build.version() == "0.1.0"
+def test_the_default_tag_is_the_version() -> None:
+    assert build.parser().parse_args([]).tag == build.version() == __version__

@@ -1,10 +1,10 @@
-{{/* Name of everything in the release: at most 40 characters, so that suffixes fit. */}}
+{{/* Name of all resources: at most 40 characters, to leave room for suffixes. */}}
 {{- define "stagecoach.name" -}}
 {{- $own := ternary .Release.Name (printf "%s-stagecoach" .Release.Name) (contains "stagecoach" .Release.Name) -}}
 {{- .Values.fullnameOverride | default $own | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* Labels by which the operator's pods are found; they never change. */}}
+{{/* Selector labels of the operator's pods. They must never change: a Deployment's selector is immutable. */}}
 {{- define "stagecoach.selector" -}}
 app.kubernetes.io/name: stagecoach
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -18,7 +18,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{/* Reference of an image. Arguments: root, name, digest. */}}
+{{/* Image reference. Arguments: root, name, digest. */}}
 {{- define "stagecoach.image" -}}
 {{- $images := .root.Values.images -}}
 {{- if .digest -}}
@@ -40,7 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ .Values.progress.certificateSecret | default (printf "%s-progress" (include "stagecoach.name" .)) }}
 {{- end -}}
 
-{{/* What the restricted Pod Security profile asks of a pod, and of a container. */}}
+{{/* Security contexts of a pod and of a container for the restricted Pod Security Standard. */}}
 {{- define "stagecoach.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -55,7 +55,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* What the operator may do where runs are. */}}
+{{/* Permissions of the operator in the namespaces of runs. */}}
 {{- define "stagecoach.rules" -}}
 - apiGroups: [stagecoach.dev]
   resources: [trainingruns]
@@ -63,7 +63,7 @@ capabilities: {drop: [ALL]}
 - apiGroups: [stagecoach.dev]
   resources: [trainingruns/status]
   verbs: [patch]
-# Asked for by clusters that let only those block an owner's deletion who may finalize it.
+# Required for owner references with blockOwnerDeletion by the OwnerReferencesPermissionEnforcement admission plugin.
 - apiGroups: [stagecoach.dev]
   resources: [trainingruns/finalizers]
   verbs: [update]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from stagecoach_api.version import __version__
+
 
 @click.command("version")
 def command() -> None:
     """Print the version."""
-    from importlib.metadata import version
-
-    click.echo(f"stagecoach {version('stagecoach')}")
+    click.echo(f"stagecoach {__version__}")

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from stagecoach_api.base import Model, Name
 from stagecoach_api.pods import Quantity
+from stagecoach_api.version import __version__
 
 LAUNCHER_MARGIN_SECONDS = 10
 """What of a pod's grace period the launcher keeps for itself: to end its workers and write the result."""
@@ -16,7 +17,7 @@ LAUNCHER_MARGIN_SECONDS = 10
 class BuildSettings(Model):
     """The same for all runs: image, user, grace period, progress server."""
 
-    trainer_image: str = "stagecoach/trainer:0.1.0"
+    trainer_image: str = f"stagecoach/trainer:{__version__}"
     """Image of stages that name none."""
 
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"

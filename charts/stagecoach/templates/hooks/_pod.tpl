@@ -1,4 +1,4 @@
-{{/* A pod with the operator's image and rights that does one thing. Arguments: root, command. */}}
+{{/* A pod that runs one command with the operator's image and permissions. Arguments: root, command. */}}
 {{- define "stagecoach.hookPod" -}}
 restartPolicy: Never
 serviceAccountName: {{ include "stagecoach.name" .root }}
