@@ -89,7 +89,7 @@ class Driver:
         self._restore_attempts()
         try:
             while True:
-                self._ended_event.clear()
+                self._ended_event.clear()  # before processes are polled, so that no exit is missed by the wait below
                 decision, snapshot, acted = self._step()
                 if self._is_over(decision):
                     return Outcome(decision, snapshot, self._manifests, interrupted=self.interrupts() > 0)
@@ -111,7 +111,7 @@ class Driver:
 
         If one was, the next turn follows at once, since its effects may allow further actions.
         """
-        self._reap()
+        self._reap()  # first, so that the decision is based on the newest ends
         self._handle_interrupts()
         now = self.clock()
         decision = decide(self.job.plan, self._observed(), now)
@@ -121,6 +121,7 @@ class Driver:
         records = [*self._ended, *(attempt.record for attempt in self._live.values())]
         self._recorder.save(decision, views, self._manifests, records, now)
         snapshot = self._snapshot(decision, views, now)
+        # After a look-up the stage's state is not known before the next turn, which follows at once.
         if not any(isinstance(action, LookUp) for action in done):
             self.view.show(snapshot)
         return decision, snapshot, bool(done)
@@ -153,14 +154,14 @@ class Driver:
         )
 
     def _row(self, name: str, view: StageView) -> StageRow:
-        living = next((item for key, item in self._live.items() if key[0] == name), None)
+        live = next((item for key, item in self._live.items() if key[0] == name), None)
         manifest = self._manifests.get(view.digest or "") if view.state in FINISHED else None
         return StageRow(
             name=name,
             kind=self.job.kind(name),
             view=view,
-            progress=None if living is None else living.progress,
-            started=None if living is None else living.record.started,
+            progress=None if live is None else live.progress,
+            started=None if live is None else live.record.started,
             seconds=None if manifest is None else manifest.seconds,
             ranks=self.job.ranks(name),
             log=self.job.folder.attempt(name, view.attempt).log if view.attempt else None,
@@ -193,6 +194,7 @@ class Driver:
             waiting = slot_message(self.job.machine, kind)
             views[action.stage] = replace(views[action.stage], state=StageState.PENDING, waiting_for=waiting)
             return False
+        # Only the first attempt of this invocation starts from scratch; its retries resume from its checkpoints.
         rerun = action.stage in self.job.forced and not self._tried_since(action)
         if rerun and not self._outages.call(lambda: self._delete_artifact(action.digest)):
             return False
@@ -243,12 +245,12 @@ class Driver:
                 if since is not None and now - since > self.job.grace_seconds:
                     attempt.process.kill()
                 continue
-            attempt.process.sweep()
+            attempt.process.sweep()  # no worker may survive into the next attempt
             attempt.refresh()
             record = ended_record(attempt, now)
             self._ended.append(record)
             del self._live[key]
-            self._artifacts.pop(record.digest, None)  # look the artifact up again
+            self._artifacts.pop(record.digest, None)  # the attempt may have published: look the artifact up again
             attempt.folder.drop_scratch()
 
     def _handle_interrupts(self) -> None:

@@ -73,8 +73,8 @@ def _read_cache(path: Path) -> dict[str, list[int | str]]:
 
 def input_root(run: TrainingRun, folder: Path) -> str:
     """Return the URI that relative inputs are resolved against: `spec.storage.inputs`, else the run file's folder."""
-    given = run.spec.storage.inputs
-    return file_uri(folder) if given is None else absolute(given, file_uri(folder))
+    inputs = run.spec.storage.inputs
+    return file_uri(folder) if inputs is None else absolute(inputs, file_uri(folder))
 
 
 def find_external_inputs(

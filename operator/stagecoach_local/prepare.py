@@ -106,11 +106,11 @@ def without_images(run: TrainingRun) -> TrainingRun:
 
 def open_run_store(loaded: LoadedRun, workspace: Workspace, storage: str | None) -> Store:
     """Open the store of a run's artifacts: `storage`, else the run's own, else the workspace's."""
-    given = loaded.run.spec.storage
+    settings = loaded.run.spec.storage
     uri = storage
-    if uri is None and given.uri is not None:
-        uri = absolute(given.uri, str(loaded.folder))
-    return open_store(str(workspace.default_storage) if uri is None else uri, given.endpoint, given.region)
+    if uri is None and settings.uri is not None:
+        uri = absolute(settings.uri, str(loaded.folder))
+    return open_store(str(workspace.default_storage) if uri is None else uri, settings.endpoint, settings.region)
 
 
 def missing_inputs(loaded: LoadedRun, failures: Mapping[str, StoreError]) -> list[Problem]:

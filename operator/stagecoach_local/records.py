@@ -91,7 +91,7 @@ class RunRecorder:
             self.job.store.write(key, pointer.model_dump_json(indent=1).encode() + b"\n")
 
     def _is_written(self, key: str, pointer: Pointer) -> bool:
-        """Whether the store's pointer says the same, whenever it was written."""
+        """Whether the store has this pointer already, possibly with another time or cache flag."""
         with contextlib.suppress(NotFound, ValueError):
             known = Pointer.model_validate_json(self.job.store.read(key))
             return known == pointer.model_copy(update={"cached": known.cached, "recorded": known.recorded})

@@ -70,7 +70,7 @@ def stagecoach(cluster: Cluster, tmp_path: Path) -> Stagecoach:
 def test_before_the_chart_is_installed_the_error_says_so(stagecoach: Stagecoach) -> None:
     for arguments in (("submit", str(EXAMPLE)), ("status",), ("suspend", RUN), ("logs", RUN)):
         code, output = stagecoach(*arguments)
-        assert (code, "knows no TrainingRuns; install the operator" in output) == (1, True), output
+        assert (code, "has no TrainingRuns; install the operator" in output) == (1, True), output
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_run_is_applied_changed_suspended_cancelled_and_resumed(
     assert stagecoach("resume", RUN)[0] == 0
     assert (served()["spec"]["suspend"], served()["spec"]["cancel"]) == (False, False)
     code, output = stagecoach("status", RUN)
-    assert (code, "no operator has looked at it yet" in output) == (0, True)
+    assert (code, "no operator has seen the run yet" in output) == (0, True)
     assert output.splitlines()[0] == f"default/{RUN}: progressing  s3://models/tiny"
     assert f"default/{RUN}" in stagecoach("status")[1]
 
@@ -119,7 +119,7 @@ def test_what_the_definition_refuses_is_told_in_its_words(
     code, output = stagecoach("submit", str(EXAMPLE), *STORAGE, "-n", "gone")
     assert (code, 'namespaces "gone" not found' in output) == (2, True), output
     code, output = stagecoach("status", "gone")
-    assert (code, "no run `gone` in namespace `default`; there are: none" in output) == (2, True), output
+    assert (code, "no run `gone` in namespace `default`; known runs: none" in output) == (2, True), output
 
 
 def test_a_file_whose_names_the_server_knows_not_is_refused_here_already(

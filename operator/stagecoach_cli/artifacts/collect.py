@@ -63,8 +63,8 @@ def reachable(artifacts: Mapping[str, StoredArtifact], roots: Iterable[str]) -> 
         digest = waiting.pop()
         if digest not in found:
             found.add(digest)
-            known = artifacts.get(digest)
-            waiting += known.parents if known is not None else ()
+            artifact = artifacts.get(digest)
+            waiting += artifact.parents if artifact is not None else ()
     return found
 
 
@@ -76,13 +76,13 @@ def group_by_artifact(entries: Iterable[StoreEntry]) -> dict[str, StoredArtifact
         digest, slash, _ = rest.partition("/")
         if root != ARTIFACTS or not slash or not is_digest(digest):
             continue
-        known = found.get(digest, StoredArtifact(digest, 0, 0, 0.0, False))
+        artifact = found.get(digest, StoredArtifact(digest, 0, 0, 0.0, False))
         found[digest] = replace(
-            known,
-            num_objects=known.num_objects + 1,
-            size=known.size + entry.size,
-            newest=max(known.newest, entry.modified),
-            is_finished=known.is_finished or entry.key == manifest_key(digest),
+            artifact,
+            num_objects=artifact.num_objects + 1,
+            size=artifact.size + entry.size,
+            newest=max(artifact.newest, entry.modified),
+            is_finished=artifact.is_finished or entry.key == manifest_key(digest),
         )
     return found
 

@@ -84,15 +84,17 @@ def find(store: Store, name: str) -> str:
     """
     if len(name) == DIGEST_LENGTH and "/" not in name:
         return name
-    every = pointers(store)
+    all_pointers = pointers(store)
     if "/" in name:
-        digests = {item.pointer.stage_digest for item in every if name in (item.name, f"{item.namespace}/{item.name}")}
+        digests = {
+            item.pointer.stage_digest for item in all_pointers if name in (item.name, f"{item.namespace}/{item.name}")
+        }
     else:
         prefix = name if len(name) >= SHORTEST_PREFIX else "-"  # "-": matches no digest
-        digests = {item.pointer.stage_digest for item in every if item.pointer.stage_digest.startswith(prefix)}
+        digests = {item.pointer.stage_digest for item in all_pointers if item.pointer.stage_digest.startswith(prefix)}
     if len(digests) == 1:
         return digests.pop()
-    known = ", ".join(item.name for item in every) or "none"
+    known = ", ".join(item.name for item in all_pointers) or "none"
     if digests:
         raise UnknownArtifact(f"`{name}` matches {len(digests)} artifacts; give NAMESPACE/RUN/STAGE or more digits")
     raise UnknownArtifact(f"no artifact `{name}` in {store.uri}; give RUN/STAGE or a digest. Known artifacts: {known}")

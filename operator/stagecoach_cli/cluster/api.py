@@ -120,8 +120,8 @@ class ClusterChoice:
 
 def kubeconfig_files() -> list[str]:
     """Return the existing kubeconfig files: those of KUBECONFIG, else ~/.kube/config."""
-    given = os.environ.get(ENV_KUBECONFIG) or DEFAULT_KUBECONFIG
-    paths = [str(Path(item).expanduser()) for item in given.split(os.pathsep) if item]
+    paths_variable = os.environ.get(ENV_KUBECONFIG) or DEFAULT_KUBECONFIG
+    paths = [str(Path(item).expanduser()) for item in paths_variable.split(os.pathsep) if item]
     return [path for path in paths if Path(path).is_file()]
 
 
@@ -145,17 +145,17 @@ def connect(choice: ClusterChoice) -> ClusterApi:
             merged = os.pathsep.join(files)
             load = config.load_kube_config
             load(merged, choice.context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
-            known, current = config.list_kube_config_contexts(merged)  # type: ignore[no-untyped-call]
-            chosen = next((item for item in known if item["name"] == choice.context), current)
-            own = chosen["context"].get("namespace")
+            contexts, current = config.list_kube_config_contexts(merged)  # type: ignore[no-untyped-call]
+            chosen = next((item for item in contexts if item["name"] == choice.context), current)
+            namespace = chosen["context"].get("namespace")
         else:
             config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
-            own = IN_CLUSTER_NAMESPACE.read_text(encoding="utf-8").strip()
+            namespace = IN_CLUSTER_NAMESPACE.read_text(encoding="utf-8").strip()
     except (config.ConfigException, OSError, KeyError, TypeError, ValueError) as error:
         raise NotConfigured(_not_configured(files, error)) from error
     configuration.retries = False  # commands that watch retry by themselves; the others report the error at once
     configuration.connection_pool_maxsize = MAX_CONNECTIONS
-    return ClusterApi(ApiClient(configuration), choice.namespace or own or DEFAULT_NAMESPACE)
+    return ClusterApi(ApiClient(configuration), choice.namespace or namespace or DEFAULT_NAMESPACE)
 
 
 def _not_configured(files: list[str], error: Exception) -> str:
@@ -298,8 +298,8 @@ class ClusterApi:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
-        given = {name: value for name, value in (query or {}).items() if value}
-        url = f"{self.server}{path}" + (f"?{urlencode(given)}" if given else "")
+        parameters = {name: value for name, value in (query or {}).items() if value}
+        url = f"{self.server}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
         headers = {"Accept": accept, "Content-Type": content_type, "User-Agent": FIELD_MANAGER}
         self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         try:

@@ -106,12 +106,12 @@ class ClusterRun:
     @property
     def storage(self) -> Storage | None:
         """The storage of its artifacts; None if that is the operator's default and no artifact shows its URI yet."""
-        given = Storage.model_validate(self.spec.get("storage") or {})
-        if given.uri is not None:
-            return given
+        storage = Storage.model_validate(self.spec.get("storage") or {})
+        if storage.uri is not None:
+            return storage
         uris = [stage.artifact.uri for stage in self.status.stages if stage.artifact is not None]
         parts = next((parts for uri in uris if (parts := split_uri(uri)) is not None), None)
-        return None if parts is None else given.model_copy(update={"uri": parts[0]})
+        return None if parts is None else storage.model_copy(update={"uri": parts[0]})
 
     # -- its stages ----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ def watch(
     Raises ClusterError, also if the run is deleted meanwhile. If the API server becomes unreachable after the first
     answer, the watch continues.
     """
-    begun = clock()
+    started = clock()
     found = unreachable = False
     shown: list[str] = []
     while True:
@@ -49,7 +49,7 @@ def watch(
             view.show(snapshot_of(run, clock()))
             if until(run):
                 return run
-            is_early = not run.is_observed and clock() < begun + NOTICE_SECONDS
+            is_early = not run.is_observed and clock() < started + NOTICE_SECONDS
             warnings = [] if is_early else warnings_of(run)
             for line in warnings:
                 if line not in shown:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.group("artifacts")
 def command() -> None:
-    """List, download, verify, trace and garbage-collect the artifacts of runs.
+    """List, download, verify, trace and delete artifacts.
 
     An artifact is given as RUN/STAGE, NAMESPACE/RUN/STAGE, its stage digest or at least 6 leading digits of it, or its
     URI. Without --storage it is looked up in the storage of this folder's run, then in .stagecoach/store, then in the
@@ -46,7 +46,10 @@ command.add_command(collect_garbage)
 def list_artifacts(
     what: str | None, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
 ) -> None:
-    """List the artifacts of a run, given by its file or name; without an argument, of all runs in the storage."""
+    """List the artifacts of a run, or of all runs.
+
+    The run is given by its file or name. Without an argument, the artifacts of all runs in the storage are listed.
+    """
     with report_errors():
         from stagecoach_cli.artifacts.store import pointers
         from stagecoach_cli.display.numbers import short
@@ -78,7 +81,10 @@ def get(
     context: str | None,
     namespace: str | None,
 ) -> None:
-    """Download an artifact's files into a new folder and verify them against its manifest."""
+    """Download and verify an artifact's files.
+
+    DESTINATION must be a new or empty folder. Every file is checked against the artifact's manifest.
+    """
     with report_errors():
         from stagecoach_cli.artifacts.store import fetch, find
         from stagecoach_cli.display.numbers import quantity
@@ -97,7 +103,10 @@ def get(
 @endpoint_option
 @cluster_options
 def verify(artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None) -> int:
-    """Hash every object of an artifact and its ancestors again, and report those that do not match their manifest."""
+    """Verify an artifact and all its ancestors.
+
+    Every object is hashed again; those that do not match their manifest are reported.
+    """
     with report_errors():
         from stagecoach_cli.artifacts.store import find
         from stagecoach_cli.artifacts.store import verify as verify_lineage
@@ -131,7 +140,7 @@ def verify(artifact: str, storage: str | None, endpoint: str | None, context: st
 def lineage(
     artifact: str, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
 ) -> None:
-    """Show the tree of artifacts and inputs that an artifact was made from."""
+    """Show what an artifact was made from, as a tree."""
     with report_errors():
         from stagecoach_cli.artifacts.store import find
         from stagecoach_cli.artifacts.store import lineage as trace

@@ -46,7 +46,7 @@ def collect_garbage(
     namespace: str | None,
     no_cluster: bool,
 ) -> None:
-    """List artifacts that nothing needs; delete them with --delete.
+    """List or delete artifacts that nothing needs.
 
     An artifact is needed if a pointer (runs/ in the storage) or a run of this folder or of the cluster names it, if it
     is recent, or if a needed artifact was made from it. The cluster is asked if the storage is S3: about all

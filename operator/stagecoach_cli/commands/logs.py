@@ -33,11 +33,13 @@ CHUNK_BYTES = 1 << 16
 
 @click.command(
     "logs",
-    help=f"""Print the logs of a stage's newest attempt; without STAGE, of the attempt that started last.
+    help=f"""Print the logs of an attempt at a stage.
 
-    On a cluster the logs are read from the attempt's pods; once pods have been deleted, from the store, which keeps
-    each rank's log and needs your own S3 credentials (found as by the AWS SDK). If there are several ranks, each line
-    starts with its rank, such as [rank 3].
+    Without --attempt, this is the stage's newest attempt; without STAGE, the run's attempt that started last. If there
+    are several ranks, each line starts with its rank, such as [rank 3].
+
+    On a cluster the logs are read from the attempt's pods, or, once pods have been deleted, from the run's storage,
+    which keeps each rank's log. That needs your own S3 credentials, found as by the AWS SDK.
 
     {TARGET_RULE}""",
 )
@@ -95,10 +97,10 @@ def log_file(folder: RunFolder, attempt: AttemptRecord, rank: int | None) -> Pat
     files = folder.attempt(attempt.stage, attempt.number)
     if rank is None:
         return files.log
-    own = sorted((files.path / "logs").glob(f"rank-{rank:05d}.*.log"))
-    if not own:
+    logs = sorted((files.path / "logs").glob(f"rank-{rank:05d}.*.log"))
+    if not logs:
         raise InvalidInput(f"attempt {attempt.number} of {attempt.stage} has no log of rank {rank}; omit --rank")
-    return own[-1]
+    return logs[-1]
 
 
 def choose_local_attempt(folder: RunFolder, stage: str | None, number: int | None) -> AttemptRecord:
@@ -126,9 +128,9 @@ def format_attempts(attempts: Iterable[AttemptRecord | ClusterAttempt]) -> str:
 
 def has_ended(folder: RunFolder, attempt: AttemptRecord) -> bool:
     record = folder.load()
-    known = record.attempts if record is not None else ()
+    attempts = record.attempts if record is not None else ()
     ended = any(
-        item.ended is not None for item in known if (item.stage, item.number) == (attempt.stage, attempt.number)
+        item.ended is not None for item in attempts if (item.stage, item.number) == (attempt.stage, attempt.number)
     )
     return ended or not folder.is_locked
 
@@ -202,10 +204,10 @@ class ClusterLogs:
         from stagecoach_cli.cluster.api import UnknownObject
 
         try:
-            known = self._read().attempts()
+            attempts = self._read().attempts()
         except UnknownObject:
             return True  # the run has been deleted, and its pods with it
-        return all(item.ended for item in known if (item.stage, item.number) == (attempt.stage, attempt.number))
+        return all(item.ended for item in attempts if (item.stage, item.number) == (attempt.stage, attempt.number))
 
     def _print_stored(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
         from stagecoach_api.store import open_store

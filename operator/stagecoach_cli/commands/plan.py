@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 @set_option
 @storage_option
 def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None:
-    """Show a run's stages in order: dependencies, cache hits, and estimates of tokens and time. Nothing is started."""
+    """Show what a run would do, without starting it.
+
+    Lists the stages in order with their dependencies, cache hits, and estimates of training tokens and time.
+    """
     with report_errors():
         from stagecoach_api.store import AccessDenied, Unreachable
         from stagecoach_local.prepare import check_cache, decide_without_store, prepare

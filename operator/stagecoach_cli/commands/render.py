@@ -30,11 +30,11 @@ OPERATOR_STORAGE = "<the storage of the operator's settings>"
 def command(
     file: Path, overrides: tuple[str, ...], storage: str | None, settings_file: Path | None, output: str
 ) -> None:
-    """Print the run with all defaults, then the objects the operator would create for each stage's first attempt.
+    """Print the objects the operator would create for a run.
 
-    The output is YAML documents or one JSON list: the TrainingRun, then a ConfigMap and a JobSet for each stage. The
-    names contain six hexadecimal digits that depend on the run's UID and differ on a cluster. Values that depend on
-    unfinished stages are shown as placeholders in angle brackets.
+    The output is YAML documents or one JSON list: the TrainingRun with all defaults, then a ConfigMap and a JobSet for
+    each stage's first attempt. The names contain six hexadecimal digits that depend on the run's UID and differ on a
+    cluster. Values that depend on unfinished stages are shown as placeholders in angle brackets.
     """
     with report_errors():
         from stagecoach_local.prepare import prepare
@@ -57,10 +57,10 @@ def read_settings(file: Path | None) -> BuildSettings:
     if file is None:
         return BuildSettings()
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(given, dict):
-            raise InvalidInput(f"{file}: must be a mapping of settings (got {type(given).__name__})")
-        return BuildSettings.model_validate({key: given[key] for key in fields_of(BuildSettings) if key in given})
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise InvalidInput(f"{file}: must be a mapping of settings (got {type(content).__name__})")
+        return BuildSettings.model_validate({key: content[key] for key in fields_of(BuildSettings) if key in content})
     except (yaml.YAMLError, ValidationError) as error:
         raise InvalidInput(f"{file}: {error}") from error
 

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 @click.command(
     "resume",
-    help=f"""Resume a suspended, cancelled or interrupted run from its last checkpoints, or retry a failed one.
+    help=f"""Resume a stopped run, or retry a failed one.
 
-    A failed run is retried with full retry budgets. On a cluster this sets `spec.suspend` and `spec.cancel` to false
-    and, if the run has failed, the annotation stagecoach.dev/retry to the current time. A local run is resumed in this
-    terminal, as by `stagecoach run` with the same file and options (except --from).
+    A suspended, cancelled or interrupted run resumes from its last checkpoints. A failed run is retried with full retry
+    budgets.
+
+    On a cluster this sets `spec.suspend` and `spec.cancel` to false and, if the run has failed, the annotation
+    stagecoach.dev/retry to the current time. A local run is resumed in this terminal, as by `stagecoach run` with the
+    same file and options (except --from).
 
     {TARGET_RULE}""",
 )

@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 def command(
     file: Path, overrides: tuple[str, ...], storage: str | None, until: str | None, start: str | None, nproc: int | None
 ) -> int:
-    """Run the stages of FILE on this machine, in order, and concurrently if there are enough cores.
+    """Run the stages of FILE on this machine.
 
-    Finished stages are taken from the cache. Ctrl-C, or `stagecoach suspend` in another terminal, stops at a
-    checkpoint; the same command, or `stagecoach resume`, resumes from there.
+    They run in the order of their dependencies, and concurrently if there are enough cores. Finished stages are taken
+    from the cache. Ctrl-C, or `stagecoach suspend` in another terminal, stops at a checkpoint; the same command, or
+    `stagecoach resume`, resumes from there.
     """
     with report_errors():
         from dataclasses import replace

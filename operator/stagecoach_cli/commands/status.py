@@ -115,17 +115,17 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
     rows = []
     for name, stage in record.stages.items():
         attempt = folder.attempt(name, stage.attempt)
-        living = stage.state in LIVING
+        is_live = stage.state in LIVING
         artifact = None
         if stage.digest is not None and stage.content_digest is not None and stage.uri is not None:
             artifact = Found(stage.digest, stage.content_digest, stage.uri)
         view = StageView(
-            state=stage.state if locked or not living else StageState.PENDING,
+            state=stage.state if locked or not is_live else StageState.PENDING,
             digest=stage.digest,
             artifact=artifact,
             attempt=stage.attempt,
             restarts=stage.restarts,
-            waiting_for=stage.waiting_for if locked or not living else "the run to be resumed",
+            waiting_for=stage.waiting_for if locked or not is_live else "the run to be resumed",
             message=stage.message,
         )
         rows.append(
@@ -133,7 +133,7 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
                 name=name,
                 kind=stage.kind,
                 view=view,
-                progress=ProgressTail(attempt.progress).newest() if living and stage.attempt else None,
+                progress=ProgressTail(attempt.progress).newest() if is_live and stage.attempt else None,
                 started=started.get((name, stage.attempt)),
                 seconds=stage.seconds,
                 ranks=stage.ranks,
@@ -197,9 +197,9 @@ def show_all(out: Console, choice: ClusterChoice) -> None:
     from stagecoach_cli.cluster.api import NotConfigured, connect
     from stagecoach_local.workspace import current_workspace
 
-    known = [] if choice.is_given else current_workspace().known_runs()
-    if known:
-        out.print(runs_table(known))
+    folders = [] if choice.is_given else current_workspace().known_runs()
+    if folders:
+        out.print(runs_table(folders))
         return
     no_local_runs = f"no runs in {current_workspace().root}"
     try:

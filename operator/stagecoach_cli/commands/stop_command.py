@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import TYPE_CHECKING
 
 import click
@@ -25,7 +26,7 @@ def stop_command(
     `on_cluster` gets the run's name, the cluster and `--wait`; `on_folder` gets the local run's folder and `--wait`.
     """
 
-    @click.command(name, help=f"{description}\n\n{TARGET_RULE}")
+    @click.command(name, help=f"{cleandoc(description)}\n\n{cleandoc(TARGET_RULE)}")
     @click.argument("run")
     @cluster_options
     @wait_option("nothing of the run is running")

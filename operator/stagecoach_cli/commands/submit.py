@@ -43,18 +43,19 @@ def command(
     force_conflicts: bool,
     wait: bool,
 ) -> int:
-    """Create the run of FILE on a cluster, or update it, by server-side apply.
+    """Create or update the run of FILE on a cluster.
 
     The file is first checked as by `stagecoach validate`, except for inputs: relative ones are resolved on the cluster,
-    against spec.storage.inputs. Fields that the file does not set are not changed, such as `spec.suspend`.
+    against spec.storage.inputs. It is applied by server-side apply: fields that the file does not set, such as
+    spec.suspend, are not changed.
     """
     with report_errors():
         from stagecoach_api.names import API_GROUP, SINGULAR
         from stagecoach_cli.cluster.api import Changed, ClusterChoice, connect
         from stagecoach_local.prepare import check
 
-        given = [*overrides, *([f"storage.uri={storage}"] if storage is not None else [])]
-        loaded = check(file, given, inputs=False)
+        all_overrides = [*overrides, *([f"storage.uri={storage}"] if storage is not None else [])]
+        loaded = check(file, all_overrides, inputs=False)
         api = connect(ClusterChoice(context, namespace))
         document = document_of(loaded, namespace, api.namespace)
         api = api.at(document["metadata"]["namespace"])

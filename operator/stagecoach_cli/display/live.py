@@ -120,8 +120,8 @@ def _first_line(text: str) -> str:
 
 
 def _elapsed(row: StageRow, now: float) -> str:
-    living = row.view.state in LIVING and row.started is not None
-    return duration(now - row.started) if living and row.started is not None else ""
+    is_live = row.view.state in LIVING and row.started is not None
+    return duration(now - row.started) if is_live and row.started is not None else ""
 
 
 # -- on a terminal -----------------------------------------------------------------------------------------------------
