@@ -176,7 +176,7 @@ def test_training_asked_to_stop_saves_and_goes_on_in_the_next_attempt(tmp_path: 
     assert list(checkpoints.iterdir())
     again = make_attempt(tmp_path / "stopped", TRAINS, "pretrain", number=2)
     assert again.run() == 0, again.log
-    assert f"going on after step {last_step} of 8" in again.log
+    assert f"resuming after step {last_step} of 8" in again.log
     assert not checkpoints.exists() or not list(checkpoints.iterdir())
     assert whole.run() == 0, whole.log
     assert again.result.content_digest == whole.result.content_digest

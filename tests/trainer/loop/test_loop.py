@@ -48,7 +48,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(tm
 
 
 def test_a_batch_without_any_loss_is_an_error_that_names_the_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="step 2: nothing in the whole batch carries loss"):
+    with pytest.raises(UserError, match="step 2: no position of the batch has loss"):
         train(TrainingJob(tiny_model(), training(), Silent()), context(tmp_path))
 
 

@@ -130,8 +130,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(
     broken.write_bytes(data)
     with caplog.at_level("INFO"):
         resumed, resumed_weights = run(here)
-    assert "step-00000005/exp_avg.safetensors: the bytes are not the ones that were saved" in caplog.text
-    assert "going on after step 4 of 6" in caplog.text
+    assert "step-00000005/exp_avg.safetensors: the content differs from what was saved" in caplog.text
+    assert "resuming after step 4 of 6" in caplog.text
     assert equal_weights(resumed_weights, whole_weights)
     assert resumed == whole
 
@@ -143,7 +143,7 @@ def test_half_a_checkpoint_does_not_count(tmp_path: Path, caplog: pytest.LogCapt
     (half / "master.safetensors").write_bytes(b"")
     with caplog.at_level("INFO"):
         run(context(tmp_path))
-    assert "going on after step 3" in caplog.text
+    assert "resuming after step 3" in caplog.text
 
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:

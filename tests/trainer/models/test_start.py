@@ -99,7 +99,7 @@ def attention_dropouts(model: nn.Module) -> set[float]:
 def test_attention_dropout_that_a_model_does_not_know_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(make_config("opt"))
     prepare_network(model, training())
-    with pytest.raises(UserError, match=r"attentionDropout: OPTForCausalLM has none that can be set; leave it out"):
+    with pytest.raises(UserError, match=r"attentionDropout: OPTForCausalLM has no attention dropout; remove the field"):
         prepare_network(model, training(attention_dropout=0.25))
 
 

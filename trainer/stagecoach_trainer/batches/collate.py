@@ -1,4 +1,4 @@
-"""Rows to tensors.
+"""Conversion of rows to the tensors of a micro-batch.
 
 B rows, T positions of the longest row, M positions with loss.
 """
@@ -15,31 +15,31 @@ from torch import Tensor
 from stagecoach_trainer.batches.rows import IGNORE, Row
 
 PADDING_TOKEN = 0
-"""Stands behind the end of short rows, where causal attention never looks. Any id would do."""
+"""Id after the end of short rows, which causal attention never reads there. Any id would do."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """One micro-batch as the model takes it."""
+    """One micro-batch of rows, as input of the model."""
 
     tokens: Tensor
     """Token ids [B, T], padded on the right."""
 
     positions: Tensor | None
-    """Position of each token in its own sample [B, T]. None: every row is one sample, and positions just count."""
+    """Position of each token in its sample [B, T]; None if every row is one sample."""
 
     loss_at: Tensor
     """Positions with loss, as indices into the flattened [B · T], ascending [M]."""
 
     targets: Tensor
-    """Ids to be predicted there [M]."""
+    """Ids to predict at those positions [M]."""
 
     @property
     def num_targets(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> RowBatch:
-        """Copy to a device, from pinned memory without waiting."""
+        """Copy to a device, asynchronously from pinned memory."""
         if device.type == "cpu":
             return self
 
@@ -50,15 +50,15 @@ class RowBatch:
         return RowBatch(move(self.tokens), positions, move(self.loss_at), move(self.targets))
 
     def pinned(self) -> RowBatch:
-        """Copy to page-locked memory, from which a GPU fetches while it computes."""
+        """Copy to page-locked memory, from which a GPU copies while it computes."""
         positions = None if self.positions is None else self.positions.pin_memory()
         return RowBatch(self.tokens.pin_memory(), positions, self.loss_at.pin_memory(), self.targets.pin_memory())
 
 
 def collate(rows: Sequence[Row]) -> RowBatch:
-    """Lay out rows as one micro-batch, padded to the longest of them.
+    """Return rows as one micro-batch, padded on the right to the longest of them.
 
-    No attention mask is made: with one, or with a cache, transformers lets packed samples see each other. An empty
+    There is no attention mask: with one, or with a cache, transformers lets packed samples see each other. An empty
     micro-batch becomes one token without loss, so that a rank without work still takes part in collective calls.
     """
     length = max((row.num_tokens for row in rows), default=1)
@@ -80,7 +80,10 @@ def collate(rows: Sequence[Row]) -> RowBatch:
 
 
 def _positions(rows: Sequence[Row], length: int) -> np.ndarray:
-    """Return positions that start at 0 with each sample, and once more with the padding [B, T]."""
+    """Return positions [B, T] that start at 0 with each sample and with the padding.
+
+    transformers separates packed samples where positions restart, so padding becomes a sample of its own.
+    """
     positions = np.empty((len(rows), length), dtype=np.int64)
     for index, row in enumerate(rows):
         lengths = [*row.lengths, length - row.num_tokens]

@@ -1,7 +1,7 @@
-"""The order of training: which unit (a row or a sample) of which set stands at each position.
+"""The order of training data: which unit (a row or a sample) of which set is at each position.
 
-Everything is a pure function of (seed, position), computed for any position at once: shuffling is a Feistel network
-over the positions, so nothing is stored and any place is found in constant time.
+Everything is a pure function of (seed, position). Shuffling is a Feistel network over the positions, so nothing is
+stored and a unit is found in constant time from any position, as after a restart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def splitmix(values: UInt64) -> UInt64:
 
 
 def make_key(*parts: int) -> int:
-    """Return one 64-bit key from several numbers; their order matters."""
+    """Return a 64-bit key derived from several numbers in their order."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = splitmix(key ^ splitmix(np.array([part & MASK], np.uint64)))
@@ -37,14 +37,14 @@ def make_key(*parts: int) -> int:
 
 
 def permute(positions: Int64, size: int, key: int) -> Int64:
-    """Return where a shuffle of `size` things puts each position [N]: a bijection on 0..size-1, chosen by `key`.
+    """Return the image of each position [N] under a permutation of 0..size-1 that `key` selects.
 
-    A balanced Feistel network over the next power of four; what falls outside is sent through again (cycle walking,
-    Black and Rogaway 2002), on average less than four times.
+    A balanced Feistel network over the next power of four. Values outside the range pass through it again (cycle
+    walking, Black and Rogaway 2002), less than four times on average.
     """
     if size <= 1:
         return np.zeros_like(positions)
-    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)  # bits of each half: the domain is at most 4 · size
     low = np.uint64((1 << int(half)) - 1)
     keys = [np.uint64(make_key(key, number)) for number in range(ROUNDS)]
 
@@ -63,7 +63,7 @@ def permute(positions: Int64, size: int, key: int) -> Int64:
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide `total` by `shares` into whole numbers: the largest remainders are rounded up, ties go to the first."""
+    """Divide `total` into whole numbers in proportion to `shares`, by largest remainder; ties go to the first."""
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
     parts = [int(value) for value in exact]
@@ -75,14 +75,13 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class Stream:
-    """One set, passed over again and again; each pass is a shuffle of its own, so that within a pass nothing is lost
-    or repeated."""
+    """Repeated passes over one set. Each pass is a permutation of its own, so each unit occurs once per pass."""
 
     size: int
     key: int
 
     def units(self, draws: Int64) -> Int64:
-        """Return the units that the given draws, counted from the first pass on, come to [N]."""
+        """Return the units [N] of the given draws [N], which are counted from the start of the first pass."""
         passes = draws // self.size
         found = np.empty_like(draws)
         for number in np.unique(passes):
@@ -93,7 +92,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Draws:
-    """Which unit of which set stands at each of some positions."""
+    """The set and the unit at each of some positions."""
 
     sets: Int64
     units: Int64
@@ -102,9 +101,9 @@ class Draws:
 class Mix:
     """A part of training that draws `total` units from several streams, in exact shares.
 
-    The positions fall into epochs of as many units as all sets have, the last as long as what remains. In each epoch
-    every set has its exact part by largest remainder, and the epoch's positions are shuffled. A stream goes on from
-    epoch to epoch, and from where `first_draws` says an earlier part of training left it.
+    Positions are divided into epochs of as many units as all sets have; the last epoch is the rest. In each epoch every
+    set has its exact share by largest remainder, and positions are shuffled. A stream continues from epoch to epoch,
+    starting with `first_draws`, at which an earlier part of training stopped.
     """
 
     def __init__(
@@ -121,16 +120,16 @@ class Mix:
 
     @property
     def drawn(self) -> list[int]:
-        """How many units each stream gives in all."""
+        """The number of units drawn from each stream."""
         return [int(number) for number in self._full_epochs * self._parts + self._last_parts]
 
     @property
     def next_draws(self) -> list[int]:
-        """Where each stream stands when this part of training is over."""
+        """The first draw of each stream after this part of training."""
         return [int(first) + drawn for first, drawn in zip(self._first, self.drawn, strict=True)]
 
     def draws(self, start: int, stop: int) -> Draws:
-        """Return what stands at the positions from `start` up to `stop`."""
+        """Return the draws at the positions from `start` up to, but without, `stop`; fewer at the end."""
         positions = np.arange(start, min(stop, self.total), dtype=np.int64)
         sets, units = np.empty_like(positions), np.empty_like(positions)
         epochs = positions // self._epoch_size
@@ -142,6 +141,7 @@ class Mix:
     def _in_epoch(self, epoch: int, positions: Int64) -> tuple[Int64, Int64]:
         parts = self._parts if epoch < self._full_epochs else self._last_parts
         shuffled = permute(positions, int(parts.sum()), make_key(self._key, epoch))
+        # Before the shuffle, an epoch is a block for each set: the shuffled position gives the set and the draw in it.
         ends = np.cumsum(parts)
         sets = np.searchsorted(ends, shuffled, side="right").astype(np.int64)
         draws = shuffled - (ends - parts)[sets] + self._first[sets] + epoch * self._parts[sets]

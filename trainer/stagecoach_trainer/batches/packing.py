@@ -1,8 +1,8 @@
-"""Packing samples into rows of at most `capacity` tokens with as little left over as possible.
+"""Packing of samples into rows of at most `capacity` tokens with little unused space.
 
 Best fit over the histogram of lengths (arXiv 2404.10830 fills bins the same way, one sample at a time): a row takes the
-longest sample that still fits, again and again; the pattern of lengths so found is repeated for as long as there are
-samples for it. Equal lengths are dealt with at once, so the work grows with the number of distinct lengths.
+longest sample that still fits until none does, and its pattern of lengths is repeated while there are samples for it.
+Samples of equal length are handled together, so the work grows with the number of distinct lengths.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Which samples each row holds."""
+    """The samples of each row."""
 
     order: Int64
     """Sample numbers, row after row [N]."""
 
     starts: Int64
-    """Where each row begins in `order`, and the end [R + 1]."""
+    """Index in `order` of each row's first sample, then the end [R + 1]."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def samples(self, row: int) -> Int64:
-        """Return the numbers of the samples in a row, the longest first."""
+        """Return the numbers of a row's samples, the longest first."""
         return self.order[self.starts[row] : self.starts[row + 1]]
 
 
@@ -39,8 +39,8 @@ def pack(
 ) -> PackedRows:
     """Pack samples of `lengths` [N], each from 1 to `capacity`, into rows; every sample is in exactly one row.
 
-    `tie_break` [N]: samples of equal length are taken in its order. None: in their own.
-    Raises ValueError for a length outside 1..capacity.
+    `tie_break` [N]: the order of samples of equal length; by default that of `lengths`. Raises ValueError for a length
+    outside 1..capacity.
     """
     if len(lengths) == 0:
         return PackedRows(np.empty(0, np.int64), np.zeros(1, np.int64))
@@ -70,17 +70,17 @@ def one_per_row(num_samples: int) -> PackedRows:
 
 
 def _patterns(counts: Int64, capacity: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Yield (lengths with their number in a row, how many rows are made so), until no sample is left."""
+    """Yield (pairs of a length and its number in a row, number of such rows), until no sample is left."""
     left: list[int] = counts.tolist()
-    below = list(range(capacity + 1))  # below[x]: a length ≤ x not above the longest one left
+    below = list(range(capacity + 1))  # below[x] ≤ x is an upper bound of the longest length left up to x
 
     def longest(limit: int) -> int:
-        """Return the longest length ≤ limit of which there are samples, or 0."""
+        """Return the longest length ≤ limit of a sample that is left, or 0."""
         found = limit
         while found and not left[found]:
             below[found] = min(below[found], found - 1)
             found = below[found]
-        while below[limit] > found:  # shorten the way for the next search
+        while below[limit] > found:  # path compression, as in a union-find forest: the next search is shorter
             below[limit], limit = found, below[limit]
         return found
 

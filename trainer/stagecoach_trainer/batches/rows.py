@@ -1,4 +1,4 @@
-"""Rows of tokens: what the samples hand to the training loop. Knows numpy, not torch.
+"""Rows of tokens, the units of training data, and the plan of each step's. Imports numpy, not torch.
 
 T tokens of a row, at most the step's sequence length.
 """
@@ -16,7 +16,7 @@ Ids = npt.NDArray[np.int32]
 """Token ids."""
 
 IGNORE = -100
-"""Label of a position that carries no loss."""
+"""Label of a position without loss."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Row:
 
     @property
     def num_targets(self) -> int:
-        """Positions that carry loss."""
+        """Positions with loss."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
 
 class Unit(Protocol):
-    """What a step's global batch is made of: a row, or the answers to one prompt. A unit is never cut apart."""
+    """An element of a step's global batch: a row, or the answers to one prompt. A unit is never divided."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that enter the model, padding apart."""
+        """Tokens that enter the model, without padding."""
 
     @property
     def num_targets(self) -> int:
-        """What the unit adds to the divisor of the summed loss."""
+        """The unit's part of the divisor of the summed loss."""
 
 
 class StepPlan(Protocol):

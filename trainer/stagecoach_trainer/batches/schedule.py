@@ -62,8 +62,8 @@ def warmup_steps(schedule: Schedule, num_steps: int) -> int:
 def learning_rate(schedule: Schedule, highest: float, step: int, num_steps: int) -> float:
     """Return the learning rate of step `step` of `num_steps`.
 
-    The warm-up of W steps rises in a straight line so that step W is the first at `highest`; no step is made at 0.
-    After it the rate falls so that it would reach the floor at step `num_steps`, just behind the last.
+    The warm-up of W steps rises linearly so that step W is the first at `highest`; no step has rate 0. Then the rate
+    falls so that it would reach the floor at step `num_steps`, the one after the last.
     """
     warmup = warmup_steps(schedule, num_steps)
     if step < warmup:
@@ -72,7 +72,7 @@ def learning_rate(schedule: Schedule, highest: float, step: int, num_steps: int)
 
 
 def _height(schedule: Schedule, step: int, warmup: int, num_steps: int) -> float:
-    """Return the height above the floor, from 1 down to 0, of a step after the warm-up."""
+    """Return the rate of a step after the warm-up as a share of the range above the floor, from 1 down to 0."""
     if schedule.name is ScheduleName.CONSTANT:
         return 1.0
     start = warmup

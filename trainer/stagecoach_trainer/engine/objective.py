@@ -1,5 +1,5 @@
-"""What a training loop minimises. The loop knows steps, ranks and checkpoints; an objective knows units, batches and
-the loss."""
+"""Objectives: what a training loop minimises. A loop handles steps, ranks and checkpoints; an objective handles units,
+batches and the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stagecoach_trainer.kernels.causal import CausalLoss, DecoderLoss
 
 
 class MicroBatch(Protocol):
-    """Units as the loss module takes them."""
+    """Units as input of the loss module."""
 
     @property
     def tokens(self) -> Tensor:
@@ -24,31 +24,35 @@ class MicroBatch(Protocol):
 
     @property
     def num_targets(self) -> int:
-        """What the sum of the losses is divided by, as far as it lies in this micro-batch."""
+        """This micro-batch's part of the divisor of the summed loss."""
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device."""
 
     def pinned(self) -> Self:
-        """Copy to page-locked memory, from which a GPU fetches while it computes."""
+        """Copy to page-locked memory, from which a GPU copies while it computes."""
 
 
 class Objective(Protocol):
-    """Units to micro-batches, micro-batches to a loss."""
+    """Turns units into micro-batches, and micro-batches into a loss."""
 
     def module(self, model: nn.Module) -> DecoderLoss:
-        """Return a module that owns `model` (as its attribute `model`) and whose `forward(batch, scale)` is `scale` ·
-        the summed loss of a micro-batch, an fp32 scalar. What uses the weight of the model's head without calling the
-        head names it as its attribute `head`, so that ZeRO-3 gathers it, and has an attribute `through_module`, set
-        where the head must be called after all."""
+        """Return a module that owns `model` and whose `forward(batch, scale)` returns `scale` · the summed loss of a
+        micro-batch, an fp32 scalar.
+
+        A module that uses the weight of the model's head without calling the head has it as attribute `head`, so that
+        ZeRO-3 gathers it, and an attribute `through_module`, which is set if the head must be called instead.
+        """
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
-        """Lay out units as one micro-batch. Without any it is one token without loss, so that a rank without work
+        """Return units as one micro-batch. Without units it is one token without loss, so that a rank without work
         still takes part in collective calls."""
 
     def prove(self, module: Any, units: Sequence[Unit], device: torch.device, dtype: torch.dtype) -> None:
-        """Raise UserError where the model cannot be trained on the units of a step. Asked before every step, of the
-        global batch; what has been proved need not be proved again."""
+        """Raise UserError if the model cannot be trained on the units of a step.
+
+        Called before every step with the global batch; a property of the model need be proved only once.
+        """
 
 
 class LanguageModelling:

@@ -1,8 +1,8 @@
-"""The packing canary: before a packed row is trained on, prove on this very model that its samples do not see each
-other.
+"""The packing check: before the first step on packed rows, prove on the model itself that samples of a row do not see
+each other.
 
 Whether they do depends on the attention implementation, the mask and the cache (position ids separate samples only
-with neither mask nor cache), and a leak shows in no loss curve.
+without mask and cache), and a leak does not show in the loss curve.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from stagecoach_trainer.kernels.causal import CausalLoss, causal_model
 from stagecoach_trainer.runtime.errors import UserError
 
 LONGEST = 512
-"""Tokens of each of the two samples that are looked at."""
+"""Upper limit of the tokens of each of the two samples that are compared."""
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Largest relative change that rounding may make. Leaks of small models without training were 0.002 to 0.08 (BLOOM,
+"""Largest relative change attributed to rounding. Measured leaks of small untrained models: 0.002 to 0.08 (BLOOM,
 OPT)."""
 
 
 def check_packing(loss: CausalLoss, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return what one sample of a packed row does to another, as `leak_of`. Raises UserError where that is no rounding.
+    """Return the influence of one sample of a packed row on another, as `leak_of`; None if no row is packed.
 
-    `dtype`: the number format that the model computes in.
+    `dtype`: the dtype in which the model computes. Raises UserError if the influence exceeds rounding.
     """
     leak = leak_of(loss, rows, device)
-    if leak is not None and not leak <= TOLERANCES[dtype]:
+    if leak is not None and not leak <= TOLERANCES[dtype]:  # not `>`: NaN counts as a leak
         raise UserError(
             f"packed samples see each other: changing one sample moved another's hidden states by {leak:.2g} "
-            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention cannot be packed: in `sft` set "
-            "`packing: false`; elsewhere rows of text need a model that can"
+            f"(allowed {TOLERANCES[dtype]:.0e}); this model's attention does not support packing: in `sft` set "
+            "`packing: false`; other stages need another model"
         )
     return leak
 
 
 def samples_apart(loss: CausalLoss, rows: Sequence[Row], device: torch.device) -> Sequence[Row]:
-    """Return rows of which no sample sees another: as they are, or one for each sample where packed ones leak."""
+    """Return rows whose samples do not see each other: `rows`, or one row per sample if packed ones leak."""
     leak = leak_of(loss, rows, device)
     if leak is None or leak <= TOLERANCES[_computed_in(loss, device)]:
         return rows
@@ -48,9 +48,9 @@ def samples_apart(loss: CausalLoss, rows: Sequence[Row], device: torch.device) -
 
 
 def leak_of(loss: CausalLoss, rows: Sequence[Row], device: torch.device) -> float | None:
-    """Change the first sample of a packed row and look whether the second one's hidden states move.
+    """Change the first sample of a packed row and compare the second one's hidden states.
 
-    Returns the largest relative change; None where no row is packed. A model is looked at once.
+    Returns their largest relative change; None if no row is packed. A model is checked once; the result is kept.
     """
     packed = next((row for row in rows if len(row.lengths) > 1), None)
     if packed is None:
@@ -64,7 +64,7 @@ def _leak_in(loss: CausalLoss, packed: Row, device: torch.device) -> float:
     row, first = _first_two(packed)
     vocabulary = int(causal_model(loss.model).config.vocab_size)
     changed = row.tokens.copy()
-    changed[:first] = (changed[:first] + 1) % vocabulary
+    changed[:first] = (changed[:first] + 1) % vocabulary  # every token of the first sample becomes another one
     other = Row(changed, row.labels, row.lengths)
     was_training = loss.training
     loss.eval()
@@ -84,7 +84,10 @@ def _computed_in(loss: CausalLoss, device: torch.device) -> torch.dtype:
 
 
 def _first_two(row: Row) -> tuple[Row, int]:
-    """Return a row of the row's first two samples, each cut to LONGEST, and the length of the first."""
+    """Return a row of the row's first two samples, each cut to LONGEST tokens, and the length of the first.
+
+    The first keeps its end and the second its beginning, so they stay adjacent.
+    """
     first, second = row.lengths[:2]
     kept_first, kept_second = min(first, LONGEST), min(second, LONGEST)
     start = first - kept_first

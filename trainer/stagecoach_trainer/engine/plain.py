@@ -1,7 +1,7 @@
-"""The plain PyTorch engine: one rank, or several that each hold everything and sum up their gradients (ZeRO 0).
+"""The plain PyTorch engine: one rank, or several that each hold everything and sum their gradients (ZeRO 0).
 
-DeepSpeed's ZeRO 0 would accumulate gradients in bf16 and costs 14 % where nothing is sharded; this one accumulates in
-fp32 and has nothing to do at one rank.
+DeepSpeed's ZeRO 0 would accumulate gradients in bf16 and costs 14 % of the time although nothing is sharded. This
+engine accumulates in fp32 and communicates nothing at one rank.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from stagecoach_trainer.engine.precision import LossScale, MixedPrecision
 from stagecoach_trainer.runtime.context import World
 
 BUCKET_ELEMENTS = 1 << 24
-"""Gradients summed up over ranks in one call: 64 MiB."""
+"""Elements of the gradients that one all-reduce sums: 64 MiB."""
 
 
 class PlainEngine:
-    """fp32 masters and moments on every rank, compute copies that follow, fused AdamW."""
+    """fp32 masters and moments on every rank, copies of them in the compute dtype, fused AdamW."""
 
     def __init__(
         self,
@@ -54,11 +54,12 @@ class PlainEngine:
         self._optimizer = adamw(self._masters, config.optimizer)
         self._num_steps = 0
         self._touched: set[int] = set()
+        """Ids of the masters that have got a gradient since the last step; the buffers of others hold old ones."""
         for parameter, master in self._precision.copies():
-            self._move_gradient_up(parameter, master)
+            self._accumulate_in_master(parameter, master)
 
-    def _move_gradient_up(self, copy: nn.Parameter, master: Tensor) -> None:
-        """Sum up the copy's gradient in fp32 at its master, as soon as the backward pass is done with it."""
+    def _accumulate_in_master(self, copy: nn.Parameter, master: Tensor) -> None:
+        """Add the copy's gradient to its master's in fp32 as soon as the backward pass has computed it, and free it."""
 
         def move(parameter: Tensor) -> None:
             gradient = parameter.grad
@@ -77,7 +78,7 @@ class PlainEngine:
 
     def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         del last
-        loss: Tensor = self.loss(batch.to(self.device), scale * self._scale.value)
+        loss: Tensor = self.loss(batch.to(self.device), scale * self._scale.value)  # the loss scale of fp16, else 1
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / self._scale.value if self._scale.enabled else loss.detach()
 
@@ -101,7 +102,8 @@ class PlainEngine:
         return StepReport(float(norm), overflow)
 
     def _gradients(self) -> list[Tensor]:
-        """Return the gradient of every master; zeros where a step did not reach it, as every rank must have one."""
+        """Return the gradient of every master, zeros for those a step did not reach: all ranks must reduce the same
+        tensors."""
         for master in self._masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -110,7 +112,8 @@ class PlainEngine:
         return [master.grad for master in self._masters.values() if master.grad is not None]
 
     def _forget_gradients(self) -> None:
-        """Masters keep their buffers, which the next step overwrites; a parameter that is its own master does not."""
+        """Forget the step's gradients. Masters keep their buffers, which the next step overwrites; a parameter that is
+        its own master does not, because autograd would add to it."""
         self._touched.clear()
         for master in self._masters.values():
             if isinstance(master, nn.Parameter):
@@ -151,7 +154,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(gradients: list[Tensor]) -> None:
-    """Sum gradients over all ranks, in place, many in one call."""
+    """Sum gradients over all ranks, in place, many of them in one all-reduce."""
     for bucket in buckets(gradients, BUCKET_ELEMENTS):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat)
@@ -160,7 +163,7 @@ def sum_over_ranks(gradients: list[Tensor]) -> None:
 
 
 def buckets(tensors: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
-    """Yield runs of tensors of at most `elements` elements, or of one larger tensor."""
+    """Yield consecutive tensors of at most `elements` elements in all, or one larger tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

@@ -1,12 +1,12 @@
-"""Number formats: what the model computes in, and the fp32 master weights behind it.
+"""Mixed precision: the dtype in which the model computes, and fp32 master weights (arXiv 1710.03740).
 
-Trained parameters have a master in fp32, which the optimiser moves; the model computes with a copy in bf16 or fp16 that
-follows it. Some are computed with from the master itself: input embeddings, the head and new rows, because their
-gradient sums up many positions and would lose them in bf16; and norms, whose weights lie around 1, where bf16 takes
-dozens of steps to move at all. Frozen parameters, norms apart, are kept in the compute format only.
+The optimiser updates an fp32 master of each trained parameter; the model computes with a copy in bf16 or fp16. Some
+parameters are computed with in fp32, without a copy: input embeddings, the head and new rows, because their gradient is
+a sum over many positions, which bf16 would lose; and norms, whose weights are near 1, where bf16 takes dozens of steps
+to change at all. Frozen parameters, except norms, are kept in the compute dtype only.
 
-Between the layers states are in fp32, as under autocast: in bf16 the loss of 12 steps strayed from that in fp32 by
-3e-3, so by 2e-4. Norms and the rotary embedding hand on the compute format.
+States between the layers are in fp32, as under autocast: over 12 steps the loss then differed from that in fp32 by
+2e-4, with states in bf16 by 3e-3. Norms and the rotary embedding return the compute dtype.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from stagecoach_trainer.kernels.causal import causal_model, output_layer
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
 NEW_ROWS = "trainable_tokens_delta"
-"""Part of the name of peft's trained rows, which it casts itself."""
+"""Part of the name of PEFT's trained rows, which PEFT casts itself."""
 
 
 class MixedPrecision:
-    """Casts a model to a compute format and back.
+    """Casts a model to a compute dtype and back.
 
-    `masters` holds the fp32 master of each trained parameter by name; where the model computes with the master itself
-    it is the parameter.
+    `masters` holds the fp32 master of each trained parameter by name; it is the parameter itself if the model computes
+    in fp32 with it.
     """
 
     def __init__(self, model: nn.Module, precision: Precision) -> None:
@@ -43,7 +43,8 @@ class MixedPrecision:
         self._hooks: list[RemovableHandle] = []
 
     def cast(self, device: torch.device) -> None:
-        """Move the model to `device` and give it its compute format. Parameters must be in fp32."""
+        """Move the model to `device` and cast it to its compute dtype. Parameters must be in fp32."""
+        # By identity: tied parameters appear under several names, and all of them must stay in fp32.
         exact = {id(parameter) for parameter in self._kept_in_fp32()}
         for name, parameter in self.model.named_parameters():
             if id(parameter) in exact:
@@ -68,13 +69,13 @@ class MixedPrecision:
             yield parameter, self.masters[name]
 
     def follow(self) -> None:
-        """Let the copies follow their masters."""
+        """Copy the masters to the parameters that compute in another dtype."""
         if self._copies:
             copies = [parameter.data for parameter in self._copies.values()]
             torch._foreach_copy_(copies, [self.masters[name] for name in self._copies])
 
     def restore(self) -> None:
-        """Give the model its masters and its original frozen weights, in fp32 on the CPU."""
+        """Put the masters and the original frozen weights into the model, in fp32 on the CPU."""
         for hook in self._hooks:
             hook.remove()
         for name, parameter in self.model.named_parameters():
@@ -90,7 +91,7 @@ class MixedPrecision:
         return self.dtype is not torch.float32
 
     def _kept_in_fp32(self) -> Iterator[Tensor]:
-        """Yield the parameters the model computes with as they are."""
+        """Yield the parameters with which the model computes in fp32."""
         if not self._is_low():
             yield from self.model.parameters()
             return
@@ -105,7 +106,7 @@ class MixedPrecision:
         yield from (parameter for name, parameter in self.model.named_parameters() if NEW_ROWS in name)
 
     def _hook_casts(self) -> None:
-        """Cast what modules return, where the next one expects another format."""
+        """Cast the outputs of modules whose successor computes in another dtype."""
         causal = causal_model(self.model)
         self._hooks.append(causal.get_input_embeddings().register_forward_hook(_casting_to(torch.float32)))
         for module in causal.modules():
@@ -114,7 +115,7 @@ class MixedPrecision:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell a normalisation layer: its own parameters have one dimension, and it has no parts."""
+    """Return whether a module is a normalisation layer: it has no submodules, and all its parameters are vectors."""
     parameters = list(module.parameters(recurse=False))
     leaf = next(module.children(), None) is None
     return leaf and bool(parameters) and all(parameter.ndim == 1 for parameter in parameters)
@@ -129,29 +130,27 @@ def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, Any, Any], Any]:
 
 
 class FrozenOriginals:
-    """Frozen weights in the compute format, and what is needed to give back the originals bit for bit."""
+    """Frozen weights in the compute dtype, and what is needed to restore the originals bit for bit."""
 
     def __init__(self) -> None:
         self._originals: dict[str, Tensor] = {}
 
     def cast(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        """Cast a frozen parameter; its original is kept (on the CPU) only where the cast loses something."""
+        """Cast a frozen parameter; its original is kept (on the CPU) only if the cast is lossy."""
         small = parameter.data.to(dtype)
         if small.dtype != parameter.dtype and not torch.equal(small.to(parameter.dtype), parameter.data):
             self._originals[name] = parameter.data
         parameter.data = small
 
     def original(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """Return the fp32 weight a frozen parameter had before its cast, on the CPU."""
+        """Return the fp32 weight of a frozen parameter before its cast, on the CPU."""
         kept = self._originals.get(name)
         return parameter.data.to("cpu", torch.float32) if kept is None else kept
 
 
 class LossScale:
-    """Dynamic loss scale of fp16 (arXiv 1710.03740): halved after an overflow, doubled after a run without any.
-
-    In other formats it is 1 and stays so.
-    """
+    """Dynamic loss scale of fp16 (arXiv 1710.03740): halved after an overflow, doubled after `GROWTH_STEPS` steps
+    without one. With other dtypes it stays 1."""
 
     GROWTH_STEPS = 1000
     LARGEST = 2.0**24

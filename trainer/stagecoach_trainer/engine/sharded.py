@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 1–3 over several ranks, or offload at any number of them (arXiv 1910.02054, 2101.06840).
 
 DeepSpeed makes its fp32 masters from weights it has already cast, and creates optimiser states at the first step. So
-weights, moments and counters are put in through its public accessors, in this order: fp32 parameters; one step at
-learning rate 0, which creates the states and lets the compute weights follow; parameters, moments and counters.
+weights, moments and counters are set through its public accessors, in this order: fp32 parameters; one step at learning
+rate 0, which creates the states and updates the compute weights; parameters, moments and counters again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from stagecoach_trainer.kernels.causal import head_weight
 from stagecoach_trainer.runtime.context import World
 
 PARAMETERS_SHARDED = 3
-"""The ZeRO stage that shards parameters too."""
+"""The ZeRO stage that shards parameters as well."""
 
 
 class ShardedEngine:
-    """Optimiser state, gradients and parameters shared out over the ranks."""
+    """Shards optimiser state, gradients and, with ZeRO-3, parameters across the ranks."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ShardedEngine:
         for name, item in model.named_parameters():
             if not item.requires_grad:
                 self._frozen.cast(name, item, self.dtype)
-        originals = self._what_a_cast_would_lose()
+        originals = self._lossy_weights()  # DeepSpeed casts the parameters in place, so they are copied before
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.loss,
             optimizer=adamw(self._trained, config.optimizer),
@@ -61,7 +61,7 @@ class ShardedEngine:
             dist_init_required=False,
         )
         if self._stage == PARAMETERS_SHARDED:
-            self._gather_what_others_use(deepspeed)
+            self._register_external_uses(deepspeed)
         else:
             self._make_moments()
         self._num_steps = 0
@@ -71,19 +71,19 @@ class ShardedEngine:
             self._put(originals)
             self._set_step_counters()
 
-    def _what_a_cast_would_lose(self) -> dict[str, Tensor]:
-        """Return the fp32 weights of all trained parameters, or nothing where casting them loses nothing."""
+    def _lossy_weights(self) -> dict[str, Tensor]:
+        """Return copies of all trained fp32 weights, or nothing if casting them is lossless."""
         lossless = all(torch.equal(item.data.to(self.dtype).float(), item.data) for item in self._trained.values())
         return {} if lossless else {name: item.data.clone() for name, item in self._trained.items()}
 
-    def _gather_what_others_use(self, deepspeed: Any) -> None:
-        """Tell ZeRO-3 which parameters are used outside of the module that holds them."""
+    def _register_external_uses(self, deepspeed: Any) -> None:
+        """Register parameters with ZeRO-3 that are used outside the module that holds them."""
         register_head(deepspeed, self.loss)
         register_rows(deepspeed, self._model)
 
     def _make_moments(self) -> None:
-        """Make every moment before the first step: ZeRO 1 and 2 link the states of all parameter groups as soon as the
-        first group has made its step, and would find nothing for the second."""
+        """Create all moments before the first step: ZeRO 1 and 2 link the states of all parameter groups as soon as the
+        first group has made a step, when the second group has none yet."""
         inner = self._deepspeed.optimizer.optimizer
         for partition in (item for group in inner.param_groups for item in group["params"]):
             zeros = torch.zeros_like(partition)
@@ -93,7 +93,8 @@ class ShardedEngine:
 
     def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        loss: Tensor = self._deepspeed(batch.to(self.device), scale * self._world.size)  # it averages over ranks
+        # DeepSpeed averages gradients over the ranks; the objective defines a sum.
+        loss: Tensor = self._deepspeed(batch.to(self.device), scale * self._world.size)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
         return loss.detach() / self._world.size
 
@@ -118,7 +119,7 @@ class ShardedEngine:
         return EngineState(tensors, self._num_steps, scale, good_steps)
 
     def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor of the state, gathered from the ranks."""
+        """Yield every tensor of the state, gathered from all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, item in self._trained.items():
@@ -143,11 +144,11 @@ class ShardedEngine:
             self._set(item, masters[name])
 
     def _set(self, item: nn.Parameter, full: Tensor, moment: str | None = None) -> None:
-        """Set the fp32 master of a parameter, or one of its moments, from the full tensor on every rank."""
+        """Set the fp32 master of a parameter, or one of its moments, from the full tensor that every rank has."""
         from deepspeed import utils
 
         value = full.to(self.device)
-        if self._stage == PARAMETERS_SHARDED:  # the full accessor cannot set what does not divide by the ranks
+        if self._stage == PARAMETERS_SHARDED:  # the full accessor requires a size divisible by the number of ranks
             value = self._own_part(item, value)
             set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
         else:
@@ -158,7 +159,7 @@ class ShardedEngine:
             set_moment(item, value, moment)
 
     def _own_part(self, item: Any, full: Tensor) -> Tensor:
-        """Return this rank's part of a parameter under ZeRO-3, padded as DeepSpeed pads it."""
+        """Return this rank's partition of a parameter under ZeRO-3, zero-padded as DeepSpeed pads it."""
         size = item.ds_tensor.numel()
         part = full.new_zeros(size)
         own = full.reshape(-1)[self._world.rank * size : (self._world.rank + 1) * size]
@@ -166,16 +167,16 @@ class ShardedEngine:
         return part
 
     def _create_states(self) -> None:
-        """Make a step at learning rate 0 without any loss."""
+        """Make a step at learning rate 0 on an empty micro-batch, which creates the optimiser states."""
         was_training = self.loss.training
-        self.loss.eval()  # draw no random numbers
+        self.loss.eval()  # dropout would draw random numbers
         self.accumulate(self._objective.collate(()), 1.0, last=True)
         set_learning_rate(self._deepspeed.optimizer, 0.0)
         self._deepspeed.step()
         self.loss.train(was_training)
 
     def _create_unused_states(self) -> None:
-        """Make the states of an optimiser that has made no step yet, such as that of a policy whose critic warms up."""
+        """Create the states of an optimiser without steps, such as the policy's while its critic warms up."""
         scale = self._loss_scale()
         self._create_states()
         self._set_step_counters()
@@ -190,6 +191,7 @@ class ShardedEngine:
         if not self._fp16:
             return 1.0, 0
         scaler = self._deepspeed.optimizer.loss_scaler
+        # DeepSpeed counts iterations and stores that of the last overflow; their distance is our `good_steps`.
         return float(scaler.cur_scale), int(scaler.cur_iter - scaler.last_overflow_iter - 1)
 
     def _set_loss_scale(self, scale: float, good_steps: int) -> None:
@@ -224,23 +226,25 @@ class ShardedEngine:
 
 
 def shard_frozen(module: Any, config: Training, world: World, device: torch.device) -> None:
-    """Share the parameters of a model that is only asked out over the ranks, as ZeRO-3 does; offloaded where the
-    stage's are. `module` then gathers them as it is called, on all ranks at the same time."""
+    """Shard an inference-only model's parameters across ranks by ZeRO-3, offloaded if the stage's are.
+
+    `module` gathers them when it is called, which all ranks must do at the same time.
+    """
     deepspeed = import_deepspeed(device, world)
     settings = deepspeed_config(config, world)
-    settings["zero_optimization"].pop("offload_optimizer", None)
+    settings["zero_optimization"].pop("offload_optimizer", None)  # there is no optimiser
     deepspeed.initialize(model=module, config=settings, dist_init_required=False)
     register_head(deepspeed, module)
     register_rows(deepspeed, module)
 
 
-def shards_what_is_asked(config: Training, world: World) -> bool:
-    """Tell whether models that are only asked are to be shared out over the ranks as well."""
+def shards_frozen_models(config: Training, world: World) -> bool:
+    """Return whether inference-only models are sharded across the ranks as well."""
     return world.size > 1 and config.sharding.zero == PARAMETERS_SHARDED
 
 
 def register_head(deepspeed: Any, module: Any) -> None:
-    """Tell ZeRO-3 that a module uses its model's head without calling it."""
+    """Register the weight of a module's head with ZeRO-3: the module uses it without calling the head."""
     head = getattr(module, "head", None)
     if head is None:
         return
@@ -252,7 +256,7 @@ def register_head(deepspeed: Any, module: Any) -> None:
 
 
 def register_rows(deepspeed: Any, model: nn.Module) -> None:
-    """Tell ZeRO-3 that PEFT's trained rows read the weight of the layer below them without calling it."""
+    """Register the weights that PEFT's trained rows read from the layer they wrap, without calling it."""
     for module in model.modules():
         if hasattr(module, "get_merged_weights"):
             for item in module.parameters():
@@ -260,28 +264,28 @@ def register_rows(deepspeed: Any, model: nn.Module) -> None:
 
 
 def gathered(parameter: nn.Parameter, stage: int) -> Any:
-    """Return a context in which a parameter that ZeRO-3 may have sharded is whole."""
+    """Return a context in which a parameter that ZeRO-3 may have sharded is complete."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameter, enabled=stage == PARAMETERS_SHARDED)
 
 
 def replace_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a model new parameters by name; shared ones stay shared, and nothing of DeepSpeed's stays with them."""
+    """Replace a model's parameters by name. Tied parameters stay tied; DeepSpeed's attributes and hooks are dropped."""
     fresh = {
         id(old): nn.Parameter(tensors[name], requires_grad=old.requires_grad) for name, old in model.named_parameters()
     }
     for module in model.modules():
         own = {name: None if old is None else fresh[id(old)] for name, old in module._parameters.items()}
-        module.__dict__["_parameters"] = own
+        module.__dict__["_parameters"] = own  # ZeRO-3 replaces this dictionary by a class of its own
     for buffer in model.buffers():
         buffer.data = buffer.data.to("cpu")
 
 
 def deepspeed_config(config: Training, world: World) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. Batch sizes in it are formal: the loop shares batches out itself."""
+    """Return DeepSpeed's configuration. Its batch sizes are formal, as the loop shards batches itself."""
     sharding = config.sharding
-    accumulated = 2  # more than 1 makes it keep gradients between micro-batches; the boundary is set by hand
+    accumulated = 2  # above 1, gradients are kept between micro-batches; `accumulate` sets the boundary
     zero: dict[str, Any] = {
         "stage": sharding.zero,
         "overlap_comm": torch.cuda.is_available(),
@@ -306,21 +310,22 @@ def deepspeed_config(config: Training, world: World) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and compiles nothing
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW supports CPUs, and needs no compilation
         "steps_per_print": None,
     }
 
 
 def import_deepspeed(device: torch.device, world: World) -> Any:
-    """Import DeepSpeed for this device; quietly, and without the operators it would compile at first use."""
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists on it, also where torchrun did not start us
+    """Import DeepSpeed for this device, without its log lines and without operators it would compile at first use."""
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed requires it even without torchrun
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names it calls
+    # DeepSpeed calls deprecated functions of torch.distributed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
-        # Its shared-memory collectives take a minute to compile; gloo's are what the results are reproducible with.
+        # Its shared-memory collectives take a minute to compile, and results are reproducible with gloo's alone.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

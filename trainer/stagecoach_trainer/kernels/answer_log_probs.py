@@ -1,4 +1,4 @@
-"""Answers behind their prompts as a language model takes them: one micro-batch, and its log-probabilities.
+"""Prompts followed by answers: one micro-batch for a language model, and the answers' log-probabilities.
 
 B answers, T tokens of the longest row, M tokens of all answers.
 """
@@ -27,7 +27,7 @@ class AnswerBatch:
     """Token ids [B, T]."""
 
     at: Tensor
-    """Places in the flattened [B · T] from which the answers' tokens are predicted, ascending [M]."""
+    """Indices into the flattened [B · T] at which the answers' tokens are predicted, ascending [M]."""
 
     targets: Tensor
     """The answers' tokens [M]."""
@@ -53,9 +53,9 @@ class AnswerBatch:
 
 
 def collate_answers(pairs: Sequence[tuple[Ids, Ids]], whole: bool = False) -> AnswerBatch:
-    """Lay out prompts and answers, neither of them empty. Without any: one token, nothing to predict.
+    """Arrange non-empty prompts and answers, padded on the right. Without any pair: one token and no target.
 
-    `whole`: an answer's last token enters the model too, though nothing is predicted from it.
+    `whole`: an answer's last token enters the model too, although no target follows it.
     """
     left_out = 0 if whole else 1
     length = max((len(prompt) + len(answer) - left_out for prompt, answer in pairs), default=1)
@@ -66,6 +66,7 @@ def collate_answers(pairs: Sequence[tuple[Ids, Ids]], whole: bool = False) -> An
         ids = np.concatenate([prompt, answer[: len(answer) - left_out]])
         tokens[row, : len(ids)] = ids
         last[row] = len(ids) - 1
+        # The prompt's last token predicts the answer's first, and so on.
         at.append(row * length + len(prompt) - 1 + np.arange(len(answer)))
     targets = np.concatenate([np.empty(0, np.int64), *(answer for _, answer in pairs)])
     return AnswerBatch(
@@ -78,13 +79,13 @@ def collate_answers(pairs: Sequence[tuple[Ids, Ids]], whole: bool = False) -> An
 
 
 class AnswerModel(CausalLoss):
-    """A language model that says how likely answers are."""
+    """A language model that returns the log-probabilities of answers."""
 
     def token_log_probs(
         self, batch: AnswerBatch, temperature: float = 1.0, want_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities [M] of the answers' tokens at `temperature` and, if wanted, the entropies [M] there,
-        in nats, fp32."""
+        """Return log-probabilities [M] of the answers' tokens at `temperature` and, with `want_entropy`, the entropies
+        [M] at the same positions (else [0]), in nats, fp32."""
         states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.positions_keyword)
         at = torch.arange(len(states), device=states.device)
         weight = None if self.through_module else head_weight(self.head)

@@ -1,7 +1,7 @@
 """Attention over short rows on a CPU, as plain batched matrix products.
 
-PyTorch's flash kernel for CPUs takes twice as long for a few hundred tokens, most of it in the backward pass. Where the
-probabilities are too many to keep, or on a GPU, its kernel is used as before. Position by position the two agree to
+For a few hundred tokens, PyTorch's flash kernel for CPUs takes twice as long, most of it in the backward pass. Where
+there are too many probabilities to keep, PyTorch's kernel is used as before. Position by position, both agree to
 rounding.
 
 B rows, H heads, T tokens, C width of a head.
@@ -22,9 +22,9 @@ from stagecoach_trainer.kernels.ragged_rows import RaggedRows
 NAME = "stagecoach_short"
 REPLACED = "sdpa"
 ROWS_KEYWORD = "stagecoach_rows"
-"""Keyword by which rows without padding reach attention."""
+"""Keyword that passes the layout of rows without padding to attention."""
 LARGEST_PROBABILITIES = 1 << 22
-"""B · H · T · T up to which the probabilities are kept for the backward pass: 8 MiB a layer in bf16."""
+"""Upper limit of B · H · T · T for keeping the probabilities for the backward pass: 8 MiB a layer in bf16."""
 
 
 def uses_replaced_attention(loss: DecoderLoss) -> bool:
@@ -63,11 +63,11 @@ def attend(
     stagecoach_rows: RaggedRows | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention's output [B, T, H, C]; in the form transformers calls its attention functions.
+    """Return the attention's output [B, T, H, C]. The signature is that of transformers' attention functions.
 
     `query` [B, H, T, C]; `key`, `value` [B, a divisor of H, S, C]; `attention_mask` [B, 1, T, S], true where a position
-    is seen, or None for plain causal attention. S is T or, where a cache stands in front of one new token, more.
-    `stagecoach_rows`: the one row is made of these, each with causal attention of its own; the mask is not looked at.
+    is visible, or None for plain causal attention. S equals T, or exceeds it if one new token follows a cache.
+    `stagecoach_rows`: the single row consists of these rows, each with its own causal attention; the mask is ignored.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -76,13 +76,14 @@ def attend(
         return _attend_rows(module, query, key, value, stagecoach_rows, scale, dropout), None
     rows, heads, length, width = query.shape
     seen = key.shape[2]
+    # A float mask holds biases, and several new tokens after a cache need a mask of another shape: neither is handled.
     plain = attention_mask is None or attention_mask.dtype is torch.bool
     if not plain or length not in (1, seen) or rows * heads * length * seen > LARGEST_PROBABILITIES:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return output
-    groups = heads // key.shape[1]
+    groups = heads // key.shape[1]  # grouped-query attention (arXiv 2305.13245): several heads share keys and values
     q = query.reshape(rows * heads, length, width)
     k, v = (repeat_kv(item, groups).reshape(rows * heads, seen, width) for item in (key, value))
     result = _weighted_values(q, k, v, hidden_positions(attention_mask, q, seen), scale, dropout, module.training)
@@ -92,7 +93,7 @@ def attend(
 def _attend_rows(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: RaggedRows, scale: float, dropout: float
 ) -> Tensor:
-    """Return the output [1, N, H, C] of tokens [1, H, N, C] that lie one behind the other."""
+    """Return the output [1, N, H, C] of the tokens [1, H, N, C] of concatenated rows."""
     from transformers.integrations.sdpa_attention import repeat_kv
 
     groups = query.shape[1] // key.shape[1]
@@ -108,7 +109,8 @@ def _attend_rows(
 def _weighted_values(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout: float, training: bool
 ) -> Tensor:
-    """Return the mean of the values [B · H, T, C], weighted by attention; `bias` is added to the scores."""
+    """Return the attention-weighted mean of the values [B · H, T, C]; `bias` is added to the scores."""
+    # One product adds the mask as it computes the scores, so no [T, S] tensor is masked in a pass of its own.
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
     p = torch.softmax(scores, dim=-1)
     if dropout:
@@ -117,11 +119,10 @@ def _weighted_values(
 
 
 def hidden_positions(attention_mask: Tensor | None, q: Tensor, seen: int) -> Tensor:
-    """Return what is added to the scores of `q` [B · H, T, C]: −∞, or as good as it, where one of the `seen` positions
-    is not seen [1 or B · H, T, S].
+    """Return the bias [1 or B · H, T, S] that hides positions from `q` [B · H, T, C]; S is `seen`.
 
-    A position of padding in front sees none at all; with −∞ its states would be no numbers, and 0 times those is none
-    either.
+    Plain causal attention uses -inf. With a mask, the bias is half the lowest finite number: left padding sees no
+    position at all, so with -inf its states would be NaN, and 0 * NaN is NaN.
     """
     length = q.shape[1]
     if attention_mask is None:

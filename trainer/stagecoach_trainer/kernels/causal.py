@@ -1,4 +1,4 @@
-"""The model as the loop sees it: decoder, head, and a module that turns a batch into its loss."""
+"""Parts of a causal language model that training uses: decoder, head, and a module that returns a batch's loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stagecoach_trainer.kernels.cross_entropy import Scratch, cross_entropy_sum,
 from stagecoach_trainer.runtime.errors import UserError
 
 LOGIT_TWISTS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of other architectures that change logits behind the head, which the chunked loss does not know."""
+"""Settings by which other architectures change the logits after the head; the chunked loss would ignore them."""
 
 WORTH_TRIMMING = 0.9
-"""Share of positions with loss below which picking them out costs less than computing the others."""
+"""Share of positions with loss below which selecting them costs less than computing all positions."""
 
 
 class DecoderLoss(nn.Module):
@@ -40,12 +40,12 @@ class CausalLoss(DecoderLoss):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.through_module = False
-        """Call the head as a module even where its weight could be used: ZeRO-3 with a wrapped head needs it."""
+        """Call the head as a module even if its weight alone could be used; set by ZeRO-3 for a wrapped head."""
         self.leak: float | None = None
         """Largest relative change that one packed sample causes in another (`packing_check`); None before the check."""
         self._scratch = Scratch()
         causal = causal_model(model)
-        self._parts = (_decoder(causal), _head(causal))  # in a tuple: registered once, through `model`
+        self._parts = (_decoder(causal), _head(causal))  # a tuple, so they are registered once, through `model`
 
     @property
     def decoder(self) -> nn.Module:
@@ -56,7 +56,7 @@ class CausalLoss(DecoderLoss):
         return self._parts[1]
 
     def hidden(self, batch: RowBatch, **keywords: Tensor) -> Tensor:
-        """Return the last hidden states [B, T, D]. Neither mask nor cache: with either, packed samples leak."""
+        """Return the last hidden states [B, T, D]. There is no mask and no cache: with either, packed samples leak."""
         output = self.decoder(
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=None, use_cache=False, **keywords
         )
@@ -74,7 +74,7 @@ class CausalLoss(DecoderLoss):
         return cross_entropy_sum(hidden, weight, loss_at, batch.targets, scale, bias, scratch=self._scratch)
 
     def _states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
-        """Return hidden states [N, D], and which of them carry loss."""
+        """Return hidden states [N, D] and the indices of those with loss [M]."""
         num_targets, num_places = len(batch.targets), batch.tokens.numel()
         if self.positions_keyword is None or not 0 < num_targets < WORTH_TRIMMING * num_places:
             return self.hidden(batch).flatten(0, 1), batch.loss_at
@@ -97,11 +97,11 @@ def output_layer(model: nn.Module) -> nn.Module:
 
 
 def head_weight(head: nn.Module) -> Tensor | None:
-    """Return the head's effective weight [V, D], or None where the head is more than a matrix."""
+    """Return the head's effective weight [V, D], or None if the head is more than a matrix."""
     if isinstance(head, nn.Linear):
         return head.weight
     saved = getattr(head, "modules_to_save", None)  # peft's copy of a layer trained in full
-    if saved is not None and isinstance(saved, nn.ModuleDict) and len(saved) == 1:
+    if saved is not None and isinstance(saved, nn.ModuleDict) and len(saved) == 1:  # several would need the active one
         return head_weight(next(iter(saved.values())))
     rows: Any = getattr(head, "token_adapter", head)  # peft's trained rows, as an auxiliary or as the adapter itself
     if hasattr(rows, "get_merged_weights") and not rows.disable_adapters:
@@ -123,14 +123,14 @@ def _head(causal: Any) -> nn.Module:
     if head is None or twists:
         what = f"sets {', '.join(twists)}" if twists else "has no language-model head"
         raise UserError(
-            f"{type(causal).__name__} {what}, which the training loss does not know; use a LLaMA-like model"
+            f"{type(causal).__name__} {what}, which the training loss does not support; use a LLaMA-like model"
         )
     assert isinstance(head, nn.Module)  # noqa: S101 - for the type checker: transformers returns modules
     return head
 
 
 def set_rope_theta(model: nn.Module, theta: float) -> bool:
-    """Give the rotary embedding another base, from the next forward pass on; False if it has that base already.
+    """Set the base of the rotary embedding, effective from the next forward pass; return False if it is set already.
 
     The configuration is changed too, so that a saved model keeps the base.
     """
@@ -143,6 +143,6 @@ def set_rope_theta(model: nn.Module, theta: float) -> bool:
     fresh = type(rotary)(config=causal.config)
     with torch.no_grad():
         rotary.inv_freq.copy_(fresh.inv_freq)
-        rotary.original_inv_freq = rotary.inv_freq.clone()
+        rotary.original_inv_freq = rotary.inv_freq.clone()  # dynamic scaling returns to these
     rotary.attention_scaling = fresh.attention_scaling
     return True

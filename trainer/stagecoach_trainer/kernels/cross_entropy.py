@@ -1,8 +1,8 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits.
+"""Cross-entropy over a large vocabulary without holding all logits at once.
 
-Only positions with loss get logits, a chunk of them at a time, and the gradient is computed in the forward pass while
-the chunk's logits are there; backward only scales it. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of
-Liger's fused linear cross-entropy, in plain PyTorch.
+Only positions with loss get logits, a chunk of them at a time. The forward pass computes the gradient while a chunk's
+logits exist; the backward pass only scales it. The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and of Liger's
+fused linear cross-entropy (arXiv 2410.10989), in plain PyTorch.
 
 N positions of the batch (B · T), M of them with loss, D width, V vocabulary.
 """
@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Logits held at once, by device: 8 MiB in fp32, which a processor's cache holds; 256 MiB on a GPU."""
+"""Logits held at once, by device type: 8 MiB in fp32, which fits a processor's cache; 256 MiB on a GPU."""
 
 
 def chunk_rows(vocabulary: int, device: torch.device, chunk_elements: int | None = None) -> int:
-    """Return how many positions are computed at once."""
+    """Return the number of positions in a chunk, at least 16."""
     return max(16, (chunk_elements or CHUNK_ELEMENTS[device.type]) // vocabulary)
 
 
@@ -38,9 +38,9 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Return `scale` · Σ −log p(target) over the positions with loss, in nats, as an fp32 scalar.
 
-    `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden` where it differs; its gradient then has
-    its own dtype), `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64.
-    Gradients flow to `hidden`, `weight` and `bias` where they are asked for. `scratch`: memory kept between calls.
+    `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden`; its gradient has its own dtype),
+    `loss_at` [M], `targets` [M]. Softmax and sums over V are in fp32, the sum over positions in fp64. Gradients flow to
+    those of `hidden`, `weight` and `bias` that require them. `scratch`: memory kept between calls.
     """
     wanted = torch.is_grad_enabled()
     rows = chunk_rows(len(weight), hidden.device, chunk_elements)
@@ -51,16 +51,16 @@ def cross_entropy_sum(
 
 
 class Scratch:
-    """Tensors by name, used again by the next call: on a CPU, fresh memory costs as much as what is computed in it.
+    """Named tensors that later calls reuse: on a CPU, fresh memory costs as much time as the computation in it.
 
-    On a GPU nothing is kept: PyTorch's allocator keeps it there already.
+    On a GPU nothing is kept, since PyTorch's allocator caches memory there.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor with anything in it, in the dtype (or `dtype`) and on the device of `like`."""
+        """Return an uninitialised tensor in the dtype (or `dtype`) and on the device of `like`."""
         kept = self._kept.get(name)
         dtype = dtype or like.dtype
         fits = kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype is dtype
@@ -89,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = weight
         if weight.dtype is not hidden.dtype:
             head = scratch.empty("head", weight.shape, like=hidden).copy_(weight)
-        everywhere = len(loss_at) == len(hidden)
+        everywhere = len(loss_at) == len(hidden)  # `loss_at` is ascending, so then it selects nothing new
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_selected = torch.empty_like(selected) if need_hidden else None
@@ -103,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += nll
             if not (need_hidden or need_weight or need_bias):
                 continue
-            p.scatter_add_(1, targets[part, None], room.minus_one[: len(p)])  # the gradient of the logits
+            p.scatter_add_(1, targets[part, None], room.minus_one[: len(p)])  # d loss / d logits = p − one_hot(target)
             if d_bias is not None:
                 d_bias += p.sum(0)
             small = d_weight.room(part) if d_weight is not None else room.small[: len(p)]
@@ -112,6 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(small, head, out=d_selected[part])
             if d_weight is not None:
                 d_weight.collect(part)
+        # The loss is linear in its upstream gradient, so the backward pass only multiplies what is saved here.
         ctx.scale = scale
         ctx.everywhere = everywhere
         ctx.hidden_shape = hidden.shape
@@ -140,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _Room:
-    """Memory for one chunk, used again by the next."""
+    """Memory for one chunk, reused by the next."""
 
     def __init__(self, rows: int, head: Tensor, scratch: Scratch) -> None:
         self._head = head
@@ -152,7 +153,7 @@ class _Room:
         self.minus_one = torch.full((rows, 1), -1.0, device=head.device)
 
     def logits(self, states: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits of some states in fp32 [rows, V]."""
+        """Return the logits of states [rows, D] in fp32 [rows, V]."""
         rows = len(states)
         logits = torch.mm(states, self._head.T, out=self.small[:rows])
         if bias is not None:
@@ -161,10 +162,10 @@ class _Room:
 
 
 class HeadGradient:
-    """The gradient of the head's weight [V, D], summed up over blocks of chunks in fp32 (fp64 for fp64 states).
+    """The gradient of the head's weight [V, D], summed over blocks of chunks in fp32 (fp64 for fp64 states).
 
-    A block's gradients of the logits are kept in the compute format until one product adds them all: adding to a whole
-    [V, D] after each chunk would cost a tenth of the loss.
+    A block's logit gradients are kept in the compute dtype until one product sums them: adding to a whole [V, D] after
+    each chunk would take a tenth of the loss's time.
     """
 
     CHUNKS_PER_BLOCK = 4
@@ -179,12 +180,12 @@ class HeadGradient:
         self._sum: Tensor | None = None
 
     def room(self, part: slice) -> Tensor:
-        """Return where the gradient of a chunk's logits is to be written [rows, V]."""
+        """Return the memory to write the gradient of a chunk's logits to [rows, V]."""
         start = part.start % self._block_rows
         return self._block[start : start + part.stop - part.start]
 
     def collect(self, part: slice) -> None:
-        """Take account of the chunk that was written last."""
+        """Add the chunk written last to the sum, if it completes a block."""
         if part.stop % self._block_rows and part.stop != len(self._selected):
             return
         start = part.start - part.start % self._block_rows
@@ -195,7 +196,7 @@ class HeadGradient:
             self._sum += term
 
     def total(self) -> Tensor:
-        """Return the sum [V, D]; zeros where there was no chunk."""
+        """Return the sum [V, D]; zeros if there was no chunk."""
         if self._sum is None:
             return torch.zeros_like(self._weight, dtype=self._dtype)
         return self._sum
@@ -204,8 +205,8 @@ class HeadGradient:
 def _softmax_and_nll(logits: Tensor, targets: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
     """Return the softmax of fp32 logits [rows, V], and the summed −log p of the targets [rows, 1] in fp64.
 
-    The log of the normaliser is taken from the most probable token, whose probability never underflows: softmax is one
-    fast kernel, where exponentials of a log-softmax cost three times as much on a CPU.
+    log Z = max(logits) − log max(p), computed from the most probable token because its probability never underflows.
+    Softmax is one fast kernel; the exponentials of a log-softmax take three times as long on a CPU.
     """
     p = torch.softmax(logits, dim=-1, out=room.p[: len(logits)])
     normaliser = logits.amax(-1) - p.amax(-1).log_()
@@ -222,9 +223,9 @@ def cross_entropy_sum_through(
     scale: float = 1.0,
     chunk_elements: int | None = None,
 ) -> Tensor:
-    """Like `cross_entropy_sum` for a head that is more than a matrix, such as one with an adapter.
+    """Like `cross_entropy_sum`, for a head that is more than a matrix, such as one with an adapter.
 
-    Each chunk's logits are made by calling `head` on [rows, D], thrown away, and made again in the backward pass.
+    Each chunk's logits are computed by calling `head` on [rows, D], discarded, and recomputed in the backward pass.
     """
 
     def chunk_sum(part: Tensor, target: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def cross_entropy_sum_through(
 
     selected = hidden.index_select(0, loss_at)
     rows = chunk_rows(vocabulary, hidden.device, chunk_elements)
-    total = selected.new_zeros((), dtype=torch.float32) + 0.0 * selected.sum()  # connected even where M = 0
+    total = selected.new_zeros((), dtype=torch.float32) + 0.0 * selected.sum()  # keeps the graph connected if M = 0
     for start in range(0, len(targets), rows):
         part, target = selected[start : start + rows], targets[start : start + rows]
         if torch.is_grad_enabled():

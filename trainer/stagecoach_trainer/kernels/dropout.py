@@ -1,5 +1,5 @@
-"""Dropout: that of attention as a stage sets it, and none at all where a model must say in training what it says when
-it is asked."""
+"""Dropout: of attention weights as a stage sets it, and none where a model must give the same output in training and
+in inference."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from stagecoach_trainer.runtime.errors import UserError
 
-WORDS = ("dropout", "pdrop")
-"""Parts of the names that transformers gives to dropout probabilities."""
+NAME_PARTS = ("dropout", "pdrop")
+"""Substrings of the names that transformers gives to dropout probabilities."""
 IN_ATTENTION = ("attention_dropout", "attn_dropout")
-"""Names that it gives to that of the attention weights: a probability (LLaMA) or a layer (BLOOM, GPT-2)."""
+"""Names that transformers gives to dropout of attention weights: a probability (LLaMA) or a layer (BLOOM, GPT-2)."""
 
 
 def set_attention_dropout(model: nn.Module, probability: float) -> None:
-    """Set the dropout probability of the attention weights. Raises UserError where a model has none and is to."""
+    """Set the dropout probability of the attention weights.
+
+    Raises UserError for a positive probability if the model has no such dropout.
+    """
     places = [
         (module, name) for module in model.modules() for name in IN_ATTENTION if getattr(module, name, None) is not None
     ]
     if probability > 0.0 and not places:
-        raise UserError(f"attentionDropout: {type(model).__name__} has none that can be set; leave it out")
+        raise UserError(f"attentionDropout: {type(model).__name__} has no attention dropout; remove the field")
     for module, name in places:
         held = getattr(module, name)
         holder, attribute = (held, "p") if isinstance(held, nn.Dropout) else (module, name)
@@ -32,13 +35,13 @@ def set_attention_dropout(model: nn.Module, probability: float) -> None:
 def switch_off_dropout(model: nn.Module) -> dict[str, float]:
     """Set every dropout probability of a model to 0: of its layers, and in its configuration.
 
-    Returns those of the configuration that were not 0, or else those of the layers, by name.
+    Returns the probabilities of the configuration that were not 0, or else those of the layers, by name.
     """
-    told = _set_to_zero(getattr(model, "config", None), "")
+    configured = _set_to_zero(getattr(model, "config", None), "")
     found: dict[str, float] = {}
     for name, module in model.named_modules():
         found |= _set_to_zero(module, name)
-    return told or found
+    return configured or found
 
 
 def _set_to_zero(holder: Any, where: str) -> dict[str, float]:
@@ -50,7 +53,7 @@ def _set_to_zero(holder: Any, where: str) -> dict[str, float]:
     found = {
         name: value
         for name, value in held.items()
-        if isinstance(value, float) and value > 0.0 and any(word in name for word in WORDS)
+        if isinstance(value, float) and value > 0.0 and any(part in name for part in NAME_PARTS)
     }
     for name in found:
         setattr(holder, name, 0.0)

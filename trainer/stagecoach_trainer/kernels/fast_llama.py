@@ -1,9 +1,9 @@
-"""Three parts of transformers' LLaMA made cheaper on a CPU, for as long as a training stage runs.
+"""Three parts of transformers' LLaMA, made cheaper on a CPU while a training stage runs.
 
-- The norms with a backward pass of their own, and the cast behind them included: a quarter of the time.
-- The rotary embedding in place: three passes over queries and keys instead of five forward and ten backward.
-- The last layer's feed-forward part, and the final norm, only where there is loss: nothing behind the last attention
-  mixes positions, so what happens elsewhere reaches neither the loss nor any gradient.
+- The norms, with their own backward pass and the following cast included: a quarter of the time.
+- The rotary embedding, in place: three passes over queries and keys instead of five forward and ten backward.
+- The last layer's feed-forward part and the final norm, only at positions with loss: after the last attention, no
+  operation mixes positions, so the other positions reach neither the loss nor any gradient.
 
 B rows, H heads, T tokens, C width of a head, D width of the model, M positions with loss.
 """
@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from stagecoach_trainer.kernels.causal import DecoderLoss
 
 LOSS_AT = "stagecoach_loss_at"
-"""Keyword under which the positions with loss reach the last layer (a keyword, so that a recomputed layer gets the same
-ones)."""
+"""Keyword that passes the positions with loss to the last layer. A keyword argument, so that a layer recomputed by
+gradient checkpointing receives the same positions."""
 
 PLAIN_ATTENTION = frozenset({"eager", "sdpa", "stagecoach_short"})
-"""Attention functions known to ignore keywords they do not know."""
+"""Attention functions known to ignore unknown keywords."""
 
 
 def is_llama(loss: DecoderLoss) -> bool:
@@ -89,7 +89,7 @@ def trimmed_last_layer(loss: DecoderLoss) -> Iterator[None]:
 
 
 class _FusedNorm:
-    """The forward pass of an RMS norm (arXiv 1910.07467) that returns the dtype the next layer computes in."""
+    """The forward pass of an RMS norm (arXiv 1910.07467); returns the dtype in which the next layer computes."""
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
         self._norm: Any = norm
@@ -108,17 +108,19 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        # rsqrt(mean(x²) + ε), computed from the L2 norm: one pass over x, then in place over [N, 1] values.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         normal = x * scale
         ctx.save_for_backward(normal, weight, scale)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        return torch.mul(normal, weight, out=out)
+        return torch.mul(normal, weight, out=out)  # `out` casts the product in the same pass
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         normal, weight, scale = ctx.saved_tensors
+        # With y = x · scale · weight and n = x · scale, d = d_y · weight: d_x = scale · (d − n · mean(d · n)).
         d = d_out.to(torch.float32, copy=True)
         d_weight = (d * normal).sum(0) if ctx.needs_input_grad[1] else None
         d.mul_(weight)
@@ -127,15 +129,16 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _TrimmedLayer:
-    """The forward pass of a decoder layer that goes on behind its attention only where there is loss."""
+    """The forward pass of a decoder layer that continues after its attention only at positions with loss."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """hidden_states [B, T, D] -> [B, T, D], or [1, M, D] where positions are given."""
+        """hidden_states [B, T, D] -> [B, T, D], or [1, M, D] if positions are given."""
         loss_at = keywords.pop(LOSS_AT, None)
         layer = self._layer
+        # The rest is transformers' `LlamaDecoderLayer.forward`, except for the selection of positions.
         attended, _ = layer.self_attn(layer.input_layernorm(hidden_states), *arguments, **keywords)
         states: Tensor = hidden_states + attended
         if loss_at is not None:
@@ -149,7 +152,7 @@ def rotate_queries_and_keys(
 ) -> tuple[Tensor, Tensor]:
     """Return queries and keys [B, H, T, C], rotated by their positions; `cos`, `sin` [B or 1, T, C].
 
-    In the place of transformers' `apply_rotary_pos_emb`; results lie in memory as attention reads them.
+    Replaces transformers' `apply_rotary_pos_emb`; the results are contiguous, as attention reads them.
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
@@ -161,7 +164,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
+        half = x.shape[-1] // 2  # transformers pairs component i with i + half, not with its neighbour
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         torch.mul(x, cos, out=out)
         out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1.0)
@@ -174,7 +177,8 @@ class _Rotate(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         rows, heads, length, width = d_out.shape
         half = width // 2
-        d_x = d_out.new_empty((rows, length, heads, width)).transpose(1, 2)  # as the projections lay it out
+        # A rotation's transpose is the rotation by the negative angle: the signs of the sines change.
+        d_x = d_out.new_empty((rows, length, heads, width)).transpose(1, 2)  # the memory layout of the projections
         torch.mul(d_out, cos, out=d_x)
         d_x[..., :half].addcmul_(d_out[..., half:], sin[..., half:])
         d_x[..., half:].addcmul_(d_out[..., :half], sin[..., :half], value=-1.0)

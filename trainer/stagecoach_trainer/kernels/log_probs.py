@@ -1,9 +1,9 @@
-"""Log-probability and entropy of single tokens over a large vocabulary, without ever holding all logits.
+"""Log-probability and entropy of single tokens over a large vocabulary, without holding all logits at once.
 
-Like `train/loss.py`, a chunk of positions at a time; but a token's gradient is known only in the backward pass (its
-factor depends on its own log-probability), so a chunk's logits are thrown away and made again there.
+As in `cross_entropy`, positions are processed in chunks. But each token has its own upstream gradient, known only in
+the backward pass, so a chunk's logits are discarded and recomputed there.
 
-N positions of the batch (B · T), M of them asked for, D width, V vocabulary.
+N positions of the batch (B · T), M requested positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return log p(target) [M] and the entropy of p [M], in nats, with p = softmax(logits / temperature).
 
-    `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden` where it differs; its gradient then has
-    its own dtype), `at` [M], distinct positions, `targets` [M]. Softmax and results are fp32 (fp64 for fp64 states).
-    Without `want_entropy` the entropies are empty [0]: a mean of them is no number rather than a wrong one. Gradients
-    of both results flow to `hidden`, `weight` and `bias` where they are asked for. `scratch`: memory kept between
-    calls.
+    `hidden` [N, D], `weight` [V, D] of the head (cast to the dtype of `hidden`; its gradient has its own dtype), `at`
+    [M], distinct positions, `targets` [M]. Softmax and results are fp32 (fp64 for fp64 states). Without `want_entropy`
+    the entropies are empty [0], so that their mean is NaN rather than a wrong number. Gradients of both results flow to
+    those of `hidden`, `weight` and `bias` that require them. `scratch`: memory kept between calls.
     """
     rows = chunk_rows(len(weight), hidden.device, chunk_elements)
     log_probs, entropies = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
@@ -65,7 +64,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for part in chunks.parts():
             p, logits, normaliser = chunks.softmax(part)
             torch.sub(logits.gather(1, targets[part, None])[:, 0], normaliser, out=log_probs[part])
-            if want_entropy:  # −Σ p (logit − normaliser)
+            if want_entropy:  # −Σ p (logit − normaliser), where Σ p = 1
                 torch.sub(normaliser, logits.mul_(p).sum(-1), out=entropies[part])
         # The weight itself, not its copy in another dtype: ZeRO-3 frees it after forward and gathers it for backward.
         ctx.save_for_backward(hidden, weight, bias, at, targets, entropies)
@@ -109,7 +108,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 class _Chunks:
-    """Chunks of the positions asked for, and the softmax of each, in memory that the next chunk uses again."""
+    """Chunks of the requested positions, and the softmax of each, in memory that the next chunk reuses."""
 
     def __init__(
         self,
@@ -122,13 +121,13 @@ class _Chunks:
         scratch: Scratch,
     ) -> None:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        """Format of softmax, results and sums."""
+        """Dtype of softmax, results and sums."""
         self.head = weight
         """The head's weight [V, D] in the dtype of the states."""
         if weight.dtype is not hidden.dtype:
             self.head = scratch.empty("head", weight.shape, like=hidden).copy_(weight)
         self.selected = hidden.index_select(0, at)
-        """The states asked for [M, D]."""
+        """The requested states [M, D]."""
         self._bias = bias
         self._temperature = temperature
         self._rows = rows
@@ -144,9 +143,10 @@ class _Chunks:
             yield slice(start, min(start + self._rows, len(self.selected)))
 
     def softmax(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return of a chunk: p [rows, V], its logits [rows, V] of which the greatest is 0, the log normaliser [rows].
+        """Return a chunk's p [rows, V], its logits [rows, V], shifted so that the largest is 0, and log normaliser
+        [rows].
 
-        The log of the normaliser is taken from the most probable token, whose probability never underflows.
+        The log normaliser is computed from the most probable token, whose probability never underflows.
         """
         rows = part.stop - part.start
         small = torch.mm(self.selected[part], self.head.T, out=self._small[:rows])
@@ -157,10 +157,10 @@ class _Chunks:
             logits /= self._temperature
         logits -= logits.amax(-1, keepdim=True)
         p = torch.softmax(logits, dim=-1, out=self._p[:rows])
-        return p, logits, -p.amax(-1).log_()
+        return p, logits, -p.amax(-1).log_()  # max(p) = exp(0 − log Z)
 
     def small(self, part: slice) -> Tensor:
-        """Return memory of a chunk's logits in the dtype of the states [rows, V]."""
+        """Return the memory for a chunk's logits in the dtype of the states [rows, V]."""
         return self._small[: part.stop - part.start]
 
 
@@ -174,9 +174,9 @@ def token_log_probs_through(
     want_entropy: bool = False,
     chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Like `token_log_probs` for a head that is more than a matrix, such as one with an adapter.
+    """Like `token_log_probs`, for a head that is more than a matrix, such as one with an adapter.
 
-    Each chunk's logits are made by calling `head` on [rows, D], thrown away, and made again in the backward pass.
+    Each chunk's logits are computed by calling `head` on [rows, D], discarded, and recomputed in the backward pass.
     """
     selected = hidden.index_select(0, at)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -187,7 +187,7 @@ def token_log_probs_through(
         return log_p.gather(1, target[:, None])[:, 0], entropy
 
     rows = chunk_rows(vocabulary, hidden.device, chunk_elements)
-    nothing = 0.0 * selected[:0].to(dtype).sum(-1)  # [0], connected to the states even where M = 0
+    nothing = 0.0 * selected[:0].to(dtype).sum(-1)  # [0]; keeps the graph connected if M = 0
     log_probs, entropies = [nothing], [nothing]
     for start in range(0, len(targets), rows):
         part, target = selected[start : start + rows], targets[start : start + rows]

@@ -1,4 +1,4 @@
-"""Rows of different lengths: one behind the other without padding, and back.
+"""Rows of different lengths: concatenated without padding, and back.
 
 B rows, T tokens of the longest, N tokens in all, H heads, C width of a head.
 """
@@ -15,25 +15,26 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Which token stands where in padded rows."""
+    """The mapping between padded rows and their concatenated tokens."""
 
     places: Tensor
-    """Place of each token in the flattened [B · T], ascending [N]."""
+    """Index of each token in the flattened [B · T], ascending [N]."""
 
     tokens: Tensor
-    """Which of the N tokens stands at each place [B · T]; behind a row's end, any."""
+    """Index of the token at each place [B · T]; arbitrary after a row's end."""
 
     shape: tuple[int, int]
     """B and T."""
 
     @classmethod
     def ending_at(cls, last: Tensor, length: int) -> RaggedRows:
-        """Return rows padded to `length` whose last tokens stand at `last` [B] of each."""
+        """Return rows padded on the right to `length`; `last` [B] is the position of each row's last token."""
         filled = (torch.arange(length, device=last.device) <= last[:, None]).flatten()
+        # A place of padding gets the index of the token before it: a valid index, so padding holds finite numbers.
         return cls(filled.nonzero()[:, 0], filled.cumsum(0) - 1, (len(last), length))
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return `x` [1, H, N, C] in padded rows [H · B, T, C], with finite numbers for padding."""
+        """Return `x` [1, H, N, C] as padded rows [H · B, T, C]; padding holds finite numbers."""
         spread: Tensor = _Spread.apply(x[0], self.places, self.tokens)  # type: ignore[no-untyped-call]
         return spread.view(-1, self.shape[1], x.shape[-1])
 
@@ -45,7 +46,10 @@ class RaggedRows:
 
 
 class _Spread(torch.autograd.Function):
-    """[H, N, C] -> [H, B · T, C]. Padding must not be looked at: no gradient comes back from there."""
+    """[H, N, C] -> [H, B · T, C]. Padding must stay hidden: its gradient is dropped.
+
+    The backward pass is therefore a plain selection; that of `index_select` would also sum over the padding.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Checkpoints: the training state as safetensors and JSON, complete when its manifest lies beside them.
+"""Checkpoints: the training state as safetensors and JSON files, complete once their manifest exists.
 
     step-00001200/{master,exp_avg,exp_avg_sq}.safetensors   fp32, by parameter name; frozen parameters are not stored
                   rng-00000.safetensors …                   random-number state of each rank
                   state.json                                counters, data cursor, measurements, loss scale
-                  manifest.json                             last: names, sizes and sha256 of the others
+                  manifest.json                             written last: names, sizes and sha256 of the others
 
 A background thread writes, reads back and uploads them. Nothing is ever pickled, and no checkpoint is overwritten: a
 second one of the same step is another version, `step-00001200-0001` (`CheckpointId`), and deletes what it supersedes
@@ -45,7 +45,7 @@ FORMAT = 1
 STATE_FILE = "state.json"
 PREFIXES = (MASTER, MOMENT_1, MOMENT_2)
 DEFAULT_CHECKPOINTS = 10
-"""Checkpoints per stage where `everySteps` is not given."""
+"""Checkpoints per stage if `everySteps` is unset."""
 
 
 class BrokenCheckpoint(Exception):
@@ -56,9 +56,9 @@ class BrokenCheckpoint(Exception):
 
 
 def write_checkpoint(folder: Path, state: TrainingState) -> None:
-    """Write a checkpoint, read every byte of it back, and only then declare it complete.
+    """Write a checkpoint, read every byte back, and only then write its manifest, which makes it complete.
 
-    Raises OSError (a full disk), BrokenCheckpoint where what was read back is not what was written.
+    Raises OSError (a full disk), and BrokenCheckpoint if a tensor read back differs from the one written.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, state: TrainingState) -> None:
         }
         replace_file(folder / MANIFEST, canonical_json(manifest))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and a full disk needs the room
+        shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is useless, and a full disk needs the space
         raise
 
 
@@ -98,27 +98,28 @@ def _write_files(folder: Path, state: TrainingState) -> Iterator[StoredObject]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredObject:
-    """Write contiguous CPU tensors on to the disk and compare what comes back with what is in memory."""
+    """Write contiguous CPU tensors to the disk and compare what is read back with what is in memory."""
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:
         raise _system_error(error, path) from error
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # safetensors does not: without it a power cut can leave a complete, empty checkpoint
     with safe_open(path, framework="pt") as written:
         for name, tensor in tensors.items():
             if not torch.equal(_bytes_of(written.get_tensor(name)), _bytes_of(tensor)):
-                raise BrokenCheckpoint(f"{path}: `{name}` does not come back from the disk as it was written")
+                raise BrokenCheckpoint(f"{path}: `{name}` read back from the disk differs from what was written")
     return _described(path)
 
 
 def _system_error(error: SafetensorError, path: Path) -> Exception:
-    """Return what the system said, such as that the disk is full: safetensors tells it in words only."""
+    """Return the OSError that a safetensors error reports as text only, such as a full disk."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return error if found is None else OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes, which compare equal even where the numbers are NaN."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -127,9 +128,9 @@ def _described(path: Path) -> StoredObject:
 
 
 def read_checkpoint(folder: Path, rank: int) -> TrainingState:
-    """Read a checkpoint whose bytes are checked; the random states hold only this rank's, if there is one.
+    """Read a checkpoint after checking its bytes; of the random states, only this rank's is read, if it exists.
 
-    Tensors are read from the disk as they are used. Raises BrokenCheckpoint.
+    Tensors are read from the disk when they are used. Raises BrokenCheckpoint.
     """
     objects = read_manifest(folder)
     for item in objects:
@@ -148,12 +149,12 @@ def read_checkpoint(folder: Path, rank: int) -> TrainingState:
 
 
 def read_manifest(folder: Path) -> tuple[StoredObject, ...]:
-    """Return what a complete checkpoint consists of. Raises BrokenCheckpoint."""
+    """Return the files of a complete checkpoint, except the manifest. Raises BrokenCheckpoint."""
     path = folder / MANIFEST
     try:
         about: dict[str, Any] = json.loads(path.read_bytes())
         if about["format"] != FORMAT:
-            raise BrokenCheckpoint(f"{path}: format {about['format']} is not {FORMAT}, which this version reads")
+            raise BrokenCheckpoint(f"{path}: format {about['format']}; this version reads format {FORMAT} only")
         return tuple(StoredObject.model_validate(item) for item in about["objects"])
     except (OSError, ValueError, KeyError) as error:
         raise BrokenCheckpoint(f"{path}: cannot be read ({error})") from error
@@ -162,9 +163,9 @@ def read_manifest(folder: Path) -> tuple[StoredObject, ...]:
 def _check(folder: Path, item: StoredObject) -> None:
     path = folder / item.path
     if not path.is_file():
-        raise BrokenCheckpoint(f"{path}: is missing")
+        raise BrokenCheckpoint(f"{path}: the file is missing")
     if path.stat().st_size != item.size or sha256_of_file(path) != item.sha256:
-        raise BrokenCheckpoint(f"{path}: the bytes are not the ones that were saved")
+        raise BrokenCheckpoint(f"{path}: the content differs from what was saved")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -196,116 +197,118 @@ class CheckpointManager:
         return None if self.newest is None else self.newest.step
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a checkpoint is to be saved after `step` steps."""
+        """Return whether a checkpoint is due after `step` steps."""
         return step % self._every == 0
 
     # saving
 
     def save(self, state: TrainingState, healthy: int | None = None) -> None:
-        """Save a state, which must not change any more, in the background; waits for the save before it.
+        """Save a state in the background once the previous save is complete; the state must not change any more.
 
-        `healthy`: `find_before` of this step or a later one must still find what it finds now.
-        Raises what went wrong with that one.
+        `healthy`: do not delete the checkpoint that `find_before(healthy)` finds now. Raises the error of the previous
+        save.
         """
         self.wait()
         self._pending = self._writer.submit(self._save, state, healthy)
 
     def wait(self) -> None:
-        """Wait until the last save is complete and published. Raises what went wrong with it."""
+        """Wait until the last save is complete and uploaded. Raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait for a save in progress, whatever comes of it, and stop the thread."""
+        """Wait for a save in progress, ignoring its errors, and stop the thread."""
         self._writer.shutdown(wait=True)
 
     def _save(self, state: TrainingState, healthy: int | None) -> None:
-        mark = self._next(state.step)
-        folder = self._home / mark.name
+        checkpoint = self._next(state.step)
+        folder = self._home / checkpoint.name
         write_checkpoint(folder, state)
         if not self._is_in_store:
             self._upload(folder)
-        self.newest = mark
+        self.newest = checkpoint
         self._delete_old(healthy)
 
     def _next(self, step: int) -> CheckpointId:
-        """Return the mark of a checkpoint that is to be the newest."""
+        """Return the id of the next checkpoint, which sorts after all others."""
         if self.newest is None:
             return CheckpointId(0, step)
+        # After a rollback the step is not above the newest: a higher version keeps the order of ids that of time.
         return CheckpointId(self.newest.version + (step <= self.newest.step), step)
 
     def _upload(self, folder: Path) -> None:
+        # The manifest is uploaded last: until then the checkpoint does not exist for a reader.
         for item in read_manifest(folder):
             self._store.upload(folder / item.path, f"{self._prefix}/{folder.name}/{item.path}")
         self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
 
     def _delete_old(self, healthy: int | None) -> None:
-        marks = self._complete()
-        kept = not_superseded(marks)
-        steps = [mark.step for mark in kept]
+        ids = self._complete()
+        kept = not_superseded(ids)
+        steps = [checkpoint.step for checkpoint in kept]
         old = set(steps_to_delete(steps, self._config.keep_last, self._config.keep_every_steps))
-        if healthy is not None:
+        if healthy is not None:  # keep what `find_before(healthy)` returns
             old.discard(max((step for step in steps if step <= healthy), default=steps[0]))
-        for mark in marks:
-            if mark not in kept or mark.step in old:
-                self._store.delete(f"{self._prefix}/{mark.name}")
-                shutil.rmtree(self._home / mark.name, ignore_errors=True)
+        for checkpoint in ids:
+            if checkpoint not in kept or checkpoint.step in old:
+                self._store.delete(f"{self._prefix}/{checkpoint.name}")
+                shutil.rmtree(self._home / checkpoint.name, ignore_errors=True)
 
     def _complete(self) -> list[CheckpointId]:
-        """Return the complete checkpoints here and in the store, the oldest first."""
+        """Return the complete checkpoints on this machine and in the store, the oldest first."""
         return sorted({*complete_checkpoints(self._home), *self._list_store()})
 
     # restoring
 
     def find_newest(self) -> CheckpointId | None:
-        """Return the newest checkpoint whose every byte is right, brought to this machine if need be.
+        """Return the newest checkpoint whose bytes match its manifest, downloaded if necessary; None if there is none.
 
-        One that is broken is named in the log, deleted, and the one before it is taken.
+        A broken one is logged and deleted, and the one before it is tried.
         """
-        self.newest = next((mark for mark in reversed(self._complete()) if self._make_usable(mark)), None)
+        self.newest = next((item for item in reversed(self._complete()) if self._make_usable(item)), None)
         return self.newest
 
     def find_before(self, step: int) -> CheckpointId | None:
-        """Return the newest checkpoint of `step` steps at most, or else the oldest there is; its bytes are right."""
-        marks = not_superseded(self._complete())
-        before = [mark for mark in marks if mark.step <= step]
-        return next((mark for mark in [*reversed(before), *marks[len(before) :]] if self._make_usable(mark)), None)
+        """Return the newest intact checkpoint of at most `step` steps, or else the oldest one; None without any."""
+        ids = not_superseded(self._complete())
+        before = [item for item in ids if item.step <= step]
+        return next((item for item in [*reversed(before), *ids[len(before) :]] if self._make_usable(item)), None)
 
-    def fetch(self, mark: CheckpointId) -> Path:
-        """Return the local folder of a checkpoint, downloaded if need be. Raises BrokenCheckpoint."""
-        folder = self._home / mark.name
+    def fetch(self, checkpoint: CheckpointId) -> Path:
+        """Return the local folder of a checkpoint, downloaded if necessary. Raises BrokenCheckpoint."""
+        folder = self._home / checkpoint.name
         if not (folder / MANIFEST).is_file():
             self._download(folder)
         return folder
 
-    def _make_usable(self, mark: CheckpointId) -> bool:
-        folder = self._home / mark.name
-        for _ in range(1 if self._is_in_store else 2):  # a broken local copy is replaced by the store's
+    def _make_usable(self, checkpoint: CheckpointId) -> bool:
+        folder = self._home / checkpoint.name
+        for _ in range(1 if self._is_in_store else 2):  # the store may have an intact copy
             try:
-                self.fetch(mark)
+                self.fetch(checkpoint)
                 for item in read_manifest(folder):
                     _check(folder, item)
             except BrokenCheckpoint as error:
-                log.warning("checkpoint of step %d is broken: %s", mark.step, error)
+                log.warning("the checkpoint of step %d is broken: %s", checkpoint.step, error)
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 return True
-        log.warning("checkpoint of step %d cannot be used; the one before it is taken", mark.step)
+        log.warning("the checkpoint of step %d cannot be used; trying the one before it", checkpoint.step)
         with contextlib.suppress(StoreError):
-            self._store.delete(f"{self._prefix}/{mark.name}")
+            self._store.delete(f"{self._prefix}/{checkpoint.name}")
         return False
 
     def _list_store(self) -> list[CheckpointId]:
         if self._is_in_store:
             return []
-        marks = []
+        ids = []
         for entry in self._store.list(self._prefix):
             name, _, file = entry.key.removeprefix(f"{self._prefix}/").partition("/")
-            mark = CheckpointId.of(name)
-            if mark is not None and file == MANIFEST:
-                marks.append(mark)
-        return marks
+            checkpoint = CheckpointId.of(name)
+            if checkpoint is not None and file == MANIFEST:
+                ids.append(checkpoint)
+        return ids
 
     def _download(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -316,26 +319,27 @@ class CheckpointManager:
             for about in json.loads(manifest)["objects"]:
                 item = StoredObject.model_validate(about)
                 self._store.download(f"{prefix}/{item.path}", folder / item.path, item)
-            replace_file(folder / MANIFEST, manifest)
+            replace_file(folder / MANIFEST, manifest)  # last: an interrupted download is not a checkpoint
         except (StoreError, ValueError, KeyError) as error:
             raise BrokenCheckpoint(str(error)) from error
 
 
-def agree_on_checkpoint(mark: CheckpointId | None, world: World) -> CheckpointId | None:
-    """Return rank 0's mark on every rank."""
-    version, step = (agree(value, world) for value in ((mark.version, mark.step) if mark else (None, None)))
+def agree_on_checkpoint(checkpoint: CheckpointId | None, world: World) -> CheckpointId | None:
+    """Return rank 0's checkpoint id on every rank."""
+    own = (checkpoint.version, checkpoint.step) if checkpoint else (None, None)
+    version, step = (agree(value, world) for value in own)
     return None if version is None or step is None else CheckpointId(version, step)
 
 
-def not_superseded(marks: list[CheckpointId]) -> list[CheckpointId]:
-    """Return those of `marks` (ascending) that no newer one has gone back behind."""
+def not_superseded(ids: list[CheckpointId]) -> list[CheckpointId]:
+    """Return the ids (ascending) without those superseded after a rollback, when a newer one has at most their step."""
     kept: list[CheckpointId] = []
-    for mark in reversed(marks):
-        if not kept or mark.step < kept[-1].step:
-            kept.append(mark)
+    for checkpoint in reversed(ids):
+        if not kept or checkpoint.step < kept[-1].step:
+            kept.append(checkpoint)
     return kept[::-1]
 
 
 def steps_to_delete(steps: list[int], keep_last: int, keep_every: int | None) -> list[int]:
-    """Return which of the saved `steps` (ascending) are kept neither as newest nor as multiples of `keep_every`."""
+    """Return the saved `steps` (ascending) that are neither among the newest nor multiples of `keep_every`."""
     return [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]

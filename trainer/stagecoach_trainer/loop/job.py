@@ -1,4 +1,4 @@
-"""What the training loop is given and what it returns."""
+"""Input and result of the training loop."""
 
 from __future__ import annotations
 
@@ -22,37 +22,39 @@ Report = Callable[[int, int], None]
 
 
 class Measurable(Protocol):
-    """Something to measure before, during and after training."""
+    """Held-out data that is measured before, during and after training."""
 
     @property
     def name(self) -> str:
-        """The name its figures get."""
+        """Prefix of its metrics."""
 
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:
-        """Return figures, the same on every rank, one of them `loss`. `module` is the objective's; `report(done,
-        total)` is called after each micro-batch."""
+        """Return metrics, the same on every rank, one of them `loss`.
+
+        `module`: the objective's module. `report(done, total)` is called after each micro-batch.
+        """
 
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """Rows of text to measure on."""
+    """Held-out rows of text."""
 
     name: str
     rows: Sequence[Row]
     characters: int
-    """Characters of the text the labels stand for: the divisor of bits per character."""
+    """Characters of the text that the labels encode: the divisor of bits per character."""
 
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:
-        """Return `loss` in nats per token, `bitsPerCharacter` and, where a float holds it, `perplexity`."""
+        """Return `loss` in nats per token, `bitsPerCharacter` and, unless it overflows, `perplexity`."""
         from stagecoach_trainer.loop.measure import measure_with
 
         found = measure_with(module, self.rows, micro_batch_rows, device, world, report)
         figures = {"loss": found.loss, "bitsPerCharacter": found.bits_per_character(self.characters)}
-        if math.isfinite(found.perplexity):  # a manifest holds numbers that JSON has a word for
+        if math.isfinite(found.perplexity):  # JSON, in which the manifest is written, has no infinity
             figures["perplexity"] = found.perplexity
         return figures
 
@@ -62,17 +64,17 @@ class TrainingJob:
     """One training stage, ready to start."""
 
     model: nn.Module
-    """A causal language model (or a PEFT model around one) on the CPU, weights in fp32, `requires_grad` set to what is
-    trained, vocabulary already resized. `train` moves and casts it."""
+    """A causal language model (or a PEFT model around one) on the CPU: weights in fp32, `requires_grad` set on what is
+    trained, vocabulary resized. `train` moves and casts it."""
 
     config: MeasuredTraining
     steps: StepPlan
     held_out: Sequence[Measurable] = ()
     objective: Objective | None = None
-    """What is minimised. None: next-token prediction."""
+    """None for next-token prediction."""
 
     at_end: Sequence[Measurable] = ()
-    """What is measured after the last step only; its figures are called `<name>.<figure>`."""
+    """Measured after the last step only; the metrics are called `<name>.<metric>`."""
 
     schedule: StepSchedule | None = None
     """Learning rate and rotary base of each step; None for the configuration's schedule over all steps."""
@@ -80,10 +82,10 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training came to. Equal runs give equal values, interrupted or not."""
+    """The result of training. Equal runs give equal values, interrupted or not."""
 
     tokens: int
-    """Training tokens that entered the model, padding apart."""
+    """Training tokens that entered the model, without padding."""
 
     steps: int
     """Optimiser steps made; fewer than planned after an early stop."""
@@ -93,4 +95,4 @@ class TrainingResult:
     for text, in nats per token."""
 
     history: Sequence[Mapping[str, float]] = field(default_factory=tuple)
-    """At most some 200 points of `step`, `tokens`, `loss`, `learningRate`, `gradNorm`."""
+    """At most about 200 points of `step`, `tokens`, `loss`, `learningRate`, `gradNorm`."""

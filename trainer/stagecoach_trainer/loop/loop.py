@@ -1,4 +1,4 @@
-"""The training loop: restore, prove packing, measure, step by step, measure, hand back the weights."""
+"""The training loop: restore, prove packing, measure, make the steps, measure, return the weights."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ __all__ = ["HeldOutSet", "TrainingJob", "TrainingResult", "train"]
 
 
 def train(job: TrainingJob, context: StageContext) -> TrainingResult:
-    """Train, going on from the newest complete checkpoint if there is one.
+    """Train, starting from the newest complete checkpoint if there is one.
 
-    Afterwards `job.model` holds the final weights in fp32 on the CPU (on rank 0). Raises Interrupted after a
-    checkpoint when `context.stop` is set, Diverged when the loss is no number, UserError for batches without any loss
-    and for packing that leaks.
+    Afterwards `job.model` holds the final weights in fp32 on the CPU of rank 0. Raises Interrupted after saving a
+    checkpoint if `context.stop` is set, Diverged if the loss is not finite, UserError for batches without loss and for
+    packing that leaks.
     """
     prepare_network(job.model, job.config)
     device = training_device(context.world)
     objective = job.objective or LanguageModelling()
     engine = build_engine(job.model, job.config, context.world, device, objective)
-    book = CheckpointManager(context, job.config.checkpoints, job.steps.num_steps)
+    checkpoints = CheckpointManager(context, job.config.checkpoints, job.steps.num_steps)
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
-    meter = StepMetrics(logs, context.progress, job.steps.num_steps, flops)
-    with meter, contextlib.closing(book), accelerate(engine.loss, device, engine.dtype):
-        return Loop(job, context, engine, objective, book, meter).run()
+    metrics = StepMetrics(logs, context.progress, job.steps.num_steps, flops)
+    with metrics, contextlib.closing(checkpoints), accelerate(engine.loss, device, engine.dtype):
+        return Loop(job, context, engine, objective, checkpoints, metrics).run()
 
 
 def prepare_network(model: nn.Module, config: Training) -> None:
-    """Set what training needs of the model itself."""
+    """Configure gradient checkpointing and attention dropout, and switch the model to training mode."""
     causal = causal_model(model)
     if config.gradient_checkpointing:
         causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -77,7 +77,7 @@ def training_device(world: World) -> torch.device:
 def build_engine(
     model: nn.Module, config: Training, world: World, device: torch.device, objective: Objective
 ) -> Engine:
-    """Return the plain engine where nothing is sharded, else DeepSpeed's."""
+    """Return the plain engine if nothing is sharded or offloaded, else DeepSpeed's."""
     sharding = config.sharding
     offloads = Offload.CPU in (sharding.offload_optimizer, sharding.offload_parameters)
     if offloads or (world.size > 1 and sharding.zero > 0):
@@ -96,8 +96,8 @@ class Loop:
         context: StageContext,
         engine: Engine,
         objective: Objective,
-        book: CheckpointManager,
-        meter: StepMetrics,
+        checkpoints: CheckpointManager,
+        metrics: StepMetrics,
     ) -> None:
         self._job = job
         self._config = job.config
@@ -107,8 +107,8 @@ class Loop:
         self._world = context.world
         self._engine = engine
         self._objective = objective
-        self._book = book
-        self._meter = meter
+        self._checkpoints = checkpoints
+        self._metrics = metrics
         self._progress = Progression()
         self._micro_rows = job.config.batch.micro_batch_rows or 1
 
@@ -122,7 +122,7 @@ class Loop:
         with frozen_heap():
             self._make_steps()
         after = self._after()
-        self._book.wait()
+        self._checkpoints.wait()
         self._engine.finish()
         metrics = {"loss": self._progress.loss} | self._progress.before | after
         return TrainingResult(self._progress.tokens, self._progress.step, metrics, tuple(self._progress.history))
@@ -130,22 +130,22 @@ class Loop:
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        """Take up the newest complete checkpoint; rank 0 decides which."""
-        mark = agree_on_checkpoint(self._book.find_newest() if self._world.is_main else None, self._world)
+        """Load the newest complete checkpoint, chosen by rank 0."""
+        checkpoint = agree_on_checkpoint(self._checkpoints.find_newest() if self._world.is_main else None, self._world)
         seed_everything(self._context.seed, self._world.rank)
-        if mark is None:
+        if checkpoint is None:
             return
         if self._world.local_rank == 0:
-            self._book.fetch(mark)
+            self._checkpoints.fetch(checkpoint)
         wait_for_all(self._world)
-        state = read_checkpoint(self._book.fetch(mark), self._world.rank)
+        state = read_checkpoint(self._checkpoints.fetch(checkpoint), self._world.rank)
         self._engine.load_state(state.engine)
         self._progress = state.progression
-        seed_everything(self._context.seed + mark.step, self._world.rank)
+        seed_everything(self._context.seed + checkpoint.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
         if self._world.is_main:
-            log.info("going on after step %d of %d", mark.step, self._plan.num_steps)
+            log.info("resuming after step %d of %d", checkpoint.step, self._plan.num_steps)
 
     def _prove(self, units: Sequence[Unit]) -> None:
         self._objective.prove(self._engine.loss, units, self._engine.device, self._engine.dtype)
@@ -156,7 +156,7 @@ class Loop:
         pin = self._engine.device.type == "cuda"
         prefetcher = Prefetcher(self._plan, self._objective, self._progress.step, self._micro_rows, self._world, pin)
         with contextlib.closing(prefetcher):
-            self._meter.pause()
+            self._metrics.pause()
             for item in prefetcher:
                 self._make_step(item, prefetcher)
                 if self._progress.stopped_early:
@@ -167,14 +167,14 @@ class Loop:
         self._prove(item.units)
         if item.num_targets == 0:
             raise UserError(
-                f"step {item.step + 1}: nothing in the whole batch carries loss; check `loss.roles`, the template and "
+                f"step {item.step + 1}: no position of the batch has loss; check `loss.roles`, the template and "
                 "`sequenceLength`, or raise `batch`"
             )
         learning_rate = self._schedule.learning_rate(item.step)
         loss_part = self._accumulate(item)
         report = self._engine.step(learning_rate)
         loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
-        self._refuse_nonsense(item.step, loss, report)
+        self._check_finite(item.step, loss, report)
         self._progress.step = item.step + 1
         self._progress.tokens += item.num_tokens
         self._progress.loss = loss
@@ -182,26 +182,27 @@ class Loop:
         self._between_steps(stops > 0)
 
     def _accumulate(self, item: StepInput) -> float:
-        """Compute all micro-batches; return this rank's part of the loss."""
+        """Run all micro-batches; return this rank's part of the loss."""
         scale = 1.0 / item.num_targets
         alone = self._world.size == 1
+        # With several ranks, empty micro-batches are computed too: the forward pass may be a collective call.
         batches = [batch for batch in item.batches if batch.num_targets or not alone]
         parts = [
             self._engine.accumulate(batch, scale, last=index + 1 == len(batches)) for index, batch in enumerate(batches)
         ]
         return float(torch.stack(parts).double().sum())
 
-    def _refuse_nonsense(self, step: int, loss: float, report: StepReport) -> None:
+    def _check_finite(self, step: int, loss: float, report: StepReport) -> None:
         if math.isfinite(loss) and (math.isfinite(report.gradient_norm) or report.skipped):
             return
         with contextlib.suppress(Exception):
-            self._book.wait()
-        good = self._book.newest_step
+            self._checkpoints.wait()
+        good = self._checkpoints.newest_step
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {report.gradient_norm}"
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is that of step {good}"
         raise Diverged(
-            f"{what} at step {step + 1}; {where}. Lower `optimizer.learningRate`, lengthen `schedule.warmupSteps`, "
-            "lower `optimizer.clip`, or look at the data of this step"
+            f"{what} at step {step + 1}; {where}. Lower `optimizer.learningRate`, raise `schedule.warmupSteps`, "
+            "lower `optimizer.clip`, or check the data of this step"
         )
 
     def _record(
@@ -215,23 +216,23 @@ class Loop:
             self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **figures})
         length = max(batch.tokens.shape[1] for batch in item.batches)
         padding = 1.0 - item.num_own_tokens / item.num_slots
-        self._meter.step(self._progress.step, figures, item.num_tokens, length, waited_seconds, padding)
+        self._metrics.step(self._progress.step, figures, item.num_tokens, length, waited_seconds, padding)
 
     def _between_steps(self, stop: bool) -> None:
-        """Measure, save, stop: whatever is due after a step."""
+        """Measure, save or stop, as is due after a step."""
         step, last = self._progress.step, self._progress.step == self._plan.num_steps
         every = self._config.held_out.every_steps
         measured = every is not None and step % every == 0 and not last
         if measured:
             self._measure_during()
-        saved = self._book.is_due(step) and not last
+        saved = self._checkpoints.is_due(step) and not last
         if saved or (stop and not last):
             self._save()
         if stop and not last:
             self._finish_saving()
             raise Interrupted(f"stopped after step {step} of {self._plan.num_steps}; a checkpoint is saved")
         if measured or saved:
-            self._meter.pause()
+            self._metrics.pause()
 
     def _save(self) -> None:
         engine_state = self._engine.state()
@@ -239,19 +240,18 @@ class Loop:
         if self._world.is_main:
             progression = Progression.from_json(self._progress.to_json())
             progression.history = list(self._progress.history)
-            self._book.save(TrainingState(progression, engine_state, random_states))
+            self._checkpoints.save(TrainingState(progression, engine_state, random_states))
 
     def _finish_saving(self) -> None:
-        """Return when the checkpoint is complete, on all ranks at the same time: the first to leave takes the others
-        along."""
+        """Return on all ranks once the checkpoint is complete: a rank that ended earlier would end the others."""
         if self._world.is_main:
-            self._book.wait()
+            self._checkpoints.wait()
         wait_for_all(self._world)
 
     def _set_rope(self, step: int) -> None:
         theta = self._schedule.rope_theta(step)
         if theta is not None and set_rope_theta(self._job.model, theta) and self._world.is_main:
-            log.info("step %d: the base of the rotary embedding is %g", step + 1, theta)
+            log.info("step %d: the base of the rotary embedding is now %g", step + 1, theta)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class Loop:
         ]
         named += [(item.name, found) for item, found in self._measurements(others)]
         figures = {f"{name}.{figure}": value for name, found in named for figure, value in found.items()}
-        self._meter.write(self._progress.step, figures)
+        self._metrics.write(self._progress.step, figures)
         return figures
 
     def _measure_during(self) -> None:
@@ -291,7 +291,7 @@ class Loop:
         figures = {
             f"heldOut.{name}.{figure}": value for name, all_of in found.items() for figure, value in all_of.items()
         }
-        self._meter.write(self._progress.step, figures)
+        self._metrics.write(self._progress.step, figures)
         losses = {f"heldOut.{name}.loss": all_of["loss"] for name, all_of in found.items()}
         self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **losses})
         stop = self._config.early_stop
@@ -304,4 +304,4 @@ class Loop:
         self._progress.without_improvement += 1
         if self._progress.without_improvement >= stop.patience:
             self._progress.stopped_early = True
-            log.info("step %d: the loss on `%s` no longer falls; training ends", self._progress.step, stop.set)
+            log.info("step %d: the loss on `%s` no longer improves; stopping early", self._progress.step, stop.set)

@@ -1,4 +1,4 @@
-"""Held-out loss: nats per token, bits per character, perplexity."""
+"""Held-out loss of rows: nats per token, bits per character, perplexity."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from stagecoach_trainer.runtime.context import World
 
 DEFAULT_MEASURE_ROWS = 8
 LARGEST_EXPONENT = 709.0
-"""Above it `exp` overflows."""
+"""Largest whole exponent for which `exp` does not overflow."""
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """What a set of rows came to."""
+    """The loss of a set of rows, as a sum and its divisor."""
 
     nll: float
     """Summed negative log-likelihood in nats."""
@@ -40,7 +40,7 @@ class LossSum:
 
     @property
     def perplexity(self) -> float:
-        """Per token; infinite where it exceeds what a float holds."""
+        """Per token; infinite if it exceeds the range of a float."""
         return math.exp(self.loss) if self.loss < LARGEST_EXPONENT else math.inf
 
     def bits_per_character(self, characters: int) -> float:
@@ -50,7 +50,10 @@ class LossSum:
 def measure(
     model: nn.Module, rows: Sequence[Row], batch_rows: int = DEFAULT_MEASURE_ROWS, dtype: torch.dtype | None = None
 ) -> LossSum:
-    """Measure a model on rows, on one rank, without dropout. `dtype`: compute under autocast in it; None: as it is."""
+    """Measure a model on rows, on one rank, without dropout.
+
+    `dtype`: the dtype of autocast; None or fp32 for no autocast.
+    """
     device = next(model.parameters()).device
     autocast = nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype)
     with autocast:
@@ -65,22 +68,22 @@ def measure_with(
     world: World,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> LossSum:
-    """Measure with a loss module, the rows shared out over the ranks; every rank returns the whole. Packed rows are
-    taken apart for a model that sees through packing.
+    """Measure with a loss module, the rows divided among the ranks; every rank returns the sum over all.
 
-    `report(done, total)` is called after each micro-batch.
+    Packed rows are split into samples if the model's attention leaks between them. `report(done, total)` is called
+    after each micro-batch.
     """
-    share = shard_batch(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
+    own = shard_batch(samples_apart(loss, rows, device), batch_rows, world.rank, world.size)
     was_training = loss.training
     loss.eval()
     total = torch.zeros((), dtype=torch.float64)
     try:
         with torch.no_grad():
-            for index, micro_batch in enumerate(share.micro_batches):
+            for index, micro_batch in enumerate(own.micro_batches):
                 total += loss(collate(micro_batch).to(device), 1.0).double().cpu()
-                report(index + 1, len(share.micro_batches))
+                report(index + 1, len(own.micro_batches))
     finally:
         loss.train(was_training)
     if world.size > 1:
         dist.all_reduce(total)
-    return LossSum(float(total), share.num_targets)
+    return LossSum(float(total), own.num_targets)

@@ -1,4 +1,4 @@
-"""Figures of each step: to `logs/metrics.jsonl`, to TensorBoard, and as the heartbeat."""
+"""Metrics of each step, written to `logs/metrics.jsonl` and TensorBoard, and reported as progress."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "L4": 121e12,
 }
-"""Dense bf16 multiply-adds per second times two, from NVIDIA's data sheets (SXM where there are several)."""
+"""Dense bf16 FLOP/s from NVIDIA's data sheets (of the SXM variant, if there are several)."""
 
 SHOWN = ("loss", "reward", "kl", "learningRate", "tokensPerSecond", "gradNorm")
 
 
 class StepMetrics:
-    """Turns what a step did into figures and writes them. Only rank 0 has files."""
+    """Computes the metrics of each step and writes them. Only rank 0 has files."""
 
     def __init__(self, logs: Path | None, progress: Progress, num_steps: int, flops: StepFlops) -> None:
         self._progress = progress
@@ -58,16 +58,16 @@ class StepMetrics:
                 file.close()
 
     def pause(self) -> None:
-        """What was done since the last step (measuring, saving) is not the next step's time."""
+        """Restart the clock, so that work since the last step (measuring, saving) is not attributed to the next."""
         self._mark = time.perf_counter()
 
     def step(
         self, step: int, figures: Mapping[str, float], tokens: int, length: int, waited: float, padding_share: float
     ) -> None:
-        """Record a step that ended now.
+        """Record a step that has just ended.
 
-        `tokens`: of the global batch; `length`: of its longest row; `waited`: seconds waited for data since the
-        beginning; `padding_share`: share of this rank's places that hold padding.
+        `tokens`: of the global batch. `length`: of its longest row. `waited`: seconds spent waiting for data since the
+        start of training. `padding_share`: share of padding among this rank's positions.
         """
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
@@ -86,7 +86,7 @@ class StepMetrics:
         self.write(step, row)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Record figures at a step."""
+        """Record metrics at a step."""
         if self._file is None:
             return
         now = time.time()
@@ -100,7 +100,7 @@ class StepMetrics:
         self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
 
     def _open_events(self) -> EventFileWriter:
-        """Import TensorBoard's writer only now, behind the first step; that time is not the next step's."""
+        """Return a writer. TensorBoard is imported only after the first step, and the clock restarts afterwards."""
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         writer = EventFileWriter(str(self._folder))
@@ -109,11 +109,12 @@ class StepMetrics:
 
 
 class StepFlops:
-    """Model FLOPs of a step, and their share of what the devices could do (MFU, arXiv 2204.02311, appendix B)."""
+    """Model FLOPs of a step, and their share of the devices' peak (MFU, arXiv 2204.02311, appendix B)."""
 
     def __init__(self, model: nn.Module, device: torch.device, num_devices: int) -> None:
         config = causal_model(model).config
         embedding = causal_model(model).get_input_embeddings()
+        # A lookup in the embedding computes nothing, unless the head is tied to it.
         looked_up = {id(parameter) for parameter in embedding.parameters()}
         head = {id(parameter) for parameter in output_layer(model).parameters()}
         used = [item for item in model.parameters() if id(item) not in looked_up - head]
@@ -125,7 +126,7 @@ class StepFlops:
         self._num_devices = num_devices
 
     def utilisation(self, tokens: int, length: int, seconds: float) -> float | None:
-        """Return the MFU; None where the device's peak is not known (every CPU's)."""
+        """Return the MFU; None if the device's peak is unknown, as for all CPUs."""
         if self._peak is None:
             return None
         flops = tokens * (self._per_token + self._per_token_and_position * length)
@@ -133,7 +134,7 @@ class StepFlops:
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Return the peak FLOP/s of a device in bf16, if it is in the table."""
+    """Return the peak FLOP/s of a device in bf16; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

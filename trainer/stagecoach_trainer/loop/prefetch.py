@@ -1,4 +1,4 @@
-"""Preparing the next steps' batches in a thread while the current one is computed."""
+"""Preparation of the next steps' batches in a thread while the current step is computed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stagecoach_trainer.engine.objective import MicroBatch, Objective
 from stagecoach_trainer.runtime.context import World
 
 DEPTH = 2
-"""Steps prepared ahead."""
+"""Number of steps prepared ahead."""
 
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """What this rank computes in one optimiser step."""
+    """This rank's input of one optimiser step."""
 
     step: int
     units: Sequence[Unit]
@@ -30,33 +30,33 @@ class StepInput:
     num_targets: int
     """Positions with loss in the global batch."""
     num_tokens: int
-    """Tokens of the global batch, padding apart."""
+    """Tokens of the global batch, without padding."""
     num_slots: int
-    """Places this rank computes, padding included."""
+    """Positions that this rank computes, padding included."""
     num_own_tokens: int
-    """Tokens this rank computes, padding apart."""
+    """Tokens that this rank computes, without padding."""
 
 
 def prepare(
     plan: StepPlan, objective: Objective, step: int, micro_batch_rows: int, world: World, pin: bool
 ) -> StepInput:
-    """Return this rank's part of a step, as tensors."""
+    """Return this rank's part of a step as tensors; `pin`: in page-locked memory."""
     units = plan.rows(step)
-    share = shard_batch(units, micro_batch_rows, world.rank, world.size)
-    batches = tuple(objective.collate(rows) for rows in share.micro_batches)
+    own = shard_batch(units, micro_batch_rows, world.rank, world.size)
+    batches = tuple(objective.collate(rows) for rows in own.micro_batches)
     return StepInput(
         step=step,
         units=units,
         batches=tuple(batch.pinned() for batch in batches) if pin else batches,
-        num_targets=share.num_targets,
-        num_tokens=share.num_tokens,
+        num_targets=own.num_targets,
+        num_tokens=own.num_tokens,
         num_slots=sum(batch.tokens.numel() for batch in batches),
-        num_own_tokens=sum(row.num_tokens for rows in share.micro_batches for row in rows),
+        num_own_tokens=sum(row.num_tokens for rows in own.micro_batches for row in rows),
     )
 
 
 class Prefetcher:
-    """Iterates over the inputs of the steps from `start` on; errors of the thread come out of the iteration."""
+    """Iterates over the inputs of all steps from `start`; the iteration raises errors of the thread."""
 
     def __init__(
         self, plan: StepPlan, objective: Objective, start: int, micro_batch_rows: int, world: World, pin: bool
@@ -97,6 +97,7 @@ class Prefetcher:
             self._put(error)
 
     def _put(self, item: StepInput | BaseException | None) -> bool:
+        """Queue an item; return False if the loop has closed the prefetcher instead."""
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The training state as one value: weights, moments, counters, data cursor, measurements, random numbers."""
+"""The training state as one value: weights, moments, counters, data cursor, measurements, random-number states."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from stagecoach_trainer.runtime.context import World
 
 @dataclass
 class Progression:
-    """How far training is, and what it measured. The data cursor is `step`: a step's rows are a function of it."""
+    """Counters and measurements of training. `step` is the data cursor as well: a step's rows are a function of it."""
 
     step: int = 0
-    """Optimiser steps made, which is the index of the next."""
+    """Optimiser steps made, and the index of the next one."""
     tokens: int = 0
     """Tokens that entered the model."""
     loss: float = float("nan")
     """Loss of the last step, in nats per token."""
     before: dict[str, float] = field(default_factory=dict)
-    """Held-out figures before the first step."""
+    """Held-out metrics before the first step."""
     history: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
-    """Early stop: lowest loss so far."""
+    """Early stopping: lowest loss so far."""
     without_improvement: int = 0
-    """Early stop: measurements since then."""
+    """Early stopping: measurements since the lowest loss."""
     stopped_early: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
-    """What a kind of training of its own remembers (PPO)."""
+    """Additional state of another training loop (PPO)."""
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self)) | {"loss": None if math.isnan(self.loss) else self.loss}
@@ -51,12 +51,12 @@ class Progression:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything a checkpoint holds."""
+    """The content of a checkpoint."""
 
     progression: Progression
     engine: EngineState
     random_states: tuple[Mapping[str, Tensor], ...]
-    """Of every rank; on ranks other than 0 empty while saving."""
+    """Of every rank when saving; of this rank alone, or empty, when read."""
 
     @property
     def step(self) -> int:
@@ -67,10 +67,10 @@ class TrainingState:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed all generators: dropout differs from rank to rank."""
+    """Seed all generators, differently on each rank, so that dropout differs."""
     mixed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
     random.seed(mixed)
-    np.random.seed(mixed)  # libraries draw from the global generator
+    np.random.seed(mixed)  # libraries use the global generator
     torch.manual_seed(mixed)
 
 
@@ -92,7 +92,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Set this rank's generators to what `random_state` returned."""
+    """Restore this rank's generators to a state that `random_state` returned."""
     has_gauss, gauss, numpy_has_gauss, numpy_gauss = state["gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     *keys, position = state["numpy"].tolist()
@@ -110,7 +110,7 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
 
 
 def gather_random_states(world: World) -> tuple[dict[str, Tensor], ...]:
-    """Return every rank's state, on every rank. Sent as tensors: nothing is pickled."""
+    """Return every rank's state on every rank. States are sent as tensors, so nothing is pickled."""
     mine = random_state()
     if world.size == 1:
         return (mine,)

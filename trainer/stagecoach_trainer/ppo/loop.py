@@ -17,7 +17,7 @@ from stagecoach_trainer.batches.shard import shard_batch
 from stagecoach_trainer.engine.engine import StepReport
 from stagecoach_trainer.engine.plain import PlainEngine
 from stagecoach_trainer.engine.precision import DTYPES
-from stagecoach_trainer.engine.sharded import shard_frozen, shards_what_is_asked
+from stagecoach_trainer.engine.sharded import shard_frozen, shards_frozen_models
 from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.loop.checkpoint import CheckpointManager, agree_on_checkpoint, read_checkpoint
 from stagecoach_trainer.loop.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
@@ -96,7 +96,7 @@ class PpoLoop:
         # Again after `stages.ppo`: casting to the compute format has given each model its own copy.
         shared_weights.share_frozen([job.policy, job.critic, *job.inference_only])
         reference = self._reference()
-        if shards_what_is_asked(config, self._world):
+        if shards_frozen_models(config, self._world):
             job.rewards.shard_models(self._shard, self._device, self._world)
         separate = (reference.module,) if isinstance(reference, SeparateReference) else ()
         for module in (self._policy.loss, self._critic.loss, *separate):
@@ -123,7 +123,7 @@ class PpoLoop:
         else:
             model = place(self._job.reference, self._policy.dtype, self._device)
         module = PolicyModule(model, self._config.policy, self._config.rollout.temperature).eval()
-        if shards_what_is_asked(self._config, self._world):
+        if shards_frozen_models(self._config, self._world):
             self._shard(module)
         return SeparateReference(module)
 

@@ -112,11 +112,11 @@ def _start(config: PpoStage, context: StageContext) -> tuple[StartingPoint, list
 def _rewards(config: PpoStage, context: StageContext) -> RewardSum:
     import torch
 
-    from stagecoach_trainer.engine.sharded import shards_what_is_asked
+    from stagecoach_trainer.engine.sharded import shards_frozen_models
     from stagecoach_trainer.loop.loop import training_device
 
     rows = config.rollout.batch_rows
-    whole = not shards_what_is_asked(config, context.world)  # sharded models are moved to the device one by one
+    whole = not shards_frozen_models(config, context.world)  # sharded models are moved to the device one by one
     device = training_device(context.world) if whole else torch.device("cpu")
     merge = config.trainable.lora is None  # unmerged, models over the same base can share it
     return RewardSum.build(config.rewards, context, device, config.precision, rows, merge=merge)
