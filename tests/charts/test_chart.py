@@ -1,4 +1,4 @@
-"""The chart, rendered by Helm.
+"""The chart as rendered by Helm.
 
 After an intended change: STAGECOACH_GOLDEN=write python -m pytest tests/charts/test_chart.py
 """
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.go
 
 GOLDEN = Path(__file__).parent / "golden" / "default.yaml"
 ELSEWHERE = {"pod_name", "pod_namespace", "progress_ca", "trainer_code"}
-"""Settings that come from the pod's environment, and from files that other settings name."""
+"""Settings that come from the pod's environment, or from files named in other settings."""
 
 OTHERWISE: dict[str, object] = {
     "scope": "cluster",
@@ -80,13 +80,13 @@ OTHERWISE: dict[str, object] = {
     "serviceMonitor.enabled": True,
     "serviceMonitor.labels": {"release": "prometheus"},
 }
-"""For each value of the chart another one than its default."""
+"""For each value of the chart, one that differs from its default."""
 NEEDS = {"crds.keep": {}, "serviceMonitor.labels": {"serviceMonitor": {"enabled": True}}}
-"""What must be given for a value to count, besides what all renderings are given."""
+"""Values that must be set for another value to have an effect."""
 
 
 def leaves(schema: Body, above: str = "") -> dict[str, Body]:
-    """Return the values of the chart by dotted path; the schema is made from values.yaml."""
+    """Return the schemas of the chart's values by dotted path."""
     found = {}
     for name, part in schema["properties"].items():
         path = f"{above}{name}"
@@ -101,7 +101,7 @@ SCHEMA = yaml.safe_load((CHART / "values.schema.json").read_text(encoding="utf-8
 
 
 def everything() -> Body:
-    """Return values in which each is another than its default, as far as one rendering can have them all."""
+    """Return values that all differ from their defaults, as far as they can be combined."""
     found: Body = {}
     for path, value in OTHERWISE.items():
         if path not in {"stages.image", "progress.certificateSecret"}:
@@ -116,19 +116,19 @@ VARIANTS: dict[str, Body] = {
 }
 
 
-def without_what_changes(text: str) -> str:
-    """Return rendered text without certificates, which are new in each rendering."""
+def without_certificates(text: str) -> str:
+    """Return rendered text without certificates, which differ in each rendering."""
     return re.sub(r"^(  (?:ca\.crt|tls\.crt|tls\.key)): \S+$", r"\1: <new>", text, flags=re.MULTILINE)
 
 
-def test_the_default_chart_is_the_golden_one() -> None:
-    text = without_what_changes(rendered_text(WITHOUT_CRD))
+def test_the_default_rendering_matches_the_golden_file() -> None:
+    text = without_certificates(rendered_text(WITHOUT_CRD))
     if os.environ.get("STAGECOACH_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_helm_finds_nothing_to_criticise() -> None:
+def test_helm_lint_passes() -> None:
     done = run_helm("lint", str(CHART), "--strict")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -136,31 +136,31 @@ def test_helm_finds_nothing_to_criticise() -> None:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def test_values_yaml_fits_a_screen_or_two() -> None:
+def test_values_yaml_is_short() -> None:
     assert len((CHART / "values.yaml").read_text(encoding="utf-8").splitlines()) < 150
 
 
 @pytest.fixture(scope="module")
 def default_text() -> str:
-    return without_what_changes(rendered_text(WITHOUT_CRD))
+    return without_certificates(rendered_text(WITHOUT_CRD))
 
 
-def test_another_value_is_known_for_each() -> None:
+def test_every_value_has_an_alternative_here() -> None:
     assert sorted(OTHERWISE) == sorted(leaves(SCHEMA))
     assert {path for path, value in OTHERWISE.items() if leaves(SCHEMA)[path]["default"] == value} == {"crds.install"}
 
 
 @pytest.mark.parametrize("path", sorted(OTHERWISE))
 def test_every_value_changes_what_is_rendered(path: str, default_text: str) -> None:
-    about_definition = path.startswith("crds.")
+    is_about_crd = path.startswith("crds.")
     base = NEEDS.get(path, WITHOUT_CRD)
-    before = default_text if base is WITHOUT_CRD else without_what_changes(rendered_text(base))
-    given = nested(path, OTHERWISE[path]) if about_definition else merged(base, nested(path, OTHERWISE[path]))
-    assert without_what_changes(rendered_text(given)) != before
+    before = default_text if base is WITHOUT_CRD else without_certificates(rendered_text(base))
+    given = nested(path, OTHERWISE[path]) if is_about_crd else merged(base, nested(path, OTHERWISE[path]))
+    assert without_certificates(rendered_text(given)) != before
 
 
 def closed(schema: Body) -> bool:
-    """Tell whether an object of a schema names its members, or types those that it does not name."""
+    """Return whether an object in a schema lists its members, or types the others."""
     more = schema.get("additionalProperties")
     return more is False or (isinstance(more, dict) and "type" in more)
 
@@ -180,40 +180,40 @@ def test_the_schema_is_closed_everywhere() -> None:
     assert [path for path, schema in found.items() if not closed(schema)] == []
 
 
-REFUSED = {
+REJECTED = {
     "an unknown value": {"replicaCount": 2},
     "an unknown value in a section": {"storage": {"url": "s3://models"}},
     "an unknown value in crds": {"crds": {"enabled": True}},
     "an unknown scope": {"scope": "namespaced"},
-    "a text where a number stands": {"replicas": "two"},
+    "a text instead of a number": {"replicas": "two"},
     "a fraction of a replica": {"replicas": 1.5},
-    "fewer than no replicas": {"replicas": -1},
-    "a name that is no name": {"fullnameOverride": "Stage_Coach"},
+    "a negative number of replicas": {"replicas": -1},
+    "an invalid name": {"fullnameOverride": "Stage_Coach"},
     "a name without room for suffixes": {"fullnameOverride": "s" * 41},
     "no registry": {"images": {"registry": ""}},
-    "a digest without its kind": {"images": {"operatorDigest": "a" * 64}},
+    "a digest without its algorithm": {"images": {"operatorDigest": "a" * 64}},
     "an unknown pull policy": {"images": {"pullPolicy": "Sometimes"}},
     "pull secrets as objects": {"images": {"pullSecrets": [{"name": "registry"}]}},
     "a custom image by tag": {"stages": {"image": "localhost/own:1"}},
-    "no time to save": {"stages": {"graceSeconds": 5}},
+    "no time to save a checkpoint": {"stages": {"graceSeconds": 5}},
     "the root user": {"stages": {"userId": 0}},
     "storage on a node": {"storage": {"uri": "/var/lib/models"}},
-    "storage without its kind": {"storage": {"uri": "models/runs"}},
-    "a token that ends at once": {"progress": {"tokenSeconds": 60}},
-    "a Lease that is never missed": {"leaseSeconds": 0},
-    "no time for a call": {"apiTimeoutSeconds": 0},
+    "storage without a scheme": {"storage": {"uri": "models/runs"}},
+    "a token lifetime that is too short": {"progress": {"tokenSeconds": 60}},
+    "a Lease without a duration": {"leaseSeconds": 0},
+    "no timeout": {"apiTimeoutSeconds": 0},
     "no threads": {"storeThreads": 0},
     "an unknown kind of resources": {"resources": {"request": {"cpu": 1}}},
     "a list as a quantity": {"resources": {"limits": {"cpu": [1]}}},
     "a number as a label": {"nodeSelector": {"gpu": 1}},
     "a toleration with a misspelt member": {"tolerations": [{"keys": "gpu"}]},
     "an unknown taint effect": {"tolerations": [{"key": "gpu", "effect": "NoRun"}]},
-    "a text for a switch": {"serviceMonitor": {"enabled": "yes"}},
+    "a text instead of a boolean": {"serviceMonitor": {"enabled": "yes"}},
 }
 
 
-@pytest.mark.parametrize("values", REFUSED.values(), ids=REFUSED)
-def test_helm_refuses(values: Body) -> None:
+@pytest.mark.parametrize("values", REJECTED.values(), ids=REJECTED)
+def test_helm_rejects(values: Body) -> None:
     done = run_helm("template", "stagecoach", str(CHART), values=values)
     assert done.returncode != 0
     assert next(iter(values)) in done.stderr
@@ -228,13 +228,13 @@ def settings_of(objects: list[Body]) -> Settings:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_the_operator_accepts_the_settings_it_is_given(values: Body) -> None:
+def test_the_operator_accepts_the_rendered_settings(values: Body) -> None:
     settings = settings_of(render(values))
     assert settings.namespace == (None if values.get("scope") == "cluster" else NAMESPACE)
     assert settings.trainer_image.split("/")[-1].startswith("trainer")
 
 
-def test_every_setting_can_be_set_and_no_other() -> None:
+def test_all_settings_can_be_set() -> None:
     image = {"stages": {"image": OTHERWISE["stages.image"]}}
     given: set[str] = set()
     for values in (*VARIANTS.values(), merged(everything(), image)):
@@ -242,7 +242,7 @@ def test_every_setting_can_be_set_and_no_other() -> None:
     assert given == set(Settings.model_fields) - ELSEWHERE
 
 
-def test_values_reach_the_settings_they_are_meant_for() -> None:
+def test_values_reach_their_settings() -> None:
     settings = settings_of(render(everything()))
     assert settings.grace_seconds == 60
     assert (settings.user_id, settings.group_id) == (1000, 1001)
@@ -255,14 +255,14 @@ def test_values_reach_the_settings_they_are_meant_for() -> None:
     assert settings.api_timeout_seconds == 7.5
 
 
-def test_a_custom_trainer_image_counts_by_its_digest_and_the_built_one_by_its_code() -> None:
+def test_a_custom_trainer_image_is_identified_by_its_digest() -> None:
     assert settings_of(render(WITHOUT_CRD)).trainer_code_file is not None
     custom = settings_of(render(merged(WITHOUT_CRD, {"stages": {"image": OTHERWISE["stages.image"]}})))
     assert custom.trainer_code_file is None
     assert custom.code == "sha256:" + "c" * 64
 
 
-def test_new_settings_make_new_pods() -> None:
+def test_changed_settings_roll_out_new_pods() -> None:
     def annotations(values: Body) -> Body:
         found: Body = the(render(merged(WITHOUT_CRD, values)), "Deployment")
         return found["spec"]["template"]["metadata"]["annotations"]  # type: ignore[no-any-return]
@@ -278,7 +278,7 @@ def volume_names(pod: Body) -> set[str]:
     return {volume["name"] for volume in pod["volumes"]}
 
 
-def test_the_service_leads_to_the_ports_that_the_settings_name() -> None:
+def test_the_service_targets_the_ports_in_the_settings() -> None:
     objects = render(WITHOUT_CRD)
     settings = settings_of(objects)
     (container,) = the(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
@@ -297,7 +297,7 @@ def test_the_service_leads_to_the_ports_that_the_settings_name() -> None:
     assert urlsplit(settings.progress_url or "").hostname == f"{service['metadata']['name']}.{NAMESPACE}.svc"
 
 
-def test_files_that_the_settings_name_are_mounted() -> None:
+def test_files_named_in_the_settings_are_mounted() -> None:
     objects = render(everything())
     settings = settings_of(objects)
     pod = the(objects, "Deployment")["spec"]["template"]["spec"]
@@ -315,7 +315,7 @@ def test_files_that_the_settings_name_are_mounted() -> None:
     assert mounts[environment[names.ENV_CREDENTIALS_DIR]["value"]] == "credentials"
 
 
-def test_no_secret_stands_in_environment_or_arguments() -> None:
+def test_no_secret_is_in_environment_or_arguments() -> None:
     for pod in pod_specs(render(everything())).values():
         for container in pod["containers"]:
             assert not any("secretKeyRef" in str(item) for item in container.get("env", ()))
@@ -323,7 +323,7 @@ def test_no_secret_stands_in_environment_or_arguments() -> None:
 
 
 def unrestricted(pod: Body) -> list[str]:
-    """Return what a pod has against the restricted Pod Security profile, and against our stricter one."""
+    """Return violations of the restricted Pod Security Standard, and of our stricter rules."""
     security = pod["securityContext"]
     found = [] if security["runAsNonRoot"] and security["runAsUser"] > 0 else ["runs as root"]
     found += [] if security["seccompProfile"] == {"type": "RuntimeDefault"} else ["has no seccomp profile"]
@@ -344,13 +344,13 @@ def unrestricted(pod: Body) -> list[str]:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_every_pod_passes_the_restricted_profile(values: Body) -> None:
+def test_every_pod_complies_with_the_restricted_standard(values: Body) -> None:
     pods = pod_specs(render(values))
     assert len(pods) == 3
     assert {name: unrestricted(pod) for name, pod in pods.items() if unrestricted(pod)} == {}
 
 
-def test_two_replicas_are_never_taken_away_at_once() -> None:
+def test_two_replicas_are_never_evicted_together() -> None:
     objects = render(WITHOUT_CRD)
     assert the(objects, "Deployment")["spec"]["replicas"] == 2
     budget = the(objects, "PodDisruptionBudget")["spec"]
@@ -358,13 +358,13 @@ def test_two_replicas_are_never_taken_away_at_once() -> None:
     assert budget["selector"] == the(objects, "Deployment")["spec"]["selector"]
 
 
-# -- rights ------------------------------------------------------------------------------------------------------------
+# -- permissions -------------------------------------------------------------------------------------------------------
 
-MOST_RIGHTS = 25
+MAX_PERMISSIONS = 25
 """Pairs of verb and resource."""
 
 
-def rights(roles: list[Body]) -> list[tuple[str, str]]:
+def permissions(roles: list[Body]) -> list[tuple[str, str]]:
     return [
         (verb, resource)
         for role in roles
@@ -375,23 +375,23 @@ def rights(roles: list[Body]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_rights_are_few_and_none_is_on_secrets(values: Body) -> None:
+def test_permissions_are_few_and_exclude_secrets(values: Body) -> None:
     objects = render(values)
-    found = rights(of_kind(objects, "Role", "ClusterRole"))
+    found = permissions(of_kind(objects, "Role", "ClusterRole"))
     assert {resource for _, resource in found} & {"secrets", "*"} == set()
     assert "*" not in {verb for verb, _ in found}
     lasting = [
         body for body in of_kind(objects, "Role", "ClusterRole") if "annotations" not in body["metadata"]
-    ]  # hooks have theirs for a moment
-    assert len(rights(lasting)) <= MOST_RIGHTS
+    ]  # those of hooks are temporary
+    assert len(permissions(lasting)) <= MAX_PERMISSIONS
 
 
 VERBS = {"apply": {"create", "patch"}, "replace": {"update"}}
-"""Methods of `Kube` that are not called like the verb they need."""
+"""Verbs required by methods of `Kube` that are named differently."""
 
 
-def needed() -> set[tuple[str, str]]:
-    """Return the pairs of verb and resource that the operator's code needs."""
+def required() -> set[tuple[str, str]]:
+    """Return the pairs of verb and resource that the operator's code requires."""
     found = {(verb, resource.plural) for resource in WATCHED for verb in ("list", "watch")}
     for file in Path(stagecoach_operator.__path__[0]).rglob("*.py"):
         calls = re.findall(r"kube\.(\w+)\(\s*([A-Z_]+),([^\n]*)", file.read_text(encoding="utf-8"))
@@ -402,20 +402,22 @@ def needed() -> set[tuple[str, str]]:
     return found
 
 
-def test_the_operator_may_do_what_its_code_does_and_no_more() -> None:
+def test_the_operator_has_exactly_the_permissions_its_code_needs() -> None:
     lasting = [role for role in of_kind(render(WITHOUT_CRD), "Role") if "annotations" not in role["metadata"]]
-    # Not called by us: the API server asks whether we might, when an object of ours is to hold up its owner's deletion.
-    assert set(rights(lasting)) == needed() - {("patch", "deployments")} | {("update", "trainingruns/finalizers")}
+    # Updates of finalizers are not called: admission checks that right for references with blockOwnerDeletion.
+    assert set(permissions(lasting)) == required() - {("patch", "deployments")} | {
+        ("update", "trainingruns/finalizers")
+    }
 
 
-def test_rights_end_at_the_namespace_unless_the_scope_is_the_cluster() -> None:
+def test_permissions_are_namespaced_unless_the_scope_is_the_cluster() -> None:
     assert of_kind(render(WITHOUT_CRD), "ClusterRole", "ClusterRoleBinding") == []
     wide = render({"scope": "cluster", **WITHOUT_CRD})
     assert len(of_kind(wide, "ClusterRole")) == 1
-    assert {resource for _, resource in rights(of_kind(wide, "Role"))} == {"leases", "deployments/scale", "pods"}
+    assert {resource for _, resource in permissions(of_kind(wide, "Role"))} == {"leases", "deployments/scale", "pods"}
 
 
-def test_every_binding_binds_a_role_of_the_chart_to_the_operator() -> None:
+def test_every_binding_is_for_a_role_of_the_chart_and_the_operator() -> None:
     for values in VARIANTS.values():
         objects = render(values)
         roles = {(role["kind"], role["metadata"]["name"]) for role in of_kind(objects, "Role", "ClusterRole")}
@@ -426,7 +428,7 @@ def test_every_binding_binds_a_role_of_the_chart_to_the_operator() -> None:
         assert all(pod["serviceAccountName"] == account for pod in pod_specs(objects).values())
 
 
-def test_the_lease_that_may_be_renewed_is_the_one_in_the_settings() -> None:
+def test_only_the_lease_in_the_settings_may_be_renewed() -> None:
     for values in VARIANTS.values():
         objects = render(values)
         named = [rule for rule in the(objects, "Role", "-lease")["rules"] if "resourceNames" in rule]
@@ -436,7 +438,7 @@ def test_the_lease_that_may_be_renewed_is_the_one_in_the_settings() -> None:
 # -- the certificate ---------------------------------------------------------------------------------------------------
 
 
-def test_pods_that_trust_the_ca_reach_the_progress_server_by_its_name(tmp_path: Path) -> None:
+def test_the_certificate_is_valid_for_the_progress_servers_name(tmp_path: Path) -> None:
     objects = render(WITHOUT_CRD)
     for name, content in the(objects, "Secret")["data"].items():
         (tmp_path / name).write_bytes(base64.b64decode(content))
@@ -461,24 +463,24 @@ def test_pods_that_trust_the_ca_reach_the_progress_server_by_its_name(tmp_path: 
     asyncio.run(talk())
 
 
-def test_a_certificate_of_one_s_own_takes_the_place_of_the_chart_s() -> None:
+def test_a_custom_certificate_replaces_the_charts() -> None:
     objects = render(merged(WITHOUT_CRD, {"progress": {"certificateSecret": "own"}}))
     assert of_kind(objects, "Secret") == []
     volumes = the(objects, "Deployment")["spec"]["template"]["spec"]["volumes"]
     assert [volume["secret"]["secretName"] for volume in volumes if volume["name"] == "certificate"] == ["own"]
 
 
-# -- the definition, and what happens around a release's life ----------------------------------------------------------
+# -- the CRD, and hooks ------------------------------------------------------------------------------------------------
 
 
-def test_the_definition_is_the_generated_one_and_is_kept() -> None:
+def test_the_crd_is_the_generated_one_and_is_kept() -> None:
     (found,) = of_kind(render(), "CustomResourceDefinition")
     assert found["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
     assert found["metadata"].pop("labels")["app.kubernetes.io/managed-by"] == "Helm"
     assert found == yaml.safe_load((CHART / "files" / "trainingruns.yaml").read_text(encoding="utf-8"))
 
 
-def test_helm_upgrades_the_definition_since_it_is_a_template() -> None:
+def test_the_crd_is_a_template_so_that_helm_upgrades_it() -> None:
     assert not (CHART / "crds").exists()
     assert of_kind(render(WITHOUT_CRD), "CustomResourceDefinition") == []
     (found,) = of_kind(render({"crds": {"keep": False}}), "CustomResourceDefinition")
@@ -486,7 +488,7 @@ def test_helm_upgrades_the_definition_since_it_is_a_template() -> None:
 
 
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
-def test_hooks_say_what_their_program_understands(values: Body) -> None:
+def test_the_arguments_of_hooks_are_valid(values: Body) -> None:
     pods = pod_specs(render(values))
     hooks = {name: pod["containers"][0] for name, pod in pods.items() if not name.startswith("Deployment")}
     assert len(hooks) == 2
@@ -496,7 +498,7 @@ def test_hooks_say_what_their_program_understands(values: Body) -> None:
         assert argument_parser().parse_args(container["args"]).runs_namespace == watched
 
 
-def test_the_hook_before_a_deletion_finds_the_operator_s_pods() -> None:
+def test_the_uninstall_hook_selects_the_operators_pods() -> None:
     objects = render(WITHOUT_CRD)
     options = argument_parser().parse_args(pod_specs(objects)["Job/stagecoach-uninstall"]["containers"][0]["args"])
     deployment = the(objects, "Deployment")
@@ -509,7 +511,7 @@ def test_the_hook_before_a_deletion_finds_the_operator_s_pods() -> None:
 @pytest.mark.parametrize(
     ("release", "name"), [("stagecoach", "stagecoach"), ("a", "a-stagecoach"), ("b" * 53, "b" * 40)]
 )
-def test_names_fit_whatever_the_release_is_called(release: str, name: str) -> None:
+def test_names_fit_for_any_release_name(release: str, name: str) -> None:
     objects = render(WITHOUT_CRD, release=release)
     assert the(objects, "Deployment")["metadata"]["name"] == name
     assert max(len(body["metadata"]["name"]) for body in objects) <= 63

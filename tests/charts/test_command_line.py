@@ -1,4 +1,4 @@
-"""The command line against a real API server with the chart's definition: what it applies, patches and is refused."""
+"""The command line against a real API server with the chart's CRD: what is applied, patched and rejected."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kubectl(cluster: Cluster) -> Callable[..., str]:
 
 @pytest.fixture
 def stagecoach(cluster: Cluster, tmp_path: Path) -> Stagecoach:
-    """Call the command line in an empty folder; returns exit code and everything it wrote."""
+    """Run the command line in an empty folder; returns its exit code and output."""
     environment = os.environ | {"KUBECONFIG": str(cluster.layout.kubeconfig)}
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -67,7 +67,7 @@ def stagecoach(cluster: Cluster, tmp_path: Path) -> Stagecoach:
     return run
 
 
-def test_before_the_chart_is_installed_the_error_says_so(stagecoach: Stagecoach) -> None:
+def test_a_missing_crd_is_reported(stagecoach: Stagecoach) -> None:
     for arguments in (("submit", str(EXAMPLE)), ("status",), ("suspend", RUN), ("logs", RUN)):
         code, output = stagecoach(*arguments)
         assert (code, "has no TrainingRuns; install the operator" in output) == (1, True), output
@@ -75,7 +75,7 @@ def test_before_the_chart_is_installed_the_error_says_so(stagecoach: Stagecoach)
 
 @pytest.fixture
 def served(kubectl: Callable[..., str], stagecoach: Stagecoach) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The definition, and the run as the API server has it."""
+    """Install the CRD; return a function that reads the run from the API server."""
     kubectl("apply", "--server-side", "--filename", str(CHART / "files" / "trainingruns.yaml"))
     kubectl("wait", "crd", "trainingruns.stagecoach.dev", "--for=condition=Established", "--timeout=110s")
     yield lambda: json.loads(kubectl("get", "trainingrun", RUN, "--output=json"))
@@ -87,7 +87,7 @@ def test_a_run_is_applied_changed_suspended_cancelled_and_resumed(
 ) -> None:
     assert stagecoach("submit", str(EXAMPLE), *STORAGE) == (0, f"trainingrun.stagecoach.dev/{RUN} created\n")
     assert stagecoach("submit", str(EXAMPLE), *STORAGE)[1] == f"trainingrun.stagecoach.dev/{RUN} configured\n"
-    assert served()["metadata"]["generation"] == 1  # the same again is no edit
+    assert served()["metadata"]["generation"] == 1  # an identical spec is not an edit
     assert stagecoach("suspend", RUN)[0] == 0
     assert served()["spec"]["suspend"] is True
     assert stagecoach("submit", str(EXAMPLE), *STORAGE, "--set", "seed=7")[0] == 0
@@ -101,9 +101,7 @@ def test_a_run_is_applied_changed_suspended_cancelled_and_resumed(
     assert f"default/{RUN}" in stagecoach("status")[1]
 
 
-def test_fields_of_others_are_taken_over_only_on_demand(
-    served: Callable[[], dict[str, Any]], stagecoach: Stagecoach
-) -> None:
+def test_conflicts_with_other_managers_need_force(served: Callable[[], dict[str, Any]], stagecoach: Stagecoach) -> None:
     assert stagecoach("submit", str(EXAMPLE), *STORAGE)[0] == 0
     assert stagecoach("suspend", RUN)[0] == 0
     against = ("submit", str(EXAMPLE), *STORAGE, "--set", "suspend=false")
@@ -113,7 +111,7 @@ def test_fields_of_others_are_taken_over_only_on_demand(
     assert served()["spec"]["suspend"] is False
 
 
-def test_what_the_definition_refuses_is_told_in_its_words(
+def test_errors_of_the_api_server_are_reported(
     served: Callable[[], dict[str, Any]], stagecoach: Stagecoach, kubectl: Callable[..., str]
 ) -> None:
     code, output = stagecoach("submit", str(EXAMPLE), *STORAGE, "-n", "gone")
@@ -122,9 +120,7 @@ def test_what_the_definition_refuses_is_told_in_its_words(
     assert (code, "no run `gone` in namespace `default`; known runs: none" in output) == (2, True), output
 
 
-def test_a_file_whose_names_the_server_knows_not_is_refused_here_already(
-    stagecoach: Stagecoach, tmp_path: Path
-) -> None:
+def test_unknown_fields_are_rejected_before_a_request(stagecoach: Stagecoach, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(EXAMPLE.read_text().replace("spec:", "spec:\n  sede: 1", 1))
     code, output = stagecoach("submit", "run.yaml")
     assert (code, "sede" in output) == (2, True)

@@ -1,6 +1,6 @@
-"""A release's life on a real API server: install, upgrade, rollback, uninstall, and what is left.
+"""Releases on a real API server: install, upgrade, rollback, uninstall, and what remains.
 
-No pods run here, so hooks are left out; what the hook before a deletion does is called as its pod would call it.
+No pods run here, so hooks are disabled; the uninstall hook is called directly, as its pod would call it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Api:
 
     def __init__(self, kubectl: Path, kubeconfig: Path) -> None:
         self._kubectl = kubectl
-        # kubectl must not remember a definition that has come or gone since.
+        # kubectl must not cache the discovery of a CRD that is installed or deleted meanwhile.
         self.environment = os.environ | {"KUBECONFIG": str(kubeconfig), "KUBECACHEDIR": "/nonexistent"}
 
     def kubectl(self, *arguments: str, fails: bool = False) -> str:
@@ -46,14 +46,14 @@ class Api:
         return self._run([helm(), *arguments, "--namespace", NAMESPACE], fails)
 
     def install(self, *settings: str) -> None:
-        """Install the chart, and wait until runs can be made."""
+        """Install the chart, and wait until runs can be created."""
         self.helm("install", RELEASE, str(CHART), "--no-hooks", *settings)
         self.kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=110s")
 
     def value(self, kind: str, name: str, path: str) -> str:
         return self.kubectl("get", kind, name, "--namespace", NAMESPACE, "--output", f"jsonpath={{{path}}}")
 
-    def left(self) -> list[str]:
+    def remaining(self) -> list[str]:
         """Return the names of all objects that belong to the release, in every namespace."""
         kinds = self.kubectl("api-resources", "--verbs=list", "--output=name").split()
         return self.kubectl(
@@ -77,7 +77,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def api(cluster: Cluster) -> Iterator[Api]:
-    """An API server with an empty namespace and without the definition."""
+    """An API server with an empty namespace and without the CRD."""
     found = Api(cluster._builder.program("kubernetes", "kubectl"), cluster.layout.kubeconfig)
     found.kubectl("create", "namespace", NAMESPACE)
     yield found
@@ -85,7 +85,7 @@ def api(cluster: Cluster) -> Iterator[Api]:
     names = [line.split()[0] for line in found.helm("list", "--short").splitlines()]
     for name in names:
         found.helm("uninstall", name, "--no-hooks")
-    # Without controllers a namespace never goes: it is finalized by hand.
+    # Without controllers a namespace is never removed: finalize it here.
     found.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
     body = json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}, "spec": {}})
     subprocess.run(
@@ -103,43 +103,43 @@ def description(api: Api) -> str:
 
 
 def changed_chart(folder: Path) -> Path:
-    """Return a copy of the chart whose definition says something else."""
+    """Return a copy of the chart with a changed CRD."""
     copy = Path(shutil.copytree(CHART, folder / "chart"))
     file = copy / "files" / "trainingruns.yaml"
     file.write_text(file.read_text().replace("A whole training pipeline.", "A newer description.", 1))
     return copy
 
 
-def test_an_upgrade_brings_the_definition_along_and_keeps_the_certificate(api: Api, tmp_path: Path) -> None:
+def test_an_upgrade_updates_the_crd_and_keeps_the_certificate(api: Api, tmp_path: Path) -> None:
     api.install()
     certificate = api.value("secret", f"{RELEASE}-progress", ".data.tls\\.crt")
     api.helm("upgrade", RELEASE, str(changed_chart(tmp_path)), "--no-hooks", "--set", "scope=cluster")
     assert description(api) == "A newer description."
     assert api.value("secret", f"{RELEASE}-progress", ".data.tls\\.crt") == certificate
-    assert f"clusterrole.rbac.authorization.k8s.io/{NAMESPACE}-{RELEASE}" in api.left()
+    assert f"clusterrole.rbac.authorization.k8s.io/{NAMESPACE}-{RELEASE}" in api.remaining()
     api.helm("rollback", RELEASE, "1", "--no-hooks")
     assert description(api) == "A whole training pipeline."
-    assert not any("clusterrole" in name for name in api.left())
+    assert not any("clusterrole" in name for name in api.remaining())
 
 
-def test_an_uninstalled_release_leaves_definition_and_runs_and_nothing_else(api: Api) -> None:
+def test_an_uninstall_leaves_only_the_crd_and_the_runs(api: Api) -> None:
     api.install()
     api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
     api.helm("uninstall", RELEASE, "--no-hooks")
-    assert api.left() == [f"customresourcedefinition.apiextensions.k8s.io/{DEFINITION}"]
+    assert api.remaining() == [f"customresourcedefinition.apiextensions.k8s.io/{DEFINITION}"]
     assert "chinese-alpaca-tiny" in api.kubectl("get", "trainingruns", "--namespace", NAMESPACE)
-    api.install()  # takes what it left over again
+    api.install()  # adopts what the first release left
 
 
-def test_without_keeping_nothing_is_left(api: Api) -> None:
+def test_with_keep_disabled_nothing_is_left(api: Api) -> None:
     api.install("--set", "crds.keep=false")
     api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
     api.helm("uninstall", RELEASE, "--no-hooks")
     api.kubectl("wait", "crd", DEFINITION, "--for=delete", "--timeout=60s")
-    assert api.left() == []
+    assert api.remaining() == []
 
 
-def test_the_hook_before_a_deletion_lets_runs_go(api: Api) -> None:
+def test_the_uninstall_hook_removes_the_finalizer(api: Api) -> None:
     api.install()
     api.kubectl("apply", "--namespace", NAMESPACE, "--filename", str(RUN))
     patch = json.dumps({"metadata": {"finalizers": [FINALIZER, "example.com/other"]}})
@@ -168,13 +168,13 @@ def test_the_hook_before_a_deletion_lets_runs_go(api: Api) -> None:
         ("list trainingruns.stagecoach.dev --namespace=default", False),
     ],
 )
-def test_the_api_server_lets_the_operator_do_its_work_only(api: Api, what: str, allowed: bool) -> None:
+def test_the_operator_has_only_its_permissions(api: Api, what: str, allowed: bool) -> None:
     api.install()
     namespace = [] if "--namespace" in what else [f"--namespace={NAMESPACE}"]
     api.kubectl("auth", "can-i", *what.split(), *namespace, f"--as={ACCOUNT}", fails=not allowed)
 
 
-def test_pods_of_the_release_are_let_into_a_restricted_namespace(api: Api) -> None:
+def test_pods_are_admitted_to_a_restricted_namespace(api: Api) -> None:
     api.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     manifest = api.helm("template", RELEASE, str(CHART), "--show-only", "templates/hooks/test.yaml")
     manifest = manifest.replace(f"serviceAccountName: {RELEASE}", "serviceAccountName: default")
