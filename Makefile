@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 WHEELS := $(wildcard ../shared/wheels)
 E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
 
-.PHONY: help install demo test lint generate verify bench bench-alignment bench-operator images chart lock clean cluster cluster-down e2e
+.PHONY: help install demo test lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ cluster-down: install ## stop that Kubernetes and remove all of it but the built
 
 images: ## build both images; options in IMAGES="--torch cpu", see python images/build.py --help
 	$(PYTHON) images/build.py $(IMAGES)
+
+dist: install ## build the wheel and the source distribution into dist/
+	$(BIN)/python -c 'from hatchling.build import build_sdist, build_wheel; build_sdist("dist"); build_wheel("dist")'
 
 chart: install ## test the chart with Helm and a real API server, both built from Go modules once (Go 1.26)
 	$(BIN)/python -m pytest -q -m go tests/charts
