@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 WHEELS := $(wildcard ../shared/wheels)
 E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
 
-.PHONY: help install demo test lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
+.PHONY: help install demo test explore lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ demo: install ## train a small Chinese LLaMA from raw text to a released model (
 
 test: install ## the whole suite, without cluster or GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not go and not cluster"
+
+explore: install ## run the property tests with fresh random examples, instead of the same ones in every run
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "hypothesis and not go and not cluster" --hypothesis-profile=explore
 
 lint: install ## style, types, import contracts
 	$(BIN)/ruff check .

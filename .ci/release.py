@@ -34,7 +34,7 @@ def problems(tag: str, root: Path = ROOT) -> Iterator[str]:
         return
     version = matched[1]
     for file, pattern in {
-        "operator/stagecoach_api/version.py": r'^VERSION = "([^"]+)"$',
+        "operator/stagecoach_api/version.py": r'^__version__ = "([^"]+)"$',
         "charts/stagecoach/Chart.yaml": r"^version: (\S+)$",
     }.items():
         found = re.search(pattern, (root / file).read_text(encoding="utf-8"), re.MULTILINE)

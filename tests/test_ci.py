@@ -65,7 +65,7 @@ def test_an_unknown_part_of_the_ci_is_an_error() -> None:
 
 def project(folder: Path, version: str, chart: str, changelog: str) -> Path:
     (folder / "operator" / "stagecoach_api").mkdir(parents=True)
-    (folder / "operator" / "stagecoach_api" / "version.py").write_text(f'VERSION = "{version}"\n', encoding="utf-8")
+    (folder / "operator" / "stagecoach_api" / "version.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
     (folder / "charts" / "stagecoach").mkdir(parents=True)
     (folder / "charts" / "stagecoach" / "Chart.yaml").write_text(f"name: x\nversion: {chart}\n", encoding="utf-8")
     (folder / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
