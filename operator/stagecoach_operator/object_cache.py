@@ -1,5 +1,7 @@
-"""The newest known version of every watched object. It fills from two sources that keep no order between them: the
-watches, and the API server's answers to our own writes. Resource versions decide which is newer.
+"""The newest known version of every watched object.
+
+The cache is filled from two sources without a common order: the watches, and the responses to our own writes. Resource
+versions determine which is newer. Own writes are visible at once, so the next decision cannot repeat them.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Cache:
         return run_uid
 
     def _keep_early(self, view: WorkloadView) -> None:
-        """Keep a Workload that is latest_report of before its JobSet: two watches keep no order between them."""
+        """Keep a Workload that arrives before its JobSet: events of two watches have no order between them."""
         if not view.jobset_uid or view.meta.uid in self._gone:
             return
         known = self._early.get(view.jobset_uid)

@@ -274,7 +274,7 @@ def workload_view(body: Raw) -> WorkloadView:
     reserved = conditions.get("QuotaReserved") or {}
     evicted = conditions.get("Evicted") or {}
     is_reserved = reserved.get("status") == "True"
-    # Kueue leaves Evicted at True after it has reserved quota again, so it counts only while quota is missing.
+    # An eviction is over once quota is reserved again, even if the condition has not been reset yet.
     return WorkloadView(
         meta=meta_of(body),
         jobset_uid=controller_uid(body, names.JOBSET_KIND),

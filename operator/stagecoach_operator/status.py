@@ -37,7 +37,7 @@ MESSAGE_CHARACTERS = 4000
 Statement = tuple[ConditionStatus, Reason, str]
 """Status, reason and message of a condition."""
 
-TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+TRUE, FALSE = ConditionStatus.TRUE, ConditionStatus.FALSE
 
 
 @dataclass(frozen=True)
