@@ -1,1 +1,1 @@
-"""Our training loop against transformers' own Trainer: same model, data and batch, measured side by side."""
+"""Benchmarks: the trainer against transformers' Trainer and TRL on equal models and data, and the operator."""

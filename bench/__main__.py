@@ -1,5 +1,7 @@
-"""`python -m bench [NAME …]`: measure, print tables, write the figures of each bench that ran to its place in
-`bench/results/latest.json` or `alignment.json`."""
+"""`python -m bench [NAME …]`: run benches and print tables of their figures.
+
+The figures of each bench that ran replace its previous ones in `bench/results/latest.json` or `alignment.json`.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,25 @@ from rich.table import Table
 from bench.measuring import RESULTS, Figure, num_threads, write_result
 
 TRAINING = ("throughput", "packing", "startup", "memory")
-BESIDE_TRL = ("ppo_speed", "generation", "reward_speed", "shared_memory")
+AGAINST_TRL = ("ppo_speed", "generation", "reward_speed", "shared_memory")
 LEARNING = ("ppo_toy", "domains", "reward_model", "hindsight", "rlhf_example")
-ALIGNMENT = (*BESIDE_TRL, *LEARNING)
+ALIGNMENT = (*AGAINST_TRL, *LEARNING)
 BENCHES = (*TRAINING, *ALIGNMENT)
 TRAINING_RESULTS = RESULTS / "latest.json"
 ALIGNMENT_RESULTS = RESULTS / "alignment.json"
-ALIGNMENT_ALONE = "alignment"
-"""Name of all benches of alignment."""
+ALIGNMENT_GROUP = "alignment"
+"""Name that selects all benches of alignment."""
 
 
 def main() -> int:
-    """Run the benches; 0 when every goal is met, else 1."""
+    """Run the benches; return 0 if every goal is met, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    known = ", ".join((*BENCHES, ALIGNMENT_ALONE))
+    known = ", ".join((*BENCHES, ALIGNMENT_GROUP))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {known}; default: all")
     names = tuple(parser.parse_args().names) or BENCHES
-    names = ALIGNMENT if names == (ALIGNMENT_ALONE,) else names
+    names = ALIGNMENT if names == (ALIGNMENT_GROUP,) else names
     if unknown := sorted(set(names) - set(BENCHES)):
-        parser.error(f"there is no bench {', '.join(unknown)}; there are {known}")
+        parser.error(f"unknown benches: {', '.join(unknown)}; choose from {known}")
     console = Console()
     use_all_threads()
     found: dict[str, list[Figure]] = {}
@@ -53,31 +55,31 @@ def main() -> int:
 
 
 def record(name: str, found: Sequence[Figure]) -> None:
-    """Put the figures of a bench in the place of those of its last run."""
+    """Replace a bench's stored figures."""
     group, path = (TRAINING, TRAINING_RESULTS) if name in TRAINING else (ALIGNMENT, ALIGNMENT_RESULTS)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known[name] = [figure.as_json() for figure in found]
     write_result(path, {each: known[each] for each in group if each in known})
 
 
-def told(found: Sequence[Figure], peer: str = "peer") -> int:
-    """Print the figures; return the exit code they ask for. For a bench that is run by its own name."""
+def report(found: Sequence[Figure], peer: str = "peer") -> int:
+    """Print the figures of a bench that runs as a program of its own; return its exit code."""
     Console().print(table(found, peer))
     return exit_code(found)
 
 
 def exit_code(found: Sequence[Figure]) -> int:
-    """Return 0 where every goal is met, else 1."""
+    """Return 0 if every goal is met, else 1."""
     return 0 if all(figure.met for figure in found) else 1
 
 
 def use_all_threads() -> None:
-    """Let both sides compute with the same number of threads, before numpy or torch count for themselves."""
+    """Give both sides the same number of threads; numpy and torch read it when they are imported."""
     os.environ["OMP_NUM_THREADS"] = str(num_threads())
 
 
 def table(found: Sequence[Figure], peer: str = "Trainer") -> Table:
-    """Return the figures for people. `peer`: what ours is measured beside."""
+    """Return a table of the figures. `peer`: title of the column of the other side."""
     shown = Table("what", "unit", "ours", peer, "ratio", "goal", "")
     for figure in found:
         theirs, ratio = _number(figure.peer), _number(figure.ratio)

@@ -1,4 +1,4 @@
-"""How everything here is measured: in pairs, one after the other, so that a busy machine slows both alike."""
+"""Measuring in pairs: both sides run alternately, so that other load on the machine slows both alike."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Run = TypeVar("Run")
 Job = TypeVar("Job")
 
 ROUNDS = 5
-"""Pairs of every figure; a figure is their median."""
+"""Pairs measured for every figure; the figure is their median."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure must reach."""
+    """The limit that a figure must meet."""
 
     sign: str
     """`≥`, `>`, `≤` or `<`."""
@@ -50,7 +50,7 @@ class Figure:
     unit: str
     ours: float
     peer: float | None
-    """None: there is no peer; the goal is then for `ours`."""
+    """None if there is no peer: the goal then applies to `ours`."""
     ratio: float | None
     goal: str
     met: bool
@@ -60,7 +60,7 @@ class Figure:
 
 
 def compared(name: str, unit: str, pairs: Sequence[tuple[float, float]], goal: Goal) -> Figure:
-    """Return the medians of (ours, peer) and the median of their ratios, which the goal is for."""
+    """Return the medians of (ours, peer) and the median of their ratios, to which the goal applies."""
     ratio = statistics.median(ours / peer for ours, peer in pairs)
     ours = statistics.median(ours for ours, _ in pairs)
     peer = statistics.median(peer for _, peer in pairs)
@@ -68,27 +68,27 @@ def compared(name: str, unit: str, pairs: Sequence[tuple[float, float]], goal: G
 
 
 def alone(name: str, unit: str, values: Sequence[float], goal: Goal) -> Figure:
-    """Return the median of a figure that has no peer."""
+    """Return the median of values that have no peer."""
     value = statistics.median(values)
     return Figure(name, unit, value, None, None, str(goal), goal.met_by(value))
 
 
 def gain(name: str, unit: str, ours: Sequence[float], peer: Sequence[float], goal: Goal) -> Figure:
-    """Return the means of two series; the goal is for what ours has more."""
+    """Return the means of two series; the goal applies to ours minus the peer's."""
     mine, theirs = statistics.fmean(ours), statistics.fmean(peer)
     return Figure(name, unit, mine, theirs, None, f"gain {goal}", goal.met_by(mine - theirs))
 
 
 def difference(name: str, ours: Sequence[float], peer: Sequence[float], goal: Goal) -> Figure:
-    """Return the largest difference of two series of losses; `ours` and `peer` of the figure are the last losses."""
+    """Compare two series of losses: the goal applies to their largest difference, the figure shows the last losses."""
     if len(ours) != len(peer) or not ours:
-        raise ValueError(f"{name}: {len(ours)} losses of ours against {len(peer)} of the peer's")
+        raise ValueError(f"{name}: got {len(ours)} and {len(peer)} losses; expected equally many, at least 1")
     largest = max(abs(a - b) for a, b in zip(ours, peer, strict=True))
     return Figure(name, "nats per token", ours[-1], peer[-1], None, f"difference {goal}", goal.met_by(largest))
 
 
 def alternate(ours: Callable[[int], Run], peer: Callable[[int], Run], rounds: int = ROUNDS) -> list[tuple[Run, Run]]:
-    """Run both in turn, `rounds` times each, the other one first every second time; return (ours, peer) per round."""
+    """Run both alternately, `rounds` times each, swapping their order every round; return (ours, peer) per round."""
     pairs = []
     for number in range(rounds):
         if number % 2:
@@ -103,9 +103,9 @@ def alternate(ours: Callable[[int], Run], peer: Callable[[int], Run], rounds: in
 
 
 def side_by_side(run: Callable[[Job], Run], jobs: Sequence[Job]) -> list[Run]:
-    """Return what `run` makes of every job, a core each, as many at once as there are: for what no clock measures.
+    """Return `run(job)` for every job, computed in parallel with one core each. Not for anything that is timed.
 
-    Both must be known by name to a new process: functions of a module, dataclasses, paths.
+    `run` and the jobs are pickled for new processes: a function of a module; dataclasses, paths.
     """
     with ProcessPoolExecutor(num_threads(), get_context("spawn"), _compute_with_one_thread) as pool:
         return list(pool.map(run, jobs))
@@ -119,12 +119,12 @@ def _compute_with_one_thread() -> None:
 
 @dataclass(frozen=True)
 class Child:
-    """What a finished process came to."""
+    """A process that has ended."""
 
     started: float
-    """Seconds since the epoch, just before the process was made."""
+    """Seconds since the epoch, just before the process was started."""
     report: Mapping[str, Any]
-    """What it printed as its last line, read as JSON."""
+    """The last line it printed, parsed as JSON."""
 
 
 def run_child(
@@ -133,7 +133,7 @@ def run_child(
     python: str = sys.executable,
     folder: Path = ROOT,
 ) -> Child:
-    """Run `python ARGUMENTS` in `folder`; raise RuntimeError with its words where it fails."""
+    """Run `python ARGUMENTS` in `folder`. Raises RuntimeError with its output if it fails."""
     started = time.time()
     done = subprocess.run(
         [python, *arguments],
@@ -151,9 +151,9 @@ def run_child(
 
 
 def peak_bytes() -> int:
-    """Largest resident set this process has had.
+    """Return the peak resident set size of this process.
 
-    On Linux from its own memory map: `ru_maxrss` survives exec, so a child would start with its parent's.
+    On Linux it is read from /proc: `ru_maxrss` survives exec, so a child would start with its parent's peak.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -164,7 +164,7 @@ def peak_bytes() -> int:
 
 
 def num_threads() -> int:
-    """Threads both sides compute with: every core this process may use."""
+    """Return the number of threads that both sides compute with: one for every core this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -172,6 +172,6 @@ def num_threads() -> int:
 
 
 def write_result(path: Path, found: Any) -> None:
-    """Write what was measured as JSON."""
+    """Write results as JSON."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Peak memory of a training process: the same few steps in ours and in the Trainer, each in a process of its own."""
+"""Peak memory of training: the same few steps with our loop and with the Trainer, each in its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 
 
 def figures() -> list[Figure]:
-    """Measure both sides in turn."""
+    """Measure both sides alternately."""
     pairs = alternate(lambda number: _peak("ours"), lambda number: _peak("peer"))
     return [compared("peak memory, pre-training, bf16", "MiB", pairs, Goal("≤", 1.0))]
 
@@ -25,9 +25,9 @@ def _peak(side: str) -> float:
 
 
 def main(side: str) -> None:
-    """Train, and print the peak."""
+    """Train and print the peak memory."""
     if side == "peer":
-        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # accelerate would import it: memory for nothing
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]  # else accelerate imports it, which costs memory
     import torch
 
     torch.set_num_threads(num_threads())

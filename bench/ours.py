@@ -1,4 +1,4 @@
-"""Our side: `stagecoach_trainer.train`'s own loop, called as the stages call it, and whole stages as processes."""
+"""Our side: the training loop, called as the stages call it, and whole stages as processes."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def train_ours(
     micro_batch: int,
     longest: int = TOKENS,
 ) -> Run:
-    """Train on `batches` (rows of every step), `micro_batch` rows at once; return times and losses.
+    """Train on `batches` (the rows of every step), `micro_batch` rows at a time; return times and losses.
 
-    `folder` must be new: a loop that finds checkpoints goes on from them.
+    `folder` must be new: the loop resumes from any checkpoint it finds.
     """
     from stagecoach_trainer.loop.job import TrainingJob
     from stagecoach_trainer.loop.loop import train
@@ -73,7 +73,7 @@ def train_ours(
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics that `train_ours` has logged in `folder`, one entry per step."""
+    """Return the metrics that `train_ours` has logged in `folder`."""
     return [json.loads(line) for line in (folder / "work" / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -81,7 +81,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def resolve(kind: str, config: Mapping[str, Any], uris: Sequence[Path], folder: Path) -> ResolvedStage:
-    """Return what a driver would write into `stage.json`; every input is one of the local `uris`."""
+    """Return the resolved stage that a driver would write to `stage.json`; its inputs are the local paths `uris`."""
     inputs = {}
     for path in uris:
         reference = Reference(uri=str(path))
@@ -103,7 +103,7 @@ def resolve(kind: str, config: Mapping[str, Any], uris: Sequence[Path], folder: 
 
 
 def run_stage_process(stage: ResolvedStage, folder: Path) -> tuple[Child, list[dict[str, Any]]]:
-    """Run a stage as a driver does, through the launcher; return the process and its progress events."""
+    """Run a stage through the launcher, as a driver does; return the process and its progress events."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stage.json").write_text(stage.model_dump_json(), encoding="utf-8")
     environment = {
@@ -121,7 +121,7 @@ def run_stage_process(stage: ResolvedStage, folder: Path) -> tuple[Child, list[d
 
 
 def output_of(stage: ResolvedStage) -> Path:
-    """Return the folder of what a stage made."""
+    """Return the folder of a stage's output."""
     return Path(stage.storage_uri) / output_prefix(stage.digest)
 
 

@@ -1,4 +1,4 @@
-"""Packed SFT against padding, in useful tokens per second, on samples of very different lengths; how full rows are."""
+"""Packed against padded SFT, in useful tokens per second, on samples of very different lengths; how full rows are."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from stagecoach_trainer.samples.rows import pack_rows
 
 LONGEST = 512
 SAMPLES = 64
-"""Samples of one optimiser step on either side."""
+"""Samples of one optimiser step on each side."""
 MICRO_BATCH = 8
-"""Rows that either side computes at once."""
+"""Rows that each side computes at a time."""
 STEPS = 3
 PLANNED = 100_000
-"""Samples packed to see how full rows get."""
+"""Samples packed to measure how full rows are."""
 
 
 def figures() -> list[Figure]:
-    """Measure packing against padding to the maximum and to the longest of each micro-batch."""
+    """Measure packing against padding to the maximum length and to the longest sample of each micro-batch."""
     batches = belle_like(STEPS, SAMPLES, LONGEST)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,7 +57,7 @@ def _peer(batches: Sequence[Batch], folder: Path, pad_to: int | None) -> Run:
 
 
 def packed(batch: Batch) -> list[Row]:
-    """Return the rows into which our own packing puts the samples of a batch."""
+    """Return the samples of a batch in packed rows."""
     return pack_rows([row_of(sample) for sample in batch], LONGEST)
 
 
@@ -66,13 +66,13 @@ def _speeds(name: str, batches: Sequence[Batch], pairs: Sequence[tuple[Run, Run]
 
 
 def _speed(batches: Sequence[Batch], run: Run) -> float:
-    """Useful tokens per second over the steps that were timed: the last ones."""
+    """Return the useful tokens per second over the timed steps, which are the last ones."""
     timed = batches[len(batches) - len(run.step_seconds) :]
     return sum(map(useful_tokens, timed)) / sum(run.step_seconds)
 
 
 def _fullness() -> Figure:
-    """Return the share of useful tokens in packed rows; the least possible number of rows is as good as .999."""
+    """Return the share of useful tokens in packed rows; the least possible number of rows also meets the goal."""
     lengths = lognormal_lengths(np.random.default_rng(1), PLANNED, 2048)
     rows = len(pack(lengths, 2048))
     share = float(lengths.sum()) / (rows * 2048)

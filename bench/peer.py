@@ -1,4 +1,4 @@
-"""The peer: transformers' own Trainer with good settings of its own (bf16, fused AdamW), its logging kept short."""
+"""The peer: transformers' Trainer with its own best settings (bf16, fused AdamW) and little logging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagecoach_trainer.batches.rows import IGNORE
 
 
 class _Clock(TrainerCallback):
-    """Notes when each optimiser step has ended."""
+    """Records when each optimiser step ends."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
@@ -43,7 +43,7 @@ class _Samples(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads a list of samples to its longest, or to `pad_to`."""
+    """Pads samples to the longest of them, or to `pad_to`."""
 
     pad_to: int | None = None
 
@@ -59,7 +59,7 @@ class Collator:
             mask[row, :length] = 1
         batch = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if mask.all():
-            return batch  # nothing is padded: Trainer's attention is at its fastest without a mask
+            return batch  # without padding, the Trainer's attention is fastest without a mask
         return {**batch, "attention_mask": torch.from_numpy(mask)}
 
 
@@ -71,7 +71,7 @@ def train_peer(
     micro_batch: int,
     pad_to: int | None = None,
 ) -> Run:
-    """Train one epoch over `batches`, `micro_batch` samples at once; return times and losses."""
+    """Train one epoch over `batches`, `micro_batch` samples at a time; return times and losses."""
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     clock = _Clock()
     trainer = Trainer(
@@ -88,7 +88,7 @@ def train_peer(
 
 
 def arguments(folder: Path, bf16: bool, micro_batch: int, accumulation: int) -> TrainingArguments:
-    """The Trainer's settings: what ours does too, and the fastest optimiser it has on a CPU."""
+    """Return the Trainer's settings: the same training as ours, with the fastest optimiser it has on a CPU."""
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.cuda.is_available(),

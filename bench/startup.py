@@ -1,6 +1,6 @@
 """Time from the start of a process to the end of its first optimiser step: our stage against a script with the Trainer.
 
-Both do the same work: open a vocabulary, read and tokenise the same text, make the same model, train.
+Both do the same work: load a vocabulary, read and tokenise the same text, create the same model, train.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.llama import FEED_FORWARD, HEADS, LAYERS, WIDTH, llama_config
 from bench.measuring import ROOT, Figure, Goal, alternate, compared, run_child
 
 POEMS = ROOT / "examples" / "data" / "poems.jsonl.gz"
 DOCUMENTS = 4000
 TOKENS, ROWS, STEPS = 256, 8, 2
-ARCHITECTURE = {"hiddenSize": 256, "intermediateSize": 688, "numLayers": 4, "numHeads": 4}
+ARCHITECTURE = {"hiddenSize": WIDTH, "intermediateSize": FEED_FORWARD, "numLayers": LAYERS, "numHeads": HEADS}
 
 
 def figures() -> list[Figure]:
-    """Measure both sides in turn, on a vocabulary made beforehand."""
+    """Measure both sides alternately, with a vocabulary that is trained beforehand."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "text.jsonl"
@@ -70,16 +71,9 @@ def _peer(text: Path, vocabulary: Path, folder: Path) -> float:
 
 
 def main(text: Path, vocabulary: Path, folder: Path) -> None:
-    """Be the script with the Trainer; print when its first step had ended."""
-    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # accelerate would import it: time for nothing
-    from transformers import (
-        AutoTokenizer,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        default_data_collator,
-    )
+    """Run the script with the Trainer; print when its first step ended."""
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # else accelerate imports it, which costs time
+    from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, default_data_collator
 
     from bench.peer import arguments
 
@@ -93,15 +87,7 @@ def main(text: Path, vocabulary: Path, folder: Path) -> None:
     documents = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
     ids = [token for encoded in tokenizer(documents)["input_ids"] for token in [*encoded, tokenizer.eos_token_id]]
     blocks = [ids[start : start + TOKENS] for start in range(0, len(ids) - TOKENS, TOKENS)][: STEPS * ROWS]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=ARCHITECTURE["hiddenSize"],
-            intermediate_size=ARCHITECTURE["intermediateSize"],
-            num_hidden_layers=ARCHITECTURE["numLayers"],
-            num_attention_heads=ARCHITECTURE["numHeads"],
-        )
-    )
+    model = LlamaForCausalLM(llama_config(2048, len(tokenizer), bos_token_id=1, eos_token_id=2))
     first = FirstStep()
     trainer = Trainer(
         model=model,

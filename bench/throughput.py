@@ -1,4 +1,4 @@
-"""Tokens per second of the two loops, whether their losses are equal, and how long ours waits for data."""
+"""Tokens per second of both training loops, whether their losses are equal, and how long ours waits for data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bench.peer import train_peer
 from bench.workload import ROWS, TOKENS, Batch, Run, full_rows, make_model, row_of
 
 STEPS = 12
-"""Optimiser steps of one run; the first is warm-up and is not counted."""
+"""Optimiser steps of a run; the first one is a warm-up and is not timed."""
 FP32_STEPS = 6
 ROUNDS = 7
-"""More than elsewhere: a run takes seconds, so a short disturbance hits one side alone."""
+"""More than elsewhere: a run takes seconds, so a short disturbance affects only one side."""
 HALF = 0.5
 
 
@@ -55,10 +55,10 @@ def _peer(batches: list[Batch], folder: Path, bf16: bool) -> Run:
 
 
 def _speed(run: Run) -> float:
-    """Tokens per second at the median step."""
+    """Return the tokens per second of the median step."""
     return ROWS * TOKENS / statistics.median(run.step_seconds)
 
 
 def _wait_share(folder: Path) -> float:
-    steps = [entry for entry in logged(folder) if "dataWaitShare" in entry]  # the others are held-out measurements
+    steps = [entry for entry in logged(folder) if "dataWaitShare" in entry]  # the others are held-out evaluations
     return float(statistics.mean(entry["dataWaitShare"] for entry in steps[1:]))

@@ -1,4 +1,4 @@
-"""What both sides train: the model, the rows, and the same numbers in either side's form."""
+"""The workload of both sides: the model and the rows, in the form that each side reads."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from bench.llama import VOCABULARY, llama_config
 from stagecoach_trainer.batches.rows import IGNORE, Row, Unit
 from stagecoach_trainer.batches.schedule import StepSchedule
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-VOCABULARY, WIDTH, LAYERS, HEADS = 8192, 256, 4, 4
 ROWS, TOKENS = 8, 256
-"""A batch of the throughput figures: 8 rows of 256 tokens."""
+"""A batch of the throughput bench: 8 rows of 256 tokens."""
 LEARNING_RATE = 3e-4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: its tokens [T], and how many of them at the start are a prompt, which carries no loss."""
+    """A sample: its tokens [T], of which the first `prompt` carry no loss."""
 
     tokens: npt.NDArray[np.int32]
     prompt: int = 0
@@ -36,10 +36,10 @@ Batch = Sequence[Sample]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of either side."""
+    """A training run of either side."""
 
     step_seconds: Sequence[float]
-    """Seconds from one optimiser step to the next; the first step, which warms up, has none."""
+    """Seconds from one optimiser step to the next, without the first step, which is a warm-up."""
     losses: Sequence[float]
     """Loss of every step, in nats per token."""
 
@@ -47,32 +47,21 @@ class Run:
 def make_model(seed: int = 0, max_positions: int = 1024) -> LlamaForCausalLM:
     """Return a LLaMA of 7.4M parameters in fp32; equal seeds give equal weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=688,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(llama_config(max_positions, bos_token_id=1, eos_token_id=2, use_cache=False))
 
 
 def full_rows(steps: int, masked_share: float, seed: int = 0) -> list[Batch]:
-    """Return batches of ROWS samples of TOKENS tokens each, the first `masked_share` of every sample a prompt."""
+    """Return batches of ROWS samples of TOKENS tokens; the first `masked_share` of every sample is its prompt."""
     random = np.random.default_rng(seed)
     prompt = int(TOKENS * masked_share)
     return [[Sample(_tokens(random, TOKENS), prompt) for _ in range(ROWS)] for _ in range(steps)]
 
 
 def belle_like(steps: int, samples: int, longest: int, seed: int = 0) -> list[Batch]:
-    """Return batches of samples with BELLE-like lengths: lognormal, 23 % of `longest` on average, cut there.
+    """Return batches with lengths distributed as BELLE's: lognormal, mean 23 % of `longest`, cut off at `longest`.
 
     A third of every sample is its prompt.
     """
@@ -88,7 +77,7 @@ def lognormal_lengths(random: np.random.Generator, number: int, longest: int) ->
 
 
 def _tokens(random: np.random.Generator, number: int) -> npt.NDArray[np.int32]:
-    """Return ids with a law like language's (Zipf), so that the loss falls."""
+    """Return token ids with Zipf's distribution, as in language, so that the loss falls."""
     return np.asarray(np.minimum(random.zipf(1.2, number), VOCABULARY - 1), dtype=np.int32)
 
 
@@ -97,7 +86,7 @@ def useful_tokens(batch: Batch) -> int:
 
 
 def labels_of(sample: Sample) -> npt.NDArray[np.int32]:
-    """Return targets [T], already shifted: the token that follows, or IGNORE within the prompt and at the end."""
+    """Return targets [T], already shifted: the next token, or IGNORE within the prompt and at the end."""
     labels = np.full(len(sample.tokens), IGNORE, dtype=np.int32)
     labels[:-1] = sample.tokens[1:]
     labels[: max(0, sample.prompt - 1)] = IGNORE
@@ -105,7 +94,7 @@ def labels_of(sample: Sample) -> npt.NDArray[np.int32]:
 
 
 def row_of(sample: Sample) -> Row:
-    """Return a row with one sample."""
+    """Return a row of one sample."""
     return Row(tokens=sample.tokens, labels=labels_of(sample), lengths=(len(sample.tokens),))
 
 

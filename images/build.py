@@ -103,7 +103,8 @@ def find_engine(name: str | None) -> Engine:
     for candidate in BUILD_COMMANDS if name is None else [name]:
         if shutil.which(candidate):
             return Engine(candidate)
-    raise BuildError(f"{name or 'no engine'} found; install one of {', '.join(BUILD_COMMANDS)}")
+    missing = "no build engine is installed" if name is None else f"{name} is not installed"
+    raise BuildError(f"{missing}; install one of {', '.join(BUILD_COMMANDS)}")
 
 
 def fill_local(wheels: Path | None, ca_file: Path | None) -> None:
@@ -157,7 +158,7 @@ def build_all(options: argparse.Namespace) -> None:
     """Build the requested images and print a line for each. Raises BuildError."""
     unknown = set(options.images) - set(IMAGES)
     if unknown:
-        raise BuildError(f"{', '.join(sorted(unknown))}: no such image; one of {', '.join(IMAGES)}")
+        raise BuildError(f"unknown images: {', '.join(sorted(unknown))}; choose from {', '.join(IMAGES)}")
     engine = find_engine(options.engine)
     fill_local(options.wheels, options.ca_file)
     base = options.base

@@ -1,1 +1,1 @@
-"""Alignment: speed and memory beside TRL, and what the stages learn on small tasks whose best answer is known."""
+"""Alignment: speed and memory compared with TRL, and learning on small tasks whose best answer is known."""

@@ -1,10 +1,10 @@
 """`python -m bench.alignment.domains`: reward models on two domains that agree on one thing and disagree on another.
 
-An answer says how well it was done (which both domains care about most) and what it is about (of which one domain
-likes one thing, the other the other). The domains' prompts and answers are drawn apart, and few pairs are decided by
-taste. Four arms: one model for both or COOL's conditional system prompts, each with the plain ranking loss and with
-COOL's focal loss. Measured apart: pairs decided by quality, on which the domains agree, and pairs decided by taste.
-Stages run as they do for users.
+An answer states how well something was done (which both domains rate highest) and what it is about (of which each
+domain prefers another thing). Prompts and answers are drawn separately for each domain, and few pairs are decided by
+taste. Four arms: one model for both domains or COOL's conditional system prompts, each with the plain ranking loss and
+with COOL's focal loss. Pairs decided by quality, on which the domains agree, and pairs decided by taste are measured
+separately. Stages run as they do for users.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULT = RESULTS / "domains.json"
 SEEDS = range(3)
 PAIRS, HELD_OUT, EPOCHS = 192, 64, 8.0
 TASTE_SHARE = 0.25
-"""Of the pairs learnt from; the others are decided by quality."""
+"""Share of the training pairs decided by taste; the others are decided by quality."""
 WORDS = ("dog", "fox", "word", "task", "model", "quick", "lazy", "next", "brown", "over")
 GOOD, BAD = "well done", "badly done"
 LIKED = {"sleep": ("it sleeps", "it jumps"), "jump": ("it jumps", "it sleeps")}
@@ -35,7 +35,7 @@ PROMPTS = {"sleep": "Sleep is good.", "jump": "Jumps are good."}
 KINDS = ("quality", "taste")
 ARMS = tuple(itertools.product(("joint", "conditional"), ("ranked", "focal")))
 EFFECT, EFFECT_OF_FOCAL = Goal("≥", 0.1), Goal("≥", 0.1)
-"""Accuracy that conditional prompts, and the focal loss beside them, must bring where the domains disagree."""
+"""Accuracy that conditional prompts, and then the focal loss, must add where the domains disagree."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Training:
 
 
 Found = Mapping[str, Sequence[Mapping[str, float]]]
-"""By arm, for each seed the accuracy by kind of pair, mean of both domains."""
+"""For each arm and seed: accuracy by kind of pair, averaged over both domains."""
 
 
 def figures() -> list[Figure]:
@@ -58,7 +58,7 @@ def figures() -> list[Figure]:
 
 
 def measure(num_seeds: int = len(SEEDS), epochs: float = EPOCHS, path: Path = RESULT) -> Found:
-    """Train every arm and write the result file; return what came of them."""
+    """Train every arm, write the result file and return the accuracies."""
     jobs = [Training(*arm, seed, epochs) for arm in ARMS for seed in SEEDS[:num_seeds]]
     found: dict[str, list[Mapping[str, float]]] = {}
     for job, accuracy in zip(jobs, side_by_side(accuracies, jobs), strict=True):
@@ -96,7 +96,7 @@ def parts() -> list[tuple[str, str]]:
 
 
 def make_inputs(folder: Path, seed: int) -> dict[str, Path]:
-    """Write the base model and all pairs; return them by name."""
+    """Write the base model and all pairs; return their paths by name."""
     text = " ".join((*WORDS, GOOD, BAD, *PROMPTS.values(), *(words for pair in LIKED.values() for words in pair)))
     inputs = {"base": save_base(folder / "base", characters_of(text), [], seed=seed)}
     for number, name in enumerate(LIKED):
@@ -110,7 +110,7 @@ def make_inputs(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def pair(chance: random.Random, domain: str, kind: str) -> dict[str, str]:
-    """Return a pair: `quality` decides whatever the tastes, `taste` where both are done equally well."""
+    """Return a pair decided by `quality`, whatever the taste, or by `taste`, at equal quality."""
     liked, other = LIKED[domain]
     if kind == "quality":
         better, worse = (GOOD, chance.choice((liked, other))), (BAD, chance.choice((liked, other)))
@@ -122,7 +122,7 @@ def pair(chance: random.Random, domain: str, kind: str) -> dict[str, str]:
 
 
 def figures_of(found: Found) -> list[Figure]:
-    """Return what conditional prompts bring where the domains disagree, for each loss, and what the focal loss does."""
+    """Return the gains on pairs decided by taste: of conditional prompts, for each loss, and of the focal loss."""
     taste = {arm: [seed["taste"] for seed in seeds] for arm, seeds in found.items()}
     compared = (
         ("conditional, ranked", "joint, ranked", EFFECT),
@@ -130,13 +130,13 @@ def figures_of(found: Found) -> list[Figure]:
         ("conditional, focal", "conditional, ranked", EFFECT_OF_FOCAL),
     )
     return [
-        gain(f"reward model, domains that disagree: {ours} beside {peer}", "accuracy", taste[ours], taste[peer], goal)
+        gain(f"reward model, domains that disagree: {ours} against {peer}", "accuracy", taste[ours], taste[peer], goal)
         for ours, peer, goal in compared
     ]
 
 
 def table_of(found: Found) -> str:
-    """Return the arms as Markdown: means over the seeds, and each of them."""
+    """Return a Markdown table of the arms: mean and value of each seed."""
     lines = ["| arm | decided by quality | decided by taste |", "|---|---:|---:|"]
     for arm, seeds in found.items():
         cells = (
@@ -148,17 +148,17 @@ def table_of(found: Found) -> str:
 
 
 def main() -> int:
-    """Measure, and print the table and the goals. The options are for trying it out."""
-    from bench.__main__ import told
+    """Measure, then print the table and the goals. The options make shorter trials possible."""
+    from bench.__main__ import report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--output", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    found = measure(asked.seeds, asked.epochs, asked.output)
+    options = parser.parse_args()
+    found = measure(options.seeds, options.epochs, options.output)
     print(table_of(found))
-    return told(figures_of(found))
+    return report(figures_of(found))
 
 
 if __name__ == "__main__":

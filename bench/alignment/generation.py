@@ -1,4 +1,4 @@
-"""Answers from a policy as PPO draws them, beside the same draws without a key-value cache."""
+"""Answers sampled from a policy as PPO samples them, compared with the same draws without a key-value cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.llama import VOCABULARY
 from bench.measuring import Figure, Goal, alternate, compared
-from bench.workload import VOCABULARY, make_model
+from bench.workload import make_model
 
 PROMPTS, SHORTEST, LONGEST, ANSWER = 16, 16, 48, 96
 TEMPERATURE = 0.7
@@ -15,7 +16,7 @@ Answers = Sequence[Sequence[int]]
 
 
 def figures() -> list[Figure]:
-    """Measure both ways with the same model, prompts and random numbers; their answers are compared, too."""
+    """Measure both with the same model, prompts and random numbers; compare their answers, too."""
     import numpy as np
     import torch
 
@@ -38,20 +39,20 @@ def figures() -> list[Figure]:
     speeds = [(tokens / ours, tokens / peer) for (ours, _), (peer, _) in pairs]
     same = sum(a == b for a, b in zip(pairs[0][0][1], pairs[0][1][1], strict=True)) / PROMPTS
     return [
-        compared("generation, fp32, beside a loop without a cache", "tokens/s", speeds, Goal("≥", 5.0)),
+        compared("generation, fp32, against a loop without a cache", "tokens/s", speeds, Goal("≥", 5.0)),
         Figure("generation, equal answers", "share", same, None, None, "≥ 1", same >= 1.0),
     ]
 
 
 def clocked(make: Callable[[], Answers]) -> tuple[float, Answers]:
-    """Return the seconds that answers took, and the answers."""
+    """Return the seconds that `make` took, and the answers it made."""
     started = time.perf_counter()
     answers = make()
     return time.perf_counter() - started, answers
 
 
 def without_cache(model: Any, prompts: Sequence[Any], draws: Sequence[Any], decoding: Any) -> Answers:
-    """Return answers for which the model reads everything anew at every token."""
+    """Return answers generated without a cache: the model reads the whole sequence for every token."""
     import numpy as np
     import torch
 

@@ -1,10 +1,10 @@
-"""`python -m bench.alignment.hindsight`: what `sft`'s hindsight modes are worth on a task whose best answer is known.
+"""`python -m bench.alignment.hindsight`: the gain of `sft`'s hindsight modes on a task whose best answer is known.
 
-The prompt is four digits, the best answer the same in reverse. Each record has two worse answers: in both the first
-digit is too high by one, in the worst the last one too. So two of three answers begin wrongly, and imitating all of
-them is expected to learn that. Every arm begins with one and the same model, which has read digits that count up and
-down, makes as many optimiser steps on as many samples, and is asked for its likeliest answer to prompts it has not
-seen. Stages run as they do for users; only `last links` is a switch of the code alone.
+The prompt is four digits, the best answer the same digits in reverse. Each record has two worse answers: in both, the
+first digit is too high by one, in the worst one the last digit, too. So two of three answers begin wrongly, and
+imitating all of them is expected to learn that. Every arm starts from the same model, which was trained on digits that
+count up and down, makes the same number of optimiser steps on the same number of samples, and is evaluated by its
+likeliest answer to held-out prompts. Stages run as they do for users; `last links` is the only switch that users lack.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ RECORDS, HELD_OUT, DIGITS = 1000, 300, 4
 STEPS, SAMPLES = 300, 48
 BASE_STEPS = 150
 EFFECT = Goal("≥", 0.3)
-"""Share of held-out prompts answered with the best answer that a mode, or a part of it, must bring."""
+"""Share of best answers to held-out prompts that a mode, or a part of it, must add."""
 KEPT = Goal("≤", 0.5)
-"""Ratio of the losses on text with and without text beside the chains."""
+"""Ratio of the losses on text, with and without text in the mix."""
 GOOD, BAD = "+", "-"
 SPECIAL = ("<unk>", "<s>", "</s>")
 TEMPLATE = (
@@ -47,7 +47,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train on the same records."""
+    """A way to train on the same records."""
 
     name: str
     data: Sequence[str]
@@ -56,7 +56,8 @@ class Arm:
     last_links: bool = True
 
     @property
-    def asked_with(self) -> str | None:
+    def feedback(self) -> str | None:
+        """The feedback in front of the answer at evaluation."""
         chain = self.hindsight is not None and self.hindsight.get("mode") == "chain"
         return GOOD if chain else None
 
@@ -75,44 +76,44 @@ ARMS = (ALL, BEST, CHAIN, NOTHING_HIDDEN, NO_LAST_LINKS, WITH_TEXT)
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where the arms of one seed begin."""
+class SeedSettings:
+    """What all arms of one seed have in common."""
 
     seed: int
     folder: Path
-    """Holds the data sets and what is made of them."""
+    """Holds the data sets and the trained models."""
     steps: int
-    """Of every arm."""
+    """Optimiser steps of every arm."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model all arms of a seed begin with."""
+    """The model from which all arms of a seed start."""
 
-    start: Start
+    seed: SeedSettings
     model: Path
     prompts: Sequence[str]
-    """Held out."""
+    """Held-out prompts."""
     text_loss: float
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What one arm came to with one seed."""
+class ArmResult:
+    """The measurements of one arm with one seed."""
 
     exact: float
     """Share of held-out prompts answered with the best answer."""
     exact_if_bad: float | None
-    """The same where a chain's model is asked with the bad words. None: no chain."""
+    """The same when a chain's model is given the feedback of bad answers; None for other arms."""
     text_loss: float
     """Loss on held-out text, in nats per token."""
     hidden: float
-    """Share of the input tokens hidden."""
+    """Share of the input tokens that are hidden."""
     tokens: int
 
 
-Found = Mapping[str, Sequence[Trained]]
-"""By arm, the seeds in order."""
+Found = Mapping[str, Sequence[ArmResult]]
+"""The results of every arm, one for each seed in order."""
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -143,13 +144,13 @@ def write_data(folder: Path, seed: int) -> list[str]:
 
 
 def counting(random: np.random.Generator) -> str:
-    """Return text for a base model: digits that go up or down by a step of 1 to 4."""
+    """Return a text for the base model: digits that count up or down in steps of 1 to 4."""
     start, step = int(random.integers(10)), int(random.choice([-4, -3, -2, -1, 1, 2, 3, 4]))
     return "".join(str((start + step * index) % 10) for index in range(24))
 
 
 def make_tokenizer() -> Any:
-    """Return a vocabulary of characters."""
+    """Return a tokenizer of characters."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +163,7 @@ def make_tokenizer() -> Any:
 
 
 def save_model(folder: Path, seed: int) -> None:
-    """Write a LLaMA of 2 layers of width 64 with new weights, and its vocabulary."""
+    """Write a LLaMA of 2 layers of width 64 with random weights, and its tokenizer."""
     from stagecoach_api.kinds.pretrain import Architecture
     from stagecoach_trainer.models.new_model import build_model
 
@@ -172,13 +173,13 @@ def save_model(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# -- training and asking -----------------------------------------------------------------------------------------------
+# -- training and evaluation -------------------------------------------------------------------------------------------
 
 
 def run_sft(
     folder: Path, name: str, data: Path, values: Mapping[str, Any], seed: int
 ) -> tuple[Path, Mapping[str, float]]:
-    """Run an `sft` stage in a folder of its own; return its output and its metrics."""
+    """Run an `sft` stage in the folder `name`; return its output and its metrics."""
     from bench.ours import resolve
     from stagecoach_api.kinds.sft import SftStage
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
@@ -206,8 +207,8 @@ def run_sft(
     return context.output, {**outcome.metrics, "tokens": float(outcome.tokens or 0)}
 
 
-def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -> float:
-    """Return the share of prompts whose likeliest answer is the best one. `words`: what is asked with."""
+def exact_match(model_folder: Path, prompts: Sequence[str], feedback: str | None) -> float:
+    """Return the share of prompts whose likeliest answer, after `feedback`, is the best one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -221,46 +222,47 @@ def exact_match(model_folder: Path, prompts: Sequence[str], words: str | None) -
     texts = []
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt}]
-        asked = renderer.render(messages, add_generation_prompt=True)
-        texts.append(asked if words is None else answer_frame(renderer, messages, ()).prompt + lead_in(words))
+        prompt_text = renderer.render(messages, add_generation_prompt=True)
+        framed = prompt_text if feedback is None else answer_frame(renderer, messages, ()).prompt + lead_in(feedback)
+        texts.append(framed)
     ids = torch.tensor(np.stack(Encoder(tokenizer).prompts(texts)), dtype=torch.long)
     with torch.no_grad():
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=DIGITS + 1, do_sample=False,
+        answers = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=DIGITS + 1, do_sample=False,
                               pad_token_id=tokenizer.eos_token_id)[:, ids.shape[1] :]  # fmt: skip
     right = [answers_to(prompt)[0] + SPECIAL[2] for prompt in prompts]
-    return statistics.fmean(tokenizer.decode(one) == best for one, best in zip(said, right, strict=True))
+    return statistics.fmean(tokenizer.decode(one) == best for one, best in zip(answers, right, strict=True))
 
 
-def make_base(start: Start) -> Base:
-    """Write a seed's data and the model that all its arms begin with."""
-    prompts = write_data(start.folder, start.seed)
-    save_model(start.folder / "new", start.seed)
+def make_base(seed: SeedSettings) -> Base:
+    """Write a seed's data and train the model from which all its arms start."""
+    prompts = write_data(seed.folder, seed.seed)
+    save_model(seed.folder / "new", seed.seed)
     values = {
-        "data": [source(start.folder, "text")],
-        "model": {"uri": str(start.folder / "new")},
+        "data": [source(seed.folder, "text")],
+        "model": {"uri": str(seed.folder / "new")},
         "budget": {"steps": BASE_STEPS},
         "optimizer": {"learningRate": 5e-3},
     }
-    model, metrics = run_sft(start.folder, "base", start.folder, values, start.seed)
-    return Base(start, model, prompts, metrics["heldOut.text.loss"])
+    model, metrics = run_sft(seed.folder, "base", seed.folder, values, seed.seed)
+    return Base(seed, model, prompts, metrics["heldOut.text.loss"])
 
 
-def train(job: tuple[Base, int]) -> Trained:
-    """Train and ask one arm, given by its number."""
+def train(job: tuple[Base, int]) -> ArmResult:
+    """Train and evaluate one arm, given by its number."""
     base, number = job
-    arm, folder, seed = ARMS[number], base.start.folder, base.start.seed
+    arm, folder, seed = ARMS[number], base.seed.folder, base.seed.seed
     values = {
         "data": [source(folder, name) for name in arm.data],
         "model": {"uri": str(base.model)},
-        "budget": {"steps": base.start.steps},
+        "budget": {"steps": base.seed.steps},
         "hindsight": arm.hindsight,
         "optimizer": {"learningRate": 3e-3},
     }
     with last_links(arm.last_links):
         output, figures = run_sft(folder, f"arm-{number}", folder, values, seed)
-    found = Trained(
-        exact=exact_match(output, base.prompts, arm.asked_with),
-        exact_if_bad=exact_match(output, base.prompts, BAD) if arm.asked_with else None,
+    found = ArmResult(
+        exact=exact_match(output, base.prompts, arm.feedback),
+        exact_if_bad=exact_match(output, base.prompts, BAD) if arm.feedback else None,
         text_loss=figures["heldOut.text.loss"],
         hidden=figures.get("hindsight.hiddenShare", 0.0),
         tokens=int(figures["tokens"]),
@@ -276,12 +278,12 @@ def source(folder: Path, named: str) -> dict[str, Any]:
     return {"uri": str(folder / f"{name}.jsonl"), "name": name, "format": formats[name], **shares}
 
 
-def last_links(wanted: bool) -> Any:
-    """Return a context in which chains have their last links beside them, or have not."""
+def last_links(enabled: bool) -> Any:
+    """Return a context in which the chains' last links are trained on separately, too, or are not."""
     from stagecoach_trainer.samples import datasets as sources
     from stagecoach_trainer.samples.hindsight import HindsightEncoder
 
-    made = functools.partial(HindsightEncoder, with_last_links=wanted)
+    made = functools.partial(HindsightEncoder, with_last_links=enabled)
     return mock.patch.object(sources, "HindsightEncoder", made)
 
 
@@ -294,15 +296,15 @@ def figures() -> list[Figure]:
 
 
 def measure(num_seeds: int = len(SEEDS), steps: int = STEPS, path: Path = RESULT) -> tuple[Found, Sequence[float]]:
-    """Train every arm with every seed and write the result file; return them, and the base models' losses on text."""
+    """Train every arm with every seed and write the result file; return it, and the base models' losses on text."""
     with tempfile.TemporaryDirectory() as name:
-        starts = [Start(seed, Path(name) / f"seed-{seed}", steps) for seed in SEEDS[:num_seeds]]
-        for start in starts:
-            start.folder.mkdir()
-        bases = side_by_side(make_base, starts)
+        seeds = [SeedSettings(seed, Path(name) / f"seed-{seed}", steps) for seed in SEEDS[:num_seeds]]
+        for seed in seeds:
+            seed.folder.mkdir()
+        bases = side_by_side(make_base, seeds)
         jobs = [(base, number) for number in range(len(ARMS)) for base in bases]
         results = side_by_side(train, jobs)
-    found: dict[str, list[Trained]] = {}
+    found: dict[str, list[ArmResult]] = {}
     for (_, number), result in zip(jobs, results, strict=True):
         found.setdefault(ARMS[number].name, []).append(result)
     before = [base.text_loss for base in bases]
@@ -312,16 +314,16 @@ def measure(num_seeds: int = len(SEEDS), steps: int = STEPS, path: Path = RESULT
 
 
 def figures_of(found: Found) -> list[Figure]:
-    """Return what the modes are worth beside imitating all answers, and what chains owe to their parts."""
+    """Return the gains of the modes over imitating all answers, and the gains of the parts of chains."""
     exact = {name: [one.exact for one in trained] for name, trained in found.items()}
     unit, chain_if_bad = "best answers", [one.exact_if_bad or 0.0 for one in found[CHAIN.name]]
     text = [(a.text_loss, b.text_loss) for a, b in zip(found[WITH_TEXT.name], found[CHAIN.name], strict=True)]
     return [
-        gain("hindsight, `best` beside all answers (HFFT)", unit, exact[BEST.name], exact[ALL.name], EFFECT),
-        gain("hindsight, `chain` beside all answers (CoH)", unit, exact[CHAIN.name], exact[ALL.name], EFFECT),
-        gain("hindsight, good words beside bad ones", unit, exact[CHAIN.name], chain_if_bad, EFFECT),
-        gain("hindsight, last links beside none", unit, exact[CHAIN.name], exact[NO_LAST_LINKS.name], EFFECT),
-        compared("hindsight, loss on text, with text beside the chains", "nats per token", text, KEPT),
+        gain("hindsight, `best` against all answers (HFFT)", unit, exact[BEST.name], exact[ALL.name], EFFECT),
+        gain("hindsight, `chain` against all answers (CoH)", unit, exact[CHAIN.name], exact[ALL.name], EFFECT),
+        gain("hindsight, good feedback against bad", unit, exact[CHAIN.name], chain_if_bad, EFFECT),
+        gain("hindsight, last links against none", unit, exact[CHAIN.name], exact[NO_LAST_LINKS.name], EFFECT),
+        compared("hindsight, loss on text, with text in the mix", "nats per token", text, KEPT),
     ]
 
 
@@ -329,9 +331,9 @@ def figures_of(found: Found) -> list[Figure]:
 
 
 def table(found: Found, base_losses: Sequence[float]) -> str:
-    """Return the figures as Markdown: the mean of the seeds, and each of them."""
+    """Return a Markdown table of the arms: mean and value of each seed."""
     lines = [
-        "| arm | best answer, held out | each seed | asked with the bad words | loss on text | hidden |",
+        "| arm | best answer, held out | each seed | with the feedback of bad answers | loss on text | hidden |",
         "|---|---:|---|---:|---:|---:|",
         f"| before | | | | {statistics.fmean(base_losses):.2f} | |",
     ]
@@ -351,17 +353,17 @@ def table(found: Found, base_losses: Sequence[float]) -> str:
 
 
 def main() -> int:
-    """Measure, and print the table and the goals. The options are for trying it out."""
-    from bench.__main__ import told
+    """Measure, then print the table and the goals. The options make shorter trials possible."""
+    from bench.__main__ import report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    found, before = measure(asked.seeds, asked.steps, asked.output)
+    options = parser.parse_args()
+    found, before = measure(options.seeds, options.steps, options.output)
     print(table(found, before))
-    return told(figures_of(found))
+    return report(figures_of(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The environment of the alignment benches' peer, TRL: made once from the pinned requirements, kept in `build/`.
+"""The Python environment of TRL, the alignment benches' peer: created once from pinned requirements in `build/`.
 
-TRL 1.12.0 is the last release with PPO. Nothing of it is imported here: the two sides are processes of their own.
+TRL 1.12.0 is the last release with PPO. It is not imported here: each side runs in processes of its own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from bench.measuring import ROOT
 REQUIREMENTS = Path(__file__).parent / "requirements-trl.txt"
 FOLDER = ROOT / "build" / "trl-venv"
 WHEELS = ROOT.parent / "shared" / "wheels"
-"""Packages that are at hand, PyTorch without CUDA among them; without it that one is fetched."""
+"""A folder of packages that may include PyTorch without CUDA; otherwise PyTorch is downloaded."""
 UV = ROOT / ".uv" / "bin" / "uv"
 
 QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-"""Environment variables of the peer's processes."""
+"""Environment variables for both sides' processes."""
 
 
 def peer_python() -> str:
-    """Return the peer's interpreter; make its environment where there is none of these requirements yet.
+    """Return the peer's interpreter, creating its environment unless it exists with these requirements.
 
-    Raises RuntimeError where a package cannot be installed.
+    Raises RuntimeError if a package cannot be installed.
     """
     python = FOLDER / "bin" / "python"
     stamp = FOLDER / "requirements.sha256"

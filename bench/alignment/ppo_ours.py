@@ -1,7 +1,7 @@
 """Our side of the PPO bench: the loop of `ppo` stages, called as the stage calls it.
 
-`python -m bench.alignment.ppo_ours TASK SEED PRECISION UPDATES` prints, as one line of JSON, what every update took and
-brought.
+`python -m bench.alignment.ppo_ours TASK SEED PRECISION UPDATES` prints reward, KL and seconds of every update as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stagecoach_trainer.samples.prompts import Prompt
 
 @dataclass(frozen=True)
 class ClockedPrompts(PromptPlan):
-    """Notes when each update was begun."""
+    """Records when each update begins."""
 
     begun: list[float] = field(default_factory=list)
     worked: list[float] = field(default_factory=list)
@@ -43,8 +43,8 @@ class ClockedPrompts(PromptPlan):
         return super().prompts(update)
 
 
-class Words:
-    """A vocabulary whose words are the ids themselves."""
+class IdTokenizer:
+    """A tokenizer that writes token ids as decimal numbers."""
 
     eos_token_id = None
 
@@ -53,7 +53,7 @@ class Words:
 
 
 class ModelReward(RewardSum):
-    """What the reward model says of prompt and answer, whose words are ids."""
+    """The reward model's value for prompt and answer, both written as token ids."""
 
     def __init__(self, model: Any) -> None:
         super().__init__([])
@@ -69,7 +69,7 @@ class ModelReward(RewardSum):
 
 
 def configuration(precision: str, updates: int) -> PpoStage:
-    """The numbers of the task in a stage's form; no guard is wanted where there is something to measure."""
+    """Return the task as a stage's configuration, without the guards that could end it early."""
     optimizer = {"learningRate": task.LEARNING_RATE, "beta2": 0.999, "weightDecay": 0.0, "clip": None}
     return PpoStage.model_validate(
         {
@@ -118,7 +118,7 @@ def make_job(folder: Path, precision: str, updates: int) -> PpoJob:
         policy=policy,
         critic=critic,
         reference=copy.deepcopy(policy),
-        tokenizer=Words(),
+        tokenizer=IdTokenizer(),
         rewards=ModelReward(RewardModel(reward, None)),
         prompts=make_plan(folder, updates),
         text=None,
@@ -126,7 +126,7 @@ def make_job(folder: Path, precision: str, updates: int) -> PpoJob:
 
 
 def make_plan(folder: Path, updates: int) -> ClockedPrompts:
-    """Return the task's prompts, each of which is answered once."""
+    """Return a plan in which each of the task's prompts is answered once."""
     found = tuple(_prompt(ids) for ids in json.loads((folder / "prompts.json").read_text()))
     mix = Mix([Stream(len(found), 5)], [1.0], task.SAMPLES * updates, 6, [0])
     return ClockedPrompts((found,), mix, task.SAMPLES, updates)
@@ -136,12 +136,12 @@ def _prompt(ids: Sequence[int]) -> Prompt:
     return Prompt(np.array(ids, np.int32), ({"role": "user", "content": " ".join(map(str, ids))},), (), "prompts.json")
 
 
-def _ids(words: str) -> np.ndarray:
-    return np.array(words.split(), np.int32)
+def _ids(text: str) -> np.ndarray:
+    return np.array(text.split(), np.int32)
 
 
 def main() -> None:
-    """Train, and print what it came to."""
+    """Train and print the measurements."""
     from stagecoach_trainer.ppo.loop import train_policy
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World

@@ -1,7 +1,7 @@
-"""The peer's side of the PPO bench: `trl.experimental.ppo`. Runs in the peer's environment, which has nothing of ours.
+"""The peer's side of the PPO bench: `trl.experimental.ppo`. Runs in the peer's environment, without our packages.
 
-`python -m bench.alignment.ppo_peer TASK SEED PRECISION UPDATES` prints, as one line of JSON, what every update took and
-brought.
+`python -m bench.alignment.ppo_peer TASK SEED PRECISION UPDATES` prints reward, KL and seconds of every update as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from bench.alignment import ppo_task as task
 
 
-class _Notes(TrainerCallback):
-    """Notes when each update has ended, and its mean reward."""
+class _Recorder(TrainerCallback):
+    """Records when each update ends, its mean reward and its KL."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
@@ -41,24 +41,24 @@ class _Notes(TrainerCallback):
 
 
 class _Vocabulary(SimpleNamespace):
-    """All that PPOTrainer asks of a tokenizer."""
+    """The attributes that PPOTrainer reads from a tokenizer."""
 
     pad_token_id = task.PADDING
     eos_token_id = -1
 
     def save_pretrained(self, *arguments: Any, **keywords: Any) -> None:
-        """Nothing is to be saved."""
+        """Save nothing."""
 
 
 def collate(prompts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad prompts on the left to the longest."""
+    """Pad prompts on the left to the longest of them."""
     longest = max(len(prompt["input_ids"]) for prompt in prompts)
     rows = [[task.PADDING] * (longest - len(prompt["input_ids"])) + prompt["input_ids"] for prompt in prompts]
     return {"input_ids": torch.tensor(rows)}
 
 
 def settings(folder: str, seed: int, precision: str, updates: int) -> PPOConfig:
-    """The numbers of the task, and the fastest settings that PPOTrainer has on a CPU."""
+    """Return the task as PPOTrainer's settings, with the fastest that it has on a CPU."""
     return PPOConfig(
         output_dir=folder,
         use_cpu=not torch.cuda.is_available(),
@@ -92,29 +92,29 @@ def settings(folder: str, seed: int, precision: str, updates: int) -> PPOConfig:
 
 
 def main() -> None:
-    """Train, and print what it came to."""
+    """Train and print the measurements."""
     folder, seed, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(torch.get_num_threads())
     prompts = json.loads((folder / "prompts.json").read_text())
-    asked = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    notes = _Notes()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    recorder = _Recorder()
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
         trainer = PPOTrainer(
             args=settings(output, seed, precision, int(sys.argv[4])),
             processing_class=_Vocabulary(),
             model=LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32),
-            ref_model=LlamaForCausalLM.from_pretrained(folder / "policy", dtype=asked),
-            reward_model=LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=asked),
+            ref_model=LlamaForCausalLM.from_pretrained(folder / "policy", dtype=dtype),
+            reward_model=LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype),
             value_model=LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32),
             train_dataset=Dataset.from_dict({"input_ids": prompts}),
             data_collator=collate,
-            callbacks=[notes],
+            callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    found = {"rewards": notes.rewards, "kl": notes.kl}
-    print(json.dumps(found | {"seconds": task.gaps(notes.ended), "cpuSeconds": task.gaps(notes.worked)}))
+    found = {"rewards": recorder.rewards, "kl": recorder.kl}
+    print(json.dumps(found | {"seconds": task.gaps(recorder.ended), "cpuSeconds": task.gaps(recorder.worked)}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers per second of two PPO loops, and whether they learn alike."""
+"""Answers per second of both PPO loops, and whether they learn equally well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.alignment.peer_environment import QUIET, peer_python
 from bench.measuring import Figure, Goal, alternate, compared, run_child
 
 PRECISION = "bf16"
-"""TRL's default, too."""
+"""Also TRL's default."""
 Report = Mapping[str, Any]
 
 
@@ -41,7 +41,7 @@ def figures() -> list[Figure]:
 
 
 def samples_per_second(report: Report) -> float:
-    """Return the speed at the median update; the first, which warms up, is not counted."""
+    """Return the speed of the median update, without the first one, which is a warm-up."""
     return task.SAMPLES / float(statistics.median(report["seconds"]))
 
 
@@ -51,7 +51,7 @@ def final_reward(report: Report) -> float:
 
 
 def within(ours: Sequence[float], peer: Sequence[float]) -> Figure:
-    """Return whether the median of our seeds lies in the spread of the peer's."""
+    """Compare the median of our seeds with the range of the peer's: the goal is to be within it."""
     lowest, highest = min(peer), max(peer)
     middle = statistics.median(ours)
     goal = f"in {lowest:.3f} to {highest:.3f}"

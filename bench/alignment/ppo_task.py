@@ -1,8 +1,8 @@
-"""What both sides of the PPO bench do: the folders both load, and the numbers of the task.
+"""The task of both sides of the PPO bench: the model folders both load, and the settings.
 
-The policy says one of some likely tokens, whatever it is asked; the reward model likes every second token, wherever it
-stands. Both are LLaMAs of random weights with a few set by hand, so that there is something to learn in a minute.
-Nothing here imports torch at the top: the peer's environment reads the numbers, too.
+The policy answers any prompt with a few likely tokens; the reward model prefers every second token id, at any position.
+Both are LLaMAs with random weights of which a few are set by hand, so that there is something to learn in a minute.
+torch is imported only where models are made: the peer's environment reads the settings, too.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.alignment.shape import VOCABULARY, WIDTH, llama_config
+from bench.llama import VOCABULARY, WIDTH, llama_config
 
 PADDING = VOCABULARY
-"""An id that no model has, so that no answer can hold it; the peer masks it before it asks a model."""
+"""An id outside every vocabulary, so that no answer contains it; the peer masks it before calling a model."""
 LIKELY = 64
-"""Ids below it are what the policy says at first."""
+"""The policy first answers with ids below this."""
 SHORTEST, LONGEST, ANSWER = 16, 48, 24
-"""Tokens of prompts, and of every answer: nothing ends one."""
+"""Tokens of prompts (shortest, longest) and of every answer: there is no end token."""
 POSITIONS = 256
 SAMPLES, UPDATES = 32, 6
 EPOCHS, MINI_BATCHES = 2, 2
@@ -29,12 +29,12 @@ KL = 0.02
 CLIP, GAMMA, LAMBDA = 0.2, 1.0, 0.95
 VALUE_WEIGHT = 0.1
 LAST = 2
-"""Updates at the end whose mean reward is the final one."""
+"""The final reward is the mean of this many last updates."""
 
 COMMON = 6.0
-"""Length of what all embeddings of the policy have in common; random parts add some 2 to it, layer by layer."""
+"""Norm of the component that all embeddings of the policy share; the layers' random parts add about 2 to it."""
 MARGIN = 0.65
-"""Of a likely token's row in the head, along the direction all states share: some 9 nats."""
+"""Component of a likely token's row in the head along the direction that all states share: about 9 nats."""
 REWARD_SCALE = 4.0
 
 
@@ -47,12 +47,12 @@ def make_task(folder: Path) -> None:
 
 
 def gaps(times: Sequence[float]) -> list[float]:
-    """Return what lies between one time and the next."""
+    """Return the differences between consecutive times."""
     return [after - before for before, after in pairwise(times)]
 
 
 def make_prompts(seed: int = 5) -> list[list[int]]:
-    """Return as many prompts as all updates answer."""
+    """Return the prompts of all updates."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def make_prompts(seed: int = 5) -> list[list[int]]:
 
 
 def make_policy(seed: int = 0) -> Any:
-    """Return a language model whose states all point the same way, along which the likely tokens' rows lie."""
+    """Return a language model whose states share a direction, which the likely tokens' rows of the head contain."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -75,7 +75,7 @@ def make_policy(seed: int = 0) -> Any:
 
 
 def make_reward(seed: int = 1) -> Any:
-    """Return a sequence classifier whose first layer averages, with equal attention, whether tokens are liked."""
+    """Return a sequence classifier whose first layer averages, with uniform attention, which tokens are preferred."""
     import torch
     from transformers import LlamaForSequenceClassification
 

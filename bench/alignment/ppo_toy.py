@@ -1,10 +1,10 @@
-"""`python -m bench.alignment.ppo_toy`: PPO on a task whose optimum is known, and what each of its switches does there.
+"""`python -m bench.alignment.ppo_toy`: PPO on a task whose optimum is known, and the effect of its settings there.
 
-A prompt is two to four digits; the reward of an answer is the share of its four places that hold the prompt's last
-digit, so 1 is the optimum, and of random answers 1 in 13 places is right. The policy, a LLaMA of one layer of width 32
-with new weights, has to find out the rule by itself. At the end it is asked the prompts it was trained on: once for
-its likeliest answer, and several times at temperature 1, as it was trained. Ten seeds; then single switches are turned,
-three seeds each, for fewer updates. The toy, and the server behind the two terms that ask one, are the tests'.
+A prompt is two to four digits; the reward of an answer is the share of its first four tokens that are the prompt's last
+digit, so the optimum is 1, and 1 in 13 tokens of a random answer is right. The policy, a LLaMA of one layer of width 32
+with random weights, must discover the rule. At the end it answers the prompts it was trained on: once with its
+likeliest answer, and several times at temperature 1, as in training. Ten seeds; then single settings are changed, with
+three seeds each and fewer updates. The task, and the server that the two judging terms call, come from the tests.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ RESULT = RESULTS / "ppo_toy.json"
 SEEDS, FEW_SEEDS = range(10), range(3)
 UPDATES, FEW_UPDATES = 150, 60
 ENOUGH = 0.95
-"""Share of the optimum that counts as reached."""
+"""Share of the optimum from which it counts as reached."""
 DRAWS = 8
-"""Answers to each prompt at temperature 1."""
+"""Number of answers to each prompt at temperature 1."""
 GREEDY = 1e-4
-"""Temperature at which the likeliest answer is all but certain."""
+"""A temperature at which the likeliest answer is almost certain."""
 REACHED = Goal("≥", 9)
-"""Seeds of ten."""
+"""Seeds, of ten, that must reach the optimum."""
 MEANS = ("greedy", "sampled", "kl", "early", "value_loss")
-"""What the table of switches shows of every arm, the likeliest answers first."""
+"""Columns of the table of settings, the likeliest answers first."""
 EFFECT = Goal("≥", 0.3)
-"""True reward that a right judge must bring beside a reward model that misleads."""
+"""True reward that a correct judge must add to a misleading reward model."""
 
 SETTINGS: dict[str, Any] = {
     "batch": {"samples": 64, "microBatchRows": 64},
@@ -46,24 +46,24 @@ SETTINGS: dict[str, Any] = {
     "critic": {"clip": None},
     "optimizer": {"learningRate": 3e-3, "clip": 1.0},
     "schedule": {"name": "linear"},
-    # A policy that has found the optimum ends no answer, says one thing only and is paid the same for all of it.
+    # At the optimum a policy ends no answer, repeats one digit and gets equal rewards: no guard may stop it there.
     "guards": {"minEndedShare": None, "minEntropy": None, "minRewardDeviation": None},
     "checkpoints": {"everySteps": 10**6},
 }
 
 Terms = Callable[[ExitStack], Any]
-"""Makes the reward; what it opens is closed at the end."""
+"""Makes the reward; the stack closes what it opens."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train."""
+    """A way to train."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Of `SETTINGS`, member by member."""
+    """Changes to `SETTINGS`, member by member."""
     terms: Terms | None = None
-    """None: the true reward."""
+    """The reward; the true one if None."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,32 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What it came to."""
+class ArmResult:
+    """The measurements of one arm with one seed."""
 
     greedy: float
-    """True reward of the likeliest answers to the prompts it was trained on."""
+    """True reward of the likeliest answers to the training prompts."""
     sampled: float
-    """True reward of answers at temperature 1 to them."""
+    """True reward of answers to them at temperature 1."""
     kl: float
     """Mean KL per answer in the last update, in nats."""
     early: float
-    """Reward trained for, mean over the first half of the updates."""
+    """Reward used for training, mean over the first half of the updates."""
     value_loss: float
-    """Of the critic, mean over the first ten updates."""
+    """The critic's loss, mean over the first ten updates."""
     seconds: float
-    """Of the processor."""
+    """CPU time."""
 
 
-Found = Mapping[str, Sequence[Trained]]
-"""By arm, the seeds in order."""
+Found = Mapping[str, Sequence[ArmResult]]
+"""The results of every arm, one for each seed in order."""
 
 
 # -- rewards -----------------------------------------------------------------------------------------------------------
 
 
 def sevens(prompt: str, answer: str) -> float:
-    """A reward model that has learnt the wrong thing: the share of an answer's four places that hold a 7."""
+    """A reward model that learned the wrong rule: the share of an answer's first four tokens that are a 7."""
     del prompt
     return answer[:4].count("7") / 4
 
@@ -114,7 +114,7 @@ def misleading(stack: ExitStack) -> Any:
 
 
 def with_rules(stack: ExitStack) -> Any:
-    """The misleading model and two statements that a judge finds true or not, with given weights."""
+    """The misleading model and two propositions that a judge evaluates, with given weights."""
     from stagecoach_api.rewards import PropositionReward
     from stagecoach_trainer.rewards.propositions import PropositionsTerm
     from tests.trainer.loop.makers import context
@@ -133,29 +133,29 @@ def with_rules(stack: ExitStack) -> Any:
 
 
 def with_feedback(stack: ExitStack) -> Any:
-    """The misleading model and a judge's mark."""
+    """The misleading model and a judge's score."""
     from stagecoach_api.rewards import FeedbackReward
     from stagecoach_trainer.rewards.feedback import FeedbackTerm
     from stagecoach_trainer.runtime.context import World
     from tests.trainer.ppo.makers import FunctionTerm, reward_of
     from tests.trainer.rewards.makers import feedback_term, serve
 
-    endpoint = stack.enter_context(serve(mark))
+    endpoint = stack.enter_context(serve(rating))
     config = FeedbackReward.model_validate(feedback_term(endpoint.url)["feedback"])
     term = FeedbackTerm(config, "feedback", World())
     return reward_of(("model", FunctionTerm(sevens), 1.0), ("feedback", term, 2.0))
 
 
 def judge_statement(messages: Sequence[Mapping[str, str]]) -> str:
-    """The words of the judge: yes where the statement is true."""
+    """The judge's reply: yes if the statement is true."""
     prompt, answer, statement, *_ = messages[-1]["content"].split("\n")
-    digit, said = _quoted(prompt)[-1], _quoted(answer)
-    true = said.startswith(digit) if "begins" in statement else len(said) == 4 and said.endswith(digit)
+    digit, text = _quoted(prompt)[-1], _quoted(answer)
+    true = text.startswith(digit) if "begins" in statement else len(text) == 4 and text.endswith(digit)
     return "yes" if true else "no"
 
 
-def mark(messages: Sequence[Mapping[str, str]]) -> str:
-    """The words of the judge: 10 times the true reward."""
+def rating(messages: Sequence[Mapping[str, str]]) -> str:
+    """The judge's reply: 10 times the true reward."""
     from tests.trainer.ppo.makers import echoes
 
     answer, prompt = messages[-1]["content"].removeprefix("Mark ").split(" as an answer to ")
@@ -175,7 +175,7 @@ JUDGED = (
     Arm("misleading reward model + propositions", terms=with_rules),
     Arm("misleading reward model + AI feedback", terms=with_feedback),
 )
-SWITCHES = (
+VARIANTS = (
     BASE,
     Arm("no entropy bonus", {"policy": {"entropyWeight": 0.0}}),
     Arm("advantages as they are", {"policy": {"normalizeAdvantages": False}}),
@@ -195,28 +195,28 @@ def settings_of(arm: Arm, updates: int) -> dict[str, Any]:
     return values
 
 
-def train(training: Training) -> Trained:
-    """Train one arm with one seed, and ask it."""
+def train(training: Training) -> ArmResult:
+    """Train and evaluate one arm with one seed."""
     from stagecoach_trainer.ppo.loop import train_policy
     from tests.trainer.loop.makers import context
     from tests.trainer.ppo.makers import configuration, ppo_job
 
-    began, seed = time.process_time(), training.seed
+    started, seed = time.process_time(), training.seed
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job = ppo_job(configuration(**settings_of(training.arm, training.updates)), seed=seed)
         job = replace(job, rewards=(training.arm.terms or true_reward)(stack))
         points = train_policy(job, context(folder, seed=seed)).history
-    found = Trained(
+    found = ArmResult(
         greedy=true_reward_of(job, GREEDY, draws=1),
         sampled=true_reward_of(job, 1.0, DRAWS),
         kl=points[-1]["kl"],
         early=statistics.fmean(point["reward"] for point in points[: max(1, len(points) // 2)]),
         value_loss=statistics.fmean(point["valueLoss"] for point in points[:10]),
-        seconds=time.process_time() - began,
+        seconds=time.process_time() - started,
     )
-    said = f"{training.arm.name}, seed {seed}: {found.greedy:.3f}, sampled {found.sampled:.3f} ({found.seconds:.0f} s)"
-    print(said, file=sys.stderr, flush=True)
+    line = f"{training.arm.name}, seed {seed}: {found.greedy:.3f}, sampled {found.sampled:.3f} ({found.seconds:.0f} s)"
+    print(line, file=sys.stderr, flush=True)
     return found
 
 
@@ -237,8 +237,10 @@ def true_reward_of(job: Any, temperature: float, draws: int) -> float:
     prompts = [prompt for prompt in digit_prompts() for _ in range(draws)]
     decoding = Decoding(max_new_tokens=4, temperature=temperature, top_p=1.0, ends=(END,))
     numbers = [uniforms((0, number), 4) for number in range(len(prompts))]
-    said = sample_answers(job.policy.eval(), [prompt.ids for prompt in prompts], numbers, decoding, torch.device("cpu"))
-    texts = [job.tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True) for answer in said]
+    answers = sample_answers(
+        job.policy.eval(), [prompt.ids for prompt in prompts], numbers, decoding, torch.device("cpu")
+    )
+    texts = [job.tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True) for answer in answers]
     return statistics.fmean(
         echoes(str(prompt.messages[-1]["content"]), text) for prompt, text in zip(prompts, texts, strict=True)
     )
@@ -248,18 +250,18 @@ def true_reward_of(job: Any, temperature: float, draws: int) -> float:
 
 
 def figures() -> list[Figure]:
-    """Measure all of it."""
+    """Measure every arm."""
     return figures_of(measure())
 
 
 def measure(
     num_seeds: int = len(SEEDS), updates: int = UPDATES, few_updates: int = FEW_UPDATES, path: Path = RESULT
 ) -> Found:
-    """Train every arm and write the result file; return what came of them, the long arm under `seeds`."""
+    """Train every arm, write the result file and return the results, the ten long runs under `seeds`."""
     jobs = [Training(BASE, seed, updates) for seed in SEEDS[:num_seeds]]
-    jobs += [Training(arm, seed, few_updates) for arm in SWITCHES for seed in FEW_SEEDS[:num_seeds]]
+    jobs += [Training(arm, seed, few_updates) for arm in VARIANTS for seed in FEW_SEEDS[:num_seeds]]
     results = side_by_side(train, jobs)
-    found: dict[str, list[Trained]] = {"seeds": results[: len(SEEDS[:num_seeds])]}
+    found: dict[str, list[ArmResult]] = {"seeds": results[: len(SEEDS[:num_seeds])]}
     for job, result in zip(jobs[num_seeds:], results[num_seeds:], strict=True):
         found.setdefault(job.arm.name, []).append(result)
     write_result(path, {name: [asdict(one) for one in trained] for name, trained in found.items()})
@@ -267,7 +269,7 @@ def measure(
 
 
 def figures_of(found: Found) -> list[Figure]:
-    """Return how many seeds find the optimum, and what a judge is worth where the reward model misleads."""
+    """Return how many seeds reach the optimum, and the gain of a judge over a misleading reward model."""
     ten, misled = found["seeds"], [one.greedy for one in found[MISLED.name]]
     reached = sum(one.greedy >= ENOUGH for one in ten)
     sampled = statistics.median(one.sampled for one in ten)
@@ -283,21 +285,21 @@ def figures_of(found: Found) -> list[Figure]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def seeds_table(trained: Sequence[Trained]) -> str:
-    """Return the ten seeds as Markdown."""
+def seeds_table(trained: Sequence[ArmResult]) -> str:
+    """Return a Markdown table of the ten seeds."""
     lines = ["| seed | likeliest answers | answers at temperature 1 | CPU seconds |", "|---:|---:|---:|---:|"]
     for seed, one in enumerate(trained):
         lines.append(f"| {seed} | {one.greedy:.3f} | {one.sampled:.3f} | {one.seconds:.0f} |")
     return "\n".join(lines)
 
 
-def switches_table(found: Found) -> str:
-    """Return the switches as Markdown: means over the seeds, and each seed's true reward."""
+def variants_table(found: Found) -> str:
+    """Return a Markdown table of the settings: means over the seeds, and each seed's true reward."""
     lines = [
         "| arm | likeliest answers | each seed | at temperature 1 | KL per answer | reward, first half | value loss |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
-    for arm in SWITCHES:
+    for arm in VARIANTS:
         trained = found[arm.name]
         each = ", ".join(f"{one.greedy:.2f}" for one in trained)
         greedy, *means = (statistics.fmean(getattr(one, name) for one in trained) for name in MEANS)
@@ -306,18 +308,18 @@ def switches_table(found: Found) -> str:
 
 
 def main() -> int:
-    """Measure, and print the tables and the goals. The options are for trying it out."""
-    from bench.__main__ import told
+    """Measure, then print the tables and the goals. The options make shorter trials possible."""
+    from bench.__main__ import report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--updates", type=int, default=UPDATES)
-    parser.add_argument("--few-updates", type=int, default=FEW_UPDATES, help="with a switch turned")
+    parser.add_argument("--few-updates", type=int, default=FEW_UPDATES, help="updates of each variant")
     parser.add_argument("--output", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    found = measure(asked.seeds, asked.updates, asked.few_updates, asked.output)
-    print(seeds_table(found["seeds"]), switches_table(found), sep="\n\n")
-    return told(figures_of(found))
+    options = parser.parse_args()
+    found = measure(options.seeds, options.updates, options.few_updates, options.output)
+    print(seeds_table(found["seeds"]), variants_table(found), sep="\n\n")
+    return report(figures_of(found))
 
 
 if __name__ == "__main__":

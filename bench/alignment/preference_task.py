@@ -1,4 +1,4 @@
-"""The reward-model bench's task: the model both sides load, and the pairs both learn from. No torch at the top."""
+"""The task of the reward-model bench: the model both sides load, and the pairs both train on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.alignment.shape import VOCABULARY, llama_config
+from bench.llama import VOCABULARY, llama_config
 
 PAIRS, STEPS = 8, 12
 SHORTEST, LONGEST = 64, 192
-"""Tokens of a sequence: prompt and answer."""
+"""Tokens of a sequence, prompt and answer together."""
 LEARNING_RATE = 1e-4
 PADDING = 0
 
@@ -30,7 +30,7 @@ def make_task(folder: Path) -> None:
 
 
 def make_pairs(seed: int = 3) -> list[Pair]:
-    """Return all pairs, the better answer first: its tokens are of the lower half of the vocabulary."""
+    """Return all pairs, the better answer first: its tokens are from the lower half of the vocabulary."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -53,5 +53,5 @@ def read_steps(folder: Path) -> list[list[Pair]]:
 
 
 def tokens_of(pairs: Sequence[Pair]) -> int:
-    """Return the tokens of both answers, padding apart."""
+    """Return the number of tokens of both answers, without padding."""
     return sum(len(better) + len(worse) for better, worse in pairs)

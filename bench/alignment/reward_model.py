@@ -1,7 +1,7 @@
-"""`python -m bench.alignment.reward_model [FILE]`: reward models on real preferences, beside the longer answer.
+"""`python -m bench.alignment.reward_model [FILE]`: reward models on real preferences, against the longer answer.
 
-FILE holds preference records (`conversations`, `chosen`, `rejected`). They are parted into folds; a LLaMA of one layer,
-from nothing, learns from all folds but one, its vocabulary included, and is measured on that one. Stages run as they do
+FILE contains preference records (`conversations`, `chosen`, `rejected`), which are split into folds. A LLaMA of one
+layer and its vocabulary are trained from scratch on all folds but one, on which it is measured. Stages run as they do
 for users.
 """
 
@@ -28,22 +28,22 @@ RESULT = RESULTS / "reward_model.json"
 FOLDS, EPOCHS = 5, 3.0
 PROMPT_CHARACTERS = 64
 PIECES, CHARACTERS = 600, 400
-"""Of the vocabulary: all, and those of one character. Rarer characters are unknown: by them a model
-tells the pairs it learns from one by one, and has them by heart."""
+"""Pieces of the vocabulary, and those of one character. Rarer characters are unknown: a model would recognise the
+training pairs by them and memorise each."""
 
 SYSTEM = "请判断下面的回答是否有用、诚实、无害，表达是否清楚，条理是否分明，有没有多余的客套。" * 5
-"""The same in front of every conversation. The one layer averages over all it reads; with this in it, a long answer
-moves the average further than a short one."""
+"""System prompt of every conversation. The single layer averages over the whole sequence; with this text in it, a long
+answer changes the average more than a short one."""
 
 TEMPLATE = frozenset("<human>:bot\n ")
-"""Characters of the chat template, which every vocabulary must have."""
+"""Characters of the chat template, which every vocabulary must contain."""
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What one model learns from and is measured on."""
+    """The records on which one model is trained and measured."""
 
     number: int
     known: Sequence[Mapping[str, Any]]
@@ -52,15 +52,15 @@ class Fold:
 
 
 def figures() -> list[Figure]:
-    """Measure all folds of the file beside the checkout."""
+    """Measure all folds of the default file."""
     return figures_of(cross_validate())
 
 
 def cross_validate(file: Path = FILE, num_folds: int = FOLDS, epochs: float = EPOCHS, path: Path = RESULT) -> Any:
-    """Measure each fold and write the result file; return its content."""
+    """Measure each fold, write the result file and return its content."""
     records = json.loads(file.read_text(encoding="utf-8"))
     by_characters = statistics.fmean(longer(record) for record in records)
-    for record in records:  # the last turn is what is asked; a long one is cut at its beginning
+    for record in records:  # the last turn is the prompt; a long one is cut at its beginning
         turn = dict(record["conversations"][-1])
         record["conversations"] = [{**turn, "value": turn["value"][-PROMPT_CHARACTERS:]}]
     random.Random(0).shuffle(records)  # noqa: S311 - no secret
@@ -101,15 +101,15 @@ def measure(fold: Fold) -> dict[str, float]:
 
 
 def figures_of(result: Mapping[str, Any]) -> list[Figure]:
-    """Return the accuracy beside that of the longer answer: more by two standard errors of the folds' gains."""
+    """Compare the accuracy with that of the longer answer: the gain must exceed two standard errors over the folds."""
     folds = result["folds"]
     ours, longest = ([fold[name] for fold in folds] for name in ("accuracy", "lengthBaseline"))
     goal = Goal(">", round(2.0 * result["gainStandardError"], 4))
-    return [gain("reward model, real preferences, beside the longer answer", "accuracy", ours, longest, goal)]
+    return [gain("reward model, real preferences, against the longer answer", "accuracy", ours, longest, goal)]
 
 
 def longer(record: Mapping[str, Any]) -> float:
-    """Return 1 where the better answer has more characters, 0.5 where it has as many."""
+    """Return 1 if the better answer has more characters, 0.5 if both have equally many, else 0."""
     better, worse = (len(record[side]["value"]) for side in ("chosen", "rejected"))
     return float(better > worse) + 0.5 * float(better == worse)
 
@@ -123,13 +123,13 @@ def summary(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def learn_vocabulary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the pieces and merges of a byte-pair vocabulary of the answers and questions of `records`."""
+    """Train a byte-pair vocabulary on the answers of `records`; return its pieces and merges."""
     from tokenizers import Tokenizer, models, trainers
 
     backend = Tokenizer(models.BPE(unk_token=SPECIAL[0]))
     backend.pre_tokenizer = lines()
     texts = [record[side]["value"] for record in records for side in ("chosen", "rejected")]
-    alphabet = alphabet_of(texts)  # given whole: of characters that are as frequent the trainer would keep any
+    alphabet = alphabet_of(texts)  # given in full: the trainer breaks ties arbitrarily
     trainer = trainers.BpeTrainer(
         vocab_size=PIECES, limit_alphabet=len(alphabet), special_tokens=list(SPECIAL), initial_alphabet=alphabet,
         show_progress=False,
@@ -140,15 +140,15 @@ def learn_vocabulary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, in
 
 
 def alphabet_of(texts: Sequence[str]) -> list[str]:
-    """Return the template's characters and the most frequent others, `CHARACTERS` in all; of as frequent ones those
-    with the lower code points."""
+    """Return the template's characters and the most frequent others, `CHARACTERS` in all; ties are broken by code
+    point."""
     counts = Counter("".join(texts))
     others = sorted(counts.keys() - TEMPLATE, key=lambda character: (-counts[character], character))
     return sorted(TEMPLATE | set(others[: CHARACTERS - len(TEMPLATE)]))
 
 
 def lines() -> Any:
-    """Return the split in front of the vocabulary: at line breaks, and into at most 40 characters."""
+    """Return the pre-tokenizer: it splits at line breaks, and into at most 40 characters."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Split(Regex(r"\n+|[^\n]{1,40}"), "isolated")
@@ -234,7 +234,7 @@ def save_base(
 
 
 def table_of(result: Mapping[str, Any]) -> str:
-    """Return the folds as Markdown."""
+    """Return a Markdown table of the folds."""
     lines = ["| fold | accuracy | `lengthBaseline` |", "|---|---:|---:|"]
     for number, fold in enumerate(result["folds"]):
         lines.append(f"| {number} | {fold['accuracy']:.3f} | {fold['lengthBaseline']:.3f} |")
@@ -242,18 +242,18 @@ def table_of(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure, and print the table and the goal. The options are for trying it out."""
-    from bench.__main__ import told
+    """Measure, then print the table and the goal. The options make shorter trials possible."""
+    from bench.__main__ import report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="?", default=FILE, help="preference records; default: %(default)s")
     parser.add_argument("--folds", type=int, default=FOLDS, help="folds to measure (of %(default)s)")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--output", type=Path, default=RESULT)
-    asked = parser.parse_args()
-    result = cross_validate(asked.file, asked.folds, asked.epochs, asked.output)
+    options = parser.parse_args()
+    result = cross_validate(options.file, options.folds, options.epochs, options.output)
     print(table_of(result))
-    return told(figures_of(result))
+    return report(figures_of(result))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence
 
 
 def configuration() -> RewardModelStage:
-    """The task in a stage's form."""
+    """Return the task as a stage's configuration."""
     return RewardModelStage.model_validate(
         {
             "model": {"uri": "unused"},
@@ -41,13 +41,13 @@ def configuration() -> RewardModelStage:
 
 
 def group_of(pair: task.Pair, place: int) -> Group:
-    """Return a pair as the stage's planner hands it out."""
+    """Return a pair as the stage's planner yields it."""
     sequences = tuple(TokenSequence(np.array(ids, np.int32), 1) for ids in pair)
     return Group(sequences, np.array([0]), np.array([1]), None, 0, (0, place), Counting.PAIRS)
 
 
 def main() -> None:
-    """Train, and print what it came to."""
+    """Train and print the measurements."""
     import torch
     from transformers import LlamaForSequenceClassification
 

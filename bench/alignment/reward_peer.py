@@ -29,7 +29,7 @@ from bench.alignment import preference_task as task
 
 
 class _Clock(TrainerCallback):
-    """Notes when each step has ended."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
@@ -39,7 +39,7 @@ class _Clock(TrainerCallback):
 
 
 def settings(folder: str) -> RewardConfig:
-    """What ours does, and the fastest settings that RewardTrainer has on a CPU."""
+    """Return settings for the same training as ours, with the fastest that RewardTrainer has on a CPU."""
     return RewardConfig(
         output_dir=folder,
         use_cpu=not torch.cuda.is_available(),

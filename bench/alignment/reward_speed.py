@@ -1,4 +1,4 @@
-"""Tokens per second of two trainers of reward models, and whether their losses are equal."""
+"""Tokens per second of both reward-model trainers, and whether their losses are equal."""
 
 from __future__ import annotations
 

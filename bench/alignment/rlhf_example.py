@@ -1,7 +1,7 @@
-"""`python -m bench.alignment.rlhf_example [OPTION …]`: `examples/rlhf-tiny.yaml` as a user runs it, from nothing.
+"""`python -m bench.alignment.rlhf_example [OPTION …]`: `examples/rlhf-tiny.yaml` as a user runs it, from scratch.
 
-What it took, and whether reward model, PPO and DPO learnt what they should. The run's own gates hold here, too.
-Options are those of `stagecoach run`, such as `--set`, for trying it out; then no result file is written.
+Measures its duration and the quality of reward model, PPO and DPO; the run's own gates must pass, too. The options of
+`stagecoach run`, such as `--set`, make shorter trials possible; no result file is written then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXAMPLE = ROOT / "examples" / "rlhf-tiny.yaml"
 RESULT = RESULTS / "rlhf_example.json"
 SECONDS = Goal("≤", 600)
 BETTER = Goal(">", 0.5)
-"""Share of the questions a model must answer better than the one it was made of; a tie is half."""
+"""Share of the questions that a model must answer better than the model it started from; a tie counts half."""
 
 
 def figures() -> list[Figure]:
@@ -29,7 +29,7 @@ def figures() -> list[Figure]:
 
 
 def measure(*options: str) -> dict[str, float]:
-    """Run the example in a folder of its own and write the result file: its seconds, and its stages' metrics."""
+    """Run the example in an empty folder and write the result file: its seconds and its stages' metrics."""
     with tempfile.TemporaryDirectory() as name:
         started = time.monotonic()
         run_child(["-m", "stagecoach_cli", "run", str(EXAMPLE), *options], folder=Path(name))
@@ -40,19 +40,19 @@ def measure(*options: str) -> dict[str, float]:
 
 
 def metrics_in(workspace: Path) -> dict[str, float]:
-    """Return the metrics of reward model and comparison."""
+    """Return the metrics of the reward model and of the comparison."""
     paths = (workspace / "store").rglob("manifest.json")
     manifests = {found.kind: found for found in (Manifest.model_validate_json(path.read_text()) for path in paths)}
     return {**manifests["rewardModel"].metrics, **manifests["evaluate"].metrics}
 
 
 def figures_of(found: Mapping[str, float]) -> list[Figure]:
-    """Return seconds, the reward model beside the longer answer, and how often PPO and DPO beat what they began as."""
+    """Return seconds, reward model against the longer answer, and win rates of PPO and DPO over their start."""
     accuracy, length = ([found[f"heldOut.comparisons.{name}"]] for name in ("accuracy", "lengthBaseline"))
     seconds = found["seconds"]
     shown = [
         Figure("rlhf-tiny", "s", seconds, None, None, str(SECONDS), SECONDS.met_by(seconds)),
-        gain("rlhf-tiny, reward model beside the longer answer", "accuracy", accuracy, length, Goal(">", 0.0)),
+        gain("rlhf-tiny, reward model against the longer answer", "accuracy", accuracy, length, Goal(">", 0.0)),
     ]
     for task in ("liked", "rules"):
         for rival in ("ppo", "dpo"):
@@ -63,10 +63,10 @@ def figures_of(found: Mapping[str, float]) -> list[Figure]:
 
 
 def main() -> int:
-    """Run it, and print the goals."""
-    from bench.__main__ import told
+    """Run the example and print the goals."""
+    from bench.__main__ import report
 
-    return told(figures_of(measure(*sys.argv[1:])))
+    return report(figures_of(measure(*sys.argv[1:])))
 
 
 if __name__ == "__main__":

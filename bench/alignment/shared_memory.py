@@ -1,7 +1,7 @@
-"""Peak memory of PPO under LoRA: one base below policy, reference, critic and reward model, beside four models.
+"""Peak memory of PPO under LoRA: policy, reference, critic and reward model share one base, compared with four models.
 
-Both sides run the same updates of the same loop. Ours loads and shares as the `ppo` stage does; the other side keeps a
-base of its own for each model, its reference a whole model.
+Both sides run the same updates of the same loop. Ours loads and shares weights as the `ppo` stage does; the other side
+keeps a separate base for each model, and its reference is a separate model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.alignment.shape import VOCABULARY, llama_config
+from bench.llama import VOCABULARY, llama_config
 from bench.measuring import Figure, Goal, alternate, compared, peak_bytes, run_child
 
 SHAPE = {"width": 1280, "layers": 14, "heads": 20, "feed_forward": 3456}
-"""299M parameters, 1.1 GiB in fp32: what is kept more than once outweighs Python and PyTorch."""
+"""299M parameters, 1.1 GiB in fp32: large compared with the memory of Python and PyTorch."""
 RANK, SAMPLES, UPDATES, PROMPT, ANSWER, POSITIONS = 8, 2, 1, 8, 4, 64
 SHARED, SEPARATE = "shared", "separate"
 MIB = 2**20
@@ -28,7 +28,7 @@ Report = Mapping[str, Any]
 
 
 def figures() -> list[Figure]:
-    """Measure both in processes of their own."""
+    """Measure both, each in processes of its own."""
     with tempfile.TemporaryDirectory() as name:
         make_base(Path(name))
 
@@ -47,7 +47,7 @@ def figures() -> list[Figure]:
 
 
 def make_base(folder: Path) -> None:
-    """Write the language model that all are made from."""
+    """Write the language model that all models start from."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -56,7 +56,7 @@ def make_base(folder: Path) -> None:
 
 
 def configuration() -> Any:
-    """A PPO stage under LoRA."""
+    """Return the configuration of a PPO stage under LoRA."""
     from bench.ours import NEVER
     from stagecoach_api.kinds.ppo import PpoStage
 
@@ -82,7 +82,7 @@ def make_job(folder: Path, shared: bool) -> Any:
     """Return the job, its models loaded one after the other."""
     import numpy as np
 
-    from bench.alignment.ppo_ours import ModelReward, Words
+    from bench.alignment.ppo_ours import IdTokenizer, ModelReward
     from stagecoach_trainer.batches.mixing import Mix, Stream
     from stagecoach_trainer.models.load import load_folder
     from stagecoach_trainer.models.reward import RewardModel, make_reward_model
@@ -98,7 +98,7 @@ def make_job(folder: Path, shared: bool) -> Any:
     prompts = [Prompt(row, ({"role": "user", "content": " ".join(map(str, row))},), (), "prompts") for row in rows]
     policy = choose_trainable(load_folder(folder), config.trainable, range(0), 0).model
     made = [policy]
-    for seed in (1, 1):  # the reward model, and the critic that comes from it
+    for seed in (1, 1):  # the reward model, and the critic that starts from it
         model = choose_trainable(make_reward_model(load_folder(folder), seed), config.trainable, range(0), seed).model
         made.append(model)
         if shared:
@@ -109,7 +109,7 @@ def make_job(folder: Path, shared: bool) -> Any:
         policy=policy,
         critic=critic,
         reference=None if shared else load_folder(folder),
-        tokenizer=Words(),
+        tokenizer=IdTokenizer(),
         rewards=ModelReward(RewardModel(reward.requires_grad_(False).eval(), None)),
         prompts=PromptPlan((prompts,), Mix([Stream(len(prompts), 5)], [1.0], len(prompts), 6, [0]), SAMPLES, UPDATES),
         text=None,
@@ -118,7 +118,7 @@ def make_job(folder: Path, shared: bool) -> Any:
 
 
 def main() -> None:
-    """Train, and print the process's peak, the bytes of all weights, and the rewards."""
+    """Train and print the process's peak memory, the bytes of all weights and the rewards."""
     from bench.ours import resolve
     from stagecoach_trainer.ppo import shared_weights
     from stagecoach_trainer.ppo.loop import train_policy

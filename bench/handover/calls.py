@@ -1,4 +1,4 @@
-"""The operator's calls to the API server, from the server's own audit log."""
+"""The operator's calls to the API server, read from the server's audit log."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 WRITES = frozenset({"create", "update", "patch", "delete", "deletecollection"})
 READS = frozenset({"get", "list"})
-"""Watches are neither."""
-APART = frozenset({"events", "leases"})
-"""Events are posted beside the work, and a Lease is renewed whether there is work or not."""
+"""Watches count as neither reads nor writes."""
+UNCOUNTED = frozenset({"events", "leases"})
+"""Events are posted asynchronously, and the Lease is renewed whether there is work or not."""
 COMPLETE = "ResponseComplete"
-"""A watch is logged when it begins, too."""
+"""Watches are also logged when they start; that stage has another name."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call."""
+    """A call to the API server."""
 
     at: str
-    """When the server received it; such times sort as text."""
+    """When the server received it, in a format that sorts as text."""
     verb: str
     resource: str
-    """Plural, with `/status` where that was written."""
+    """Plural, followed by the subresource if any, such as `/status`."""
     whole: bool = False
-    """It lists all objects of a kind. The operator does so once a minute, whatever goes on: to see whether its watches
-    hear."""
+    """Whether it lists all objects of a kind, as the operator does every minute to check that its watches miss
+    nothing."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How many of each, over some time."""
+    """Numbers of calls over a period."""
 
     writes: int
     reads: int
-    """Those of whole kinds apart."""
+    """Without lists of whole kinds."""
     whole_lists: int
     seconds: float
 
@@ -51,16 +51,16 @@ class AuditLog:
     user: str
 
     def mark(self) -> int:
-        """Return the end of the log, to be given to `since`."""
+        """Return the current end of the log, for `since`."""
         return self.file.stat().st_size
 
     def since(self, mark: int) -> list[Call]:
-        """Return the user's calls after a mark, in the order in which they came. Events and Leases are left out."""
+        """Return the user's calls after a mark in order of arrival, without Events and Leases."""
         with self.file.open("rb") as log:
-            log.seek(mark if mark <= self.mark() else 0)  # a full log is put aside, and a new one begun
+            log.seek(mark if mark <= self.mark() else 0)  # the server may have rotated the log
             entries = [json.loads(line) for line in log if line.endswith(b"\n") and self.user.encode() in line]
         calls = [_call(item) for item in entries if item["user"]["username"] == self.user and item["stage"] == COMPLETE]
-        return sorted((call for call in calls if call.resource not in APART), key=lambda call: call.at)
+        return sorted((call for call in calls if call.resource not in UNCOUNTED), key=lambda call: call.at)
 
 
 def _call(entry: dict[str, Any]) -> Call:
@@ -71,14 +71,14 @@ def _call(entry: dict[str, Any]) -> Call:
 
 
 def handover_calls(calls: Sequence[Call], begin: float, end: float, num_handovers: int) -> Calls:
-    """Return the calls of all hand-overs of a chain: from the end of its first stage's pod to that of its last one's.
+    """Count the calls of all hand-overs of a chain: from the end of its first stage's pod to the end of its last one's.
 
-    `begin`, `end`: seconds since the epoch. Raises RuntimeError where the log lacks JobSets.
+    `begin`, `end`: seconds since the epoch. Raises RuntimeError if the log does not contain every JobSet's creation.
     """
     between = [call for call in calls if _stamp(begin) <= call.at < _stamp(end)]
     made = sum((call.verb, call.resource) == ("create", "jobsets") for call in between)
     if made != num_handovers:
-        raise RuntimeError(f"the audit log tells of {made} new JobSets for {num_handovers} hand-overs")
+        raise RuntimeError(f"the audit log has {made} new JobSets for {num_handovers} hand-overs")
     return Calls(
         writes=sum(call.verb in WRITES for call in between),
         reads=sum(call.verb in READS and not call.whole for call in between),

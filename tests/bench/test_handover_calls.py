@@ -1,4 +1,4 @@
-"""What counts as a call of a hand-over, in an audit log whose answer is known."""
+"""Counting the calls of hand-overs, in audit logs with known counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START = (("create", "configmaps"), ("create", "jobsets"), ("patch", "trainingrun
 
 
 def calls(*each: tuple[str, str], whole: bool = False) -> list[Call]:
-    """Return one call a second, from midnight on."""
+    """Return one call per second, starting at midnight."""
     return [Call(f"2026-01-01T00:00:{place:02}.000000Z", *what, whole) for place, what in enumerate(each)]
 
 
@@ -33,23 +33,23 @@ def entry(second: int, verb: str, resource: str, **more: Any) -> str:
     return json.dumps(known | more) + "\n"
 
 
-def test_calls_before_the_first_end_and_after_the_last_belong_to_no_hand_over() -> None:
+def test_calls_before_the_first_end_and_after_the_last_are_not_counted() -> None:
     log = calls(*START, *START, *START, ("patch", "trainingruns"))
     assert handover_calls(log, MIDNIGHT + 2.5, MIDNIGHT + 8.5, 2) == Calls(6, 0, 0, 6.0)
 
 
-def test_every_call_between_counts_but_watches_and_lists_of_whole_kinds() -> None:
+def test_every_call_in_between_is_counted_except_watches_and_lists_of_whole_kinds() -> None:
     between = (("get", "configmaps"), ("patch", "trainingruns/status"), ("watch", "pods"), ("list", "pods"))
     log = [*calls(*START, *between), *calls(("list", "pods"), ("list", "jobsets"), whole=True)]
     assert handover_calls(log, MIDNIGHT, MIDNIGHT + 60, 1) == Calls(4, 2, 2, 60.0)
 
 
-def test_a_log_that_lacks_a_jobset_is_not_counted() -> None:
-    with pytest.raises(RuntimeError, match="2 new JobSets for 3 hand-overs"):
+def test_a_log_that_lacks_a_jobset_is_rejected() -> None:
+    with pytest.raises(RuntimeError, match="the audit log has 2 new JobSets for 3 hand-overs"):
         handover_calls(calls(*START, *START), MIDNIGHT, MIDNIGHT + 60, 3)
 
 
-def test_the_log_is_read_from_a_mark_on_for_one_user_in_the_order_of_arrival(tmp_path: Path) -> None:
+def test_the_log_is_read_after_a_mark_for_one_user_in_order_of_arrival(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.log", USER)
     log.file.write_text(entry(1, "create", "jobsets"))
     mark = log.mark()
@@ -57,7 +57,7 @@ def test_the_log_is_read_from_a_mark_on_for_one_user_in_the_order_of_arrival(tmp
     lines = [
         entry(4, "patch", "", objectRef=status),
         entry(3, "create", "jobsets"),
-        entry(3, "create", "jobsets", user={"username": "somebody"}),
+        entry(3, "create", "jobsets", user={"username": "another"}),
         entry(5, "create", "events"),
         entry(6, "update", "leases"),
         entry(7, "watch", "pods", stage="ResponseStarted"),

@@ -189,8 +189,10 @@ def test_an_operator_image_over_the_limit_fails(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["kitchen"], "kitchen: no such image; one of operator, trainer", id="an unknown image"),
-        pytest.param(["--engine", "podman"], "podman found; install one of buildah, podman, docker", id="no engine"),
+        pytest.param(["kitchen"], "unknown images: kitchen; choose from operator, trainer", id="an unknown image"),
+        pytest.param(
+            ["--engine", "podman"], "podman is not installed; install one of buildah, podman, docker", id="no engine"
+        ),
         pytest.param(["--base", "debian"], "needs debootstrap", id="no debootstrap"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Where the bench runs: a cluster, a namespace of its own, pretended nodes, a folder in S3, and the operator.
+"""The environment of the bench: a cluster, a namespace, simulated nodes, a folder in S3, and the operator.
 
-The operator is a process of this machine, from this checkout, with the service account and the rights that the chart
-gives it: so its calls can be told apart in the audit log.
+The operator is a process on this machine, run from this checkout, with the service account and the rights that the
+chart gives it, so that its calls can be identified in the audit log.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ DEFINITION = f"trainingruns.{names.API_GROUP}"
 RIGHTS = ("operator/serviceaccount", "rbac/runs", "rbac/lease")
 NUM_NODES = 2
 IMAGE = f"pretended/runs-2s@sha256:{'0' * 64}"
-"""Of the stages' pods: KWOK ends them after two seconds (tests/cluster/pretended-pods.yaml). The Job controller looks
-at a Job once a second: pods that end sooner would flatter the chain that waits for it."""
+"""Image of the stages' pods: KWOK ends them after two seconds (tests/cluster/pretended-pods.yaml). The Job controller
+syncs a Job at most once a second: shorter pods would make the chain that waits for it look faster."""
 INPUT = "text.txt"
 PORTS = ("probePort", "metricsPort", "progressPort")
 START_SECONDS = 60.0
@@ -49,44 +49,44 @@ STOP_SECONDS = 30.0
 LOG_CHARACTERS = 3000
 ENV_ENDPOINT = "STAGECOACH_TEST_S3_ENDPOINT"
 ENV_CREDENTIALS = "STAGECOACH_TEST_S3_CREDENTIALS"
-"""A file in the form of AWS's shared credentials."""
+"""A file in the format of AWS's shared credentials."""
 PLAIN_ENVIRONMENT = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 @dataclass(frozen=True)
-class Place:
+class BenchCluster:
     """A cluster that is ready for chains."""
 
     kubectl: Kubectl
     api: Any
-    """The official client's `ApiClient`, as the administrator."""
+    """`ApiClient` of the official client, with the administrator's rights."""
     namespace: str
     product: str
-    """GPU product of the pretended nodes: only the bench's pods go there."""
+    """GPU product of the simulated nodes, which only the bench's pods request."""
     storage: str
-    """URI of the folder in S3 for all of this."""
+    """URI of the bench's folder in S3."""
     endpoint: str
     user: str
-    """As whom the operator calls the API server."""
+    """User name of the operator at the API server."""
     audit_log: Path | None
-    """The API server's. None: it is not on this machine."""
+    """The API server's audit log; None if it is not on this machine."""
 
     def run_storage(self, run: str) -> dict[str, Any]:
-        """Return a run's `spec.storage`: a folder of its own, so that nothing is found finished."""
+        """Return a run's `spec.storage`: a separate folder, so that no stage is found finished."""
         inputs = f"{self.storage}/inputs"
         return {"uri": f"{self.storage}/{run}", "inputs": inputs, "endpoint": self.endpoint, "region": REGION}
 
 
-def prepare(stack: ExitStack) -> Place:
-    """Make everything that is needed; `stack` takes it away again, the last first."""
-    lead_to_cluster()
+def prepare(stack: ExitStack) -> BenchCluster:
+    """Create everything the bench needs; `stack` removes it again in reverse order."""
+    set_cluster_environment()
     kubeconfig = Path(os.environ["KUBECONFIG"])
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     kubectl = Kubectl(program("kubectl"), kubeconfig)
     helm = Helm(program("helm"), kubeconfig, folder)
     namespace = f"stagecoach-bench-{secrets.token_hex(3)}"
     product = f"Pretended-{namespace}"
-    refuse_company(kubectl)
+    refuse_other_operators(kubectl)
     define_runs(kubectl, helm, stack)
     kubectl("create", "namespace", namespace)
     stack.callback(kubectl, "delete", "namespace", namespace, "--timeout=120s")
@@ -97,7 +97,7 @@ def prepare(stack: ExitStack) -> Place:
     start_operator(kubectl, folder, namespace, stack)
     stack.callback(remove_runs, kubectl, namespace)
     audit_log = kubeconfig.with_name("audit.log")
-    return Place(
+    return BenchCluster(
         kubectl=kubectl,
         api=config.new_client_from_config(str(kubeconfig)),  # type: ignore[no-untyped-call]
         namespace=namespace,
@@ -112,8 +112,8 @@ def prepare(stack: ExitStack) -> Place:
 # -- the cluster -------------------------------------------------------------------------------------------------------
 
 
-def lead_to_cluster() -> None:
-    """Set the variables that lead to the cluster: KUBECONFIG's if that is set, else the test cluster, brought up."""
+def set_cluster_environment() -> None:
+    """Set the environment variables of KUBECONFIG's cluster if it is set, else start the test cluster and set its."""
     if "KUBECONFIG" not in os.environ:
         cluster = find_cluster(None)
         if cluster is None:
@@ -129,29 +129,29 @@ def lead_to_cluster() -> None:
 
 
 def program(name: str) -> Path:
-    """Return where a program is. Raises RuntimeError when it is not in PATH."""
+    """Return the path of a program. Raises RuntimeError if it is not in PATH."""
     found = shutil.which(name)
     if found is None:
-        raise RuntimeError(f"{name} is not in PATH; `python -m tests.cluster env` says where the test's is")
+        raise RuntimeError(f"{name} is not in PATH; `python -m tests.cluster env` prints the test cluster's PATH")
     return Path(found)
 
 
-def refuse_company(kubectl: Kubectl) -> None:
-    """Raise RuntimeError where an operator of every namespace is installed: two would work on the same runs."""
+def refuse_other_operators(kubectl: Kubectl) -> None:
+    """Raise RuntimeError if a cluster-wide operator is installed: two operators would work on the same runs."""
     found = kubectl("get", "clusterroles", f"--selector=app.kubernetes.io/name={RELEASE}", "--output=name").split()
     if found:
-        raise RuntimeError(f"an operator works on the runs of every namespace ({found[0]}); uninstall it before")
+        raise RuntimeError(f"an operator for all namespaces is installed ({found[0]}); uninstall it first")
 
 
 def rendered(helm: Helm, namespace: str, templates: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the objects of some of the chart's templates."""
-    shown = [word for template in templates for word in ("--show-only", f"templates/{template}.yaml")]
+    shown = [part for template in templates for part in ("--show-only", f"templates/{template}.yaml")]
     text = helm("template", RELEASE, CHART, "--namespace", namespace, *shown)
     return [body for body in yaml.safe_load_all(text) if body]
 
 
 def define_runs(kubectl: Kubectl, helm: Helm, stack: ExitStack) -> None:
-    """Install the definition of TrainingRun if there is none; one that was installed here goes with its last run."""
+    """Install the CRD of TrainingRun if there is none; a CRD that was installed here is removed after the last run."""
     if kubectl.succeeds("get", "crd", DEFINITION):
         return
     kubectl.apply(rendered(helm, "default", ("crd",)))
@@ -165,7 +165,7 @@ def undefine_runs(kubectl: Kubectl) -> None:
 
 
 def add_nodes(kubectl: Kubectl, namespace: str, product: str, stack: ExitStack) -> None:
-    """Add pretended nodes for the bench's pods alone. Raises ClusterError where no KWOK makes them ready."""
+    """Add simulated nodes for the bench's pods alone. Raises ClusterError if KWOK does not make them ready."""
     nodes = [f"{namespace}-{index}" for index in range(NUM_NODES)]
     kubectl.apply([gpu_node(name, product) for name in nodes])
     for name in nodes:
@@ -174,7 +174,7 @@ def add_nodes(kubectl: Kubectl, namespace: str, product: str, stack: ExitStack) 
 
 
 def make_storage(uri: str, stack: ExitStack) -> str:
-    """Put the chain's input into S3; return the server's endpoint."""
+    """Upload the chain's input to S3; return the server's endpoint."""
     endpoint = os.environ[ENV_ENDPOINT]
     store = open_store(uri, endpoint, REGION)
     store.write(f"inputs/{INPUT}", b"text\n")
@@ -188,7 +188,7 @@ def empty(store: Store) -> None:
 
 
 def remove_runs(kubectl: Kubectl, namespace: str) -> None:
-    """Delete the runs while the operator lives; take its finalizer off those it did not let go."""
+    """Delete the runs while the operator is running; remove its finalizer from any that remain."""
     where = f"--namespace={namespace}"
     if kubectl.succeeds("delete", DEFINITION, "--all", where, "--timeout=60s"):
         return
@@ -200,7 +200,7 @@ def remove_runs(kubectl: Kubectl, namespace: str) -> None:
 
 
 def start_operator(kubectl: Kubectl, folder: Path, namespace: str, stack: ExitStack) -> None:
-    """Start the operator for one namespace, and wait until it leads."""
+    """Start the operator for one namespace and wait until it is the leader."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     # The Lease has the name that the chart's Role allows.
     settings = {"namespace": namespace, "leaseName": RELEASE, "trainerImage": IMAGE, **ports}
@@ -242,7 +242,7 @@ def account_config(kubectl: Kubectl, namespace: str) -> dict[str, Any]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
+    """Return unused ports."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for item in sockets:
@@ -251,18 +251,18 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for_leader(process: subprocess.Popen[bytes], url: str) -> None:
-    """Wait until the operator holds its Lease. Raises RuntimeError when it ends or takes too long."""
+    """Wait until the operator holds its Lease. Raises RuntimeError if it ends or on timeout."""
     deadline = time.monotonic() + START_SECONDS
     while "stagecoach_leader 1" not in fetched(url):
         if process.poll() is not None:
-            raise RuntimeError(f"the operator ended with exit code {process.returncode}; its log ends above")
+            raise RuntimeError(f"the operator exited with code {process.returncode}; the end of its log is above")
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the operator did not get its Lease within {START_SECONDS:.0f} s; its log ends above")
+            raise RuntimeError(f"the operator was not leader after {START_SECONDS:.0f} s; the end of its log is above")
         time.sleep(0.2)
 
 
 def fetched(url: str) -> str:
-    """Return what lies at a URL of this machine. Empty: nothing answers yet."""
+    """Return the content of a URL of this machine, empty while no server answers."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - an address of ours
             return str(answer.read().decode())
