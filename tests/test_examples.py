@@ -17,7 +17,7 @@ from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.reading.loading import load_run
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.stage_kind import Ranks
-from stagecoach_core.plan import external_keys, make_plan
+from stagecoach_core.plan import external_uris, make_plan
 from stagecoach_core.values import External, Plan
 from tests import ROOT
 
@@ -36,7 +36,7 @@ def load(name: str) -> TrainingRun:
 
 
 def plan_of(run: TrainingRun) -> Plan:
-    found = {key: External(uri=uri, digest="sha256:" + "0" * 64) for key, uri in external_keys(run).items()}
+    found = {key: External(uri=uri, digest="sha256:" + "0" * 64) for key, uri in external_uris(run).items()}
     return make_plan(run, found, code="sha256:" + "1" * 64)
 
 
@@ -89,7 +89,7 @@ def test_the_demo_goes_through_every_step_of_chinese_alpaca() -> None:
 
 @pytest.mark.parametrize(("name", "files"), [(TINY, 4), (RLHF, 6)])
 def test_every_file_a_demo_reads_is_shipped(name: str, files: int) -> None:
-    uris = external_keys(load(name)).values()
+    uris = external_uris(load(name)).values()
     assert len(set(uris)) == files
     for uri in uris:
         assert (ROOT / "examples" / uri).is_file()

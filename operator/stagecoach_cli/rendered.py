@@ -11,7 +11,7 @@ from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.spec import TrainingRun
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.plan import make_plan
 from stagecoach_core.resolve import artifacts_of, resolved_stage
@@ -30,7 +30,7 @@ def cluster_plan(run: TrainingRun, local: Plan, code: str) -> Plan:
 
 
 def manifests(
-    run: TrainingRun, plan: Plan, views: Mapping[str, StageView], settings: BuildSettings, storage_uri: str
+    run: TrainingRun, plan: Plan, views: Mapping[str, StageView], settings: ManifestSettings, storage_uri: str
 ) -> list[dict[str, Any]]:
     """Return the ConfigMap and JobSet of every stage's first attempt, in topological order."""
     found: list[dict[str, Any]] = []

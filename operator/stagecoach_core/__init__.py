@@ -1,1 +1,1 @@
-"""The pure core: values in, values out. `plan` makes a graph of a run, `decide` says what to do next."""
+"""The pure core: values in, values out. `plan` resolves a run into a graph, `decide` returns what to do next."""

@@ -1,13 +1,15 @@
-"""The state machine: from a plan and what is observed to what is to be done. Pure; the clock is an argument.
+"""The state machine: from a plan and an observation to the actions to take. Pure; the time is an argument.
 
-It is level-triggered: nothing is remembered between two calls, everything follows from what is seen now.
+It is level-triggered, as Kubernetes controllers are: no state is kept between two calls, and everything follows from
+what is observed now. So a driver may crash, lose an action or be late without harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stagecoach_core.policies.capacity import fitting, num_ranks
+from stagecoach_core.facts import StageFacts, stage_facts
+from stagecoach_core.policies.capacity import num_ranks, select_fitting
 from stagecoach_core.policies.stopping import (
     stop_cancelled,
     stop_duplicate,
@@ -16,38 +18,37 @@ from stagecoach_core.policies.stopping import (
     stop_suspended,
     stop_unselected,
 )
-from stagecoach_core.policies.timeout import deadline, overdue
-from stagecoach_core.survey import StageFacts, survey
+from stagecoach_core.policies.timeout import deadline, stop_overdue
 from stagecoach_core.values import Action, Attempt, Decision, LookUp, Observed, Plan, Start, Stop
-from stagecoach_core.views import TERMINAL, Outlook, blockers, run_state, view_of
+from stagecoach_core.views import TERMINAL, DecisionContext, blocked_stages, run_state, view_of
 
 
 def decide(plan: Plan, observed: Observed, now: float) -> Decision:
-    """Say what to do now. The same plan, observation and time give the same decision.
+    """Decide what to do now. The same plan, observation and time give the same decision.
 
-    `now`: seconds since the epoch, by the clock that the times in `observed` come from. Call it whenever something has
-    changed, and at `look_again_at`. A driver carries the actions out in order and may lose any of them: what is still
-    needed is asked for again.
+    `now`: seconds since the epoch, by the same clock as the times in `observed`. To be called whenever something has
+    changed, and at `look_again_at`. A driver carries out the actions in order and may lose any of them: the next
+    decision contains those that are still needed.
     """
-    facts = survey(plan, observed)
+    facts = stage_facts(plan, observed)
     stops = _stops(facts, observed, now)
     look_ups = _look_ups(facts, observed)
     ready = _ready(facts, observed, now)
     starts = _starts(ready, facts, observed)
-    outlook = Outlook(
+    context = DecisionContext(
         facts=facts,
         observed=observed,
         now=now,
         stopping=frozenset(stop.stage for stop in stops),
         starting=frozenset(start.stage for start in starts),
-        asking=frozenset(look_up.stage for look_up in look_ups),
-        blocked=blockers(facts),
+        looking_up=frozenset(look_up.stage for look_up in look_ups),
+        blocked=blocked_stages(facts),
     )
-    state, message = run_state(outlook)
+    state, message = run_state(context)
     actions: tuple[Action, ...] = (*stops, *look_ups, *starts)
     return Decision(
         actions=() if state in TERMINAL else actions,
-        stages={name: view_of(name, outlook) for name in facts},
+        stages={name: view_of(name, context) for name in facts},
         state=state,
         message=message,
         look_again_at=None if state in TERMINAL else _look_again_at(facts, observed, now, stops),
@@ -55,15 +56,19 @@ def decide(plan: Plan, observed: Observed, now: float) -> Decision:
 
 
 def _stops(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> list[Stop]:
-    """Return the living attempts that must end and are not ending yet, in the order of stages and attempts."""
-    order = {name: place for place, name in enumerate(facts)}
-    living = [attempt for attempt in observed.attempts if attempt.lives and not attempt.is_stopping]
-    living.sort(key=lambda attempt: (order.get(attempt.stage, len(order)), attempt.stage, attempt.number))
-    return [stop for attempt in living if (stop := _stop(attempt, facts, observed, now)) is not None]
+    """Return the orders to stop live attempts that are not stopping yet, in the order of stages and attempts."""
+    order = {name: index for index, name in enumerate(facts)}
+    live = [attempt for attempt in observed.attempts if attempt.is_live and not attempt.is_stopping]
+    # A stage that was removed from the run has no place in the order: it comes last.
+    live.sort(key=lambda attempt: (order.get(attempt.stage, len(order)), attempt.stage, attempt.number))
+    return [stop for attempt in live if (stop := _stop(attempt, facts, observed, now)) is not None]
 
 
 def _stop(attempt: Attempt, facts: Mapping[str, StageFacts], observed: Observed, now: float) -> Stop | None:
-    """Return the first reason to stop an attempt. What we asked for comes before what it did wrong."""
+    """Return the order to stop an attempt for the first reason that applies, None if there is none.
+
+    Requests come before faults: an attempt of a suspended run that also hangs is not charged for the hang.
+    """
     stage = facts.get(attempt.stage)
     if stage is None:
         return stop_removed(attempt)
@@ -71,45 +76,46 @@ def _stop(attempt: Attempt, facts: Mapping[str, StageFacts], observed: Observed,
         stop_cancelled(attempt, observed.cancel)
         or stop_suspended(attempt, observed.suspend)
         or stop_unselected(attempt, observed.selected)
-        or stop_superseded(attempt, stage.digest, inputs_change=not stage.unsettled)
+        or stop_superseded(attempt, stage.digest, inputs_change=not stage.undetermined)
         or stop_duplicate(attempt, newest=stage.newest)
-        or overdue(attempt, stage.planned.stage.timeout_seconds, now)
+        or stop_overdue(attempt, stage.planned.stage.timeout_seconds, now)
     )
 
 
 def _look_ups(facts: Mapping[str, StageFacts], observed: Observed) -> list[LookUp]:
-    """Return the questions to the store that the selected stages depend on."""
+    """Return the look-ups in the store that the selected stages need."""
     if observed.cancel:
-        return []
+        return []  # nothing will start, so the answers would change nothing
     return [
         LookUp(name, stage.digest)
         for name, stage in facts.items()
-        if stage.ask_store and stage.needed and stage.digest is not None
+        if stage.needs_look_up and stage.needed and stage.digest is not None
     ]
 
 
 def _ready(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> list[str]:
-    """Return the stages that can be worked on now if there is room. None once a stage has failed.
+    """Return the stages that can start now if capacity allows. No stage starts once one has failed.
 
-    Two stages that ask for the same work have the same digest: one works, the other waits for its artifact.
+    Two stages with equal digests are the same work: one runs, the other waits for its artifact.
     """
     if observed.cancel or observed.suspend or any(stage.failed for stage in facts.values()):
         return []
-    in_work: set[str | None] = {attempt.digest for attempt in observed.attempts if attempt.lives}
+    in_work: set[str | None] = {attempt.digest for attempt in observed.attempts if attempt.is_live}
     ready: list[str] = []
     for name, stage in facts.items():
-        if stage.workable and now >= stage.verdict.not_before and stage.digest not in in_work:
+        if stage.startable and now >= stage.retry.not_before and stage.digest not in in_work:
             ready.append(name)
             in_work.add(stage.digest)
     return ready
 
 
 def _starts(ready: Sequence[str], facts: Mapping[str, StageFacts], observed: Observed) -> list[Start]:
-    living = [attempt.stage for attempt in observed.attempts if attempt.lives]
+    # Attempts that are stopping still occupy their slot and ranks.
+    occupying = [attempt.stage for attempt in observed.attempts if attempt.is_live]
     ranks = {name: num_ranks(stage.planned.stage.resources) for name, stage in facts.items()}
     return [
         Start(name, digest, facts[name].newest + 1)
-        for name in fitting(ready, living, ranks, observed.capacity)
+        for name in select_fitting(ready, occupying, ranks, observed.capacity)
         if (digest := facts[name].digest) is not None
     ]
 
@@ -117,14 +123,14 @@ def _starts(ready: Sequence[str], facts: Mapping[str, StageFacts], observed: Obs
 def _look_again_at(
     facts: Mapping[str, StageFacts], observed: Observed, now: float, stops: Sequence[Stop]
 ) -> float | None:
-    """Return the next moment at which time alone changes the decision: a back-off's end, a deadline."""
+    """Return the next time at which the decision changes though nothing happens: the end of a back-off, a deadline."""
     stopped = {(stop.stage, stop.number) for stop in stops}
-    moments = [
+    times = [
         deadline(attempt, stage.planned.stage.timeout_seconds)
         for stage in facts.values()
-        for attempt in stage.living
+        for attempt in stage.live_attempts
         if (stage.name, attempt.number) not in stopped
     ]
     if not (observed.cancel or observed.suspend or any(stage.failed for stage in facts.values())):
-        moments.extend(stage.verdict.not_before for stage in facts.values() if stage.workable)
-    return min((moment for moment in moments if moment is not None and moment > now), default=None)
+        times.extend(stage.retry.not_before for stage in facts.values() if stage.startable)
+    return min((time for time in times if time is not None and time > now), default=None)

@@ -1,8 +1,8 @@
-"""The stage digest: what a stage's work depends on, and nothing else.
+"""The stage digest: a hash over everything that a stage's artifact depends on, and nothing else.
 
-In it: kind, configuration with every input replaced by its content, seed, code. Not in it: names of run and stages,
-resources, queue, retries, time-out, order (`after`). Fields that are None are left out, so that the contract may grow
-an optional field without making all artifacts anew.
+It covers the kind, the configuration with every input replaced by its content digest, the seed and the code. It does
+not cover the names of run and stages, resources, queue, retries, time-out and order (`after`). Fields that are None are
+left out, so that a new optional field of the API does not invalidate existing artifacts.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from stagecoach_core.values import Found, PlannedStage
 
 
 def stage_digest(planned: PlannedStage, inputs: Mapping[str, str], code: str) -> str:
-    """Return the digest (hex sha256) of a stage's work.
+    """Return the stage digest (SHA-256, hex).
 
-    `inputs`: content digest of every input, by `Reference.key`. `code`: identity of the trainer's code; a custom image
-    given by digest counts instead of it.
+    `inputs`: content digest of every input, by `Reference.key`. `code`: identity of the trainer's code, which a custom
+    image given by digest replaces.
     """
     stage = planned.stage
     identity = {
         "kind": stage.kind,
         "config": _canonical(stage.config, inputs, _derived_names(stage.config)),
         "seed": stage.seed or 0,
-        "code": code_identity(stage, code),
+        "code": stage_code(stage, code),
     }
     return digest_of(identity)
 
 
 def input_digests(planned: PlannedStage, finished: Mapping[str, Found]) -> dict[str, str] | None:
-    """Return the content digest of every input by `Reference.key`. None: a stage whose artifact is read is missing
-    from `finished`, artifacts by name of stage."""
+    """Return the content digest of every input by `Reference.key`. None if an input is not finished.
+
+    `finished`: artifacts by stage name.
+    """
     digests: dict[str, str] = {}
     for _, reference in planned.stage.references():
         if reference.stage is None:
@@ -51,10 +53,10 @@ def input_digests(planned: PlannedStage, finished: Mapping[str, Found]) -> dict[
     return digests
 
 
-def code_identity(stage: Stage, code: str) -> str:
-    """Return what stands for the code that does the work: the image's digest where one is given, else `code`."""
-    _, at, digest = (stage.image or "").partition("@")
-    return digest if at else code
+def stage_code(stage: Stage, code: str) -> str:
+    """Return the identity of the code that runs a stage: the digest of its image if it has one, else `code`."""
+    _, separator, digest = (stage.image or "").partition("@")
+    return digest if separator else code  # a tag does not count: it can be moved to another image
 
 
 def _canonical(value: object, inputs: Mapping[str, str], names: Mapping[str, str]) -> JsonValue:
@@ -66,10 +68,11 @@ def _canonical(value: object, inputs: Mapping[str, str], names: Mapping[str, str
         return _canonical(value.value, inputs, names)
     if isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a configuration holds {type(value).__name__}, which has no canonical form")
+    raise TypeError(f"a configuration contains a {type(value).__name__}, which has no canonical form")
 
 
 def _canonical_model(model: Model, inputs: Mapping[str, str], names: Mapping[str, str]) -> dict[str, JsonValue]:
+    # Inputs count by content: where it comes from (`stage`, `uri`) is replaced by its digest.
     members = {
         field.alias or name: _canonical(getattr(model, name), inputs, names)
         for name, field in type(model).model_fields.items()
@@ -87,7 +90,10 @@ def _canonical_model(model: Model, inputs: Mapping[str, str], names: Mapping[str
 
 
 def _derived_names(config: Model) -> dict[str, str]:
-    """Return stand-ins for data sets called after their stage or file, which phases may name: their place in `data`."""
+    """Return replacements for names of data sets that derive from a stage or file: their index in `data`.
+
+    Phases may refer to these names. Without the replacement, renaming a stage would change the digest.
+    """
     if not isinstance(config, Training):
         return {}
-    return {source.label: f"data[{place}]" for place, source in enumerate(config.data) if source.name is None}
+    return {source.label: f"data[{index}]" for index, source in enumerate(config.data) if source.name is None}

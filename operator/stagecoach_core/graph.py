@@ -1,4 +1,4 @@
-"""The graph of a run: which stage needs which, in what order they can be worked on."""
+"""The graph of a run: dependencies between stages, and an order in which they can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class GraphError(ValueError):
-    """A graph that cannot be worked on; `problems` names every fault."""
+    """The graph is invalid. `problems` has one sentence for each problem."""
 
     def __init__(self, problems: Collection[str]) -> None:
         super().__init__("; ".join(problems))
@@ -15,11 +15,11 @@ class GraphError(ValueError):
 
 
 def topological_order(upstream: Mapping[str, Collection[str]]) -> tuple[str, ...]:
-    """Return the names so that each stands behind all it needs; ties keep the order of `upstream`.
+    """Return the names so that each comes after all those it needs; ties keep the order of `upstream`.
 
-    Raises GraphError for a name that does not exist, and for a cycle, which is named.
+    Raises GraphError, with names that do not exist or with the stages of a cycle.
     """
-    problems = dangling(upstream)
+    problems = dangling_references(upstream)
     if problems:
         raise GraphError(problems)
     order: dict[str, None] = {}
@@ -33,8 +33,8 @@ def topological_order(upstream: Mapping[str, Collection[str]]) -> tuple[str, ...
     return tuple(order)
 
 
-def dangling(upstream: Mapping[str, Collection[str]]) -> list[str]:
-    """Return one sentence for every input that names no stage."""
+def dangling_references(upstream: Mapping[str, Collection[str]]) -> list[str]:
+    """Return one sentence for each input that refers to a stage that does not exist."""
     return [
         f"stage `{name}` needs stage `{needed}`, which does not exist; {_nearest(needed, upstream)}"
         for name, inputs in upstream.items()
@@ -44,7 +44,8 @@ def dangling(upstream: Mapping[str, Collection[str]]) -> list[str]:
 
 
 def find_cycle(names: Collection[str], upstream: Mapping[str, Collection[str]]) -> tuple[str, ...]:
-    """Return a cycle among `names`, each of which needs another of them: every name needs the one behind it."""
+    """Return a cycle among `names`, each of which needs another of them. Every name in it needs the next one."""
+    # Every name has a successor among `names`, so this walk must meet a name for the second time.
     path = [next(iter(names))]
     while True:
         following = next(needed for needed in sorted(upstream[path[-1]]) if needed in names)
@@ -54,19 +55,19 @@ def find_cycle(names: Collection[str], upstream: Mapping[str, Collection[str]]) 
 
 
 def ancestors(names: Collection[str], upstream: Mapping[str, Collection[str]]) -> frozenset[str]:
-    """Return everything that `names` need, directly or not, without `names` themselves unless they need each other."""
-    found: set[str] = set()
+    """Return everything that `names` need, directly or indirectly; names themselves only if another one needs them."""
+    reached: set[str] = set()
     queue = [needed for name in names for needed in upstream[name]]
     while queue:
         name = queue.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             queue.extend(upstream[name])
-    return frozenset(found)
+    return frozenset(reached)
 
 
 def nearest_name(name: str, allowed: Collection[str]) -> str | None:
-    """Return the allowed name most like `name`. None: none is like it."""
+    """Return the allowed name most similar to `name`. None if none is similar."""
     return next(iter(get_close_matches(name, list(allowed), n=1)), None)
 
 
@@ -79,4 +80,4 @@ def _cycle_message(cycle: tuple[str, ...]) -> str:
     if len(cycle) == 1:
         return f"stage `{cycle[0]}` needs itself; remove the input or the `after` that names it"
     arrows = " → ".join([*cycle, cycle[0]])
-    return f"the stages need each other in a circle: {arrows} (each needs the next); remove one of these inputs"
+    return f"the stages form a cycle: {arrows} (each needs the next); remove one of these inputs"

@@ -1,4 +1,4 @@
-"""From a run to a plan: the graph checked, every stage's settings merged with the defaults, inputs pinned."""
+"""From a run to a plan: validate the graph, merge every stage's settings with the defaults, pin external inputs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stagecoach_core.graph import GraphError, topological_order
 from stagecoach_core.policies.retry import DEFAULT_BUDGETS
 from stagecoach_core.values import External, Plan, PlannedStage
 
-Settings = TypeVar("Settings", Resources, Retries, Pods)
+SettingsT = TypeVar("SettingsT", Resources, Retries, Pods)
 
 
 class PlanError(ValueError):
-    """The run cannot be planned; `problems` holds one sentence for every fault."""
+    """The run cannot be planned. `problems` has one sentence for each problem."""
 
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
 
 
-def external_keys(run: TrainingRun) -> dict[str, str]:
-    """Return what a driver must look at before it can plan: URIs as the run writes them, by `Reference.key`."""
+def external_uris(run: TrainingRun) -> dict[str, str]:
+    """Return the external inputs that a driver must look up before planning: URIs as given, by `Reference.key`."""
     return {
         reference.key: reference.uri
         for stage in run.spec.stages
@@ -33,13 +33,13 @@ def external_keys(run: TrainingRun) -> dict[str, str]:
 
 
 def make_plan(run: TrainingRun, externals: Mapping[str, External], code: str) -> Plan:
-    """Check the graph and resolve every stage.
+    """Validate the graph and resolve every stage.
 
-    `externals` holds what was found at each URI, by `Reference.key` (see `external_keys`); `code` is the identity of
-    the trainer's code. Raises PlanError with all problems: cycles, inputs that name no stage, names given twice,
-    URIs nobody looked at.
+    `externals`: what was found at each URI, by `Reference.key` (see `external_uris`). `code`: identity of the trainer's
+    code. Raises PlanError with all problems: cycles, inputs that name no stage, duplicate names, URIs that are not in
+    `externals`.
     """
-    problems = [*_repeated_names(run), *_unknown_externals(run, externals)]
+    problems = [*_duplicate_names(run), *_unknown_externals(run, externals)]
     stages = {stage.name: stage for stage in run.spec.stages}
     order: tuple[str, ...] = ()
     try:
@@ -53,7 +53,7 @@ def make_plan(run: TrainingRun, externals: Mapping[str, External], code: str) ->
 
 
 def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
-    """Return the stage with every setting it leaves open taken from `defaults`, field by field, and the seed filled."""
+    """Return the stage with unset settings taken from `defaults`, field by field, and with the seed set."""
     return stage.model_copy(
         update={
             "image": stage.image if stage.image is not None else defaults.image,
@@ -67,7 +67,7 @@ def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
     )
 
 
-def _merged(own: Settings, defaults: Settings) -> Settings:
+def _merged(own: SettingsT, defaults: SettingsT) -> SettingsT:
     fields = type(own).model_fields
     missing = {name: getattr(defaults, name) for name in fields if getattr(own, name) is None}
     return own.model_copy(update=missing)
@@ -82,17 +82,17 @@ def _planned(stage: Stage, run: TrainingRun, externals: Mapping[str, External]) 
     )
 
 
-def _repeated_names(run: TrainingRun) -> list[str]:
+def _duplicate_names(run: TrainingRun) -> list[str]:
     names = [stage.name for stage in run.spec.stages]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    duplicates = sorted({name for name in names if names.count(name) > 1})
     return [
-        f"spec.stages: the name `{name}` is given {names.count(name)} times; rename all but one" for name in repeated
+        f"spec.stages: the name `{name}` occurs {names.count(name)} times; rename all but one" for name in duplicates
     ]
 
 
 def _unknown_externals(run: TrainingRun, externals: Mapping[str, External]) -> list[str]:
     return [
-        f"spec.stages[{stage.name}].{path}: nothing is known of {reference.uri}; check that it exists and can be read"
+        f"spec.stages[{stage.name}].{path}: {reference.uri} was not found; check that it exists and is readable"
         for stage in run.spec.stages
         for path, reference in stage.references()
         if reference.uri is not None and reference.key not in externals

@@ -1,4 +1,4 @@
-"""Kubernetes quantities, and what follows from them."""
+"""Kubernetes quantities, and the number of threads that follows from them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _FACTORS = {
 }
 
 
-def amount(quantity: str) -> Decimal:
-    """Return the number a quantity such as `4`, `500m` or `64Gi` stands for."""
+def parse_quantity(quantity: str) -> Decimal:
+    """Return the value of a quantity such as `4`, `500m` or `64Gi`."""
     number = quantity.rstrip("mkMGTPi")
     suffix = quantity[len(number) :]
     return Decimal(number) * (_FACTORS[suffix] if suffix else 1)
 
 
 def num_cpus(quantity: str) -> int:
-    """Return the whole CPUs of a quantity such as `4`, `1.5` or `500m`; rounded down."""
-    return int(amount(quantity))
+    """Return the number of whole CPUs in a quantity such as `4`, `1.5` or `500m`, rounded down."""
+    return int(parse_quantity(quantity))
 
 
-def asked_threads(resources: Resources) -> int | None:
-    """Return the CPU threads that each rank has of a pod's CPUs, at least one. None: no CPUs are asked for."""
+def threads_per_rank(resources: Resources) -> int | None:
+    """Return the number of CPU threads of each rank: its share of a pod's CPUs, at least 1. None if `cpu` is unset."""
     if resources.cpu is None:
         return None
     return max(1, num_cpus(resources.cpu) // resources.num_ranks_per_node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
-from stagecoach_core.digest import code_identity
+from stagecoach_core.digest import stage_code
 from stagecoach_core.values import Found, Plan, PlannedStage, StageView, Start
 
 
@@ -53,7 +53,7 @@ def resolved_stage(
         config=stage.config.model_dump(mode="json", by_alias=True),
         inputs=resolved_inputs(planned, artifacts),
         seed=stage.seed or 0,
-        code=code_identity(stage, plan.code),
+        code=stage_code(stage, plan.code),
         storage_uri=storage_uri,
         storage_endpoint=storage_endpoint,
         storage_region=storage_region,

@@ -1,4 +1,4 @@
-"""A run as people see it at one moment: one row per stage, and the protocol of whatever displays it."""
+"""What is displayed of a run at one time: a row per stage; and the protocol of a display."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from stagecoach_core.values import RunState, StageView
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage at one moment."""
+    """One stage at one time."""
 
     name: str
     kind: str
     view: StageView
     progress: ProgressEvent | None = None
-    """Newest event of the newest attempt."""
+    """Newest progress event of the newest attempt."""
     started: float | None = None
-    """Start of the newest attempt, seconds since the epoch. None: no attempt of this invocation's plan."""
+    """Start of the newest attempt, in seconds since the epoch. None if this invocation has started none."""
     seconds: float | None = None
-    """How long the finished work took. None: it is not finished, or not known."""
+    """Duration of a finished stage. None if it is not finished or the duration is not known."""
     ranks: int = 1
     log: Path | None = None
     eta: float | None = None
-    """When its work will probably be done, seconds since the epoch. None: not known."""
+    """Estimated time of completion, in seconds since the epoch. None if not known."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment."""
+    """A run at one time."""
 
     run: str
     storage: str
@@ -42,13 +42,13 @@ class Snapshot:
 
 
 class View(Protocol):
-    """Shows snapshots as they come."""
+    """Displays snapshots of a run."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show the run as it is now; called several times a second."""
+        """Display the current state of the run. Called several times a second."""
 
     def notify(self, text: str) -> None:
         """Show a message to the user, such as the effect of Ctrl-C."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""

@@ -1,4 +1,4 @@
-"""The values that go in and out of the core. A driver fills `Observed`; `decide` answers with a `Decision`."""
+"""Input and output values of the core. A driver fills in `Observed`; `decide` returns a `Decision`."""
 
 from __future__ import annotations
 
@@ -8,46 +8,55 @@ from enum import StrEnum
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import Stage
-from stagecoach_api.status import RunState as RunState  # noqa: PLC0414  # values of the core, too
+from stagecoach_api.status import RunState as RunState  # noqa: PLC0414  # part of the core's vocabulary, too
 from stagecoach_api.status import StageState as StageState  # noqa: PLC0414
 
 
 class AttemptState(StrEnum):
-    """Where an attempt is, as the driver sees it."""
+    """State of an attempt, as observed by the driver."""
 
     STARTING = "starting"
+    """Requested; its processes do not all run yet."""
     RUNNING = "running"
     STOPPING = "stopping"
+    """Asked to end; its processes may still be saving a checkpoint."""
     ENDED = "ended"
+    """None of its processes is left."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a stage's work."""
+    """One attempt at running a stage, as the state machine sees it.
+
+    Each driver derives it from a record of its own: the operator from `stagecoach_api.status.AttemptStatus` in the
+    run's status, the local driver from `stagecoach_local.workspace.AttemptRecord` in the workspace. What an attempt is
+    started from is a `StageAttempt` (`stagecoach_core.manifests`); what it returns is an
+    `stagecoach_api.outcomes.AttemptResult`.
+    """
 
     stage: str
     digest: str
-    """Stage digest the attempt works on; a re-plan leaves attempts of an older digest behind."""
+    """Stage digest the attempt works on. After a re-plan it may differ from the stage's current digest."""
     number: int
     """1, 2, 3 … over the life of the run's stage."""
     state: AttemptState
     started: float
-    """When it was asked for, in seconds since the epoch."""
+    """When it was requested, in seconds since the epoch."""
     running_since: float | None = None
-    """When its processes began to run. None: they have not, or it is not known apart from `started`."""
+    """When its processes started running. None if they have not, or if only `started` is known."""
     ended: float | None = None
-    """When its last process ended. None: it has not."""
+    """When its last process ended. None if it has not."""
     cause: Cause | None = None
-    """Why it ended without a result, or, while it is stopping, the cause `Stop` gave. None: neither, or it is done.
-    `policies.ending.cause_of_end` tells it."""
+    """If ended: why it has no result, see `policies.ending.cause_of_end`. If stopping: the cause of the `Stop`. None if
+    neither applies, and if it succeeded."""
     message: str = ""
     heartbeat: float | None = None
-    """Time of the newest sign of life. None: none yet."""
+    """Time of the newest heartbeat. None before the first."""
     longest_silence: float = 0.0
-    """Longest time between two signs of life so far, in seconds; the limit for a hang adapts to it."""
+    """Longest time between two heartbeats so far, in seconds; the limit for a hang adapts to it."""
 
     @property
-    def lives(self) -> bool:
+    def is_live(self) -> bool:
         return self.state is not AttemptState.ENDED
 
     @property
@@ -56,32 +65,32 @@ class Attempt:
 
     @property
     def is_done(self) -> bool:
-        """It ended, and says that its artifact is published."""
+        """Whether it ended and reported that its artifact is published."""
         return self.state is AttemptState.ENDED and self.cause is None
 
 
 @dataclass(frozen=True)
 class Found:
-    """A complete artifact in the store."""
+    """Answer of the store: it has a complete artifact."""
 
     stage_digest: str
     content_digest: str
     uri: str
-    """Its output folder, absolute."""
+    """Absolute URI of its output folder."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """The store has no artifact of a digest."""
+    """Answer of the store: it has no artifact with the digest."""
 
     at: float
-    """When the store said so, in seconds since the epoch. An answer that is not newer than the end of an
-    attempt at the digest is asked for again, so that a driver may simply keep every answer."""
+    """When the store was asked, in seconds since the epoch. An answer that is not newer than the end of an attempt at
+    the digest is stale and requested again, so a driver can keep all answers without invalidating them."""
 
 
 @dataclass(frozen=True)
 class External:
-    """An input from outside the run, as it was found when the run was planned."""
+    """An input from outside the run, as found when the run was planned."""
 
     uri: str
     """Absolute."""
@@ -91,19 +100,19 @@ class External:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its settings resolved against the run's defaults."""
+    """A stage whose settings are resolved against the run's defaults."""
 
     stage: Stage
-    """Stage with `defaults` merged in, seed filled."""
+    """The stage with `defaults` merged in and the seed set."""
     upstream: tuple[str, ...]
-    """Names of stages that must be finished first, sorted."""
+    """Names of the stages that must finish first, sorted."""
     externals: Mapping[str, External]
     """External inputs by `Reference.key`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's graph, checked: every input exists, there is no cycle."""
+    """The validated graph of a run: every input exists, and there is no cycle."""
 
     namespace: str
     run: str
@@ -115,54 +124,54 @@ class Plan:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the driver can run at once. None: no limit (a cluster's scheduler decides)."""
+    """How much the driver can run at the same time. None for no limit (on a cluster the scheduler decides)."""
 
     slots: int | None = None
-    """Stages that may run side by side."""
+    """Number of stages that may run at the same time."""
     ranks: int | None = None
-    """Ranks that may run side by side."""
+    """Number of ranks that may run at the same time."""
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """Ended attempts without a result that a driver no longer remembers one by one."""
+    """Ended attempts without a result that a driver no longer stores individually."""
 
     counts: Mapping[Cause, int]
-    """How many, by what they were charged to."""
+    """Number of attempts by the cause they were charged to."""
     until: float
     """When the last of them ended, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything a decision rests on, seen at one moment."""
+    """Everything that a decision depends on, observed at one time."""
 
     attempts: tuple[Attempt, ...] = ()
-    """All attempts of this run that are remembered, of every stage, ended ones included."""
+    """All stored attempts of this run, of every stage, including those that have ended."""
     artifacts: Mapping[str, Found | Missing] = field(default_factory=dict)
-    """The store's newest answers, by stage digest. A digest that is not here was not looked up."""
+    """The newest answers of the store, by stage digest. A digest without an answer has not been looked up."""
     forgotten: Mapping[tuple[str, str], Forgotten] = field(default_factory=dict)
-    """Older attempts than those in `attempts`, by stage and stage digest; they count against the budgets, too."""
+    """Attempts older than those in `attempts`, by stage and stage digest. They count against the budgets, too."""
     since: float = 0.0
-    """When the user asked for this run (or for one more try). Failures of attempts that ended before are not charged;
-    what attempts that ended before have made counts as cached."""
+    """When the user requested this run, or a retry of it. Failures of attempts that ended earlier are not charged, and
+    artifacts of attempts that ended earlier count as cached."""
     suspend: bool = False
     cancel: bool = False
     selected: frozenset[str] | None = None
-    """Stages that may be worked on (`--until`). None: all."""
+    """Stages that may run (`--until`). None for all."""
     forced: frozenset[str] = frozenset()
-    """Stages whose artifact is not taken from the cache (`--from`), until an attempt started at or after
-    `forced_since` has finished them. A driver that removes the old artifact forgets the answer about it too."""
+    """Stages whose cached artifact is ignored (`--from`), until an attempt started at or after `forced_since` has
+    succeeded. A driver that deletes the old artifact must drop the answer about it, too."""
     forced_since: float = 0.0
     capacity: Capacity = Capacity()
 
 
-# -- what to do --------------------------------------------------------------------------------------------------------
+# -- decisions ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LookUp:
-    """Ask the store whether the artifact of this digest exists."""
+    """Look up in the store whether the artifact with this digest exists; the answer is a `Found` or a `Missing`."""
 
     stage: str
     digest: str
@@ -179,13 +188,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Stop:
-    """End a living attempt; it saves a checkpoint first."""
+    """Stop a live attempt. It saves a checkpoint first."""
 
     stage: str
     number: int
     reason: str
     cause: Cause = Cause.PREEMPTION
-    """What the attempt's end is charged to if it ends without a result; the driver remembers it."""
+    """Cause to charge if the attempt ends without a result. The driver stores it with the attempt."""
 
 
 Action = LookUp | Start | Stop
@@ -193,28 +202,28 @@ Action = LookUp | Start | Stop
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage's state, and for a waiting one the thing it waits for."""
+    """The state of a stage to report, and what it is waiting for."""
 
     state: StageState
     digest: str | None = None
-    """Stage digest. None: an input is not finished, so it is not known yet."""
+    """Stage digest. None while an input is not finished, because it depends on its content."""
     artifact: Found | None = None
     attempt: int = 0
-    """Number of the newest attempt; 0: none."""
+    """Number of the newest attempt; 0 if there is none."""
     restarts: Mapping[Cause, int] = field(default_factory=dict)
-    """Attempts at this digest that ended without a result since `Observed.since`, by cause."""
+    """Number of attempts at this digest that ended without a result since `Observed.since`, by cause."""
     waiting_for: str = ""
-    """What a stage that is neither running nor ended waits for, in words. Empty: nothing."""
+    """What a stage that is neither running nor ended is waiting for, as text. Empty if nothing."""
     message: str = ""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now, what to say, and when to look again if nothing happens."""
+    """What to do now, what to report, and when to decide again if nothing happens."""
 
     actions: tuple[Action, ...]
     stages: Mapping[str, StageView]
     state: RunState
     message: str = ""
     look_again_at: float | None = None
-    """Seconds since the epoch. None: only when something changes."""
+    """Seconds since the epoch. None if only a change of the observation can change the decision."""

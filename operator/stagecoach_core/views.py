@@ -1,132 +1,135 @@
-"""What people are told: the state of every stage, what it waits for, and the state of the run."""
+"""What a decision reports: the state of every stage, what it is waiting for, and the state of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from stagecoach_core.facts import StageFacts
 from stagecoach_core.policies import capacity
-from stagecoach_core.survey import StageFacts
 from stagecoach_core.values import Observed, RunState, StageState, StageView
 
 TERMINAL = frozenset({RunState.COMPLETE, RunState.FAILED, RunState.CANCELLED})
-"""States a run does not leave by itself."""
+"""States that a run leaves only at the user's request."""
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """The facts, and what was decided about them."""
+class DecisionContext:
+    """The facts about the stages, and what was decided."""
 
     facts: Mapping[str, StageFacts]
     observed: Observed
     now: float
     stopping: frozenset[str]
-    """Stages of which an attempt is told to stop now."""
+    """Stages with an attempt that this decision stops."""
     starting: frozenset[str]
-    asking: frozenset[str]
-    """Stages the store is asked about."""
+    """Stages of which this decision starts an attempt."""
+    looking_up: frozenset[str]
+    """Stages that this decision looks up in the store."""
     blocked: Mapping[str, str]
-    """Stages that will not be worked on, with the reason."""
+    """Stages that will not run, with the reason."""
 
     @property
     def failed(self) -> list[str]:
         return [name for name, stage in self.facts.items() if stage.failed]
 
 
-def blockers(facts: Mapping[str, StageFacts]) -> dict[str, str]:
-    """Return the stages that will never be worked on as things are, with the reason."""
+def blocked_stages(facts: Mapping[str, StageFacts]) -> dict[str, str]:
+    """Return the stages that cannot run in the present state of the others, with the reason."""
     blocked: dict[str, str] = {}
     for name, stage in facts.items():
         if stage.finished or stage.failed:
             continue
-        reason = _blocker(stage, facts, blocked)
+        reason = _blocked_by(stage, facts, blocked)
         if reason:
             blocked[name] = reason
     return blocked
 
 
-def _blocker(stage: StageFacts, facts: Mapping[str, StageFacts], blocked: Mapping[str, str]) -> str:
+def _blocked_by(stage: StageFacts, facts: Mapping[str, StageFacts], blocked: Mapping[str, str]) -> str:
+    """Return why a stage cannot run; empty if it can. `blocked`: of the stages before it."""
     for name in stage.upstream:
         if facts[name].failed:
             return f"stage `{name}` failed"
         if name in blocked:
             unselected = f"it needs stage `{name}`, which is not selected and has no artifact"
             return blocked[name] if facts[name].selected or not stage.selected else unselected
-    return "" if stage.selected or (stage.needed and stage.unsettled) else "not selected"
+    # A needed stage that is not selected is not skipped before the look-up: its artifact may exist.
+    return "" if stage.selected or (stage.needed and stage.undetermined) else "not selected"
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def view_of(name: str, outlook: Outlook) -> StageView:
-    """Return what is told of one stage."""
-    stage = outlook.facts[name]
-    state, waiting_for, message = _standing(stage, outlook)
+def view_of(name: str, context: DecisionContext) -> StageView:
+    """Return the view of one stage."""
+    stage = context.facts[name]
+    state, waiting_for, message = _state_of(stage, context)
     return StageView(
         state=state,
         digest=stage.digest,
         artifact=stage.artifact,
         attempt=stage.newest,
-        restarts=stage.verdict.restarts,
+        restarts=stage.retry.restarts,
         waiting_for=waiting_for,
         message=message,
     )
 
 
-def _standing(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str]:
-    """Return a stage's state, what it waits for, and a message."""
+def _state_of(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
+    """Return a stage's state, what it is waiting for, and a message."""
     if stage.finished:
-        closing = f"attempt {stage.living[-1].number} to end" if stage.living else ""
-        return (StageState.SUCCEEDED if stage.made_here else StageState.CACHED), closing, ""
-    if stage.living:
-        return _living(stage, outlook)
+        closing = f"attempt {stage.live_attempts[-1].number} to end" if stage.live_attempts else ""
+        return (StageState.SUCCEEDED if stage.made_by_run else StageState.CACHED), closing, ""
+    if stage.live_attempts:
+        return _live_state(stage, context)
     if stage.failed:
-        return StageState.FAILED, "", stage.verdict.message
-    if stage.name in outlook.blocked:
-        return StageState.SKIPPED, "", outlook.blocked[stage.name]
-    if outlook.observed.cancel and not outlook.failed:  # a wish after a failure changes nothing
+        return StageState.FAILED, "", stage.retry.message
+    if stage.name in context.blocked:
+        return StageState.SKIPPED, "", context.blocked[stage.name]
+    if context.observed.cancel and not context.failed:  # a run that has failed stays failed
         return StageState.CANCELLED, "", "the run is cancelled"
-    return _waiting(stage, outlook)
+    return _waiting_state(stage, context)
 
 
-def _living(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str]:
-    if stage.name in outlook.stopping or any(attempt.is_stopping for attempt in stage.living):
-        return StageState.STOPPING, f"attempt {stage.living[-1].number} to end", stage.living[-1].message
-    return StageState.RUNNING, "", stage.living[-1].message
+def _live_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
+    if stage.name in context.stopping or any(attempt.is_stopping for attempt in stage.live_attempts):
+        return StageState.STOPPING, f"attempt {stage.live_attempts[-1].number} to end", stage.live_attempts[-1].message
+    return StageState.RUNNING, "", stage.live_attempts[-1].message
 
 
-def _waiting(stage: StageFacts, outlook: Outlook) -> tuple[StageState, str, str]:
-    if stage.name in outlook.asking:
+def _waiting_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
+    if stage.name in context.looking_up:
         return StageState.PENDING, f"the store's answer whether artifact {(stage.digest or '')[:12]} exists", ""
-    if outlook.failed and not outlook.asking:
-        return StageState.SKIPPED, "", f"not started: {_stages(outlook.failed)} failed"
-    if outlook.observed.suspend:
-        return StageState.SUSPENDED, "the run to be resumed", stage.verdict.message
+    if context.failed and not context.looking_up:
+        return StageState.SKIPPED, "", f"not started: {_stages(context.failed)} failed"
+    if context.observed.suspend:
+        return StageState.SUSPENDED, "the run to be resumed", stage.retry.message
     if stage.upstream:
         return StageState.PENDING, _stages(stage.upstream), ""
-    state = StageState.RETRYING if stage.verdict.restarts else StageState.PENDING
-    return state, _turn(stage, outlook), stage.verdict.message
+    state = StageState.RETRYING if stage.retry.restarts else StageState.PENDING
+    return state, _ready_stage_waits_for(stage, context), stage.retry.message
 
 
-def _turn(stage: StageFacts, outlook: Outlook) -> str:
-    """Return what a stage with all inputs waits for."""
-    if stage.name in outlook.starting:
+def _ready_stage_waits_for(stage: StageFacts, context: DecisionContext) -> str:
+    """Return what a stage whose inputs are all finished is waiting for."""
+    if stage.name in context.starting:
         return f"attempt {stage.newest + 1} to start"
-    if outlook.failed:
+    if context.failed:
         return "the store's answers about other stages"
-    if outlook.now < stage.verdict.not_before:
+    if context.now < stage.retry.not_before:
         return f"the pause after attempt {stage.newest} to end"
-    twin = _twin(stage, outlook)
-    if twin is not None:
-        return f"stage `{twin}`, which does the same work"
-    return capacity.describe(outlook.observed.capacity)
+    other = _same_work(stage, context)
+    if other is not None:
+        return f"stage `{other}`, which does the same work"
+    return capacity.describe_limits(context.observed.capacity)
 
 
-def _twin(stage: StageFacts, outlook: Outlook) -> str | None:
-    """Return another stage that works, or is about to, on the same digest."""
-    at_work = [(attempt.stage, attempt.digest) for attempt in outlook.observed.attempts if attempt.lives]
-    about_to = [(name, outlook.facts[name].digest) for name in outlook.facts if name in outlook.starting]
-    return next((name for name, digest in [*at_work, *about_to] if digest == stage.digest and name != stage.name), None)
+def _same_work(stage: StageFacts, context: DecisionContext) -> str | None:
+    """Return another stage that runs, or is about to run, the same digest."""
+    running = [(attempt.stage, attempt.digest) for attempt in context.observed.attempts if attempt.is_live]
+    starting = [(name, context.facts[name].digest) for name in context.facts if name in context.starting]
+    return next((name for name, digest in [*running, *starting] if digest == stage.digest and name != stage.name), None)
 
 
 def _stages(names: Sequence[str]) -> str:
@@ -139,38 +142,39 @@ def _stages(names: Sequence[str]) -> str:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def run_state(outlook: Outlook) -> tuple[RunState, str]:
+def run_state(context: DecisionContext) -> tuple[RunState, str]:
     """Return the run's state and a message."""
-    if any(attempt.lives for attempt in outlook.observed.attempts):
-        return RunState.PROGRESSING, _while_living(outlook)
-    unfinished = [stage for stage in outlook.facts.values() if stage.selected and not stage.finished]
+    if any(attempt.is_live for attempt in context.observed.attempts):
+        return RunState.PROGRESSING, _live_message(context)
+    unfinished = [stage for stage in context.facts.values() if stage.selected and not stage.finished]
     if not unfinished:
         return RunState.COMPLETE, ""
-    hopeless = RunState.PROGRESSING if outlook.asking else RunState.FAILED  # answers still tell what is cached
-    if outlook.failed:
-        return hopeless, _failure(outlook)
-    if all(stage.name in outlook.blocked for stage in unfinished):
+    # Pending look-ups are awaited, so that the final status shows which stages are cached.
+    failed = RunState.PROGRESSING if context.looking_up else RunState.FAILED
+    if context.failed:
+        return failed, _failure_message(context)
+    if all(stage.name in context.blocked for stage in unfinished):
         name = unfinished[0].name
-        return hopeless, f"stage `{name}` cannot be worked on: {outlook.blocked[name]}"
-    return _undecided(outlook)
+        return failed, f"stage `{name}` cannot run: {context.blocked[name]}"
+    return _idle_state(context)
 
 
-def _undecided(outlook: Outlook) -> tuple[RunState, str]:
-    """Return the state of a run of which nothing lives, nothing has failed, and something could be worked on."""
-    if outlook.observed.cancel:
+def _idle_state(context: DecisionContext) -> tuple[RunState, str]:
+    """Return the state of a run without live attempts and failures, and with a stage that could run."""
+    if context.observed.cancel:
         return RunState.CANCELLED, "cancelled"
-    if outlook.observed.suspend:
+    if context.observed.suspend:
         return RunState.SUSPENDED, "suspended"
     return RunState.PROGRESSING, ""
 
 
-def _while_living(outlook: Outlook) -> str:
-    if outlook.failed:
-        return f"{_failure(outlook)}; what still runs may finish"
-    if outlook.observed.cancel:
+def _live_message(context: DecisionContext) -> str:
+    if context.failed:
+        return f"{_failure_message(context)}; stages that still run may finish"
+    if context.observed.cancel:
         return "being cancelled"
-    return "being suspended" if outlook.observed.suspend else ""
+    return "being suspended" if context.observed.suspend else ""
 
 
-def _failure(outlook: Outlook) -> str:
-    return "; ".join(f"stage `{name}` failed: {outlook.facts[name].verdict.message}" for name in outlook.failed)
+def _failure_message(context: DecisionContext) -> str:
+    return "; ".join(f"stage `{name}` failed: {context.facts[name].retry.message}" for name in context.failed)

@@ -13,7 +13,7 @@ from stagecoach_api.spec import TrainingRun
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import file_uri, sha256_of_file
 from stagecoach_api.stores.lookup import absolute, find_inputs
-from stagecoach_core.plan import external_keys
+from stagecoach_core.plan import external_uris
 from stagecoach_core.values import External
 from stagecoach_local.workspace import write_json
 
@@ -92,7 +92,7 @@ def find_external_inputs(
     storage = run.spec.storage
     failures: dict[str, StoreError] = {}
     uris: dict[str, str] = {}
-    for key, uri in external_keys(run).items():
+    for key, uri in external_uris(run).items():
         if not wanted(uri):
             continue
         try:

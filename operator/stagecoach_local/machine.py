@@ -11,7 +11,7 @@ from pathlib import Path
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.spec import Stage
 from stagecoach_api.stage_kind import Ranks
-from stagecoach_core.quantities import asked_threads
+from stagecoach_core.quantities import threads_per_rank
 
 CORES_PER_HEAVY_STAGE = 4
 """Two heavy stages that run concurrently with fewer cores each are slower than one after the other."""
@@ -64,7 +64,7 @@ def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
     Independent of what else is running: the number of threads changes the rounding of sums, and with it the result.
     """
     share = max(1, machine.cores // ranks)
-    return min(share, asked_threads(stage.resources) or share)
+    return min(share, threads_per_rank(stage.resources) or share)
 
 
 def admits(machine: Machine, kind: str, running: Iterable[str]) -> bool:

@@ -17,7 +17,7 @@ from stagecoach_api.store import AccessDenied, Store, StoreError, Unreachable, o
 from stagecoach_api.stores.lookup import absolute, find_manifest, input_problems
 from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.decide import decide
-from stagecoach_core.plan import PlanError, external_keys, make_plan
+from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import Decision, Found, LookUp, Missing, Observed, Plan
 from stagecoach_local.inputs import HashCache, find_external_inputs, input_root, unknown_external
 from stagecoach_local.workspace import Workspace
@@ -88,7 +88,7 @@ def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> Loa
     lookup = find_external_inputs(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
     problems = missing_inputs(loaded, lookup.failures)
     try:
-        make_plan(loaded.run, {key: unknown_external(uri) for key, uri in external_keys(loaded.run).items()}, code="")
+        make_plan(loaded.run, {key: unknown_external(uri) for key, uri in external_uris(loaded.run).items()}, code="")
     except PlanError as error:
         problems += [Problem("", loaded.run.metadata.name, text, "correct the stages") for text in error.problems]
     if problems:

@@ -23,7 +23,7 @@ from stagecoach_api.store import AccessDenied, NotFound, Store, StoreError, open
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
 from stagecoach_core.manifests.labels import owner_reference
-from stagecoach_core.plan import PlanError, external_keys, make_plan
+from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.object_views import Raw, RunView
 from stagecoach_operator.settings import Settings
@@ -195,7 +195,7 @@ def open_storage(storage: Storage) -> Store:
 
 def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | StoreError]:
     """Return each external input, or the error of its lookup, by `Reference.key`."""
-    uris = {key: absolute(uri, storage.inputs or "") for key, uri in external_keys(run).items()}
+    uris = {key: absolute(uri, storage.inputs or "") for key, uri in external_uris(run).items()}
     return find_inputs(uris, storage.endpoint, storage.region)
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from stagecoach_api.base import Name
 from stagecoach_api.spec import Storage
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 
 DEFAULT_FILE = Path("/etc/stagecoach/settings.yaml")
 ENV_FILE = "STAGECOACH_SETTINGS_FILE"
@@ -30,8 +30,8 @@ class SettingsError(ValueError):
     """The settings file cannot be used; the message contains its path and the fields."""
 
 
-class Settings(BuildSettings):
-    """All settings. Those of pods are inherited from `BuildSettings`; field names are camelCase in the file."""
+class Settings(ManifestSettings):
+    """All settings. Those of pods are inherited from `ManifestSettings`; field names are camelCase in the file."""
 
     namespace: Name | None = None
     """Namespace whose runs are reconciled. If unset: all namespaces, which requires the ClusterRole."""

@@ -10,7 +10,7 @@ The end of an attempt takes these forms, in this order:
     AttemptStatus       stagecoach_api.status: the record that is persisted in the run's status
     ObservedAttempt     observe: the record together with the objects that still exist
     Attempt             stagecoach_core.values: the same for any driver
-    Verdict             stagecoach_core.policies.retry: the meaning of all failed attempts of a stage: retry, or fail
+    RetryDecision       stagecoach_core.policies.retry: from all failed attempts of a stage: retry it, or fail it
     StageView           stagecoach_core.values: the stage's state, which becomes its part of the status
 """
 

@@ -202,7 +202,7 @@ def test_code_that_moves_from_one_file_to_the_next_counts(package: Path) -> None
 
 
 def test_the_content_of_a_source_is_the_same_in_every_python_version() -> None:
-    """The digest is written down, so that each version this test runs on has to agree with the others."""
+    """The expected digest is a literal, so all Python versions that run this test must agree on it."""
     content = python_content(SOURCE.encode())
     assert content.startswith(b"Module(body=[Import(names=[alias(name='math',),],),Assign(targets=[Name(id='RATE',),],")
     assert hashlib.sha256(content).hexdigest() == "1101372d5406f4723e2fd7a2f116ef1178ca71a0123261764c42a0c6efba03f7"

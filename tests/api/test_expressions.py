@@ -1,4 +1,4 @@
-"""The reward expression language: what it computes, and what it refuses."""
+"""The reward expression language: values and errors."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=[f"{index}: {text[:32]!r}" for index, text in enumerate(HOSTILE)])
-def test_everything_else_is_refused(text: str) -> None:
+def test_everything_else_is_rejected(text: str) -> None:
     with pytest.raises(ExpressionError):
         parse_expression(text)
 
@@ -149,14 +149,14 @@ def test_everything_else_is_refused(text: str) -> None:
         ("1e13", "position 1: got a huge number; allowed are numbers up to 1e+12"),
     ],
 )
-def test_a_refusal_says_where_what_was_got_and_what_is_allowed(text: str, message: str) -> None:
+def test_an_error_has_the_position_what_was_got_and_what_is_allowed(text: str, message: str) -> None:
     with pytest.raises(ExpressionError) as caught:
         parse_expression(text)
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("text", ["1 / (words - 4)", "log(words - 4)", "sqrt(0 - 1)", "exp(tokens * 1000)"])
-def test_a_formula_without_a_value_says_so(text: str) -> None:
+def test_a_formula_without_a_value_raises_an_error(text: str) -> None:
     expression = parse_expression(text)
     with pytest.raises(ExpressionError, match="write `m"):
         expression.value(FIGURES)
@@ -176,13 +176,13 @@ formulas = st.recursive(
 
 
 @given(formulas)
-def test_ours_agrees_with_pythons_own_arithmetic(text: str) -> None:
+def test_values_agree_with_pythons_arithmetic(text: str) -> None:
     known = {"words": 4, "tokens": 9, "ended": 1, "count": FIGURES.answer.count, "min": min}
     expected = float(eval(text, {"__builtins__": {}}, known))  # noqa: S307  # the oracle, on text made here
     assert value(text) == pytest.approx(expected)
 
 
 @given(st.text(max_size=60))
-def test_any_text_is_a_number_or_a_refusal(text: str) -> None:
+def test_any_text_gives_a_number_or_an_error(text: str) -> None:
     with contextlib.suppress(ExpressionError):
         assert math.isfinite(value(text))

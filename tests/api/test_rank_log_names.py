@@ -1,4 +1,4 @@
-"""Names of the ranks' logs: what is written is read back, and sorting is by time."""
+"""Names of rank logs: they are parsed as written, and sort by time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_ranks_log_is_named_by_rank_and_start() -> None:
 
 
 @given(rank=st.integers(0, 200_000), started=st.floats(0, 4e9))
-def test_what_was_written_is_read_back_to_the_millisecond(rank: int, started: float) -> None:
+def test_a_name_is_parsed_to_the_millisecond(rank: int, started: float) -> None:
     found = parse_rank_log_name(rank_log_name(rank, started))
     assert found is not None
     assert found.rank == rank
@@ -32,5 +32,5 @@ def test_names_of_one_rank_sort_by_start(first: int, second: int) -> None:
     "name",
     ["metrics.jsonl", "rank-00001.log", "rank-1.20261122T095244.125Z.log", "rank-00001.20261322T095244.125Z.log", ""],
 )
-def test_other_files_are_no_ranks_log(name: str) -> None:
+def test_other_files_are_not_rank_logs(name: str) -> None:
     assert parse_rank_log_name(name) is None

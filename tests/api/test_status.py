@@ -1,4 +1,4 @@
-"""The status: words that programs may rely on, and a form that survives a round trip."""
+"""The status: values that programs may rely on, and a JSON form that survives a round trip."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_a_status_survives_json() -> None:
     assert TrainingRunStatus.model_validate_json(text) == status
 
 
-def test_words_are_camel_case_and_never_change() -> None:
-    """This list is the contract: a word may be added, none removed or renamed."""
+def test_enumeration_values_are_camel_case_and_never_change() -> None:
+    """This list is the contract: a value may be added, but none removed or renamed."""
     assert {str(word) for word in ConditionType} == {
         "Accepted", "Planned", "QuotaReserved", "Progressing", "Suspended", "Complete", "Failed",
     }  # fmt: skip
@@ -65,12 +65,12 @@ def test_restarts_are_counted_by_every_cause() -> None:
     assert set(Restarts.model_fields) == {str(cause) for cause in Cause}
 
 
-def test_the_core_speaks_of_the_same_states() -> None:
+def test_the_core_uses_the_same_states() -> None:
     assert stagecoach_core.values.StageState is StageState
     assert stagecoach_core.values.RunState is RunState
 
 
-def test_times_without_a_zone_are_refused() -> None:
+def test_times_without_a_time_zone_are_rejected() -> None:
     with pytest.raises(ValidationError, match="timezone"):
         Summary(state=RunState.COMPLETE, eta=datetime(2026, 8, 1))
 

@@ -15,7 +15,7 @@ import pytest
 
 from stagecoach_api import version
 from stagecoach_api.version import __version__
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from tests import ROOT
 from tests.charts.makers import CHART
 
@@ -78,7 +78,7 @@ def test_build_and_default_image_have_the_version_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"]
     assert ROOT / project["tool"]["hatch"]["version"]["path"] == Path(version.__file__)
-    assert BuildSettings().trainer_image == f"stagecoach/trainer:{__version__}"
+    assert ManifestSettings().trainer_image == f"stagecoach/trainer:{__version__}"
 
 
 def test_handwritten_parts_of_the_readme_are_kept(chart: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from stagecoach_api.artifacts import Manifest
 from stagecoach_api.spec import TrainingRun
 from stagecoach_cli.estimate import START_SECONDS, Estimate, estimate, num_parameters, total
-from stagecoach_core.plan import external_keys, make_plan
+from stagecoach_core.plan import external_uris, make_plan
 from stagecoach_core.values import External, Plan
 from tests.cli.makers import NAME, data_stage, export_stage, pretrain_stage, tokenizer_stage
 
@@ -23,7 +23,7 @@ def plan_of(**pretrain: Any) -> Plan:
     base["pretrain"] = {key: value for key, value in base["pretrain"].items() if value is not None}
     stages = [data_stage("one"), tokenizer_stage("words", "one"), base, export_stage("release", "base")]
     run = TrainingRun.model_validate({"metadata": {"name": NAME}, "spec": {"stages": stages}})
-    return make_plan(run, {key: External(uri, "0") for key, uri in external_keys(run).items()}, code="test")
+    return make_plan(run, {key: External(uri, "0") for key, uri in external_uris(run).items()}, code="test")
 
 
 def manifest(tokens: int, seconds: float) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Any
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import TrainingRun
 from stagecoach_core.decide import decide
-from stagecoach_core.plan import external_keys, make_plan
+from stagecoach_core.plan import external_uris, make_plan
 from stagecoach_core.values import (
     Attempt,
     AttemptState,
@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {"batch": {"tokens": 64}, "optimizer": {"learningRate
 
 
 def data_stage(name: str, *inputs: str, **settings: Any) -> dict[str, Any]:
-    """A `data` stage that reads the stages `inputs`, or a file where there are none."""
+    """A `data` stage that reads the stages `inputs`, or a file if there are none."""
     sources = [{"stage": item} for item in inputs] or [{"uri": f"{name}.jsonl"}]
     return {"name": name, "data": {"sources": sources}, **settings}
 
@@ -47,11 +47,11 @@ def run_of(*stages: dict[str, Any], name: str = "demo", **spec: Any) -> Training
 
 
 def plan_of(run: TrainingRun, contents: Mapping[str, str] | None = None, code: str = CODE) -> Plan:
-    """Plan a run; `contents` are digests of external inputs by URI, each its own where none is given."""
+    """Plan a run; `contents`: digests of external inputs by URI; the others get one derived from their URI."""
     digests = contents or {}
     externals = {
         key: External(uri=f"file:///inputs/{uri}", digest=digests.get(uri, f"content of {uri}"))
-        for key, uri in external_keys(run).items()
+        for key, uri in external_uris(run).items()
     }
     return make_plan(run, externals, code)
 
@@ -70,7 +70,7 @@ def found(digest: str, content: str | None = None) -> Found:
 
 
 def attempt(stage: str, digest: str, number: int = 1, **fields: Any) -> Attempt:
-    """A running attempt, or an ended one where `ended` is given."""
+    """A running attempt, or an ended one if `ended` is given."""
     fields.setdefault("state", AttemptState.RUNNING if fields.get("ended") is None else AttemptState.ENDED)
     fields.setdefault("started", 0.0)
     return Attempt(stage, digest, number, **fields)

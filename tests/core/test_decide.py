@@ -1,4 +1,4 @@
-"""The state machine, one sentence a case."""
+"""The state machine, one sentence per case."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def states(decision: Decision) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """An observation, and what is to come of it."""
+    """An observation, and the expected decision."""
 
     observed: Observed
     actions: tuple[Action, ...] = ()
@@ -101,19 +101,19 @@ CASES = {
     "after an attempt has ended the store is asked again": Case(
         Observed(attempts=(done("a", DA),), artifacts=missing(DA)), (LookUp("a", DA),), "Pending Pending Pending"
     ),
-    "after a killed attempt too, for it may have published": Case(
+    "after a killed attempt too, because it may have published": Case(
         Observed(attempts=(failed("a", DA),), artifacts=missing(DA)), (LookUp("a", DA),), "Pending Pending Pending"
     ),
-    "what an attempt of this run made has succeeded, and the next stage follows": Case(
+    "a stage whose artifact an attempt of this run made has succeeded, and the next follows": Case(
         Observed(attempts=(done("a", DA),), artifacts=finished(DA)), (LookUp("b", DB),), "Succeeded Pending Pending"
     ),
-    "what a killed attempt had published before counts": Case(
+    "an artifact that a killed attempt had published counts": Case(
         Observed(attempts=(failed("a", DA),), artifacts=finished(DA)), (LookUp("b", DB),), "Succeeded Pending Pending"
     ),
-    "what was there before is a cache hit": Case(
+    "an artifact that existed before is a cache hit": Case(
         Observed(artifacts={**finished(DA), **missing(DB)}), (Start("b", DB, 1),), "Cached Pending Pending"
     ),
-    "what an earlier invocation made is a cache hit": Case(
+    "an artifact of an earlier invocation is a cache hit": Case(
         Observed(attempts=(done("a", DA),), artifacts=finished(DA, DB, DC), since=50.0),
         (),
         "Cached Cached Cached",
@@ -125,13 +125,13 @@ CASES = {
         "Cached Cached Succeeded",
         RunState.COMPLETE,
     ),
-    "a run is not complete while an attempt still closes down": Case(
+    "a run is not complete while an attempt is still ending": Case(
         Observed(attempts=(attempt("c", DC),), artifacts=finished(DA, DB, DC)),
         (),
         "Cached Cached Succeeded",
         waiting_for={"c": "attempt 1 to end"},
     ),
-    "a failed attempt is made again when the pause is over, under the next number": Case(
+    "a failed attempt is retried after the back-off, with the next number": Case(
         Observed(attempts=(failed("a", DA, 3, ended=99.0),), artifacts=missing(DA, at=99.1)),
         (Start("a", DA, 4),),
         "Retrying Pending Pending",
@@ -142,45 +142,45 @@ CASES = {
         "Retrying Pending Pending",
         waiting_for={"a": "the pause after attempt 1 to end"},
     ),
-    "a result that is not in the store counts as lost": Case(
+    "an artifact that is not in the store counts as lost": Case(
         Observed(attempts=(done("a", DA),), artifacts=missing(DA, at=2.0)),
         (Start("a", DA, 2),),
         "Retrying Pending Pending",
     ),
-    "a user error fails the run, and what hangs on it is skipped": Case(
+    "a user error fails the run, and stages that depend on it are skipped": Case(
         Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0)),
         (),
         "Failed Skipped Skipped",
         RunState.FAILED,
     ),
-    "asked for again, a failed stage gets another try": Case(
+    "requested again, a failed stage gets another attempt": Case(
         Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0), since=50.0),
         (Start("a", DA, 2),),
         "Pending Pending Pending",
     ),
-    "failures at another digest are not charged, but the numbers go on": Case(
+    "failures at another digest are not charged, but the numbers continue": Case(
         Observed(attempts=(failed("a", "old", 7, cause=Cause.USER),), artifacts=missing(DA)),
         (Start("a", DA, 8),),
         "Pending Pending Pending",
     ),
-    "independent stages start side by side": Case(
+    "independent stages start at the same time": Case(
         Observed(artifacts=missing(SA, SB)),
         (Start("a", SA, 1), Start("b", SB, 1)),
         "Pending Pending Pending",
         plan=SIDES,
     ),
-    "as far as there is room": Case(
+    "as far as capacity allows": Case(
         Observed(artifacts=missing(SA, SB), capacity=Capacity(slots=1)),
         (Start("a", SA, 1),),
         "Pending Pending Pending",
         waiting_for={
             "a": "attempt 1 to start",
-            "b": "room to run: this machine has 1 slot",
+            "b": "capacity: this machine has 1 slot",
             "c": "stage `b`",
         },
         plan=SIDES,
     ),
-    "of two stages that ask for the same work one does it": Case(
+    "of two stages with the same work one runs": Case(
         Observed(artifacts=missing(TA)),
         (Start("a", TA, 1),),
         "Pending Pending",
@@ -194,7 +194,7 @@ CASES = {
         waiting_for={"b": "stage `a`, which does the same work"},
         plan=TWINS,
     ),
-    "an attempt that is stopping still takes its room": Case(
+    "an attempt that is stopping still occupies capacity": Case(
         Observed(
             attempts=(attempt("a", SA, state=AttemptState.STOPPING),),
             artifacts=missing(SA, SB),
@@ -204,7 +204,7 @@ CASES = {
         "Stopping Pending Pending",
         plan=SIDES,
     ),
-    "when a stage fails, what runs may finish": Case(
+    "when a stage fails, stages that run may finish": Case(
         Observed(attempts=(failed("a", SA, cause=Cause.USER), attempt("b", SB)), artifacts=missing(SA, SB, at=2.0)),
         (),
         "Failed Running Skipped",
@@ -224,7 +224,7 @@ CASES = {
         RunState.FAILED,
         plan=SIDES,
     ),
-    "a failed run still says what is cached": Case(
+    "a failed run still reports what is cached": Case(
         Observed(attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, at=2.0)),
         (LookUp("b", SB),),
         "Failed Pending Pending",
@@ -236,29 +236,29 @@ CASES = {
         "Failed Running Skipped",
         plan=THREE,
     ),
-    "while an attempt lives the store is not asked again": Case(
+    "while an attempt is live the store is not asked again": Case(
         Observed(attempts=(failed("a", DA, 1), attempt("a", DA, 2)), artifacts=missing(DA)),
         (),
         "Running Pending Pending",
     ),
-    "suspended, a run stops what lives": Case(
+    "suspended, a run stops its live attempts": Case(
         Observed(attempts=(attempt("a", DA),), artifacts=missing(DA), suspend=True),
         (Stop("a", 1, "the run is suspended"),),
         "Stopping Suspended Suspended",
     ),
-    "once": Case(
+    "but only once": Case(
         Observed(attempts=(attempt("a", DA, state=AttemptState.STOPPING),), artifacts=missing(DA), suspend=True),
         (),
         "Stopping Suspended Suspended",
     ),
-    "when nothing lives it is suspended": Case(
+    "without live attempts it is suspended": Case(
         Observed(attempts=(failed("a", DA, cause=Cause.PREEMPTION),), artifacts=missing(DA, at=1.1), suspend=True),
         (),
         "Suspended Suspended Suspended",
         RunState.SUSPENDED,
         waiting_for=dict.fromkeys("abc", "the run to be resumed"),
     ),
-    "resumed, it goes on with the next attempt": Case(
+    "resumed, it continues with the next attempt": Case(
         Observed(attempts=(failed("a", DA, cause=Cause.PREEMPTION),), artifacts=missing(DA, at=1.1)),
         (Start("a", DA, 2),),
         "Retrying Pending Pending",
@@ -266,12 +266,12 @@ CASES = {
     "a finished run cannot be suspended": Case(
         Observed(artifacts=finished(DA, DB, DC), suspend=True), (), "Cached Cached Cached", RunState.COMPLETE
     ),
-    "cancelled, a run stops what lives": Case(
+    "cancelled, a run stops its live attempts": Case(
         Observed(attempts=(attempt("b", DB),), artifacts={**finished(DA), **missing(DB)}, cancel=True),
         (Stop("b", 1, "the run is cancelled"),),
         "Cached Stopping Cancelled",
     ),
-    "cancelled, the store is not asked any more": Case(
+    "cancelled, the store is not asked again": Case(
         Observed(attempts=(attempt("a", SA),), artifacts=missing(SA), cancel=True),
         (Stop("a", 1, "the run is cancelled"),),
         "Stopping Cancelled Cancelled",
@@ -293,7 +293,7 @@ CASES = {
         "Failed Skipped Skipped",
         RunState.FAILED,
     ),
-    "cancelled after it had failed, a run tells the same of the stages it never started": Case(
+    "cancelled after it failed, a run reports the same of the stages it never started": Case(
         Observed(attempts=(failed("a", SA, cause=Cause.USER),), artifacts=missing(SA, SB, at=2.0), cancel=True),
         (),
         "Failed Skipped Skipped",
@@ -318,14 +318,14 @@ CASES = {
         (Stop("gone", 1, "the run no longer has this stage"),),
         "Cached Cached Cached",
     ),
-    "of two living attempts the older is stopped": Case(
+    "of two live attempts the older is stopped": Case(
         Observed(attempts=(attempt("a", DA, 1), attempt("a", DA, 2)), artifacts=missing(DA)),
         (Stop("a", 1, "attempt 2 of the stage replaces it"),),
         "Stopping Pending Pending",
     ),
     "a silent attempt is stopped as a hang": Case(
         Observed(attempts=(attempt("a", DA, heartbeat=-500.0),), artifacts=missing(DA)),
-        (Stop("a", 1, "no sign of life for 600 s, the limit is 600 s", Cause.HANG),),
+        (Stop("a", 1, "no heartbeat for 600 s; the limit is 600 s", Cause.HANG),),
         "Stopping Pending Pending",
     ),
     "a stage that is not selected is skipped": Case(
@@ -337,7 +337,7 @@ CASES = {
         "Cached Cached Skipped",
         RunState.COMPLETE,
     ),
-    "a living attempt of a stage that is not selected is stopped": Case(
+    "a live attempt of a stage that is not selected is stopped": Case(
         Observed(attempts=(attempt("b", DB),), artifacts={**finished(DA), **missing(DB)}, selected=until(CHAIN, "a")),
         (Stop("b", 1, "the stage is not selected"),),
         "Cached Stopping Skipped",
@@ -366,7 +366,7 @@ CASES = {
         (Start("b", DB, 1),),
         "Cached Pending Pending",
     ),
-    "a forced stage has run once an attempt since then is done": Case(
+    "a forced stage has run once an attempt since then has succeeded": Case(
         Observed(
             attempts=(attempt("b", DB, 2, started=50.0, ended=60.0),),
             artifacts=finished(DA, DB, DC),
@@ -400,7 +400,7 @@ def test_decide(case: Case) -> None:
         assert decision.stages[name].waiting_for == waiting_for
 
 
-def test_the_message_of_a_missed_gate_becomes_the_runs() -> None:
+def test_the_message_of_a_missed_gate_becomes_that_of_the_run() -> None:
     score = {"name": "score", "evaluate": {"model": {"uri": "m"}, "gates": [{"metric": "x", "atLeast": 0.8}]}}
     release = {"name": "release", "after": ["score"], "export": {"model": {"uri": "m"}}}
     plan = plan_for(score, release)
@@ -414,7 +414,7 @@ def test_the_message_of_a_missed_gate_becomes_the_runs() -> None:
     assert decision.stages["release"].message == "stage `score` failed"
 
 
-def test_a_stage_that_only_comes_after_waits_though_its_digest_is_known() -> None:
+def test_a_stage_waits_for_those_it_comes_after_although_its_digest_is_known() -> None:
     plan = plan_for(data_stage("first"), data_stage("second", after=["first"]))
     digests = digests_of(plan)
     decision = decide(plan, Observed(artifacts=missing(*digests.values())), NOW)
@@ -422,7 +422,7 @@ def test_a_stage_that_only_comes_after_waits_though_its_digest_is_known() -> Non
     assert decision.stages["second"].waiting_for == "stage `first`"
 
 
-def test_equal_content_of_a_stage_that_ran_again_ends_the_work_there() -> None:
+def test_equal_content_of_a_stage_that_ran_again_keeps_later_stages_cached() -> None:
     before = plan_of(run_of(data_stage("a", seed=1), data_stage("b", "a")))
     after = plan_of(run_of(data_stage("a", seed=2), data_stage("b", "a")))
     old, new = digests_of(before), digests_of(after)
@@ -433,7 +433,7 @@ def test_equal_content_of_a_stage_that_ran_again_ends_the_work_there() -> None:
     assert states(decision) == "Succeeded Cached"
 
 
-def test_the_next_look_is_at_the_end_of_the_pause_or_at_a_deadline_whichever_is_first() -> None:
+def test_the_next_decision_is_at_the_end_of_a_back_off_or_at_a_deadline() -> None:
     failure = failed("a", SA, 1, ended=99.5)
     beating = attempt("b", SB, heartbeat=99.0)
     observed = Observed(attempts=(failure, beating), artifacts=missing(SA, SB, at=99.6))
@@ -442,14 +442,14 @@ def test_the_next_look_is_at_the_end_of_the_pause_or_at_a_deadline_whichever_is_
     assert decide(SIDES, replace(observed, attempts=(beating,)), NOW).look_again_at == 99.0 + 600.0
 
 
-def test_restarts_are_counted_by_cause_and_the_last_message_is_told() -> None:
+def test_restarts_are_counted_by_cause_and_the_last_message_is_reported() -> None:
     attempts = (failed("a", DA, 1), failed("a", DA, 2, Cause.PREEMPTION), failed("a", DA, 3, Cause.HANG, ended=9.0))
     view = decide(CHAIN, Observed(attempts=attempts, artifacts=missing(DA, at=9.1)), NOW).stages["a"]
     assert view.restarts == {Cause.INFRASTRUCTURE: 1, Cause.PREEMPTION: 1, Cause.HANG: 1}
     assert (view.attempt, view.message) == (3, "failure 3")
 
 
-def test_a_digest_is_told_as_soon_as_all_inputs_are_finished() -> None:
+def test_a_digest_is_reported_as_soon_as_all_inputs_are_finished() -> None:
     decision = decide(CHAIN, Observed(artifacts=finished(DA)), NOW)
     assert [view.digest for view in decision.stages.values()] == [DA, DB, None]
     assert decision.stages["a"].artifact == found(DA)
@@ -458,7 +458,7 @@ def test_a_digest_is_told_as_soon_as_all_inputs_are_finished() -> None:
 
 
 def test_a_budget_survives_a_bounded_history() -> None:
-    """A driver that remembers only the newest attempts says how many there were before; asking once more clears it."""
+    """A driver that stores only the newest attempts reports how many came before; a new request clears them."""
     plan = chain("a")
     digest = digests_of(plan)["a"]
     observed = Observed(

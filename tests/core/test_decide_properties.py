@@ -1,7 +1,7 @@
 """Properties of the state machine under any run and any order of events.
 
-A simulator plays the driver and the world: it carries decisions out late or not at all, attempts start, run, die, hang
-or finish in any order, the store answers when it likes, the user suspends, resumes, cancels.
+A simulator plays the driver and the world: it carries out decisions late or not at all, attempts start, run, die, hang
+or finish in any order, the store answers at any time, the user suspends, resumes and cancels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Key = tuple[str, int]
 
 @dataclass
 class World:
-    """A driver's surroundings. What is true is in `published`; what the driver knows is in `observed`."""
+    """A driver's environment. `published` is the truth; `observed` is what the driver has seen of it."""
 
     plan: Plan
     observed: Observed
@@ -55,7 +55,7 @@ class World:
     started: Counter[str] = field(default_factory=Counter)
     """Attempts by digest."""
     finished: dict[str, str] = field(default_factory=dict)
-    """Digest of every stage that was seen finished."""
+    """Digest of every stage that was observed as finished."""
 
     # -- what the driver does ------------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class World:
                 answer = found(action.digest) if action.digest in self.published else Missing(self.now)
                 self.know(artifacts={**self.observed.artifacts, action.digest: answer})
             case Start():
-                assert not [item for item in self.living if item.stage == action.stage], "never two at once"
+                assert not [item for item in self.live if item.stage == action.stage], "never two at once"
                 numbers = [item.number for item in self.observed.attempts if item.stage == action.stage]
                 assert action.number > max(numbers, default=0), "numbers only grow"
                 self.started[action.digest] += 1
@@ -80,15 +80,15 @@ class World:
                 self.know(attempts=(*self.observed.attempts, new))
             case Stop():
                 attempt = self.attempt((action.stage, action.number))
-                if attempt.lives:
+                if attempt.is_live:
                     self.stop_causes[action.stage, action.number] = action.cause
                     self.change(attempt, state=AttemptState.STOPPING, cause=action.cause)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
     @property
-    def living(self) -> list[Attempt]:
-        return [item for item in self.observed.attempts if item.lives]
+    def live(self) -> list[Attempt]:
+        return [item for item in self.observed.attempts if item.is_live]
 
     def attempt(self, key: Key) -> Attempt:
         return next(item for item in self.observed.attempts if (item.stage, item.number) == key)
@@ -109,7 +109,7 @@ class World:
 
 
 def check(world: World, decision: Decision) -> None:
-    """What must hold of every decision."""
+    """Check the invariants of every decision."""
     starts = {action.stage: action for action in decision.actions if isinstance(action, Start)}
     assert not starts or StageState.FAILED not in {view.state for view in decision.stages.values()}
     for name, view in decision.stages.items():
@@ -125,7 +125,7 @@ def check(world: World, decision: Decision) -> None:
             spent = [cause for cause, n in charged.items() if n > budget(cause, world.plan.stages[name].stage.retries)]
             assert not spent, "a spent budget starts nothing"
     if decision.state in TERMINAL:
-        assert not world.living, "nothing lives behind an end"
+        assert not world.live, "no attempt is live in a terminal state"
         assert not decision.actions
         assert all(view.state in ENDED for view in decision.stages.values())
     else:
@@ -133,8 +133,8 @@ def check(world: World, decision: Decision) -> None:
 
 
 def charged_failures(world: World, digest: str | None) -> Counter[Cause]:
-    """Oracle: failures by cause at a digest, counted afresh. A lost result is infrastructure's."""
-    ended = [item for item in world.observed.attempts if not item.lives and item.digest == digest]
+    """Oracle: failures by cause at a digest, counted independently. A lost result counts as infrastructure."""
+    ended = [item for item in world.observed.attempts if not item.is_live and item.digest == digest]
     causes = [item.cause or Cause.INFRASTRUCTURE for item in ended if item.cause or digest not in world.published]
     return Counter(cause for cause in causes if cause is not Cause.PREEMPTION)
 
@@ -142,10 +142,10 @@ def charged_failures(world: World, digest: str | None) -> Counter[Cause]:
 def waits_for_a_named_thing(world: World, decision: Decision) -> None:
     for view in decision.stages.values():
         moves = view.state in {StageState.RUNNING, StageState.STOPPING}
-        assert view.state in ENDED or moves or view.waiting_for, "who waits says for what"
+        assert view.state in ENDED or moves or view.waiting_for, "a stage that waits reports what it waits for"
     suspended = decision.state is RunState.SUSPENDED
     timed = decision.look_again_at is not None and decision.look_again_at > world.now
-    assert decision.actions or world.living or suspended or timed, "nobody waits for nothing"
+    assert decision.actions or world.live or suspended or timed, "a run always waits for something"
 
 
 # -- runs and events ---------------------------------------------------------------------------------------------------
@@ -183,21 +183,21 @@ CAUSES = st.sampled_from([Cause.INFRASTRUCTURE, Cause.INFRASTRUCTURE, Cause.HANG
 
 
 def something_happens(world: World, data: st.DataObject, decision: Decision) -> None:
-    """One event: an action carried out, an attempt that moves on, time that passes, a wish of the user."""
-    events = ["time", "user"] + ["act"] * 4 * bool(decision.actions) + ["attempt"] * 3 * bool(world.living)
+    """One event: an action is carried out, an attempt changes, time passes, or the user requests something."""
+    events = ["time", "user"] + ["act"] * 4 * bool(decision.actions) + ["attempt"] * 3 * bool(world.live)
     match data.draw(st.sampled_from(events), label="event"):
         case "act":
             world.carry_out(data.draw(st.sampled_from(decision.actions), label="action"))
         case "attempt":
-            attempt_moves(world, data, data.draw(st.sampled_from(world.living), label="attempt"))
+            attempt_moves(world, data, data.draw(st.sampled_from(world.live), label="attempt"))
         case "time":
             world.now += data.draw(st.sampled_from([0.5, 5.0, 400.0, 2000.0]), label="seconds")
         case "user":
-            wish = data.draw(st.sampled_from(["suspend", "resume", "resume", "resume", "cancel"]), label="wish")
-            # A cancellation is not taken back; one in five walks has one.
-            if wish == "cancel" and data.draw(st.integers(0, 4), label="really") == 0:
+            request = data.draw(st.sampled_from(["suspend", "resume", "resume", "resume", "cancel"]), label="request")
+            # A cancellation is not revoked; one in five walks has one.
+            if request == "cancel" and data.draw(st.integers(0, 4), label="really") == 0:
                 world.know(cancel=True)
-            world.know(suspend=wish == "suspend")
+            world.know(suspend=request == "suspend")
 
 
 def attempt_moves(world: World, data: st.DataObject, attempt: Attempt) -> None:
@@ -216,7 +216,7 @@ def attempt_moves(world: World, data: st.DataObject, attempt: Attempt) -> None:
 
 
 def play_to_the_end(world: World) -> Decision:
-    """From now on all goes well: actions are carried out, attempts finish, time passes. Return the last decision."""
+    """Continue without trouble: actions are carried out, attempts finish, time passes. Return the last decision."""
     for _ in range(400):
         decision = world.decide()
         if decision.state in TERMINAL:
@@ -226,8 +226,8 @@ def play_to_the_end(world: World) -> Decision:
             continue
         for action in decision.actions:
             world.carry_out(action)
-        if not decision.actions and world.living:
-            world.end(world.living[0], None, publishes=True)
+        if not decision.actions and world.live:
+            world.end(world.live[0], None, publishes=True)
         elif not decision.actions and decision.look_again_at is not None:
             world.now = max(world.now, decision.look_again_at)
     raise AssertionError("the run does not end")
@@ -235,7 +235,7 @@ def play_to_the_end(world: World) -> Decision:
 
 @given(world=worlds(), data=st.data())
 @settings(PROFILE, max_examples=100)
-def test_any_run_ends_after_any_events_and_keeps_its_promises_on_the_way(world: World, data: st.DataObject) -> None:
+def test_any_run_ends_after_any_events_and_keeps_the_invariants(world: World, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 30), label="events")):
         decision = world.decide()
         if decision.state in TERMINAL:
@@ -253,7 +253,7 @@ def test_any_run_ends_after_any_events_and_keeps_its_promises_on_the_way(world: 
 
 @given(world=worlds(), data=st.data())
 @settings(PROFILE, max_examples=60)
-def test_an_end_stays_an_end_whatever_is_wished_afterwards(world: World, data: st.DataObject) -> None:
+def test_a_terminal_state_is_final_whatever_is_requested_afterwards(world: World, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 15), label="events")):
         something_happens(world, data, world.decide())
     last = play_to_the_end(world)
@@ -266,7 +266,7 @@ def test_an_end_stays_an_end_whatever_is_wished_afterwards(world: World, data: s
 
 @given(plan=plans(), order=st.randoms(use_true_random=False))
 @settings(PROFILE, max_examples=60)
-def test_without_trouble_all_work_is_done_exactly_once_after_what_it_needs(plan: Plan, order: Any) -> None:
+def test_without_trouble_each_stage_runs_exactly_once_after_its_inputs(plan: Plan, order: Any) -> None:
     world = World(plan, Observed())
     while (decision := world.decide()).state is not RunState.COMPLETE:
         finished = {name for name, view in decision.stages.items() if view.artifact is not None}
@@ -275,8 +275,8 @@ def test_without_trouble_all_work_is_done_exactly_once_after_what_it_needs(plan:
                 assert set(plan.stages[action.stage].upstream) <= finished
             world.carry_out(action)
         if not decision.actions:
-            world.end(order.choice(world.living), None, publishes=True)
-    # Stages that ask for the same work share a digest, and it is done once.
+            world.end(order.choice(world.live), None, publishes=True)
+    # Stages with the same work share a digest, and it is done once.
     assert world.started == Counter(set(digests_of(plan).values()))
 
 
@@ -284,10 +284,10 @@ def test_without_trouble_all_work_is_done_exactly_once_after_what_it_needs(plan:
 @settings(PROFILE, max_examples=30)
 def test_a_silent_attempt_is_never_waited_for_longer_than_the_limit(plan: Plan) -> None:
     world = World(plan, Observed(capacity=Capacity(slots=1)))
-    while not world.living:
+    while not world.live:
         for action in world.decide().actions:
             world.carry_out(action)
-    attempt = world.living[0]
+    attempt = world.live[0]
     world.change(attempt, state=AttemptState.RUNNING, running_since=world.now)
     decision = world.decide()
     assert decision.look_again_at == world.now + DEFAULT_LIMITS.start_seconds
@@ -300,14 +300,14 @@ def test_a_silent_attempt_is_never_waited_for_longer_than_the_limit(plan: Plan) 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
-    """Stages as (kind of source, places of the stages they read)."""
+    """Stages as (file they read, indices of the stages they read)."""
     number = draw(st.integers(1, 5))
     places = [draw(st.lists(st.sampled_from(range(place)), unique=True)) if place else [] for place in range(number)]
     return [(f"file{place}.jsonl", inputs) for place, inputs in enumerate(places)]
 
 
 def built(layout: list[tuple[str, list[int]]], prefix: str, changes: dict[int, dict[str, Any]], **spec: Any) -> Any:
-    """A run of `data` stages; `changes` are fields of single stages, `data` ones merged."""
+    """A run of `data` stages; `changes`: fields of single stages, by index; those of `data` are merged."""
     stages = []
     for place, (file, inputs) in enumerate(layout):
         change = dict(changes.get(place, {}))
@@ -356,7 +356,7 @@ def test_a_change_of_one_stage_changes_it_and_its_descendants_only(
 
 @given(world=worlds(), data=st.data())
 @settings(PROFILE, max_examples=60)
-def test_an_edit_in_the_middle_of_a_run_leaves_no_attempt_at_old_work(world: World, data: st.DataObject) -> None:
+def test_an_edit_during_a_run_leaves_no_attempt_at_the_old_digest(world: World, data: st.DataObject) -> None:
     world.know(forced=frozenset(), selected=None)
     for _ in range(data.draw(st.integers(0, 15), label="events")):
         something_happens(world, data, world.decide())

@@ -15,7 +15,7 @@ from tests.core.makers import CODE, data_stage, digests_of, plan_of, pretrain_st
 
 
 def digest(stage: dict[str, Any], contents: dict[str, str] | None = None, code: str = CODE, **spec: Any) -> str:
-    """Digest of a single stage that reads nothing but external inputs."""
+    """Digest of a single stage that reads external inputs only."""
     plan = plan_of(run_of(stage, **spec), contents, code)
     return digests_of(plan)[stage["name"]]
 
@@ -66,14 +66,14 @@ def test_changes_the_digest(other: dict[str, Any]) -> None:
     assert digest(other) != digest(SFT)
 
 
-def test_code_counts_unless_an_image_by_digest_stands_for_it() -> None:
+def test_code_counts_unless_the_image_is_given_by_digest() -> None:
     pinned = {**SFT, "image": "registry/trainer@sha256:1"}
     elsewhere = {**SFT, "image": "mirror/trainer@sha256:1"}
     assert digest(SFT, code="other") != digest(SFT)
     assert digest(pinned, code="other") == digest(pinned) == digest(elsewhere)
 
 
-def test_content_counts_and_the_place_where_it_lies_does_not() -> None:
+def test_content_counts_and_its_location_does_not() -> None:
     moved = sft_stage(data=[{"uri": "elsewhere/b.json"}])
     assert digest(moved, {"elsewhere/b.json": "1"}) == digest(SFT, {"a.json": "1"})
     assert digest(SFT, {"a.json": "2"}) != digest(SFT, {"a.json": "1"})
@@ -107,7 +107,7 @@ def pretrain_digest(run: TrainingRun) -> str:
     return digests_of(plan_of(run, contents))["pretrain"]
 
 
-def test_a_sets_name_that_comes_from_its_stage_is_not_in_the_digest_even_where_a_phase_uses_it() -> None:
+def test_a_sets_name_derived_from_its_stage_does_not_count_even_if_a_phase_uses_it() -> None:
     before = phased({"stage": "corpus"}, "corpus")
     renamed = phased({"stage": "texts"}, "texts")
     named = phased({"stage": "texts", "name": "corpus"}, "corpus")
@@ -123,7 +123,7 @@ def test_a_digest_waits_for_every_stage_that_is_read() -> None:
     assert input_digests(plan.stages["c"], both) == {"stage:a": "content a", "stage:b": "content b"}
 
 
-def test_order_alone_is_not_in_the_digest() -> None:
+def test_order_alone_does_not_change_the_digest() -> None:
     free = plan_of(run_of(data_stage("a"), data_stage("b")))
     bound = plan_of(run_of(data_stage("a"), data_stage("b", after=["a"])))
     assert digests_of(free)["b"] == digests_of(bound)["b"]

@@ -1,4 +1,4 @@
-"""The graph: order, cycles, inputs that do not exist."""
+"""The graph: order, cycles, missing inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from stagecoach_core.graph import GraphError, ancestors, nearest_name, topological_order
 
 
-def test_every_stage_stands_behind_what_it_needs() -> None:
+def test_every_stage_comes_after_those_it_needs() -> None:
     order = topological_order({"score": ["sft"], "sft": ["corpus", "base"], "base": ["corpus"], "corpus": []})
     assert order == ("corpus", "base", "sft", "score")
 
@@ -17,11 +17,11 @@ def test_ties_keep_the_order_of_the_file() -> None:
     assert topological_order({"b": [], "late": ["a"], "c": [], "a": []}) == ("b", "c", "a", "late")
 
 
-def test_a_cycle_is_named_and_innocent_stages_are_not() -> None:
+def test_a_cycle_is_named_and_stages_outside_it_are_not() -> None:
     with pytest.raises(GraphError) as caught:
         topological_order({"free": [], "a": ["b"], "b": ["c", "free"], "c": ["a"], "behind": ["a"]})
     assert caught.value.problems == (
-        "the stages need each other in a circle: a → b → c → a (each needs the next); remove one of these inputs",
+        "the stages form a cycle: a → b → c → a (each needs the next); remove one of these inputs",
     )
 
 
@@ -30,7 +30,7 @@ def test_a_stage_that_needs_itself_is_named() -> None:
         topological_order({"a": ["a"]})
 
 
-def test_all_inputs_that_do_not_exist_are_named_with_the_nearest_name() -> None:
+def test_all_missing_inputs_are_named_with_the_nearest_name() -> None:
     with pytest.raises(GraphError) as caught:
         topological_order({"corpus": [], "sft": ["corpsu"], "score": ["xyz"]})
     assert caught.value.problems == (
@@ -45,6 +45,6 @@ def test_ancestors_follow_all_edges() -> None:
     assert ancestors(["a"], upstream) == frozenset()
 
 
-def test_a_name_like_no_other_has_no_nearest() -> None:
+def test_a_name_similar_to_none_has_no_nearest_name() -> None:
     assert nearest_name("corpsu", ["corpus", "sft"]) == "corpus"
     assert nearest_name("zzz", ["corpus", "sft"]) is None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach_core.plan import PlanError, external_keys, make_plan
+from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import External
 from tests.core.makers import data_stage, plan_for, plan_of, run_of
 
 
-def test_a_stage_takes_from_the_defaults_what_it_leaves_open() -> None:
+def test_unset_settings_of_a_stage_come_from_the_defaults() -> None:
     defaults = {
         "image": "trainer@sha256:1",
         "resources": {"nodes": 2, "gpusPerNode": 8, "memory": "10Gi"},
@@ -28,7 +28,7 @@ def test_a_stage_takes_from_the_defaults_what_it_leaves_open() -> None:
     assert other.image == "trainer@sha256:1"
 
 
-def test_what_pods_get_is_taken_from_the_defaults_field_by_field() -> None:
+def test_pod_settings_come_from_the_defaults_field_by_field() -> None:
     pods = {"serviceAccount": "trainer", "nodeSelector": {"pool": "a", "zone": "b"}, "imagePullSecrets": ["registry"]}
     own = data_stage("corpus", pods={"nodeSelector": {"pool": "c"}, "imagePullSecrets": []})
     found = plan_for(own, defaults={"pods": pods}).stages["corpus"].stage.pods
@@ -45,37 +45,37 @@ def test_budgets_have_defaults() -> None:
     assert (retries.infrastructure, retries.hang, retries.user) == (20, 5, 0)
 
 
-def test_stages_stand_in_topological_order_with_their_upstream() -> None:
+def test_stages_are_in_topological_order_with_their_upstream() -> None:
     plan = plan_for(data_stage("late", "early"), data_stage("early"), data_stage("last", "early", after=["late"]))
     assert list(plan.stages) == ["early", "late", "last"]
     assert plan.stages["last"].upstream == ("early", "late")
 
 
-def test_a_driver_is_told_every_uri_that_a_stage_reads_files_in_plain_fields_too() -> None:
+def test_a_driver_gets_every_uri_a_stage_reads_including_files_in_plain_fields() -> None:
     added = {"base": {"uri": "llama"}, "add": {"charactersFrom": "characters.txt"}}
     score = {"model": {"uri": "llama"}, "lmEval": [{"uri": "task.yaml"}, {"task": "ceval"}]}
     run = run_of(data_stage("corpus"), {"name": "words", "tokenizer": added}, {"name": "score", "evaluate": score})
-    assert external_keys(run) == {f"uri:{uri}": uri for uri in ("corpus.jsonl", "llama", "characters.txt", "task.yaml")}
+    assert external_uris(run) == {f"uri:{uri}": uri for uri in ("corpus.jsonl", "llama", "characters.txt", "task.yaml")}
 
 
-def test_a_planned_stage_knows_its_own_externals_only() -> None:
+def test_a_planned_stage_has_its_own_externals_only() -> None:
     plan = plan_of(run_of(data_stage("a"), data_stage("b")))
     assert list(plan.stages["a"].externals) == ["uri:a.jsonl"]
     assert plan.stages["a"].externals["uri:a.jsonl"].uri == "file:///inputs/a.jsonl"
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     run = run_of(data_stage("corpus"), data_stage("corpus"), data_stage("b", "corpsu"))
     with pytest.raises(PlanError) as caught:
         make_plan(run, {}, "code")
     first, second, third, fourth = caught.value.problems
-    assert first == "spec.stages: the name `corpus` is given 2 times; rename all but one"
-    assert second.startswith("spec.stages[corpus].data.sources[0]: nothing is known of corpus.jsonl")
+    assert first == "spec.stages: the name `corpus` occurs 2 times; rename all but one"
+    assert second.startswith("spec.stages[corpus].data.sources[0]: corpus.jsonl was not found")
     assert third == second
     assert fourth == "stage `b` needs stage `corpsu`, which does not exist; did you mean `corpus`?"
 
 
-def test_a_cycle_is_refused_and_named() -> None:
+def test_a_cycle_is_rejected_and_named() -> None:
     run = run_of(data_stage("a", "b"), data_stage("b", "a"))
-    with pytest.raises(PlanError, match="in a circle: a → b → a"):
+    with pytest.raises(PlanError, match="form a cycle: a → b → a"):
         make_plan(run, {"unused": External("file:///x", "1")}, "code")

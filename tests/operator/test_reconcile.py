@@ -617,7 +617,7 @@ def test_a_silent_attempt_is_restarted_and_charged_as_a_hang(world: World) -> No
     asyncio.run(scenario())
     stage = world.stage("a")
     assert (stage.state, stage.restarts.hang, stage.restarts.infrastructure) == (StageState.SUCCEEDED, 1, 0)
-    assert "no sign of life" in stage.attempts[0].message
+    assert "no heartbeat" in stage.attempts[0].message
 
 
 def test_an_attempt_that_never_reports_is_not_a_hang(world: World) -> None:

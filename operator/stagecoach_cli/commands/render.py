@@ -10,7 +10,7 @@ import click
 from stagecoach_cli.commands.options import InvalidInput, file_argument, report_errors, set_option, storage_option
 
 if TYPE_CHECKING:
-    from stagecoach_core.manifests.settings import BuildSettings
+    from stagecoach_core.manifests.settings import ManifestSettings
     from stagecoach_local.prepare import PreparedRun
 
 OPERATOR_STORAGE = "<the storage of the operator's settings>"
@@ -46,26 +46,28 @@ def command(
         click.echo(serialised(documents(prepared, settings, prepared.store.uri if is_set else None), output), nl=False)
 
 
-def read_settings(file: Path | None) -> BuildSettings:
+def read_settings(file: Path | None) -> ManifestSettings:
     """Return the settings of pods from the operator's settings file; its other settings are ignored."""
     import yaml
     from pydantic import ValidationError
 
     from stagecoach_api.fields import fields_of
-    from stagecoach_core.manifests.settings import BuildSettings
+    from stagecoach_core.manifests.settings import ManifestSettings
 
     if file is None:
-        return BuildSettings()
+        return ManifestSettings()
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise InvalidInput(f"{file}: must be a mapping of settings (got {type(content).__name__})")
-        return BuildSettings.model_validate({key: content[key] for key in fields_of(BuildSettings) if key in content})
+        return ManifestSettings.model_validate(
+            {key: content[key] for key in fields_of(ManifestSettings) if key in content}
+        )
     except (yaml.YAMLError, ValidationError) as error:
         raise InvalidInput(f"{file}: {error}") from error
 
 
-def documents(prepared: PreparedRun, settings: BuildSettings, storage_uri: str | None) -> list[dict[str, Any]]:
+def documents(prepared: PreparedRun, settings: ManifestSettings, storage_uri: str | None) -> list[dict[str, Any]]:
     """Return the run and the manifests as JSON values. `storage_uri`: None for the operator's default storage."""
     from dataclasses import replace
 

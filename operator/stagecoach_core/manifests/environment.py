@@ -1,4 +1,4 @@
-"""Environment of the trainer's container: places, ranks, fabric, progress. Never a secret."""
+"""Environment variables of the trainer's container: paths, ranks, fabric, progress. Never a secret."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_core.manifests.naming import pod_host
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 
 
-def environment(attempt: StageAttempt, settings: BuildSettings) -> list[dict[str, Any]]:
+def environment(attempt: StageAttempt, settings: ManifestSettings) -> list[dict[str, Any]]:
     """Return the variables in a fixed order: the same attempt gives the same manifest."""
     plain = {
-        **_places(attempt),
+        **_paths(attempt),
         names.ENV_THREADS: str(attempt.num_threads),
         **_rendezvous(attempt),
         **_fabric(attempt),
@@ -26,25 +26,26 @@ def environment(attempt: StageAttempt, settings: BuildSettings) -> list[dict[str
     ]
 
 
-def _places(attempt: StageAttempt) -> dict[str, str]:
-    found = {
+def _paths(attempt: StageAttempt) -> dict[str, str]:
+    paths = {
         names.ENV_STAGE_FILE: f"{names.STAGE_MOUNT}/{names.STAGE_FILE}",
         names.ENV_WORK_DIR: names.WORK_FOLDER,
         names.ENV_CACHE_DIR: names.CACHE_FOLDER,
         names.ENV_RESULT_FILE: names.TERMINATION_LOG,
         names.ENV_PROGRESS_FILE: f"{names.WORK_FOLDER}/{names.PROGRESS_FILE}",
-        "HOME": names.DATA_MOUNT,  # libraries keep caches there, and the image's own is read-only
-        "USER": names.MANAGED_BY,  # libraries ask for a name, and the image need not know the number
+        "HOME": names.DATA_MOUNT,  # libraries write caches there, and the image's own home is read-only
+        "USER": names.MANAGED_BY,  # libraries look up the user's name, and the image has none for a numeric user
     }
     if attempt.credentials is not None:
-        found[names.ENV_CREDENTIALS_DIR] = names.CREDENTIALS_MOUNT
+        paths[names.ENV_CREDENTIALS_DIR] = names.CREDENTIALS_MOUNT
     if attempt.endpoint_secrets:
-        found[names.ENV_ENDPOINT_KEYS] = names.ENDPOINT_KEYS_MOUNT
-    return found
+        paths[names.ENV_ENDPOINT_KEYS] = names.ENDPOINT_KEYS_MOUNT
+    return paths
 
 
 def _rendezvous(attempt: StageAttempt) -> dict[str, str]:
-    """Ranks meet at pod 0. Each pod's rank is its index: sorted by name, `-10` would come before `-2`."""
+    """Return the variables of the rendezvous at pod 0. A pod's node rank is its index (see `environment`), not its
+    position among the sorted names, in which `-10` comes before `-2`."""
     return {
         names.ENV_NUM_NODES: str(attempt.resolved.num_nodes),
         names.ENV_RANKS_PER_NODE: str(attempt.resolved.ranks_per_node),
@@ -54,17 +55,17 @@ def _rendezvous(attempt: StageAttempt) -> dict[str, str]:
 
 
 def _fabric(attempt: StageAttempt) -> dict[str, str]:
-    """Settings of the libraries that ranks talk through. NCCL is silent by default even about a broken link."""
+    """Return the settings of the communication libraries. By default NCCL does not even report a broken link."""
     defaults = {"NCCL_DEBUG": "WARN"} if attempt.stage.resources.gpus_per_node else {}
     return defaults | {item.name: item.value for item in attempt.stage.pods.fabric or ()}
 
 
-def _progress(attempt: StageAttempt, settings: BuildSettings) -> dict[str, str]:
-    """Where and as whom the attempt reports."""
+def _progress(attempt: StageAttempt, settings: ManifestSettings) -> dict[str, str]:
+    """Return where the attempt reports its progress, and with which token."""
     if settings.progress_url is None:
         return {}
     url = settings.progress_url.rstrip("/") + names.progress_path(attempt.resolved.namespace, attempt.name)
-    found = {names.ENV_PROGRESS_URL: url, names.ENV_PROGRESS_TOKEN: f"{names.TOKEN_MOUNT}/{names.TOKEN_FILE}"}
+    variables = {names.ENV_PROGRESS_URL: url, names.ENV_PROGRESS_TOKEN: f"{names.TOKEN_MOUNT}/{names.TOKEN_FILE}"}
     if settings.progress_ca is not None:
-        found[names.ENV_PROGRESS_CA] = f"{names.STAGE_MOUNT}/{names.CA_FILE}"
-    return found
+        variables[names.ENV_PROGRESS_CA] = f"{names.STAGE_MOUNT}/{names.CA_FILE}"
+    return variables

@@ -1,4 +1,4 @@
-"""What everything an attempt is made of carries: labels, annotations, owner."""
+"""Metadata common to all objects of an attempt: labels, annotations, owner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stagecoach_core.manifests.stage_attempt import StageAttempt
 
 
 def labels_of(attempt: StageAttempt) -> dict[str, str]:
-    """Return the labels of JobSet, Job, pods and ConfigMap."""
+    """Return the labels of the JobSet, the Job, the pods and the ConfigMap."""
     return {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
         names.LABEL_RUN: attempt.resolved.run,
@@ -20,12 +20,12 @@ def labels_of(attempt: StageAttempt) -> dict[str, str]:
 
 
 def annotations_of(attempt: StageAttempt) -> dict[str, str]:
-    """Return the annotations of the same; a digest is longer than a label may be."""
+    """Return the annotations of the same objects. The digest is not a label: 64 characters exceed the limit of 63."""
     return {names.ANNOTATION_STAGE_DIGEST: attempt.resolved.digest}
 
 
 def metadata(attempt: StageAttempt) -> dict[str, Any]:
-    """Return the metadata of an object the run owns directly."""
+    """Return the metadata of an object that the run owns directly."""
     return {
         "name": attempt.name,
         "namespace": attempt.resolved.namespace,
@@ -36,7 +36,7 @@ def metadata(attempt: StageAttempt) -> dict[str, Any]:
 
 
 def owner_reference(run: str, run_uid: str) -> dict[str, Any]:
-    """Return the reference to the run: when it is deleted, the garbage collector deletes what it owns."""
+    """Return the owner reference to the run: when it is deleted, the garbage collector deletes the object."""
     return {
         "apiVersion": names.API_GROUP_VERSION,
         "kind": names.KIND,
@@ -48,5 +48,5 @@ def owner_reference(run: str, run_uid: str) -> dict[str, Any]:
 
 
 def managed_selector() -> str:
-    """Return the label selector of everything the operator has made."""
+    """Return the label selector of all objects that the operator has created."""
     return f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"

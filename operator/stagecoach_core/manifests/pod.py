@@ -1,4 +1,4 @@
-"""The pod of a stage: the launcher in one container, under the restricted Pod Security profile."""
+"""The pod of a stage: one container that runs the launcher, under the `restricted` Pod Security Standard."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from stagecoach_api import names
 from stagecoach_api.pods import Toleration
 from stagecoach_core.manifests.environment import environment
 from stagecoach_core.manifests.labels import annotations_of, labels_of
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.manifests.volumes import volume_mounts, volumes
 
 LAUNCHER = ("python", "-m", "stagecoach_trainer.launcher")
-"""Entry point of the container, whatever the image's own is."""
+"""Command of the container; it overrides the image's entry point."""
 
 
-def pod_template(attempt: StageAttempt, settings: BuildSettings) -> dict[str, Any]:
+def pod_template(attempt: StageAttempt, settings: ManifestSettings) -> dict[str, Any]:
     """Return the template of the attempt's pods."""
     return {
         "metadata": {"labels": labels_of(attempt), "annotations": annotations_of(attempt)},
@@ -41,7 +41,7 @@ def pod_template(attempt: StageAttempt, settings: BuildSettings) -> dict[str, An
     }
 
 
-def container(attempt: StageAttempt, settings: BuildSettings) -> dict[str, Any]:
+def container(attempt: StageAttempt, settings: ManifestSettings) -> dict[str, Any]:
     """Return the trainer's container."""
     return {
         "name": names.TRAINER_CONTAINER,
@@ -64,39 +64,42 @@ def container(attempt: StageAttempt, settings: BuildSettings) -> dict[str, Any]:
 
 
 def resources(attempt: StageAttempt) -> dict[str, Any]:
-    """Return requests and limits. CPU has no limit: threads are counted already, and throttling one rank slows all."""
-    asked = attempt.stage.resources
-    limits = {"memory": asked.memory, **(asked.extended or {})}
-    if asked.gpus_per_node:
-        limits[names.GPU_RESOURCE] = str(asked.gpus_per_node)
+    """Return requests and limits.
+
+    CPU has no limit: the number of threads is fixed already, and throttling one rank would slow down all of them.
+    """
+    requested = attempt.stage.resources
+    limits = {"memory": requested.memory, **(requested.extended or {})}
+    if requested.gpus_per_node:
+        limits[names.GPU_RESOURCE] = str(requested.gpus_per_node)
     limits = {name: value for name, value in limits.items() if value is not None}
-    requests = limits if asked.cpu is None else {"cpu": asked.cpu, **limits}
+    requests = limits if requested.cpu is None else {"cpu": requested.cpu, **limits}
     return {"requests": dict(requests), "limits": dict(limits)}
 
 
 def placement(attempt: StageAttempt) -> dict[str, Any]:
-    """Return on which nodes the pods may be, and how they rank among others."""
-    asked, pods = attempt.stage.resources, attempt.stage.pods
+    """Return the fields that determine on which nodes the pods run, and their priority."""
+    requested, pods = attempt.stage.resources, attempt.stage.pods
     selector = dict(pods.node_selector or {})
     tolerations = [_toleration(item) for item in pods.tolerations or ()]
-    if asked.gpus_per_node:
-        if asked.gpu_product is not None:
-            selector[names.LABEL_GPU_PRODUCT] = asked.gpu_product
+    if requested.gpus_per_node:
+        if requested.gpu_product is not None:
+            selector[names.LABEL_GPU_PRODUCT] = requested.gpu_product
         tolerations.insert(0, {"key": names.GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
-    found = {"nodeSelector": selector, "tolerations": tolerations, "priorityClassName": pods.priority_class}
-    return {name: value for name, value in found.items() if value}
+    fields = {"nodeSelector": selector, "tolerations": tolerations, "priorityClassName": pods.priority_class}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _toleration(toleration: Toleration) -> dict[str, Any]:
     return toleration.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _identity(attempt: StageAttempt, settings: BuildSettings) -> dict[str, Any]:
-    """Return whose rights the pods have: towards the storage and the image's registry."""
+def _identity(attempt: StageAttempt, settings: ManifestSettings) -> dict[str, Any]:
+    """Return the identity of the pods towards the store (service account) and the image registry (pull secrets)."""
     pods = attempt.stage.pods
     secrets = pods.image_pull_secrets if pods.image_pull_secrets is not None else settings.image_pull_secrets
-    found = {
+    fields = {
         "serviceAccountName": pods.service_account or settings.service_account,
         "imagePullSecrets": [{"name": name} for name in secrets],
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in fields.items() if value}

@@ -1,4 +1,4 @@
-"""What manifests are made of: one attempt of one stage."""
+"""The input of manifests: one attempt of one stage."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from stagecoach_api.base import Model
 from stagecoach_api.rewards import EndpointCredentials
 from stagecoach_api.spec import Stage
 from stagecoach_core.manifests.naming import attempt_name
-from stagecoach_core.quantities import asked_threads
+from stagecoach_core.quantities import threads_per_rank
 
 
 @dataclass(frozen=True)
 class StageAttempt:
-    """One attempt of one stage of one run."""
+    """Everything that the manifests of one attempt depend on.
+
+    Not to be confused with `stagecoach_core.values.Attempt`, the observed state of an attempt.
+    """
 
     run_uid: str
-    """UID of the TrainingRun, which owns everything that is made."""
+    """UID of the TrainingRun, which owns all objects."""
     stage: Stage
     """The stage with all settings resolved (`PlannedStage.stage`)."""
     resolved: ResolvedStage
-    """`stage.json`."""
+    """Content of `stage.json`."""
     credentials: str | None = None
-    """Secret with S3 credentials in the run's namespace. None: the service account's identity."""
+    """Secret with S3 credentials in the run's namespace. None to use the service account's identity."""
 
     @property
     def name(self) -> str:
-        """Name of its JobSet and its ConfigMap."""
+        """Name of the JobSet and the ConfigMap."""
         return attempt_name(self.resolved.run, self.resolved.stage, self.run_uid, self.resolved.attempt)
 
     @property
     def num_threads(self) -> int:
-        """CPU threads of each rank: its share of the CPUs that are asked for; one where none are."""
-        return asked_threads(self.stage.resources) or 1
+        """Number of CPU threads of each rank: its share of the requested CPUs, 1 if none are requested."""
+        return threads_per_rank(self.stage.resources) or 1
 
     @property
     def endpoint_secrets(self) -> tuple[str, ...]:
-        """Secrets with the keys of the endpoints that the stage asks, each once, sorted."""
-        return tuple(sorted({found.secret_name for found in _endpoint_credentials(self.stage.config)}))
+        """Secrets with API keys of the endpoints that the stage uses, sorted, without duplicates."""
+        return tuple(sorted({item.secret_name for item in _endpoint_credentials(self.stage.config)}))
 
 
 def _endpoint_credentials(value: Any) -> Iterator[EndpointCredentials]:
-    """Yield what stands anywhere below a configuration."""
+    """Yield the credentials anywhere below a configuration."""
     if isinstance(value, EndpointCredentials):
         yield value
     elif isinstance(value, Model):

@@ -1,4 +1,4 @@
-"""What is mounted into the trainer's container: the root file system is read-only, so every place to write is here."""
+"""Volumes and mounts of the trainer's container. Its root file system is read-only, so it can write to these only."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.pods import Volume
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 
 DEFAULT_SHARED_MEMORY = "64Mi"
 SECRET_MODE = 0o440
-"""Readable for the container's user, through the pod's group, and for nobody else."""
+"""Readable by the container's user, through the pod's group, and by no other user."""
 
 USER_PREFIX = "volume-"
-"""In front of the names of a run's own volumes, so that none of them is one of ours."""
+"""Prefix of the names of a run's own volumes, so that they cannot clash with ours."""
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A volume and its place in the container."""
+    """A volume and where it is mounted in the container."""
 
     name: str
     path: str
@@ -40,50 +40,53 @@ class Mount:
         return mount
 
 
-def volumes(attempt: StageAttempt, settings: BuildSettings) -> list[dict[str, Any]]:
+def volumes(attempt: StageAttempt, settings: ManifestSettings) -> list[dict[str, Any]]:
     """Return the pod's volumes."""
     return [mount.as_volume() for mount in mounts(attempt, settings)]
 
 
-def volume_mounts(attempt: StageAttempt, settings: BuildSettings) -> list[dict[str, Any]]:
-    """Return where the container has them."""
+def volume_mounts(attempt: StageAttempt, settings: ManifestSettings) -> list[dict[str, Any]]:
+    """Return the container's volume mounts."""
     return [mount.as_mount() for mount in mounts(attempt, settings)]
 
 
-def mounts(attempt: StageAttempt, settings: BuildSettings) -> list[Mount]:
-    """Return everything that is mounted."""
+def mounts(attempt: StageAttempt, settings: ManifestSettings) -> list[Mount]:
+    """Return all mounts of an attempt."""
     limit = {} if settings.work_size_limit is None else {"sizeLimit": settings.work_size_limit}
     shared = {"medium": "Memory", "sizeLimit": attempt.stage.resources.shared_memory or DEFAULT_SHARED_MEMORY}
-    found = [
+    all_mounts = [
         Mount("stage", names.STAGE_MOUNT, {"configMap": {"name": attempt.name}}, read_only=True),
         Mount("data", names.DATA_MOUNT, {"emptyDir": limit}),
         Mount("tmp", "/tmp", {"emptyDir": {}}),  # noqa: S108  # of the container
         Mount("shared-memory", "/dev/shm", {"emptyDir": shared}),  # noqa: S108
     ]
     if attempt.credentials is not None:
-        found.append(_credentials(attempt.credentials))
-    found += [_endpoint_key(index, secret) for index, secret in enumerate(attempt.endpoint_secrets)]
+        all_mounts.append(_credentials(attempt.credentials))
+    all_mounts += [_endpoint_key(index, secret) for index, secret in enumerate(attempt.endpoint_secrets)]
     if settings.progress_url is not None:
-        found.append(_token(attempt, settings.progress_token_seconds))
-    return found + [_own(volume) for volume in attempt.stage.pods.volumes or ()]
+        all_mounts.append(_token(attempt, settings.progress_token_seconds))
+    return all_mounts + [_own(volume) for volume in attempt.stage.pods.volumes or ()]
 
 
 def _credentials(secret: str) -> Mount:
-    """The S3 credentials: a Secret that is missing keeps the pod from starting, and the kubelet says so."""
+    """Return the mount of the S3 credentials. Without the Secret the pod does not start; the kubelet reports it."""
     items = [{"key": key, "path": key} for key in (names.ACCESS_KEY_FILE, names.SECRET_KEY_FILE)]
     source = {"secret": {"secretName": secret, "defaultMode": SECRET_MODE, "items": items}}
     return Mount("credentials", names.CREDENTIALS_MOUNT, source, read_only=True)
 
 
 def _endpoint_key(index: int, secret: str) -> Mount:
-    """The key of an endpoint. The volume is numbered: a Secret's name may be as long as a volume's may."""
+    """Return the mount of an endpoint's API key.
+
+    The volume's name has a number instead of the Secret's name, which may be too long for a prefix.
+    """
     items = [{"key": names.ENDPOINT_KEY_FILE, "path": names.ENDPOINT_KEY_FILE}]
     source = {"secret": {"secretName": secret, "defaultMode": SECRET_MODE, "items": items}}
     return Mount(f"endpoint-key-{index}", f"{names.ENDPOINT_KEYS_MOUNT}/{secret}", source, read_only=True)
 
 
 def _token(attempt: StageAttempt, seconds: int) -> Mount:
-    """A token that is good for one thing: to report progress of this one attempt."""
+    """Return the mount of a token that is valid only for reporting the progress of this attempt."""
     audience = names.progress_audience(attempt.resolved.namespace, attempt.name)
     token = {"audience": audience, "expirationSeconds": seconds, "path": names.TOKEN_FILE}
     source = {"projected": {"defaultMode": SECRET_MODE, "sources": [{"serviceAccountToken": token}]}}
@@ -91,7 +94,7 @@ def _token(attempt: StageAttempt, seconds: int) -> Mount:
 
 
 def _own(volume: Volume) -> Mount:
-    """A volume the run asks for."""
+    """Return the mount of a volume that the run specifies."""
     source: dict[str, Any]
     if volume.claim_name is not None:
         source = {"persistentVolumeClaim": {"claimName": volume.claim_name, "readOnly": volume.read_only}}

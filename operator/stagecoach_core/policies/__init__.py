@@ -1,1 +1,1 @@
-"""One policy, one file: small rules that `decide` puts together."""
+"""Policies: small, pure rules that `decide` combines, one topic per module."""

@@ -1,4 +1,4 @@
-"""Which of the stages that are ready fit beside those that live."""
+"""Capacity: which of the ready stages fit in addition to those that run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from stagecoach_core.values import Capacity
 
 
 def num_ranks(resources: Resources) -> int:
-    """Return how many ranks a stage runs."""
+    """Return the number of ranks of a stage."""
     return resources.num_nodes * resources.num_ranks_per_node
 
 
-def fitting(ready: Sequence[str], living: Sequence[str], ranks: Mapping[str, int], capacity: Capacity) -> list[str]:
+def select_fitting(
+    ready: Sequence[str], occupying: Sequence[str], ranks: Mapping[str, int], capacity: Capacity
+) -> list[str]:
     """Return the stages of `ready`, in that order, that can start now.
 
-    `living`: stages whose attempts still hold their place, those being stopped included. `ranks`: ranks by stage, for
-    all of them. A stage that is larger than the whole capacity runs alone rather than never.
+    `occupying`: stages of the live attempts, including those that are stopping. `ranks`: number of ranks by stage, of
+    all stages. A smaller stage may start before a larger one that does not fit. A stage larger than the whole capacity
+    runs alone rather than never.
     """
-    slots_taken = len(living)
-    ranks_taken = sum(ranks.get(name, 1) for name in living)
+    slots_taken = len(occupying)
+    ranks_taken = sum(ranks.get(name, 1) for name in occupying)
     started: list[str] = []
     for name in ready:
         has_slot = capacity.slots is None or slots_taken < max(1, capacity.slots)
@@ -32,11 +35,11 @@ def fitting(ready: Sequence[str], living: Sequence[str], ranks: Mapping[str, int
     return started
 
 
-def describe(capacity: Capacity) -> str:
-    """Return what a stage that does not fit waits for."""
+def describe_limits(capacity: Capacity) -> str:
+    """Return what a stage that does not fit is waiting for."""
     limits = [
-        f"{count} {word}{'' if count == 1 else 's'}"
-        for count, word in ((capacity.slots, "slot"), (capacity.ranks, "rank"))
+        f"{count} {unit}{'' if count == 1 else 's'}"
+        for count, unit in ((capacity.slots, "slot"), (capacity.ranks, "rank"))
         if count is not None
     ]
-    return f"room to run: this machine has {' and '.join(limits)}" if limits else "room to run"
+    return f"capacity: this machine has {' and '.join(limits)}" if limits else "capacity"

@@ -1,4 +1,4 @@
-"""What the end of an attempt is charged to."""
+"""The cause that the end of an attempt is charged to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from stagecoach_api.outcomes import AttemptResult, Cause
 
 
 def cause_of_end(stop_cause: Cause | None, result: AttemptResult | None) -> Cause | None:
-    """Return the cause for `Attempt.cause` once an attempt has ended. None: it is done.
+    """Return `Attempt.cause` of an attempt that has ended. None if it succeeded.
 
-    `stop_cause`: the cause of the `Stop` the driver carried out on it; None: it was not stopped by us.
-    `result`: what the launcher left behind; None: nothing, so it was killed.
+    `stop_cause`: cause of the `Stop` that the driver carried out on it, None if there was none. `result`: the result
+    that the launcher wrote, None if it wrote none, which means that it was killed.
 
-    A result counts even when we asked it to stop just before. Who was stopped for hanging or for running too long is
-    charged for that, however politely it then ended; but an error of its own counts as such.
+    Success counts even if the attempt was asked to stop just before. An attempt that was stopped because it hung or ran
+    too long is charged for that, even if it then exited cleanly. A user error is always charged as such.
     """
     if result is not None and result.cause is None:
         return None

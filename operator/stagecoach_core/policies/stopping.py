@@ -1,4 +1,4 @@
-"""Reasons to stop a living attempt, except those that depend on time (`timeout.py`).
+"""Reasons to stop a live attempt, except those that depend on time (`timeout.py`).
 
 None of them is the attempt's fault, so all are charged as preemption: it saves a checkpoint and costs no retry.
 """

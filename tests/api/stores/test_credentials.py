@@ -1,4 +1,4 @@
-"""S3 credentials in mounted files: read for every request, rotated below a store that is open, in no message."""
+"""S3 credentials in mounted files: read for every request, rotated while a store is open, never in a message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, make_bucket
 
 
 def mount(folder: Path, access_key: str, secret_key: str) -> None:
-    """Write credentials as the kubelet mounts a Secret: links to links to files, replaced as a whole."""
+    """Write credentials as the kubelet mounts a Secret: links to links to files, replaced atomically."""
     folder.mkdir(exist_ok=True)
     version = folder / f"..{len(list(folder.iterdir()))}"
     version.mkdir()
@@ -30,7 +30,7 @@ def mount(folder: Path, access_key: str, secret_key: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_credentials: None) -> Path:
-    """Where the credentials are looked for; the environment holds none."""
+    """The folder that credentials are read from; the environment has none."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv(ENV_CREDENTIALS_DIR, str(tmp_path / "credentials"))
@@ -44,7 +44,7 @@ def current_credentials() -> Credentials:
 
 
 def test_a_store_is_opened_with_mounted_credentials(folder: Path, s3_server: S3Server) -> None:
-    with pytest.MonkeyPatch.context() as patch:  # a bucket is not made by the store
+    with pytest.MonkeyPatch.context() as patch:  # a store creates no bucket
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         make_bucket(s3_server.endpoint, f"mounted-{os.getpid()}")
@@ -54,7 +54,7 @@ def test_a_store_is_opened_with_mounted_credentials(folder: Path, s3_server: S3S
     assert store.read("a") == b"x"
 
 
-def test_they_come_before_the_environments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_take_precedence_over_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-the-environment")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-environment")
     mount(folder, "id", "key")
@@ -68,14 +68,14 @@ def test_rotated_credentials_are_used_at_once(folder: Path) -> None:
     assert credentials.get_frozen_credentials()[:2] == ("new-id", "new-key")
 
 
-def test_while_they_are_replaced_those_read_last_are_used(folder: Path) -> None:
+def test_during_a_replacement_the_previous_credentials_are_used(folder: Path) -> None:
     mount(folder, "id", "key")
     credentials = current_credentials()
     (folder / "..data").unlink()
     assert credentials.get_frozen_credentials()[:2] == ("id", "key")
 
 
-def test_both_halves_are_of_one_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_keys_are_of_the_same_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mount(folder, "old-id", "old-key")
     read = Path.read_text
 
@@ -92,7 +92,7 @@ def test_both_halves_are_of_one_moment(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "text"), [("secretAccessKey", None), ("accessKeyId", " \n")], ids=["missing", "empty"]
 )
-def test_half_of_them_is_none(folder: Path, name: str, text: str | None) -> None:
+def test_one_key_alone_is_not_usable(folder: Path, name: str, text: str | None) -> None:
     folder.mkdir()
     for each in ("accessKeyId", "secretAccessKey"):
         (folder / each).write_text("canary", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What both drivers ask a store: absolute URIs, inputs from outside, manifests."""
+"""Look-ups that both drivers make: absolute URIs, external inputs, manifests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_relative_uris_are_resolved_and_absolute_ones_stay(uri: str, root: str, 
     assert absolute(uri, root) == expected
 
 
-def test_every_input_is_found_or_says_why_not(tmp_path: Path) -> None:
+def test_every_input_is_found_or_has_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one", encoding="utf-8")
     found = find_inputs({"here": f"file://{tmp_path}/a.txt", "gone": f"file://{tmp_path}/b.txt"})
     here, gone = found["here"], found["gone"]

@@ -1,4 +1,4 @@
-"""One suite for both back ends, then what only one of them can show."""
+"""One suite for both back ends, then tests of a single back end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def instant(**settings: float) -> tuple[Retrier, list[float]]:
-    """A retrier that does not wait; the list holds the waits it was told to make."""
+    """A retrier that does not wait; the list has the requested waits."""
     waits: list[float] = []
     policy = RetryPolicy(**settings)  # type: ignore[arg-type]
     return Retrier(policy, sleep=waits.append, clock=lambda: sum(waits), jitter=lambda: 0.0), waits
@@ -73,7 +73,7 @@ def file_of(path: Path, size: int) -> StoredObject:
 # -- both back ends ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_and_replaced(store: Store) -> None:
+def test_an_object_is_written_read_and_replaced(store: Store) -> None:
     for key in ("plain", "a/b/c.json", ODD_KEY):
         store.write(key, b"one")
         store.write(key, b"two")
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_and_replaced(store: Store) -> None:
     assert store.read("empty") == b""
 
 
-def test_what_is_absent_is_named(store: Store, tmp_path: Path) -> None:
+def test_a_missing_object_is_named(store: Store, tmp_path: Path) -> None:
     store.write("a/b", b"x")
     assert not store.exists("a")
     assert not store.exists("nothing")
@@ -142,7 +142,7 @@ def test_of_concurrent_commits_exactly_one_is_first(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 8 * MIB, 20 * MIB + 7], ids=["empty", "a byte", "one part", "several parts"])
-def test_a_file_comes_back_as_it_went(store: Store, tmp_path: Path, size: int) -> None:
+def test_a_file_is_downloaded_as_it_was_uploaded(store: Store, tmp_path: Path, size: int) -> None:
     expected = file_of(tmp_path / "source", size)
     stored = store.upload(tmp_path / "source", "deep/汉字/blob")
     assert stored == expected.model_copy(update={"path": "deep/汉字/blob"})
@@ -166,7 +166,7 @@ def test_a_flipped_byte_is_found_and_named_and_nothing_is_left(store: Store, tmp
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source", "target"]
 
 
-def test_delete_takes_a_folder_and_leaves_its_neighbours(store: Store) -> None:
+def test_delete_removes_a_folder_and_keeps_its_siblings(store: Store) -> None:
     for key in ("a/1", "a/b/manifest.json", "ab/1", "c"):
         store.write(key, b"")
     store.delete("a")
@@ -218,7 +218,7 @@ def test_a_full_disk_is_an_error_with_the_key_and_nothing_half_written(
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_a_crash_left_half_written_is_not_listed(tmp_path: Path) -> None:
+def test_a_partly_written_file_left_by_a_crash_is_not_listed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("a/b", b"x")
     with folder_module.temporary_file(tmp_path / "a" / "c") as (temporary, _):
@@ -227,7 +227,7 @@ def test_a_file_that_a_crash_left_half_written_is_not_listed(tmp_path: Path) -> 
     assert [entry.key for entry in store.list()] == ["a/b"]
 
 
-def test_a_folder_without_rights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
@@ -236,7 +236,7 @@ def test_a_folder_without_rights_says_so(tmp_path: Path, monkeypatch: pytest.Mon
         open_store(str(tmp_path)).write("a", b"")
 
 
-def test_a_file_system_without_hard_links_is_refused_and_not_half_used(
+def test_a_file_system_without_hard_links_is_rejected_before_anything_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -258,13 +258,13 @@ def test_a_file_system_without_hard_links_is_refused_and_not_half_used(
         pytest.param("ftp://key:hidden@host/x", "scheme is not supported", id="credentials in a foreign URI"),
     ],
 )
-def test_a_wrong_location_is_refused_without_repeating_secrets(uri: str, message: str) -> None:
+def test_an_invalid_location_is_rejected_without_repeating_secrets(uri: str, message: str) -> None:
     with pytest.raises(StoreError, match=message) as caught:
         open_store(uri)
     assert "hidden" not in str(caught.value)
 
 
-def test_a_location_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ways_to_write_a_location_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     same = ["a b/汉", f"{tmp_path}/a b/汉", f"file://{tmp_path}/a%20b/%E6%B1%89", f"file://localhost{tmp_path}/a b/汉"]
     assert {parse_location(uri).uri for uri in same} == {f"file://{tmp_path}/a b/汉"}
@@ -296,7 +296,7 @@ TRANSIENT = [
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 @pytest.mark.parametrize("operation", ["read", "write", "list", "exists", "delete", "commit", "upload", "download"])
-def test_each_request_is_made_again(
+def test_each_request_is_retried(
     operation: str, fault: dict[str, object], front: FaultyFront, bucket: str, tmp_path: Path
 ) -> None:
     store, waits = s3_store(bucket, front.endpoint)
@@ -327,15 +327,13 @@ def test_each_request_is_made_again(
     assert front.faults[0].times == 0
 
 
-def test_a_part_that_failed_is_sent_again_and_the_others_are_not(
-    front: FaultyFront, bucket: str, tmp_path: Path
-) -> None:
+def test_only_the_part_that_failed_is_sent_again(front: FaultyFront, bucket: str, tmp_path: Path) -> None:
     store, _ = s3_store(bucket, front.endpoint)
     expected = file_of(tmp_path / "source", 30 * MIB)
     front.faults += [
         Fault("PUT", "reset", "partNumber=2"),
         Fault("POST", "lose", "uploads"),
-        Fault("POST", "lose", "uploadId="),  # completion: done, the answer lost
+        Fault("POST", "lose", "uploadId="),  # the completion succeeds, but its response is lost
     ]
     stored = store.upload(tmp_path / "source", "blob")
     assert front.seen("PUT", "partNumber=") == 5
@@ -354,7 +352,7 @@ def test_an_upload_that_fails_leaves_no_parts_behind(front: FaultyFront, bucket:
 
 
 @pytest.mark.parametrize("action", ["truncate", "flip"])
-def test_a_damaged_download_is_made_again(front: FaultyFront, bucket: str, tmp_path: Path, action: str) -> None:
+def test_a_damaged_download_is_retried(front: FaultyFront, bucket: str, tmp_path: Path, action: str) -> None:
     store, _ = s3_store(bucket, front.endpoint)
     expected = file_of(tmp_path / "source", 20 * MIB)
     store.upload(tmp_path / "source", "blob")
@@ -363,14 +361,14 @@ def test_a_damaged_download_is_made_again(front: FaultyFront, bucket: str, tmp_p
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
 
 
-def test_a_request_that_took_too_long_is_made_again(front: FaultyFront, bucket: str) -> None:
+def test_a_request_that_timed_out_is_retried(front: FaultyFront, bucket: str) -> None:
     store, waits = s3_store(bucket, front.endpoint)
     front.faults.append(Fault("PUT", "answer", status=400, code="RequestTimeout", times=2))
     store.write("a", b"x")
     assert len(waits) == 2
 
 
-def test_a_conflict_that_no_retry_can_solve_is_not_tried_again(front: FaultyFront, bucket: str) -> None:
+def test_a_permanent_conflict_is_not_retried(front: FaultyFront, bucket: str) -> None:
     store, waits = s3_store(bucket, front.endpoint)
     front.faults.append(Fault("PUT", "answer", status=409, code="ObjectParentIsFile", times=9))
     with pytest.raises(StoreError, match=r"^a: the request failed .*409 ObjectParentIsFile"):
@@ -378,7 +376,7 @@ def test_a_conflict_that_no_retry_can_solve_is_not_tried_again(front: FaultyFron
     assert waits == []
 
 
-def test_a_truncated_read_is_made_again(front: FaultyFront, bucket: str) -> None:
+def test_a_truncated_read_is_retried(front: FaultyFront, bucket: str) -> None:
     store, _ = s3_store(bucket, front.endpoint)
     store.write("a", b"0123456789")
     front.faults.append(Fault("GET", "truncate", "/a"))
@@ -412,13 +410,13 @@ def test_a_commit_that_lost_the_race_after_a_conflict_is_not_ours(front: FaultyF
     assert not store.commit("m", b"same")
 
 
-def test_a_server_without_conditional_writes_is_served_by_head_then_put(front: FaultyFront, bucket: str) -> None:
+def test_a_server_without_conditional_writes_gets_head_then_put(front: FaultyFront, bucket: str) -> None:
     store, waits = s3_store(bucket, front.endpoint)
     front.faults.append(Fault("PUT", "answer", status=501, code="NotImplemented", header="If-None-Match", times=99))
     assert store.commit("m", b"1")
     assert not store.commit("m", b"2")
     assert store.commit("n", b"1")
-    assert front.faults[0].times == 98  # asked once, then known
+    assert front.faults[0].times == 98  # tried once, then remembered
     assert waits == []
 
 
@@ -442,7 +440,7 @@ def test_a_listing_goes_through_all_pages(bucket: str, s3_server: S3Server, monk
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied"])
-def test_wrong_credentials_say_where_they_come_from_and_are_not_tried_again(
+def test_wrong_credentials_are_reported_with_their_source_and_not_retried(
     front: FaultyFront, bucket: str, code: str
 ) -> None:
     store, waits = s3_store(bucket, front.endpoint)
@@ -453,11 +451,11 @@ def test_wrong_credentials_say_where_they_come_from_and_are_not_tried_again(
     assert_no_secret(caught.value)
 
 
-def test_the_server_itself_refuses_a_wrong_secret(
+def test_the_server_itself_rejects_a_wrong_secret(
     s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyFront(s3_server.endpoint) as front:
-        if type(s3_server).__name__ == "MotoServer":  # it lets everybody in
+        if type(s3_server).__name__ == "MotoServer":  # it accepts any credentials
             front.faults.append(Fault("GET", "answer", status=403, code="SignatureDoesNotMatch", times=9))
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-canary")
         store, _ = s3_store(bucket, front.endpoint)
@@ -466,7 +464,7 @@ def test_the_server_itself_refuses_a_wrong_secret(
     assert "canary" not in f"{caught.value!r} {caught.value} {store!r}"
 
 
-def test_missing_credentials_say_where_they_are_looked_for(
+def test_missing_credentials_are_reported_with_where_they_are_read_from(
     s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -493,7 +491,7 @@ def test_a_store_that_never_answered_gives_up_early_and_names_the_endpoint() -> 
     assert "hidden" not in str(caught.value)
 
 
-def test_waits_grow_are_bounded_and_end_at_the_deadline() -> None:
+def test_waits_grow_are_bounded_and_stop_at_the_deadline() -> None:
     def fail(_: int) -> None:
         raise ConnectionError
 
@@ -570,7 +568,7 @@ def outside(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str | 
         pytest.param("/sub/deep/d.txt", "/sub/deep", ["d.txt"], id="a deep file"),
         pytest.param("/.hidden.txt", "", [".hidden.txt"], id="a hidden file that is named"),
         pytest.param("/*.txt", "", ["a.txt", "b.txt"], id="a star stays in its folder"),
-        pytest.param("/b.*", "", ["b.json", "b.txt"], id="a star behind letters"),
+        pytest.param("/b.*", "", ["b.json", "b.txt"], id="a star after letters"),
         pytest.param("/[ab].txt", "", ["a.txt", "b.txt"], id="a set"),
         pytest.param("/?.json", "", ["b.json"], id="one letter"),
         pytest.param("/*/c.txt", "", ["sub/c.txt"], id="a star for a folder"),
@@ -592,7 +590,7 @@ def test_a_file_a_folder_or_a_glob_is_found(
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/nothing/*.txt", "/*.parquet", "/sub/a.txt"])
-def test_what_matches_nothing_is_named(outside: tuple[str, str | None], path: str) -> None:
+def test_a_uri_that_matches_nothing_is_named(outside: tuple[str, str | None], path: str) -> None:
     uri, endpoint = outside
     with pytest.raises(NotFound, match="no such file") as caught:
         list_external(uri + path, endpoint)
@@ -614,7 +612,7 @@ def test_local_checksums_are_of_the_bytes(tmp_path: Path) -> None:
     assert entries == [StoreEntry("a", 1, "sha256:" + hashlib.sha256(b"x").hexdigest())]
 
 
-def test_linked_folders_are_read_and_loops_are_not(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a").write_bytes(b"x")
     (tmp_path / "in").mkdir()

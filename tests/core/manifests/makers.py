@@ -1,4 +1,4 @@
-"""Makers for the tests of manifests: attempts of stages, and what the Kubernetes API says about an object's fields."""
+"""Makers for the tests of manifests: attempts of stages, and the Kubernetes API's fields of an object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import kubernetes.client.models as kubernetes_models
 
 from stagecoach_api.spec import Storage
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Start
@@ -18,7 +18,7 @@ from tests.core.makers import plan_of, pretrain_stage, run_of
 UID = "6f1d3c1e-8a51-4c0e-9d53-0d6a1b1c2d3e"
 DIGEST = "d" * 64
 
-REPORTING = BuildSettings(
+REPORTING = ManifestSettings(
     trainer_image="registry.example.com/stagecoach/trainer@sha256:" + "a" * 64,
     progress_url="https://stagecoach.stagecoach-system.svc:8443",
     progress_ca="-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
@@ -44,7 +44,7 @@ def make_attempt(
     stage: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> StageAttempt:
-    """Return an attempt of a stage that reads no other one; `settings` as in YAML (`resources`, `queue`, `pods` …)."""
+    """Return an attempt of a stage that reads no other; `settings` as in YAML (`resources`, `queue`, `pods` …)."""
     document = {**(stage or pretrain_stage()), **settings}
     place = Storage.model_validate(storage or {"uri": "s3://models/demo"})
     plan = plan_of(run_of(document, name=run))
@@ -63,7 +63,7 @@ def make_attempt(
 
 
 def unknown_fields(value: Any, kind: str, path: str = "") -> Iterator[str]:
-    """Yield what the Kubernetes API does not know in an object of this kind, and values of a wrong type, by path."""
+    """Yield the paths of fields that this kind of Kubernetes object does not have, and of values with a wrong type."""
     inner = re.fullmatch(r"(?:List\[|list\[)(.+)\]", kind)
     mapping = re.fullmatch(r"(?:Dict|dict)[\[(]str, (.+)[\])]", kind)
     if inner:

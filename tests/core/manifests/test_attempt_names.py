@@ -1,4 +1,4 @@
-"""Names of attempts: what JobSet accepts, and never the same for two different stages."""
+"""Names of attempts: valid for JobSet, and different for different stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagecoach_core.manifests.naming import MAX_CHARACTERS, attempt_name, pod_h
 RFC_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 NAMES = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True)
 FREE_NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=253)
-"""Also what no API server lets through: dots, capitals, signs, other scripts."""
+"""Also names that no API server accepts: dots, capitals, signs, other scripts."""
 UIDS = st.uuids(version=4).map(str)
 ATTEMPTS = st.integers(1, 999_999)
 
@@ -45,16 +45,16 @@ def test_different_stages_have_different_names(stages: set[tuple[str, str, str]]
         pytest.param(("a" * 18 + "x", "s", "u1", 1), ("a" * 18 + "y", "s", "u2", 1), id="runs cut alike"),
     ],
 )
-def test_names_that_look_alike_are_told_apart(one: tuple[str, str, str, int], other: tuple[str, str, str, int]) -> None:
+def test_similar_names_are_distinguished(one: tuple[str, str, str, int], other: tuple[str, str, str, int]) -> None:
     assert attempt_name(*one) != attempt_name(*other)
 
 
-def test_a_dash_where_a_name_is_cut_is_dropped() -> None:
+def test_a_dash_at_the_end_of_a_shortened_name_is_dropped() -> None:
     name = attempt_name("seventeen-letters-run", "thirteen-lett-stage", "uid", 2)
     assert re.fullmatch(r"r-seventeen-letters-thirteen-lett-[0-9a-f]{6}-2", name)
 
 
-def test_a_name_stays_as_it_is_for_ever() -> None:
+def test_a_name_never_changes() -> None:
     assert attempt_name("chinese-alpaca", "pretrain", "6f1d3c1e-8a51-4c0e-9d53-0d6a1b1c2d3e", 1) == (
         "r-chinese-alpaca-pretrain-d2e62b-1"
     )

@@ -1,6 +1,6 @@
-"""Whole manifests, compared letter by letter with `tests/core/manifests/golden/`.
+"""Whole manifests, compared byte by byte with `tests/core/manifests/golden/`.
 
-After an intended change `make generate` writes them anew; by itself:
+After an intended change, `make generate` rewrites them, and so does
 STAGECOACH_GOLDEN=write python -m pytest tests/core/manifests/test_manifests_golden.py
 """
 
@@ -15,7 +15,7 @@ import yaml
 from stagecoach_cli.rendered import as_yaml
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from tests.core.makers import data_stage, sft_stage
 from tests.core.manifests.makers import A100, REPORTING, make_attempt
@@ -24,7 +24,7 @@ from tests.trainer.rewards.makers import evaluate_stage, feedback_term
 GOLDEN = Path(__file__).parent / "golden"
 
 KEY = {"secret": "judge-key"}
-CASES: dict[str, tuple[StageAttempt, BuildSettings]] = {
+CASES: dict[str, tuple[StageAttempt, ManifestSettings]] = {
     "one-pod": (
         make_attempt(
             stage=data_stage("corpus"),
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[StageAttempt, BuildSettings]] = {
                 ]
             },
         ),
-        BuildSettings(),
+        ManifestSettings(),
     ),
     "two-pods-queued": (
         make_attempt(
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[StageAttempt, BuildSettings]] = {
     ),
     "judged-by-endpoint": (
         make_attempt(stage=evaluate_stage(feedback_term(**KEY), {"name": "short", "expression": "1"})),
-        BuildSettings(),
+        ManifestSettings(),
     ),
     "a100-gang": (
         make_attempt(

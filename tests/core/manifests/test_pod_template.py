@@ -1,4 +1,4 @@
-"""The pod of a stage: what the trainer is told, what it may do, where it is placed."""
+"""The pod of a stage: its configuration, its rights, its placement."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from stagecoach_api import names
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set, job_template
 from stagecoach_core.manifests.pod import pod_template
-from stagecoach_core.manifests.settings import BuildSettings
+from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from tests.core.makers import data_stage
 from tests.core.manifests.makers import A100, REPORTING, UID, make_attempt, unknown_fields
 from tests.trainer.rewards.makers import evaluate_stage, feedback_term
 
-SETTINGS = BuildSettings()
+SETTINGS = ManifestSettings()
 SECRET = {"uri": "s3://models/demo", "credentials": {"secretName": "s3-access"}}
 
 
-def pod_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) -> dict[str, Any]:
+def pod_of(attempt: StageAttempt, settings: ManifestSettings = SETTINGS) -> dict[str, Any]:
     spec: dict[str, Any] = pod_template(attempt, settings)["spec"]
     return spec
 
 
-def container_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) -> dict[str, Any]:
+def container_of(attempt: StageAttempt, settings: ManifestSettings = SETTINGS) -> dict[str, Any]:
     containers: list[dict[str, Any]] = pod_of(attempt, settings)["containers"]
     (container,) = containers
     return container
 
 
-def environment_of(attempt: StageAttempt, settings: BuildSettings = SETTINGS) -> dict[str, str]:
+def environment_of(attempt: StageAttempt, settings: ManifestSettings = SETTINGS) -> dict[str, str]:
     return {item["name"]: item.get("value", "") for item in container_of(attempt, settings)["env"]}
 
 
@@ -81,7 +81,7 @@ def test_the_oracle_finds_what_kubernetes_does_not_know() -> None:
 # -- gang --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_is_one_indexed_job_with_a_pod_per_node_and_nothing_restarts_by_itself() -> None:
+def test_a_stage_is_one_indexed_job_with_a_pod_per_node_and_kubernetes_restarts_nothing() -> None:
     made = job_set(make_attempt(resources={"nodes": 4}), SETTINGS)
     (replicated,) = made["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -125,7 +125,7 @@ def test_a_queue_labels_the_jobset_and_its_topology_the_pods() -> None:
     assert "kueue" not in str(job["metadata"])
 
 
-def test_without_a_queue_there_is_nothing_of_kueue() -> None:
+def test_without_a_queue_there_are_no_labels_of_kueue() -> None:
     assert "kueue" not in str(job_set(make_attempt(resources=A100), SETTINGS))
 
 
@@ -148,10 +148,10 @@ def test_the_launcher_reads_the_variables_the_pod_has() -> None:
     assert f"--master-addr={attempt.name}-w-0-0.{attempt.name}" in command
 
 
-# -- what the trainer is told ------------------------------------------------------------------------------------------
+# -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def test_places_named_in_the_environment_are_mounted() -> None:
+def test_paths_in_the_environment_are_mounted() -> None:
     attempt = make_attempt(storage=SECRET)
     found, mounted = environment_of(attempt, REPORTING), container_of(attempt, REPORTING)["volumeMounts"]
     paths = [item["mountPath"] for item in mounted]
@@ -164,7 +164,7 @@ def test_places_named_in_the_environment_are_mounted() -> None:
     assert found[names.ENV_RESULT_FILE] == container_of(attempt)["terminationMessagePath"]
 
 
-def test_the_stage_is_told_by_a_configmap_that_cannot_change() -> None:
+def test_the_stage_is_in_an_immutable_configmap() -> None:
     attempt = make_attempt(storage={"uri": "s3://models/demo", "region": "eu-central-1"})
     made = config_map(attempt, SETTINGS)
     assert made["immutable"] is True
@@ -186,7 +186,7 @@ def test_threads_are_always_pinned(resources: dict[str, Any], threads: str) -> N
 
 
 def test_the_launcher_ends_before_the_pod_is_killed() -> None:
-    settings = BuildSettings(grace_seconds=120)
+    settings = ManifestSettings(grace_seconds=120)
     assert pod_of(make_attempt(), settings)["terminationGracePeriodSeconds"] == 120
     assert container_of(make_attempt(), settings)["command"][-1] == "--grace-seconds=110"
 
@@ -217,7 +217,7 @@ def test_without_a_progress_server_there_is_no_token() -> None:
 
 
 def violations_of_restricted(pod: dict[str, Any]) -> list[str]:
-    """Return which rules of Kubernetes' restricted Pod Security Standard a pod breaks, and two of ours."""
+    """Return the rules of the `restricted` Pod Security Standard, and of two of ours, that a pod violates."""
     allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret", "name"}
     broken = [f"volume {volume['name']}" for volume in pod["volumes"] if not set(volume) <= allowed]
     broken += [name for name in ("hostNetwork", "hostPID", "hostIPC", "initContainers") if name in pod]
@@ -240,11 +240,11 @@ def violations_of_restricted(pod: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, REPORTING], ids=["plain", "reporting"])
-def test_pods_keep_to_the_restricted_profile(settings: BuildSettings) -> None:
+def test_pods_conform_to_the_restricted_profile(settings: ManifestSettings) -> None:
     assert violations_of_restricted(pod_of(make_attempt(storage=SECRET, **EVERYTHING), settings)) == []
 
 
-def test_credentials_are_files_and_nowhere_in_the_environment() -> None:
+def test_credentials_are_files_and_never_in_the_environment() -> None:
     attempt = make_attempt(storage=SECRET)
     (volume,) = [item for item in pod_of(attempt)["volumes"] if "secret" in item]
     assert volume["secret"]["secretName"] == "s3-access"
@@ -254,7 +254,7 @@ def test_credentials_are_files_and_nowhere_in_the_environment() -> None:
     assert "secret" not in str(pod_of(make_attempt())["volumes"])
 
 
-def test_keys_of_endpoints_are_files_below_the_folder_that_the_environment_names() -> None:
+def test_keys_of_endpoints_are_files_in_the_folder_named_by_the_environment() -> None:
     terms = [
         feedback_term(secret=name) | {"name": f"t{index}"} for index, name in enumerate(("b-key", "a-key", "b-key"))
     ]
@@ -273,7 +273,7 @@ def test_keys_of_endpoints_are_files_below_the_folder_that_the_environment_names
     assert list(unknown_fields(job_template(attempt, SETTINGS), "V1JobTemplateSpec")) == []
 
 
-def test_a_stage_that_asks_no_endpoint_has_no_keys() -> None:
+def test_a_stage_without_endpoints_has_no_keys() -> None:
     for attempt in (make_attempt(), make_attempt(stage=evaluate_stage(feedback_term()))):
         assert names.ENV_ENDPOINT_KEYS not in environment_of(attempt)
         assert "endpoint-key" not in str(pod_of(attempt))
@@ -282,7 +282,7 @@ def test_a_stage_that_asks_no_endpoint_has_no_keys() -> None:
 # -- resources and placement -------------------------------------------------------------------------------------------
 
 
-def test_gpus_are_asked_for_with_product_and_toleration() -> None:
+def test_gpus_are_requested_with_product_and_toleration() -> None:
     pod = pod_of(make_attempt(resources=A100))
     resources = pod["containers"][0]["resources"]
     assert resources["limits"] == {"memory": "1000Gi", "nvidia.com/gpu": "8", "rdma/hca": "8"}
@@ -298,7 +298,7 @@ def test_a_stage_without_gpus_stays_off_gpu_nodes() -> None:
     assert "NCCL_DEBUG" not in str(pod)
 
 
-def test_shared_memory_is_as_large_as_asked_for() -> None:
+def test_shared_memory_has_the_requested_size() -> None:
     def sizes(attempt: StageAttempt) -> list[str]:
         return [item["emptyDir"]["sizeLimit"] for item in pod_of(attempt)["volumes"] if "Memory" in str(item)]
 
@@ -306,15 +306,15 @@ def test_shared_memory_is_as_large_as_asked_for() -> None:
     assert sizes(make_attempt()) == ["64Mi"]
 
 
-def test_a_run_may_overrule_what_nccl_says() -> None:
+def test_a_run_can_override_nccls_log_level() -> None:
     quiet = {"fabric": [{"name": "NCCL_DEBUG", "value": "VERSION"}, {"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}]}
     found = environment_of(make_attempt(resources=A100, pods=quiet))
     assert (found["NCCL_DEBUG"], found["NCCL_SOCKET_IFNAME"]) == ("VERSION", "eth0")
     assert environment_of(make_attempt(resources=A100))["NCCL_DEBUG"] == "WARN"
 
 
-def test_a_runs_own_settings_come_before_the_operators() -> None:
-    settings = BuildSettings(service_account="default-trainer", image_pull_secrets=("shared",))
+def test_a_runs_settings_take_precedence_over_the_operators() -> None:
+    settings = ManifestSettings(service_account="default-trainer", image_pull_secrets=("shared",))
     assert pod_of(make_attempt(), settings)["imagePullSecrets"] == [{"name": "shared"}]
     assert pod_of(make_attempt(), settings)["serviceAccountName"] == "default-trainer"
     own = pod_of(make_attempt(**EVERYTHING), settings)
@@ -322,7 +322,7 @@ def test_a_runs_own_settings_come_before_the_operators() -> None:
     assert (own["serviceAccountName"], own["priorityClassName"]) == ("trainer", "research")
 
 
-def test_a_runs_volumes_cannot_take_the_place_of_ours() -> None:
+def test_a_runs_volumes_cannot_replace_ours() -> None:
     volumes = [{"name": "stage", "mountPath": "/stage", "claimName": "mine", "readOnly": False}]
     attempt = make_attempt(pods={"volumes": volumes})
     found = [item["name"] for item in pod_of(attempt)["volumes"]]

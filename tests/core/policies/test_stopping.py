@@ -1,4 +1,4 @@
-"""Reasons to stop a living attempt."""
+"""Reasons to stop a live attempt."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_attempt_at_a_superseded_digest_is_stopped(
     assert (stop and stop.reason) == reason
 
 
-def test_of_two_living_attempts_the_older_is_stopped() -> None:
+def test_of_two_live_attempts_the_older_is_stopped() -> None:
     older = stop_duplicate(attempt("a", "d", 1), newest=2)
     assert older is not None
     assert (older.number, older.cause) == (1, Cause.PREEMPTION)
