@@ -109,7 +109,7 @@ def test_a_conversation_longer_than_a_row_is_left_out(tmp_path: Path, model: Any
     short = {"instruction": "fox", "output": "dog"}
     long = {"instruction": "fox " * 300, "output": "dog"}
     assert measured(tmp_path, [long, short], model, tokenizer).counts["characters"] == 3
-    with pytest.raises(UserError, match="zh holds no conversation to measure"):
+    with pytest.raises(UserError, match="zh has no conversation to measure"):
         measured(tmp_path, [long], model, tokenizer)
 
 

@@ -183,7 +183,7 @@ def test_an_adapter_is_released_as_it_is_with_its_base_named(tmp_path: Path, bas
 
 
 def test_a_whole_model_cannot_be_released_as_an_adapter(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(UserError, match="uri:model is no adapter"):
+    with pytest.raises(UserError, match="uri:model is not an adapter"):
         release(tmp_path, base, mergeAdapters=False)
 
 

@@ -1,6 +1,6 @@
 """Tiny vocabularies, models and stage contexts for the tests of models, samples and training stages."""
 
-# ruff: noqa: S106 - tokens of a vocabulary are no passwords
+# ruff: noqa: S106 - tokens of a vocabulary are not passwords
 from __future__ import annotations
 
 import json
@@ -102,8 +102,8 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "gpt_neox": partial(GPTNeoXConfig, **_SIZES, **_CONTEXT, intermediate_size=64),
     "qwen2": partial(Qwen2Config, **_SIZES, **_CONTEXT, intermediate_size=64, num_key_value_heads=2),
 }
-"""Small models that are no LLaMA, without dropout. GPT-2 and OPT have learned positions for `CONTEXT` tokens, BLOOM has
-ALiBi, the others have rotary ones."""
+"""Small models of families other than LLaMA, without dropout. GPT-2 and OPT have learned positions for `CONTEXT`
+tokens, BLOOM has ALiBi, the others have rotary positions."""
 
 
 def family_config(family: str, rows: int) -> PreTrainedConfig:
@@ -140,7 +140,7 @@ def save_base(folder: Path, tokenizer: Any, seed: int = 0, tied: bool = False) -
 
 
 def outside(path: Path) -> ResolvedInput:
-    """Return an input that lies outside the store, resolved as the planner does."""
+    """Return an input outside the store, resolved as the planner does."""
     from stagecoach_api.store import external_digest, list_external
 
     return ResolvedInput(uri=str(path), digest=external_digest(list_external(str(path))[1]))

@@ -149,17 +149,17 @@ def larger_vocabulary(folder: Path, canary: Path) -> None:
         (overlapping_offsets, "overlap"),
         (wrong_shape, "model.norm.weight"),
         (offsets_beyond_the_end, "bytes of tensors"),
-        (header_is_a_list, "no JSON object"),
+        (header_is_a_list, "not a JSON object"),
         (missing_weight, "missing weights"),
         (weight_left_over, "unexpected weights"),
-        (index_that_leaves_the_folder, "no safetensors file"),
-        (index_of_pickles, "no safetensors file"),
+        (index_that_leaves_the_folder, "not a safetensors file"),
+        (index_of_pickles, "not a safetensors file"),
         (malformed_config, "malformed JSON"),
-        (smaller_vocabulary, "never shrinks"),
+        (smaller_vocabulary, "never shrunk"),
         (larger_vocabulary, "`tokenizer`"),
     ],
 )
-def test_a_bad_folder_is_refused_and_nothing_of_it_runs(
+def test_a_bad_folder_is_rejected_and_none_of_its_code_runs(
     tmp_path: Path, spoil: Callable[[Path, Path], None], message: str
 ) -> None:
     folder, canary = save_base(tmp_path / "base", make_tokenizer()), tmp_path / "canary"
@@ -170,14 +170,14 @@ def test_a_bad_folder_is_refused_and_nothing_of_it_runs(
     assert not canary.exists()
 
 
-def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="pickled"):
         load_model(make_context(tmp_path, inputs={"base": path}), Reference(uri="base"))
 
 
-def test_a_sound_folder_is_loaded_bit_for_bit_in_the_wanted_format(tmp_path: Path) -> None:
+def test_an_intact_folder_is_loaded_bit_for_bit_in_the_requested_format(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", make_tokenizer(), seed=3)
     loaded = load_model(make_context(tmp_path, inputs={"base": folder}), Reference(uri="base"), dtype=torch.bfloat16)
     expected = make_model(len(loaded.require_tokenizer()), seed=3).state_dict()
@@ -187,7 +187,7 @@ def test_a_sound_folder_is_loaded_bit_for_bit_in_the_wanted_format(tmp_path: Pat
 
 
 def make_adapter(base: Path, output: Path, root: Path, grown: bool) -> ResolvedInput:
-    """Write an adapter artifact with random weights over `base`; return where it is found."""
+    """Write an adapter artifact with random weights over `base`; return its location."""
     output.mkdir()
     context = make_context(root, inputs={"base": base})
     loaded = load_model(context, Reference(uri="base"))
@@ -209,7 +209,7 @@ def make_adapter(base: Path, output: Path, root: Path, grown: bool) -> ResolvedI
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_an_adapter_is_put_on_its_base_grown_as_recorded_and_merged(tmp_path: Path, grown: bool) -> None:
+def test_an_adapter_is_applied_to_its_base_grown_as_recorded_and_merged(tmp_path: Path, grown: bool) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     found = make_adapter(base, tmp_path / "adapter", tmp_path, grown)
     context = make_context(tmp_path)
@@ -245,7 +245,7 @@ def test_an_adapter_of_an_adapter_is_loaded_through_the_whole_chain(tmp_path: Pa
     assert torch.equal(chained.model.state_dict()[other], first.model.state_dict()[other])
 
 
-def test_a_pickled_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
+def test_a_pickled_or_foreign_adapter_is_rejected(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     make_adapter(base, tmp_path / "adapter", tmp_path / "one", grown=False)
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
@@ -256,7 +256,7 @@ def test_a_pickled_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
         load_model(make_context(tmp_path), outside(tmp_path / "adapter"))
 
 
-def test_adapter_weights_that_find_no_place_are_refused(tmp_path: Path) -> None:
+def test_adapter_weights_that_fit_no_layer_are_rejected(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     make_adapter(base, tmp_path / "adapter", tmp_path / "one", grown=False)
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -266,7 +266,7 @@ def test_adapter_weights_that_find_no_place_are_refused(tmp_path: Path) -> None:
         load_model(make_context(tmp_path), outside(tmp_path / "adapter"))
 
 
-def test_a_card_names_its_base_independently_of_where_the_store_lies() -> None:
+def test_a_card_names_its_base_independently_of_the_stores_location() -> None:
     digest = "a" * 64
     source = ResolvedInput(uri=f"s3://b/models/artifacts/{digest}/output", digest="c" * 64, stage_digest=digest)
     named = name_base(source, "s3://b/models/")
@@ -277,7 +277,7 @@ def test_a_card_names_its_base_independently_of_where_the_store_lies() -> None:
     assert name_base(source, "s3://other") == source
 
 
-def test_a_saved_model_comes_back_with_vocabulary_card_and_template(tmp_path: Path) -> None:
+def test_a_saved_model_reloads_with_vocabulary_card_and_template(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "vocabulary")
     (tmp_path / "vocabulary" / "tokenizer.model").write_bytes(b"pieces")
@@ -339,7 +339,7 @@ def test_a_model_is_saved_in_several_files_and_in_another_number_format(tmp_path
     assert "deepspeed" not in sys.modules
 
 
-def test_generation_settings_that_contradict_each_other_do_not_lose_a_trained_model(tmp_path: Path) -> None:
+def test_contradictory_generation_settings_do_not_lose_a_trained_model(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "vocabulary")
     model = make_model(len(tokenizer))

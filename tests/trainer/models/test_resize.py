@@ -1,4 +1,4 @@
-"""Growing a vocabulary: old rows bit for bit, new rows as asked."""
+"""Growing a vocabulary: old rows keep their bits, new rows are initialised as configured."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_are_appended(how: NewRows, tied:
 
 
 def _pieces(tokenizer: Any, text: str) -> list[str]:
-    """Return the old pieces of a text, the blank in front of it taken off where it has none."""
+    """Return the old pieces of a text, without the prepended space if the text has none."""
     pieces: list[str] = tokenizer.tokenize("\n" + text)
     return pieces[pieces.index("<0x0A>") + 1 :]
 
@@ -78,21 +78,21 @@ def test_mean_needs_the_old_vocabulary() -> None:
 
 
 def test_a_vocabulary_that_is_not_larger_cannot_be_grown_to() -> None:
-    with pytest.raises(UserError, match="only a larger one"):
+    with pytest.raises(UserError, match="give a larger vocabulary"):
         grow(make_model(400), None, make_tokenizer(), NewRows.ZERO)
 
 
-def test_ids_that_moved_are_refused() -> None:
+def test_changed_ids_are_rejected() -> None:
     old, other = make_tokenizer(extra=("龘", "靐")), make_tokenizer(extra=("靐", "龘"))
     with pytest.raises(UserError, match="2 moved"):
         check_old_ids(old, other, "new")
-    with pytest.raises(UserError, match="1 lost"):
+    with pytest.raises(UserError, match="1 missing"):
         check_old_ids(old, make_tokenizer(extra=("龘",)), "new")
     check_old_ids(make_tokenizer(), old, "new")
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(400, True), (399, False), (401, False), (448, False)])
-def test_sizes_that_differ_are_refused(rows: int, fits: bool) -> None:
+def test_different_sizes_are_rejected(rows: int, fits: bool) -> None:
     tokenizer = make_tokenizer()
     if fits:
         check_sizes(make_model(rows), tokenizer, "model")
@@ -101,14 +101,14 @@ def test_sizes_that_differ_are_refused(rows: int, fits: bool) -> None:
         check_sizes(make_model(rows), tokenizer, "model")
 
 
-def test_a_matrix_padded_to_a_round_number_is_let_pass() -> None:
+def test_a_matrix_padded_to_a_round_number_is_accepted() -> None:
     tokenizer = make_tokenizer(extra=tuple(chr(0x20000 + number) for number in range(7000)))
     padded = -(-len(tokenizer) // 64) * 64
     assert padded > len(tokenizer)
     check_sizes(make_model(padded, hidden=8), tokenizer, "model")
 
 
-def test_a_model_from_nothing_is_a_function_of_shape_and_seed() -> None:
+def test_a_new_model_is_a_function_of_shape_and_seed() -> None:
     shape = Architecture(
         hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_key_value_heads=2, rope_theta=5e4
     )

@@ -1,4 +1,4 @@
-"""Reward models: made from a language model, scored as transformers scores, saved and loaded, refused."""
+"""Reward models: made from a language model, scored as by transformers, saved, loaded, rejected."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def saved(folder: Path, reward: RewardModel, card: ModelCard | None = None) -> P
     source, output = folder / "vocabulary", folder / "reward"
     output.mkdir(parents=True)
     reward.tokenizer.save_pretrained(source)
-    told = RewardCard(bias=reward.bias, domains=dict(reward.domains))
-    save_model(reward.model, reward.tokenizer, source, output, card or ModelCard(adapter=False, reward=told))
+    reward_card = RewardCard(bias=reward.bias, domains=dict(reward.domains))
+    save_model(reward.model, reward.tokenizer, source, output, card or ModelCard(adapter=False, reward=reward_card))
     return output
 
 
@@ -72,7 +72,7 @@ def context_with(root: Path, path: Path) -> StageContext:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def test_rewards_are_those_of_transformers_own_classifier() -> None:
+def test_rewards_equal_those_of_transformers_classifier() -> None:
     reward = reward_model()
     found = reward.score_ids(sequences(7, 300), batch_rows=3)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_rewards_are_those_of_transformers_own_classifier() -> None:
     assert len(set(found)) == 7
 
 
-def test_a_reward_does_not_depend_on_what_stands_beside_it() -> None:
+def test_a_reward_does_not_depend_on_the_rest_of_its_batch() -> None:
     reward = reward_model()
     alone = [reward.score_ids([ids], batch_rows=1)[0] for ids in sequences(6, 300)]
     assert reward.score_ids(sequences(6, 300), batch_rows=6) == pytest.approx(alone, abs=1e-6)
@@ -100,7 +100,7 @@ def test_a_new_head_is_a_function_of_the_seed_and_leaves_the_random_state_alone(
     assert float(wide.detach().std()) == pytest.approx(1 / math.sqrt(1025), rel=0.1)
 
 
-def test_texts_are_rendered_by_the_chat_template_with_the_end_token_behind_the_answer() -> None:
+def test_texts_are_rendered_by_the_chat_template_with_the_end_token() -> None:
     reward = reward_model()
     messages = [*OTHER, {"role": "assistant", "content": "the dog sleeps"}]
     ids = encode_answered(reward.tokenizer, [(OTHER, "the dog sleeps")])[0]
@@ -108,17 +108,17 @@ def test_texts_are_rendered_by_the_chat_template_with_the_end_token_behind_the_a
     assert ids[-1] == reward.tokenizer.eos_token_id
 
 
-def test_the_answer_decides_and_so_does_the_domain() -> None:
+def test_the_reward_depends_on_the_answer_and_on_the_domain() -> None:
     reward = reward_model()
     pair = [(TALK, "a dog is an animal"), (TALK, "")]
-    plain, told = rewards_of(reward, pair, 2), rewards_of(reward, pair, 2, domain="poems")
+    plain, instructed = rewards_of(reward, pair, 2), rewards_of(reward, pair, 2, domain="poems")
     assert plain[0] != plain[1]
-    assert all(a != b for a, b in zip(plain, told, strict=True))
+    assert all(a != b for a, b in zip(plain, instructed, strict=True))
     by_hand = [(with_system(TALK, "Judge the poem."), answer) for _, answer in pair]
-    assert rewards_of(reward, by_hand, 2) == told
+    assert rewards_of(reward, by_hand, 2) == instructed
 
 
-def test_the_system_prompt_of_the_domain_takes_the_place_of_the_conversations_own() -> None:
+def test_the_system_prompt_of_the_domain_replaces_that_of_the_conversation() -> None:
     own = [{"role": "system", "content": "Be brief."}, *TALK]
     assert with_system(own, "Judge.") == [{"role": "system", "content": "Judge."}, *TALK]
     assert with_system(own, None) == own
@@ -128,7 +128,7 @@ def test_the_system_prompt_of_the_domain_takes_the_place_of_the_conversations_ow
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_saved_and_loaded_it_gives_the_same_rewards(tmp_path: Path, tied: bool) -> None:
+def test_a_saved_and_loaded_model_gives_the_same_rewards(tmp_path: Path, tied: bool) -> None:
     reward = reward_model(tied)
     loaded = load(tmp_path, saved(tmp_path, reward))
     pair = [(TALK, "a dog is an animal"), (OTHER, "月光")]
@@ -136,7 +136,7 @@ def test_saved_and_loaded_it_gives_the_same_rewards(tmp_path: Path, tied: bool) 
     assert (loaded.bias, dict(loaded.domains)) == (0.25, {"poems": "Judge the poem."})
 
 
-def test_transformers_opens_the_folder_and_agrees_on_a_padded_batch_less_the_bias(tmp_path: Path) -> None:
+def test_transformers_agrees_on_a_padded_batch_except_for_the_bias(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     reward = reward_model()
@@ -185,19 +185,19 @@ def test_in_bf16_the_head_stays_in_fp32(tmp_path: Path) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
+def test_a_language_model_is_not_a_reward_model(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", chatty_tokenizer())
-    with pytest.raises(UserError, match=r"LlamaForCausalLM|no stated architecture"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM|a model without `architectures`"):
         load(tmp_path, base)
 
 
-def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:
+def test_a_reward_model_is_not_a_language_model(tmp_path: Path) -> None:
     context = context_with(tmp_path, saved(tmp_path, reward_model()))
     with pytest.raises(UserError, match="reward model, which scores answers"):
         load_model(context, Reference(uri="reward"))
 
 
-def test_two_labels_are_refused(tmp_path: Path) -> None:
+def test_two_labels_are_rejected(tmp_path: Path) -> None:
     reward = reward_model()
     reward.model.config.num_labels = 2
     reward.model.score = torch.nn.Linear(32, 2, bias=False)
@@ -206,7 +206,7 @@ def test_two_labels_are_refused(tmp_path: Path) -> None:
         load(tmp_path, path)
 
 
-def test_a_folder_without_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_vocabulary_is_rejected(tmp_path: Path) -> None:
     path = saved(tmp_path, reward_model())
     for name in ("tokenizer.json", "tokenizer.model"):
         (path / name).unlink(missing_ok=True)
@@ -214,14 +214,14 @@ def test_a_folder_without_vocabulary_is_refused(tmp_path: Path) -> None:
         load(tmp_path, path)
 
 
-def test_a_vocabulary_without_chat_template_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_without_chat_template_is_rejected(tmp_path: Path) -> None:
     path = saved(tmp_path, reward_model())
     (path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         load(tmp_path, path)
 
 
-def test_the_adapter_of_a_language_model_is_refused(tmp_path: Path) -> None:
+def test_the_adapter_of_a_language_model_is_rejected(tmp_path: Path) -> None:
     tokenizer = chatty_tokenizer()
     base = save_base(tmp_path / "base", tokenizer)
     context = make_context(tmp_path / "training", "sft", {"base": base})
@@ -236,19 +236,19 @@ def test_the_adapter_of_a_language_model_is_refused(tmp_path: Path) -> None:
         load(tmp_path, output)
 
 
-def test_tokens_of_another_vocabulary_are_refused() -> None:
+def test_tokens_of_another_vocabulary_are_rejected() -> None:
     reward = reward_model()
-    with pytest.raises(UserError, match="another vocabulary"):
+    with pytest.raises(UserError, match="its vocabulary is another one"):
         reward.score_ids([np.array([5, 100_000], np.int32)], 1)
     with pytest.raises(UserError, match="no tokens"):
         reward.score_ids([np.array([], np.int32)], 1)
 
 
-def test_an_unknown_domain_is_refused_by_name() -> None:
+def test_an_unknown_domain_is_rejected_by_name() -> None:
     with pytest.raises(UserError, match=r"no domain 'songs'; its domains are: poems"):
         rewards_of(reward_model(), [(TALK, "x")], 1, domain="songs")
 
 
-def test_an_answer_to_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="nothing stands in front"):
+def test_an_answer_without_a_prompt_is_rejected() -> None:
+    with pytest.raises(UserError, match="the answer has no prompt"):
         rewards_of(reward_model(), [((), "x")], 1)

@@ -1,4 +1,4 @@
-"""What a stage starts from: models of other families than LLaMA, and changed positions."""
+"""Starting points: models of other families than LLaMA, and changed positions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_model_of_another_family_learns_and_opens_in_transformers(workshop: Wo
     assert torch.isfinite(model(torch.tensor([[1, 5, 9]])).logits).all()
 
 
-def test_its_packed_samples_come_to_the_same_or_are_refused(workshop: Workshop, family: str) -> None:
+def test_its_packed_samples_give_equal_results_or_are_rejected(workshop: Workshop, family: str) -> None:
     changes: dict[str, Any] = {"sequenceLength": CONTEXT, "batch": {"samples": 10}, "budget": {"steps": 3}}
     alone, _ = workshop.sft("alone", packing=False, **changes)
     if family in NOT_PACKED:
@@ -62,7 +62,7 @@ def test_its_packed_samples_come_to_the_same_or_are_refused(workshop: Workshop, 
     assert packed.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=1e-5)
 
 
-def test_what_is_held_out_is_measured_as_if_each_text_stood_alone(workshop: Workshop) -> None:
+def test_held_out_texts_are_measured_independently_of_each_other(workshop: Workshop) -> None:
     held_out = {"sets": [{"uri": "texts", "name": "en"}]}
     outcome, _ = workshop.sft(packing=False, sequenceLength=CONTEXT, budget={"steps": 1}, heldOut=held_out)
     model = AutoModelForCausalLM.from_pretrained(workshop.inputs["base"]).eval()
@@ -83,7 +83,7 @@ def test_its_adapter_is_trained_and_merged(workshop: Workshop, family: str) -> N
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"opt"}))
-def test_the_attention_dropout_of_the_stage_takes_the_place_of_the_models_own(family: str) -> None:
+def test_the_attention_dropout_of_the_stage_replaces_that_of_the_model(family: str) -> None:
     model = AutoModelForCausalLM.from_config(make_config(family))
     prepare_network(model, training(attention_dropout=0.25))
     assert attention_dropouts(model) == {0.25}
@@ -96,7 +96,7 @@ def attention_dropouts(model: nn.Module) -> set[float]:
     return {item.p if isinstance(item, nn.Dropout) else float(item) for item in held if item is not None}
 
 
-def test_attention_dropout_that_a_model_does_not_know_is_refused() -> None:
+def test_attention_dropout_that_a_model_lacks_is_rejected() -> None:
     model = AutoModelForCausalLM.from_config(make_config("opt"))
     prepare_network(model, training())
     with pytest.raises(UserError, match=r"attentionDropout: OPTForCausalLM has no attention dropout; remove the field"):
@@ -106,7 +106,7 @@ def test_attention_dropout_that_a_model_does_not_know_is_refused() -> None:
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_context_that_is_too_short_is_stated_longer_where_positions_are_rotary() -> None:
+def test_a_context_that_is_too_short_is_extended_if_positions_are_rotary() -> None:
     config = LlamaConfig(max_position_embeddings=128)
     position_change(500, theta=1e6)(config)
     assert config.rope_parameters is not None
@@ -114,11 +114,13 @@ def test_a_context_that_is_too_short_is_stated_longer_where_positions_are_rotary
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_learned_positions_are_enough_or_the_stage_says_how_many_there_are(family: str) -> None:
+def test_too_few_learned_positions_are_reported_with_their_number(family: str) -> None:
     config = make_config(family)
     position_change(CONTEXT)(config)
     assert config.max_position_embeddings == CONTEXT
-    with pytest.raises(UserError, match=rf"sequenceLength: 257 tokens, and the {family} has .* for 256; give 256 at"):
+    with pytest.raises(
+        UserError, match=rf"sequenceLength: 257 tokens, but the {family} has .* for 256; set at most 256"
+    ):
         position_change(CONTEXT + 1)(config)
 
 
@@ -134,6 +136,6 @@ def test_alibi_has_no_end() -> None:
     [{"theta": 1e6}, {"must_rotate": True}, {"scaling": RopeScaling(name=RopeScalingName.LINEAR, factor=2.0)}],
     ids=lambda it: str(it),
 )
-def test_rotary_settings_for_a_model_without_rotary_positions_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"ropeTheta, ropeScaling: bloom has no rotary positions; leave them out"):
+def test_rotary_settings_for_a_model_without_rotary_positions_are_rejected(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"ropeTheta, ropeScaling: bloom has no rotary positions; remove these fields"):
         position_change(64, **change)(make_config("bloom"))

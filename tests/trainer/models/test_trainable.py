@@ -1,4 +1,4 @@
-"""Choosing what learns: the right parameters move, the others stay bit for bit."""
+"""Trainable parameters: the chosen ones change, the others keep their bits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_rows_alone_move_and_old_rows_stay_bit_for_bit_under_weight_decay(tied: bool) -> None:
+def test_only_new_rows_change_even_under_weight_decay(tied: bool) -> None:
     model, before = (make_model(100, tied=tied) for _ in range(2))
     trainable = Trainable(embeddings=EmbeddingTraining(rows=Rows.NEW))
     prepared = choose_trainable(model, trainable, NEW, seed=1)
@@ -67,14 +67,14 @@ def test_split_rows_give_the_chunked_loss_the_same_gradients_as_whole_matrices()
         assert torch.allclose(one, two, atol=1e-6)
 
 
-def test_all_rows_of_embedding_and_head() -> None:
+def test_all_rows_of_embedding_and_head_are_trained() -> None:
     model, before = (make_model(100) for _ in range(2))
     choose_trainable(model, Trainable(embeddings=EmbeddingTraining(rows=Rows.ALL)), range(0), seed=1)
     step(model)
     assert changed(before.state_dict(), model) == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def test_full_training_moves_everything() -> None:
+def test_full_training_changes_everything() -> None:
     model, before = (make_model(100) for _ in range(2))
     choose_trainable(model, Trainable(full=FullTraining()), range(0), seed=1)
     step(model)
@@ -82,7 +82,7 @@ def test_full_training_moves_everything() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_with_new_rows_leaves_the_rest_as_it_was(tied: bool) -> None:
+def test_an_adapter_with_new_rows_does_not_change_the_rest(tied: bool) -> None:
     model, before = (make_model(100, tied=tied) for _ in range(2))
     lora = LoraTraining(targets=("q_proj", "up_proj"), rank=4, new_rows=True)
     prepared = choose_trainable(model, Trainable(lora=lora), NEW, seed=1)
@@ -101,7 +101,7 @@ def test_an_adapter_with_new_rows_leaves_the_rest_as_it_was(tied: bool) -> None:
     assert (merged.lm_head.weight is merged.get_input_embeddings().weight) is tied
 
 
-def test_modules_to_save_train_all_rows_and_say_so() -> None:
+def test_modules_to_save_train_all_rows_and_report_it() -> None:
     lora = LoraTraining(targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
     model, before = (make_model(100) for _ in range(2))
     prepared = choose_trainable(model, Trainable(lora=lora), NEW, seed=1)
@@ -128,18 +128,18 @@ def test_a_new_adapter_is_a_function_of_the_seed() -> None:
     [
         ({"lora": {"targets": ["query"]}}, False, "query; its linear layers are .*q_proj"),
         ({"lora": {"modulesToSave": ["wte"]}}, False, "wte; its layers are .*embed_tokens"),
-        ({"lora": {"targets": ["lm_head"], "modulesToSave": ["lm_head"]}}, False, "both in"),
+        ({"lora": {"targets": ["lm_head"], "modulesToSave": ["lm_head"]}}, False, "in both"),
         ({"lora": {"newRows": True, "modulesToSave": ["lm_head"]}}, False, "choose one"),
         ({"lora": {"modulesToSave": ["lm_head"]}}, True, "untie"),
-        ({"lora": {"continueAdapter": True}}, False, "no adapter"),
+        ({"lora": {"continueAdapter": True}}, False, "not an adapter"),
     ],
 )
-def test_what_the_model_cannot_train_is_refused(trainable: dict[str, Any], tied: bool, message: str) -> None:
+def test_layers_that_the_model_lacks_are_rejected(trainable: dict[str, Any], tied: bool, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_trainable(make_model(100, tied=tied), Trainable.model_validate(trainable), NEW, seed=1)
 
 
 @pytest.mark.parametrize("trainable", [{"embeddings": {}}, {"lora": {"newRows": True}}])
-def test_new_rows_that_are_not_there_are_refused(trainable: dict[str, Any]) -> None:
+def test_training_missing_new_rows_is_rejected(trainable: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no new rows"):
         choose_trainable(make_model(100), Trainable.model_validate(trainable), range(0), seed=1)

@@ -1,4 +1,4 @@
-"""Conversations as ids: what is trained on is what is served, on real data with LLaMA's real vocabulary."""
+"""Conversations as ids: trained prompts equal served ones, on real data with LLaMA's real vocabulary."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_encoder(
 
 
 def served_prompts(tokenizer: Any, record: Record) -> list[list[int]]:
-    """Return, by transformers alone, what the model is served in front of each of its turns."""
+    """Return, using only transformers, the ids that a model receives before each of its turns."""
     messages = [message_of(turn.role, turn.content, turn.input) for turn in record.messages]
     return [
         tokenizer.apply_chat_template(
@@ -71,9 +71,7 @@ def trained_starts(sample: Sample) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("file", FILES)
-def test_the_ids_in_front_of_every_trained_turn_are_the_ids_that_are_served(
-    llama: Any, name: TemplateName, file: str
-) -> None:
+def test_the_ids_before_every_trained_turn_are_the_served_ids(llama: Any, name: TemplateName, file: str) -> None:
     records = real_records(file, name)[:60]
     encoder = make_encoder(llama, Template(name=name))
     turns = 0
@@ -100,7 +98,7 @@ def test_the_ids_in_front_of_every_trained_turn_are_the_ids_that_are_served(
 
 
 def talk(*turns: str, system: str = "", where: str = "talk.jsonl:1") -> Record:
-    """Return a conversation of user and assistant in turns."""
+    """Return a conversation of user and assistant, alternating."""
     roles = (Role.USER, Role.ASSISTANT)
     messages = [Turn(roles[index % 2], text) for index, text in enumerate(turns)]
     front = [Turn(Role.SYSTEM, system)] if system else []
@@ -115,9 +113,9 @@ def trained_text(tokenizer: Any, sample: Sample) -> str:
     return str(tokenizer.decode(sample.ids[sample.trained]))
 
 
-def test_a_turn_whose_served_prompt_encodes_the_history_otherwise_begins_a_sample_of_its_own(llama: Any) -> None:
+def test_a_turn_whose_served_prompt_encodes_differently_begins_a_sample(llama: Any) -> None:
     encoder = make_encoder(llama, Template(name=TemplateName.ALPACA))
-    record = talk("Say hello.", "Hello there", "Again.", "Hello again")
+    record = talk("Greet me.", "Hello there", "Again.", "Hello again")
     samples = list(encoder.encode([record]))
     assert len(samples) == 2
     assert encoder.counts["extraSamples"] == 1
@@ -126,14 +124,14 @@ def test_a_turn_whose_served_prompt_encodes_the_history_otherwise_begins_a_sampl
     assert [trained_text(llama, sample) for sample in samples] == ["Hello there</s>", "Hello again</s>"]
 
 
-def test_a_conversation_whose_history_encodes_alike_is_one_sample(llama: Any) -> None:
+def test_a_conversation_whose_history_encodes_equally_is_one_sample(llama: Any) -> None:
     encoder = make_encoder(llama, Template(name=TemplateName.VICUNA))
-    [sample] = encoder.encode([talk("Say hello.", "Hello there", "Again.", "Hello again")])
+    [sample] = encoder.encode([talk("Greet me.", "Hello there", "Again.", "Hello again")])
     assert trained_text(llama, sample).strip() == "Hello there</s> Hello again</s>"
     assert len(trained_starts(sample)) == 2
 
 
-def test_words_that_look_like_a_special_token_are_plain_text_in_an_answer(llama: Any) -> None:
+def test_the_spelling_of_a_special_token_is_plain_text_in_an_answer(llama: Any) -> None:
     encoder = make_encoder(llama, Template(name=TemplateName.VICUNA))
     [sample] = encoder.encode([talk("Which token ends a text?", "It is </s>, you see")])
     ids = sample.ids[sample.trained].tolist()
@@ -142,7 +140,7 @@ def test_words_that_look_like_a_special_token_are_plain_text_in_an_answer(llama:
     assert "It is </s>, you see" in trained_text(llama, sample)
 
 
-def test_an_answer_begins_without_the_blank_that_begins_a_text(llama: Any) -> None:
+def test_an_answer_gets_no_prepended_space(llama: Any) -> None:
     encoder = make_encoder(llama, Template(name=TemplateName.HUMAN_BOT))
     [sample] = encoder.encode([talk("hi", "Hello")])
     assert llama.convert_ids_to_tokens(sample.ids[sample.trained].tolist()) == ["Hello", "</s>"]
@@ -203,7 +201,7 @@ def test_too_long_cut_keeps_the_beginning_and_counts() -> None:
     assert (nothing_left.counts["cut"], nothing_left.counts["noLoss"]) == (1, 1)
 
 
-def test_too_long_split_cuts_between_exchanges_and_keeps_the_system_prompt() -> None:
+def test_too_long_split_splits_between_exchanges_and_keeps_the_system_prompt() -> None:
     tokenizer = make_tokenizer()
     capacity = length_of(long_record(), CHATML) - 1
     encoder = make_encoder(tokenizer, CHATML, TooLong.SPLIT, capacity)
@@ -235,7 +233,7 @@ def test_too_long_split_with_loss_on_the_last_turn_keeps_the_end_of_the_conversa
     assert "the brown" in trained_text(tokenizer, sample)
 
 
-def test_plain_text_is_trained_on_wholly_and_split_into_rows() -> None:
+def test_all_plain_text_carries_loss_and_is_split_into_rows() -> None:
     tokenizer = make_tokenizer()
     record = Record(text="the quick brown fox jumps over the lazy dog", where="a.txt:1")
     encoder = make_encoder(tokenizer, CHATML)

@@ -1,4 +1,4 @@
-"""Ranked answers as samples: ids built by hand, loss on answers alone, and what is served is what was trained on."""
+"""Ranked answers as samples: ids built by hand, loss on answers only, and trained prompts equal served ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def compared(*answers: str, ranks: tuple[int, ...] = (), prompt: str = "the dog", where: str = "x.json:1") -> Record:
-    """Return a preference record, its answers given from the best to the worst unless `ranks` says otherwise."""
+    """Return a preference record, its answers given from best to worst unless `ranks` is set."""
     places = ranks or tuple(range(1, len(answers) + 1))
     found = tuple(Answer(answer, rank) for answer, rank in zip(answers, places, strict=True))
     return Record(messages=(Turn(Role.USER, prompt),), answers=found, where=where)
@@ -66,8 +66,8 @@ def make_encoder(
 
 
 def plain_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """Encode text that follows other text. `special`: names of special tokens in it stand for those; else, as in what
-    people write, they are words like any other."""
+    """Encode text that follows other text. `special`: whether names of special tokens in it are encoded as those
+    tokens, or as ordinary text."""
     backend = tokenizer.backend_tokenizer
     if special:
         return [int(one) for one in backend.encode(f"<s>{text}", add_special_tokens=False).ids[1:]]
@@ -80,16 +80,16 @@ def plain_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     return [int(one) for one in both[len(before) :]]
 
 
-def asked_ids(tokenizer: Any, record: Record, words: str) -> list[int]:
-    """Return, by transformers alone, the ids a model is served when its answer is to go on from the words."""
+def served_ids(tokenizer: Any, record: Record, feedback: str) -> list[int]:
+    """Return, using only transformers, the ids that a model receives when its answer is to continue `feedback`."""
     messages = [message_of(turn.role, turn.content, turn.input) for turn in record.messages]
-    messages.append({"role": "assistant", "content": f"{words}\n"})
+    messages.append({"role": "assistant", "content": f"{feedback}\n"})
     found = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
     return [int(one) for one in found]
 
 
 def runs(sample: Sample) -> list[tuple[bool, list[int]]]:
-    """Return a sample as pieces that do or do not carry loss."""
+    """Split a sample into runs of tokens that do or do not carry loss."""
     edges = [0, *(np.flatnonzero(np.diff(sample.trained.astype(int))) + 1).tolist(), len(sample.ids)]
     return [(bool(sample.trained[a]), sample.ids[a:b].tolist()) for a, b in pairwise(edges)]
 
@@ -101,7 +101,7 @@ def as_tuple(sample: Sample) -> tuple[Any, ...]:
 # -- chains ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_chain_is_prompt_then_words_and_answers_from_the_worst_to_the_best(llama: Any) -> None:
+def test_a_chain_is_the_prompt_then_feedback_and_answers_from_worst_to_best(llama: Any) -> None:
     record = compared("forty two", "forty", "four", prompt="How many?")
     chain, last_link = make_encoder(llama).encode([record])
     front = Renderer(llama).render([message_of(Role.USER, "How many?")]) + "ASSISTANT: A bad answer:\n"
@@ -119,14 +119,12 @@ def test_a_chain_is_prompt_then_words_and_answers_from_the_worst_to_the_best(lla
     assert llama.decode(chain.ids).endswith(
         "USER: How many? ASSISTANT: A bad answer:\nfour\nA bad answer:\nforty\nA good answer:\nforty two</s>"
     )
-    assert runs(last_link) == [(False, asked_ids(llama, record, "A good answer:")), pieces[-1]]
+    assert runs(last_link) == [(False, served_ids(llama, record, "A good answer:")), pieces[-1]]
     assert (chain.characters, last_link.characters) == (len("fourfortyforty two"), len("forty two"))
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_what_is_served_is_the_beginning_of_what_was_trained_on_for_real_comparisons(
-    llama: Any, name: TemplateName
-) -> None:
+def test_served_prompts_begin_trained_sequences_of_real_comparisons(llama: Any, name: TemplateName) -> None:
     hindsight = Hindsight()
     encoder = make_encoder(llama, hindsight, Template(name=name))
     path = DATA / "preference" / "comparison_zh.json"
@@ -134,17 +132,17 @@ def test_what_is_served_is_the_beginning_of_what_was_trained_on_for_real_compari
     used = set()
     for record in records:
         assert isinstance(record, Record)
-        words = choose_feedback(hindsight.feedback, SEED, record)
-        used.add(words.good)
+        pair = choose_feedback(hindsight.feedback, SEED, record)
+        used.add(pair.good)
         worst, best = record.answers[1].content, record.answers[0].content
         chain, last_link = encoder.encode([record])
-        served = asked_ids(llama, record, words.good)
+        served = served_ids(llama, record, pair.good)
         assert last_link.ids[: len(served)].tolist() == served
         assert not last_link.trained[: len(served)].any()
         assert last_link.trained[len(served) :].all()
         messages = [message_of(turn.role, turn.content, turn.input) for turn in record.messages]
-        assert llama.decode(served) == answer_frame(Renderer(llama), messages, ()).prompt + lead_in(words.good)
-        begun = asked_ids(llama, record, words.bad)
+        assert llama.decode(served) == answer_frame(Renderer(llama), messages, ()).prompt + lead_in(pair.good)
+        begun = served_ids(llama, record, pair.bad)
         assert chain.ids[: len(begun)].tolist() == begun
         answers = [llama.decode(ids) for trained, ids in runs(chain) if trained]
         assert len(answers) == 2
@@ -157,7 +155,7 @@ def test_what_is_served_is_the_beginning_of_what_was_trained_on_for_real_compari
     assert encoder.counts["chainedAnswers"] == 120
 
 
-def test_feedback_words_may_be_special_tokens_and_answers_never_are() -> None:
+def test_feedback_may_have_special_tokens_but_answers_never_do() -> None:
     tokenizer = make_tokenizer(special=("<|good|>", "<|bad|>"))
     hindsight = Hindsight(feedback=(Feedback(good="<|good|>", bad="<|bad|>"),))
     record = compared("the </s> <|bad|>", "the fox")
@@ -189,7 +187,7 @@ ANSWERS = st.lists(
 @given(ANSWERS, st.sampled_from([VICUNA, CHATML, Template(name=TemplateName.ALPACA)]), st.integers(40, 200))
 @example(["<s>", "<"], VICUNA, 153)
 @example(["<", "</s>"], CHATML, 167)
-def test_loss_lies_on_answers_and_the_end_alone_whatever_the_answers(
+def test_only_answers_and_the_end_carry_loss_whatever_the_answers(
     answers: list[str], template: Template, length: int
 ) -> None:
     tokenizer = make_tokenizer()
@@ -198,13 +196,13 @@ def test_loss_lies_on_answers_and_the_end_alone_whatever_the_answers(
     assert all(len(sample.ids) <= length for sample in samples)
     expected = [tuple(plain_ids(tokenizer, answer)) for answer in answers]
     for sample in samples:
-        said = [ids for trained, ids in runs(sample) if trained]
-        assert said[-1][-1] == tokenizer.eos_token_id
-        assert tuple(said[-1][: len(expected[0])]) == expected[0]
-        assert [tuple(ids) for ids in said[:-1]] == list(reversed(expected[1 : len(said)]))
-        unsaid = [tokenizer.decode(ids) for trained, ids in runs(sample) if not trained]
-        assert unsaid[-1].strip().endswith("A good answer:")
-        assert all(text.strip().endswith("A bad answer:") for text in unsaid[:-1])
+        trained_runs = [ids for trained, ids in runs(sample) if trained]
+        assert trained_runs[-1][-1] == tokenizer.eos_token_id
+        assert tuple(trained_runs[-1][: len(expected[0])]) == expected[0]
+        assert [tuple(ids) for ids in trained_runs[:-1]] == list(reversed(expected[1 : len(trained_runs)]))
+        untrained = [tokenizer.decode(ids) for trained, ids in runs(sample) if not trained]
+        assert untrained[-1].strip().endswith("A good answer:")
+        assert all(text.strip().endswith("A bad answer:") for text in untrained[:-1])
 
 
 # -- what is left out --------------------------------------------------------------------------------------------------
@@ -222,14 +220,14 @@ def test_loss_lies_on_answers_and_the_end_alone_whatever_the_answers(
         (compared("", "b"), [], {"emptyAnswers": 1, "sameAnswers": 1}),
     ],
 )
-def test_ties_empty_and_equal_answers_are_left_out_of_chains_and_counted(
+def test_tied_empty_and_equal_answers_are_left_out_of_chains_and_counted(
     record: Record, kept: list[str], counts: dict[str, int]
 ) -> None:
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer)
     samples = list(encoder.encode([record]))
-    said = [tokenizer.decode(ids) for sample in samples[:1] for trained, ids in runs(sample) if trained]
-    assert [text.removesuffix("</s>") for text in said] == kept
+    trained_runs = [tokenizer.decode(ids) for sample in samples[:1] for trained, ids in runs(sample) if trained]
+    assert [text.removesuffix("</s>") for text in trained_runs] == kept
     names = ("tiedAnswers", "emptyAnswers", "repeatedAnswers", "sameAnswers")
     assert {name: encoder.counts[name] for name in names if encoder.counts[name]} == counts
     assert encoder.counts["chains"] == (1 if kept else 0)
@@ -237,7 +235,7 @@ def test_ties_empty_and_equal_answers_are_left_out_of_chains_and_counted(
 
 def test_a_chain_that_is_too_long_loses_its_worst_answers_first() -> None:
     tokenizer = make_tokenizer()
-    record = compared("the best", "the fox " * 4, "the model", "the words " * 6)
+    record = compared("the best", "the fox " * 4, "the model", "the tasks " * 6)
     whole, last_link = make_encoder(tokenizer).encode([record])
     by_length: dict[int, list[str]] = {}
     for length in range(len(last_link.ids), len(whole.ids) + 1):
@@ -246,14 +244,14 @@ def test_a_chain_that_is_too_long_loses_its_worst_answers_first() -> None:
         assert len(first.ids) <= length
         by_length[length] = [tokenizer.decode(ids).strip() for trained, ids in runs(first) if trained]
         assert encoder.counts["shortenedChains"] == (length < len(whole.ids))
-    order = ["the words " * 6, "the model", "the fox " * 4, "the best</s>"]
-    assert {tuple(said) for said in by_length.values()} == {
+    order = ["the tasks " * 6, "the model", "the fox " * 4, "the best</s>"]
+    assert {tuple(found) for found in by_length.values()} == {
         tuple(text.strip() for text in order[start:]) for start in range(4)
     }
     assert sorted(by_length.values(), key=len) == list(by_length.values())
 
 
-def test_a_best_answer_that_does_not_fit_alone_is_dropped_or_named() -> None:
+def test_a_best_answer_that_does_not_fit_alone_is_dropped_or_reported() -> None:
     tokenizer = make_tokenizer()
     record = compared("the best", "the worst", where="x.json:7")
     _, last_link = make_encoder(tokenizer).encode([record])
@@ -270,15 +268,15 @@ def test_a_best_answer_that_does_not_fit_alone_is_dropped_or_named() -> None:
 # -- randomness --------------------------------------------------------------------------------------------------------
 
 
-def test_words_depend_on_the_seed_and_on_what_a_record_says_only() -> None:
+def test_feedback_depends_only_on_the_seed_and_the_content_of_a_record() -> None:
     feedback = Hindsight().feedback
     records = [compared(f"a {number}", f"b {number}", prompt=f"q {number}") for number in range(300)]
     chosen = [choose_feedback(feedback, 1, record) for record in records]
     moved = [replace(record, where="elsewhere:9", source="other") for record in records]
     assert [choose_feedback(feedback, 1, record) for record in moved] == chosen
     assert [choose_feedback(feedback, 2, record) for record in records] != chosen
-    counts = Counter(words.good for words in chosen)
-    assert min(counts[words.good] for words in feedback) > 70
+    counts = Counter(pair.good for pair in chosen)
+    assert min(counts[pair.good] for pair in feedback) > 70
     other = compared("b 0", "a 0", prompt="q 0")
     assert len({choose_feedback(feedback, seed, other) == choose_feedback(feedback, seed, records[0])
                 for seed in range(30)}) == 2  # fmt: skip
@@ -286,7 +284,7 @@ def test_words_depend_on_the_seed_and_on_what_a_record_says_only() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000))
-def test_the_order_of_records_changes_the_order_of_samples_and_nothing_else(seed: int) -> None:
+def test_the_order_of_records_changes_only_the_order_of_samples(seed: int) -> None:
     tokenizer = make_tokenizer()
     records = [compared(f"the {number}", "the fox", prompt=f"what is {number}") for number in range(30)]
     records += [Record(text=f"the lazy {number}") for number in range(5)]
@@ -328,10 +326,10 @@ def test_a_rejected_answer_is_never_taken_for_the_best() -> None:
     assert encoder.counts["bestAnswers"] == 0
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- rejections --------------------------------------------------------------------------------------------------------
 
 
-def test_ranked_answers_without_hindsight_and_answers_without_ranks_are_refused() -> None:
+def test_ranked_answers_without_hindsight_and_answers_without_ranks_are_rejected() -> None:
     tokenizer = make_tokenizer()
     make_encoder(tokenizer)
     plain = ConversationEncoder(Encoder(tokenizer), Renderer(tokenizer), Loss(), TooLong.DROP, LONG)
@@ -344,17 +342,17 @@ def test_ranked_answers_without_hindsight_and_answers_without_ranks_are_refused(
 
 
 @pytest.mark.parametrize(("good", "bad"), [("same:", "same: "), ("", "bad"), ("good", " ")])
-def test_words_that_do_not_tell_good_from_bad_are_refused(good: str, bad: str) -> None:
+def test_feedback_that_does_not_separate_good_from_bad_is_rejected(good: str, bad: str) -> None:
     feedback = (WORDS, Feedback(good=good, bad=bad))
     with pytest.raises(UserError, match=r"hindsight\.feedback\[1\]"):
         make_encoder(make_tokenizer(), Hindsight(feedback=feedback))
 
 
-def test_a_template_that_hides_what_the_assistant_says_is_refused_with_the_record() -> None:
+def test_a_template_that_omits_the_assistants_content_is_rejected_with_the_record() -> None:
     jinja = "{{ messages[0]['content'] }}{% if messages|length > 1 or add_generation_prompt %}:{% endif %}"
     jinja += "{% if messages|length > 1 %}{{ eos_token }}{% endif %}"
     encoder = make_encoder(make_tokenizer(), template=Template(name=TemplateName.CUSTOM, jinja=jinja))
-    with pytest.raises(UserError, match=r"x\.json:1: the chat template does not show what the assistant says"):
+    with pytest.raises(UserError, match=r"x\.json:1: the chat template does not render the assistant's content"):
         list(encoder.encode([compared("a", "b")]))
 
 

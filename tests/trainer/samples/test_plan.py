@@ -22,7 +22,7 @@ BOS, EOS = 1, 2
 
 
 def make_shard(lengths: list[int], first: int = 10, masked: bool = False) -> TokenShard:
-    """Return a shard whose tokens are all different, so that any one can be told from the others."""
+    """Return a shard whose tokens are all different, so that each can be identified."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(first, first + offsets[-1], dtype=np.int32)
     trained = tokens % 2 == 0 if masked else None
@@ -57,7 +57,7 @@ def all_rows(plan: MixedPlan) -> list[Row]:
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.booleans())
-def test_one_epoch_predicts_every_token_once_however_documents_are_cut(lengths: list[int], masked: bool) -> None:
+def test_one_epoch_predicts_every_token_once_however_documents_are_split(lengths: list[int], masked: bool) -> None:
     shard = make_shard(lengths, masked=masked)
     rows = all_rows(make_plan({"a": shard}))
     predicted = Counter(int(label) for row in rows for label in row.labels if label != IGNORE)
@@ -74,13 +74,13 @@ def test_one_epoch_predicts_every_token_once_however_documents_are_cut(lengths: 
         assert (row.labels[known] == row.tokens[known] + 1).all()
 
 
-def test_the_last_position_of_a_sample_predicts_nothing_of_the_next_sample() -> None:
+def test_the_last_position_of_a_sample_does_not_predict_the_next_sample() -> None:
     row = all_rows(make_plan({"a": make_shard([5, 6])}))[0]
     ends = np.cumsum(row.lengths) - 1
     assert (row.labels[ends] == IGNORE).all()
 
 
-def test_pieces_of_a_long_document_lie_end_to_end() -> None:
+def test_pieces_of_a_long_document_are_contiguous() -> None:
     pieces = cut_into_pieces([make_shard([33, 16, 17, 1])], 16)
     assert list(zip(pieces.start.tolist(), pieces.length.tolist(), strict=True)) == [
         (0, 16),
@@ -92,7 +92,7 @@ def test_pieces_of_a_long_document_lie_end_to_end() -> None:
     assert pieces.goes_on.tolist() == [True, True, False, True, False]
 
 
-def test_any_step_is_the_same_whatever_was_asked_before() -> None:
+def test_a_step_does_not_depend_on_the_steps_requested_before() -> None:
     shards = {"a": make_shard([7, 9, 20, 3] * 20), "b": make_shard([4, 4, 30] * 9, first=5000)}
     changes: dict[str, Any] = {
         "data": [{"uri": "a", "name": "a", "weight": 3}, {"uri": "b", "name": "b", "weight": 1}],
@@ -140,7 +140,7 @@ def test_a_batch_smaller_than_a_row_is_one_row() -> None:
     assert len(make_plan({"a": make_shard([16] * 50)}, batch={"tokens": 8}).rows(0)) == 1
 
 
-def test_a_batch_of_samples_takes_so_many_samples_in_as_few_rows_as_they_fit() -> None:
+def test_a_batch_of_samples_is_packed_into_as_few_rows_as_possible() -> None:
     plan = make_plan({"a": make_shard([4] * 50)}, batch={"samples": 10})
     assert [sum(len(row.lengths) for row in plan.rows(step)) for step in range(5)] == [10] * 5
     assert [len(plan.rows(step)) for step in range(5)] == [3] * 5
@@ -149,7 +149,7 @@ def test_a_batch_of_samples_takes_so_many_samples_in_as_few_rows_as_they_fit() -
 
 
 @pytest.mark.parametrize("batch", [{"samples": 6}, {"tokens": 96}])
-def test_without_packing_a_row_holds_one_sample(batch: dict[str, int]) -> None:
+def test_without_packing_a_row_has_one_sample(batch: dict[str, int]) -> None:
     plan = make_plan({"a": make_shard([4, 9] * 9)}, packing=False, batch=batch)
     assert [[len(row.lengths) for row in plan.rows(step)] for step in range(3)] == [[1] * 6] * 3
 
@@ -179,10 +179,10 @@ def test_phases_have_their_own_length_batch_mix_rate_and_base() -> None:
     assert long.min() >= 10_000
     assert len(plan.rows(10)) == 4
     seen = Counter(int(t) for step in (*range(10), *range(20, 25)) for row in plan.rows(step) for t in row.tokens)
-    assert max(seen.values()) == 1, "the last phase goes on where the first left off"
+    assert max(seen.values()) == 1, "the last phase continues where the first ended"
 
 
-def test_a_phase_with_its_own_rate_has_the_schedule_to_itself() -> None:
+def test_a_phase_with_its_own_rate_has_its_own_schedule() -> None:
     changes: dict[str, Any] = {
         "schedule": {"name": "linear", "warmupSteps": 2},
         "phases": [{"name": "x", "tokens": 640}, {"name": "y", "tokens": 640, "learningRate": 3.0}],
@@ -206,13 +206,13 @@ def test_a_phase_with_its_own_rate_has_the_schedule_to_itself() -> None:
         ({"phases": [{"name": "p", "tokens": 9, "weights": [{"name": "c", "weight": 1}]}]}, "'c'"),
     ],
 )
-def test_weights_that_make_no_mix_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_weights_that_form_no_mix_are_rejected(changes: dict[str, Any], message: str) -> None:
     data = {"data": [{"uri": "a", "name": "a"}, {"uri": "b", "name": "b"}]}
     with pytest.raises(UserError, match=message):
         make_plan({"a": make_shard([9]), "b": make_shard([9])}, **{**data, **changes})
 
 
-def test_a_set_with_weight_and_without_samples_is_refused() -> None:
+def test_a_set_with_weight_but_without_samples_is_rejected() -> None:
     data = [{"uri": "a", "name": "a", "weight": 1}, {"uri": "b", "name": "b", "weight": 1}]
     with pytest.raises(UserError, match="b has no sample"):
         make_plan({"a": make_shard([9]), "b": make_shard([])}, data=data)

@@ -1,4 +1,4 @@
-"""Preferences as token groups: what is compared is what is served, nothing is lost uncounted, plans are exact."""
+"""Preferences as token groups: encoded as served, every lost answer is counted, plans are exact."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def groups_of(shard: GroupShard, counting: Counting = Counting.GROUPS) -> list[G
 
 
 def served(tokenizer: Any, turns: tuple[Turn, ...], system: str | None = None) -> list[int]:
-    """Return, by transformers alone, the ids a model is given."""
+    """Return, using only transformers, the ids that a served model receives."""
     messages = [message_of(turn.role, turn.content, turn.input) for turn in turns]
     if system is not None:
         messages = [message_of(Role.SYSTEM, system), *(item for item in messages if item["role"] != "system")]
@@ -105,7 +105,7 @@ def test_real_pairs_are_the_served_prompt_the_answer_and_the_end(
     assert shard.num_tokens == sum(group.num_tokens for group in groups)
 
 
-def test_the_real_file_loses_what_does_not_fit_and_says_so(tmp_path: Path, llama: Any) -> None:
+def test_a_real_file_loses_what_does_not_fit_and_reports_it(tmp_path: Path, llama: Any) -> None:
     whole = group_shard(make_context(tmp_path), REAL, llama, 100_000, Grouping.PROMPTS)
     lengths = [[len(sequence.ids) for sequence in group.sequences] for group in groups_of(whole)]
     cut = group_shard(make_context(tmp_path, seed=2), REAL, llama, 1024, Grouping.PROMPTS)
@@ -123,7 +123,7 @@ RANKED = {
 }
 
 
-def test_ranked_answers_make_all_pairs_but_ties(tmp_path: Path, small: Any) -> None:
+def test_ranked_answers_form_all_pairs_except_ties(tmp_path: Path, small: Any) -> None:
     shard = shard_of(tmp_path, [RANKED], small)
     [group] = groups_of(shard, Counting.PAIRS)
     assert answers_in(small, group) == ["dog", "fox", "model", "word"]
@@ -135,7 +135,7 @@ def test_ranked_answers_make_all_pairs_but_ties(tmp_path: Path, small: Any) -> N
     assert [found.num_targets for found in groups_of(shard, Counting.ANSWERS)] == [4]
 
 
-def test_a_ranking_can_be_taken_apart_into_pairs(tmp_path: Path, small: Any) -> None:
+def test_a_ranking_can_be_split_into_pairs(tmp_path: Path, small: Any) -> None:
     shard = shard_of(tmp_path, [RANKED], small, Grouping.PAIRS)
     found = [tuple(answers_in(small, group)) for group in groups_of(shard)]
     assert found == [("dog", "fox"), ("dog", "model"), ("dog", "word"), ("fox", "word"), ("model", "word")]
@@ -144,7 +144,7 @@ def test_a_ranking_can_be_taken_apart_into_pairs(tmp_path: Path, small: Any) -> 
     assert shard.num_tokens == sum(group.num_tokens for group in groups_of(shard))
 
 
-def test_a_ranking_can_be_taken_apart_into_liked_and_other_answers(tmp_path: Path, small: Any) -> None:
+def test_a_ranking_can_be_split_into_liked_and_other_answers(tmp_path: Path, small: Any) -> None:
     labels = [{"prompt": "q", "completion": "good one", "label": 1}, {"prompt": "q", "completion": "bad", "label": 0}]
     apart = shard_of(tmp_path, [RANKED], small, Grouping.ANSWERS)
     liked = [(answers_in(small, group), group.liked.tolist()) for group in groups_of(apart) if group.liked is not None]
@@ -167,7 +167,7 @@ def test_a_ranking_can_be_taken_apart_into_liked_and_other_answers(tmp_path: Pat
         ),
     ],
 )
-def test_what_cannot_be_compared_is_dropped_and_counted(
+def test_answers_that_cannot_be_compared_are_dropped_and_counted(
     tmp_path: Path, small: Any, answers: list[Any], counts: dict[str, int]
 ) -> None:
     values = [{"prompt": "the lazy", "answers": answers}, {"prompt": "the lazy", "answers": ["dog", "fox"]}]
@@ -209,19 +209,19 @@ def test_an_answer_that_does_not_fit_leaves_the_others_of_its_prompt(tmp_path: P
         pytest.param(
             {"prompt": "q", "completion": "a", "label": 1},
             Grouping.PAIRS,
-            r"a\.jsonl:1: an answer that is liked or not.*`dpo` stage with `loss: \{kto: \{\}\}`",
+            r"a\.jsonl:1: an answer judged as good or bad.*`dpo` stage with `loss: \{kto: \{\}\}`",
             id="labels where pairs are needed",
         ),
     ],
 )
-def test_records_of_another_sort_are_refused_with_the_way_out(
+def test_records_of_another_kind_are_rejected_with_advice(
     tmp_path: Path, small: Any, value: dict[str, Any], grouping: Grouping, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         shard_of(tmp_path, [value], small, grouping)
 
 
-def test_a_system_prompt_replaces_the_conversations_own(tmp_path: Path, small: Any) -> None:
+def test_a_system_prompt_replaces_that_of_the_conversation(tmp_path: Path, small: Any) -> None:
     values = [{"system": "own", "prompt": "q", "answers": ["a", "b"]}, {"prompt": "q", "answers": ["a", "b"]}]
     first, second = groups_of(shard_of(tmp_path, values, small, system="be kind", domain=3, number=2))
     assert first.sequences[0].ids.tolist() == second.sequences[0].ids.tolist()
@@ -230,7 +230,7 @@ def test_a_system_prompt_replaces_the_conversations_own(tmp_path: Path, small: A
     assert (first.domain, first.place, second.place) == (3, (2, 0), (2, 1))
 
 
-def test_a_shard_is_made_once_for_equal_settings(tmp_path: Path, small: Any) -> None:
+def test_a_shard_is_built_once_for_equal_settings(tmp_path: Path, small: Any) -> None:
     values = [{"prompt": "q", "answers": ["a", "b"]}]
     settings: list[dict[str, Any]] = [{}, {"domain": 5}, {"system": "s"}, {"sequence_length": 99}]
     for index, options in enumerate(settings):
@@ -272,7 +272,7 @@ def two_sets(tmp_path: Path, small: Any) -> dict[str, GroupShard]:
     }
 
 
-def test_an_epoch_has_every_group_once_and_any_step_is_found_at_once(two_sets: dict[str, GroupShard]) -> None:
+def test_an_epoch_has_every_group_once_and_steps_are_random_access(two_sets: dict[str, GroupShard]) -> None:
     plan = plan_groups(two_sets, plan_config(), Counting.PAIRS, seed=1)
     steps = [plan.rows(step) for step in range(plan.num_steps)]
     assert [len(step) for step in steps] == [4] * 7 + [2]
@@ -309,7 +309,7 @@ def test_batches_and_budgets_of_tokens_are_met_on_average(two_sets: dict[str, Gr
     assert len({len(plan.rows(step)) for step in range(plan.num_steps)}) == 1
 
 
-def test_a_set_with_weight_and_without_groups_is_refused(tmp_path: Path, small: Any) -> None:
+def test_a_set_with_weight_but_without_groups_is_rejected(tmp_path: Path, small: Any) -> None:
     empty = shard_of(tmp_path, [{"prompt": "q", "answers": ["a", "a"]}], small)
     config = plan_config(data=[{"uri": "a", "name": "a"}])
     with pytest.raises(UserError, match="data: a has no sample to train on"):
@@ -319,7 +319,7 @@ def test_a_set_with_weight_and_without_groups_is_refused(tmp_path: Path, small: 
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_what_is_served_without_the_last_answer(tmp_path: Path, small: Any) -> None:
+def test_prompts_are_the_served_ids_without_the_last_answer(tmp_path: Path, small: Any) -> None:
     values = [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]},
@@ -339,7 +339,7 @@ def test_prompts_are_what_is_served_without_the_last_answer(tmp_path: Path, smal
     assert [prompt.where for prompt in found.prompts] == ["a.jsonl:1", "a.jsonl:2"]
 
 
-def test_preferences_give_prompts_and_text_gives_none(tmp_path: Path, llama: Any) -> None:
+def test_preferences_give_prompts_and_text_is_rejected(tmp_path: Path, llama: Any) -> None:
     context = make_context(tmp_path)
     records = list(prompt_records(context, REAL))
     assert len(records) == 300

@@ -1,4 +1,4 @@
-"""Hidden input tokens: which, how many, and the same again."""
+"""Masked input tokens: which, how many, and the same again after a resume."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ def key_of(*parts: int) -> int:
     st.floats(0, 1),
     st.tuples(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(0, 500)),
 )
-def test_hidden_tokens_are_those_of_an_independent_count(
-    lengths: list[int], share: float, place: tuple[int, int, int]
+def test_masked_tokens_match_an_independent_computation(
+    lengths: list[int], share: float, position: tuple[int, int, int]
 ) -> None:
-    seed, step, number = place
+    seed, step, number = position
     key = key_of(seed, int.from_bytes(b"HIDE"), step, number)
-    evenly = [(splitmix(index ^ key) >> 11) / 2**53 for index in range(1 + sum(lengths))]
-    expected = [value < evenly[0] * share for value in evenly[1:]]
+    uniform = [(splitmix(index ^ key) >> 11) / 2**53 for index in range(1 + sum(lengths))]
+    expected = [value < uniform[0] * share for value in uniform[1:]]
     firsts = {sum(lengths[:index]) for index in range(len(lengths))}
     row = make_row(lengths)
-    found = TokenMasking(share, FILLER, seed).hide(row, step, number)
-    for position, token in enumerate(found.tokens.tolist()):
-        hidden = expected[position] and position not in firsts
-        assert token == (FILLER if hidden else row.tokens[position])
+    found = TokenMasking(share, FILLER, seed).apply(row, step, number)
+    for index, token in enumerate(found.tokens.tolist()):
+        masked = expected[index] and index not in firsts
+        assert token == (FILLER if masked else row.tokens[index])
     assert np.array_equal(found.labels, row.labels)
     assert found.lengths == row.lengths
     assert found.tokens.dtype == np.int32
 
 
-def test_the_share_of_a_row_lies_evenly_between_0_and_the_largest() -> None:
-    hiding = TokenMasking(0.1, FILLER, 7)
-    shares = np.array([hiding.hidden([4000], step, number).mean() for step in range(50) for number in range(8)])
+def test_the_masked_share_of_rows_is_uniform_from_0_to_the_largest() -> None:
+    masking = TokenMasking(0.1, FILLER, 7)
+    shares = np.array([masking.mask([4000], step, number).mean() for step in range(50) for number in range(8)])
     assert shares.max() < 0.12
     assert shares.mean() == pytest.approx(0.05, abs=0.006)
     assert np.quantile(shares, [0.25, 0.75]) == pytest.approx([0.025, 0.075], abs=0.012)
-    assert not np.array_equal(hiding.hidden([4000], 3, 0), hiding.hidden([4000], 3, 1))
-    assert not np.array_equal(hiding.hidden([4000], 3, 0), hiding.hidden([4000], 4, 0))
-    assert not TokenMasking(0.0, FILLER, 7).hidden([4000], 0, 0).any()
+    assert not np.array_equal(masking.mask([4000], 3, 0), masking.mask([4000], 3, 1))
+    assert not np.array_equal(masking.mask([4000], 3, 0), masking.mask([4000], 4, 0))
+    assert not TokenMasking(0.0, FILLER, 7).mask([4000], 0, 0).any()
 
 
-def make_plan(hiding: TokenMasking | None) -> MixedPlan:
+def make_plan(masking: TokenMasking | None) -> MixedPlan:
     lengths = [9, 14, 30, 5, 22, 17, 11, 30]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     shard = TokenShard(np.arange(100, 100 + offsets[-1], dtype=np.int32), None, offsets, {})
@@ -88,24 +88,24 @@ def make_plan(hiding: TokenMasking | None) -> MixedPlan:
         optimizer=Optimizer(learning_rate=1.0),
     )
     plan = Planner({"a": shard}, 3).plan(phase_settings(config, ["a"]))
-    return plan if hiding is None else MixedPlan(mask_phases(plan.phases, hiding))
+    return plan if masking is None else MixedPlan(mask_phases(plan.phases, masking))
 
 
-def test_a_plan_hides_the_same_at_any_step_whatever_came_before() -> None:
-    hiding = TokenMasking(0.5, FILLER, 11)
-    shown, whole = make_plan(None), make_plan(hiding)
-    assert whole.num_steps == shown.num_steps > 6
-    hidden, tokens = 0, 0
+def test_a_plan_masks_the_same_tokens_at_a_step_whatever_came_before() -> None:
+    masking = TokenMasking(0.5, FILLER, 11)
+    plain_plan, whole = make_plan(None), make_plan(masking)
+    assert whole.num_steps == plain_plan.num_steps > 6
+    num_masked, tokens = 0, 0
     for step in range(whole.num_steps):
-        again = make_plan(hiding).rows(step)
-        for number, (row, plain) in enumerate(zip(whole.rows(step), shown.rows(step), strict=True)):
+        again = make_plan(masking).rows(step)
+        for number, (row, plain) in enumerate(zip(whole.rows(step), plain_plan.rows(step), strict=True)):
             assert np.array_equal(row.tokens, again[number].tokens)
-            assert np.array_equal(row.tokens, hiding.hide(plain, step, number).tokens)
+            assert np.array_equal(row.tokens, masking.apply(plain, step, number).tokens)
             assert np.array_equal(row.labels, plain.labels)
-            hidden += int((row.tokens == FILLER).sum())
+            num_masked += int((row.tokens == FILLER).sum())
             tokens += row.num_tokens
-    assert masked_share(shown, hiding) == pytest.approx(hidden / tokens)
-    assert 0.1 < hidden / tokens < 0.4
+    assert masked_share(plain_plan, masking) == pytest.approx(num_masked / tokens)
+    assert 0.1 < num_masked / tokens < 0.4
 
 
 def test_the_filler_is_the_unknown_token_or_the_next_best() -> None:

@@ -40,7 +40,7 @@ def write_talks(path: Path, number: int = 40) -> Path:
 
 
 class Workshop:
-    """A folder with a base model, data, and the artifacts of stages that were run in it."""
+    """A folder with a base model, data, and the artifacts of the stages that ran in it."""
 
     def __init__(self, root: Path, tied: bool = False) -> None:
         self.root = root

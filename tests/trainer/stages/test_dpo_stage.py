@@ -145,7 +145,7 @@ def test_the_report_counts_what_became_of_the_answers(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"template": None}, "no chat template; name one"),
-        ({"trainable": {"lora": {"continueAdapter": True}}}, "`model` is no adapter"),
+        ({"trainable": {"lora": {"continueAdapter": True}}}, "`model` has whole weights, not an adapter"),
         ({"sequenceLength": 8}, "no preference to learn from is left"),
         ({"earlyStop": {"set": "other"}}, "earlyStop.set"),
         ({"data": [{"uri": "labels"}]}, "kto"),

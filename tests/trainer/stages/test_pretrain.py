@@ -1,4 +1,4 @@
-"""`pretrain` from beginning to end, on a model of a few thousand parameters."""
+"""`pretrain` end to end, on a model of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def files_of(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
-def test_from_nothing_it_learns_and_equal_runs_make_equal_files(workshop: Workshop) -> None:
+def test_a_new_model_learns_and_equal_runs_write_equal_files(workshop: Workshop) -> None:
     changes: dict[str, Any] = {
         "model": None,
         "architecture": SHAPE,
@@ -59,7 +59,7 @@ def test_from_nothing_it_learns_and_equal_runs_make_equal_files(workshop: Worksh
 
 
 def test_new_rows_then_an_adapter_over_them_then_a_continued_adapter(workshop: Workshop) -> None:
-    """The chain of Chinese-LLaMA: grow, train new rows, train an adapter and new rows, go on with the adapter."""
+    """The chain of Chinese-LLaMA: grow, train new rows, train an adapter and new rows, continue the adapter."""
     base = load_file(workshop.root / "base" / "model.safetensors")
     grown = {
         "precision": "bf16",
@@ -138,9 +138,9 @@ def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
         ({"data": [{"uri": "texts"}, {"uri": "texts"}]}, "`name` of its own"),
         ({"data": [{"uri": "talks"}]}, "a conversation where plain text"),
         ({"data": [{"uri": "empty"}]}, "no sample"),
-        ({"tokenizer": {"uri": "smaller"}}, "never shrinks|lost"),
+        ({"tokenizer": {"uri": "smaller"}}, "never shrunk|missing"),
         ({"earlyStop": {"set": "zh"}}, "'zh' is no set"),
-        ({"trainable": {"lora": {}}, "ropeTheta": 5e4}, "adapter carries no configuration"),
+        ({"trainable": {"lora": {}}, "ropeTheta": 5e4}, "adapter has no model configuration"),
         ({"trainable": {"lora": {"targets": ["wq"]}}}, "q_proj"),
         ({"trainable": {"embeddings": {}}}, "no new rows"),
         (
@@ -153,7 +153,7 @@ def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
+def test_incompatible_settings_are_rejected(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
     (workshop.root / "empty.jsonl").write_text("")
     workshop.inputs["empty"] = workshop.root / "empty.jsonl"
     make_tokenizer(300).save_pretrained(workshop.root / "smaller")

@@ -1,4 +1,4 @@
-"""`sft` from beginning to end, on a model of a few thousand parameters."""
+"""`sft` end to end, on a model of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report_of(output: Path) -> dict[str, Any]:
     return found
 
 
-def test_it_learns_and_the_result_answers_in_plain_transformers_with_its_chat_template(workshop: Workshop) -> None:
+def test_the_trained_model_answers_in_plain_transformers_with_its_chat_template(workshop: Workshop) -> None:
     outcome, output = workshop.sft(
         template={"name": "vicuna", "system": "You are short."},
         budget={"steps": 25},
@@ -50,7 +50,7 @@ def test_it_learns_and_the_result_answers_in_plain_transformers_with_its_chat_te
     assert counts["records"] == counts["samples"] == 40
 
 
-def test_chatml_ends_with_its_own_marker_where_the_vocabulary_has_it(workshop: Workshop) -> None:
+def test_chatml_ends_with_its_own_marker_if_the_vocabulary_has_it(workshop: Workshop) -> None:
     tokenizer = AutoTokenizer.from_pretrained(workshop.root / "base")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(workshop.root / "markers")
@@ -69,7 +69,7 @@ def test_chatml_ends_with_its_own_marker_where_the_vocabulary_has_it(workshop: W
     assert "specialTokens" in report_of(spelled)["warnings"][0]
 
 
-def test_packed_and_unpacked_training_come_to_the_same(workshop: Workshop) -> None:
+def test_packed_and_unpacked_training_give_equal_results(workshop: Workshop) -> None:
     changes: dict[str, Any] = {"batch": {"samples": 10}, "budget": {"steps": 4}}
     packed, _ = workshop.sft("packed", **changes)
     alone, _ = workshop.sft("alone", packing=False, **changes)
@@ -106,7 +106,7 @@ def test_sets_with_weights_an_adapter_and_its_continuation(workshop: Workshop) -
         ({"template": {"name": "custom", "jinja": "{{ messages[0]['content'] }}"}}, r"talks:1: .*end token"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_refused(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
+def test_data_that_cannot_be_trained_on_is_rejected(workshop: Workshop, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         workshop.sft(**changes)
 
@@ -123,7 +123,7 @@ def test_more_dropped_samples_than_allowed_fail_the_stage(workshop: Workshop) ->
     assert report_of(output)["data"]["talks"]["tooLong"] == 3
 
 
-def test_tokenised_shards_are_made_once_and_used_again(workshop: Workshop) -> None:
+def test_tokenised_shards_are_built_once_and_reused(workshop: Workshop) -> None:
     from stagecoach_api.conversation import Loss, Template, TemplateName, TooLong
     from stagecoach_api.references import WeightedSource
     from stagecoach_trainer.samples import datasets as sources

@@ -1,4 +1,4 @@
-"""`sft` on ranked answers, from beginning to end, on a model of a few thousand parameters."""
+"""`sft` on ranked answers, end to end, on a model of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from stagecoach_api.kinds.sft import SftStage
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
-from stagecoach_trainer.samples import token_masking as hiding
+from stagecoach_trainer.samples import token_masking
 from stagecoach_trainer.stages.sft import run
 from tests.trainer.data.makers import write_jsonl
 from tests.trainer.stages.makers import Workshop
@@ -37,12 +37,12 @@ def report_of(output: Path) -> dict[str, Any]:
     return found
 
 
-def test_ranked_answers_without_hindsight_are_refused_with_the_remedy(workshop: Workshop) -> None:
+def test_ranked_answers_without_hindsight_are_rejected_with_advice(workshop: Workshop) -> None:
     with pytest.raises(UserError, match=r"preferences.*:1: a preference record.*`sft` with `hindsight`"):
         workshop.sft(data=PREFERENCES)
 
 
-def test_chains_are_trained_on_measured_and_told_of(workshop: Workshop) -> None:
+def test_chains_are_trained_on_measured_and_reported(workshop: Workshop) -> None:
     held_out = {"sets": [{"uri": "preferences", "name": "ranked", "maxSamples": 9}]}
     outcome, output = workshop.sft(data=PREFERENCES, hindsight={}, budget={"steps": 20}, heldOut=held_out)
     assert outcome.metrics["heldOut.ranked.loss"] < outcome.metrics["heldOut.ranked.before.loss"] - 1
@@ -66,18 +66,18 @@ def test_the_best_answer_trains_like_the_same_conversations(workshop: Workshop) 
     assert report_of(output)["data"]["preferences"]["bestAnswers"] == 40
 
 
-def test_nothing_is_hidden_where_the_largest_share_is_0(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, output = workshop.sft("shown", data=PREFERENCES, hindsight={"maxMaskedShare": 0})
-    assert "hindsight.hiddenShare" not in shown.metrics
-    hidden, other = workshop.sft("hidden", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
-    assert hidden.metrics["loss"] != shown.metrics["loss"]
-    monkeypatch.setattr(hiding.TokenMasking, "hide", lambda self, row, step, number: row)
-    _, unhidden = workshop.sft("unhidden", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
-    weights = [(path / "model.safetensors").read_bytes() for path in (output, other, unhidden)]
+def test_no_token_is_masked_if_the_largest_share_is_0(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmasked, output = workshop.sft("unmasked", data=PREFERENCES, hindsight={"maxMaskedShare": 0})
+    assert "hindsight.hiddenShare" not in unmasked.metrics
+    masked, other = workshop.sft("masked", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
+    assert masked.metrics["loss"] != unmasked.metrics["loss"]
+    monkeypatch.setattr(token_masking.TokenMasking, "apply", lambda self, row, step, number: row)
+    _, patched = workshop.sft("patched", data=PREFERENCES, hindsight={"maxMaskedShare": 0.3})
+    weights = [(path / "model.safetensors").read_bytes() for path in (output, other, patched)]
     assert weights[0] == weights[2] != weights[1]
 
 
-def test_chains_beside_conversations_and_text_in_the_shares_of_their_weights(workshop: Workshop) -> None:
+def test_chains_conversations_and_text_are_mixed_by_their_weights(workshop: Workshop) -> None:
     data = [
         {"uri": "preferences", "name": "preferences", "weight": 2},
         {"uri": "talks", "name": "talks", "format": "alpaca", "weight": 1},
@@ -94,7 +94,7 @@ def test_chains_beside_conversations_and_text_in_the_shares_of_their_weights(wor
     assert counts["preferences"]["trainedTokens"] < counts["preferences"]["tokens"] / 2
 
 
-def test_too_many_answers_that_say_nothing_fail_the_stage(workshop: Workshop) -> None:
+def test_too_many_answers_without_a_preference_fail_the_stage(workshop: Workshop) -> None:
     pairs = [{"prompt": "q", "chosen": "the dog", "rejected": "the dog" if index < 4 else "no"} for index in range(40)]
     write_jsonl(workshop.inputs["preferences"], pairs)
     with pytest.raises(UserError, match=r"data: 5\.3% of the samples.*sameAnswers 4"):
@@ -103,14 +103,12 @@ def test_too_many_answers_that_say_nothing_fail_the_stage(workshop: Workshop) ->
     assert report_of(output)["data"]["preferences"]["sameAnswers"] == 4
 
 
-def test_hindsight_without_ranked_answers_is_warned_of(workshop: Workshop) -> None:
+def test_hindsight_without_ranked_answers_gives_a_warning(workshop: Workshop) -> None:
     _, output = workshop.sft(hindsight={})
     assert "no data set has preference records" in report_of(output)["warnings"][-1]
 
 
-def test_a_stage_stopped_amid_its_steps_hides_the_same_when_it_goes_on(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_stage_masks_the_same_tokens(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, Any] = {
         "model": {"uri": "base"},
         "data": PREFERENCES,
@@ -124,22 +122,22 @@ def test_a_stage_stopped_amid_its_steps_hides_the_same_when_it_goes_on(
         "hindsight": {"maxMaskedShare": 0.3},
     }
     stage = SftStage.model_validate(config)
-    undisturbed = workshop.context("sft", "undisturbed")
-    expected = run(stage, undisturbed)
+    uninterrupted = workshop.context("sft", "uninterrupted")
+    expected = run(stage, uninterrupted)
     context = workshop.context("sft", "stopped")
-    hide = hiding.TokenMasking.hide
+    apply = token_masking.TokenMasking.apply
 
-    def stopping(self: hiding.TokenMasking, row: Row, step: int, number: int) -> Row:
+    def stopping(self: token_masking.TokenMasking, row: Row, step: int, number: int) -> Row:
         if step == 5:
             context.stop.set()
-        return hide(self, row, step, number)
+        return apply(self, row, step, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hiding.TokenMasking, "hide", stopping)
+        patch.setattr(token_masking.TokenMasking, "apply", stopping)
         with pytest.raises(Interrupted, match=r"stopped after step [1-7] of 8"):
             run(stage, context)
     again = workshop.context("sft", "stopped")
     assert run(stage, again).metrics == expected.metrics
-    found, whole = (load_file(folder.output / "model.safetensors") for folder in (again, undisturbed))
+    found, whole = (load_file(folder.output / "model.safetensors") for folder in (again, uninterrupted))
     assert found.keys() == whole.keys()
     assert all(np.array_equal(found[name], whole[name]) for name in whole)

@@ -51,7 +51,7 @@ def test_encoding_does_not_change_the_tokenizer(folder: Path) -> None:
                 "tokenizer.json": "{}",
                 "tokenizer_config.json": json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}}),
             },
-            "`trust_remote_code`.*never executed",
+            "`trust_remote_code`.*never run",
             id="code of its own",
         ),
         pytest.param(

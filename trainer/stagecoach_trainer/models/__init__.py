@@ -1,1 +1,1 @@
-"""Models as files and in memory: load, grow, choose what is trained, save."""
+"""Models in memory and on disk: load, grow, choose what is trained, save. Imports `text`, `kernels` and `runtime`."""

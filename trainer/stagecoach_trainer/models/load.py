@@ -1,4 +1,4 @@
-"""Loading a model: a Hugging Face folder, or an artifact of another stage with the chain of adapters below it."""
+"""Load a model: a Hugging Face folder, or an artifact of another stage with the chain of adapters it is based on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ConfigChange = Callable[["PreTrainedConfig"], None]
 
 
 class Head(StrEnum):
-    """What sits on a model's body, by transformers' class that loads it."""
+    """Head of a model, by the class of transformers that loads it."""
 
     LANGUAGE_MODEL = "AutoModelForCausalLM"
     CLASSIFIER = "AutoModelForSequenceClassification"
@@ -41,25 +41,25 @@ class Head(StrEnum):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, and what is known of it."""
+    """A model in memory, with its vocabulary, card and origin."""
 
     model: Any
-    """A PreTrainedModel; with `merge=False` a PeftModel where the source is an adapter."""
+    """A PreTrainedModel, or a PeftModel if the source is an adapter that was not merged."""
 
     tokenizer: Any | None
-    """Its own vocabulary. None: the folder has none."""
+    """Its own vocabulary. None if the folder has none."""
 
     card: ModelCard
-    """What `stagecoach.json` says; for a folder from outside: whole weights."""
+    """Content of `stagecoach.json`; for a folder without one, a card of whole weights."""
 
     path: Path
-    """The local folder it was loaded from."""
+    """Local folder from which it was loaded."""
 
     source: ResolvedInput
-    """Where it was found."""
+    """Resolved location and digest of the source."""
 
     def require_tokenizer(self) -> Any:
-        """Return the vocabulary. Raises UserError where the folder has none."""
+        """Return the vocabulary. Raises UserError if the folder has none."""
         if self.tokenizer is None:
             raise UserError(f"{self.path}: the model's folder has no vocabulary; name one as the stage's `tokenizer`")
         return self.tokenizer
@@ -74,33 +74,33 @@ def load_model(
 ) -> LoadedModel:
     """Load the model that `source` names, on the CPU.
 
-    An adapter is put on its base, which is loaded the same way, grown as the adapter's card says. `merge` folds it
-    into the weights; without it the newest adapter stays on top, ready to be trained on.
+    An adapter is applied to its base, which is loaded the same way and grown as the adapter's card specifies. `merge`
+    merges it into the weights; otherwise the newest adapter stays separate, ready for more training.
     `change_config` may edit the configuration before weights are loaded (positions, dropout).
-    Raises UserError for pickles, code in the folder, unsound files, weights that are missing or left over, and a
-    vocabulary of another size than the model.
+    Raises UserError for pickles, code in the folder, corrupt files, missing or unexpected weights, and a vocabulary
+    whose size differs from the model's.
     """
-    found = context.input(source) if isinstance(source, Reference) else source
-    path = context.fetch_resolved(found)
+    resolved = context.input(source) if isinstance(source, Reference) else source
+    path = context.fetch_resolved(resolved)
     require_folder(path)
     card = read_card(path)
     if card.reward is not None:
-        raise UserError(f"{path}: it is a reward model, which scores answers; a language model is needed here")
+        raise UserError(f"{path}: it is a reward model, which scores answers; give a language model")
     if card.adapter:
-        return _load_adapter(context, found, path, card, dtype, merge, change_config)
+        return _load_adapter(context, resolved, path, card, dtype, merge, change_config)
     if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{path}: a PEFT adapter without {CARD}, so its base is unknown here; merge it into its base first (PEFT)"
+            f"{path}: a PEFT adapter without {CARD}, so its base is unknown; merge it into its base with PEFT first"
         )
     model = load_folder(path, dtype, change_config)
     tokenizer = own_tokenizer(path)
     if tokenizer is not None:
         check_sizes(model, tokenizer, str(path))
-    return LoadedModel(model, tokenizer, card, path, found)
+    return LoadedModel(model, tokenizer, card, path, resolved)
 
 
 def read_card(path: Path) -> ModelCard:
-    """Return `stagecoach.json` of a model's folder; a folder from outside has whole weights."""
+    """Return the model card of a folder; a folder without `stagecoach.json` has whole weights."""
     if not (path / CARD).is_file():
         return ModelCard(adapter=False)
     try:
@@ -115,9 +115,9 @@ def load_folder(
     change_config: ConfigChange | None = None,
     head: Head = Head.LANGUAGE_MODEL,
 ) -> Any:
-    """Load a whole model from a folder in Hugging Face layout: safetensors only, every weight present, none left over.
+    """Load whole weights from a folder in Hugging Face layout: safetensors only, none missing, none unexpected.
 
-    Raises UserError.
+    Raises UserError for anything else.
     """
     import transformers
     from transformers import AutoConfig
@@ -147,24 +147,24 @@ def load_folder(
 
 
 def _check_loaded(path: Path, report: dict[str, Any]) -> None:
-    """transformers fills what is missing with random weights and only warns; here it is an error."""
+    """Raise UserError for missing or unexpected weights: transformers initialises them randomly and only warns."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(item) for item in report.get(problem) or ())
         if names:
-            word = problem.removesuffix("_keys")
+            kind = problem.removesuffix("_keys")
             raise UserError(
-                f"{path}: {len(names)} {word} weights ({', '.join(names[:3])}): they do not belong to config.json"
+                f"{path}: {len(names)} {kind} weights ({', '.join(names[:3])}): the weights do not match config.json"
             )
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model can read. None: there is no such limit (ALiBi)."""
-    found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
+    """Return the number of tokens that a model can read, or None if it has no limit (ALiBi)."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
 
 
 def own_tokenizer(path: Path) -> Any | None:
-    """Return the vocabulary in a model's folder. None: it has none."""
+    """Return the vocabulary in a model's folder, or None if it has none."""
     if any((path / name).is_file() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
         return load_tokenizer(path)
     return None
@@ -175,7 +175,7 @@ def own_tokenizer(path: Path) -> Any | None:
 
 def _load_adapter(
     context: StageContext,
-    found: ResolvedInput,
+    source: ResolvedInput,
     path: Path,
     card: ModelCard,
     dtype: torch.dtype,
@@ -184,20 +184,24 @@ def _load_adapter(
 ) -> LoadedModel:
     weights = check_adapter_folder(path)
     if card.base is None:
-        raise UserError(f"{path / CARD}: an adapter without `base`; the file is damaged")
-    below = locate_base(card.base, found, context.resolved.storage_uri)
-    base = load_model(context, below, dtype, merge=True, change_config=change_config)
+        raise UserError(f"{path / CARD}: an adapter without `base`; the file is corrupt")
+    base_input = locate_base(card.base, source, context.resolved.storage_uri)
+    base = load_model(context, base_input, dtype, merge=True, change_config=change_config)
     tokenizer = load_tokenizer(path)
+    # The adapter's stage grew the base before it trained; the same seed gives the same rows again.
     if card.new_rows is not None and len(tokenizer) > num_rows(base.model):
         grow(base.model, base.tokenizer, tokenizer, NewRows(card.new_rows), card.resize_seed)
     check_sizes(base.model, tokenizer, str(path))
     model = apply_adapter(base.model, path, weights, trainable=not merge)
-    return LoadedModel(model.merge_and_unload(safe_merge=True) if merge else model, tokenizer, card, path, found)
+    return LoadedModel(model.merge_and_unload(safe_merge=True) if merge else model, tokenizer, card, path, source)
 
 
 def locate_base(base: ResolvedInput, adapter: ResolvedInput, storage_uri: str) -> ResolvedInput:
-    """Return where an adapter's base lies. A card names an artifact by its key: it is looked for in the store of the
-    adapter itself, or in the run's."""
+    """Return the location of an adapter's base.
+
+    A card names an artifact by its key, which is looked up in the adapter's store or, for an adapter from elsewhere, in
+    the run's.
+    """
     if base.stage_digest is None or base.uri != output_prefix(base.stage_digest):
         return base
     root = storage_uri
@@ -207,7 +211,7 @@ def locate_base(base: ResolvedInput, adapter: ResolvedInput, storage_uri: str) -
 
 
 def name_base(source: ResolvedInput, storage_uri: str) -> ResolvedInput:
-    """Return `source` as a card names it: an artifact of the run's store by its key."""
+    """Return `source` as cards name it: artifacts of the run's store by key, so that the store can be moved."""
     if source.stage_digest is None:
         return source
     key = output_prefix(source.stage_digest)
@@ -215,7 +219,7 @@ def name_base(source: ResolvedInput, storage_uri: str) -> ResolvedInput:
 
 
 def apply_adapter(base: Any, path: Path, weights: Path, trainable: bool) -> Any:
-    """Return `base` with the adapter in `path` on it. Raises UserError where a weight of the file found no place."""
+    """Return `base` with the adapter in `path` applied. Raises UserError if the weights do not fit the base."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -225,10 +229,12 @@ def apply_adapter(base: Any, path: Path, weights: Path, trainable: bool) -> Any:
         )
     except (ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
         raise UserError(f"{path}: PEFT cannot load the adapter: {error}") from error
+    # PEFT ignores weights that fit no layer, and leaves layers without weights at their initial values.
     placed = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(str(weights), "pt") as file:
         stored = set(file.keys())
     if stored != set(placed):
-        odd = sorted(stored ^ set(placed))
-        raise UserError(f"{path}: {len(odd)} adapter weights do not fit the base model ({', '.join(odd[:3])})")
+        unmatched = sorted(stored ^ set(placed))
+        names = ", ".join(unmatched[:3])
+        raise UserError(f"{path}: {len(unmatched)} adapter weights do not fit the base model ({names})")
     return model

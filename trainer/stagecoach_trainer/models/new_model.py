@@ -1,4 +1,4 @@
-"""A LLaMA model from nothing."""
+"""New LLaMA models with random weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from stagecoach_api.kinds.pretrain import Architecture
 
 
 def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a LLaMA with new weights: a pure function of shape, vocabulary size and seed; the global random state
-    is left as it was.
+    """Return a LLaMA with random weights: a pure function of shape, tokenizer and seed.
+
+    The global random state does not change.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,7 +1,7 @@
 """Reward models: a decoder with a linear head of one label on the last token of a conversation.
 
 On disk they are transformers' sequence classifiers (`LlamaForSequenceClassification`) or PEFT adapters with a trained
-`score`; what those formats have no place for, the bias and the domains' system prompts, stands in the model card.
+`score`; the bias and the domains' system prompts, which those formats cannot express, are in the model card.
 
 B sequences, T tokens of the longest, D width.
 """
@@ -41,19 +41,19 @@ from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import UserError
 
 HEAD = "score"
-"""Name of the linear head, as transformers has it."""
+"""Name that transformers gives the linear head."""
 
 PADDING = 0
-"""Stands behind the end of short sequences, where causal attention never looks. Any id would do."""
+"""Fills short sequences after their end, where causal attention never looks. Any id would do."""
 
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
 def make_reward_model(causal: Any, seed: int) -> Any:
-    """Return a sequence classifier of one label with the body of a language model, which it shares, and a new head:
-    normal with deviation 1/√(D + 1) (as arXiv 2009.01325), a pure function of the seed.
+    """Return a sequence classifier of one label that shares the body of a language model and has a new head.
 
-    Raises UserError for an architecture that transformers has no such classifier of.
+    The head is normal with standard deviation 1/√(D + 1) (as in arXiv 2009.01325), a pure function of the seed.
+    Raises UserError if transformers has no such classifier for the architecture.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -65,6 +65,7 @@ def make_reward_model(causal: Any, seed: int) -> Any:
             model: Any = maker.from_config(config)
     except ValueError as error:
         raise UserError(f"{type(causal).__name__}: transformers has no sequence classifier of this kind") from error
+    # The classifier was made on the meta device, without memory; its body is replaced with the language model's.
     prefix = model.base_model_prefix
     if not isinstance(getattr(model, HEAD, None), nn.Linear) or not hasattr(causal, prefix):
         raise UserError(f"{type(causal).__name__}: only decoders such as LLaMA can become reward models")
@@ -82,30 +83,31 @@ def _new_head(width: int, seed: int, dtype: torch.dtype) -> nn.Linear:
 
 
 def last_rewards(model: nn.Module, tokens: Tensor, last: Tensor, keyword: str | None = None) -> Tensor:
-    """Return what the head says at position `last` [B] of each row of `tokens` [B, T], padded on the right: fp32 [B].
+    """Return the rewards at position `last` [B] of each row of `tokens` [B, T], padded on the right: fp32 [B].
 
-    `model`: a reward model, or a PEFT model around one; `keyword` as `states_at` takes it.
+    `model`: a reward model, or a PEFT model that wraps one; `keyword` as `states_at` takes it.
     """
     return score_states(model, last_states(decoder_of(model), tokens, last, keyword))
 
 
 def last_states(decoder: nn.Module, tokens: Tensor, last: Tensor, keyword: str | None = None) -> Tensor:
-    """Return a decoder's states [B, D] at the places `last_rewards` looks at."""
+    """Return a decoder's states [B, D] at the positions that `last_rewards` scores."""
     at = torch.arange(len(last), device=last.device) * tokens.shape[1] + last
     return states_at(decoder, tokens, at, last, keyword)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """Return what lies below the head of a reward model, or of a PEFT model around one."""
+    """Return the decoder below the head of a reward model, or of a PEFT model that wraps one."""
     classifier = causal_model(model)
     decoder: nn.Module = getattr(classifier, classifier.base_model_prefix)
     return decoder
 
 
 def score_states(model: nn.Module, states: Tensor) -> Tensor:
-    """Return what the head says of hidden states [B, D]: fp32 [B]."""
+    """Return the rewards of hidden states [B, D]: fp32 [B]."""
     head: nn.Module = causal_model(model).score
     dtype = next(head.parameters()).dtype
+    # Autocast would compute the head in bf16, whose 8 bits are too few to compare rewards of similar answers.
     with torch.autocast(states.device.type, enabled=False):
         rewards: Tensor = head(states.to(dtype)).float().squeeze(-1)
     return rewards
@@ -124,7 +126,7 @@ def pad_right(sequences: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tenso
 
 
 class Body(nn.Module):
-    """A reward model without its head, which is small and stays in fp32: what ranks can share out among them."""
+    """A reward model without its head: the part that can be sharded. The head is small and stays in fp32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class RewardModel:
     """The sequence classifier, on its device."""
 
     tokenizer: Any
-    """Its vocabulary, with the chat template it was trained with."""
+    """Its vocabulary, with the chat template used in training."""
 
     bias: float = 0.0
     """Added to every reward."""
@@ -152,13 +154,15 @@ class RewardModel:
     """System prompt by domain."""
 
     body: Body | None = None
-    """Set where the ranks of `world` share the body's parameters: all of them call it at the same time."""
+    """The body, if the ranks of `world` share its parameters; then all of them must call it at the same time."""
 
     world: World = field(default_factory=World)
 
     def sharded(self, shard: Callable[[nn.Module], None], device: torch.device, world: World) -> RewardModel:
-        """Return this model, computing on `device`, after `shard` has shared the parameters of its body out over the
-        ranks. From then on scoring waits for all ranks, whatever each has to score."""
+        """Return this model on `device`, its body's parameters sharded across ranks by `shard`.
+
+        From then on, scoring is a collective operation, even for a rank that has nothing to score.
+        """
         body = Body(self.model).eval()
         shard(body)
         causal_model(self.model).score.to(device)
@@ -170,22 +174,23 @@ class RewardModel:
         Raises UserError for an empty sequence, and for ids the model does not have.
         """
         self._check_ids(sequences)
+        # Batches of similar lengths, the longest first: little padding, and a lack of memory shows at once.
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         rewards = [0.0] * len(sequences)
         starts = range(0, len(order), batch_rows)
         calls = int(max_over_ranks([float(len(starts))], self.world)[0])
-        with torch.no_grad():  # not inference mode: ZeRO-3 keeps some of what it gathers
+        with torch.no_grad():  # not inference mode: ZeRO-3 keeps some of the tensors that it gathers
             for start in starts:
                 chosen = order[start : start + batch_rows]
-                found = self._ask([sequences[index] for index in chosen]).double().cpu()
-                for index, reward in zip(chosen, found.tolist(), strict=True):
+                scored = self._score_batch([sequences[index] for index in chosen]).double().cpu()
+                for index, reward in zip(chosen, scored.tolist(), strict=True):
                     rewards[index] = reward + self.bias
-            for _ in range(calls - len(starts)):  # other ranks have more to ask
-                self._ask([np.array([PADDING], np.int32)])
+            for _ in range(calls - len(starts)):  # take part in the collective calls of ranks with more batches
+                self._score_batch([np.array([PADDING], np.int32)])
         return rewards
 
-    def _ask(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Tensor:
-        """Return the head's rewards [B] of some sequences, fp32."""
+    def _score_batch(self, sequences: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """Return the head's rewards of B sequences: fp32 [B], without the bias."""
         device = next(causal_model(self.model).score.parameters()).device
         tokens, last = (item.to(device) for item in pad_right(sequences))
         if self.body is None:
@@ -200,7 +205,7 @@ class RewardModel:
             if int(np.max(ids)) >= rows or int(np.min(ids)) < 0:
                 raise UserError(
                     f"sequence {index} to be scored has token {int(np.max(ids))}, and the reward model has {rows} "
-                    "rows: it has another vocabulary; score texts, not tokens"
+                    "rows: its vocabulary is another one; encode the text with the reward model's tokenizer"
                 )
 
     def system_prompt(self, domain: str | None) -> str | None:
@@ -209,7 +214,7 @@ class RewardModel:
             return None
         if domain not in self.domains:
             known = ", ".join(sorted(self.domains)) or "none"
-            raise UserError(f"the reward model knows no domain {domain!r}; its domains are: {known}")
+            raise UserError(f"the reward model has no domain {domain!r}; its domains are: {known}")
         return self.domains[domain]
 
 
@@ -223,23 +228,25 @@ def load_reward_model(
     device: torch.device,
     merge: bool = True,
 ) -> RewardModel:
-    """Load a `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label. The body is in
-    `dtype`, the head in fp32. `merge`: an adapter is merged into its base; else it stays on it, and the base can be
-    shared with other adapters over it.
+    """Load a `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label.
 
+    The body is in `dtype`, the head in fp32. `merge` merges an adapter into its base; otherwise it stays separate, and
+    several adapters can share the base.
     Raises UserError for anything else (a language model, several labels, no vocabulary), and as `load_model` does.
     """
-    found = context.input(source) if isinstance(source, Reference) else source
-    path = context.fetch_resolved(found)
+    resolved = context.input(source) if isinstance(source, Reference) else source
+    path = context.fetch_resolved(resolved)
     require_folder(path)
     card = read_card(path)
-    model = _load_adapter(context, found, path, card, merge) if card.adapter else _load_whole(path)
+    model = _load_adapter(context, resolved, path, card, merge) if card.adapter else _load_whole(path)
     tokenizer = own_tokenizer(path)
     if tokenizer is None:
-        raise UserError(f"{path}: the reward model's folder has no vocabulary, so no text can be scored; put it there")
+        raise UserError(f"{path}: the reward model's folder has no vocabulary, so no text can be scored; add it there")
     check_sizes(model, tokenizer, str(path))
     if tokenizer.chat_template is None:
-        raise UserError(f"{path}: the reward model's vocabulary has no chat template, so no conversation can be scored")
+        raise UserError(
+            f"{path}: the reward model's vocabulary has no chat template, so no conversation can be scored; add one"
+        )
     place(model, dtype, device, exact=model.score)
     if card.reward is None:
         return RewardModel(model, tokenizer)
@@ -248,28 +255,28 @@ def load_reward_model(
 
 def _load_whole(path: Path) -> Any:
     if not (path / CONFIG).is_file() and (path / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path}: a PEFT adapter without a card, so its base is unknown here; merge it first (PEFT)")
+        raise UserError(f"{path}: a PEFT adapter without a card, so its base is unknown; merge it with PEFT first")
     config = read_json(path / CONFIG)
     kinds = [str(kind) for kind in config.get("architectures") or ()]
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise UserError(
-            f"{path}: {', '.join(kinds) or 'a model of no stated architecture'} is no reward model; a `rewardModel` "
-            "stage makes one, or give a sequence classifier of one label"
+            f"{path}: {', '.join(kinds) or 'a model without `architectures`'} is not a reward model; give the output "
+            "of a `rewardModel` stage, or a sequence classifier of one label"
         )
     model = load_folder(path, head=Head.CLASSIFIER)
     labels = int(model.config.num_labels)
     if labels != 1:
-        raise UserError(f"{path}: a classifier of {labels} labels; a reward model has one")
+        raise UserError(f"{path}: a classifier of {labels} labels; give one with a single label")
     if not isinstance(getattr(model, HEAD, None), nn.Linear):
         raise UserError(f"{path}: {', '.join(kinds)} has no linear head `{HEAD}` on a decoder, as LLaMA's has")
     return model
 
 
-def _load_adapter(context: StageContext, found: ResolvedInput, path: Path, card: ModelCard, merge: bool) -> Any:
-    """Return the base with a new head, and on it the adapter, which brings the head it was trained with."""
+def _load_adapter(context: StageContext, source: ResolvedInput, path: Path, card: ModelCard, merge: bool) -> Any:
+    """Return the base with a new head and the adapter applied, which replaces the head with the trained one."""
     weights = check_adapter_folder(path)
     if card.reward is None or card.base is None:
-        raise UserError(f"{path}: an adapter of a language model is no reward model; a `rewardModel` stage makes one")
-    base = load_model(context, locate_base(card.base, found, context.resolved.storage_uri))
+        raise UserError(f"{path}: an adapter of a language model is not a reward model; use a `rewardModel` stage")
+    base = load_model(context, locate_base(card.base, source, context.resolved.storage_uri))
     model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
     return model.merge_and_unload(safe_merge=True) if merge else model

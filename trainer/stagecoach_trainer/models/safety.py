@@ -1,4 +1,4 @@
-"""What is looked at before a model's folder is loaded: only safetensors weights, no code, no pickle. Needs no torch."""
+"""Checks before a model's folder is loaded: safetensors weights only, no code, no pickles. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPE_BITS = {
 def check_model_folder(path: Path) -> list[Path]:
     """Return the weight files of a whole model.
 
-    Raises UserError unless `path` is a folder with a `config.json` and sound safetensors weights, and without code.
+    Raises UserError unless `path` is a folder with a `config.json` and intact safetensors weights, and without code.
     """
     require_folder(path)
     refuse_code(path)
@@ -48,7 +48,7 @@ def check_model_folder(path: Path) -> list[Path]:
 
 
 def check_adapter_folder(path: Path) -> Path:
-    """Return the weight file of a PEFT adapter. Raises UserError unless it is sound safetensors."""
+    """Return the weight file of a PEFT adapter. Raises UserError unless it is an intact safetensors file."""
     require_folder(path)
     refuse_code(path)
     read_json(path / ADAPTER_CONFIG)
@@ -65,15 +65,15 @@ def require_folder(path: Path) -> None:
 
 
 def refuse_code(path: Path) -> None:
-    """Raise UserError where a configuration asks for code from the folder."""
+    """Raise UserError if a configuration requires code from the folder."""
     for name in CONFIGS:
         if (path / name).is_file():
             config = read_json(path / name)
-            asking = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
-            if asking:
+            keys = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
+            if keys:
                 raise UserError(
-                    f"{path / name}: `{asking[0]}` asks for code from the model's folder (trust_remote_code), which is "
-                    "never run; use a model whose architecture transformers has, and remove the entry if it has one"
+                    f"{path / name}: `{keys[0]}` requires code from the model's folder (trust_remote_code), which is "
+                    "never run; use an architecture of transformers, and remove the entry if this is one"
                 )
 
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent}: there is no {path.name}; a Hugging Face folder has one") from error
+        raise UserError(f"{path.parent}: {path.name} is missing; a Hugging Face folder has one") from error
     except ValueError as error:
         raise UserError(f"{path}: malformed JSON: {error}") from error
     if not isinstance(value, dict):
@@ -93,11 +93,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _no_weights(path: Path, wanted: str) -> str:
     pickled = sorted(item.name for item in path.iterdir() if item.suffix in PICKLED)
     if not pickled:
-        return f"{path}: there is no {wanted}"
+        return f"{path}: {wanted} is missing"
     return (
-        f"{path}: pickled weights ({', '.join(pickled[:3])}), and pickles can run any code, so none is loaded; "
-        f"convert them to {wanted} in an environment that you can afford to lose "
-        "(transformers: `save_pretrained`)"
+        f"{path}: pickled weights ({', '.join(pickled[:3])}), which can execute any code and are never loaded; "
+        f"convert them to {wanted} in a disposable environment (transformers: `save_pretrained`)"
     )
 
 
@@ -109,36 +108,38 @@ def _indexed_files(path: Path) -> list[Path]:
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{path / WEIGHTS_INDEX}: {name!r} is no safetensors file of this folder; none else is read"
+                f"{path / WEIGHTS_INDEX}: {name!r} is not a safetensors file in this folder; no other file is read"
             )
         if not (path / name).is_file():
-            raise UserError(f"{path}: {WEIGHTS_INDEX} names {name}, and it is missing")
+            raise UserError(f"{path}: {WEIGHTS_INDEX} lists {name}, which is missing")
     return [path / name for name in files]
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise UserError unless `path` is a sound safetensors file: its tensors lie one after the other, fill it to its
-    end and have the sizes that their shapes ask for. Reads the header only.
+    """Raise UserError unless `path` is an intact safetensors file. Reads the header only.
+
+    Its tensors must be contiguous, end at the end of the file and have the sizes that follow from their shapes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
+        # Format: 8 bytes with the header's length N (little-endian), N bytes of JSON, then the tensors
+        # (github.com/huggingface/safetensors, "Format").
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(
-                _unsound(path, "its first eight bytes are no header length: it may be a pickle with a new name")
-            )
+            raise UserError(_unsound(path, "its first eight bytes are not a header length: it may be a renamed pickle"))
         header = file.read(length)
     try:
         entries = json.loads(header)
     except ValueError as error:
-        raise UserError(_unsound(path, f"its header is no JSON ({error})")) from error
+        raise UserError(_unsound(path, f"its header is not JSON ({error})")) from error
     if not isinstance(entries, dict):
-        raise UserError(_unsound(path, "its header is no JSON object"))
+        raise UserError(_unsound(path, "its header is not a JSON object"))
     try:
         spans = sorted(_spans(entries))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(_unsound(path, f"its header is malformed ({error!r})")) from error
+    # Gaps could hide other data, and overlaps could make a small file expand to much memory.
     position = 0
     for begin, end, name in spans:
         if begin != position:
@@ -164,4 +165,4 @@ def _spans(entries: dict[str, Any]) -> Iterator[tuple[int, int, str]]:
 
 
 def _unsound(path: Path, why: str) -> str:
-    return f"{path}: not a sound safetensors file, {why}; nothing of it was loaded"
+    return f"{path}: not an intact safetensors file, {why}; nothing of it was loaded"

@@ -1,4 +1,4 @@
-"""Saving a model or an adapter so that it opens elsewhere, and reading it back before it counts.
+"""Save a model or an adapter in the layout that other programs open, and verify it by reading it back.
 
 Equal models give equal bytes: no times, no paths, lists in a fixed order.
 """
@@ -53,9 +53,10 @@ def save_model(
 ) -> None:
     """Save whole weights in Hugging Face layout, with the vocabulary from the folder `vocabulary`.
 
-    `dtype`: number format of the files (the model in memory is left alone). None: as they are.
-    `generation`: settings for `generation_config.json` beside the special tokens' ids.
-    The files are read back: names, shapes, every value, none of them NaN, no matrix all zero. Raises UserError.
+    `dtype`: number format of the files, that of the weights by default; the model in memory does not change.
+    `generation`: settings for `generation_config.json`, in addition to the special tokens' ids.
+    Raises UserError for a value that is NaN or infinite, a matrix that is all zero, and files whose names, shapes or
+    values differ from the model's when they are read back.
     """
     _set_token_ids(model, tokenizer, generation or {})
     state = _state_to_write(model, dtype)
@@ -69,18 +70,19 @@ def save_model(
 
 
 def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard) -> None:
-    """Save a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`), with the vocabulary beside it.
+    """Save a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`), with its vocabulary.
 
-    Raises UserError for an adapter that is empty, all zero or not finite, or does not come back as it was.
+    Raises UserError for an adapter that is empty, all zero or not finite, or differs when it is read back.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {name: found[name].detach().cpu().contiguous().clone() for name in sorted(found)}
+    parts = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {name: parts[name].detach().cpu().contiguous().clone() for name in sorted(parts)}
     if not state:
-        raise UserError("the adapter is empty: no layer got one")
+        raise UserError("the adapter is empty: it has weights for no layer; check `trainable.lora.targets`")
     _require_sound({name: tensor for name, tensor in state.items() if "lora_B" not in name}, "the adapter")
+    # Second matrices (B) start as zeros (arXiv 2106.09685, section 4.1), so some may stay zero, but not all.
     learnt = [tensor for name, tensor in state.items() if "lora_B" in name]
     if learnt and not any(bool(tensor.any()) for tensor in learnt):
         raise UserError("the adapter learnt nothing: all its second matrices are zero; is the learning rate 0?")
@@ -94,7 +96,7 @@ def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, car
 
 
 def adapter_config(model: Any, base: str | None) -> dict[str, Any]:
-    """Return the adapter's `adapter_config.json`: PEFT's, with sets as sorted lists."""
+    """Return the content of `adapter_config.json`: PEFT's, with sets as sorted lists so that equal ones are equal."""
     config: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
     config["base_model_name_or_path"] = base
     config["inference_mode"] = True
@@ -114,9 +116,9 @@ def _write_json(value: Any, path: Path) -> None:
 
 
 def save_vocabulary(tokenizer: Any, source: Path, output: Path) -> None:
-    """Copy the vocabulary's files from `source`, with the chat template and end token that `tokenizer` now has.
+    """Copy the vocabulary's files from `source`, with the current chat template and end token of `tokenizer`.
 
-    The copy is opened again: same size, end token and chat template. Raises UserError.
+    Raises UserError if the copy, opened again, differs in size, BOS or EOS token or chat template.
     """
     for name in VOCABULARY_FILES:
         if (source / name).is_file():
@@ -129,9 +131,9 @@ def save_vocabulary(tokenizer: Any, source: Path, output: Path) -> None:
     if tokenizer.chat_template is not None:
         (output / CHAT_TEMPLATE).write_text(str(tokenizer.chat_template), encoding="utf-8")
     reloaded = load_tokenizer(output)
-    for what in ("eos_token_id", "bos_token_id", "chat_template"):
-        if getattr(reloaded, what) != getattr(tokenizer, what):
-            raise UserError(f"{output}: the saved vocabulary has another {what} than the one in use")
+    for name in ("eos_token_id", "bos_token_id", "chat_template"):
+        if getattr(reloaded, name) != getattr(tokenizer, name):
+            raise UserError(f"{output}: the saved vocabulary has a different {name} from the one in use")
     if len(reloaded) != len(tokenizer):
         raise UserError(f"{output}: the saved vocabulary has {len(reloaded)} tokens instead of {len(tokenizer)}")
 
@@ -152,7 +154,7 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if not model.can_generate():  # a classifier has no such settings
+    if not model.can_generate():  # a classifier has no generation settings
         for name, value in (ids | {"pad_token_id": _padding_of(tokenizer)}).items():
             setattr(model.config, name, value)
         return
@@ -163,31 +165,36 @@ def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[s
         setattr(model.generation_config, name, value)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # some published models set a temperature without sampling; transformers refuses to write that
+    except ValueError:  # transformers refuses to save a temperature without sampling, which some published models have
         model.generation_config.do_sample = True
 
 
 def _padding_of(tokenizer: Any) -> int | None:
-    """Return the token that a sequence classifier knows padding by. transformers takes the reward at the last token
-    that is not padding, so it must be another than the end token."""
+    """Return the padding token of a sequence classifier.
+
+    transformers takes the reward at the last token that is not padding, so it must differ from the end token.
+    """
     choices = (tokenizer.pad_token_id, tokenizer.unk_token_id)
     return next((token for token in choices if token is not None and token != tokenizer.eos_token_id), None)
 
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return the weights by the names that files have, each matrix once."""
+    """Return the weights by their names in files, tied matrices once."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+    # transformers may fuse or rename weights when it loads a model; files have the original names.
     state = revert_weight_conversion(model, state)
     return {name: state[name].to(dtype or state[name].dtype).contiguous() for name in sorted(state)}
 
 
 def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int) -> list[Path]:
-    """Write safetensors files, and an index where there are several; return the files. transformers' own
-    `save_pretrained` would import DeepSpeed, which takes seconds."""
+    """Write safetensors files, and an index if there are several; return the files.
+
+    transformers' own `save_pretrained` would import DeepSpeed, which takes seconds.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -202,6 +209,7 @@ def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes
 
 
 def _write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> None:
+    # The files may have another number format than the model in memory, whose configuration must not change.
     before = model.config.dtype
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -217,17 +225,17 @@ def _require_sound(state: Mapping[str, torch.Tensor], what: str) -> None:
     _require_finite(state, what)
     for name, tensor in state.items():
         if tensor.ndim >= 2 and not bool(tensor.any()):
-            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is all zero, so it is not saved")
+            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is all zero, so the model is not saved")
 
 
 def _require_finite(state: Mapping[str, torch.Tensor], what: str) -> None:
     for name, tensor in state.items():
         if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is empty or not finite, so it is not saved")
+            raise UserError(f"{what}: {name} {tuple(tensor.shape)} is empty or not finite, so the model is not saved")
 
 
 def _compare(files: list[Path], state: Mapping[str, torch.Tensor]) -> None:
-    """Read saved weights back and compare every value. Raises UserError naming what differs."""
+    """Read saved weights back and compare every value. Raises UserError naming a weight that differs."""
     from safetensors import safe_open
 
     seen: set[str] = set()
@@ -236,7 +244,7 @@ def _compare(files: list[Path], state: Mapping[str, torch.Tensor]) -> None:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 stored = file.get_tensor(name)
                 if name not in state or stored.dtype != state[name].dtype or not torch.equal(stored, state[name]):
-                    raise UserError(f"{path}: {name} was not read back as it was written")
+                    raise UserError(f"{path}: {name} differs from what was written")
                 seen.add(name)
     missing = sorted(set(state) - seen)
     if missing:

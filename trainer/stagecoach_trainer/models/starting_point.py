@@ -1,4 +1,4 @@
-"""What a training stage starts from: a model, the vocabulary it is trained with, and the rows that are new in it."""
+"""The starting point of a training stage: a model, its vocabulary, and the rows that are new in it."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A model ready to be given its trainable parameters."""
+    """A model whose trainable parameters are not chosen yet."""
 
     model: Any
     tokenizer: Any
     vocabulary: Path
-    """Folder the vocabulary's files are copied from."""
+    """Folder from which the vocabulary's files are copied."""
 
     new_rows: range
     """Ids of the rows that the vocabulary's growth added, in this stage or an earlier one."""
 
     loaded: LoadedModel | None
-    """Where the model came from. None: from nothing."""
+    """The loaded model. None for a new model."""
 
     grown: NewRows | None
-    """How new rows were made in this stage. None: none were."""
+    """How this stage initialised new rows. None if it added none."""
 
     seed: int
 
 
 def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Reference) -> StartingPoint:
-    """Return a new model for the vocabulary that `tokenizer` names."""
+    """Return a new model with random weights for the vocabulary that `tokenizer` names."""
     path = context.fetch(tokenizer)
     vocabulary = load_tokenizer(path)
     model = build_model(shape, vocabulary, context.seed)
@@ -55,10 +55,10 @@ def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Re
 def start_from_model(
     context: StageContext, config: TextTraining, model: Reference, change_config: ConfigChange | None = None
 ) -> StartingPoint:
-    """Return the model that `model` names, grown to the stage's `tokenizer` where that is larger.
+    """Return the model that `model` names, grown if the stage's `tokenizer` is larger.
 
-    Raises UserError for a vocabulary that is smaller or moves old ids, and for growth under an adapter that is to be
-    trained on.
+    Raises UserError for a vocabulary that is smaller or changes old ids, and for growing a model whose adapter is
+    continued.
     """
     continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
     loaded = load_model(context, model, merge=not continued, change_config=change_config)
@@ -73,8 +73,8 @@ def start_from_model(
         return _start(context, loaded, tokenizer, path, None)
     if continued and loaded.card.adapter:
         raise UserError(
-            f"tokenizer: it has {len(tokenizer)} tokens and the model {num_rows(loaded.model)} rows; an adapter that "
-            "is trained on (`continueAdapter`) cannot grow; start a new adapter, or merge this one first"
+            f"tokenizer: it has {len(tokenizer)} tokens and the model {num_rows(loaded.model)} rows; the base of "
+            "a continued adapter (`continueAdapter`) cannot grow; start a new adapter, or merge this one first"
         )
     how = config.resize.new_rows
     rows = grow(loaded.model, loaded.tokenizer, tokenizer, how, context.seed)
@@ -84,7 +84,7 @@ def start_from_model(
 def start_unchanged(
     context: StageContext, model: Reference, change_config: ConfigChange | None = None, merge: bool = True
 ) -> StartingPoint:
-    """Return the model that `model` names with its own vocabulary. `merge`: an adapter is merged into its base."""
+    """Return the model that `model` names with its own vocabulary. `merge` merges an adapter into its base."""
     loaded = load_model(context, model, merge=merge, change_config=change_config)
     return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
 
@@ -103,11 +103,11 @@ def _start(
 def position_change(
     longest: int, theta: float | None = None, scaling: RopeScaling | None = None, must_rotate: bool = False
 ) -> ConfigChange:
-    """Return a change of a configuration's positions: a new base, stretched positions, and a stated context of at
-    least `longest` tokens.
+    """Return a function that edits a configuration's positions: base, scaling, and a context of at least `longest`.
 
-    Positions that are not rotary stay as they are: learned ones (GPT-2, OPT) end where they end, and ALiBi (BLOOM) has
-    no end. The change raises UserError where more is asked of them; `must_rotate`: something is, later on.
+    Positions that are not rotary do not change: the number of learned ones (GPT-2, OPT) is fixed, and ALiBi (BLOOM) has
+    no limit. The function raises UserError if they cannot fulfil what is required; `must_rotate`: whether a later phase
+    changes the base.
     """
 
     def change(config: PreTrainedConfig) -> None:
@@ -121,12 +121,14 @@ def position_change(
             rope["rope_theta"] = theta
         if scaling is not None:
             rope.update(rope_type=scaling.name.value, factor=scaling.factor)
+            # Dynamic scaling grows from the unscaled context at run time; the other kinds state the scaled context, and
+            # YaRN also needs the original one.
             if scaling.name is RopeScalingName.YARN:
                 rope["original_max_position_embeddings"] = stated
             if scaling.name is not RopeScalingName.DYNAMIC:
                 stated = int(stated * scaling.factor)
         config.rope_parameters = rope
-        dynamic = rope.get("rope_type") == RopeScalingName.DYNAMIC.value  # stretches from the stated context on
+        dynamic = rope.get("rope_type") == RopeScalingName.DYNAMIC.value  # scales beyond this context at run time
         config.max_position_embeddings = stated if dynamic else max(stated, longest)
 
     return change
@@ -134,12 +136,12 @@ def position_change(
 
 def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool) -> None:
     if must_rotate:
-        raise UserError(f"ropeTheta, ropeScaling: {config.model_type} has no rotary positions; leave them out")
+        raise UserError(f"ropeTheta, ropeScaling: {config.model_type} has no rotary positions; remove these fields")
     learned = positions_of(config)
     if learned is not None and longest > learned:
         raise UserError(
-            f"sequenceLength: {longest} tokens, and the {config.model_type} has learned positions for {learned}; "
-            f"give {learned} at most"
+            f"sequenceLength: {longest} tokens, but the {config.model_type} has learned positions for {learned}; "
+            f"set at most {learned}"
         )
 
 
@@ -149,9 +151,9 @@ def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool
 def save_result(
     context: StageContext, start: StartingPoint, trained: TrainableModel, reward: RewardCard | None = None
 ) -> None:
-    """Write the trained model or adapter with vocabulary and card to the stage's output, and read it back.
+    """Write the trained model or adapter with vocabulary and card to the stage's output, and verify it.
 
-    `reward`: what the card of a reward model says.
+    `reward`: entry of a reward model in the card.
     """
     old_rows = start.new_rows.start if start.new_rows else None
     if not trained.adapter:
@@ -166,10 +168,11 @@ def save_result(
 def _adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
     loaded, storage = start.loaded, context.resolved.storage_uri
     if loaded is None:
-        raise UserError("trainable.lora: an adapter needs a `model` to sit on; a new `architecture` has none to load")
+        raise UserError("trainable.lora: an adapter needs a `model` as its base; a new `architecture` is not stored")
     if _is_continued(trained_on=start.model):
-        below = loaded.card.base
-        base = None if below is None else name_base(locate_base(below, loaded.source, storage), storage)
+        # A continued adapter keeps its base and its record of grown rows.
+        old_base = loaded.card.base
+        base = None if old_base is None else name_base(locate_base(old_base, loaded.source, storage), storage)
         return loaded.card.model_copy(update={"base": base})
     base_source: ResolvedInput = name_base(loaded.source, storage)
     seed = start.seed if start.grown is NewRows.RANDOM else None

@@ -1,4 +1,4 @@
-"""Choosing what learns: everything, the embedding and the head, their new rows alone, or low-rank adapters.
+"""Choose the trainable parameters: all, the embedding and the head, only their new rows, or low-rank adapters.
 
 V rows in all, V0 old ones, N = V - V0 new ones, D width.
 """
@@ -21,20 +21,20 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A model with `requires_grad` set to what is trained."""
+    """A model with `requires_grad` set on the parameters to train."""
 
     model: Any
     adapter: bool
-    """The model is a PeftModel, and its adapter is what the stage makes."""
+    """Whether the model is a PeftModel and the stage's output is its adapter."""
 
     notes: tuple[str, ...]
-    """What is trained, for the report."""
+    """Descriptions of what is trained. The report contains them, so rewording one changes the artifact."""
 
 
 def choose_trainable(model: Any, trainable: Trainable, new_rows: range, seed: int) -> TrainableModel:
-    """Return the model prepared for training. `new_rows`: ids of the rows that the vocabulary's growth added.
+    """Return the model prepared for training. `new_rows`: ids of the rows added when the vocabulary grew.
 
-    Raises UserError for adapter targets the model does not have, or new rows where there are none.
+    Raises UserError for adapter targets that the model lacks, and for training new rows if there are none.
     """
     if trainable.full is not None:
         model.requires_grad_(True)
@@ -48,7 +48,7 @@ def choose_trainable(model: Any, trainable: Trainable, new_rows: range, seed: in
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Return the number of trained and of all parameters."""
+    """Return the numbers of trained and of all parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {"trained": sum(size for size, trained in sizes if trained), "all": sum(size for size, _ in sizes)}
 
@@ -77,13 +77,13 @@ def _require_new_rows(new_rows: range, where: str, instead: str) -> None:
 
 
 def is_tied(model: Any) -> bool:
-    """Return whether embedding and head are one matrix."""
+    """Return whether embedding and head are the same matrix."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _row_modules(model: Any) -> list[Any]:
-    """Return the embedding and, where it is a matrix of its own, the head."""
+    """Return the embedding and, unless it is tied to it, the head."""
     modules: list[Any] = [model.get_input_embeddings()]
     if model.get_output_embeddings() is not None and not is_tied(model):
         modules.append(model.get_output_embeddings())
@@ -91,11 +91,11 @@ def _row_modules(model: Any) -> list[Any]:
 
 
 class SplitRows(nn.Module):
-    """A matrix [V, D] in two parts: old rows [V0, D], a frozen parameter, and new rows [N, D], a trained one. Neither
-    weight decay nor anything else can reach an old row.
+    """A matrix [V, D] in two parts: old rows [V0, D], a frozen parameter, and new rows [N, D], a trained one.
 
-    It has the names of PEFT's layer of trained rows (`trainable_tokens_delta`, `get_merged_weights`), so that the
-    training loop needs to know one kind only; the new rows may be kept in fp32 while the old ones are in bf16.
+    As a separate parameter, old rows are out of reach of weight decay and optimiser state. The attribute names are
+    those of PEFT's layer for trained rows (`trainable_tokens_delta`, `get_merged_weights`), so that the training loop
+    handles both alike; new rows may be in fp32 while old ones are in bf16.
     """
 
     disable_adapters = False
@@ -108,12 +108,12 @@ class SplitRows(nn.Module):
 
     @property
     def new_rows(self) -> torch.Tensor:
-        """The new rows [N, D], in the number format of the old ones; gradients reach them."""
+        """The new rows [N, D], in the number format of the old ones; gradients flow to them."""
         return self.trainable_tokens_delta.to(self.old_rows.dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The whole matrix [V, D]; gradients reach the new rows."""
+        """The whole matrix [V, D]; gradients flow to the new rows."""
         return torch.cat([self.old_rows, self.new_rows])
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
@@ -123,10 +123,12 @@ class SplitRows(nn.Module):
 
 
 class SplitEmbedding(SplitRows):
-    """An embedding whose new rows alone are trained."""
+    """An embedding of which only the new rows are trained."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, T] -> [B, T, D]."""
+        # Each id is looked up in both parts, clamped to a valid row, and the right result is selected: the shapes do
+        # not depend on the ids.
         first = len(self.old_rows)
         old = F.embedding(ids.clamp(max=first - 1), self.old_rows)
         new = F.embedding((ids - first).clamp(min=0), self.trainable_tokens_delta)
@@ -134,7 +136,7 @@ class SplitEmbedding(SplitRows):
 
 
 class SplitHead(SplitRows):
-    """A head whose new rows alone are trained."""
+    """A head of which only the new rows are trained."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., D] -> logits [..., V]."""
@@ -142,8 +144,7 @@ class SplitHead(SplitRows):
 
 
 def split_rows(model: Any, first_new: int) -> None:
-    """Put split matrices in the place of the embedding and the head; `join_rows` undoes it. Tied ones share their
-    parts."""
+    """Replace embedding and head with split matrices, which share their parts if tied; `join_rows` undoes it."""
     tied = is_tied(model)
     old, new = _split(model.get_input_embeddings().weight, first_new)
     head = model.get_output_embeddings()
@@ -163,7 +164,7 @@ def _split(weight: torch.Tensor, first_new: int) -> tuple[nn.Parameter, nn.Param
 
 
 def join_rows(model: Any) -> None:
-    """Put whole matrices back in the place of split ones, trained rows included. Does nothing where none is split."""
+    """Replace split matrices with whole ones that include the trained rows, if the model has split matrices."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, SplitRows):
         return
@@ -173,6 +174,7 @@ def join_rows(model: Any) -> None:
     model.set_input_embeddings(whole)
     if isinstance(head, SplitRows):
         weight = whole.weight if tied else nn.Parameter(head.weight.detach())
+        # On the meta device, so that no memory is allocated and initialised for weights that are replaced at once.
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = weight
         model.set_output_embeddings(linear)
@@ -186,8 +188,8 @@ def _continue_adapter(model: Any) -> TrainableModel:
 
     if not isinstance(model, PeftModel):
         raise UserError(
-            "trainable.lora.continueAdapter: `model` is no adapter but whole weights; name the stage whose adapter is "
-            "to be trained on, or leave `continueAdapter` out to start a new one"
+            "trainable.lora.continueAdapter: `model` has whole weights, not an adapter; name the stage whose adapter "
+            "is to be continued, or remove `continueAdapter` to start a new one"
         )
     return TrainableModel(model, True, ("the adapter of `model` is trained on; its targets, rank and alpha are kept",))
 
@@ -208,7 +210,7 @@ def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) ->
     if classifies:
         notes.append("the reward head in full")
     config = LoraConfig(
-        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # PEFT trains and saves a classifier's head by itself
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # for classifiers, PEFT also trains and saves the head
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
@@ -224,7 +226,7 @@ def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) ->
 
 
 def _row_module_names(model: Any) -> list[str]:
-    """Return the names of the embedding and, unless it is tied to it, the head; PEFT follows a tie by itself."""
+    """Return the names of the embedding and, unless it is tied to it, the head; PEFT handles tied heads."""
     return _names_of(model, _row_modules(model))
 
 
@@ -244,11 +246,11 @@ def _check_targets(model: Any, lora: LoraTraining) -> None:
     _require_known("trainable.lora.modulesToSave", lora.modules_to_save, layers, "layers")
     twice = set(lora.targets) & set(lora.modules_to_save)
     if twice:
-        raise UserError(f"trainable.lora: {sorted(twice)} stand both in `targets` and in `modulesToSave`; choose one")
+        raise UserError(f"trainable.lora: {sorted(twice)} are in both `targets` and `modulesToSave`; choose one")
     rows = set(lora.modules_to_save) & embeddings
     if lora.new_rows and rows:
         raise UserError(
-            f"trainable.lora: `newRows` trains new rows only, `modulesToSave` all rows of {sorted(rows)}; choose one"
+            f"trainable.lora: `newRows` trains only new rows, `modulesToSave` all rows of {sorted(rows)}; choose one"
         )
     if rows and is_tied(model):
         raise UserError(

@@ -1,1 +1,1 @@
-"""Samples: text and conversations as token ids, packed into rows, mixed, and dealt out to optimiser steps."""
+"""Samples: records as token ids, in shards, rows and groups, planned as optimiser steps. Imports all lower rooms."""

@@ -1,8 +1,8 @@
-"""Conversations as token ids with a mask of what the model must say.
+"""Encode conversations as token ids with a mask of the tokens that carry loss.
 
-For every trained turn, the ids in front of its first trained token are the ids that `apply_chat_template` gives for
-the conversation so far with the generation prompt. A tokenizer may encode an earlier answer differently once more text
-surrounds it; where that happens, the sample ends and the turn begins a new one with its own, served, prompt.
+For every trained turn, the ids before its first trained token are the ids that `apply_chat_template` gives for the
+conversation so far with the generation prompt. A tokenizer may encode an earlier answer differently once more text
+surrounds it; in that case the sample ends, and the turn begins a new sample with its prompt encoded as served.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ BATCH_RECORDS = 256
 LAST_ANSWER = Loss(roles=(Role.ASSISTANT,), turns=Turns.LAST)
 
 NO_LIMIT = 1 << 62
-"""Sequence length of an encoder that never cuts."""
+"""Sequence length of an encoder that never shortens a sample."""
 
 Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to train on."""
+    """A sequence to train on."""
 
     ids: Ids
     """Token ids [T]."""
 
     trained: Mask
-    """Whether the model must say token t [T]."""
+    """Whether token t carries loss [T]."""
 
     characters: int
-    """Characters of what the model must say."""
+    """Number of characters that carry loss."""
 
     @property
     def has_loss(self) -> bool:
-        """Some trained token has another in front of it."""
+        """Whether any trained token can be predicted, which the first token of a sequence cannot."""
         return bool(self.trained[1:].any())
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A record in the form templates read."""
+    """A record in the form that chat templates read."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...]
@@ -62,11 +62,11 @@ class Conversation:
 
 
 class ConversationEncoder:
-    """Encodes records one after the other and counts what becomes of them.
+    """Encodes records one by one and counts the results.
 
-    Counts: `records`, `samples`, `tokens`, `trainedTokens`; `extraSamples` (turns that had to begin a sample of their
-    own so that their prompt is encoded as served), `splitRecords`; lost or shortened: `tooLong` (dropped), `cut`,
-    `noLoss` (nothing the model must say).
+    Counts: `records`, `samples`, `tokens`, `trainedTokens`; `extraSamples` (turns that had to begin a new sample so
+    that their prompt is encoded as served), `splitRecords`; dropped or shortened samples: `tooLong` (dropped), `cut`,
+    `noLoss` (no token carries loss).
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class ConversationEncoder:
         self.counts: Counter[str] = Counter()
 
     def encode(self, records: Iterable[Record]) -> Iterator[Sample]:
-        """Yield the samples of `records`, in their order.
+        """Yield the samples of `records`, in order.
 
-        Raises UserError naming the record that the template cannot render, that compares answers, or, under
+        Raises UserError naming a record that the template cannot render, that is a preference record, or, under
         `tooLong: fail`, that is too long.
         """
         remaining = iter(records)
         while batch := list(islice(remaining, BATCH_RECORDS)):
             self.counts["records"] += len(batch)
-            for found in self._encode_batch(batch):
-                yield from self._count(found)
+            for samples in self._encode_batch(batch):
+                yield from self._count(samples)
 
     def _encode_batch(self, batch: Sequence[Record]) -> list[list[Sample]]:
-        """Return the samples of each record that is not dropped."""
+        """Return the samples of each record; none for a record that is dropped."""
         conversations = [conversation_of(require_no_answers(record)) for record in batch if record.text is None]
         chains = iter(self._chains(conversations))
         texts = iter(self._encoder.documents([record.text for record in batch if record.text is not None]))
@@ -111,7 +111,7 @@ class ConversationEncoder:
     # -- plain text ----------------------------------------------------------------------------------------------------
 
     def _text(self, record: Record, ids: Ids) -> list[Sample]:
-        """Return a plain text as samples that are trained on wholly."""
+        """Return the samples of a plain text, in which every token carries loss."""
         text = record.text or ""
         whole = document(self._encoder, ids)
         sample = Sample(whole, np.ones(len(whole), np.bool_), len(text))
@@ -127,7 +127,7 @@ class ConversationEncoder:
     # -- conversations -------------------------------------------------------------------------------------------------
 
     def _chains(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
-        """Return the samples of each conversation, none longer than a row."""
+        """Return the samples of each conversation, none longer than the sequence length."""
         return [
             self._fit(conversation, samples)
             for conversation, samples in zip(conversations, self._encode_whole(conversations), strict=True)
@@ -171,9 +171,10 @@ class ConversationEncoder:
         return Sample(sample.ids[: self._capacity], trained, round(sample.characters * share))
 
     def _split(self, conversation: Conversation) -> list[Sample]:
-        """Return a conversation in pieces of whole exchanges, the system prompt in front of each.
+        """Split a conversation into samples of whole exchanges, each with the system prompt.
 
-        An exchange is what follows a user's turn up to the next; one that does not fit alone is dropped and counted.
+        An exchange is a user's turn and the turns up to the next one; an exchange that does not fit alone is dropped
+        and counted.
         """
         system, exchanges = exchanges_of(conversation.messages)
         if self._loss.turns is Turns.LAST:
@@ -182,6 +183,7 @@ class ConversationEncoder:
         start = 0
         while start < len(exchanges):
             stop, best = start, list[Sample]()
+            # Lengths are known only after encoding: markers and template text depend on the turns in the sample.
             while stop < len(exchanges):
                 tried = self._piece(conversation, system, exchanges[start : stop + 1])
                 if not self._fits(tried):
@@ -197,7 +199,7 @@ class ConversationEncoder:
     def _last_exchanges(
         self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
     ) -> list[Sample]:
-        """Return the last turn with as many exchanges in front of it as fit."""
+        """Return the samples of the last turn with as many preceding exchanges as fit."""
         for start in range(len(exchanges)):
             samples = self._piece(conversation, system, exchanges[start:])
             if samples and self._fits(samples):
@@ -214,13 +216,14 @@ class ConversationEncoder:
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def _encode_whole(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
-        """Return the samples of each conversation, however long."""
+        """Return the samples of each conversation, of any length."""
         turns = [self._trained_turns(conversation) for conversation in conversations]
-        flat = [turn for found in turns for turn in found]
+        # All turns are encoded at once, because the tokenizer encodes a batch in parallel.
+        flat = [turn for trained in turns for turn in trained]
         prompts = self._encoder.prompts([turn.prompt for turn in flat])
         answers = self._answers(flat)
         encoded = iter(zip(flat, prompts, answers, strict=True))
-        return [self._chain([next(encoded) for _ in found]) for found in turns]
+        return [self._chain([next(encoded) for _ in trained]) for trained in turns]
 
     def _trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
         try:
@@ -229,7 +232,7 @@ class ConversationEncoder:
             raise UserError(f"{conversation.where}: {error}") from error
 
     def _answers(self, turns: Sequence[TrainedTurn]) -> list[Ids]:
-        """Encode what the model must say: template text with its special tokens, the turn's own words as plain text."""
+        """Encode the text to generate: special tokens in template text are recognised, in the turn's content never."""
         plain: list[str] = []
         special: list[str] = []
         for turn in turns:
@@ -245,19 +248,23 @@ class ConversationEncoder:
         return answers
 
     def _parts(self, turn: TrainedTurn) -> tuple[str, str, str]:
-        """Return the template's text before the turn's words, the words, and the text after them. Only words that look
-        like a special token are set apart: encoded as one, text is encoded as it is usually met."""
-        place = turn.answer.find(turn.content)
-        if place >= 0 and self._encoder.contains_special(turn.content):
-            return turn.answer[:place], turn.content, turn.answer[place + len(turn.content) :]
+        """Return the template's text before the turn's content, the content, and the text after it.
+
+        Only content that contains the spelling of a special token is encoded separately: encoding the whole answer at
+        once gives the usual ids, including those of tokens that span an end of the content.
+        """
+        start = turn.answer.find(turn.content)
+        if start >= 0 and self._encoder.contains_special(turn.content):
+            return turn.answer[:start], turn.content, turn.answer[start + len(turn.content) :]
         return turn.answer, "", ""
 
     def _chain(self, turns: Sequence[tuple[TrainedTurn, Ids, Ids]]) -> list[Sample]:
-        """Put turns into as few samples as the served prompts allow."""
+        """Join turns into as few samples as their served prompts allow."""
         samples: list[Sample] = []
         for turn, prompt, answer in turns:
             last = samples[-1] if samples else None
             mask, characters = np.zeros(len(prompt), np.bool_), 0
+            # The turn continues the last sample only if its served prompt begins with that sample's very ids.
             if last is not None and np.array_equal(prompt[: len(last.ids)], last.ids):
                 mask[: len(last.ids)] = last.trained
                 characters = last.characters
@@ -274,7 +281,7 @@ def last_answer_encoder(tokenizer: Any) -> ConversationEncoder:
 
 
 def conversation_of(record: Record) -> Conversation:
-    """Return a record's turns in the form templates read. Raises UserError for tools that are none."""
+    """Return a record's turns in the form that chat templates read. Raises UserError for malformed tools."""
     try:
         tools = parse_tools(record.tools) or []
     except UserError as error:
@@ -284,7 +291,7 @@ def conversation_of(record: Record) -> Conversation:
 
 
 def document(encoder: Encoder, ids: Ids) -> Ids:
-    """Return a document as LLaMA reads it: the token that begins a text, the text, the token that ends it."""
+    """Return a document as LLaMA reads it: the BOS token, the text, the EOS token."""
     front = [] if encoder.bos is None else [encoder.bos]
     back = [] if encoder.eos is None else [encoder.eos]
     return np.concatenate([np.array(front, np.int32), ids, np.array(back, np.int32)]).astype(np.int32)
@@ -293,7 +300,7 @@ def document(encoder: Encoder, ids: Ids) -> Ids:
 def exchanges_of(
     messages: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Mapping[str, Any]], list[list[Mapping[str, Any]]]]:
-    """Return the system prompt's message, if any, and the exchanges: each from a user's turn up to the next."""
+    """Return the system message, if any, and the exchanges, each from a user's turn up to the next."""
     has_system = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
     system = list(messages[:1]) if has_system else []
     exchanges: list[list[Mapping[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Data sets as token shards, and held-out sets as rows to measure on."""
+"""Training sets as token shards, and held-out sets as rows to measure on."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from stagecoach_trainer.text.vocabulary import batches_of
 BATCH_CHARACTERS = 1 << 20
 
 LOST_SAMPLES = ("tooLong", "cut", "noLoss", "emptyText")
-"""Counts of samples that were dropped, shortened or left without loss."""
+"""Names of the counts of samples that were dropped, shortened or left without loss."""
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of everything that decides how a tokenizer encodes."""
+    """Return a digest of everything on which a tokenizer's encoding depends."""
     parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
-    """Return what a source's records depend on; not where it lies, nor its name."""
+    """Return the cache key of a source's records: its content and reading options, not its location or name."""
     chosen = source.model_dump(mode="json", include={"split", "format", "fields", "max_samples"})
     return {"input": context.input(source).digest, "source": chosen}
 
@@ -49,9 +49,9 @@ def source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
 
 
 def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> TokenShard:
-    """Return the documents of a set, each with the tokens that begin and end a text.
+    """Return the documents of a set, each with BOS and EOS tokens.
 
-    Raises UserError for conversations and for a set without text.
+    Raises UserError for conversations.
     """
     key = {"kind": "text", **source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
 
@@ -85,10 +85,10 @@ def conversation_shard(
     sequence_length: int,
     hindsight: Hindsight | None = None,
 ) -> TokenShard:
-    """Return the conversations of a set as samples of at most `sequence_length` tokens, with the mask of what the model
-    must say. The tokenizer carries the chat template. `hindsight`: what becomes of preference records.
+    """Return the conversations of a set as samples of at most `sequence_length` tokens, with the mask of the loss.
 
-    Raises UserError naming a record that cannot be rendered, or, without `hindsight`, one that compares answers.
+    The tokenizer has the chat template; `hindsight` sets how preference records are encoded.
+    Raises UserError naming a record that cannot be rendered, or, without `hindsight`, a preference record.
     """
     key = {
         "kind": "conversation",
@@ -111,13 +111,13 @@ def conversation_shard(
 
 
 def _hindsight_key(hindsight: Hindsight | None, seed: int) -> dict[str, Any]:
-    """Return what the samples of preference records depend on; hidden tokens are hidden later."""
+    """Return the part of the cache key for preference records; tokens are masked later, when rows are drawn."""
     if hindsight is None:
         return {}
     if hindsight.mode is HindsightMode.BEST:
         return {"hindsight": {"mode": hindsight.mode.value}}
-    words = hindsight.model_dump(mode="json", include={"mode", "feedback"})
-    return {"hindsight": {**words, "seed": seed}}
+    chain = hindsight.model_dump(mode="json", include={"mode", "feedback"})
+    return {"hindsight": {**chain, "seed": seed}}
 
 
 def _encoder_of(
@@ -133,15 +133,17 @@ def check_lost_samples(
     where: str = "data",
     remedy: str = "raise `sequenceLength`, choose another `tooLong`, or allow more",
 ) -> None:
-    """Raise UserError where more samples than `maxDroppedShare` were dropped, cut or left without loss, or none is
-    left. `counts`: by data set; `where`: the sets' field path."""
-    lost = sum(found.get(name, 0) for found in counts.values() for name in (*LOST_SAMPLES, SAME_ANSWERS))
-    kept = sum(found.get("samples", 0) for found in counts.values())
-    cut = sum(found.get("cut", 0) for found in counts.values())
-    reasons = "; ".join(f"{name}: {describe_samples(found)}" for name, found in counts.items())
+    """Raise UserError if no sample is left, or more of them than `largest_share` were dropped, cut or have no loss.
+
+    `counts`: by data set; `where`: path of the sets' field; `remedy`: end of the message.
+    """
+    lost = sum(each.get(name, 0) for each in counts.values() for name in (*LOST_SAMPLES, SAME_ANSWERS))
+    kept = sum(each.get("samples", 0) for each in counts.values())
+    cut = sum(each.get("cut", 0) for each in counts.values())
+    reasons = "; ".join(f"{name}: {describe_samples(each)}" for name, each in counts.items())
     if kept == 0:
         raise UserError(f"{where}: no sample to train on is left ({reasons})")
-    share = lost / (kept + lost - cut)
+    share = lost / (kept + lost - cut)  # samples that were cut are among those kept, too
     if share > largest_share:
         raise UserError(
             f"{where}: {share:.1%} of the samples were dropped, cut or carry no loss, more than `maxDroppedShare` "
@@ -150,7 +152,7 @@ def check_lost_samples(
 
 
 def describe_samples(counts: Mapping[str, int]) -> str:
-    """Return the counts that matter where samples were lost, for people."""
+    """Return the counts that explain lost samples, for a message."""
     names = ("records", "samples", *LOST_SAMPLES, "splitRecords", "extraSamples", *COUNTS)
     return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
 
@@ -161,14 +163,15 @@ def describe_samples(counts: Mapping[str, int]) -> str:
 def text_held_out(
     context: StageContext, source: NamedSource, tokenizer: Any, sequence_length: int, max_tokens: int
 ) -> HeldOutSet:
-    """Return a text set to measure on: the token that begins a text and the document, `max_tokens` in all."""
+    """Return a text set to measure on: documents with BOS tokens, `max_tokens` in all."""
     return measured_text(source.name, texts_of(read_records(context, source)), tokenizer, sequence_length, max_tokens)
 
 
 def measured_text(name: str, texts: Iterable[str], tokenizer: Any, sequence_length: int, max_tokens: int) -> HeldOutSet:
-    """Return documents as rows to measure on. A document longer than a row is cut into pieces, and the first token of
-    a piece is predicted at the end of the one before. The last document is shortened to what `max_tokens` leaves.
-    Raises UserError where there is nothing to measure.
+    """Return documents as rows to measure on.
+
+    A document longer than a row is split, and the first token of a piece is predicted at the end of the piece before
+    it. The last document is shortened to the rest of `max_tokens`. Raises UserError if there is nothing to measure.
     """
     encoder = Encoder(tokenizer)
     pieces: list[Row] = []
@@ -179,9 +182,9 @@ def measured_text(name: str, texts: Iterable[str], tokenizer: Any, sequence_leng
         kept, used = (ids, text) if len(ids) <= left else _shortened(encoder, text, left)
         left -= len(kept)
         characters += len(used)
-        pieces += _pieces(_begun(encoder, kept), sequence_length)
+        pieces += _pieces(_with_bos(encoder, kept), sequence_length)
     if not any(piece.num_targets for piece in pieces):
-        raise UserError(f"heldOut.sets: {name} holds no text to measure")
+        raise UserError(f"heldOut.sets: {name} has no text to measure")
     return HeldOutSet(name, pack_rows(pieces, sequence_length), characters)
 
 
@@ -191,15 +194,16 @@ def _encoded(texts: Iterable[str], encoder: Encoder) -> Iterator[tuple[str, Ids]
 
 
 def _shortened(encoder: Encoder, text: str, most: int) -> tuple[Ids, str]:
-    """Return the beginning of a text that has at most `most` tokens."""
+    """Return the beginning of a text, shortened to at most `most` tokens, and its ids."""
     ids = encoder.documents([text])[0]
+    # Text is shortened, not ids, so that characters and tokens match; each round removes at least one character.
     while len(ids) > most:
         text = text[: max(0, min(len(text) - 1, len(text) * most // len(ids)))]
         ids = encoder.documents([text])[0]
     return ids, text
 
 
-def _begun(encoder: Encoder, ids: Ids) -> Ids:
+def _with_bos(encoder: Encoder, ids: Ids) -> Ids:
     return ids if encoder.bos is None else np.concatenate([np.array([encoder.bos], np.int32), ids])
 
 
@@ -220,8 +224,11 @@ def conversation_held_out(
     max_tokens: int,
     hindsight: Hindsight | None = None,
 ) -> HeldOutSet:
-    """Return a conversation set to measure on: the tokens that the model must say; what is too long is left out.
-    Preference records are measured in the form `hindsight` trains on, with nothing hidden."""
+    """Return a conversation set to measure on, `max_tokens` with loss in all; samples that are too long are left out.
+
+    Preference records are encoded as `hindsight` trains on them, without masked tokens.
+    Raises UserError if there is nothing to measure.
+    """
     encoder = _encoder_of(tokenizer, loss, TooLong.DROP, sequence_length, hindsight, context.seed)
     rows: list[Row] = []
     left, characters = max_tokens, 0
@@ -233,7 +240,7 @@ def conversation_held_out(
         left -= row.num_targets
         characters += sample.characters
     if not rows:
-        raise UserError(f"heldOut.sets: {source.name} holds no conversation to measure ({encoder.counts})")
+        raise UserError(f"heldOut.sets: {source.name} has no conversation to measure ({encoder.counts})")
     return HeldOutSet(source.name, pack_rows(rows, sequence_length), characters)
 
 

@@ -1,7 +1,7 @@
-"""Groups of answers to one prompt, as training takes them: out of token shards, measured, planned.
+"""Groups of answers to one prompt: read from token shards, selected for measuring, planned as optimiser steps.
 
-A group is one sample of a token shard, int32: [K, N, then for each answer its length and its mark, the prompt's N ids,
-the ids of the answers one after the other]. A mark is a rank (from 1), `LIKED` or `DISLIKED`.
+A group is one sample of a token shard, int32: [K, N, then length and mark of each of the K answers, the prompt's N ids,
+the concatenated ids of the answers]. A mark is a rank (from 1), `LIKED` or `DISLIKED`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from stagecoach_trainer.samples.plan import MixedPlan, PhaseSettings, Planner, U
 from stagecoach_trainer.samples.token_cache import TokenShard
 
 LIKED, DISLIKED = -1, -2
-"""Marks of answers that are judged one by one."""
+"""Marks of answers that are judged one by one. They are negative, ranks are positive."""
 
 LOST_ANSWERS = ("tooLong", "emptyAnswers", "sameAnswers", "fewAnswers")
-"""Counts of answers that are not trained on. With `answers` they make `answersRead`.
+"""Names of the counts of answers that are not trained on; together with `answers` they add up to `answersRead`.
 
-`tooLong`: prompt and answer do not fit the sequence; `emptyAnswers`: blank; `sameAnswers`: the same as a better answer
-to the prompt; `fewAnswers`: left without an answer of another rank to be compared with."""
+`tooLong`: prompt and answer do not fit the sequence; `emptyAnswers`: blank; `sameAnswers`: equal to a better answer to
+the prompt; `fewAnswers`: no answer of another rank is left to compare with."""
 
 
 class Counting(StrEnum):
-    """What a loss is averaged over."""
+    """Units that a loss is averaged over."""
 
     PAIRS = "pairs"
     GROUPS = "groups"
@@ -40,7 +40,7 @@ class Counting(StrEnum):
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A prompt and one answer to it."""
+    """A prompt with one answer."""
 
     ids: Ids
     """Token ids [T]: the prompt as served, the answer, the end token."""
@@ -51,25 +51,25 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Group:
-    """Answers to one prompt, never cut apart (a `Unit`). K answers, P pairs."""
+    """Answers to one prompt, which stay in one batch (a `Unit`). K answers, P pairs."""
 
     sequences: tuple[TokenSequence, ...]
-    """K of them, the best first where they are ranked."""
+    """K sequences, best first if they are ranked."""
 
     better: Int64
-    """Place of each pair's better answer in `sequences` [P]; answers of equal rank make no pair."""
+    """Index of each pair's better answer in `sequences` [P]; answers of equal rank form no pair."""
 
     worse: Int64
-    """Place of each pair's other answer [P]."""
+    """Index of each pair's other answer [P]."""
 
     liked: npt.NDArray[np.bool_] | None
-    """Whether an answer is a good one [K]. None: they are ranked."""
+    """Whether each answer is a good one [K]. None if they are ranked."""
 
     domain: int
-    """Number of the set's domain, as the caller counts them."""
+    """Number of the set's domain, assigned by the caller."""
 
     place: tuple[int, int]
-    """Number of the data set and of the group in it: what names the group in this stage."""
+    """Numbers of the data set and of the group in it; they identify the group within the stage."""
 
     counting: Counting
 
@@ -79,7 +79,7 @@ class Group:
 
     @property
     def num_targets(self) -> int:
-        """What the group adds to the divisor of the loss."""
+        """The group's contribution to the divisor of the loss."""
         match self.counting:
             case Counting.PAIRS:
                 return len(self.better)
@@ -90,7 +90,7 @@ class Group:
 
 
 def pairs_of(ranks: Sequence[int]) -> tuple[Int64, Int64]:
-    """Return the places of the better and of the worse answer of every pair of different ranks [P], [P]."""
+    """Return the indices of the better and the worse answer of every pair of different ranks: [P], [P]."""
     marks = np.asarray(ranks)
     better, worse = np.nonzero(marks[:, None] < marks[None, :])
     return better.astype(np.int64), worse.astype(np.int64)
@@ -107,20 +107,20 @@ class GroupShard:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What became of the records: `records`, `groups`, `answersRead`, `answers` (kept), `pairs`, `ties` (pairs of
-        equal rank, left out), `tokens`, and `GROUP_LOSSES`."""
+        """Counts of the encoding: `records`, `groups`, `answersRead`, `answers` (kept), `pairs`, `ties` (pairs of equal
+        rank, left out), `tokens`, and those of `LOST_ANSWERS`."""
         return self.shard.counts
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that enter the model: every answer with the prompt in front of it."""
+        """Tokens that enter the model: every answer together with its prompt."""
         return self.counts["tokens"]
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def group(self, index: int, counting: Counting) -> Group:
-        """Return the group number `index`."""
+        """Return the group with the number `index`."""
         values = self.shard.tokens[self.shard.offsets[index] : self.shard.offsets[index + 1]]
         num_answers, num_prompt = int(values[0]), int(values[1])
         lengths, marks = values[2 : 2 + 2 * num_answers].reshape(num_answers, 2).T.tolist()
@@ -144,24 +144,24 @@ class GroupShard:
 
 
 def check_lost_answers(counts: Mapping[str, Mapping[str, int]], largest_share: float) -> None:
-    """Raise UserError where more answers than `maxDroppedShare` are not trained on, or none is. `counts`: by set."""
-    lost = sum(found.get(name, 0) for found in counts.values() for name in LOST_ANSWERS)
-    kept = sum(found.get("answers", 0) for found in counts.values())
-    reasons = "; ".join(f"{name}: {describe_groups(found)}" for name, found in counts.items())
+    """Raise UserError if no answer is trained on, or more than `largest_share` are not. `counts`: by set."""
+    lost = sum(each.get(name, 0) for each in counts.values() for name in LOST_ANSWERS)
+    kept = sum(each.get("answers", 0) for each in counts.values())
+    reasons = "; ".join(f"{name}: {describe_groups(each)}" for name, each in counts.items())
     if kept == 0:
         raise UserError(f"data: no preference to learn from is left ({reasons})")
     share = lost / (kept + lost)
     if share > largest_share:
         raise UserError(
             f"data: {share:.1%} of the answers cannot be trained on, more than `maxDroppedShare` {largest_share:.1%} "
-            f"({reasons}); raise `sequenceLength`, mend the data, or allow more"
+            f"({reasons}); raise `sequenceLength`, fix the data, or allow more"
         )
 
 
 def measured_groups(shard: GroupShard, counting: Counting, max_tokens: int, name: str) -> list[Group]:
-    """Return the groups of a held-out set from the first on, `max_tokens` in all, one at least.
+    """Return the first groups of a held-out set, up to `max_tokens` in all but at least one.
 
-    Raises UserError where there is none.
+    Raises UserError if the set has none.
     """
     groups: list[Group] = []
     left = max_tokens
@@ -171,12 +171,12 @@ def measured_groups(shard: GroupShard, counting: Counting, max_tokens: int, name
         groups.append(group)
         left -= group.num_tokens
     if not groups:
-        raise UserError(f"heldOut.sets: {name} holds no preference to measure ({describe_groups(shard.counts)})")
+        raise UserError(f"heldOut.sets: {name} has no preference to measure ({describe_groups(shard.counts)})")
     return groups
 
 
 def describe_groups(counts: Mapping[str, int]) -> str:
-    """Return the counts of a set of preferences, for people."""
+    """Return the counts of a set of preferences, for a message."""
     names = ("records", "groups", "answersRead", "answers", *LOST_ANSWERS, "pairs", "ties")
     return ", ".join(f"{name} {counts[name]}" for name in names if counts.get(name))
 
@@ -186,7 +186,7 @@ def describe_groups(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class GroupUnits:
-    """The groups of several sets, as one (`Units`)."""
+    """The groups of several sets, numbered consecutively (`Units`)."""
 
     shards: tuple[GroupShard, ...]
     counting: Counting
@@ -199,7 +199,7 @@ class GroupUnits:
         return sum(shard.num_tokens for shard in self.shards)
 
     def rows(self, numbers: Int64) -> list[Group]:
-        """Return the groups of these numbers."""
+        """Return the groups with the given numbers."""
         ends = np.cumsum([len(shard) for shard in self.shards])
         sets = np.searchsorted(ends, numbers, side="right").tolist()
         return [
@@ -209,7 +209,7 @@ class GroupUnits:
 
 
 class GroupPlanner(Planner):
-    """Plans steps of groups: `batch.samples` of them, or as many as make `batch.tokens` on average."""
+    """Plans steps of groups: `batch.samples` per step, or as many as have `batch.tokens` on average."""
 
     def __init__(self, shards: Mapping[str, GroupShard], counting: Counting, seed: int) -> None:
         super().__init__({name: found.shard for name, found in shards.items()}, seed, packing=False)
@@ -231,8 +231,8 @@ class GroupPlanner(Planner):
 def plan_groups(shards: Mapping[str, GroupShard], config: Training, counting: Counting, seed: int) -> MixedPlan:
     """Return the plan of a stage that trains on groups; `shards` by label, in the order of `config.data`.
 
-    A budget or batch of samples counts groups, and the tokens are those of all answers with their prompts.
-    Raises UserError for weights on some sets only, and for a set with weight and without groups.
+    A budget or batch of samples counts groups; tokens are those of all answers with their prompts.
+    Raises UserError if only some sets have weights, or a set with a weight has no groups.
     """
     settings = phase_settings(config, list(shards))
     planner = GroupPlanner(shards, counting, seed)

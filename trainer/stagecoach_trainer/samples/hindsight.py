@@ -1,14 +1,14 @@
 """Ranked answers as samples for `sft`: chains of hindsight, or the best answer alone.
 
-A chain (arXiv 2302.02676) is one sequence: the prompt as served, then, from the worst answer to the best, feedback
-words and the answer. Loss lies on the answers, and on what ends the best one; never on the prompt or the feedback:
+A chain (arXiv 2302.02676) is one sequence: the prompt as served, then, from the worst answer to the best, a feedback
+text and the answer. The answers and the end of the best one carry loss, the prompt and the feedback never do:
 
-    prompt | bad words ⏎ | worst answer | ⏎ bad words ⏎ | … | ⏎ good words ⏎ | best answer end
-           |  no loss    |  loss        |  no loss      |   |  no loss       | loss
+    prompt | bad feedback ⏎ | worst answer | ⏎ bad feedback ⏎ | … | ⏎ good feedback ⏎ | best answer end
+           |  no loss       |  loss        |  no loss         |   |  no loss          | loss
 
-A served model is asked with the good words directly behind its prompt, which no chain of several answers holds. So
-each chain has its last link beside it as a sample of its own, the prompt, the good words and the best answer: the ids
-in front of that answer are the served ones. (The paper's authors train on chains and on single answers alike.)
+At inference, the good feedback directly follows the prompt, which it does in no chain of several answers. So each chain
+is accompanied by its last link as a separate sample, the prompt, the good feedback and the best answer: the ids before
+that answer are the served ones. (The paper's authors, too, train on both chains and single answers.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import Message, Renderer
 
 PROBE = "\u2042"
-"""Stands for an answer while the template is asked what it puts around one; in no template's own text."""
+"""Placeholder for an answer, rendered to find the template's text around it; occurs in no template."""
 
 SAME_ANSWERS = "sameAnswers"
 
@@ -46,15 +46,15 @@ COUNTS = (
     "chains", "chainedAnswers", "bestAnswers", "shortenedChains",
     "tiedAnswers", "emptyAnswers", "repeatedAnswers", SAME_ANSWERS,
 )  # fmt: skip
-"""What `HindsightEncoder` counts beside what `ConversationEncoder` does."""
+"""Names of the counts that `HindsightEncoder` adds to those of `ConversationEncoder`."""
 
 
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
 def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, str]]:
-    """Return the ranks and words of a preference record's answers, the best first, without empty ones
-    (`emptyAnswers`) and without repetitions of a better one (`repeatedAnswers`).
+    """Return the ranks and texts of a preference record's answers, best first, without empty ones (`emptyAnswers`) and
+    without repetitions of a better one (`repeatedAnswers`).
 
     Raises UserError for answers without a rank.
     """
@@ -62,7 +62,7 @@ def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, st
     for answer in sorted(record.answers, key=lambda answer: answer.rank or 0):
         if answer.rank is None:
             raise UserError(
-                f"{record.where}: an answer that is liked or not, where ranked ones are expected; `hindsight` takes "
+                f"{record.where}: an answer judged as good or bad, where ranked ones are expected; `hindsight` takes "
                 "`pairs`, `comparison` and `ranked` records; a `dpo` stage trains on `labels` (`loss: kto`)"
             )
         if not answer.content.strip():
@@ -75,8 +75,10 @@ def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, st
 
 
 def answers_to_chain(record: Record, counts: Counter[str]) -> tuple[str, ...]:
-    """Return the answers of a preference record from the worst to the best; of equal ranks the first one
-    (`tiedAnswers`). Empty where fewer than two are left: nothing says which is better (`sameAnswers`)."""
+    """Return the answers of a preference record from worst to best, of equal ranks the first one (`tiedAnswers`).
+
+    Empty if fewer than two are left, so that none is better than another (`sameAnswers`).
+    """
     kept: dict[int, str] = {}
     for rank, content in distinct_answers(record, counts):
         if rank in kept:
@@ -90,8 +92,10 @@ def answers_to_chain(record: Record, counts: Counter[str]) -> tuple[str, ...]:
 
 
 def best_answer(record: Record, counts: Counter[str]) -> Record | None:
-    """Return a preference record as the conversation of its prompt and its best answer, of several best ones the first.
-    None where fewer than two answers differ: nothing was compared (`sameAnswers`)."""
+    """Return the conversation of a preference record's prompt and best answer, of several best ones the first.
+
+    None if fewer than two answers differ, so that nothing was compared (`sameAnswers`).
+    """
     kept = distinct_answers(record, counts)
     if len(kept) < 2:
         counts[SAME_ANSWERS] += 1
@@ -101,24 +105,24 @@ def best_answer(record: Record, counts: Counter[str]) -> Record | None:
 
 
 def choose_feedback(feedback: Sequence[Feedback], seed: int, record: Record) -> Feedback:
-    """Return one of the pairs of words at random: a pure function of the seed and of what the record says, so that
-    neither its place nor its file's name matters."""
-    said = [
+    """Return a random member of `feedback`: a pure function of the seed and the record's content, so that its position
+    and its file's name do not matter."""
+    content = [
         [[turn.role.value, turn.content, turn.input] for turn in record.messages],
         record.tools,
         [[answer.rank, answer.content] for answer in record.answers],
     ]
-    digest = hashlib.sha256(json.dumps([seed, said], ensure_ascii=False).encode()).digest()
+    digest = hashlib.sha256(json.dumps([seed, content], ensure_ascii=False).encode()).digest()
     return feedback[int.from_bytes(digest[:8]) % len(feedback)]
 
 
 def check_feedback(feedback: Sequence[Feedback]) -> None:
-    """Raise UserError for words that cannot tell good from bad."""
-    for index, words in enumerate(feedback):
-        good, bad = words.good.strip(), words.bad.strip()
+    """Raise UserError for feedback texts that do not distinguish good from bad answers."""
+    for index, pair in enumerate(feedback):
+        good, bad = pair.good.strip(), pair.bad.strip()
         if not good or not bad or good == bad:
             raise UserError(
-                f"hindsight.feedback[{index}]: `good` {words.good!r} and `bad` {words.bad!r} must be different words, "
+                f"hindsight.feedback[{index}]: `good` {pair.good!r} and `bad` {pair.bad!r} must be different texts, "
                 "neither of them empty"
             )
 
@@ -128,32 +132,32 @@ def check_feedback(feedback: Sequence[Feedback]) -> None:
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """What stands around an answer in a rendered conversation."""
+    """Text around an answer in a rendered conversation."""
 
     prompt: str
-    """The conversation so far with the generation prompt, and what the template puts in front of an answer."""
+    """The conversation so far with the generation prompt, and the template's text before an answer."""
 
     after: str
-    """What the template puts between an answer and the end token."""
+    """The template's text between an answer and the end token."""
 
 
 def answer_frame(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerFrame:
-    """Return what stands around an answer to `messages`. Raises UserError where the template cannot tell."""
+    """Return the text around an answer to `messages`. Raises UserError if the template does not render the answer."""
     [turn] = renderer.trained_turns([*messages, {"role": Role.ASSISTANT.value, "content": PROBE}], LAST_ANSWER, tools)
-    before, found, after = turn.answer.partition(PROBE)
-    if not found:
-        raise UserError("the chat template does not show what the assistant says; write {{ message['content'] }} there")
+    before, probe, after = turn.answer.partition(PROBE)
+    if not probe:
+        raise UserError("the chat template does not render the assistant's content; write {{ message['content'] }}")
     return AnswerFrame(turn.prompt + before, after)
 
 
-def lead_in(words: str) -> str:
+def lead_in(feedback: str) -> str:
     """Return feedback text as it appears directly in front of an answer.
 
-    A model trained on chains is asked for an answer of that kind with `answer_frame(…).prompt + lead_in(words)`.
-    `apply_chat_template` renders the same text from a last assistant turn that holds `words` and a newline, with
+    A model trained on chains is asked for an answer of that kind with `answer_frame(…).prompt + lead_in(feedback)`.
+    `apply_chat_template` renders the same text from a last assistant turn of `feedback` and a newline, with
     `continue_final_message=True`; OpenAI-compatible servers take that turn as a prefill.
     """
-    return f"{words}\n"
+    return f"{feedback}\n"
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -163,10 +167,10 @@ def lead_in(words: str) -> str:
 class Chain:
     """A preference record, ready to be encoded."""
 
-    place: AnswerFrame
+    frame: AnswerFrame
     feedback: Feedback
     answers: tuple[str, ...]
-    """From the worst to the best; at least two."""
+    """From worst to best; at least two."""
     where: str
 
 
@@ -174,33 +178,33 @@ class Chain:
 class EncodedChain:
     """The parts of a chain as token ids."""
 
-    asked_bad: Ids
-    """Prompt and bad words."""
-    asked_good: Ids
+    prompt_bad: Ids
+    """The prompt and bad feedback, before the first answer."""
+    prompt_good: Ids
     bad: Ids
-    """Bad words between two answers."""
+    """Bad feedback between two answers."""
     good: Ids
     end: Ids
     answers: tuple[Ids, ...]
 
     def ids_and_mask(self, num_answers: int) -> tuple[Ids, list[bool]]:
-        """Return the chain of the best `num_answers` answers: token ids [T], and which carry loss [T]."""
+        """Return the chain of the best `num_answers` answers: token ids [T], and whether each carries loss [T]."""
         *others, best = self.answers[-num_answers:]
         parts: list[tuple[Ids, bool]] = []
         for index, answer in enumerate(others):
-            parts += [(self.bad if index else self.asked_bad, False), (answer, True)]
-        parts += [(self.good if others else self.asked_good, False), (best, True), (self.end, True)]
+            parts += [(self.bad if index else self.prompt_bad, False), (answer, True)]
+        parts += [(self.good if others else self.prompt_good, False), (best, True), (self.end, True)]
         ids = np.concatenate([part for part, _ in parts]).astype(np.int32)
         return ids, [trained for part, trained in parts for _ in part]
 
 
 class HindsightEncoder(ConversationEncoder):
-    """Encodes preference records by `hindsight`, and all others as a `ConversationEncoder` does.
+    """Encodes preference records as `hindsight` sets, and all other records as `ConversationEncoder` does.
 
-    Counts besides: `bestAnswers` (records that became a conversation); `chains` and `chainedAnswers` (sequences of
-    several answers, and the answers in them), `shortenedChains` (chains that lost their worst answers to
-    `sequenceLength`); what was left out: `tiedAnswers`, `emptyAnswers`, `repeatedAnswers`, and whole records whose
-    answers say nothing of each other, `sameAnswers`.
+    Additional counts: `bestAnswers` (records that became a conversation); `chains` and `chainedAnswers` (sequences of
+    several answers, and the answers in them), `shortenedChains` (chains whose worst answers did not fit
+    `sequenceLength`); left out: `tiedAnswers`, `emptyAnswers`, `repeatedAnswers`, and whole records without two
+    answers of different rank, `sameAnswers`.
     """
 
     def __init__(
@@ -214,10 +218,9 @@ class HindsightEncoder(ConversationEncoder):
         seed: int,
         with_last_links: bool = True,
     ) -> None:
-        """`seed`: chooses feedback words. `with_last_links`: each chain's best answer, as it is asked for, is a sample
-        of its own beside the chain.
+        """`seed`: selects feedback. `with_last_links`: whether each chain is accompanied by its last link.
 
-        Raises UserError for feedback words that say nothing.
+        Raises UserError for feedback that does not distinguish good from bad answers.
         """
         super().__init__(encoder, renderer, loss, too_long, sequence_length)
         if hindsight.mode is HindsightMode.CHAIN:
@@ -228,8 +231,8 @@ class HindsightEncoder(ConversationEncoder):
 
     def _encode_batch(self, batch: Sequence[Record]) -> list[list[Sample]]:
         if self._hindsight.mode is HindsightMode.BEST:
-            found = [best_answer(record, self.counts) if record.answers else record for record in batch]
-            return super()._encode_batch([record for record in found if record is not None])
+            best = [best_answer(record, self.counts) if record.answers else record for record in batch]
+            return super()._encode_batch([record for record in best if record is not None])
         others = iter(super()._encode_batch([record for record in batch if not record.answers]))
         chained = iter(self._encode_chains([record for record in batch if record.answers]))
         return [next(chained if record.answers else others) for record in batch]
@@ -246,34 +249,35 @@ class HindsightEncoder(ConversationEncoder):
             return None
         conversation = conversation_of(record)
         return Chain(
-            place=self._place_of(conversation),
+            frame=self._frame_of(conversation),
             feedback=choose_feedback(self._hindsight.feedback, self._seed, record),
             answers=answers,
             where=record.where,
         )
 
-    def _place_of(self, conversation: Conversation) -> AnswerFrame:
+    def _frame_of(self, conversation: Conversation) -> AnswerFrame:
         try:
             return answer_frame(self._renderer, conversation.messages, conversation.tools)
         except UserError as error:
             raise UserError(f"{conversation.where}: {error}") from error
 
     def _encoded(self, chains: Sequence[Chain]) -> list[EncodedChain]:
-        """Encode all parts at once. What a server reads of a prompt is read as special tokens, an answer never is."""
+        """Encode all parts at once. Special tokens are recognised in prompts, as by a server, and in no answer."""
         prompts: list[str] = []
         markers: list[str] = []
         for chain in chains:
             bad, good = lead_in(chain.feedback.bad), lead_in(chain.feedback.good)
-            prompts += [chain.place.prompt + bad, chain.place.prompt + good]
-            markers += [f"\n{bad}", f"\n{good}", chain.place.after]
-        asked = iter(self._encoder.prompts(prompts))
+            prompts += [chain.frame.prompt + bad, chain.frame.prompt + good]
+            markers += [f"\n{bad}", f"\n{good}", chain.frame.after]
+        # Parts are encoded separately, so that the ids at the boundaries do not depend on the length of the chain.
+        beginnings = iter(self._encoder.prompts(prompts))
         between = iter(self._encoder.continuations(markers, parse_special=True))
         contents = iter(self._encoder.continuations([answer for chain in chains for answer in chain.answers]))
         end = np.array([self._encoder.eos], np.int32)
         return [
             EncodedChain(
-                asked_bad=next(asked),
-                asked_good=next(asked),
+                prompt_bad=next(beginnings),
+                prompt_good=next(beginnings),
                 bad=next(between),
                 good=next(between),
                 end=np.concatenate([next(between), end]).astype(np.int32),
@@ -283,8 +287,9 @@ class HindsightEncoder(ConversationEncoder):
         ]
 
     def _samples(self, chain: Chain, encoded: EncodedChain) -> list[Sample]:
-        """Return the longest chain that fits, if any does, and its last link."""
+        """Return the longest chain that fits, if any, and its last link."""
         last_link = self._sample(chain, encoded, 1)
+        # The worst answers are dropped first: a chain must end with its best answer.
         for num_answers in range(len(chain.answers), 1, -1):
             whole = self._sample(chain, encoded, num_answers)
             if len(whole.ids) <= self._capacity:

@@ -1,7 +1,7 @@
-"""Preference records as token groups: the answers to one prompt, and which of them is the better one.
+"""Encode preference records as token groups: the answers to one prompt with their marks.
 
 Prompt and answer are encoded as `ConversationEncoder` encodes the last turn of a conversation: the prompt's ids are
-those that `apply_chat_template` gives with the generation prompt, the answer's end with the end token.
+those that `apply_chat_template` gives with the generation prompt, and the answer's ids end with the end token.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from stagecoach_trainer.samples.groups import DISLIKED, LIKED, GroupShard, pairs
 from stagecoach_trainer.samples.token_cache import TokenShardWriter, token_shard
 
 LAYOUT = 1
-"""Raised when the layout of a group in a shard changes."""
+"""Version of the layout of groups in shards; increase it when the layout changes."""
 
 BATCH_RECORDS = 64
 
 
 class Grouping(StrEnum):
-    """What a group is made of."""
+    """Answers that form a group."""
 
     PROMPTS = "prompts"
     """All answers to a prompt (reward models)."""
@@ -43,7 +43,7 @@ class Grouping(StrEnum):
     """A better and a worse answer (DPO)."""
 
     ANSWERS = "answers"
-    """One answer, liked or not; of ranked ones the best is liked (KTO)."""
+    """One answer, good or bad; of ranked answers, the best are good (KTO)."""
 
 
 def group_shard(
@@ -59,12 +59,12 @@ def group_shard(
     """Return the preferences of a set as groups whose sequences have at most `sequence_length` tokens.
 
     Args:
-        tokenizer: It carries the chat template.
-        system: System prompt in front of every conversation, in place of its own. None: its own, if any.
-        domain, number: Of the data set, handed on to the groups.
+        tokenizer: A tokenizer with the chat template.
+        system: System prompt that replaces that of every conversation. If it is None, each keeps its own, if any.
+        domain, number: Numbers of the domain and the data set, assigned to the groups.
 
-    Raises UserError naming a record that has no answers, has them judged in another way than `grouping` can use, or
-    cannot be rendered.
+    Raises UserError naming a record that has no answers, whose judgements `grouping` cannot use, or that cannot be
+    rendered.
     """
     key = {
         "kind": "groups",
@@ -87,17 +87,17 @@ def group_shard(
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """One encoded answer."""
+class _EncodedAnswer:
+    """An encoded answer with its mark."""
 
     ids: Ids
-    """The answer's own ids, its end included."""
+    """The answer's ids, without the prompt, including the end token."""
 
     mark: int
 
 
 class GroupEncoder:
-    """Encodes preference records one after the other and counts what becomes of them, as `GroupShard.counts` says."""
+    """Encodes preference records one by one, with the counts that `GroupShard.counts` lists."""
 
     def __init__(self, tokenizer: Any, sequence_length: int, grouping: Grouping, system: str | None = None) -> None:
         self._encoder = last_answer_encoder(tokenizer)
@@ -107,13 +107,14 @@ class GroupEncoder:
         self.counts: Counter[str] = Counter(groups=0, answers=0, tokens=0)
 
     def encode(self, records: Iterable[Record]) -> Iterator[Ids]:
-        """Yield the groups of `records` as the shard holds them. Raises UserError as `group_shard` does."""
+        """Yield the groups of `records` in the layout of shards. Raises UserError as `group_shard` does."""
         remaining = iter(records)
         while batch := list(islice(remaining, BATCH_RECORDS)):
-            kept = [self._take(record) for record in batch]
-            asked = [self._said(record, answer) for record in kept for answer in record.answers]
-            samples = list(self._encoder.encode(asked))
-            if len(samples) != len(asked):
+            kept = [self._prepared(record) for record in batch]
+            conversations = [self._answered(record, answer) for record in kept for answer in record.answers]
+            samples = list(self._encoder.encode(conversations))
+            # The encoder skips samples without loss; then answers could not be assigned to their records.
+            if len(samples) != len(conversations):
                 raise UserError(f"{batch[0].where}: the chat template renders a prompt, or an answer, as nothing")
             encoded = iter(samples)
             for record in kept:
@@ -121,8 +122,8 @@ class GroupEncoder:
 
     # -- records -------------------------------------------------------------------------------------------------------
 
-    def _take(self, record: Record) -> Record:
-        """Return the record with the system prompt it is judged under, and without blank answers."""
+    def _prepared(self, record: Record) -> Record:
+        """Return the record with the configured system prompt and without blank answers, best answer first."""
         if not record.answers:
             raise UserError(
                 f"{record.where}: {'a text' if record.is_text else 'a conversation'} where preferences are expected; "
@@ -131,7 +132,7 @@ class GroupEncoder:
             )
         if self._grouping is not Grouping.ANSWERS and any(answer.rank is None for answer in record.answers):
             raise UserError(
-                f"{record.where}: an answer that is liked or not, where answers to compare are expected; train on "
+                f"{record.where}: an answer judged as good or bad, where answers to compare are expected; train on "
                 "`labels` in a `dpo` stage with `loss: {kto: {}}`"
             )
         ranked = sorted(record.answers, key=lambda answer: answer.rank or 0)
@@ -139,40 +140,40 @@ class GroupEncoder:
         self.counts["records"] += 1
         self.counts["answersRead"] += len(record.answers)
         self.counts["emptyAnswers"] += len(record.answers) - len(answers)
-        return replace(record, messages=self._judged_under(record.messages), answers=answers)
+        return replace(record, messages=self._with_system(record.messages), answers=answers)
 
-    def _judged_under(self, messages: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    def _with_system(self, messages: tuple[Turn, ...]) -> tuple[Turn, ...]:
         if self._system is None:
             return messages
         has_own = bool(messages) and messages[0].role is Role.SYSTEM
         return (self._system, *(messages[1:] if has_own else messages))
 
-    def _said(self, record: Record, answer: Answer) -> Record:
+    def _answered(self, record: Record, answer: Answer) -> Record:
         return replace(record, messages=(*record.messages, Turn(Role.ASSISTANT, answer.content)), answers=())
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
     def _groups(self, encoded: Sequence[tuple[Any, int]]) -> Iterator[Ids]:
-        """Yield the groups of one record. `encoded`: its answers as samples, with their marks, the best first."""
-        kept: list[_Judged] = []
+        """Yield the groups of one record. `encoded`: its answers as samples with their marks, best first."""
+        kept: list[_EncodedAnswer] = []
         prompt = np.empty(0, np.int32)
         for sample, mark in encoded:
             if len(sample.ids) > self._capacity:
                 self.counts["tooLong"] += 1
                 continue
-            num_prompt = int(np.argmax(sample.trained))
+            num_prompt = int(np.argmax(sample.trained))  # the first token with loss begins the answer
             prompt, ids = sample.ids[:num_prompt], sample.ids[num_prompt:]
             if any(np.array_equal(ids, other.ids) for other in kept):
                 self.counts["sameAnswers"] += 1
             else:
-                kept.append(_Judged(ids, mark))
-        for group in self._parted(kept):
+                kept.append(_EncodedAnswer(ids, mark))
+        for group in self._grouped(kept):
             self.counts["groups"] += 1
             self.counts["tokens"] += sum(len(prompt) + len(answer.ids) for answer in group)
             yield _flat(prompt, group)
 
-    def _parted(self, answers: list[_Judged]) -> list[list[_Judged]]:
-        """Return the answers in groups; nothing where they cannot be compared."""
+    def _grouped(self, answers: list[_EncodedAnswer]) -> list[list[_EncodedAnswer]]:
+        """Return the answers in groups; none if they cannot be compared."""
         if any(answer.mark < 0 for answer in answers):
             self.counts["answers"] += len(answers)
             return [[answer] for answer in answers]
@@ -199,6 +200,6 @@ def _mark(answer: Answer) -> int:
     return LIKED if answer.liked else DISLIKED
 
 
-def _flat(prompt: Ids, answers: Sequence[_Judged]) -> Ids:
+def _flat(prompt: Ids, answers: Sequence[_EncodedAnswer]) -> Ids:
     header = [len(answers), len(prompt), *(value for answer in answers for value in (len(answer.ids), answer.mark))]
     return np.concatenate([np.array(header, np.int32), prompt, *(answer.ids for answer in answers)])

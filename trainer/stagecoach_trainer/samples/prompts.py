@@ -1,4 +1,4 @@
-"""Prompts alone, for a policy to answer."""
+"""Prompts without answers, for a policy to answer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ BATCH_RECORDS = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """Something for a policy to answer."""
+    """A prompt for a policy to answer."""
 
     ids: Ids
-    """Token ids [T], with the generation prompt: what a served model is given."""
+    """Token ids [T] with the generation prompt, as a served model receives them."""
 
     messages: tuple[Message, ...]
     tools: tuple[Message, ...]
     where: str
     domain: str | None = None
-    """What it is about, for reward models. None: of no domain."""
+    """Domain for reward models, if any."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class PromptSet:
 
     prompts: tuple[Prompt, ...]
     counts: Mapping[str, int]
-    """`records`, `prompts`, and what was left out: `tooLong`, `empty`."""
+    """`records`, `prompts`, and the records left out: `tooLong`, `empty`."""
 
 
 def prompt_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
-    """Yield conversations and preference records without their answers: turns of the model at the end are left out.
+    """Yield conversations and preference records without answers, removing generated turns at the end.
 
-    Raises UserError for a text, which asks nothing.
+    Raises UserError for a text, which has no prompt.
     """
     for record in read_records(context, source):
         if record.is_text:
@@ -64,20 +64,20 @@ def prompt_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
 def read_prompts(
     context: Fetches, source: RecordSource, tokenizer: Any, max_tokens: int, domain: str | None = None
 ) -> PromptSet:
-    """Return the prompts of a set that have at most `max_tokens` tokens. The tokenizer carries the chat template;
-    `domain` is handed on to the prompts.
+    """Return the prompts of a set that have at most `max_tokens` tokens.
 
-    Counts `empty` (nothing is asked) and `tooLong`. Raises UserError for a record that cannot be rendered.
+    The tokenizer has the chat template; `domain` is assigned to the prompts. Counts `empty` (no turn but the system's
+    has text) and `tooLong`. Raises UserError for a record that cannot be rendered.
     """
     counts = Counter(records=0, prompts=0, tooLong=0, empty=0)
     encoder, renderer = Encoder(tokenizer), Renderer(tokenizer)
     prompts: list[Prompt] = []
     remaining = prompt_records(context, source)
     while batch := list(islice(remaining, BATCH_RECORDS)):
-        asked = [conversation_of(record) for record in batch if _asks(record)]
-        counts.update(records=len(batch), empty=len(batch) - len(asked))
-        texts = [_rendered(renderer, conversation) for conversation in asked]
-        for conversation, ids in zip(asked, encoder.prompts(texts), strict=True):
+        conversations = [conversation_of(record) for record in batch if _has_prompt(record)]
+        counts.update(records=len(batch), empty=len(batch) - len(conversations))
+        texts = [_rendered(renderer, conversation) for conversation in conversations]
+        for conversation, ids in zip(conversations, encoder.prompts(texts), strict=True):
             if len(ids) > max_tokens:
                 counts["tooLong"] += 1
             else:
@@ -86,7 +86,7 @@ def read_prompts(
     return PromptSet(tuple(prompts), counts)
 
 
-def _asks(record: Record) -> bool:
+def _has_prompt(record: Record) -> bool:
     return any((turn.content + turn.input).strip() for turn in record.messages if turn.role is not Role.SYSTEM)
 
 

@@ -12,20 +12,20 @@ from stagecoach_trainer.samples.conversation import Sample
 
 
 def row_of(sample: Sample) -> Row:
-    """Return one sample as a row."""
+    """Return a sample as a row; label t is token t + 1 if that carries loss."""
     labels = np.full(len(sample.ids), IGNORE, np.int32)
     labels[:-1] = np.where(sample.trained[1:], sample.ids[1:], IGNORE)
     return Row(sample.ids, labels, (len(sample.ids),))
 
 
 def pack_rows(pieces: Sequence[Row], sequence_length: int) -> list[Row]:
-    """Return rows of several samples each, as few as they fit."""
+    """Pack samples into as few rows of `sequence_length` as best-fit packing finds."""
     packed = pack(np.array([piece.num_tokens for piece in pieces]), sequence_length)
     return [join_rows([pieces[index] for index in packed.samples(row)]) for row in range(len(packed))]
 
 
 def join_rows(pieces: Sequence[Row]) -> Row:
-    """Return several rows as one."""
+    """Concatenate rows."""
     return Row(
         np.concatenate([piece.tokens for piece in pieces]),
         np.concatenate([piece.labels for piece in pieces]),

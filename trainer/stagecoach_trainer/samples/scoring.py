@@ -1,4 +1,4 @@
-"""Answered conversations as token ids, for reward models to score."""
+"""Encode answered conversations for reward models to score."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def encode_answered(
     """Return the token ids [T] of each conversation with its answer and the end token, encoded as in training.
 
     Args:
-        tokenizer: The reward model's vocabulary; it carries the chat template.
+        tokenizer: The reward model's vocabulary, with the chat template.
         conversations: Prompts and answers.
-        system: System prompt that replaces each conversation's own. None: its own, if any.
+        system: System prompt that replaces that of each conversation. If it is None, each keeps its own, if any.
 
     Raises:
         UserError: The template cannot render a conversation, or a conversation has no turn.
@@ -34,7 +34,7 @@ def encode_answered(
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """Return a conversation with `system` in front, in place of its own system prompt. None: its own, if any."""
+    """Return a conversation with its system prompt replaced by `system`, or unchanged if `system` is None."""
     if system is None:
         return list(messages)
     has_own = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
@@ -44,7 +44,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 def _record(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Record:
     where = f"conversation {index} to be scored"
     if not messages:
-        raise UserError(f"{where}: nothing stands in front of the answer")
+        raise UserError(f"{where}: the answer has no prompt")
     turns = [
         Turn(Role(message["role"]), str(message["content"]), str(message.get("input", "")))
         for message in with_system(messages, system)

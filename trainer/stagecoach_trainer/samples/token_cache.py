@@ -1,7 +1,7 @@
-"""Token shards: data tokenised once, kept on disk under what it was made of, and read by memory map.
+"""Token shards: data sets tokenised once, cached on disk by a digest of their inputs, and read by memory map.
 
-A shard is a folder `cache/tokens/<digest>`: `tokens.bin` (int32), `trained.bin` (bool, one per token; absent where
-every token counts), `offsets.bin` (int64, where each sample begins, and the end), `index.json`, written last.
+A shard is a folder `cache/tokens/<digest>`: `tokens.bin` (int32), `trained.bin` (bool, one per token; absent if every
+token carries loss), `offsets.bin` (int64, the start of each sample, and the end), `index.json`, written last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 
 VERSION = 1
-"""Raised when the code would make other shards of the same input."""
+"""Version of the shards; increase it when the code encodes the same input differently."""
 
 TOKENS, TRAINED, OFFSETS, INDEX = "tokens.bin", "trained.bin", "offsets.bin", "index.json"
 
@@ -35,19 +35,19 @@ Offsets = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenShard:
-    """Samples of one data set."""
+    """Samples of a data set."""
 
     tokens: Tokens
-    """All token ids, sample after sample."""
+    """The concatenated token ids of all samples."""
 
     trained: Trained | None
-    """Whether the model must say token i. None: every token."""
+    """Whether token i carries loss. None if every token does."""
 
     offsets: Offsets
-    """Where each sample begins in `tokens`, and the end [S + 1]."""
+    """Start of each of the S samples in `tokens`, and the end [S + 1]."""
 
     counts: Mapping[str, int]
-    """What became of the records."""
+    """Counts of the encoding."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,7 +58,7 @@ class TokenShard:
 
 
 class TokenShardWriter:
-    """Appends samples to a shard that is being made."""
+    """Appends samples to a new shard."""
 
     def __init__(self, folder: Path, context: StageContext, activity: str) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ class TokenShardWriter:
         self._offsets = [0]
 
     def add(self, tokens: Tokens, trained: Trained | None = None) -> None:
-        """Append one sample: its token ids [T], and which of them the model must say [T]."""
+        """Append a sample: its token ids [T] and whether each of them carries loss [T]."""
         self._file(TOKENS).write(np.ascontiguousarray(tokens, np.int32).tobytes())
         if trained is not None:
             self._file(TRAINED).write(np.ascontiguousarray(trained, np.bool_).tobytes())
@@ -77,13 +77,13 @@ class TokenShardWriter:
             self.report()
 
     def report(self) -> None:
-        """Tell how far the work is. Raises Interrupted when the stage is asked to stop."""
+        """Report progress. Raises Interrupted if the stage is asked to stop."""
         self._context.progress.report(self._activity, self._offsets[-1], unit="tokens")
         if self._context.stop.is_set():
-            raise Interrupted(f"asked to stop while {self._activity}; nothing of it is kept")
+            raise Interrupted(f"asked to stop during: {self._activity}; the unfinished shard is discarded")
 
     def close(self, counts: Mapping[str, int]) -> None:
-        """Finish the shard with what became of the records."""
+        """Finish the shard; `counts` are those of the encoding."""
         self._file(TOKENS)
         for file in self._files.values():
             file.close()
@@ -100,9 +100,10 @@ class TokenShardWriter:
 def token_shard(
     context: StageContext, key: Mapping[str, Any], activity: str, build: Callable[[TokenShardWriter], Mapping[str, int]]
 ) -> TokenShard:
-    """Return the shard made of what `key` says, from the cache or by `build`, which adds samples and returns counts.
+    """Return the shard of `key` from the cache, or build it: `build` adds the samples and returns the counts.
 
-    One process of this machine makes it; the others wait for it. It appears whole or not at all.
+    `key` contains everything that the samples depend on. One process of the machine builds the shard while the others
+    wait. A shard is complete or does not exist, whenever a process is killed.
     """
     digest = digest_of({"version": VERSION, **key})
     folder = context.cache / "tokens" / digest
@@ -121,6 +122,7 @@ def _make(
     try:
         writer = TokenShardWriter(unfinished, context, activity)
         writer.close(build(writer))
+        # Renaming a folder is atomic, so no reader sees half a shard.
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
     finally:
@@ -128,7 +130,7 @@ def _make(
 
 
 def read_shard(folder: Path) -> TokenShard:
-    """Open a finished shard. Raises UserError where its files do not fit together."""
+    """Open a finished shard. Raises UserError if the sizes of its files are inconsistent."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     offsets = np.fromfile(folder / OFFSETS, np.int64)
     tokens = _map(folder / TOKENS, np.int32, int(offsets[-1]))
@@ -138,13 +140,14 @@ def read_shard(folder: Path) -> TokenShard:
 
 def _map(path: Path, dtype: Any, length: int) -> Any:
     if path.stat().st_size != length * np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: {path.stat().st_size} bytes for {length} tokens; delete the folder, it is a cache")
+        raise UserError(f"{path}: {path.stat().st_size} bytes for {length} tokens; delete this cache folder")
     return np.asarray(np.memmap(path, dtype, "r")) if length else np.empty(0, dtype)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel releases the lock when the process dies, so a killed process never blocks the others.
     handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,5 +1,5 @@
-"""`export`: a release in Hugging Face layout, and the proof, made on the reloaded files, that it is the model it was
-made from. Without the proof nothing is published."""
+"""`export`: write a release in Hugging Face layout, and prove on the reloaded files that it computes the same as the
+model it was made from. Without the proof, nothing is published."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from stagecoach_trainer.text.templates import Renderer
 from stagecoach_trainer.text.vocabulary import load_tokenizer
 
 MERGE_KL = 1e-3
-"""Largest mean KL, in nats per token, that merging adapters in fp32 may cost, whatever `proof.maxKl` allows for the
-rounding to the released precision."""
+"""Limit of the mean KL, in nats per token, between the models before and after merging adapters in fp32. It does not
+depend on `proof.maxKl`, which allows for rounding to the released precision."""
 
 SAMPLE_ROWS = 8
 
 
 @dataclass
 class ExportReport:
-    """What was released, and what was proven of it."""
+    """The released files and the results of their proof."""
 
     model: str
     adapter: bool
     precision: str
     num_parameters: int = 0
     weights: dict[str, int] = field(default_factory=dict)
-    """Weight files and their bytes."""
+    """Size in bytes by weight file."""
 
     proof: dict[str, Divergence] = field(default_factory=dict)
-    """By what was compared: `merge`, `release`."""
+    """Divergence by compared step: `merge`, `release`."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class ExportReport:
 
 
 def run(config: ExportStage, context: StageContext) -> StageOutcome:
-    """Write the release and prove it. Raises UserError where it is not proven; nothing is published then."""
+    """Write the release and prove it. Raises UserError if the proof fails, so that nothing is published."""
     report = ExportReport(model=config.model.key, adapter=not config.merge_adapters, precision=config.precision.value)
     source = _load(config, context)
     tokenizer = source.require_tokenizer()
@@ -78,12 +78,12 @@ def run(config: ExportStage, context: StageContext) -> StageOutcome:
 
 
 def _load(config: ExportStage, context: StageContext) -> LoadedModel:
-    """Load the model with its adapter still apart, in fp32."""
+    """Load the model in fp32, without merging its adapter."""
     context.progress.report("load model")
     source = load_model(context, config.model, merge=False)
     if not config.merge_adapters and not source.card.adapter:
         raise UserError(
-            f"mergeAdapters: false, but {config.model.key} is no adapter: its weights are whole; leave the field out"
+            f"mergeAdapters: false, but {config.model.key} is not an adapter: its weights are whole; remove the field"
         )
     return source
 
@@ -99,7 +99,7 @@ def _set_chat_template(tokenizer: Any, config: ExportStage) -> None:
 
 
 def _store_log_probs(source: LoadedModel, config: ExportStage, context: StageContext) -> StoredLogProbs:
-    """Write down what the model says before anything is done to it."""
+    """Store the model's log-probabilities before it is changed."""
     context.progress.report("proof: before")
     model = place(source.model, torch.float32, compute_device())
     rows = proof_rows(model.config.vocab_size, config.proof.tokens, context.seed, positions_of(model.config))
@@ -125,7 +125,7 @@ def _release_model(
         )
     report.num_parameters = sum(parameter.numel() for parameter in model.parameters())
     ends = end_ids(model, source.tokenizer)
-    model.generation_config = type(model.generation_config)()  # what the base shipped is not what was asked for
+    model.generation_config = type(model.generation_config)()  # drops the base's settings; the stage's replace them
     context.progress.report("save model")
     save_model(
         model,
@@ -140,9 +140,9 @@ def _release_model(
 
 
 def untie(model: Any) -> bool:
-    """Let the configuration say so where head and input embedding are no longer one; return whether it was changed.
+    """Mark the model as untied if head and input embedding differ; return whether its configuration changed.
 
-    Loading such a model as tied would put the embedding in the head's place (transformers#45127).
+    Loading such a model as tied would replace the head with the embedding (transformers#45127).
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if not model.config.tie_word_embeddings or embedding is head or bool((embedding == head).all()):
@@ -152,9 +152,9 @@ def untie(model: Any) -> bool:
 
 
 def _release_adapter(source: LoadedModel, context: StageContext, report: ExportReport) -> None:
-    """Save the adapter as it is; its card names the base as this run's store knows it."""
+    """Save the adapter unchanged; its card names the base by its key in this run's store."""
     if source.card.base is None:
-        raise UserError(f"{source.path}: the adapter's card names no base; the file is damaged")
+        raise UserError(f"{source.path}: the adapter's card names no base; the file is corrupt")
     storage = context.resolved.storage_uri
     base = name_base(locate_base(source.card.base, source.source, storage), storage)
     card = source.card.model_copy(update={"base": base})
@@ -173,7 +173,7 @@ def _release_adapter(source: LoadedModel, context: StageContext, report: ExportR
 def _prove(
     config: ExportStage, context: StageContext, before: StoredLogProbs, vocabulary: dict[str, int], report: ExportReport
 ) -> None:
-    """Reload what was written and compare; let it answer the prompts."""
+    """Reload the written files, compare them with the model before, and generate the samples."""
     context.progress.report("proof: reload")
     tokenizer = load_tokenizer(context.output)
     if tokenizer.get_vocab() != vocabulary:
@@ -185,8 +185,8 @@ def _prove(
     _require(report.proof["release"], config.proof.max_kl, f"the release in {report.precision}")
     report.weights = {path.name: path.stat().st_size for path in sorted(context.output.glob("*.safetensors"))}
     if config.samples is not None:
-        say = partial(context.progress.report, "samples", unit="answers")
-        report.samples = answer_samples(config.samples, model, tokenizer, SAMPLE_ROWS, context.seed, say)
+        report_progress = partial(context.progress.report, "samples", unit="answers")
+        report.samples = answer_samples(config.samples, model, tokenizer, SAMPLE_ROWS, context.seed, report_progress)
 
 
 def _reload(config: ExportStage, context: StageContext) -> Any:
@@ -198,11 +198,11 @@ def _reload(config: ExportStage, context: StageContext) -> Any:
 
 
 def _require(found: Divergence, limit: float, what: str) -> None:
-    if not found.mean_kl <= limit:
+    if not found.mean_kl <= limit:  # also true if the KL is NaN
         raise UserError(
             f"proof: {what} changed the model: mean KL {found.mean_kl:.3g} nats per token (worst token "
             f"{found.max_kl:.3g}), allowed are {limit:g}; nothing is published. A release in fp32 shows whether "
-            "rounding is the cause; `proof.maxKl` sets what it may cost"
+            "rounding is the cause; `proof.maxKl` sets the limit"
         )
 
 

@@ -1,4 +1,4 @@
-"""`pretrain`: next-token training on text, from nothing or onwards from a model."""
+"""`pretrain`: next-token training on text, from scratch or from an existing model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stagecoach_trainer.stage_parts.training import Prepared, check_before_loadi
 
 
 def run(config: PretrainStage, context: StageContext) -> StageOutcome:
-    """Train on text; the output is a model folder, or a PEFT adapter.
+    """Train on text; the output is a model folder or a PEFT adapter.
 
-    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    Raises UserError for incompatible data, model or settings; Interrupted and Diverged as `train` does.
     """
     check_before_loading(config, from_nothing=config.architecture is not None)
     _check_positions(config)
@@ -41,11 +41,11 @@ def _check_positions(config: PretrainStage) -> None:
     changed = [config.rope_theta, config.rope_scaling, *(phase.rope_theta for phase in config.phases)]
     if config.trainable.lora is not None and any(item is not None for item in changed):
         raise UserError(
-            "ropeTheta, ropeScaling: an adapter carries no configuration, so the change would be lost when it is "
-            "loaded; train `full`, or in a stage of its own before the adapter"
+            "ropeTheta, ropeScaling: an adapter has no model configuration, so the change would be lost when it is "
+            "loaded; train `full`, or make the change in a separate stage before the adapter"
         )
     if config.architecture is not None and config.rope_theta is not None:
-        raise UserError("ropeTheta: a new model's base stands in `architecture.ropeTheta`")
+        raise UserError("ropeTheta: set a new model's base in `architecture.ropeTheta`")
 
 
 def _start(config: PretrainStage, context: StageContext, longest: int) -> StartingPoint:
@@ -54,11 +54,11 @@ def _start(config: PretrainStage, context: StageContext, longest: int) -> Starti
         if config.rope_scaling is not None or longest > config.architecture.max_position_embeddings:
             raise UserError(
                 f"architecture.maxPositionEmbeddings: {config.architecture.max_position_embeddings} is less than the "
-                f"longest `sequenceLength` {longest}; a new model needs no `ropeScaling` but a larger number here"
+                f"longest `sequenceLength` {longest}; for a new model, raise it instead of setting `ropeScaling`"
             )
         return start
     if config.model is None:
-        raise UserError("pretrain: give `model`, or `architecture` with a `tokenizer`")
+        raise UserError("pretrain: set `model`, or `architecture` and `tokenizer`")
     rotated_later = any(phase.rope_theta is not None for phase in config.phases)
     change = position_change(longest, config.rope_theta, config.rope_scaling, rotated_later)
     return start_from_model(context, config, config.model, change)

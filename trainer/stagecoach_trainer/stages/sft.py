@@ -26,11 +26,11 @@ from stagecoach_trainer.text.templates import apply_template
 
 
 def run(config: SftStage, context: StageContext) -> StageOutcome:
-    """Train on conversations, and on ranked answers as `hindsight` says.
+    """Train on conversations, and on ranked answers as `hindsight` sets.
 
-    The output is a model folder or a PEFT adapter, its tokenizer with the chat template.
+    The output is a model folder or a PEFT adapter, with a tokenizer that has the chat template.
 
-    Raises UserError for data, model or settings that do not go together; Interrupted and Diverged as `train` does.
+    Raises UserError for incompatible data, model or settings; Interrupted and Diverged as `train` does.
     """
     check_before_loading(config, from_nothing=False)
     settings = phase_settings(config, [source.label for source in config.data])
@@ -45,31 +45,31 @@ def run(config: SftStage, context: StageContext) -> StageOutcome:
     check_lost_samples({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = Planner(shards, context.seed, config.packing).plan(settings)
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
-    plan, figures = _hide(config, context, plan, start.tokenizer)
+    plan, figures = _masked(config, context, plan, start.tokenizer)
     warnings += _unused_hindsight(config, shards)
     return train_and_save(config, context, Prepared(start, shards, plan, held_out, tuple(warnings), figures))
 
 
-def _hide(
+def _masked(
     config: SftStage, context: StageContext, plan: MixedPlan, tokenizer: Any
 ) -> tuple[MixedPlan, Mapping[str, float]]:
-    """Return the plan with some input tokens hidden in all its rows, where `hindsight` makes chains; and the share."""
+    """Return the plan with input tokens masked in all its rows if `hindsight` makes chains, and the masked share."""
     hindsight = config.hindsight
     if hindsight is None or hindsight.mode is not HindsightMode.CHAIN or not hindsight.max_masked_share:
         return plan, {}
-    hiding = TokenMasking(hindsight.max_masked_share, filler_token(tokenizer), context.seed)
-    return MixedPlan(mask_phases(plan.phases, hiding)), {"hindsight.hiddenShare": masked_share(plan, hiding)}
+    masking = TokenMasking(hindsight.max_masked_share, filler_token(tokenizer), context.seed)
+    return MixedPlan(mask_phases(plan.phases, masking)), {"hindsight.hiddenShare": masked_share(plan, masking)}
 
 
 def _unused_hindsight(config: SftStage, shards: Mapping[str, TokenShard]) -> list[str]:
-    """Return a warning where ranked answers were meant and there are none."""
+    """Return a warning if `hindsight` is set and no data set has ranked answers."""
     if config.hindsight is None or any(shard.counts.get(name) for shard in shards.values() for name in COUNTS):
         return []
     return ["`hindsight` is set, but no data set has preference records (`pairs`, `comparison` or `ranked`)"]
 
 
 def _held_out(config: SftStage, context: StageContext, source: NamedSource, tokenizer: Any) -> HeldOutSet:
-    """Return a set to measure on: text as documents, conversations on what the model must say."""
+    """Return a set to measure on: all tokens of text, or the tokens of conversations that carry loss."""
     length, most = config.sequence_length, config.held_out.max_tokens
     if is_conversation(context, source):
         return conversation_held_out(context, source, tokenizer, config.loss, length, most, config.hindsight)

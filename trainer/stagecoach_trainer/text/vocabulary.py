@@ -70,7 +70,7 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: expected a JSON object, got {type(config).__name__}")
     if "auto_map" in config:
         raise UserError(
-            f"{file}: `auto_map` requires code from the folder (`trust_remote_code`), which is never executed; "
+            f"{file}: `auto_map` requires code from the folder (`trust_remote_code`), which is never run; "
             "use a vocabulary whose class is part of transformers"
         )
     return config
