@@ -28,7 +28,7 @@ def gate(**values: Any) -> Gate:
         pytest.param({"metric": "heldOut.zh.bitsPerCharacter", "atMost": 2.4}, False, id="too high"),
         pytest.param({"metric": "heldOut.zh.bitsPerCharacter", "atLeast": 2, "atMost": 3}, True, id="between"),
         pytest.param({"metric": "heldOut.zh.bitsPerCharacter", "atLeast": 2.6, "atMost": 3}, False, id="below both"),
-        pytest.param({"metric": "broken", "atLeast": -1e9}, False, id="no number never passes from below"),
+        pytest.param({"metric": "broken", "atLeast": -1e9}, False, id="NaN never passes from below"),
         pytest.param({"metric": "broken", "atMost": 1e9}, False, id="nor from above"),
         pytest.param({"metric": "endless", "atMost": 1e9}, False, id="infinity is too high"),
     ],
@@ -47,10 +47,10 @@ def test_a_missed_gate_may_let_the_run_go_on() -> None:
 
 def test_a_missed_gate_names_metric_value_and_limit() -> None:
     (result,) = check_gates([gate(metric="verse.exactMatch", atLeast=0.9, atMost=1)], METRICS)
-    assert result.sentence == "verse.exactMatch is 0.75, the gate asks for ≥ 0.9 and ≤ 1"
+    assert result.sentence == "verse.exactMatch is 0.75, the gate requires ≥ 0.9 and ≤ 1"
 
 
-def test_an_unknown_metric_is_answered_with_the_nearest_and_all_others() -> None:
+def test_the_message_for_an_unknown_metric_names_the_nearest_and_all_others() -> None:
     gates = [gate(metric="verse.exactMatch", atLeast=0), gate(metric="verse.exactmatch", atLeast=0)]
     with pytest.raises(UserError) as caught:
         check_gates(gates, METRICS)

@@ -121,5 +121,5 @@ def test_conversations_without_a_chat_template_are_an_error(tmp_path: Path, mode
 def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     broken = lively_model(len(tokenizer))
     broken.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(UserError, match="no number"):
+    with pytest.raises(UserError, match="the loss is NaN or infinite"):
         measured(tmp_path, [{"text": "the fox"}], broken, tokenizer)

@@ -12,7 +12,7 @@ import yaml
 
 from stagecoach_api.artifacts import REPORT
 from stagecoach_api.kinds.evaluate import EvaluateStage, LmEvalTask
-from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_own_task
+from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_custom_task
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.evaluate import run
 from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_chat_base, write_lines
@@ -44,47 +44,47 @@ def task_folder(folder: Path, **changes: Any) -> Path:
 
 def test_data_files_are_found_beside_the_task_and_cached_apart(tmp_path: Path) -> None:
     folder = task_folder(tmp_path / "task")
-    task = read_own_task(folder, tmp_path / "cache", "lmEval[0]")
+    task = read_custom_task(folder, tmp_path / "cache", "lmEval[0]")
     assert task["dataset_kwargs"] == {
         "data_files": {"test": str(folder / "animals.jsonl")},
         "cache_dir": str(tmp_path / "cache"),
     }
-    assert task == read_own_task(folder / "animals.yaml", tmp_path / "cache", "lmEval[0]")
+    assert task == read_custom_task(folder / "animals.yaml", tmp_path / "cache", "lmEval[0]")
     several = task_folder(tmp_path / "list", dataset_kwargs={"data_files": ["animals.jsonl"]})
-    found = read_own_task(several, tmp_path / "cache", "lmEval[0]")
+    found = read_custom_task(several, tmp_path / "cache", "lmEval[0]")
     assert found["dataset_kwargs"]["data_files"] == [str(several / "animals.jsonl")]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"process_docs": "x"}, "`process_docs` brings in other files or code", id="code for documents"),
-        pytest.param({"include": "other.yaml"}, "`include` brings in other files or code", id="another file"),
-        pytest.param({"task": ["a", "b"]}, "needs `task: <name>` at its top", id="a group"),
-        pytest.param({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl, which is not there", id="no data"),
-        pytest.param({"dataset_kwargs": None}, "names None, which is not there", id="no data file named"),
+        pytest.param({"process_docs": "x"}, "`process_docs` loads code or other files", id="code for documents"),
+        pytest.param({"include": "other.yaml"}, "`include` loads code or other files", id="another file"),
+        pytest.param({"task": ["a", "b"]}, "needs `task: <name>` at the top level", id="a group"),
+        pytest.param({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl, which does not exist", id="no data"),
+        pytest.param({"dataset_kwargs": None}, "names None, which does not exist", id="no data file named"),
     ],
 )
 def test_a_task_that_cannot_be_run_safely_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = task_folder(tmp_path / "task", **changes)
     with pytest.raises(UserError, match=message) as caught:
-        read_own_task(folder, tmp_path, "lmEval[0]")
-    assert str(caught.value).startswith("lmEval[0]: animals.yaml" if "not there" not in message else "lmEval[0]: ")
+        read_custom_task(folder, tmp_path, "lmEval[0]")
+    assert str(caught.value).startswith("lmEval[0]: animals.yaml" if "does not exist" not in message else "lmEval[0]: ")
 
 
 @pytest.mark.parametrize("text", ["task: a\ndoc_to_text: !function utils.text\n", "task: [", "- a\n", "\x00"])
 def test_a_file_that_is_no_plain_yaml_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "task.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"^lmEval\[0\]: task\.yaml "):
-        read_own_task(tmp_path / "task.yaml", tmp_path, "lmEval[0]")
+        read_custom_task(tmp_path / "task.yaml", tmp_path, "lmEval[0]")
 
 
 def test_a_folder_must_hold_one_task(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exactly one YAML file; it holds 0"):
-        read_own_task(tmp_path, tmp_path, "lmEval[0]")
+    with pytest.raises(UserError, match="exactly one YAML file; it has 0"):
+        read_custom_task(tmp_path, tmp_path, "lmEval[0]")
 
 
-def test_an_unknown_task_is_answered_with_the_nearest(tmp_path: Path) -> None:
+def test_the_message_for_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
     class Known:
         all_tasks = ("arc_easy", "arc_challenge", "winogrande", "mmlu")
 
@@ -138,7 +138,7 @@ def refused_templates_reach_nothing(tmp_path: Path, cache: Path, harness: Harnes
     hostile = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
     folder = task_folder(tmp_path / "hostile", doc_to_text=hostile)
     task = LmEvalTask(uri="hostile")
-    harness.__dict__["_own_task"] = lambda uri, field: read_own_task(folder, cache, field)
+    harness.__dict__["_custom_task"] = lambda uri, field: read_custom_task(folder, cache, field)
     with pytest.raises(UserError, match="lm-eval cannot run the task `hostile`: SecurityError"):
         harness.run(task, "lmEval[0]")
     assert not canary.exists()

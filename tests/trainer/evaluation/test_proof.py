@@ -52,7 +52,7 @@ def test_another_vocabulary_or_broken_logits_are_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match="had 60 rows before and has 61 now"):
         witness.compare(lively_model(61))
     model.lm_head.weight.data[3].fill_(float("nan"))
-    with pytest.raises(UserError, match="logits that are no numbers"):
+    with pytest.raises(UserError, match="logits of the released model are NaN or infinite"):
         witness.compare(model)
-    with pytest.raises(UserError, match="itself gives logits that are no numbers"):
+    with pytest.raises(UserError, match="logits of the model before its release are NaN or infinite"):
         StoredLogProbs(model, rows, tmp_path / "b")

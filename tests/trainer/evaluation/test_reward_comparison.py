@@ -162,7 +162,7 @@ def test_answers_are_judged_behind_the_system_prompt_of_the_tasks_domain(
 def test_a_domain_that_no_reward_model_knows_is_told_with_its_field(tmp_path: Path, inputs: dict[str, Path]) -> None:
     judge = inputs | {"judge": save_judge(tmp_path)[1]}
     on = {"name": "prompts", "uri": "prompts", "domain": "songs"}
-    with pytest.raises(UserError, match=r"rewards\[0\]\.data\.domain: .* knows no domain 'songs'; it has poems"):
+    with pytest.raises(UserError, match=r"rewards\[0\]\.data\.domain: .* has no domain 'songs', only poems"):
         evaluate(tmp_path / "run", judge, {"name": "judge", "model": {"uri": "judge"}}, data=on)
 
 

@@ -112,7 +112,7 @@ def test_a_missed_gate_fails_the_stage_and_its_report_survives(tmp_path: Path, i
     gates = [{"metric": "verse.exactMatch", "atLeast": 0.9}, {"metric": "heldOut.zh.loss", "atMost": 0.001}]
     with pytest.raises(GateFailed) as caught:
         evaluate(tmp_path, inputs, gates=gates)
-    assert "verse.exactMatch is 0.5, the gate asks for ≥ 0.9; heldOut.zh.loss is " in str(caught.value)
+    assert "verse.exactMatch is 0.5, the gate requires ≥ 0.9; heldOut.zh.loss is " in str(caught.value)
     for folder in (tmp_path / "work" / "output", tmp_path / "work" / "logs"):
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         assert [gate["passed"] for gate in report["gates"]] == [False, False]

@@ -227,7 +227,7 @@ def change_the_vocabulary(folder: Path) -> None:
         pytest.param(change_a_weight, "proof: the release in fp32 changed the model: mean KL", id="another weight"),
         pytest.param(lose_a_weight, "missing weights", id="a lost weight"),
         pytest.param(change_a_shape, "(mismatch|shape)", id="another shape"),
-        pytest.param(write_nan, "logits that are no numbers", id="a weight that is no number"),
+        pytest.param(write_nan, "logits of the released model are NaN or infinite", id="a NaN weight"),
         pytest.param(change_the_vocabulary, "released vocabulary differs", id="another vocabulary"),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_limit_that_rounding_breaks_stops_the_release(tmp_path: Path, base: Pa
 def test_a_model_that_is_broken_already_is_not_released(tmp_path: Path) -> None:
     folder = save_chat_base(tmp_path / "base")
     write_nan(folder)
-    with pytest.raises(UserError, match="the model itself gives logits that are no numbers"):
+    with pytest.raises(UserError, match="logits of the model before its release are NaN or infinite"):
         release(tmp_path, folder)
 
 

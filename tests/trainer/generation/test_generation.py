@@ -94,7 +94,7 @@ def test_an_answer_is_cut_where_the_models_positions_end(model: Any, tokenizer: 
     prompt = np.full(positions - 3, 300, dtype=np.int32)
     (answer,) = generate(model, tokenizer, [prompt], Generation(max_new_tokens=8), 1, seed=0)
     assert answer.num_tokens <= 3
-    with pytest.raises(UserError, match=f"a prompt of {positions} tokens leaves no room"):
+    with pytest.raises(UserError, match=f"a prompt of {positions} tokens leaves no positions"):
         generate(model, tokenizer, [np.full(positions, 300, dtype=np.int32)], Generation(), 1, seed=0)
 
 

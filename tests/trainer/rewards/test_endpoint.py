@@ -90,18 +90,20 @@ def test_what_fails_in_passing_is_asked_again(endpoint: Endpoint, tiny: TinyJudg
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "words"),
+    ("behaviour", "expected"),
     [
         (Behaviour(status=429), "answered 429: "),
         (Behaviour(status=500), "answered 500: "),
         (Behaviour(seconds=0.6), "did not answer within 0.2 s, 2 times"),
     ],
 )
-def test_what_keeps_failing_is_no_fault_of_the_run(endpoint: Endpoint, behaviour: Behaviour, words: str) -> None:
+def test_persistent_failures_are_infrastructure_failures(
+    endpoint: Endpoint, behaviour: Behaviour, expected: str
+) -> None:
     endpoint.behaviours = [behaviour] * 2
     with pytest.raises(EndpointUnavailable) as caught:
         judge_of(endpoint.url, timeoutSeconds=0.2, retries=1).ask([question("a")])
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
     assert str(caught.value).startswith("rewards[0].feedback.endpoint: http://127.0.0.1:")
     assert cause_of_exit(caught.value.exit_code) is Cause.INFRASTRUCTURE
     assert endpoint.num_requests == 2
@@ -119,26 +121,28 @@ def test_nobody_there_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "words"),
+    ("behaviour", "expected"),
     [
-        (Behaviour(status=401), "answered 401: .*give a key in `credentials` that it accepts"),
+        (Behaviour(status=401), "answered 401: .*set `credentials` to a Secret with a valid key"),
         (Behaviour(status=404), "answered 404: .*check `url`"),
-        (Behaviour(status=400), "answered 400: .*does not take such requests"),
-        (Behaviour(body="<html>hello</html>", kind="text/html"), "no chat completion"),
-        (Behaviour(body="{"), "no chat completion"),
-        (Behaviour(body="[]"), "no chat completion"),
-        (Behaviour(body='{"choices": []}'), "no chat completion"),
-        (Behaviour(body='{"choices": [{"message": {"content": 3}}]}'), "no chat completion"),
+        (Behaviour(status=400), "answered 400: .*does not support such requests"),
+        (Behaviour(body="<html>hello</html>", kind="text/html"), "did not return a chat completion"),
+        (Behaviour(body="{"), "did not return a chat completion"),
+        (Behaviour(body="[]"), "did not return a chat completion"),
+        (Behaviour(body='{"choices": []}'), "did not return a chat completion"),
+        (Behaviour(body='{"choices": [{"message": {"content": 3}}]}'), "did not return a chat completion"),
     ],
 )
-def test_what_would_fail_again_is_the_users(endpoint: Endpoint, behaviour: Behaviour, words: str) -> None:
+def test_rejected_requests_are_user_errors_and_not_retried(
+    endpoint: Endpoint, behaviour: Behaviour, expected: str
+) -> None:
     endpoint.behaviours = [behaviour]
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=expected):
         judge_of(endpoint.url, retries=3).ask([question("a")])
     assert endpoint.num_requests == 1
 
 
-def test_a_reply_without_words_is_empty(endpoint: Endpoint) -> None:
+def test_a_reply_without_text_is_empty(endpoint: Endpoint) -> None:
     endpoint.behaviours = [Behaviour(body='{"choices": [{"message": {"role": "assistant", "content": null}}]}')]
     assert judge_of(endpoint.url).ask([question("a")]) == [""]
 
@@ -146,10 +150,12 @@ def test_a_reply_without_words_is_empty(endpoint: Endpoint) -> None:
 # -- budget ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_spent_budget_ends_the_stage_before_anything_is_asked(endpoint: Endpoint) -> None:
+def test_an_exhausted_budget_ends_the_stage_before_any_request(endpoint: Endpoint) -> None:
     judge = judge_of(endpoint.url, maxRequests=3)
     judge.ask([question("a"), question("b")])
-    with pytest.raises(UserError, match=r"maxRequests: the budget of 3 requests is spent: .* made 2 and needs 2 more"):
+    with pytest.raises(
+        UserError, match=r"maxRequests: the budget of 3 requests is exhausted: .* made 2 of its 3 and needs 2 more"
+    ):
         judge.ask([question("a"), question("c"), question("d")])
     assert endpoint.num_requests == 2
     judge.ask([question("c"), question("a")])
@@ -160,7 +166,7 @@ def test_ranks_share_the_budget(endpoint: Endpoint) -> None:
     shares = []
     for rank in range(3):
         judge = judge_of(endpoint.url, World(rank=rank, size=3), maxRequests=8)
-        with pytest.raises(UserError, match=r"of this rank's (2|3) it has made"):
+        with pytest.raises(UserError, match=r"has made 0 of its (2|3) and needs 4 more"):
             judge.ask([question(f"{rank}{number}") for number in range(4)])
         judge.spent = 0
         for number in range(4):
@@ -172,14 +178,14 @@ def test_ranks_share_the_budget(endpoint: Endpoint) -> None:
     assert shares == [3, 3, 2]
 
 
-def test_a_rank_that_asks_for_all_may_spend_the_shares_of_all(endpoint: Endpoint) -> None:
+def test_a_rank_that_asks_for_all_ranks_may_use_all_their_shares(endpoint: Endpoint) -> None:
     judge = judge_of(endpoint.url, World(rank=0, size=3), maxRequests=8, concurrency=6)
     with judge.for_all_ranks():
         judge.ask([question(str(number)) for number in range(8)])
-        with pytest.raises(UserError, match="it has made 8 and needs 1 more"):
+        with pytest.raises(UserError, match="has made 8 of its 8 and needs 1 more"):
             judge.ask([question("one more")])
     assert endpoint.num_requests == judge.spent == 8
-    with pytest.raises(UserError, match="of this rank's 3 it has made 8"):
+    with pytest.raises(UserError, match="has made 8 of its 3"):
         judge.ask([question("one more")])
 
 
@@ -211,26 +217,26 @@ def test_without_credentials_no_key_is_sent_not_even_the_environments(
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
-        ("", "does not hold a key"),
-        ("two words", "does not hold a key"),
-        ("a\nb", "does not hold a key"),
-        ("密", "does not hold a key"),
+        ("", "does not contain a key"),
+        ("two words", "does not contain a key"),
+        ("a\nb", "does not contain a key"),
+        ("密", "does not contain a key"),
         (None, r"judge-key/apiKey cannot be read \(FileNotFoundError\)"),
     ],
 )
-def test_a_key_that_is_none_is_told_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: str
+def test_an_invalid_key_is_reported_before_any_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str
 ) -> None:
     keep_key(tmp_path, monkeypatch, text or "")
     if text is None:
         (tmp_path / "judge-key" / "apiKey").unlink()
-    with pytest.raises(UserError, match=r"endpoint\.credentials\.secretName: .*" + words):
+    with pytest.raises(UserError, match=r"endpoint\.credentials\.secretName: .*" + expected):
         judge_of("http://127.0.0.1:9/v1", secret="judge-key")  # noqa: S106
 
 
-def test_without_the_folder_of_keys_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_of_keys_the_message_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENV_ENDPOINT_KEYS, raising=False)
-    with pytest.raises(UserError, match="let STAGECOACH_ENDPOINT_KEYS name a folder with judge-key/apiKey"):
+    with pytest.raises(UserError, match="set STAGECOACH_ENDPOINT_KEYS to a folder that contains judge-key/apiKey"):
         judge_of("http://127.0.0.1:9/v1", secret="judge-key")  # noqa: S106

@@ -122,7 +122,7 @@ def test_one_reply_without_a_mark_is_the_middle_and_many_are_an_error(tmp_path: 
     (found,) = built.score([make_judged("a")])
     assert found.total == 0.5
     marks.behaviours = [reply_of("?"), reply_of("?")]
-    with pytest.raises(UserError, match=r"feedback: in 2 of 2 replies of judge there was not one number"):
+    with pytest.raises(UserError, match=r"feedback: 2 of 2 replies of judge did not contain exactly one number"):
         built.score([make_judged("b")])
 
 
@@ -135,7 +135,7 @@ def test_the_budget_and_the_counts_outlive_a_resume(tmp_path: Path, marks: Endpo
     again.load_state(state)
     assert again.state() == state
     again.score([make_judged("c")])
-    with pytest.raises(UserError, match="maxRequests: the budget of 3 requests is spent"):
+    with pytest.raises(UserError, match="maxRequests: the budget of 3 requests is exhausted"):
         again.score([make_judged("d")])
     assert marks.num_requests == 3
 
@@ -171,7 +171,7 @@ def test_what_two_ranks_have_spent_one_that_goes_on_has_spent(
     (alone,) = ranks(tmp_path / "one", term, 1)
     alone.load_state(state)
     alone.score([make_judged("f"), make_judged("g")])
-    with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is spent"):
+    with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is exhausted"):
         alone.score([make_judged("h")])
 
 
@@ -185,7 +185,7 @@ def test_what_one_rank_has_spent_two_that_go_on_have_spent_together(
     for found in two:
         found.load_state(alone.state())
         found.score([make_judged("f")])
-        with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is spent"):
+        with pytest.raises(UserError, match="maxRequests: the budget of 7 requests is exhausted"):
             found.score([make_judged("g")])
     assert of_two_ranks(monkeypatch, two)["mark"]["counts"]["requests"] == 7
 
@@ -318,7 +318,7 @@ def test_a_judge_that_tells_nothing_apart_is_told(tmp_path: Path) -> None:
     with serve(lambda messages: "yes") as running:
         term = statements(running.url, None, fit=fit)
         with pytest.raises(
-            UserError, match=r"fit: judge finds every statement as true of .* in all 5 pairs of `ranked`"
+            UserError, match=r"fit: judge judges every statement equally for .* in all 5 pairs of `ranked`"
         ):
             build(tmp_path, term, inputs).prepare()
 

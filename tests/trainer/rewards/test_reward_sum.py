@@ -58,10 +58,10 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     for words in (
         "rewards[0].expression: ",
-        "rewards[1].format.match: '(?<=a)b' is no RE2 pattern",
+        "rewards[1].format.match: '(?<=a)b' is not a valid RE2 pattern",
         "rewards[2].length: `atLeast` (3) must not be above",
-        "rewards[3].plugin.entryPoint: missing is not installed in the group `stagecoach.rewards`",
-        "two terms are called `t2`",
+        "rewards[3].plugin.entryPoint: the group `stagecoach.rewards` has no entry point missing",
+        "two terms are named `t2`",
     ):
         assert words in message
 
@@ -116,15 +116,15 @@ def test_a_plug_in_gets_prompts_and_answers_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("one_too_few", "gave 1 values for 2 answers"),
-        ("words_for_numbers", "gave 'good' for answer 0; it must give numbers"),
-        ("nothing", "gave NoneType; it must give a list of numbers"),
+        ("one_too_few", "returned 1 values for 2 answers"),
+        ("words_for_numbers", "returned 'good' for answer 0; it must return numbers"),
+        ("nothing", "returned NoneType; it must return a list of numbers"),
         ("trips", "failed: KeyError: 'lost'"),
         (
             "not_a_number",
             r"rewards\[0\] \(t0\): the reward of sample 1 \(prompt 'what is a fox', answer 'bad'\) is nan",
         ),
-        ("NO_FUNCTION", "is int, which cannot be called"),
+        ("NO_FUNCTION", "is int, which is not callable"),
         ("absent", "cannot be loaded: ModuleNotFoundError"),
     ],
 )
@@ -205,7 +205,7 @@ def test_reward_models_without_domains_ignore_them_beside_one_that_has_some(tmp_
 def test_a_domain_that_a_reward_model_does_not_know_is_told_with_those_it_knows(tmp_path: Path) -> None:
     save_judge(tmp_path / "judge" / "model", DOMAINS)
     built = build(tmp_path, {"model": {"uri": "reward"}}, inputs={"reward": tmp_path / "judge" / "model"})
-    with pytest.raises(UserError, match=r"data\[1\]\.domain: .*rewards\[0\] knows no domain 'songs'.*poems, sums"):
+    with pytest.raises(UserError, match=r"data\[1\]\.domain: .*rewards\[0\] has no domain 'songs', only poems, sums"):
         built.require_domains({"data[0].domain": "poems", "data[1].domain": "songs"})
 
 

@@ -132,7 +132,7 @@ def test_a_domain_that_the_reward_model_does_not_know_is_told(tmp_path: Path) ->
     base = save_base(tmp_path / "base", make_tokenizer())
     context = context_for(tmp_path, base=base, reward=save_reward(tmp_path, base, poems="Judge the poem."))
     terms = [{"name": "helpful", "model": {"uri": "reward"}}]
-    with pytest.raises(UserError, match=r"data\[0\]\.domain: .*rewards\[0\] knows no domain 'songs'; it has poems"):
+    with pytest.raises(UserError, match=r"data\[0\]\.domain: .*rewards\[0\] has no domain 'songs', only poems"):
         run(stage(data=[{"uri": "prompts", "domain": "songs"}], rewards=terms), context)
 
 
@@ -326,7 +326,7 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         ({"trainable": {"lora": {"continueAdapter": True}}}, "continueAdapter"),
         ({"rollout": {"maxNewTokens": 96}}, "leaves no tokens for a prompt"),
         ({"data": [{"uri": "prompts", "weight": 1.0}, {"uri": "prompts", "name": "b"}]}, "to every set or to none"),
-        ({"rewards": [SHORT, SHORT]}, "two terms are called `short`"),
+        ({"rewards": [SHORT, SHORT]}, "two terms are named `short`"),
         ({"rollout": {"engine": "vllm", "maxNewTokens": 4}}, "vllm is not installed in this image"),
     ],
 )

@@ -112,7 +112,7 @@ def prompt_and_answer(sequence: TokenSequence) -> tuple[Ids, Ids]:
 
 
 def collate_sequences(sequences: Sequence[TokenSequence]) -> AnswerBatch:
-    """Lay out prompts with their answers. All tokens enter the model, as `Group.num_tokens` counts them."""
+    """Collate prompts with their answers. All tokens enter the model, as `Group.num_tokens` counts them."""
     return collate_answers([prompt_and_answer(sequence) for sequence in sequences], whole=True)
 
 
@@ -203,7 +203,7 @@ class DirectObjective(UnpackedObjective):
         return AnswerLoss(model, self._loss)
 
     def collate(self, units: Sequence[Any]) -> DirectBatch:
-        """Lay out groups (for KTO: answers with their step's mismatched sequences) as one micro-batch."""
+        """Collate groups (for KTO: answers with their step's mismatched sequences) as one micro-batch."""
         groups = [group for unit in units for group in (unit.groups if isinstance(unit, PointedUnit) else (unit,))]
         sequences = sequences_of(groups)
         better, worse = pair_rows(groups)

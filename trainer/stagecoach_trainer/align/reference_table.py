@@ -128,7 +128,7 @@ def _stop_together(context: StageContext) -> None:
 
 def _cached(context: StageContext, path: Path, length: int) -> Tensor | None:
     """Return the content of rank 0's cache file on every rank; None if there is no file."""
-    # Scores are finite, so NaN can stand for "no file" in the broadcast.
+    # Scores are finite, so NaN in the broadcast means that there is no file.
     values = torch.full((length,), torch.nan, dtype=torch.float64)
     if context.world.is_main and path.is_file():
         values = torch.from_numpy(np.load(path, allow_pickle=False))

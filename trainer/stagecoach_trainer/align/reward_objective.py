@@ -66,7 +66,7 @@ def counting_of(loss: PreferenceLoss) -> Counting:
 
 
 def collate_pairs(groups: Sequence[Group], by_prompt: bool) -> PairBatch:
-    """Lay out whole groups as one micro-batch, padded to the longest sequence.
+    """Collate whole groups as one micro-batch, padded to the longest sequence.
 
     `by_prompt`: the weights of each prompt's pairs sum to 1; otherwise every pair has weight 1.
     """

@@ -1,1 +1,4 @@
-"""What `evaluate` measures, one module each; `export` uses the generation."""
+"""Measurements of the `evaluate` stage, one module each, its gates and reports; `export` uses the proof and the tables.
+
+This package may import `rewards`, `generation`, `models`, `samples`, `loop` and everything below them.
+"""

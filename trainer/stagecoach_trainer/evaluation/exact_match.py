@@ -1,4 +1,4 @@
-"""Exact match: the share of conversations whose last answer the model gives word for word."""
+"""Exact match: the share of conversations whose last answer the model reproduces exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import message_of, parse_tools
 
 SHOWN = 8
-"""Cases of each kind (right, wrong) that the report shows."""
+"""Number of right and of wrong cases that the report shows."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Question:
     """Token ids [T]."""
 
     asked: str
-    """What was said last, for the report."""
+    """Text of the last turn, for the report."""
 
     reference: str
-    """The right answer, trimmed."""
+    """The right answer, without surrounding white space."""
 
 
 @dataclass(frozen=True)
 class ExactMatchResult:
-    """How one task went."""
+    """The result of one task."""
 
     name: str
     num_questions: int
     num_right: int
     num_unended: int
-    """Answers cut at `maxNewTokens`."""
+    """Answers truncated at `maxNewTokens`."""
 
     cases: tuple[dict[str, Any], ...]
     """Some questions with reference and answer."""
@@ -55,10 +55,12 @@ class ExactMatchResult:
 def measure_exact_match(
     task: ExactMatch, model: Any, tokenizer: Any, context: Fetches, batch_rows: int, seed: int, report: Report
 ) -> ExactMatchResult:
-    """Ask all questions of the task. Raises UserError for records that are no conversations with an answer."""
+    """Ask all questions of the task. Raises UserError for a record without an answer of the assistant."""
     questions = list(islice(_questions(task, Prompter(tokenizer, task.generation), context), task.max_samples))
     if not questions:
-        raise UserError(f"exactMatch {task.name}: the set `{task.on.label}` has no records; give conversations")
+        raise UserError(
+            f"exactMatch {task.name}: the set `{task.on.label}` has no records; it must contain conversations"
+        )
     prompts = [question.prompt for question in questions]
     answers = generate(model, tokenizer, prompts, task.generation, batch_rows, seed, report)
     right = [answer.text.strip() == question.reference for question, answer in zip(questions, answers, strict=True)]
@@ -89,7 +91,7 @@ def _questions(task: ExactMatch, prompter: Prompter, context: Fetches) -> Iterat
         last = max((index for index, turn in enumerate(record.messages) if turn.role is Role.ASSISTANT), default=0)
         if last == 0:
             raise UserError(
-                f"{record.where}: exactMatch {task.name} needs conversations in which the assistant answers somebody; "
+                f"{record.where}: exactMatch {task.name} needs conversations in which the assistant answers; "
                 "this record has no such turn"
             )
         yield _question(record, last, prompter)

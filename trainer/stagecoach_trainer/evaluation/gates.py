@@ -1,4 +1,4 @@
-"""Gates: conditions on the metrics, looked at when everything is measured."""
+"""Gates: conditions on metrics, checked after all measurements."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from stagecoach_trainer.runtime.errors import UserError
 
 HELD_OUT_METRICS = ("loss", "perplexity", "bitsPerCharacter", "perplexityPerCharacter", "tokensPerCharacter")
 MAX_LISTED = 60
+"""Maximum number of metrics that a message lists."""
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """How a metric stands to its limits."""
+    """A gate with the metric's value and the verdict."""
 
     gate: Gate
     value: float
@@ -39,12 +40,12 @@ class GateResult:
 
     @property
     def sentence(self) -> str:
-        """What was missed, for a message."""
-        return f"{self.gate.metric} is {self.value:.6g}, the gate asks for {self.limits}"
+        """The missed condition, for a message."""
+        return f"{self.gate.metric} is {self.value:.6g}, the gate requires {self.limits}"
 
 
 def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[GateResult]:
-    """Hold the metrics against their gates; a value that is no number never passes.
+    """Check the metrics against their gates. NaN never passes.
 
     Raises UserError for a gate on a metric that was not measured.
     """
@@ -59,7 +60,7 @@ def _passes(gate: Gate, value: float) -> bool:
 
 
 def require_known(gates: Sequence[Gate], names: Sequence[str]) -> None:
-    """Raise UserError, with the nearest name and all of them, where a gate names a metric that is not in `names`."""
+    """Raise UserError if a gate's metric is not in `names`; the message has the nearest name and all of them."""
     for index, gate in enumerate(gates):
         if gate.metric in names:
             continue
@@ -72,7 +73,8 @@ def require_known(gates: Sequence[Gate], names: Sequence[str]) -> None:
 
 
 def metrics_to_come(config: EvaluateStage) -> list[str] | None:
-    """Return the names this stage will measure; None where lm-eval decides, whose tasks name their own."""
+    """Return the names of the metrics that this stage will measure; None if it has lm-eval tasks, which define their
+    own."""
     if config.lm_eval:
         return None
     held_out = [f"heldOut.{source.name}.{metric}" for source in config.held_out for metric in HELD_OUT_METRICS]

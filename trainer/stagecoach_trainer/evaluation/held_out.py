@@ -1,7 +1,7 @@
-"""Loss on text the model has not seen: nats per token, bits per character, and the perplexities of both.
+"""Loss on held-out text: nats per token, bits per character, and the perplexities of both.
 
-The rows are those that training stages measure on, so their figures and these can be compared. Conversations are scored
-as they would be served: what the assistant says, end token included, given everything before it.
+The rows are built as the training stages build theirs, so figures are comparable. In conversations the assistant's
+turns, end tokens included, are scored given everything before them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.datasets import conversation_held_out, is_conversation, text_held_out
 
 SLICE_BATCHES = 8
-"""Micro-batches measured between two reports of progress."""
+"""Micro-batches between two progress reports."""
 
 
 @dataclass(frozen=True)
 class HeldOutFigures:
-    """What a set came to."""
+    """The figures of one set."""
 
     metrics: dict[str, float]
     """`heldOut.<name>.<metric>`."""
 
     counts: dict[str, int]
-    """Tokens and characters behind them."""
+    """Numbers of tokens and characters over which they are computed."""
 
 
 def measure_held_out(
@@ -44,12 +44,13 @@ def measure_held_out(
     context: StageContext,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOutFigures:
-    """Measure one set. Raises UserError where nothing of it can be measured."""
+    """Measure one set. Raises UserError if it has nothing to measure, or the loss is NaN or infinite."""
     held_out = _read(source, config, tokenizer, context)
     found = _measure_in_slices(model, held_out.rows, config.batch_rows, report)
     if not math.isfinite(found.nll):
         raise UserError(
-            f"heldOut {source.name}: the loss is no number; try `precision: fp32`, else the model is broken"
+            f"heldOut {source.name}: the loss is NaN or infinite; try `precision: fp32`; if that fails, the model's "
+            "weights are damaged"
         )
     counts = {"tokens": found.tokens, "characters": held_out.characters}
     return HeldOutFigures(figures(source.name, found, held_out.characters), counts)
@@ -60,12 +61,12 @@ def _read(source: NamedSource, config: EvaluateStage, tokenizer: Any, context: S
     if not is_conversation(context, source):
         return text_held_out(context, source, tokenizer, length, most)
     if tokenizer.chat_template is None:
-        raise UserError(f"heldOut {source.name}: conversations need a chat template; name the stage's `template`")
+        raise UserError(f"heldOut {source.name}: conversations need a chat template; set the stage's `template`")
     return conversation_held_out(context, source, tokenizer, Loss(), length, most)
 
 
 def figures(name: str, found: LossSum, characters: int) -> dict[str, float]:
-    """Return the metrics of a set under the names gates use."""
+    """Return the metrics of a set by the names that gates use."""
     per_character = LossSum(found.nll, characters)
     return {
         f"heldOut.{name}.loss": found.loss,

@@ -1,7 +1,7 @@
-"""Tasks of the LM evaluation harness. Importing it takes some 20 s, so only a stage that asks for a task pays.
+"""Tasks of the LM evaluation harness. Importing it takes some 20 s, so it is imported only if a task is configured.
 
-A task of one's own is a YAML file, or a folder with one YAML file and the data it names. It is data, not code: the
-harness's `!function` and `include` are refused, and its Jinja templates run in a sandbox.
+A custom task is a YAML file, or a folder with one YAML file and the data it names. It is data, not code: the harness's
+`!function` and `include` are rejected, and its Jinja templates run in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 
 CODE_KEYS = ("class", "include", "custom_dataset", "process_docs", "process_results")
+"""Keys by which a task would load code or other files."""
+
 DATA_FILE_BUILDERS = ("json", "csv", "text", "parquet")
-"""Data set kinds whose `data_files` are files beside the YAML."""
+"""Data set kinds whose `data_files` are relative to the YAML file."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What the harness says of one task (or of a group, and each task in it)."""
+    """The harness's results for one task, or for a group and each task in it."""
 
     metrics: dict[str, float]
-    """`lmEval.<task>.<metric>`, by the harness's own names of task and metric."""
+    """`lmEval.<task>.<metric>`, with the harness's names of task and metric."""
 
     num_questions: dict[str, int]
-    """By task."""
+    """Number of questions by task."""
 
 
 class Harness:
-    """lm-eval around a model in memory."""
+    """Runs lm-eval on a model in memory."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_rows: int, context: StageContext) -> None:
         self._model = model
@@ -46,12 +48,12 @@ class Harness:
         self._context = context
 
     def run(self, task: LmEvalTask, field: str) -> TaskResult:
-        """Run one task. Raises UserError, naming `field`, where the harness cannot."""
+        """Run one task. Raises UserError, naming `field`, if the harness fails."""
         from lm_eval import simple_evaluate
 
         spec: str | dict[str, Any]
         if task.uri is not None:
-            manager, spec = self._own_manager, self._own_task(task.uri, field)
+            manager, spec = self._custom_manager, self._custom_task(task.uri, field)
         else:
             manager, spec = self._default_manager, self._known_task(str(task.task), field)
         try:
@@ -68,7 +70,7 @@ class Harness:
                 torch_random_seed=self._context.seed,
                 fewshot_random_seed=self._context.seed,
             )
-        except Exception as error:  # the harness raises whatever a task makes it trip over
+        except Exception as error:  # a task can make the harness raise anything
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{field}: lm-eval cannot run the task `{task.task or task.uri}`: {reason}") from error
         return _result(results or {}, field)
@@ -80,14 +82,15 @@ class Harness:
         from lm_eval import utils
         from lm_eval.models.huggingface import HFLM
 
+        # Templates come from task files, which may be downloaded; the harness's own environment is not sandboxed.
         sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
         sandbox.filters.update(utils.env.filters)
         utils.env = sandbox
         return HFLM(pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_rows)
 
     @cached_property
-    def _own_manager(self) -> Any:
-        """Knows no task by name: that saves 24 s."""
+    def _custom_manager(self) -> Any:
+        """A manager without the harness's own tasks, whose index takes 24 s to build."""
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_defaults=False)
@@ -105,13 +108,13 @@ class Harness:
             raise UserError(f"{field}.task: lm-eval has no task `{name}`; the nearest are {', '.join(near)}")
         return name
 
-    def _own_task(self, uri: str, field: str) -> dict[str, Any]:
+    def _custom_task(self, uri: str, field: str) -> dict[str, Any]:
         path = self._context.fetch(Reference(uri=uri))
-        return read_own_task(path, self._context.cache / "datasets", f"{field} ({uri})")
+        return read_custom_task(path, self._context.cache / "datasets", f"{field} ({uri})")
 
 
-def read_own_task(path: Path, datasets_cache: Path, field: str) -> dict[str, Any]:
-    """Return the task in a YAML file, or in the one YAML file of a folder; its data files are found beside it.
+def read_custom_task(path: Path, datasets_cache: Path, field: str) -> dict[str, Any]:
+    """Return the task in a YAML file, or in the only YAML file of a folder, with paths to its data files.
 
     Raises UserError, naming `field`.
     """
@@ -123,14 +126,14 @@ def read_own_task(path: Path, datasets_cache: Path, field: str) -> dict[str, Any
         raise UserError(f"{field}: {file.name} cannot be read ({reason}); `!function` is not supported") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise UserError(
-            f"{field}: {file.name} is no task: it needs `task: <name>` at its top; groups are not supported"
+            f"{field}: {file.name} is not a task: it needs `task: <name>` at the top level; groups are not supported"
         )
     for key in CODE_KEYS:
         if key in task:
-            raise UserError(f"{field}: {file.name}: `{key}` brings in other files or code, which is not supported")
+            raise UserError(f"{field}: {file.name}: `{key}` loads code or other files, which is not supported")
     if task.get("dataset_path") in DATA_FILE_BUILDERS:
         settings = dict(task.get("dataset_kwargs") or {})
-        settings["data_files"] = _beside(settings.get("data_files"), file.parent, field)
+        settings["data_files"] = _resolved(settings.get("data_files"), file.parent, field)
         settings["cache_dir"] = str(datasets_cache)
         task["dataset_kwargs"] = settings
     return task
@@ -141,21 +144,21 @@ def _yaml_file(path: Path, field: str) -> Path:
         return path
     files = sorted(item for item in path.iterdir() if item.suffix in (".yaml", ".yml"))
     if len(files) != 1:
-        raise UserError(f"{field}: a task's folder must hold exactly one YAML file; it holds {len(files)}")
+        raise UserError(f"{field}: a task's folder must contain exactly one YAML file; it has {len(files)}")
     return files[0]
 
 
-def _beside(data_files: Any, folder: Path, field: str) -> Any:
-    """Resolve names of data files against the YAML's folder. Raises UserError for a file that is not there."""
+def _resolved(data_files: Any, folder: Path, field: str) -> Any:
+    """Resolve names of data files relative to the YAML's folder. Raises UserError for a missing file."""
     if isinstance(data_files, Mapping):
-        return {split: _beside(value, folder, field) for split, value in data_files.items()}
+        return {split: _resolved(value, folder, field) for split, value in data_files.items()}
     if isinstance(data_files, list):
-        return [_beside(value, folder, field) for value in data_files]
+        return [_resolved(value, folder, field) for value in data_files]
     file = folder / str(data_files)
     if data_files is None or not file.is_file():
         raise UserError(
-            f"{field}: `dataset_kwargs.data_files` names {data_files}, which is not there; give the folder that holds "
-            "the YAML file and its data as `uri`"
+            f"{field}: `dataset_kwargs.data_files` names {data_files}, which does not exist; set `uri` to a folder "
+            "with the YAML file and its data"
         )
     return str(file)
 
@@ -164,6 +167,7 @@ def _result(results: Mapping[str, Any], field: str) -> TaskResult:
     metrics: dict[str, float] = {}
     for task, values in results.get("results", {}).items():
         for name, value in values.items():
+            # Keys are "<metric>,<filter>"; others, such as "alias", are not metrics.
             metric, _, filter_ = name.partition(",")
             if isinstance(value, bool) or not isinstance(value, int | float) or not filter_:
                 continue

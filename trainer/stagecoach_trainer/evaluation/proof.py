@@ -1,4 +1,4 @@
-"""Proof that a release is the model it was made from: the same distribution over next tokens, after reload.
+"""Proof that a release equals the model it was made from: equal next-token distributions after reloading it.
 
 T tokens of a row, V vocabulary.
 """
@@ -17,25 +17,26 @@ from torch import Tensor
 from stagecoach_trainer.runtime.errors import UserError
 
 ROW_TOKENS = 128
-"""Tokens of one row of the proof's input; also bounds what is held at once: T · V log-probabilities."""
+"""Tokens of one row of the proof's input; bounds the memory to T · V log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far one distribution is from another."""
+    """The divergence between two models' next-token distributions."""
 
     mean_kl: float
     """Nats per token, over all tokens."""
 
     max_kl: float
-    """Of the worst token."""
+    """Nats, of the token with the largest divergence."""
 
     same_first: float
-    """Share of tokens after which both models find the same token the likeliest."""
+    """Share of positions at which both models rank the same token first."""
 
 
 def proof_rows(vocabulary: int, num_tokens: int, seed: int, positions: int | None) -> list[Tensor]:
-    """Return `num_tokens` ids in rows [T]: drawn evenly from the whole vocabulary, so that added rows take part."""
+    """Return `num_tokens` ids in rows [T], drawn uniformly from the whole vocabulary, so that added rows are
+    included."""
     length = min(ROW_TOKENS, positions or ROW_TOKENS)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (num_tokens,), generator=generator)
@@ -51,9 +52,10 @@ def log_probabilities(model: Any, rows: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 class StoredLogProbs:
-    """A model's log-probabilities on the proof's rows, kept on disk while the model itself makes room for another.
+    """A model's log-probabilities on the proof's rows, stored on disk so that the model can be released before another
+    one is loaded.
 
-    Raises UserError where they are no numbers.
+    Raises UserError if they are NaN or infinite.
     """
 
     def __init__(self, model: Any, rows: Sequence[Tensor], folder: Path) -> None:
@@ -62,14 +64,19 @@ class StoredLogProbs:
         folder.mkdir(parents=True, exist_ok=True)
         for index, before in enumerate(log_probabilities(model, rows)):
             if not bool(torch.isfinite(before).all()):
-                raise UserError("proof: the model itself gives logits that are no numbers; it is broken")
+                raise UserError(
+                    "proof: the logits of the model before its release are NaN or infinite; its weights are damaged"
+                )
             np.save(self._file(index), before.numpy(), allow_pickle=False)
 
     def _file(self, index: int) -> Path:
         return self._folder / f"row-{index:06d}.npy"
 
     def compare(self, model: Any) -> Divergence:
-        """Return KL(before ‖ `model`). Raises UserError where `model` has another vocabulary or gives no numbers."""
+        """Return KL(before ‖ `model`).
+
+        Raises UserError if `model` has a vocabulary of another size, or its logits are NaN or infinite.
+        """
         sum_, largest, same, count = 0.0, 0.0, 0, 0
         for index, after in enumerate(log_probabilities(model, self._rows)):
             before = torch.from_numpy(np.load(self._file(index), allow_pickle=False))
@@ -77,7 +84,7 @@ class StoredLogProbs:
                 raise UserError(f"proof: the vocabulary had {before.shape[1]} rows before and has {after.shape[1]} now")
             kl = kl_divergence(before, after)
             if not bool(torch.isfinite(kl).all()):
-                raise UserError("proof: the model gives logits that are no numbers")
+                raise UserError("proof: the logits of the released model are NaN or infinite")
             sum_ += float(kl.sum())
             largest = max(largest, float(kl.max()))
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
@@ -86,6 +93,7 @@ class StoredLogProbs:
 
 
 def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
-    """Return Σ_v p(v) · (log p(v) − log q(v)) per token, float64 [T], of log-probabilities [T, V]."""
+    """Return Σ_v p(v) · (log p(v) - log q(v)) per token, fp64 [T], of log-probabilities [T, V]."""
+    # fp64: the terms cancel, and the result can be much smaller than each of them.
     before, after = before.double(), after.double()
     return (before.exp() * (before - after)).sum(-1)

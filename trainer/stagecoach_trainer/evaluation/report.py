@@ -1,4 +1,7 @@
-"""`report.json` for programs and `report.md` for people. Equal measurements give equal bytes."""
+"""The reports of `evaluate`: `report.json` for programs and `report.md` for people.
+
+Equal measurements give equal bytes: the files are part of the artifact, whose digest covers them.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,26 @@ from stagecoach_trainer.evaluation.gates import GateResult
 
 @dataclass
 class EvaluationReport:
-    """What the stage found so far."""
+    """The stage's results so far."""
 
     model: str
-    """Where the model lay."""
+    """Key of the model."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counts behind the figures of each set."""
+    """Token and character counts of each set."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     exact_match: dict[str, dict[str, Any]] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Comparisons by reward: each model's figures, and answers side by side."""
+    """Comparisons by reward: each model's figures, and example answers of all models."""
 
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def write(self, output: Path, logs: Path) -> None:
-        """Write both files into `output`, and copies into `logs`, which outlives a missed gate."""
+        """Write both files to `output`, and copies to `logs`, which is preserved if a gate is missed."""
         write_json(self._as_json(), output / REPORT)
         (output / REPORT_TEXT).write_text(self._as_text(), encoding="utf-8")
         logs.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ class EvaluationReport:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON with two blanks of indent; a number that JSON has no word for becomes null."""
+    """Write JSON indented by two spaces; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -106,7 +109,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; line breaks and bars in cells are spelled out."""
+    """Return a Markdown table; line breaks and bars in cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(cell_text(cell) for cell in line) + " |\n" for line in lines)
 
@@ -121,7 +124,7 @@ def figure(value: float) -> str:
 
 
 def rewards_text(name: str, task: Mapping[str, Any]) -> str:
-    """Return a comparison by reward: one line per model, then answers side by side, each with its reward."""
+    """Return a comparison by reward: a table of the models, then a table of their answers with rewards."""
     models: Mapping[str, Any] = task["models"]
     terms = list(next(iter(models.values()))["terms"])
     rows = [

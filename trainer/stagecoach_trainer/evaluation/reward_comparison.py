@@ -1,4 +1,4 @@
-"""Comparison by reward: a model and its rivals answer the same prompts, and one sum of terms judges all answers."""
+"""Comparison by reward: a model and its rivals answer the same prompts, and one reward scores all answers."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import Message, message_of
 
 SHOWN = 6
-"""Prompts whose answers the report shows side by side."""
+"""Number of prompts for which the report shows all models' answers."""
 
 OWN = "model"
-"""What tables call the model that is measured."""
+"""Name of the evaluated model in tables."""
 
 ModelAndTokenizer = tuple[Any, Any]
-"""A model, ready to measure, and its tokenizer."""
+"""A model on its device in evaluation mode, and its tokenizer."""
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one model made of the prompts."""
+    """One model's answers and their scores."""
 
     answers: tuple[Completion, ...]
-    judgements: tuple[Score, ...]
+    scores: tuple[Score, ...]
 
     @property
     def reward(self) -> float:
-        return _mean([judgement.total for judgement in self.judgements])
+        return _mean([score.total for score in self.scores])
 
     def as_json(self) -> dict[str, Any]:
-        names = self.judgements[0].terms
+        names = self.scores[0].terms
         return {
             "reward": self.reward,
-            "terms": {name: _mean([judgement.terms[name] for judgement in self.judgements]) for name in names},
+            "terms": {name: _mean([score.terms[name] for score in self.scores]) for name in names},
             "meanTokens": _mean([answer.num_tokens for answer in self.answers]),
             "ended": _mean([float(answer.ended) for answer in self.answers]),
         }
@@ -50,14 +50,14 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class RewardComparison:
-    """How one task went."""
+    """The result of one task."""
 
     name: str
     models: Mapping[str, ModelScores]
-    """By name: the model itself is `OWN`, in the first place."""
+    """Results by name; the first is `OWN`, the evaluated model."""
 
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Counts of the terms, such as requests made."""
+    """Figures of the terms, such as requests."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -65,7 +65,7 @@ class RewardComparison:
         names = list(self.models)[1:]
         found = {f"{self.name}.reward": own.reward}
         found |= {f"{self.name}.reward.{name}": rival.reward for name, rival in zip(names, rivals, strict=True)}
-        shares = (win_rate(own.judgements, rival.judgements) for rival in rivals)
+        shares = (win_rate(own.scores, rival.scores) for rival in rivals)
         return found | {f"{self.name}.winRate.{name}": share for name, share in zip(names, shares, strict=True)}
 
     def as_json(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class RewardComparison:
             {
                 "prompt": prompt,
                 "answers": {name: found.answers[index].answer for name, found in self.models.items()},
-                "rewards": {name: found.judgements[index].total for name, found in self.models.items()},
+                "rewards": {name: found.scores[index].total for name, found in self.models.items()},
             }
             for index, prompt in enumerate(prompts[:SHOWN])
         ]
@@ -83,13 +83,13 @@ class RewardComparison:
 
 
 def reward_metrics(task: RewardTask) -> list[str]:
-    """Return the names of the metrics a task will give."""
+    """Return the names of the metrics of a task."""
     rewards = [f"{task.name}.reward.{rival.name}" for rival in task.rivals]
     return [f"{task.name}.reward", *rewards, *(f"{task.name}.winRate.{rival.name}" for rival in task.rivals)]
 
 
 def win_rate(own: Sequence[Score], other: Sequence[Score]) -> float:
-    """Return the share of prompts for which `own` is worth more; a tie is half a win."""
+    """Return the share of prompts for which `own` scores higher; ties count ½."""
     wins = [(one.total > two.total) + 0.5 * (one.total == two.total) for one, two in zip(own, other, strict=True)]
     return _mean(wins)
 
@@ -108,26 +108,26 @@ def compare_by_reward(
     seed: int,
     report: Report,
 ) -> RewardComparison:
-    """Let all models answer, one after the other, and judge what they say.
+    """Generate the answers of all models, one model after the other, and score them.
 
-    `open_rival` loads the rival at an index; it is let go of before the next one is loaded.
+    `open_rival` loads the rival at an index; a rival is released before the next one is loaded.
     Raises UserError for records without a prompt, and as the terms do.
     """
     prompts = list(islice(_prompts(task, context), task.max_samples))
     if not prompts:
-        raise UserError(f"rewards {task.name}: the set `{task.on.label}` has no records; give prompts")
+        raise UserError(f"rewards {task.name}: the set `{task.on.label}` has no records; it must contain prompts")
     total = len(prompts) * (1 + len(task.rivals))
 
-    def answered(opened: ModelAndTokenizer, place: int) -> ModelScores:
-        def say(done: int, _: int) -> None:
-            report(place * len(prompts) + done, total)
+    def scores_of(opened: ModelAndTokenizer, position: int) -> ModelScores:
+        def report_of_all(done: int, _: int) -> None:
+            report(position * len(prompts) + done, total)
 
-        answers = _answers(task, opened, prompts, batch_rows, seed, say)
+        answers = _answers(task, opened, prompts, batch_rows, seed, report_of_all)
         return ModelScores(answers, tuple(rewards.score(answers)))
 
-    models = {OWN: answered(subject, 0)}
+    models = {OWN: scores_of(subject, 0)}
     for index, rival in enumerate(task.rivals):
-        models[rival.name] = answered(open_rival(index), index + 1)
+        models[rival.name] = scores_of(open_rival(index), index + 1)
     return RewardComparison(task.name, models, rewards.figures())
 
 
@@ -137,15 +137,15 @@ def _answers(
     prompts: Sequence[tuple[Message, ...]],
     batch_rows: int,
     seed: int,
-    say: Report,
+    report: Report,
 ) -> tuple[Completion, ...]:
     model, tokenizer = opened
     prompter = Prompter(tokenizer, task.generation)
     ids = [prompter.encode(prompt) for prompt in prompts]
-    said = generate(model, tokenizer, ids, task.generation, batch_rows, seed, say)
+    generated = generate(model, tokenizer, ids, task.generation, batch_rows, seed, report)
     return tuple(
         Completion(prompt, answer.text, answer.num_tokens, answer.ended, task.on.domain)
-        for prompt, answer in zip(prompts, said, strict=True)
+        for prompt, answer in zip(prompts, generated, strict=True)
     )
 
 
@@ -155,9 +155,9 @@ def _prompts(task: RewardTask, context: Fetches) -> Iterator[tuple[Message, ...]
 
 
 def prompt_of(record: Record, what: str) -> tuple[Message, ...]:
-    """Return the turns of a record that are replied to: a last answer is left out, a document is what a user says.
+    """Return the turns of a record that a model replies to: all but a final answer. A document is one user turn.
 
-    Raises UserError where nothing is left.
+    Raises UserError if no turn is left.
     """
     if record.text is not None:
         return (message_of(Role.USER, record.text),)
@@ -165,5 +165,5 @@ def prompt_of(record: Record, what: str) -> tuple[Message, ...]:
     if turns and turns[-1].role is Role.ASSISTANT:
         turns = turns[:-1]
     if not turns:
-        raise UserError(f"{record.where}: {what} needs prompts; in this record there is nothing in front of the answer")
+        raise UserError(f"{record.where}: {what} needs prompts; this record has no turn before the answer")
     return tuple(message_of(turn.role, turn.content, turn.input) for turn in turns)

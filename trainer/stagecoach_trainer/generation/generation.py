@@ -1,6 +1,6 @@
-"""Answers to prompts: rendered by the chat template, generated in batches, greedily or by sampling.
+"""Answers to prompts, rendered by the chat template and generated in batches by transformers, greedily or by sampling.
 
-B prompts of a batch, T tokens of the longest of them.
+B prompts of a batch, T tokens of the longest prompt.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What the model said to one prompt."""
+    """The model's answer to one prompt."""
 
     text: str
-    """Decoded, special tokens left out."""
+    """Decoded, without special tokens."""
 
     num_tokens: int
-    """Tokens generated, the end token apart."""
+    """Generated tokens, not counting the end token."""
 
     ended: bool
-    """The model said the end token; else it was cut at `maxNewTokens`."""
+    """Whether the model generated an end token; otherwise the answer was truncated at `maxNewTokens`."""
 
 
 class Prompter:
-    """Turns messages into the ids a served model would be given."""
+    """Encodes messages as the ids that a served model would receive."""
 
     def __init__(self, tokenizer: Any, settings: Generation | None = None) -> None:
         self._tokenizer = tokenizer
-        words = None if settings is None else settings.answer_begins_with
-        self._lead_in = "" if words is None else lead_in(words)
+        beginning = None if settings is None else settings.answer_begins_with
+        self._lead_in = "" if beginning is None else lead_in(beginning)
         self._encoder = Encoder(tokenizer)
         self.has_template = tokenizer.chat_template is not None
         """Without a chat template the last message is continued as plain text."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> Ids:
-        """Return the prompt's ids [T]: the conversation with the generation prompt, special tokens read as such, and
-        what the answer is made to begin with."""
+        """Return the prompt's ids [T]: the conversation, the generation prompt and the forced beginning of the answer.
+        Special tokens in the template are encoded as such."""
         if self.has_template:
             text = Renderer(self._tokenizer).render(messages, tools, add_generation_prompt=True)
             return self._encoder.prompts([text + self._lead_in])[0]
@@ -61,7 +61,7 @@ class Prompter:
         return np.concatenate([np.asarray(start, dtype=np.int32), ids])
 
     def encode_question(self, prompt: str) -> Ids:
-        """Like `encode`, for one thing a user says."""
+        """Return the prompt's ids [T] for a single user turn."""
         return self.encode([message_of(Role.USER, prompt)])
 
 
@@ -76,19 +76,21 @@ def generate(
 ) -> list[GeneratedAnswer]:
     """Return one answer per prompt, in order.
 
-    Prompts of like length share a batch, padded on the left, where the mask hides it. Sampling draws from `seed`, so
-    that equal calls give equal answers; torch's own random state is left alone.
-    Raises UserError for a prompt that leaves no room for an answer.
+    Prompts of similar length share a batch, padded on the left and masked. Sampling is seeded by `seed`, so equal calls
+    give equal answers; torch's global random state is not changed.
+    Raises UserError for a prompt that fills all of the model's positions.
     """
-    limits = [room(model, ids, settings.max_new_tokens) for ids in prompts]
+    limits = [token_limit(model, ids, settings.max_new_tokens) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
     answers: dict[int, GeneratedAnswer] = {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for batch in _batches(order, limits, batch_rows):
-            said = _generate_batch(model, tokenizer, [prompts[index] for index in batch], settings, limits[batch[0]])
-            answers.update(zip(batch, said, strict=True))
+            generated = _generate_batch(
+                model, tokenizer, [prompts[index] for index in batch], settings, limits[batch[0]]
+            )
+            answers.update(zip(batch, generated, strict=True))
             report(len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
@@ -101,7 +103,7 @@ def answer_samples(
     seed: int,
     report: Report = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Return prompts and answers in the form reports show."""
+    """Return prompts and answers in the form of the reports."""
     prompter = Prompter(tokenizer, samples.generation)
     prompts = [prompter.encode_question(prompt) for prompt in samples.prompts]
     answers = generate(model, tokenizer, prompts, samples.generation, batch_rows, seed, report)
@@ -111,21 +113,21 @@ def answer_samples(
     ]
 
 
-def room(model: Any, prompt: Ids, wanted: int) -> int:
-    """Return how many tokens an answer may have: `wanted`, or what the model's positions leave."""
+def token_limit(model: Any, prompt: Ids, wanted: int) -> int:
+    """Return the maximum tokens of an answer: `wanted`, or fewer if the model's positions do not suffice."""
     positions = positions_of(model.config)
     if positions is None:
         return wanted
     if len(prompt) >= positions:
         raise UserError(
-            f"a prompt of {len(prompt)} tokens leaves no room for an answer: the model has {positions} positions; "
+            f"a prompt of {len(prompt)} tokens leaves no positions for an answer: the model has {positions}; "
             "shorten the prompt"
         )
     return min(wanted, positions - len(prompt))
 
 
 def _batches(order: Sequence[int], limits: Sequence[int], batch_rows: int) -> list[list[int]]:
-    """Cut `order` into batches in which all prompts have the same limit."""
+    """Split `order` into batches in which all prompts have the same token limit."""
     batches: list[list[int]] = []
     for index in order:
         if batches and len(batches[-1]) < batch_rows and limits[batches[-1][0]] == limits[index]:
@@ -146,8 +148,8 @@ def _generate_batch(
         attention_mask=mask.to(model.device),
         generation_config=generation_config(settings, max_new_tokens, ends, padding),
     )
-    said = output[:, tokens.shape[1] :].tolist()
-    return [_answer(tokenizer, ids, set(ends)) for ids in said]
+    generated = output[:, tokens.shape[1] :].tolist()
+    return [_answer(tokenizer, ids, set(ends)) for ids in generated]
 
 
 def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> GeneratedAnswer:
@@ -157,7 +159,7 @@ def _answer(tokenizer: Any, ids: list[int], ends: set[int]) -> GeneratedAnswer:
 
 
 def pad_left(prompts: Sequence[Ids], padding: int) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask, int64 [B, T]: prompts end at the same place, where their answers begin."""
+    """Return ids and attention mask, int64 [B, T]. All prompts end at the last position, where their answers begin."""
     length = max(len(ids) for ids in prompts)
     tokens = np.full((len(prompts), length), padding, dtype=np.int64)
     mask = np.zeros((len(prompts), length), dtype=np.int64)
@@ -168,27 +170,28 @@ def pad_left(prompts: Sequence[Ids], padding: int) -> tuple[Tensor, Tensor]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end token, and those the model's own settings name."""
+    """Return the ids that end an answer: the tokenizer's end token and those of the model's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     own = named if isinstance(named, list) else [named]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *own] if token is not None))
 
 
 def generation_settings(settings: Generation) -> dict[str, Any]:
-    """Return what `generation_config.json` says for `settings`; nothing else than these is left to chance."""
+    """Return the fields of `generation_config.json` for `settings`, including those whose default would add
+    sampling."""
     if settings.temperature == 0:
         return {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
     return {
         "do_sample": True,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "top_k": 0,  # transformers' default is 50
+        "top_k": 0,  # off; transformers' default is 50
         "max_new_tokens": settings.max_new_tokens,
     }
 
 
 def generation_config(settings: Generation, max_new_tokens: int, ends: list[int], padding: int) -> Any:
-    """Return transformers' settings. What the model's own file says beside the end tokens does not count here."""
+    """Return transformers' generation config. Of the model's own config only the end tokens are used."""
     import transformers
 
     make: Any = transformers.GenerationConfig

@@ -58,7 +58,7 @@ class ExperienceBatch:
 
 
 def collate_experiences(chunk: Sequence[Experience], whitening: Whitening) -> ExperienceBatch:
-    """Lay out experiences as one micro-batch, with whitened advantages."""
+    """Collate experiences as one micro-batch, with whitened advantages."""
 
     def joined(name: str) -> Floats:
         return np.concatenate([np.empty(0, np.float32), *(getattr(item, name) for item in chunk)])

@@ -1,7 +1,7 @@
-"""Are the sums in an answer right? Equations are found in running text and computed exactly, with fractions.
+"""The arithmetic term: finds equations in an answer's text and checks them exactly, with fractions.
 
-What is looked at is `number operator number … = number …`, parentheses included; what cannot be told for an equation of
-plain numbers (`x + 2 = 5`, `2^3 = 8`, `≈`) does not count.
+An equation has the form `number operator number … = number …`, parentheses included. Anything else, such as variables
+(`x + 2 = 5`), powers (`2^3 = 8`) or `≈`, does not count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from fractions import Fraction
 from itertools import pairwise
 
 MAX_DIGITS = 64
+"""Longest number that is read, in characters; bounds the cost of exact fractions."""
+
 MAX_DEPTH = 32
+"""Deepest nesting of parentheses that is read; bounds the recursion."""
 
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９．＋－−–＊／＝（）％", "0123456789.+---*/=()%")
 _SIGNS = str.maketrans("×·÷", "**/")
@@ -21,7 +24,7 @@ _TOKEN = re.compile(
     r"(?P<number>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?%?)"
     r"|(?P<operator>[-+*/])|(?P<open>\()|(?P<close>\))|(?P<equals>=)"
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_]*)"
-    r"|(?P<strange>[\^√²³‰!<>≠≤≥≈∑∫π°])"
+    r"|(?P<unsupported>[\^√²³‰!<>≠≤≥≈∑∫π°])"
     r"|(?P<blank>[^\S\n]+)|(?P<other>[\s\S])"
 )
 
@@ -31,31 +34,33 @@ class _Token:
     kind: str
     text: str
     spaced: bool
-    """A blank stands in front of it."""
+    """Whether white space precedes it."""
 
 
 class _NotArithmetic(ValueError):
-    """The tokens are no sum of plain numbers."""
+    """The tokens are not an arithmetic expression of plain numbers."""
 
 
 def arithmetic_value(answer: str) -> float:
-    """Return right equations less wrong ones, divided by all; 0 where there are none."""
-    verdicts = list(equations(answer))
-    return (2 * sum(verdicts) - len(verdicts)) / len(verdicts) if verdicts else 0.0
+    """Return (correct - wrong equations) / all equations, from -1 to 1; 0 if there are none."""
+    correct = list(equations(answer))
+    return (2 * sum(correct) - len(correct)) / len(correct) if correct else 0.0
 
 
 def equations(answer: str) -> Iterator[bool]:
-    """Yield for every equation of the text whether it is right."""
+    """Yield for each equation of the text whether it is correct."""
     for segment in _segments(answer.translate(_FULL_WIDTH).translate(_SIGNS)):
         sides = _split_at_equals(segment)
+        # `a = b = c` is two equations. Only the chunks next to the sign belong to it.
         for left, right in pairwise(sides):
-            verdict = _verdict(_last_chunk(left), _first_chunk(right))
-            if verdict is not None:
-                yield verdict
+            is_correct = _compare(_last_chunk(left), _first_chunk(right))
+            if is_correct is not None:
+                yield is_correct
 
 
-def _verdict(left: Sequence[_Token], right: Sequence[_Token]) -> bool | None:
-    """Return whether both sides are equal; None where they are no sum. A quotient by zero equals nothing."""
+def _compare(left: Sequence[_Token], right: Sequence[_Token]) -> bool | None:
+    """Return whether both sides are equal; None if they are not arithmetic. A division by zero equals nothing."""
+    # Without an operator (a leading sign does not count) it is an assignment such as `total = 5`, not a calculation.
     if not any(token.kind == "operator" for token in (*left[1:], *right[1:])):
         return None
     try:
@@ -67,28 +72,29 @@ def _verdict(left: Sequence[_Token], right: Sequence[_Token]) -> bool | None:
 
 
 def _segments(text: str) -> Iterator[list[_Token]]:
-    """Yield runs of tokens that may make equations: words, line ends and other signs part them.
+    """Yield runs of tokens that may form equations, separated by words, line ends and other characters.
 
-    A word right beside an operator or a sum is a variable (`x-3`, `2 + 3x`), so what it touches is no plain sum.
+    A word adjacent to an operator or an expression is a variable (`x-3`, `2 + 3x`), so the token it touches is marked
+    as unsupported.
     """
     run: list[_Token] = []
     before, spaced = "", False
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or "other"
         if kind in ("word", "other"):
-            if kind == "word" and not spaced and _ends_in_sum(run):
-                run.append(_Token("strange", match.group(), False))
+            if kind == "word" and not spaced and _ends_in_expression(run):
+                run.append(_Token("unsupported", match.group(), False))
             yield run
             run = []
         elif kind != "blank":
             touches = kind == "operator" and before == "word" and not spaced
-            run.append(_Token("strange" if touches else kind, match.group(), spaced))
+            run.append(_Token("unsupported" if touches else kind, match.group(), spaced))
         spaced = kind == "blank"
         before = before if spaced else kind
     yield run
 
 
-def _ends_in_sum(run: Sequence[_Token]) -> bool:
+def _ends_in_expression(run: Sequence[_Token]) -> bool:
     return bool(run) and any(token.kind == "operator" for token in _split_at_equals(run)[-1])
 
 
@@ -103,7 +109,7 @@ def _split_at_equals(segment: Sequence[_Token]) -> list[list[_Token]]:
 
 
 def _chunks(side: Sequence[_Token]) -> list[list[_Token]]:
-    """Cut a side where a number ends and another begins, as in `1. 2 + 3` or `2 + 3 = 5 4 + 4`."""
+    """Split a side between two adjacent numbers, as in `1. 2 + 3` or `2 + 3 = 5 4 + 4`."""
     chunks: list[list[_Token]] = [[]]
     for token in side:
         before = chunks[-1][-1].kind if chunks[-1] else ""
@@ -122,7 +128,11 @@ def _first_chunk(side: Sequence[_Token]) -> list[_Token]:
 
 
 class _ExpressionValue:
-    """Computes a sum by recursive descent."""
+    """Evaluates an expression by recursive descent.
+
+    expression = product {(+|-) product}; product = factor {(*|/) factor}; factor = [-] (number | "(" expression ")").
+    Python's `eval` is never used: the text comes from a model.
+    """
 
     def __init__(self, tokens: Sequence[_Token]) -> None:
         self._tokens = tokens
@@ -130,11 +140,11 @@ class _ExpressionValue:
         self._depth = 0
 
     def value(self) -> Fraction:
-        """Return the value. Raises _NotArithmetic unless all tokens are one sum, and ZeroDivisionError."""
-        found = self._sum()
+        """Return the value. Raises _NotArithmetic unless all tokens form one expression, and ZeroDivisionError."""
+        value = self._expression()
         if self._next < len(self._tokens):
             raise _NotArithmetic
-        return found
+        return value
 
     def _take(self, kind: str, texts: str = "") -> _Token | None:
         if self._next >= len(self._tokens):
@@ -145,7 +155,7 @@ class _ExpressionValue:
         self._next += 1
         return token
 
-    def _sum(self) -> Fraction:
+    def _expression(self) -> Fraction:
         value = self._product()
         while (sign := self._take("operator", "+-")) is not None:
             other = self._product()
@@ -163,7 +173,7 @@ class _ExpressionValue:
         if self._take("operator", "-") is None:
             return self._plain_factor()
         if self._next < len(self._tokens) and self._tokens[self._next].spaced:
-            raise _NotArithmetic  # `x - 3 = 4`: a sign stands right before its number
+            raise _NotArithmetic  # the rest of `x - 3 = 4`: a sign directly precedes its number
         return -self._plain_factor()
 
     def _plain_factor(self) -> Fraction:
@@ -172,8 +182,9 @@ class _ExpressionValue:
             return _number(number.text)
         if self._take("open") is None or self._depth >= MAX_DEPTH:
             raise _NotArithmetic
+        # A chain of parentheses costs one Python frame per level, and an answer may contain thousands.
         self._depth += 1
-        value = self._sum()
+        value = self._expression()
         self._depth -= 1
         if self._take("close") is None:
             raise _NotArithmetic

@@ -1,7 +1,7 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint, many at once, within a budget.
+"""Concurrent requests to a language model served by an OpenAI-compatible endpoint, within a budget.
 
-Equal questions are asked once. Requests go out at temperature 0; the client repeats those that fail in passing (a
-time-out, a lost connection, 429, 5xx), waiting longer each time and as long as the server asks.
+Equal requests are sent once. Requests use temperature 0. The client retries transient failures (time-out, lost
+connection, 429, 5xx) with increasing delays, and honours the server's Retry-After.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Chat = tuple[Mapping[str, str], ...]
 """Messages of a request: role and content."""
 
 MAX_REPLY_TOKENS = 512
-"""Room for a model that thinks before it answers."""
+"""Token limit of a reply; leaves enough for a model that reasons before it answers."""
 
 MAX_SHOWN = 300
-"""Characters of a server's words that a message repeats."""
+"""Maximum characters of a server's error that a message quotes."""
 
-_NO_ANSWER = "answered something that is no chat completion; give the base URL of an OpenAI-compatible API (…/v1)"
+_NO_ANSWER = "did not return a chat completion; set `url` to the base URL of an OpenAI-compatible API (…/v1)"
 
 
 class EndpointUnavailable(StageError):
-    """An endpoint did not answer, whatever was tried: no fault of the run, so the attempt may be made again."""
+    """An endpoint did not answer after all retries. An infrastructure failure: the attempt may be retried."""
 
     exit_code = ExitCode.STORAGE
 
 
 class Judge:
-    """Asks one endpoint.
+    """Sends requests to one endpoint.
 
     Args:
-        endpoint: Where it is and how it may be used.
+        endpoint: Its address, limits and credentials.
         where: The endpoint's field path, for messages.
-        world: The ranks: each gets its share of the budget and of the requests under way.
+        world: The ranks: each gets its share of the budget and of the concurrent requests.
 
-    Raises UserError where the key cannot be read.
+    Raises UserError if the key cannot be read.
     """
 
     def __init__(self, endpoint: Endpoint, where: str, world: World) -> None:
@@ -63,11 +63,12 @@ class Judge:
         self._budget = None if endpoint.max_requests is None else share_of(endpoint.max_requests, world)
         self._concurrency = max(1, endpoint.concurrency // world.size)
         self.spent = 0
-        """Questions this rank has asked, repeats of failed requests apart."""
+        """Requests this rank has sent, not counting retries."""
 
     @contextmanager
     def for_all_ranks(self) -> Iterator[None]:
-        """Let this rank use the shares of all, which wait for it and have asked nothing yet."""
+        """Let this rank use the budget and concurrency of all ranks, which wait for it and have sent no requests
+        yet."""
         shares = self._budget, self._concurrency
         self._budget, self._concurrency = self._endpoint.max_requests, self._endpoint.concurrency
         try:
@@ -78,8 +79,9 @@ class Judge:
     def ask(self, chats: Sequence[Chat]) -> list[str]:
         """Return the reply to each chat, in order.
 
-        Raises UserError where the budget does not pay for all of them, or the endpoint refuses the request;
-        EndpointUnavailable where it does not answer.
+        Raises:
+            UserError: The budget does not cover all new requests, or the endpoint rejects one.
+            EndpointUnavailable: The endpoint does not answer.
         """
         keys = [_digest(self._endpoint.model, chat) for chat in chats]
         new = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._known}
@@ -89,7 +91,7 @@ class Judge:
             try:
                 for key, future in zip(new, futures, strict=True):
                     self._known[key] = future.result()
-            except BaseException:
+            except BaseException:  # also Ctrl-C: requests that have not started must not be sent
                 pool.shutdown(cancel_futures=True)
                 raise
         return [self._known[key] for key in keys]
@@ -97,15 +99,15 @@ class Judge:
     def _require_budget(self, wanted: int) -> None:
         if self._budget is not None and self.spent + wanted > self._budget:
             raise UserError(
-                f"{self._where}.maxRequests: the budget of {self._endpoint.max_requests:,} requests is spent: of this "
-                f"rank's {self._budget:,} it has made {self.spent:,} and needs {wanted:,} more; raise it"
+                f"{self._where}.maxRequests: the budget of {self._endpoint.max_requests:,} requests is exhausted: this "
+                f"rank has made {self.spent:,} of its {self._budget:,} and needs {wanted:,} more; raise it"
             )
         self.spent += wanted
 
     def _ask(self, chat: Chat) -> str:
         messages: Any = [dict(message) for message in chat]
         try:
-            found = self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=self._endpoint.model,
                 messages=messages,
                 temperature=0.0,
@@ -113,15 +115,15 @@ class Judge:
                 extra_headers=self._headers,
             )
         except openai.OpenAIError as error:
-            raise self._explained(error) from None  # its chain holds the request, and the request the key
+            raise self._explained(error) from None  # the chained exception holds the request, and with it the key
         except ValueError as error:
             raise UserError(f"{self._name}: {_NO_ANSWER}") from error
-        return self._content(found)
+        return self._content(completion)
 
-    def _content(self, found: Any) -> str:
-        """Return a completion's words. The client checks nothing, so a server may have sent anything."""
+    def _content(self, completion: Any) -> str:
+        """Return a completion's text. The client does not validate replies, so any JSON is possible."""
         try:
-            content = found.choices[0].message.content
+            content = completion.choices[0].message.content
         except (AttributeError, TypeError, IndexError) as error:
             raise UserError(f"{self._name}: {_NO_ANSWER}") from error
         if content is not None and not isinstance(content, str):
@@ -138,31 +140,31 @@ class Judge:
             seconds = self._endpoint.timeout_seconds
             return EndpointUnavailable(f"{self._name} did not answer within {seconds:g} s, {tries} times")
         if isinstance(error, openai.APIStatusError):
-            said = f"{self._name} answered {error.status_code}: {self._redacted(error.message)}"
+            answer = f"{self._name} answered {error.status_code}: {self._redacted(error.message)}"
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
-                return EndpointUnavailable(f"{said}, {tries} times")
-            return UserError(f"{said}; {_remedy(error.status_code)}")
+                return EndpointUnavailable(f"{answer}, {tries} times")
+            return UserError(f"{answer}; {_remedy(error.status_code)}")
         if isinstance(error, openai.APIConnectionError):
             return EndpointUnavailable(f"{self._name} cannot be reached ({error.__cause__}), {tries} times")
         return UserError(f"{self._name}: {_NO_ANSWER}")
 
     def _redacted(self, text: str) -> str:
-        """Return a server's words, short, without the key that some servers repeat."""
+        """Return a server's message, shortened and without the key, which some servers echo."""
         plain = text.replace(self._key, "***") if self._key else text
         return plain if len(plain) <= MAX_SHOWN else plain[: MAX_SHOWN - 1] + "…"
 
 
 def _remedy(status: int) -> str:
     if status in (401, 403):
-        return "give a key in `credentials` that it accepts"
+        return "set `credentials` to a Secret with a valid key"
     if status == 404:
         return "check `url` (it usually ends in /v1) and `model`"
-    return "it does not take such requests"
+    return "the endpoint does not support such requests"
 
 
 def _client(endpoint: Endpoint, key: str | None) -> openai.OpenAI:
     return openai.OpenAI(
-        api_key=key or "none",  # never the environment's
+        api_key=key or "none",  # the client would otherwise read OPENAI_API_KEY
         base_url=endpoint.url,
         timeout=endpoint.timeout_seconds,
         max_retries=endpoint.retries,
@@ -175,21 +177,24 @@ def _digest(model: str, chat: Chat) -> bytes:
 
 
 def read_key(endpoint: Endpoint, where: str) -> str | None:
-    """Return the endpoint's key; None: it needs none. Raises UserError where it should be there and is not."""
+    """Return the endpoint's key; None if `credentials` is unset. Raises UserError if the key is missing or invalid."""
     if endpoint.credentials is None:
         return None
     name = endpoint.credentials.secret_name
     folder = os.environ.get(ENV_ENDPOINT_KEYS)
-    place = f"{where}.credentials.secretName"
+    field = f"{where}.credentials.secretName"
     if not folder:
         raise UserError(
-            f"{place}: {name} is not here; let {ENV_ENDPOINT_KEYS} name a folder with {name}/{ENDPOINT_KEY_FILE}"
+            f"{field}: {name} is not available; set {ENV_ENDPOINT_KEYS} to a folder that contains "
+            f"{name}/{ENDPOINT_KEY_FILE}"
         )
     path = Path(folder) / name / ENDPOINT_KEY_FILE
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: {path} cannot be read ({type(error).__name__}); put the key there") from error
+        raise UserError(
+            f"{field}: {path} cannot be read ({type(error).__name__}); write the key to this file"
+        ) from error
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{place}: {path} does not hold a key, which is one line of ASCII without blanks")
+        raise UserError(f"{field}: {path} does not contain a key: one line of printable ASCII without spaces")
     return key

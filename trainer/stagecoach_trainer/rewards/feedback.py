@@ -1,5 +1,4 @@
-"""AI feedback: a mark that a language model gives an answer (arXiv 2212.08073), scaled to 0 for the worst and 1 for the
-best."""
+"""AI feedback (arXiv 2212.08073): a mark that a language model gives an answer, scaled to 0 (worst) to 1 (best)."""
 
 from __future__ import annotations
 
@@ -16,20 +15,23 @@ from stagecoach_trainer.runtime.errors import UserError
 
 SYSTEM = f"You mark answers of a language model. {QUOTED}"
 MAX_UNPARSABLE = 0.1
-"""Share of replies without a mark above which the instruction, or the judge, is at fault."""
+"""Share of unreadable replies above which the stage fails: the instruction or the judge is then unsuitable."""
 
 MIDDLE = 0.5
-"""Value of an answer for which no mark could be read."""
+"""Value of an answer whose mark could not be read."""
 
-_PLACE = re.compile(r"\{(prompt|answer)\}")
+_PLACEHOLDER = re.compile(r"\{(prompt|answer)\}")
 
 
 class FeedbackTerm(Term):
-    """Raises UserError for an instruction without `{answer}`, marks upside down, and a key that is not there."""
+    """Asks a judge for a mark of each answer.
+
+    Raises UserError if `instruction` lacks `{answer}`, `worst` is not below `best`, or the key cannot be read.
+    """
 
     def __init__(self, config: FeedbackReward, where: str, world: World) -> None:
         if "{answer}" not in config.instruction:
-            raise UserError(f"{where}.instruction: must hold {{answer}}, where the answer belongs")
+            raise UserError(f"{where}.instruction: must contain {{answer}} where the answer is to be inserted")
         if not config.worst < config.best:
             raise UserError(f"{where}: `worst` ({config.worst:g}) must be below `best` ({config.best:g})")
         self._config = config
@@ -40,28 +42,28 @@ class FeedbackTerm(Term):
 
     def values(self, batch: Sequence[Completion]) -> list[float]:
         read = partial(read_mark, best=self._config.best)
-        chats = [self._chat(judged) for judged in batch]
+        chats = [self._chat(completion) for completion in batch]
         marks = ask_with_retry(self._judge, chats, read, self._again, self._counts)
         self._require_marks()
         return [MIDDLE if mark is None else self._scaled(mark) for mark in marks]
 
-    def _chat(self, judged: Completion) -> Chat:
-        # In one pass: an answer that says {prompt} is not filled in.
-        words = {"prompt": quote(prompt_text(judged.prompt)), "answer": quote(judged.answer)}
-        return chat_of(SYSTEM, _PLACE.sub(lambda match: words[match[1]], self._config.instruction))
+    def _chat(self, completion: Completion) -> Chat:
+        # In one pass, so that a literal "{prompt}" inside an answer is not replaced.
+        values = {"prompt": quote(prompt_text(completion.prompt)), "answer": quote(completion.answer)}
+        return chat_of(SYSTEM, _PLACEHOLDER.sub(lambda match: values[match[1]], self._config.instruction))
 
     def _scaled(self, mark: float) -> float:
         worst, best = self._config.worst, self._config.best
         return min(1.0, max(0.0, (mark - worst) / (best - worst)))
 
     def _require_marks(self) -> None:
-        """One reply that cannot be read is nothing; many are an error."""
+        """Raise UserError if too many replies could not be read. A single one is tolerated in any number of replies."""
         failed, asked = self._counts.unparsable, self._counts.asked
         if failed > max(1.0, MAX_UNPARSABLE * asked):
             raise UserError(
-                f"{self._where}: in {failed} of {asked} replies of {self._config.endpoint.model} there was not one "
-                "number, even when asked twice; let `instruction` ask for a number and nothing else, or take a "
-                "better judge"
+                f"{self._where}: {failed} of {asked} replies of {self._config.endpoint.model} did not contain "
+                "exactly one number, even when asked twice; make `instruction` ask for a number and nothing else, or "
+                "use a better judge"
             )
 
     def counts(self) -> dict[str, int]:

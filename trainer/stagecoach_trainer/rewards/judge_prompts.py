@@ -1,4 +1,7 @@
-"""What a judge is told, and how its words are read. The answer is quoted as data, so that it cannot give orders."""
+"""The prompts sent to a judge, and the parsing of its replies.
+
+Prompt and answer are quoted as data, which keeps an answer from posing as an instruction to the judge.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,22 @@ T = TypeVar("T")
 
 @dataclass
 class VerdictCounts:
-    """How often the judge was asked for a verdict, and how often none could be read, even the second time."""
+    """Number of verdicts requested, and of those that could not be read even after a second request."""
 
     asked: int = 0
     unparsable: int = 0
 
     def with_requests(self, judge: Judge) -> dict[str, int]:
-        """Return what a term that asks `judge` counts, its requests too."""
+        """Return the counters of a term that uses `judge`, including its requests."""
         return {"requests": judge.spent, "asked": self.asked, "unparsable": self.unparsable}
 
     def load(self, counts: Mapping[str, int], judge: Judge) -> None:
-        """Take back what `with_requests` gave."""
+        """Restore the counters that `with_requests` returned."""
         judge.spent, self.asked, self.unparsable = counts["requests"], counts["asked"], counts["unparsable"]
 
 
 def quote(text: str) -> str:
-    """Return text as a JSON string: it cannot end its own quotation."""
+    """Return text as a JSON string, whose content cannot close the quotation."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -51,25 +54,27 @@ def chat_of(system: str, user: str) -> Chat:
 def ask_with_retry(
     judge: Judge, chats: Sequence[Chat], read: Callable[[str], T | None], again: str, counts: VerdictCounts
 ) -> list[T | None]:
-    """Return what is read from the reply to each chat; where nothing is, the judge is told `again` what is wanted and
-    asked once more. None: nothing could be read then either."""
+    """Return the value that `read` finds in the reply to each chat.
+
+    Where it finds none, the judge is asked once more with the message `again`; None if that fails, too.
+    """
     replies = judge.ask(chats)
-    found = [read(reply) for reply in replies]
-    open_ = [index for index, value in enumerate(found) if value is None]
-    if open_:
+    values = [read(reply) for reply in replies]
+    unread = [index for index, value in enumerate(values) if value is None]
+    if unread:
         repeated: list[Chat] = [
             (*chats[index], {"role": "assistant", "content": replies[index]}, {"role": "user", "content": again})
-            for index in open_
+            for index in unread
         ]
-        for index, reply in zip(open_, judge.ask(repeated), strict=True):
-            found[index] = read(reply)
+        for index, reply in zip(unread, judge.ask(repeated), strict=True):
+            values[index] = read(reply)
     counts.asked += len(chats)
-    counts.unparsable += sum(value is None for value in found)
-    return found
+    counts.unparsable += sum(value is None for value in values)
+    return values
 
 
 def read_yes_or_no(reply: str) -> bool | None:
-    """Return whether a reply begins with yes or no; None: with neither."""
+    """Return True if a reply begins with yes, False if with no, None if with neither."""
     words = _WORD.findall(_THINKING.sub("", reply).lower())
     if not words or words[0] not in YES | NO:
         return None
@@ -77,7 +82,7 @@ def read_yes_or_no(reply: str) -> bool | None:
 
 
 def read_mark(reply: str, best: float) -> float | None:
-    """Return the one number a reply holds; `8/10` and `8 out of 10` are 8. None: no number, or several."""
+    """Return the only number in a reply; `8/10` and `8 out of 10` are 8. None if there is none, or more than one."""
     plain = _THINKING.sub("", reply)
     plain = re.sub(rf"(?:/|out of|von|分，?满分)\s*{re.escape(format(best, 'g'))}(?![\d.]*\d)", " ", plain)
     numbers = {float(number) for number in _NUMBER.findall(plain)}

@@ -1,5 +1,7 @@
-"""Rule-based rewards (arXiv 2411.01111): statements on an answer that a language model finds true or not, each with a
-weight that is given, or fitted on ranked answers by a hinge loss."""
+"""Rule-based rewards (arXiv 2411.01111): statements about an answer that a language model judges true or false.
+
+Each statement has a weight, which is given or fitted to ranked answers by a hinge loss.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,16 @@ AGAIN = "Reply with the one word yes or the one word no."
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two answers of one prompt, by their places in the list of all answers."""
+    """Two answers to one prompt, by their indices in the list of all answers."""
 
     better: int
     worse: int
 
 
 class PropositionsTerm(Term):
-    """The sum of the weights of the statements that hold.
+    """The sum of the weights of the statements that are true.
 
-    Raises UserError for a key that is not there; `prepare` where the ranked answers say nothing about the weights.
+    Raises UserError if the key cannot be read; `prepare` raises it if the ranked answers do not determine the weights.
     """
 
     def __init__(self, config: PropositionReward, where: str, context: StageContext) -> None:
@@ -56,7 +58,7 @@ class PropositionsTerm(Term):
         self._ordered: float | None = None
         self._fixed = [item.weight for item in config.propositions]
         self.weights = np.array([np.nan if weight is None else weight for weight in self._fixed])
-        """Weights, in the order of the statements: [k]; no number where one is still to be fitted."""
+        """Weights in the order of the statements [k]; NaN for those still to be fitted."""
 
     def prepare(self) -> bool:
         source = self._config.fit
@@ -69,25 +71,25 @@ class PropositionsTerm(Term):
         return [float(value) for value in self.features(batch) @ self.weights]
 
     def features(self, batch: Sequence[Completion]) -> Matrix:
-        """Return which statements hold for which answers: 0 or 1, [answers, k]. No verdict counts as no."""
-        chats = [self._chat(judged, item.text) for judged in batch for item in self._config.propositions]
+        """Return for each answer and statement 1 if it is true, else 0, [answers, k]. No verdict counts as no."""
+        chats = [self._chat(completion, item.text) for completion in batch for item in self._config.propositions]
         verdicts = ask_with_retry(self._judge, chats, read_yes_or_no, AGAIN, self._counts)
-        found = np.array([1.0 if verdict else 0.0 for verdict in verdicts])
-        return found.reshape(len(batch), len(self._config.propositions))
+        values = np.array([1.0 if verdict else 0.0 for verdict in verdicts])
+        return values.reshape(len(batch), len(self._config.propositions))
 
     @staticmethod
-    def _chat(judged: Completion, statement: str) -> Chat:
+    def _chat(completion: Completion, statement: str) -> Chat:
         return chat_of(
             SYSTEM,
-            f"Prompt: {quote(prompt_text(judged.prompt))}\n"
-            f"Answer: {quote(judged.answer)}\n"
+            f"Prompt: {quote(prompt_text(completion.prompt))}\n"
+            f"Answer: {quote(completion.answer)}\n"
             f"Statement: {statement}\nIs the statement true of the answer? Reply with yes or no.",
         )
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def _fit(self, source: NamedSource, context: StageContext) -> None:
-        """Find the weights on rank 0, for all: two ranks that ask may hear two different things."""
+        """Fit the weights on rank 0 and broadcast them: a judge may answer two ranks differently."""
         if context.world.is_main:
             fitted = self._fit_here(source, context)
             self.weights, self._ordered = fitted.weights, fitted.ordered
@@ -97,18 +99,20 @@ class PropositionsTerm(Term):
         context.progress.report("fit reward")
         answers, pairs = ranked_answers(source, context)
         if not pairs:
-            raise UserError(f"{self._where}.fit: `{source.name}` has no prompt with two answers of different rank")
+            raise UserError(
+                f"{self._where}.fit: `{source.name}` has no prompt with two answers of different rank; add some"
+            )
         with self._judge.for_all_ranks():
             features = self.features(answers)
         differences = np.stack([features[pair.better] - features[pair.worse] for pair in pairs])
         if not differences.any():
             raise UserError(
-                f"{self._where}.fit: {self._config.endpoint.model} finds every statement as true of the better answer "
-                f"as of the worse one, in all {len(pairs)} pairs of `{source.name}`; state what sets them apart"
+                f"{self._where}.fit: {self._config.endpoint.model} judges every statement equally for the better and "
+                f"the worse answer, in all {len(pairs)} pairs of `{source.name}`; give statements that distinguish them"
             )
         return fit_weights(differences, self._fixed)
 
-    # -- memory --------------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def counts(self) -> dict[str, int]:
         return self._counts.with_requests(self._judge)
@@ -132,7 +136,7 @@ class PropositionsTerm(Term):
 
 
 def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Completion], list[_Pair]]:
-    """Return all answers of the records, and the pairs of which one is the better. Ties make no pair."""
+    """Return all answers of the records, and the pairs of answers with different ranks."""
     answers: list[Completion] = []
     pairs: list[_Pair] = []
     for record in read_records(context, source):
@@ -153,13 +157,13 @@ def _prompt_of(record: Record) -> tuple[dict[str, str], ...]:
 
 
 def _from_main(context: StageContext, weights: Matrix, ordered: float | None) -> tuple[Matrix, float | None]:
-    """Return what rank 0 found."""
+    """Return rank 0's values on every rank."""
     if context.world.size == 1:
         return weights, ordered
     import torch
     import torch.distributed as dist
 
-    told = torch.tensor([*weights.tolist(), ordered or 0.0], dtype=torch.float64)
-    dist.broadcast(told, 0)
-    *found, share = told.tolist()
-    return np.array(found, np.float64), share
+    values = torch.tensor([*weights.tolist(), ordered or 0.0], dtype=torch.float64)
+    dist.broadcast(values, 0)
+    *fitted, share = values.tolist()
+    return np.array(fitted, np.float64), share

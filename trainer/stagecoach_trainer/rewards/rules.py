@@ -1,4 +1,4 @@
-"""Rewards that are rules on the answer's text: length, script, repetition, a pattern, a formula."""
+"""Rule terms on the answer's text: length, script, repetition, a pattern, an expression."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from stagecoach_trainer.runtime.errors import UserError
 
 
 class TextTerm(Term):
-    """A rule that looks at one answer's text alone."""
+    """A rule that depends only on one answer's text."""
 
     def __init__(self, rule: Callable[[str], float]) -> None:
         self._rule = rule
 
     def values(self, batch: Sequence[Completion]) -> list[float]:
-        return [self._rule(judged.answer) for judged in batch]
+        return [self._rule(completion.answer) for completion in batch]
 
 
 def length_value(config: LengthReward, length: int) -> float:
-    """Return 0 for a fitting number of characters, and less, down to -1, in a straight line outside the limits."""
+    """Return 0 for a length (in characters) within the limits; outside it decreases linearly, to -1 at least."""
     if length < config.at_least:
         return -(config.at_least - length) / config.at_least
     if config.at_most is not None and length > config.at_most:
@@ -31,13 +31,13 @@ def length_value(config: LengthReward, length: int) -> float:
 
 
 def language_value(config: LanguageReward, answer: str) -> float:
-    """Return the share of the characters, blanks apart, that belong to the script."""
+    """Return the share of the characters, not counting white space, that belong to the script."""
     total = sum(map(len, answer.split()))
     return count_characters(SCRIPTS[config.script], answer) / total if total else 0.0
 
 
 def repetition_value(config: RepetitionReward, answer: str) -> float:
-    """Return minus the share of n-grams of characters that stood in the answer before."""
+    """Return minus the share of character n-grams that occurred earlier in the answer."""
     size = config.ngram
     grams = [answer[start : start + size] for start in range(len(answer) - size + 1)]
     return (len(set(grams)) - len(grams)) / len(grams) if grams else 0.0
@@ -58,42 +58,42 @@ def repetition_term(config: RepetitionReward) -> Term:
 
 
 def format_term(config: FormatReward, where: str) -> Term:
-    """Raises UserError for what is no RE2 pattern."""
-    import re2  # linear time whatever the pattern
+    """Return a term that is 1 for a match, else 0. Raises UserError for an invalid RE2 pattern."""
+    import re2  # unlike `re`, linear time for every pattern
 
     options = re2.Options()
     options.log_errors = False
     try:
         search = re2.compile(config.match, options).search
     except re2.error as error:
-        said = error.args[0] if error.args else error
-        words = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+        reason = error.args[0] if error.args else error
+        message = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
         raise UserError(
-            f"{where}.match: {config.match!r} is no RE2 pattern: {words}; look-arounds and back-references do not "
-            "exist there"
+            f"{where}.match: {config.match!r} is not a valid RE2 pattern: {message}; RE2 has no look-arounds and "
+            "back-references"
         ) from error
     return TextTerm(lambda answer: float(search(answer) is not None))
 
 
 class ExpressionTerm(Term):
-    """A formula over the answer's figures. Raises UserError for one that is refused."""
+    """An expression over the answer's figures. Raises UserError if it is invalid."""
 
     def __init__(self, text: str, where: str) -> None:
         self._where = where
         try:
             self._expression = parse_expression(text)
         except ExpressionError as error:
-            raise UserError(f"{where}: {text!r} is no reward expression: {error}") from error
+            raise UserError(f"{where}: {text!r} is not a valid reward expression: {error}") from error
 
     def values(self, batch: Sequence[Completion]) -> list[float]:
-        return [self._value(judged, index) for index, judged in enumerate(batch)]
+        return [self._value(completion, index) for index, completion in enumerate(batch)]
 
-    def _value(self, judged: Completion, index: int) -> float:
-        prompt_characters = sum(len(message_text(message)) for message in judged.prompt)
-        figures = Figures(judged.answer, judged.num_tokens, judged.ended, prompt_characters)
+    def _value(self, completion: Completion, index: int) -> float:
+        prompt_characters = sum(len(message_text(message)) for message in completion.prompt)
+        figures = Figures(completion.answer, completion.num_tokens, completion.ended, prompt_characters)
         try:
             return self._expression.value(figures)
         except ExpressionError as error:
             raise UserError(
-                f"{self._where}: {self._expression.text!r} has no value for {describe(judged, index)}: {error}"
+                f"{self._where}: {self._expression.text!r} has no value for {describe(completion, index)}: {error}"
             ) from error

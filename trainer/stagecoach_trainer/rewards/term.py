@@ -1,4 +1,4 @@
-"""An answer to be judged, what became of it, and what every term of a reward can do."""
+"""The interface of reward terms: an answer to score, its score, and the methods of a term."""
 
 from __future__ import annotations
 
@@ -11,94 +11,99 @@ from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.text.templates import Message
 
 SHOWN_CHARACTERS = 60
+"""Maximum characters of a prompt or an answer that a message quotes."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer to be judged."""
+    """One answer to score, with its prompt."""
 
     prompt: tuple[Message, ...]
-    """The turns it replies to, as chat templates read them."""
+    """The turns it replies to, in the form that chat templates take."""
 
     answer: str
-    """Decoded, special tokens left out."""
+    """Decoded, without special tokens."""
 
     num_tokens: int
-    """Tokens of the answer, the end token apart."""
+    """Tokens of the answer, not counting the end token."""
 
     ended: bool
-    """The answer ended by itself; else it was cut."""
+    """Whether the answer ended with an end token; otherwise it was truncated."""
 
     domain: str | None = None
-    """What the prompt is about: chooses the system prompt of reward models that have domains. None: of no domain."""
+    """Domain of the prompt: selects the system prompt of reward models that have domains. None for no domain."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What an answer is worth."""
+    """The score of one answer."""
 
     total: float
-    """Sum of weight times value over the terms."""
+    """Sum of weight · value over the terms."""
 
     terms: Mapping[str, float] = field(default_factory=dict)
-    """Value of each term, clipped, before its weight."""
+    """Value of each term, clipped, not weighted."""
 
 
 class Term:
-    """One term of a reward. A term without memory need only say `values`."""
+    """One term of a reward. A term without state needs to implement only `values`."""
 
     def values(self, batch: Sequence[Completion]) -> list[float]:
-        """Return one value per answer. Raises UserError naming the term and the answer where there is none."""
+        """Return one value per answer. Raises UserError, naming the term and the answer, if one has no value."""
         raise NotImplementedError
 
     def prepare(self) -> bool:
-        """Do once what takes time or requests, unless `load_state` has brought it, before anything is judged; all ranks
-        call it at the same time. Return whether anything was done."""
+        """Do one-time work before the first answer is scored, unless `load_state` has restored its result. All ranks
+        call it at the same time. Return whether there was anything to do."""
         return False
 
     def sit_out(self) -> None:
-        """Take part in what all ranks do together while this one has no answer to judge."""
+        """Take part in the other ranks' collective calls when this rank has no answers to score."""
 
     def counts(self) -> dict[str, int]:
-        """Return this rank's counters that must outlive a resume, such as requests made. They add up over the ranks."""
+        """Return this rank's counters that a checkpoint must contain, such as requests. They are summed over ranks."""
         return {}
 
     def load_counts(self, counts: Mapping[str, int]) -> None:
-        """Take this rank's share of what `counts` gave on all ranks together."""
+        """Restore this rank's share of the counters, summed over all ranks when they were saved."""
 
     def state(self) -> dict[str, Any]:
-        """Return what else must outlive a resume, as JSON values; the same on all ranks."""
+        """Return other state that a checkpoint must contain, as JSON values; the same on all ranks."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore the state that `state` returned."""
 
     def figures(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Return what the report tells, such as requests made. `counts`: those of all ranks together."""
+        """Return figures for the report, such as requests. `counts`: summed over all ranks."""
         return {}
 
 
 def share_of(total: int, world: World) -> int:
-    """Return this rank's part of a count. The parts of all ranks make the whole, and no part of a smaller count is
-    larger, so that what was spent of a budget is shared out as the budget is."""
+    """Return this rank's part of a count.
+
+    The parts sum to the total, and a part never exceeds the same rank's part of a larger total: a rank's part of the
+    requests spent stays within its part of the budget.
+    """
     return total // world.size + (world.rank < total % world.size)
 
 
 def message_text(message: Message) -> str:
-    """Return what one turn says, Alpaca's `input` on a line of its own."""
+    """Return the text of one turn, with Alpaca's `input` on a separate line."""
     return "\n".join(part for part in (str(message["content"]), str(message.get("input", ""))) if part)
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:
-    """Return a prompt as plain text: what the user says, or, of several turns, each behind its role."""
+    """Return a prompt as plain text: a single user turn as it is, several turns each prefixed by its role."""
     if len(prompt) == 1 and prompt[0]["role"] == Role.USER.value:
         return message_text(prompt[0])
     return "\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
 
 
-def describe(judged: Completion, index: int) -> str:
-    """Name an answer in a message: its place in the batch, and how it and its prompt begin."""
-    return f"sample {index} (prompt {_short(prompt_text(judged.prompt))}, answer {_short(judged.answer)})"
+def describe(completion: Completion, index: int) -> str:
+    """Return a description of an answer for messages: its index in the batch, and the beginnings of prompt and
+    answer."""
+    return f"sample {index} (prompt {_short(prompt_text(completion.prompt))}, answer {_short(completion.answer)})"
 
 
 def _short(text: str) -> str:
