@@ -82,6 +82,7 @@ def ended_record(attempt: LiveAttempt, now: float) -> AttemptRecord:
     """Return the record of an attempt whose process has ended, from its result file or else from its exit code."""
     code = attempt.process.exit_code
     result = read_result(attempt.folder)
+    # A launcher that died before it wrote a result: its exit code still determines the cause. Negative: a signal.
     if result is None and code is not None and code > 0:
         result = AttemptResult(exit_code=code, cause=cause_of_exit(code))
     cause = cause_of_end(attempt.record.stop_cause, result)
@@ -128,6 +129,7 @@ def _message(attempt: LiveAttempt, code: int | None) -> str:
         summary = f"killed by {_signal_name(-code)}{_HINTS.get(-code, '')}"
     else:
         summary = f"the process ended with exit code {code} and left no result"
+    # Only a process that ended by itself explains its end in its log, by a traceback for instance.
     lines = last_lines(attempt.folder.log, MESSAGE_LINES)
     return "\n".join([summary, *lines])[-MESSAGE_CHARACTERS:] if code is not None and code > 0 else summary
 

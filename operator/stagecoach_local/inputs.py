@@ -44,7 +44,7 @@ class HashCache:
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file in hexadecimal. Safe to call from several threads."""
         key = str(path.absolute())
-        stat = path.stat()
+        stat = path.stat()  # before the file is read: if it changes meanwhile, the entry does not match the next time
         version = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         cached = self._entries.get(key)
         if cached is not None and cached[:3] == version:

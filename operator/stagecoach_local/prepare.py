@@ -87,6 +87,7 @@ def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> Loa
 
     lookup = find_external_inputs(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
     problems = missing_inputs(loaded, lookup.failures)
+    # Only the graph is checked, so placeholders for the digests of inputs and code are enough.
     try:
         make_plan(loaded.run, {key: unknown_external(uri) for key, uri in external_uris(loaded.run).items()}, code="")
     except PlanError as error:

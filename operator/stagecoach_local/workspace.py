@@ -196,7 +196,7 @@ class RunFolder:
             try:
                 yield
             finally:
-                file.truncate(0)
+                file.truncate(0)  # the file is never deleted: another driver may be waiting for a lock on it
 
     @property
     def driver(self) -> int | None:
@@ -212,9 +212,9 @@ class RunFolder:
     def is_locked(self) -> bool:
         """Whether a driver holds the run's lock."""
         try:
-            with self.lock_file.open("a+", encoding="utf-8") as file:
+            with self.lock_file.open("a+", encoding="utf-8") as file:  # not "w", which would erase the holder's id
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return False
+                return False  # closing the file releases the lock
         except BlockingIOError:
             return True
         except OSError:
@@ -316,6 +316,7 @@ def current_workspace() -> Workspace:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see either the old content or the new. Raises OSError with the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within a file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

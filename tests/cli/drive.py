@@ -9,13 +9,13 @@ from pathlib import Path
 import stagecoach_cli.commands.run as run_module
 from stagecoach_cli.main import call
 from stagecoach_local.machine import Machine
-from stagecoach_local.prepare import Prepared
+from stagecoach_local.prepare import PreparedRun
 from stagecoach_local.run_job import Job
 
 original = run_module.make_job
 
 
-def make_job(prepared: Prepared, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
+def make_job(prepared: PreparedRun, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
     fake = Path(__file__).with_name("fake_launcher.py")
     return replace(
         original(prepared, file, until, start, nproc),

@@ -185,7 +185,7 @@ class ClusterApi:
     def run(self, name: str) -> Body:
         """Return a run. Raises UnknownObject, whose message lists the known runs."""
         try:
-            return self._json("GET", self._runs_path(self.namespace, name))
+            return _body(self._request("GET", self._runs_path(self.namespace, name)))
         except UnknownObject as error:
             known = ", ".join(item["metadata"]["name"] for item in self.runs()) or "none"
             raise UnknownObject(f"no run `{name}` in namespace `{self.namespace}`; known runs: {known}") from error
@@ -203,12 +203,12 @@ class ClusterApi:
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"force": "true"} if force else {})
         path = self._runs_path(self.namespace, document["metadata"]["name"])
         response = self._request("PATCH", path, query, dict(document), APPLY_PATCH)
-        return json.loads(response.read()), response.status == 201
+        return _body(response), response.status == 201
 
     def patch_run(self, name: str, patch: Mapping[str, Any]) -> Body:
         """Merge a patch into a run; return it."""
         path = self._runs_path(self.namespace, name)
-        return self._json("PATCH", path, {"fieldManager": FIELD_MANAGER}, dict(patch), MERGE_PATCH)
+        return _body(self._request("PATCH", path, {"fieldManager": FIELD_MANAGER}, dict(patch), MERGE_PATCH))
 
     @staticmethod
     def _runs_path(namespace: str | None, name: str = "") -> str:
@@ -225,7 +225,7 @@ class ClusterApi:
 
     def pod(self, name: str) -> Body:
         """Return a pod. Raises UnknownObject."""
-        return self._json("GET", self._pods_path(name))
+        return _body(self._request("GET", self._pods_path(name)))
 
     def log_lines(self, pod: str, follow: bool = False, since: str = "") -> Iterator[tuple[str, str]]:
         """Yield the log lines of a pod's trainer, each with its time stamp (RFC 3339).
@@ -268,22 +268,11 @@ class ClusterApi:
         items: list[Body] = []
         token = ""
         while True:
-            page = self._json("GET", path, {**query, "limit": str(LIST_CHUNK), "continue": token})
+            page = _body(self._request("GET", path, {**query, "limit": str(LIST_CHUNK), "continue": token}))
             items += page.get("items") or []
             token = page["metadata"].get("continue") or ""
             if not token:
                 return items
-
-    def _json(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Body | None = None,
-        content_type: str = JSON_TYPE,
-    ) -> Body:
-        answer: Body = json.loads(self._request(method, path, query, body, content_type).read())
-        return answer
 
     def _request(
         self,
@@ -314,3 +303,8 @@ class ClusterApi:
     def _unreachable(self, error: Exception) -> Unreachable:
         reason = getattr(error, "reason", None) or error
         return Unreachable(f"{self.server} does not answer: {reason}; check that it is running and --context is right")
+
+
+def _body(response: Any) -> Body:
+    body: Body = json.loads(response.read())
+    return body

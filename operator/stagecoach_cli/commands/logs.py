@@ -167,6 +167,7 @@ class ClusterLogs:
                 return
             run = self._read()
         found = pods.find(self._api)
+        # Of an ended attempt some pods may already be deleted; the store has the logs of all ranks.
         if found and (not attempt.ended or len({pod.index for pod in found}) >= pods.num_wanted):
             copy_logs(self._api, found, pods, notify)
             return

@@ -55,6 +55,7 @@ def command(
         workspace.prepare()
         prepared = prepare(file, workspace, overrides, storage)
         check_trainer()
+        # The lock is taken before the first look at the record, which another driver may be writing.
         with workspace.run(prepared.plan.namespace, prepared.plan.run).lock():
             job = make_job(prepared, file, until, start, nproc)
             return work(
