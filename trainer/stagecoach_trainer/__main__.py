@@ -1,7 +1,7 @@
 """One rank of a stage: `python -m stagecoach_trainer`, started by the launcher.
 
-Reads and checks `stage.json` before anything heavy is imported, pins the threads before numpy or torch can count the
-cores, runs the stage, and ends with an exit code of the contract.
+Reads and validates `stage.json` before any heavy import, pins the number of threads before numpy or torch counts the
+cores, runs the stage, and exits with a code of the contract.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger("stagecoach")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space left, the user's share of it used up, or a limit on the size of files."""
+"""No space left, the user's quota used up, or the limit of a file's size reached."""
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
@@ -67,8 +67,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         outcome = RankOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:
         outcome = outcome_of(error, _last_step(resolved, environment), work)
-        log.error("%s", outcome.result.message)  # noqa: TRY400 - the traceback is printed where it helps
-    with contextlib.suppress(OSError):  # a full disk: the exit code still tells
+        log.error("%s", outcome.result.message)  # noqa: TRY400 - `outcome_of` prints helpful tracebacks
+    with contextlib.suppress(OSError):  # on a full disk, the exit code still reports the reason
         write_outcome(work, rank, outcome)
     return outcome.result.exit_code
 
@@ -99,7 +99,7 @@ def _run(
 
 
 def pin_threads(environment: Mapping[str, str]) -> None:
-    """Fix the number of CPU threads of this rank: it decides the last digits of every sum."""
+    """Pin the number of CPU threads of this rank, on which the last digits of every sum depend."""
     local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
     threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // local_size))
     for name in (ENV_THREADS, *THREAD_VARIABLES):
@@ -108,16 +108,16 @@ def pin_threads(environment: Mapping[str, str]) -> None:
 
 def start_logging(rank: int) -> None:
     faulthandler.enable()
-    who = "" if rank == 0 else f" rank {rank}"
+    name = "" if rank == 0 else f" rank {rank}"
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s{who} %(levelname).1s %(message)s",
+        format=f"%(asctime)s{name} %(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
     )
 
 
 def read_stage(path: Path) -> tuple[ResolvedStage, StageConfig]:
-    """Read `stage.json` and check it and the configuration in it. Raises UserError with all problems."""
+    """Read `stage.json` and validate it and its configuration. Raises UserError with all problems."""
     try:
         resolved = ResolvedStage.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -138,11 +138,10 @@ def _problems(error: ValidationError) -> str:
 
 
 def handle_signals(stop: threading.Event, on_orphaned: Callable[[], None], graceful: bool) -> None:
-    """Take SIGTERM and SIGINT as the wish to stop, and so the end of standard input where that is a pipe (whoever
-    held the other end is gone).
+    """Set `stop` on SIGTERM, SIGINT and, if standard input is a pipe, at its end: then the parent process has died.
 
-    `on_orphaned`: called in the latter case, before anything else. `graceful`: only set the flag, which the training
-    loop looks at; else end where the stage is.
+    `on_orphaned`: called first in the latter case. `graceful`: only set the flag, which the training loop checks; else,
+    and at the second signal, raise Interrupted wherever the stage is.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -176,9 +175,9 @@ def _stop_at_end_of_stdin(on_orphaned: Callable[[], None]) -> None:
 
 
 def outcome_of(error: BaseException, last_step: int | None = None, work: Path | None = None) -> RankOutcome:
-    """Return what an error means to the contract; prints the traceback of one that nobody foresaw.
+    """Return the outcome that the contract assigns to an error; prints the traceback of an unexpected one.
 
-    `work`: the attempt's folder, named where a full disk does not say which file did not fit.
+    `work`: the attempt's folder, named if the error of a full disk does not name the file.
     """
     for cause in _chain(error):
         named = _named(cause, work)
@@ -197,11 +196,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _named(error: BaseException, work: Path | None) -> tuple[int, str] | None:  # noqa: PLR0911 - one line per name
-    """Return exit code and message of an error that has a name in the contract."""
+    """Return exit code and message of an error for which the contract has a code; None for others."""
     if isinstance(error, StageError):
         return error.exit_code, str(error)
     if isinstance(error, AccessDenied | Corrupt | NotFound):
-        return ExitCode.USER_ERROR, str(error)  # the next attempt would meet the same
+        return ExitCode.USER_ERROR, str(error)  # the next attempt would fail likewise
     if isinstance(error, StoreError):
         return ExitCode.STORAGE, str(error)
     if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
@@ -221,7 +220,7 @@ def _place(error: BaseException) -> str:
 
 
 def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -> int | None:
-    """Return the step of the newest complete checkpoint on this machine."""
+    """Return the step of the newest complete checkpoint on this machine; None if there is none."""
     if resolved is None:
         return None
     from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder, complete_checkpoints
@@ -229,14 +228,14 @@ def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -
 
     try:
         home = checkpoints_folder(open_run_store(resolved), Path(environment[ENV_CACHE_DIR]), resolved.digest)
-        marks = complete_checkpoints(home)
-        return marks[-1].step if marks else None
+        checkpoints = complete_checkpoints(home)
+        return checkpoints[-1].step if checkpoints else None
     except (StoreError, OSError):
         return None
 
 
 def run_and_exit() -> None:
-    """Run and leave at once: threads and other ranks' connections must not keep an ended worker alive."""
+    """Run and exit at once: threads and other ranks' connections must not keep an ended worker alive."""
     code = main()
     logging.shutdown()
     sys.stdout.flush()

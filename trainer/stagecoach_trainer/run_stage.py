@@ -1,4 +1,4 @@
-"""One stage from beginning to end: context, stage module, publishing. Called by the entry point on every rank."""
+"""One stage from start to end: context, stage module, publishing. Called by the entry point on every rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttemptSettings:
-    """What the entry point knows: the stage, checked, and the places of this attempt."""
+    """An attempt's validated stage, paths and rank, as the entry point passes them."""
 
     resolved: ResolvedStage
     config: StageConfig
@@ -41,13 +41,13 @@ class AttemptSettings:
     started: float
     """Seconds since the epoch."""
     reporter: Reporter | None = None
-    """Tells the operator how far it is. None: there is no operator to be told."""
+    """Reports progress to the operator; None without an operator."""
 
 
 def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     """Run the stage of this attempt and publish it; return the content digest (None on ranks that do not publish).
 
-    Raises StageError, StoreError, and whatever else goes wrong.
+    Raises StageError, StoreError, and any other error of the stage.
     """
     context = build_context(attempt, stop)
     kind = STAGE_KINDS[attempt.resolved.kind]
@@ -71,9 +71,9 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
 
 
 def refuse_early(config: StageConfig, context: StageContext) -> None:
-    """Look at a model that lies on this machine before torch is imported, which takes ten seconds.
+    """Check a model in a local folder before torch is imported, which takes ten seconds.
 
-    Raises UserError for pickles, code and unsound files; the stage looks again, at every model, when it loads it.
+    Raises UserError for pickles, code and malformed files. The stage repeats the check for every model it loads.
     """
     model = getattr(config, "model", None)
     if not isinstance(model, Reference) or model.uri is None:
@@ -84,7 +84,7 @@ def refuse_early(config: StageConfig, context: StageContext) -> None:
 
 
 def build_context(attempt: AttemptSettings, stop: threading.Event) -> StageContext:
-    """Make the attempt's folders (the output empty) and put together what a stage works with."""
+    """Create the attempt's folders (the output empty) and return the stage's context."""
     main = attempt.world.is_main
     context = StageContext(
         resolved=attempt.resolved,
@@ -113,7 +113,7 @@ def _keep_report(context: StageContext) -> None:
 
 
 def _keep_logs(context: StageContext, started: float) -> None:
-    """Store metrics and the like; failing to do so must not hide how the stage itself ended."""
+    """Store metrics and logs; a failure to do so must not hide the stage's own error."""
     if not context.world.is_main:
         return
     try:

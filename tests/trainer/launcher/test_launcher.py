@@ -237,7 +237,7 @@ def test_the_first_failure_that_names_itself_is_the_reason() -> None:
 
 def test_a_rank_that_left_no_word_explains_failures_that_cannot_name_themselves() -> None:
     outcomes = {0: outcome(1, False, 1.0, "connection closed by peer")}
-    assert "rank 1 ended without a word" in combine(outcomes, range(2), 1).message
+    assert "rank 1 ended without reporting a reason" in combine(outcomes, range(2), 1).message
 
 
 def test_torchrun_tells_what_its_workers_died_of() -> None:

@@ -89,7 +89,7 @@ def test_pieces_of_a_long_document_are_contiguous() -> None:
         (49, 16),
         (66, 1),
     ]
-    assert pieces.goes_on.tolist() == [True, True, False, True, False]
+    assert pieces.continues.tolist() == [True, True, False, True, False]
 
 
 def test_a_step_does_not_depend_on_the_steps_requested_before() -> None:

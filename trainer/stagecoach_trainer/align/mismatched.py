@@ -1,6 +1,7 @@
-"""Answers to prompts that are not theirs: what KTO's reference point is estimated from (arXiv 2402.01306).
+"""Prompts with answers to other prompts, from which KTO's reference point is estimated (arXiv 2402.01306).
 
-The point must not depend on how a batch is shared out, so each step has its own sequences, a pure function of the step.
+The point must not depend on how a batch is divided among ranks, so each step has its own sequences, a pure function of
+the step.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ from stagecoach_trainer.batches.rows import StepPlan
 from stagecoach_trainer.samples.groups import Group, TokenSequence
 
 MOST_MISMATCHED = 64
-"""Sequences that one reference point is estimated from, at most."""
+"""Upper limit of the sequences from which one reference point is estimated."""
 
 
 def mismatched(sequences: Sequence[TokenSequence], capacity: int, most: int = MOST_MISMATCHED) -> list[TokenSequence]:
-    """Return each prompt, `most` of them at most, with the next answer that is to another prompt and fits behind it in
-    `capacity` tokens. Nothing where all reply to one prompt."""
+    """Return up to `most` prompts, each followed by the next answer to another prompt that fits into `capacity` tokens
+    with it. Empty if all sequences have the same prompt."""
     found: list[TokenSequence] = []
     for index, own in enumerate(sequences[:most]):
         prompt = own.ids[: own.num_prompt]
         following = [*sequences[index + 1 :], *sequences[:index]]
-        other = next((item for item in following if _goes_behind(prompt, item, capacity)), None)
+        other = next((item for item in following if _fits_after(prompt, item, capacity)), None)
         if other is not None:
             ids = np.concatenate([prompt, other.ids[other.num_prompt :]])
             found.append(TokenSequence(ids, len(prompt)))
     return found
 
 
-def _goes_behind(prompt: np.ndarray, other: TokenSequence, capacity: int) -> bool:
+def _fits_after(prompt: np.ndarray, other: TokenSequence, capacity: int) -> bool:
     fits = len(prompt) + len(other.ids) - other.num_prompt <= capacity
     return fits and not np.array_equal(prompt, other.ids[: other.num_prompt])
 
@@ -41,7 +42,7 @@ class PointedUnit:
     """One answer, and the mismatched sequences of its step (a `Unit`)."""
 
     groups: tuple[Group, ...]
-    """One; none in a unit that only lets a rank without work find the step's point along with the others."""
+    """One; none in a unit by which a rank without work takes part in computing the step's point."""
 
     step: int
     sequences: tuple[TokenSequence, ...]

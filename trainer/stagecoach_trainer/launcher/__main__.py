@@ -1,8 +1,8 @@
 """The entry point of a stage's container and of the local driver: `python -m stagecoach_trainer.launcher`.
 
-Starts the workers (one directly, several under torchrun), keeps what they print, passes on the wish to stop, and writes
-how the attempt ended: torchrun turns every worker's exit code into 1, so workers leave theirs in files. Imports neither
-torch nor the stages, and pydantic only when the workers are on their way.
+Starts the workers (one directly, several under torchrun), stores their output, forwards requests to stop, and writes
+the attempt's result: torchrun maps every worker's exit code to 1, so workers write theirs to files. Imports neither
+torch nor the stages, and pydantic only after the workers have started.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from stagecoach_trainer.launcher.rank_logs import RankLogs
 
 DEFAULT_GRACE_SECONDS = 300.0
-"""Time the workers have to save a checkpoint once they are asked to stop."""
+"""Time that workers have to save a checkpoint after they are asked to stop."""
 
 POLL_SECONDS = 0.2
 LOG_SECONDS = 30.0
-"""How long the end of an attempt may be held up by storing the last of its logs."""
+"""Upper limit of the delay of an attempt's end by storing the end of its logs."""
 MIN_LOG_SECONDS = 5.0
-"""The same of an attempt that was asked to stop and has used its grace period up: a pod is killed ten seconds later."""
+"""The same for an attempt that has used up its grace period: its pod is killed ten seconds later."""
 
 
 class Launcher:
@@ -62,7 +62,7 @@ class Launcher:
     def run(self) -> AttemptResult:
         """Run the attempt to its end."""
         started = time.time()
-        self._listen()  # first: in a container this is process 1, which SIGTERM passes by until it is listened to
+        self._handle_stop_requests()  # first: as PID 1 in a container, it ignores SIGTERM until a handler is installed
         clear_outcomes(self._work)
         try:
             stage = Path(self._environment[ENV_STAGE_FILE]).read_bytes()
@@ -73,11 +73,12 @@ class Launcher:
             return _unusable(error)
         pipes = open_pipes(self._work, range(first, first + ranks))
         child = self._start(command, ranks, pipes[0])
-        self._keep_logs(pipes, ranks, stage, started)  # this and the next line import while the workers import theirs
+        # The imports of this and the next line overlap with those of the workers (`runtime.startup`).
+        self._keep_logs(pipes, ranks, stage, started)
         from stagecoach_trainer.runtime.outcomes import combine, read_outcomes
 
         code = self._wait(child)
-        if code < 0 and nodes * ranks > 1:  # torchrun was killed, so nobody has ended its workers
+        if code < 0 and nodes * ranks > 1:  # torchrun was killed, so its workers still run
             self._kill(announced_pids(self._work).values())
         outcomes, own = read_outcomes(self._work), range(first, first + ranks)
         if nodes * ranks > 1 and code > 0:
@@ -86,7 +87,7 @@ class Launcher:
         return result if self._stop_at is None else _as_stopped(result)
 
     def finish(self) -> None:
-        """Store the last of the logs; takes half a minute at most, and less where a grace period ends."""
+        """Store the end of the logs; takes at most LOG_SECONDS, and less towards the end of a grace period."""
         if self._logs is None:
             return
         seconds = LOG_SECONDS
@@ -96,7 +97,7 @@ class Launcher:
         self._logs.finish(seconds)
 
     def request_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """Note that the attempt is to stop; `_wait` passes it on. Safe in a signal handler."""
+        """Record that the attempt is to stop; `_wait` forwards it. Safe in a signal handler."""
         del number, frame
         if self._stop_at is None:
             self._stop_at = time.monotonic()
@@ -105,10 +106,10 @@ class Launcher:
         return subprocess.Popen(
             command,
             env=worker_environment(self._environment, ranks),
-            stdin=subprocess.PIPE,  # its end tells the workers that this process is gone, even by kill -9
+            stdin=subprocess.PIPE,  # its end signals to the workers that this process has died, even by SIGKILL
             stdout=output.writer,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal reaches this process only, which passes it on
+            start_new_session=True,  # Ctrl-C in a terminal then reaches this process alone, which forwards it
         )
 
     def _keep_logs(self, pipes: Sequence[RankPipe], ranks: int, stage: bytes, started: float) -> None:
@@ -116,10 +117,10 @@ class Launcher:
 
         self._logs = RankLogs(pipes, self._work, stage, started)
         if len(pipes) < ranks:
-            self._logs.say(f"no named pipes in {self._work}: all ranks print into the log of rank {pipes[0].rank}")
+            self._logs.say(f"no named pipes in {self._work}: all ranks print to the log of rank {pipes[0].rank}")
 
     def _death_of(self, ranks: Sequence[int]) -> int:
-        """Return the exit code with which one of these ranks died, as torchrun tells it. 0: it does not."""
+        """Return the exit code of one of these ranks from torchrun's output; 0 if it reports none."""
         from stagecoach_trainer.runtime.outcomes import torchrun_deaths
 
         if self._logs is None or not ranks:
@@ -127,7 +128,8 @@ class Launcher:
         deaths, pids = torchrun_deaths(self._logs.drain()), announced_pids(self._work)
         return next((deaths[pids[rank]] for rank in ranks if pids.get(rank) in deaths), 0)
 
-    def _listen(self) -> None:
+    def _handle_stop_requests(self) -> None:
+        """Stop on SIGTERM, SIGINT and, if standard input is a pipe, at its end, when the driver has died."""
         signal.signal(signal.SIGTERM, self.request_stop)
         signal.signal(signal.SIGINT, self.request_stop)
         if stat.S_ISFIFO(os.fstat(0).st_mode):
@@ -144,6 +146,7 @@ class Launcher:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(POLL_SECONDS)
             reap_orphans(child.pid)
+            # The flag is polled rather than handled in the signal handler, which may interrupt any line of this thread.
             if self._stop_at is None:
                 continue
             self._ask_to_stop(child, asked)
@@ -156,9 +159,9 @@ class Launcher:
             send(pid, signal.SIGKILL)
 
     def _ask_to_stop(self, child: subprocess.Popen[bytes], asked: set[int]) -> None:
-        """Send SIGTERM once to every worker, as soon as it has announced itself (before, it could only die of it).
+        """Send SIGTERM once to every worker that has announced itself; before, it has no handler and would die.
 
-        Not to torchrun, which would kill the workers after a grace of its own.
+        torchrun gets no signal: it would kill the workers after its own grace period.
         """
         for pid in announced_pids(self._work).values():
             if pid not in asked and child.poll() is None:
@@ -174,28 +177,29 @@ def _unusable(error: Exception) -> AttemptResult:
 
 
 def _as_stopped(result: AttemptResult) -> AttemptResult:
-    """Return the result of an attempt that was asked to stop: whatever it died of then is no fault of the run."""
+    """Return the result of an attempt that was asked to stop: a failure after that is not the run's."""
     from stagecoach_api.outcomes import ExitCode
     from stagecoach_trainer.runtime.outcomes import interrupted
 
     if result.exit_code in (ExitCode.DONE, ExitCode.INTERRUPTED):
         return result
-    return interrupted(f"asked to stop, and ended otherwise: {result.message[:2000]}")
+    return interrupted(f"asked to stop, but ended differently: {result.message[:2000]}")
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
+    """Send a signal to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
 
 
 def reap_orphans(but: int) -> None:
-    """Take note of ended processes that others left behind: in a container this is process 1, to which they fall.
+    """Reap ended processes whose parents have died: in a container this is PID 1, which inherits them.
 
-    `but`: the child that is waited for elsewhere.
+    `but`: the child that is waited for elsewhere. Stops when it is the next one to reap.
     """
     with contextlib.suppress(ChildProcessError):
         while True:
+            # WNOWAIT only looks, so that the awaited child's status stays for `Popen.wait`.
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None or ended.si_pid == but:
                 return
@@ -203,9 +207,9 @@ def reap_orphans(but: int) -> None:
 
 
 def gang_size(stage: bytes) -> tuple[int, int]:
-    """Return the number of nodes, and of ranks on each. Raises ValueError for a stage file that is none."""
-    told = json.loads(stage)
-    nodes, ranks = int(told.get("numNodes", 1)), int(told.get("ranksPerNode", 1))
+    """Return the number of nodes and of ranks per node. Raises ValueError for an invalid stage file."""
+    resolved = json.loads(stage)
+    nodes, ranks = int(resolved.get("numNodes", 1)), int(resolved.get("ranksPerNode", 1))
     if nodes < 1 or ranks < 1:
         raise ValueError(f"numNodes {nodes}, ranksPerNode {ranks}; both must be at least 1")
     return nodes, ranks
@@ -230,7 +234,7 @@ def worker_command(nodes: int, ranks: int, grace_seconds: float, environment: Ma
 
 
 def worker_environment(environment: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """Return the workers' environment, the number of threads of each pinned."""
+    """Return the workers' environment, which pins each worker's number of threads."""
     threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     return {**environment, ENV_THREADS: threads, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
 
@@ -243,28 +247,28 @@ def write_result(result: AttemptResult, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one attempt; return the exit code of the worker that ended first.
+    """Run one attempt; return the exit code of its result.
 
-    The result is written before the last logs are stored: nothing that happens then can take it away.
+    The result is written before the end of the logs is stored, so a failure there cannot lose it.
     """
     parser = argparse.ArgumentParser(prog="stagecoach-trainer", description="Run one attempt of one stage.")
     parser.add_argument(
         "--grace-seconds",
         type=float,
         default=DEFAULT_GRACE_SECONDS,
-        help="time to save a checkpoint once asked to stop (default: %(default)s)",
+        help="time to save a checkpoint after a request to stop (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     launcher = Launcher(os.environ, options.grace_seconds)
     result = launcher.run()
-    with contextlib.suppress(OSError):  # a full disk: the exit code still tells
+    with contextlib.suppress(OSError):  # on a full disk, the exit code still reports the reason
         write_result(result, Path(os.environ[ENV_RESULT_FILE]))
     launcher.finish()
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
 
 
 def run_and_exit() -> None:
-    """Run and leave at once: a store or a reader that does not answer must not keep an ended attempt alive."""
+    """Run and exit at once: threads that wait for a store or a reader must not keep an ended attempt alive."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

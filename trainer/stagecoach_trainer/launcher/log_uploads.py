@@ -1,4 +1,4 @@
-"""The logs of a node's ranks are stored while they grow, so that a pod that is lost with its node leaves nearly all."""
+"""Upload of the logs of a node's ranks while they grow, so that a pod lost with its node leaves nearly all of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FIRST_SECONDS = 20.0
-"""After the start: the first minute loses pods too, but importing boto3 must not slow the workers' own start."""
+"""Delay of the first upload. Pods are lost in the first minute too, but importing boto3 must not slow the workers'
+start."""
 EVERY_SECONDS = 60.0
 MAX_REASON = 300
-"""Characters shown of an error that nobody foresaw."""
+"""Characters shown of an unexpected error."""
 
 
 class GrowingLog(Protocol):
@@ -25,18 +26,18 @@ class GrowingLog(Protocol):
 
     @property
     def path(self) -> Path:
-        """Its file; the object has the same name."""
+        """Its file; the object in the store has the same name."""
 
     @property
     def taken(self) -> int:
-        """Bytes ever written to it: what tells that it has grown."""
+        """Bytes ever written to it, by which growth is detected."""
 
     def content(self) -> tuple[int, bytes]:
-        """Return `taken` and what is kept of it, both as they are at one moment."""
+        """Return `taken` and the bytes that are kept, read at the same moment."""
 
 
 class LogUploads:
-    """A thread that stores logs; whatever goes wrong there is told once and hurts nobody."""
+    """A thread that stores logs. A failure is reported once and does not affect the stage."""
 
     def __init__(
         self,
@@ -46,20 +47,20 @@ class LogUploads:
         first_seconds: float = FIRST_SECONDS,
         every_seconds: float = EVERY_SECONDS,
     ) -> None:
-        """`stage`: what the stage file holds. `say`: tells people a line."""
+        """`stage`: the content of the stage file. `say`: prints a line for people."""
         self._stage = stage
         self._logs = logs
         self._say = say
         self._waits = (first_seconds, every_seconds)
         self._stored: dict[str, int] = {}
-        self._place: tuple[Store, str] | None = None
-        self._said = ""
+        self._target: tuple[Store, str] | None = None
+        self._last_complaint = ""
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="log uploads", daemon=True)
         self._thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Store what has come since the last time; give up after `seconds`."""
+        """Store what was added since the last upload; give up after `seconds`."""
         self._ending.set()
         self._thread.join(max(seconds, 0.0))
         if self._thread.is_alive():
@@ -82,16 +83,16 @@ class LogUploads:
                     self._stored[log.path.name] = taken
         except (StoreError, OSError) as error:
             self._complain(str(error))
-        except Exception as error:  # the stage must not know
+        except Exception as error:  # a failed upload must not stop the stage
             self._complain(f"{type(error).__name__}: {error}"[:MAX_REASON])
 
     def _opened(self) -> tuple[Store, str]:
-        if self._place is None:
+        if self._target is None:
             stage = ResolvedStage.model_validate_json(self._stage)
-            self._place = open_run_store(stage), attempt_logs_prefix(stage.digest, stage.attempt)
-        return self._place
+            self._target = open_run_store(stage), attempt_logs_prefix(stage.digest, stage.attempt)
+        return self._target
 
     def _complain(self, reason: str) -> None:
-        if reason != self._said:
-            self._said = reason
+        if reason != self._last_complaint:
+            self._last_complaint = reason
             self._say(f"the logs of this node could not be stored: {reason}")

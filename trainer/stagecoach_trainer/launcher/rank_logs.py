@@ -1,10 +1,10 @@
-"""What the ranks of a node print: into a file each, on to the launcher's own output, and to the run's store.
+"""The output of a node's ranks: to one file each, to the launcher's own output, and to the run's store.
 
     worker ── pipe ──► copying thread ─┬─► LogFile   work/logs/rank-00003.20261122T095244.125Z.log ──► LogUploads
                                        └─► Output    the launcher's stdout; of several ranks with `[rank 3] `
 
-A worker waits for nothing but the copying thread, and that thread for nothing but the disk: a full disk leaves a gap in
-the file, a slow or closed output a gap there. Imported when the workers are on their way.
+A worker waits for the copying thread alone, and that thread for the disk alone: a full disk leaves a gap in the file, a
+slow or closed output a gap there. Imported after the workers have started.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from stagecoach_trainer.runtime.attempt_files import logs_folder
 MAX_LOG_BYTES = 64 << 20
 """A longer log loses its beginning."""
 KEPT_PART = 0.75
-"""What is left of a log that had to be cut, so that this is seldom done."""
+"""Share of MAX_LOG_BYTES that is left of a log after a cut, so that cuts are rare."""
 READ_BYTES = 1 << 16
 MOVED_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 16
-"""A longer line of one of several ranks is passed on in pieces."""
+"""A longer line of one of several ranks is printed in pieces."""
 MAX_WAITING_BYTES = 4 << 20
-"""What the launcher holds for a slow reader of its output."""
+"""Bytes that the launcher buffers for a slow reader of its output."""
 LAST_BYTES = 1 << 16
-"""In which torchrun's account of dead workers is looked for: it is the last that it says."""
+"""End of a log that is searched for torchrun's report of dead workers, its final output."""
 DRAIN_SECONDS = 2.0
-"""How long the pipes of ended workers are read on: a process they left behind may hold them open."""
+"""How long the pipes of ended workers are still read: a child process may hold them open."""
 OUTPUT_SECONDS = 2.0
-"""How long the launcher waits at its end for the reader of its output."""
+"""How long the launcher waits for the reader of its output before it exits."""
 BUSY_SECONDS = 0.05
 
 
@@ -50,8 +50,8 @@ class RankLogs:
     def __init__(
         self, pipes: Sequence[RankPipe], work: Path, stage: bytes, started: float, output: Output | None = None
     ) -> None:
-        """`stage`: what the stage file holds. `started`: seconds since the epoch, the start of this launcher.
-        `output`: None is this process's standard output."""
+        """`stage`: the content of the stage file. `started`: when this launcher started, in seconds since the epoch.
+        `output`: by default this process's standard output."""
         folder = logs_folder(work)
         self._work = work
         self._pipes = pipes
@@ -70,11 +70,11 @@ class RankLogs:
         self._uploads = LogUploads(stage, [sink.log for sink in self._sinks], self.say)
 
     def say(self, message: str) -> None:
-        """Print a line of the launcher's own."""
+        """Print a line of the launcher itself."""
         self._output.put(f"[launcher] {message}\n".encode())
 
     def drain(self) -> bytes:
-        """Read what the ended workers have printed; return the last of the first rank's log."""
+        """Read the remaining output of the ended workers; return the end of the first rank's log."""
         if not self._drained:
             self._drained = True
             close_pipes(self._work, self._pipes)
@@ -82,7 +82,7 @@ class RankLogs:
         return self._sinks[0].log.content()[1][-LAST_BYTES:]
 
     def finish(self, seconds: float) -> None:
-        """Read what the ended workers have printed, and store it; give up after about `seconds`."""
+        """Read the remaining output of the ended workers and store it; give up after about `seconds`."""
         deadline = time.monotonic() + seconds
         self.drain()
         self._uploads.finish(deadline - time.monotonic())
@@ -102,15 +102,15 @@ class RankLogs:
 
 @dataclass(frozen=True)
 class RankSink:
-    """Where the bytes of one rank go."""
+    """The destinations of one rank's output."""
 
     log: LogFile
     output: Output
     lines: Lines | None
-    """None: it is alone on its node, and what it prints is passed on as it is."""
+    """None if the rank is alone on its node: its output is printed unchanged."""
 
     def take(self, data: bytes) -> None:
-        """Take what the rank has printed; nothing means that there will be no more."""
+        """Process output of the rank; empty data means that there is no more."""
         if data:
             self.log.append(data)
         if self.lines is not None:
@@ -123,7 +123,7 @@ class RankSink:
 
 
 class LogFile:
-    """A file with the last `max_bytes` of what one rank has printed. Its first line says if there was more."""
+    """A file with the last `max_bytes` of one rank's output. If there was more, its first line states how much."""
 
     def __init__(self, path: Path, max_bytes: int = MAX_LOG_BYTES) -> None:
         self.path = path
@@ -139,11 +139,11 @@ class LogFile:
 
     @property
     def taken(self) -> int:
-        """Bytes that were ever given to it."""
+        """Bytes ever passed to `append`."""
         return self._taken
 
     def append(self, data: bytes) -> None:
-        """Add to the file. What the disk does not take is missing, and the file says so once it takes more."""
+        """Append to the file. Bytes that the disk does not accept are lost, which the next successful write states."""
         rest = memoryview(data)
         with self._lock:
             self._taken += len(data)
@@ -161,7 +161,7 @@ class LogFile:
                 self._why = error.strerror or str(error)
 
     def content(self) -> tuple[int, bytes]:
-        """Return how much had been taken, and what is kept of it."""
+        """Return `taken` and the bytes that are kept."""
         with self._lock:
             kept = os.pread(self._file.fileno(), self._size, 0) if self._file is not None else b""
             return self._taken, kept + (self._gap() if self._missing else b"")
@@ -181,15 +181,16 @@ class LogFile:
         return f"\n[{self._missing} bytes are missing here: {self._why}]\n".encode()
 
     def _cut_front(self, file: FileIO) -> None:
-        """Move the end of the file to its beginning, which needs no more of the disk."""
+        """Move the end of the file to its beginning, which needs no more disk space."""
         handle = file.fileno()
         source = max(self._size - int(self._max_bytes * KEPT_PART), len(self._first_line))
-        source += os.pread(handle, MAX_LINE_BYTES, source).find(b"\n") + 1
+        source += os.pread(handle, MAX_LINE_BYTES, source).find(b"\n") + 1  # to the start of a line, if it is near
         self._cut += source - len(self._first_line)
         most = f"{self._max_bytes >> 20} MiB" if self._max_bytes >= 1 << 20 else f"{self._max_bytes} bytes"
         self._first_line = f"[{self._cut} bytes are cut off here: a log keeps its last {most} at most]\n".encode()
         os.pwrite(handle, self._first_line, 0)
         target = len(self._first_line)
+        # Source and target may overlap; chunks are copied forward, so nothing is overwritten before it is read.
         while chunk := os.pread(handle, MOVED_BYTES, source):
             target += os.pwrite(handle, chunk, target)
             source += len(chunk)
@@ -202,8 +203,8 @@ class LogFile:
 
 
 class Lines:
-    """Puts a prefix before each line of a stream that comes in pieces. `\\r`, with which progress bars go back to the
-    beginning of their line, ends a line too."""
+    """Adds a prefix to each line of a stream that arrives in pieces. `\\r`, with which progress bars return to the
+    start of their line, ends a line too."""
 
     def __init__(self, prefix: bytes) -> None:
         self._prefix = prefix
@@ -219,13 +220,13 @@ class Lines:
         return b"".join(piece if piece in (b"\r", b"\n") else self._prefix + piece for piece in pieces)
 
     def rest(self) -> bytes:
-        """Return the line that was begun and never ended."""
+        """Return the last line, which has no end."""
         return self.feed(b"\n") if self._begun else b""
 
 
 class Output:
-    """Passes bytes on to a file descriptor from a thread of its own. What a slow reader does not take in time is
-    dropped, and counted; what nobody reads at all is dropped."""
+    """Writes bytes to a file descriptor in a background thread. What a slow reader does not accept in time is dropped
+    and counted; output without a reader is dropped."""
 
     def __init__(self, descriptor: int = 1, max_bytes: int = MAX_WAITING_BYTES) -> None:
         self._descriptor = descriptor
@@ -239,26 +240,26 @@ class Output:
         self._thread.start()
 
     def put(self, data: bytes) -> None:
-        """Hand over bytes; never waits for the reader."""
+        """Queue bytes without waiting for the reader."""
         with self._changed:
             if self._num_bytes + len(data) > self._max_bytes:
                 self._dropped += len(data)
                 return
-            self._own_up()
+            self._report_dropped()
             self._queue(data)
             self._changed.notify()
 
     def finish(self, seconds: float) -> None:
-        """Wait until everything is passed on, but no longer than this."""
+        """Wait until everything is written, for at most `seconds`."""
         with self._changed:
-            self._own_up()
+            self._report_dropped()
             self._closed = True
             self._changed.notify()
         self._thread.join(seconds)
 
-    def _own_up(self) -> None:
+    def _report_dropped(self) -> None:
         if self._dropped:
-            self._queue(f"\n[{self._dropped} bytes are not shown here, nobody took them: the log has them]\n".encode())
+            self._queue(f"\n[{self._dropped} bytes not shown, as the reader was too slow; the log has them]\n".encode())
             self._dropped = 0
 
     def _queue(self, data: bytes) -> None:
@@ -281,7 +282,7 @@ class Output:
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # shared with a process that made it so
+            except BlockingIOError:  # another process that shares the descriptor has made it non-blocking
                 time.sleep(BUSY_SECONDS)
-            except OSError:  # nobody reads it any more, or its disk is full
+            except OSError:  # it has no reader any more, or its disk is full
                 return

@@ -1,8 +1,8 @@
-"""What the ranks of a node print goes to the launcher through one pipe each: a worker that is killed loses nothing it
-has printed, and none waits for whoever reads the launcher's own output. Imports nothing heavy.
+"""Pipes that carry the output of a node's ranks to the launcher, one for each: a killed worker loses nothing it has
+printed, and no worker waits for the reader of the launcher's own output. Imports nothing heavy.
 
-The first rank inherits its pipe. torchrun gives all workers the output it has itself, so the others open theirs by
-name: `<work>/outcomes/rank-00001.pipe`.
+The first rank inherits its pipe. torchrun's workers all inherit torchrun's output, so the others open theirs by name:
+`<work>/outcomes/rank-00001.pipe`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from stagecoach_trainer.runtime.attempt_files import logs_folder, outcomes_folde
 
 
 class RankPipe(NamedTuple):
-    """Both ends of one rank's pipe, in the launcher, as file descriptors. Its own hold on the writing end keeps the
-    pipe open until the worker has opened it."""
+    """Both ends of one rank's pipe as file descriptors of the launcher. The launcher keeps the writing end open so that
+    the pipe does not end before the worker has opened it."""
 
     rank: int
     """Global rank."""
@@ -27,8 +27,8 @@ class RankPipe(NamedTuple):
 
 
 def open_pipes(work: Path, ranks: Sequence[int]) -> list[RankPipe]:
-    """Return a pipe for every rank of this node, or for the first only where the file system has no named pipes: then
-    the others share it."""
+    """Return a pipe for every rank of this node. If the file system has no named pipes, return one for the first rank,
+    which the others share."""
     pipes = [RankPipe(ranks[0], *os.pipe())]
     with contextlib.suppress(OSError):
         for rank in ranks[1:]:
@@ -37,17 +37,17 @@ def open_pipes(work: Path, ranks: Sequence[int]) -> list[RankPipe]:
 
 
 def close_pipes(work: Path, pipes: Sequence[RankPipe]) -> None:
-    """Let go of the writing ends, so that the readers come to an end with the last worker, and remove the names."""
+    """Close the writing ends, so that reading ends with the last worker, and remove the names."""
     for pipe in pipes:
         os.close(pipe.writer)
         _path(work, pipe.rank).unlink(missing_ok=True)
 
 
 def print_into_pipe(work: Path, rank: int) -> None:
-    """Turn this worker's output to the pipe that is its own. The first of a node, and one without a launcher, have
-    none to open and print where they did."""
+    """Redirect this worker's output to its named pipe. The first worker of a node, and one without a launcher, have no
+    named pipe and keep their output."""
     try:
-        handle = os.open(_path(work, rank), os.O_WRONLY | os.O_NONBLOCK)  # fails where nobody reads, does not wait
+        handle = os.open(_path(work, rank), os.O_WRONLY | os.O_NONBLOCK)  # fails if there is no reader
     except OSError:
         return
     os.set_blocking(handle, True)
@@ -55,7 +55,7 @@ def print_into_pipe(work: Path, rank: int) -> None:
 
 
 def print_into_log(work: Path, rank: int) -> None:
-    """Turn this worker's output, which nobody reads any more, to the end of its log."""
+    """Redirect this worker's output to the end of its log, after the launcher that read it has died."""
     logs = sorted(logs_folder(work).glob(f"rank-{rank:05d}.*.log"))
     try:
         handle = os.open(logs[-1] if logs else os.devnull, os.O_WRONLY | os.O_APPEND)
@@ -70,7 +70,7 @@ def _path(work: Path, rank: int) -> Path:
 
 def _named_pipe(rank: int, path: Path) -> RankPipe:
     os.mkfifo(path, 0o600)
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else it would wait for a writer
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else `open` would wait for a writer
     os.set_blocking(reader, True)
     return RankPipe(rank, reader, os.open(path, os.O_WRONLY))
 

@@ -1,4 +1,4 @@
-"""Where a stage's checkpoints lie on this machine. Knows no torch, so that the entry point may look too."""
+"""Names and local folders of a stage's checkpoints. Does not import torch, so that the entry point can use it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ CHECKPOINT_NAME = re.compile(r"step-(\d{8})(?:-(\d{4}))?")
 
 @dataclass(frozen=True, order=True)
 class CheckpointId:
-    """Tells checkpoints apart. The greater of two is the newer: what is saved again at a step saved already, as after
-    going back to it, has a version of its own, and so has all that follows. No checkpoint is ever written over."""
+    """Identifies a checkpoint of a stage; the greater of two ids is the newer checkpoint.
+
+    Saving again at or before the newest step, as after a rollback, raises the version, which later checkpoints keep. So
+    no checkpoint is ever overwritten.
+    """
 
     version: int
     step: int
 
     @property
     def name(self) -> str:
-        """Of the checkpoint's folder."""
+        """The name of the checkpoint's folder."""
         return checkpoint_name(self.step, self.version)
 
     @classmethod
     def of(cls, name: str) -> CheckpointId | None:
-        """Return the mark of a folder's name. None: it is not a checkpoint's."""
+        """Return the id that a folder's name encodes; None if it is not a checkpoint's name."""
         found = CHECKPOINT_NAME.fullmatch(name)
         return None if found is None else cls(int(found[2] or 0), int(found[1]))
 
 
 def checkpoints_folder(store: Store, cache: Path, digest: str) -> Path:
-    """Return the folder in which the checkpoints of a stage are written: the store itself where it is a folder."""
+    """Return the local folder of a stage's checkpoints: in the store if that is a folder, else in the cache."""
     return store.local_path(checkpoints_prefix(digest)) or cached_checkpoints_folder(cache, digest)
 
 
@@ -43,14 +46,14 @@ def cached_checkpoints_folder(cache: Path, digest: str) -> Path:
 
 
 def complete_checkpoints(home: Path) -> list[CheckpointId]:
-    """Return the checkpoints that have a manifest, the oldest first."""
+    """Return the checkpoints in `home` that have a manifest, the oldest first."""
     if not home.is_dir():
         return []
     found = (CheckpointId.of(path.name) for path in home.iterdir() if (path / MANIFEST).is_file())
-    return sorted(mark for mark in found if mark is not None)
+    return sorted(checkpoint for checkpoint in found if checkpoint is not None)
 
 
 def delete_checkpoints(store: Store, cache: Path, digest: str) -> None:
-    """Delete the checkpoints of a stage whose artifact is published."""
+    """Delete all checkpoints of a stage, after its artifact is published."""
     store.delete(checkpoints_prefix(digest))
     shutil.rmtree(cached_checkpoints_folder(cache, digest), ignore_errors=True)

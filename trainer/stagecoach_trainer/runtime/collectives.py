@@ -1,4 +1,4 @@
-"""Numbers agreed on by all ranks. Each call waits for every rank."""
+"""Collective operations on single numbers. Each call waits for all ranks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
 
 
 def max_over_ranks(values: Sequence[float], world: World) -> list[float]:
-    """Return the largest over all ranks, on every rank."""
+    """Return the maxima over all ranks, on every rank."""
     return list(values) if world.size == 1 else _reduced(values, dist.ReduceOp.MAX)
 
 
 def agree(value: int | None, world: World) -> int | None:
-    """Return rank 0's value, which is not negative, on every rank."""
-    told = -1.0 if value is None else float(value)
-    found = sum_over_ranks([told if world.is_main else 0.0], world)[0]
-    return None if found < 0 else int(found)
+    """Return rank 0's value, a non-negative number or None, on every rank."""
+    encoded = -1.0 if value is None else float(value)
+    agreed = sum_over_ranks([encoded if world.is_main else 0.0], world)[0]
+    return None if agreed < 0 else int(agreed)
 
 
 def wait_for_all(world: World) -> None:
-    """Return when every rank has called it."""
+    """Return once every rank has called it."""
     sum_over_ranks([0.0], world)
 
 

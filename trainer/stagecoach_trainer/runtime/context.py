@@ -1,4 +1,4 @@
-"""What a stage works with: its configuration's inputs as local paths, folders to write to, a stop flag, progress."""
+"""A stage's environment: its inputs as local paths, folders to write to, a stop flag, progress reports."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class World:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What a stage says of itself when it is done; its files lie in `context.output`."""
+    """The result of a stage, in addition to its files in `context.output`."""
 
     tokens: int = 0
     """Training tokens consumed."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Headline figures for the manifest and the final table."""
+    """Main metrics, for the manifest and the final table."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything around a stage that is not its configuration."""
+    """Everything a stage uses in addition to its configuration."""
 
     resolved: ResolvedStage
     store: Store
     work: Path
     """Scratch folder of this attempt."""
     cache: Path
-    """Folder shared by all attempts on this machine; content-addressed."""
+    """Content-addressed folder shared by all attempts on this machine."""
     world: World
     progress: Progress
     stop: threading.Event
@@ -56,7 +56,7 @@ class StageContext:
 
     @property
     def output(self) -> Path:
-        """Folder whose content becomes the artifact."""
+        """The folder whose content becomes the artifact."""
         return self.work / "output"
 
     @property
@@ -64,16 +64,16 @@ class StageContext:
         return self.resolved.seed
 
     def input(self, reference: Reference) -> ResolvedInput:
-        """Return where `reference` was found."""
+        """Return the input that `reference` was resolved to."""
         return self.resolved.inputs[reference.key]
 
     def fetch(self, reference: Reference) -> Path:
-        """Return a local folder or file with the input's content; an artifact's bytes are checked first."""
+        """Return a local folder or file with the input's content, after checking an artifact's bytes."""
         return self.fetch_resolved(self.input(reference))
 
     def fetch_resolved(self, found: ResolvedInput) -> Path:
-        """Like `fetch`, for an input that a model card names."""
+        """Like `fetch`, for an input that is already resolved, such as the base in a model card."""
         self.progress.report("fetch")
         path = fetch_input(found, self.store, self.cache, self.resolved.storage_endpoint, self.resolved.storage_region)
-        self.progress.report("prepare")  # whatever is done with it next: reading, loading, importing
+        self.progress.report("prepare")  # the caller's next work: reading, loading, importing
         return path

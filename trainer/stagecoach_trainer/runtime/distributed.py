@@ -1,4 +1,4 @@
-"""The ranks of a stage: who this process is, and the process group. torch is imported only where there is a group."""
+"""The ranks of a stage: this process's rank, and the process group. torch is imported only if there is a group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stagecoach_trainer.runtime.context import World
 
 
 def world_from(environment: Mapping[str, str]) -> World:
-    """Return this process's place from the variables torchrun sets; without them it is alone."""
+    """Return this process's rank and the group's size from torchrun's variables; without them, one rank."""
 
     def number(name: str, default: int) -> int:
         return int(environment.get(name, default))
@@ -26,9 +26,9 @@ def world_from(environment: Mapping[str, str]) -> World:
 
 @contextmanager
 def process_group(world: World, alone: bool = False) -> Iterator[None]:
-    """Join the other ranks (gloo on CPUs, NCCL on GPUs) for as long as the block lasts; nothing to do at one rank.
+    """Join the other ranks (gloo on CPUs, NCCL on GPUs) for as long as the block lasts; no-op at one rank.
 
-    `alone`: make a group of one, which DeepSpeed needs for offload at one rank.
+    `alone`: create a group of one rank, which DeepSpeed requires for offload.
     """
     if world.size == 1 and not alone:
         yield

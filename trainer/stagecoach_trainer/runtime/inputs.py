@@ -1,4 +1,4 @@
-"""Inputs of a stage as local paths: artifacts, each byte checked against the manifest, and external files."""
+"""Inputs of a stage as local paths: artifacts, checked byte by byte against their manifest, and external files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ PARALLEL_TRANSFERS = 8
 def fetch_input(
     found: ResolvedInput, store: Store, cache: Path, endpoint: str | None = None, region: str | None = None
 ) -> Path:
-    """Return a local folder (or, for one external file, that file) with the input's content.
+    """Return a local folder (or, for a single external file, that file) with the input's content.
 
-    An artifact in a folder store is read in place, one on S3 is downloaded once to `cache/inputs/<digest>`; either way
-    each object's sha256 is compared with the manifest. External inputs must still be what the run was planned with.
-    `endpoint`, `region`: of the S3 service external inputs lie in; None: the store's.
-    Raises Corrupt naming the object whose bytes differ, NotFound, and UserError for an external input that changed.
+    An artifact in a folder store is read in place; one on S3 is downloaded once to `cache/inputs/<digest>`. Either way
+    each object's sha256 is compared with the manifest. External inputs must be unchanged since the run was planned.
+    `endpoint`, `region`: of the S3 service of external inputs; None for the store's.
+
+    Raises Corrupt naming the object whose bytes differ, NotFound, and UserError for an external input that has changed.
     """
     if found.stage_digest is not None:
         return _fetch_artifact(found, found.stage_digest, store, cache)
@@ -35,7 +36,7 @@ def fetch_input(
 
 
 def input_files(path: Path) -> list[Path]:
-    """Return `path` itself where it is a file, else all files below it, sorted, hidden ones left out."""
+    """Return `path` itself if it is a file, else all files below it, sorted, except hidden ones."""
     if path.is_file():
         return [path]
     return sorted(item for item in path.rglob("*") if item.is_file() and not _is_hidden(item.relative_to(path)))
@@ -49,17 +50,17 @@ def _is_hidden(path: Path) -> bool:
 
 
 def read_manifest(found: ResolvedInput, stage_digest: str, store: Store) -> Manifest:
-    """Return the manifest of an input artifact. Raises Corrupt unless it is the one the stage was resolved with."""
+    """Return the manifest of an input artifact. Raises Corrupt unless it is the one the stage was planned with."""
     key = manifest_key(stage_digest)
     manifest = Manifest.model_validate_json(store.read(key))
     digest = content_digest(manifest.objects)
     if digest != manifest.content_digest:
-        raise Corrupt(key, "the manifest does not agree with its own content digest: it was changed by hand or damaged")
+        raise Corrupt(key, "the manifest does not match its own content digest: it was edited or damaged")
     if digest != found.digest:
         raise Corrupt(
             key,
             f"the artifact is not the one this stage was planned with (content {digest[:12]}…, planned "
-            f"{found.digest[:12]}…): run the plan again",
+            f"{found.digest[:12]}…): plan the run again",
         )
     return manifest
 
@@ -79,7 +80,7 @@ def _fetch_artifact(found: ResolvedInput, stage_digest: str, store: Store, cache
 
 
 def _store_of(found: ResolvedInput, stage_digest: str, store: Store) -> Store:
-    """Return the store an artifact lies in: the run's own, unless its URI says otherwise."""
+    """Return the store that contains an artifact: the run's own, or the one that the artifact's URI names."""
     root = found.uri.rstrip("/").removesuffix("/" + output_prefix(stage_digest))
     if root == store.uri.rstrip("/"):
         return store
@@ -90,7 +91,7 @@ def _verify(folder: Path, prefix: str, objects: Sequence[StoredObject]) -> None:
     for item in objects:
         path = folder / item.path
         if not path.is_file():
-            raise Corrupt(f"{prefix}/{item.path}", "the manifest names this object, and it is missing")
+            raise Corrupt(f"{prefix}/{item.path}", "the manifest names this object, but it is missing")
         check_expected(f"{prefix}/{item.path}", path.stat().st_size, sha256_of_file(path), item)
 
 
@@ -114,8 +115,8 @@ def _fetch_external(found: ResolvedInput, cache: Path, endpoint: str | None, reg
     digest = external_digest(entries)
     if digest != found.digest:
         raise UserError(
-            f"{found.uri}: the input changed since this stage was planned (content {digest[:12]}…, planned "
-            f"{found.digest[:12]}…); run it again, so that it is planned anew"
+            f"{found.uri}: the input has changed since this stage was planned (content {digest[:12]}…, planned "
+            f"{found.digest[:12]}…); run it again, which plans it again"
         )
     location = parse_location(found.uri)
     if isinstance(location, FolderLocation) and not _is_glob(found.uri):
@@ -133,10 +134,10 @@ def _is_glob(uri: str) -> bool:
 
 
 def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
-    """Bring the listed files, and only them, into `folder`: links to local files, downloads of remote ones."""
+    """Put exactly the listed files into `folder`: as links to local files, or downloaded from S3."""
     location = parse_location(source.uri)
 
-    def bring(entry: StoreEntry) -> None:
+    def fetch(entry: StoreEntry) -> None:
         path = folder / entry.key
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(location, FolderLocation):
@@ -146,12 +147,12 @@ def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
             source.download(entry.key, path)
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-        list(pool.map(bring, entries))
+        list(pool.map(fetch, entries))
 
 
 @contextmanager
 def _locked(cache: Path, digest: str) -> Iterator[None]:
-    """Let one process of this machine at a time fill the folder of an input."""
+    """Hold a lock so that one process of this machine at a time fills the folder of an input."""
     folder = cache / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"{digest}.lock", os.O_CREAT | os.O_RDWR, 0o644)

@@ -1,4 +1,4 @@
-"""How workers tell the launcher how they ended: torchrun turns every exit code into 1."""
+"""Outcome files, by which workers report to the launcher how they ended: torchrun maps every exit code to 1."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode, cause_of_exi
 from stagecoach_trainer.runtime.attempt_files import outcomes_folder, replace_file
 
 MAX_RESULT_BYTES = 4000
-"""A Pod's termination message is cut at 4,096 bytes; a cut JSON is no JSON."""
+"""Kubernetes truncates a Pod's termination message at 4,096 bytes; truncated JSON cannot be parsed."""
 
 GENERIC_FAILURE = 1
-"""Exit code of a worker that ended in a way it could not name."""
+"""Exit code of a worker that ended for an unknown reason."""
 
 
 @dataclass(frozen=True)
 class RankOutcome:
-    """How one rank ended."""
+    """The end of one rank."""
 
     result: AttemptResult
     named: bool
-    """The error is one of the contract's; false for an unexpected exception, often a consequence of another rank's."""
+    """Whether the contract has an exit code for the error. False for an unexpected exception, which is often a
+    consequence of another rank's."""
     time: float
     """Seconds since the epoch."""
 
@@ -38,7 +39,7 @@ def write_outcome(work: Path, rank: int, outcome: RankOutcome) -> None:
 
 
 def read_outcomes(work: Path) -> dict[int, RankOutcome]:
-    """Return the outcome of every rank that left one."""
+    """Return the outcomes of the ranks that have written one, by rank."""
     outcomes = {}
     for path in sorted(outcomes_folder(work).glob("rank-*.json")):
         about = json.loads(path.read_text())
@@ -48,11 +49,10 @@ def read_outcomes(work: Path) -> dict[int, RankOutcome]:
 
 
 def combine(outcomes: dict[int, RankOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
-    """Return the attempt's result from what the workers of these ranks left and the exit code of the process that held
-    them.
+    """Return the attempt's result from the outcomes of the workers of `ranks` and their parent process's exit code.
 
-    One rank's failure brings the others down, so the first failure that names itself is the reason; a rank that left
-    no word died of a signal, which explains failures that could not name themselves.
+    One rank's failure makes the others fail, so the earliest named failure is the reason. A rank without an outcome was
+    killed by a signal, which explains the unnamed failures of others.
     """
     failures = [outcome for outcome in outcomes.values() if outcome.result.exit_code != ExitCode.DONE]
     named = [outcome for outcome in failures if outcome.named]
@@ -60,36 +60,36 @@ def combine(outcomes: dict[int, RankOutcome], ranks: Collection[int], exit_code:
         return min(named, key=lambda outcome: outcome.time).result
     silent = sorted(set(ranks) - set(outcomes))
     if exit_code != ExitCode.DONE and (silent or not failures):
-        return _without_a_word(silent, exit_code)
+        return _without_outcome(silent, exit_code)
     if failures:
         return min(failures, key=lambda outcome: outcome.time).result
     if silent or not outcomes:
-        return _without_a_word(silent, GENERIC_FAILURE)
+        return _without_outcome(silent, GENERIC_FAILURE)
     return outcomes[min(outcomes)].result
 
 
 def torchrun_deaths(text: bytes) -> dict[int, int]:
-    """Return the exit codes of dead workers by process id, from what torchrun says of them at its end: its own code is
-    1 whatever they died of."""
+    """Return the exit codes of dead workers by process id, parsed from torchrun's final output: its own exit code is
+    always 1."""
     return {int(pid): int(code) for code, pid in _DEATH.findall(text)}
 
 
 _DEATH = re.compile(rb"^\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 
 
-def _without_a_word(silent: list[int], exit_code: int) -> AttemptResult:
+def _without_outcome(silent: list[int], exit_code: int) -> AttemptResult:
     who = "the worker" if silent in ([], [0]) else f"rank {', '.join(map(str, silent))}"
-    message = f"{who} ended without a word, exit code {exit_code}; its log has the last lines"
+    message = f"{who} ended without reporting a reason, exit code {exit_code}; see the last lines of its log"
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         message = f"{who} was killed by signal {-exit_code} ({name})"
     if exit_code == -signal.SIGKILL:
-        message += "; the usual reason is that memory ran out"
+        message += "; the usual reason is a lack of memory"
     return AttemptResult(exit_code=exit_code, cause=cause_of_exit(exit_code), message=message)
 
 
 def failure(exit_code: int, message: str, last_step: int | None = None) -> AttemptResult:
-    """Return the result of an attempt that failed, its message cut to what the contract allows."""
+    """Return the result of a failed attempt, its message shortened to what the contract allows."""
     cause = cause_of_exit(exit_code)
     return fitting(AttemptResult(exit_code=exit_code, cause=cause, message=message[:2500], last_step=last_step))
 
@@ -99,7 +99,7 @@ def interrupted(message: str) -> AttemptResult:
 
 
 def fitting(result: AttemptResult) -> AttemptResult:
-    """Cut the middle of the message until the result's JSON has at most MAX_RESULT_BYTES bytes."""
+    """Return the result with the middle of its message cut so that its JSON has at most MAX_RESULT_BYTES bytes."""
     while len(serialise(result)) > MAX_RESULT_BYTES:
         keep = len(result.message) * 9 // 20
         message = f"{result.message[:keep]} … {result.message[-keep:]}"

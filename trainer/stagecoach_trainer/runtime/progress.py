@@ -1,4 +1,4 @@
-"""Progress of long work: JSON lines for whoever watches on this machine, and on a cluster reports to the operator."""
+"""Progress of long work: JSON lines in a local file, and reports to the operator on a cluster."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ MIN_SECONDS_BETWEEN_EVENTS = 0.5
 SECONDS_BETWEEN_REPORTS = 5.0
 REPORT_TIMEOUT_SECONDS = 5.0
 MAX_TRIES = 4
-"""The operator's service reaches its stand-by too, which says so: a new connection may reach the active one."""
+"""The operator's service may route to an inactive replica, which answers 503; a new connection may reach the active
+one."""
 PAUSE_SECONDS = 0.2
 
 
 class Progress:
     """Appends `ProgressEvent`s to a file, at most one per half second and activity; the newest line is the heartbeat.
 
-    Only rank 0 is given a path; elsewhere nothing is written.
+    Only rank 0 gets a path; other ranks write nothing.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Progress:
         unit: str = "",
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Say what is being done and how far it is; cheap enough for every step."""
+        """Report the current activity and its progress; cheap enough to call in every step."""
         now = self._clock()
         finished = total is not None and done >= total
         recent = now - self._last_time < MIN_SECONDS_BETWEEN_EVENTS
@@ -66,10 +67,9 @@ class Progress:
 
 
 class Reporter:
-    """Sends the newest event to the operator, from a thread of its own; whatever goes wrong there hurts nobody.
+    """Sends the newest event to the operator from a background thread, whose failures do not affect the stage.
 
-    It speaks Kubeflow Trainer's protocol (KEP-2779). A report that does not get through is dropped: the next one says
-    more.
+    Uses Kubeflow Trainer's protocol (KEP-2779). A failed report is dropped, since the next one supersedes it.
     """
 
     def __init__(self, url: str, token_file: Path, ca_file: Path | None) -> None:
@@ -84,7 +84,7 @@ class Reporter:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Reporter | None:
-        """Return the reporter that the pod's environment asks for. None: it asks for none."""
+        """Return the reporter that the pod's environment configures; None if it configures none."""
         url, token = environment.get(ENV_PROGRESS_URL), environment.get(ENV_PROGRESS_TOKEN)
         if not url or not token or not url.startswith(("https://", "http://")):
             return None
@@ -92,7 +92,7 @@ class Reporter:
         return cls(url, Path(token), Path(ca) if ca else None)
 
     def offer(self, event: ProgressEvent) -> None:
-        """Hand over the newest event; what waits to be sent is replaced."""
+        """Set the newest event, which replaces one that has not been sent yet."""
         first = self._first
         if first is None or (first.activity, first.total) != (event.activity, event.total):
             self._first = event
@@ -107,13 +107,13 @@ class Reporter:
             try:
                 if event is not None:
                     self._send(json.dumps(trainer_status(event, remaining_seconds(first, event))).encode())
-            except Exception as error:  # training must not know
+            except Exception as error:  # a failed report must not stop training
                 self._complain(error)
             time.sleep(SECONDS_BETWEEN_REPORTS)
 
     def _send(self, body: bytes) -> None:
         for number in range(1, MAX_TRIES + 1):
-            token = self._token_file.read_text(encoding="utf-8").strip()  # the kubelet renews it
+            token = self._token_file.read_text(encoding="utf-8").strip()  # read each time: the kubelet renews it
             headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Connection": "close"}
             request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")  # noqa: S310
             try:
@@ -130,16 +130,16 @@ class Reporter:
         return ssl.create_default_context(cafile=None if self._ca_file is None else str(self._ca_file))
 
     def _complain(self, error: Exception) -> None:
-        """Say once that reports do not get through; never with the token, which is in no error's text."""
+        """Log the first failed report. No error's text contains the token."""
         if not self._complained:
             self._complained = True
             log.warning(
-                "progress cannot be reported to the operator (%s: %s); the work goes on", type(error).__name__, error
+                "progress cannot be reported to the operator (%s: %s); the stage continues", type(error).__name__, error
             )
 
 
 def remaining_seconds(first: ProgressEvent | None, now: ProgressEvent) -> float | None:
-    """Return how long an activity will take at its pace since `first`. None: that cannot be told yet."""
+    """Return how long an activity will take at its pace since `first`; None if there is no progress to measure yet."""
     if first is None or now.total is None or now.done <= first.done or now.time <= first.time:
         return None
     return (now.total - now.done) * (now.time - first.time) / (now.done - first.done)

@@ -1,4 +1,4 @@
-"""Publishing a stage: its files are uploaded, its manifest is committed last. Rank 0 only. Knows no torch itself."""
+"""Publishing of a stage: upload its files, then commit its manifest. On rank 0 only. Does not import torch itself."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ ATTEMPT_FILE = "attempt.json"
 def publish(context: StageContext, outcome: StageOutcome, started: float) -> str:
     """Upload `context.output`, commit the manifest, delete the stage's checkpoints; return the content digest.
 
-    `started`: seconds since the epoch at which this attempt began. If somebody published the stage first, theirs
-    counts: its content digest is returned, with a warning where the content differs. Raises UserError for an empty
-    output, StoreError.
+    `started`: when this attempt began, in seconds since the epoch. If another attempt has published the stage first,
+    its content digest is returned, with a warning if the content differs. Raises UserError for an empty output,
+    StoreError.
     """
     resolved, store = context.resolved, context.store
     key = manifest_key(resolved.digest)
@@ -54,7 +54,7 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> str
     if not store.exists(key):
         objects = upload_folder(context, context.output, output_prefix(resolved.digest))
         if not objects:
-            raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so there is no artifact")
+            raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so it has no artifact")
         seconds = time.time() - started + _seconds_of_earlier_attempts(context)
         manifest = _manifest(context, outcome, objects, seconds)
         if store.commit(key, canonical_json(manifest.model_dump(mode="json"))):
@@ -65,7 +65,7 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> str
 
 
 def upload_folder(context: StageContext, folder: Path, prefix: str) -> list[StoredObject]:
-    """Upload all files of a folder below `prefix`; what lay there before is deleted first."""
+    """Upload all files of a folder below `prefix`, after deleting what the prefix contains."""
     context.store.delete(prefix)
     return _upload_files(context, folder, _files_below(folder), prefix)
 
@@ -89,8 +89,10 @@ def _upload_files(context: StageContext, folder: Path, files: list[Path], prefix
 
 
 def upload_attempt(context: StageContext, started: float) -> None:
-    """Upload metrics of this attempt, and how long it took; they are no part of the artifact. What the ranks printed
-    lies in the same folder and is the launcher's to store."""
+    """Upload the metrics of this attempt and its duration, which are not part of the artifact.
+
+    The ranks' output is in the same folder, but is uploaded by the launcher.
+    """
     digest, attempt, logs = context.resolved.digest, context.resolved.attempt, logs_folder(context.work)
     files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
     _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
@@ -99,7 +101,7 @@ def upload_attempt(context: StageContext, started: float) -> None:
 
 
 def environment(resolved: ResolvedStage) -> dict[str, JsonValue]:
-    """Return what the last digits of a result depend on: ranks, threads, processor, library versions."""
+    """Return what the last digits of a result depend on: ranks, threads, processor and library versions."""
     result: dict[str, JsonValue] = {
         "ranks": resolved.num_nodes * resolved.ranks_per_node,
         "nodes": resolved.num_nodes,
@@ -120,7 +122,7 @@ def environment(resolved: ResolvedStage) -> dict[str, JsonValue]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the processor's model, with family and stepping where Linux tells them."""
+    """Return the processor's model, with family and stepping if Linux reports them."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -179,7 +181,7 @@ def _warn_if_different(context: StageContext, ours: Manifest) -> None:
     theirs = Manifest.model_validate_json(context.store.read(manifest_key(ours.stage_digest)))
     if theirs.content_digest != ours.content_digest:
         log.warning(
-            "stage `%s` was published by another attempt with different content (%s…, ours %s…); theirs counts",
+            "stage `%s` was published by another attempt with different content (%s…, ours %s…); using theirs",
             context.resolved.stage,
             theirs.content_digest[:12],
             ours.content_digest[:12],

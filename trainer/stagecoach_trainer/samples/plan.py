@@ -1,4 +1,4 @@
-"""What each optimiser step trains on: phases, their mix, their rows. A pure function of the seed and the step."""
+"""The data of each optimiser step: phases, their mix, their rows. A pure function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ KEY_PACK, KEY_STREAM, KEY_MIX = 1, 2, 3
 class Pieces:
     """Samples of several shards, none longer than a row.
 
-    A document longer than a row is cut; the first token of a piece is predicted at the end of the piece before, so no
-    target is lost. A last piece of one token predicts nothing and is left out.
+    A document longer than a row is cut. The last position of a piece predicts the first token of the next one, so no
+    target is lost. A last piece of one token would predict nothing and is dropped.
     """
 
     shards: tuple[TokenShard, ...]
     shard: npt.NDArray[np.int16]
     start: Int64
     length: npt.NDArray[np.int32]
-    goes_on: npt.NDArray[np.bool_]
-    """The document goes on in the next piece."""
+    continues: npt.NDArray[np.bool_]
+    """Whether the document continues in the next piece."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -53,15 +53,19 @@ class Pieces:
         return int(self.length.sum())
 
     def rows(self, groups: Sequence[Int64]) -> list[Row]:
-        """Return one row for each group of pieces, the pieces one after the other."""
+        """Return one row for each group of pieces, which are concatenated."""
+        # All rows are read as one sequence of N tokens and split at the end: one gather instead of one for each piece.
         numbers = np.concatenate(groups)
         lengths = self.length[numbers].astype(np.int64)
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths)  # of each piece, in that sequence
+        # Token offsets in the pieces' shards: the position in the sequence, shifted by the piece's own start.
         index = np.arange(ends[-1]) + np.repeat(self.start[numbers] - (ends - lengths), lengths)
+        # A target is the token after its position. The last position of a document has no target; it reads its own
+        # token, which the shard has even at its end, and is masked below.
         predicts = np.ones(len(index), np.bool_)
-        predicts[ends - 1] = self.goes_on[numbers]
+        predicts[ends - 1] = self.continues[numbers]
         tokens, labels = self._read(np.repeat(self.shard[numbers], lengths), index, index + predicts)
-        labels[ends[~self.goes_on[numbers]] - 1] = IGNORE
+        labels[ends[~self.continues[numbers]] - 1] = IGNORE
         rows: list[Row] = []
         begin = first = 0
         for group in groups:
@@ -74,7 +78,7 @@ class Pieces:
     def _read(
         self, shard: npt.NDArray[np.int16], index: Int64, following: Int64
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return the tokens at `index` of each place's shard, and what is to be predicted there."""
+        """Return the tokens [N] at `index` [N] of each position's shard, and the targets, at `following` [N]."""
         if len(self.shards) == 1:
             return _read_shard(self.shards[0], index, following)
         tokens, labels = np.empty(len(index), np.int32), np.empty(len(index), np.int32)
@@ -101,7 +105,7 @@ def cut_into_pieces(shards: Sequence[TokenShard], sequence_length: int) -> Piece
         np.repeat(np.arange(len(shards), dtype=np.int16), [len(start) for start, _, _ in parts]),
         np.concatenate([start for start, _, _ in parts]),
         np.concatenate([length for _, length, _ in parts]),
-        np.concatenate([goes_on for _, _, goes_on in parts]),
+        np.concatenate([continues for _, _, continues in parts]),
     )
 
 
@@ -111,15 +115,15 @@ def _cut(shard: TokenShard, size: int) -> tuple[Int64, npt.NDArray[np.int32], np
     sample = np.repeat(np.arange(len(lengths)), numbers)
     index = np.arange(len(sample)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
     length = np.minimum(size, lengths[sample] - index * size)
-    goes_on = (index + 1) * size < lengths[sample]
-    return shard.offsets[sample] + index * size, length.astype(np.int32), goes_on
+    continues = (index + 1) * size < lengths[sample]
+    return shard.offsets[sample] + index * size, length.astype(np.int32), continues
 
 
-# -- units: what a step counts its batch in ----------------------------------------------------------------------------
+# -- units: the elements of a step's batch -----------------------------------------------------------------------------
 
 
 class Units(Protocol):
-    """Things that are drawn and mixed: rows, samples, or answers to one prompt."""
+    """What is drawn and mixed: rows, samples, or the answers to one prompt."""
 
     def __len__(self) -> int: ...
 
@@ -127,7 +131,7 @@ class Units(Protocol):
     def num_tokens(self) -> int: ...
 
     def rows(self, numbers: Int64) -> list[Any]:
-        """Return what the given units hand to the training loop: a row, or a group of answers, for each."""
+        """Return the training data of each of the given units: a row, or a group of answers."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class RowUnits:
 
 @dataclass(frozen=True)
 class SampleUnits:
-    """Single samples; a step packs its own."""
+    """Single samples, which are packed in each step."""
 
     pieces: Pieces
 
@@ -170,7 +174,7 @@ class SampleUnits:
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """A phase with everything filled in."""
+    """The data settings of a phase, with the stage's values for those it does not set."""
 
     name: str
     sequence_length: int
@@ -197,7 +201,7 @@ class PlannedPhase:
         return -(-self.mix.total // self.per_step)
 
     def rows(self, step: int) -> list[Any]:
-        """Return the global batch of the phase's step `step`, counted from the phase's first."""
+        """Return the global batch of step `step`, counted from the phase's first step."""
         draws = self.mix.draws(step * self.per_step, (step + 1) * self.per_step)
         rows: list[Any] = [None] * len(draws.sets)
         for index in np.unique(draws.sets):
@@ -210,10 +214,10 @@ class PlannedPhase:
 
 
 class MixedPlan:
-    """The steps of a stage: its phases one after the other (a `StepPlan`).
+    """The steps of a stage: its phases in order (a `StepPlan`).
 
-    A step of `batch.tokens` has `tokens // sequenceLength` rows, at least one; a step of `batch.samples` has that many
-    samples in as few rows as they fit. Where the budget is in epochs, the last step has what is left.
+    A step of `batch.tokens` has `tokens // sequenceLength` rows, at least one. A step of `batch.samples` has that many
+    samples, packed into few rows. If the budget is in epochs, the last step has the remaining units.
     """
 
     def __init__(self, phases: Sequence[PlannedPhase]) -> None:
@@ -232,13 +236,13 @@ class MixedPlan:
         return phase.rows(step - phase.first_step)
 
 
-# -- putting it together -----------------------------------------------------------------------------------------------
+# -- planning ----------------------------------------------------------------------------------------------------------
 
 
 def phase_settings(config: Training, names: Sequence[str], phases: Sequence[Phase] = ()) -> list[PhaseSettings]:
-    """Return the phases with the stage's values where theirs are None. `names`: labels of the data sets.
+    """Return the phases with the stage's values for those they do not set. `names`: labels of the data sets.
 
-    Raises UserError for weights on some sets only, and for a phase that names a set `data` does not have.
+    Raises UserError for weights on some sets only, and for a phase that names a set that `data` does not have.
     """
     whole = PhaseSettings(
         name=WHOLE,
@@ -290,7 +294,7 @@ def _phase_weights(phase: Phase, names: Sequence[str]) -> tuple[float, ...]:
     unknown = [name for name in given if name not in names]
     if unknown:
         raise UserError(
-            f"phases.{phase.name}.weights: no data set is called {unknown[0]!r}; there are {', '.join(names)}"
+            f"phases.{phase.name}.weights: no data set is called {unknown[0]!r}; the sets are {', '.join(names)}"
         )
     return _positive(tuple(given.get(name, 0.0) for name in names), f"phases.{phase.name}.weights")
 
@@ -303,22 +307,25 @@ def _positive(weights: tuple[float, ...], where: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class UnitsKey:
-    """What names the units of a stream."""
+    """Identifies the units of a stream."""
 
     sets: tuple[int, ...]
-    """Numbers of the data sets they are made of."""
+    """Numbers of their data sets."""
     sequence_length: int
     by_rows: bool
-    """Rows are drawn; else samples."""
+    """Whether rows are drawn, else samples."""
 
     def numbers(self) -> tuple[int, ...]:
         return (*self.sets, self.sequence_length, int(self.by_rows))
 
 
 class Planner:
-    """Makes phases of settings. Units that several phases share are packed once, and each stream goes on where the
-    phase before left it, so that nothing is seen twice before everything was seen once. Phases of another sequence
-    length or another kind of batch have units of their own and begin anew."""
+    """Turns phase settings into a plan.
+
+    Units that several phases share are packed once, and each stream continues where the previous phase stopped, so no
+    unit is repeated before all were used. Phases with another sequence length or kind of batch have units of their own
+    and start with their first.
+    """
 
     def __init__(self, shards: Mapping[str, TokenShard], seed: int, packing: bool = True) -> None:
         self._names = tuple(shards)
@@ -329,7 +336,7 @@ class Planner:
         self._next_draws: dict[UnitsKey, int] = {}
 
     def plan(self, settings: Sequence[PhaseSettings]) -> MixedPlan:
-        """Return the plan of a stage. Raises UserError for a set with weight and without samples."""
+        """Return the plan of a stage. Raises UserError for a set with a weight and without samples."""
         phases: list[PlannedPhase] = []
         first_step = 0
         for number, item in enumerate(settings):
@@ -354,7 +361,7 @@ class Planner:
         return PlannedPhase(settings, units, mix, per_step, self._packing, first_step)
 
     def _keys(self, settings: PhaseSettings) -> list[UnitsKey]:
-        """Without weights all sets are packed together, as if they were one."""
+        """Return the key of each stream. Without weights, all sets are packed together as one."""
         if settings.weights is None:
             groups: list[tuple[int, ...]] = [tuple(range(len(self._shards)))]
         else:
@@ -381,15 +388,15 @@ class Planner:
         return UserError(f"data: {', '.join(self._names[index] for index in key.sets)} has no sample to train on")
 
     def _per_step(self, settings: PhaseSettings, mean_tokens: float) -> int:
-        """Return the units of one optimiser step. `mean_tokens`: of a unit, over all that are drawn."""
-        del mean_tokens  # a row is as long as the sequence, or nearly
+        """Return the units of one optimiser step. `mean_tokens`: mean tokens of the units drawn."""
+        del mean_tokens  # a row has as many tokens as the sequence, or nearly
         if settings.batch.tokens is not None:
             return max(1, settings.batch.tokens // settings.sequence_length)
         return settings.batch.samples or 1
 
 
 def _unit_shares(settings: PhaseSettings, units: Sequence[Units]) -> list[float]:
-    """Return each stream's share of the units: its share of the tokens, divided by the tokens of one of its units."""
+    """Return each stream's share of the units: its share of the tokens, divided by its mean tokens per unit."""
     if settings.weights is None:
         return [1.0]
     weights = [weight for weight in settings.weights if weight > 0]
@@ -397,13 +404,13 @@ def _unit_shares(settings: PhaseSettings, units: Sequence[Units]) -> list[float]
 
 
 def _mean_tokens(units: Sequence[Units], shares: Sequence[float]) -> float:
-    """Return the tokens of a unit, on average over what is drawn."""
+    """Return the mean tokens of a unit, over all units drawn."""
     per_unit = [item.num_tokens / len(item) for item in units]
     return sum(share * tokens for share, tokens in zip(shares, per_unit, strict=True)) / sum(shares)
 
 
 def _total_units(settings: PhaseSettings, units: Sequence[Units], mean_tokens: float, per_step: int) -> int:
-    """Return how many units a phase draws: whole steps for a budget of tokens or steps, passes for one of epochs."""
+    """Return the units that a phase draws: whole steps for a budget in tokens or steps, passes for one in epochs."""
     budget = settings.budget
     if budget.steps is not None:
         return budget.steps * per_step
