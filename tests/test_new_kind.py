@@ -186,7 +186,7 @@ BAD = """
     headCont: {atLeast: 1}
 """
 PROBLEMS = (
-    "spec.stages[2].headCount.atLest: `atLest` is no field of HeadCountStage",
+    "spec.stages[2].headCount.atLest: `atLest` is not a field of HeadCountStage",
     "spec.stages[3].headCount: `headCount` needs a limit (got {}); give `atLeast` or `atMost`",
     "spec.stages[4].headCount.atLeast: must not be above `atMost`",
     "spec.stages[5].headCount.sets[1]: must have a name of its own in this list",

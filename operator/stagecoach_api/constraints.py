@@ -81,7 +81,7 @@ class Compare:
             case "!=":
                 return value != self.constant
         if not isinstance(value, int | float) or not isinstance(self.constant, int):
-            raise TypeError(f"{self.field} {self.operator} {self.constant}: {value!r} is not a number")
+            raise TypeError(f"{self.field} {self.operator} {self.constant}: {value!r} is not numeric")
         return value >= self.constant if self.operator == ">=" else value < self.constant
 
     def negated(self) -> Condition:

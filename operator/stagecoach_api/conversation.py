@@ -12,7 +12,7 @@ from stagecoach_api.constraints import Constraint, equals, given, same
 
 
 class TemplateName(StrEnum):
-    """Templates that turn a conversation into text."""
+    """Templates that render a conversation as text."""
 
     ALPACA = "alpaca"
     ALPACA_WITH_INPUT = "alpacaWithInput"
@@ -23,7 +23,7 @@ class TemplateName(StrEnum):
 
 
 class Template(Model):
-    """How a conversation becomes text, in training and in the exported tokenizer's chat template alike."""
+    """How conversations are rendered as text, in training and in the chat template of the exported tokenizer."""
 
     constraints = (
         Constraint(
@@ -34,21 +34,21 @@ class Template(Model):
     )
 
     name: TemplateName
-    """`alpaca` joins instruction and input by a newline (as Chinese-Alpaca does); `alpacaWithInput` gives the input a
-    section of its own; `vicuna`; `chatml` with tool and environment roles; `humanBot` is Ziya's `<human>:`/`<bot>:`;
-    `custom` takes `jinja`."""
+    """Template. `alpaca` joins instruction and input with a newline (as in Chinese-Alpaca). `alpacaWithInput` has a
+    separate section for the input. `chatml` has tool and environment roles. `humanBot` is Ziya's `<human>:`/`<bot>:`.
+    `custom` uses `jinja`."""
 
     jinja: LongText | None = None
-    """`custom` only: a Jinja chat template as transformers has them, with `messages`, `add_generation_prompt`,
-    `bos_token`, `eos_token`, `tools`. It must render the conversation so far as a prefix of the whole. If unset: a
-    named template."""
+    """For `custom` only: a Jinja chat template as in transformers, with `messages`, `add_generation_prompt`,
+    `bos_token`, `eos_token` and `tools`. The rendering of the first turns must be a prefix of the rendering of the
+    whole conversation. If unset: a named template is used."""
 
     system: LongText | None = None
-    """System prompt put in front of conversations that have none. If unset: the template's own, if it has one."""
+    """System prompt of conversations that have none. If unset: that of the template, if it has one."""
 
 
 class Role(StrEnum):
-    """Who speaks in a turn."""
+    """Author of a turn."""
 
     SYSTEM = "system"
     USER = "user"
@@ -58,7 +58,7 @@ class Role(StrEnum):
 
 
 class Turns(StrEnum):
-    """Turns of a trained role that carry loss."""
+    """Which turns of the trained roles carry loss."""
 
     ALL = "all"
     LAST = "last"
@@ -68,10 +68,10 @@ class Loss(Model):
     """Which tokens carry loss."""
 
     roles: Annotated[tuple[Role, ...], Field(min_length=1, max_length=8)] = (Role.ASSISTANT, Role.TOOL_CALL)
-    """Roles whose words the model must say. Default: assistant and toolCall."""
+    """Roles whose turns are trained on."""
 
     turns: Turns = Turns.ALL
-    """`all` turns of these roles, or only the `last` one of a conversation. Default: all."""
+    """`all` turns of these roles, or only the `last` one of a conversation."""
 
 
 class TooLong(StrEnum):

@@ -1,4 +1,4 @@
-"""How a stage's pods are placed on a cluster and what is mounted into them. A laptop passes over all of it."""
+"""Placement of a stage's pods on a cluster, and their volumes and settings. Ignored on a laptop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MountPath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^/[^:\\
 
 
 class Toleration(Model):
-    """A taint the pods may be placed beside, as Kubernetes writes it."""
+    """A taint that the pods tolerate, as in the Kubernetes API."""
 
     constraints = (
         Constraint(
@@ -43,80 +43,80 @@ class Toleration(Model):
     )
 
     key: LabelKey | None = None
-    """Key of the taint. If unset: every taint; `operator` is `Exists` then."""
+    """Key of the taint. If unset: every taint; `operator` must be `Exists`."""
 
     operator: Literal["Equal", "Exists"] = "Equal"
-    """Whether `value` must be the taint's. Default: Equal."""
+    """`Equal` matches a taint with the same `value`; `Exists` matches any value."""
 
     value: LabelValue | None = None
-    """Value of the taint. If unset: the empty one; must be left out for `Exists`."""
+    """Value of the taint. Must be unset for `Exists`. If unset: the empty value."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint. If unset: every effect."""
 
     toleration_seconds: Annotated[int, Field(ge=0, le=10**8)] | None = None
-    """Seconds a pod stays on a node that gets a `NoExecute` taint. If unset: for ever."""
+    """Seconds that a pod stays on a node that gets a `NoExecute` taint. If unset: without limit."""
 
 
 class Volume(Model):
-    """Something mounted into the pods. Exactly one of `claimName`, `configMapName` and `secretName`."""
+    """A volume mounted into the pods. Exactly one of `claimName`, `configMapName` and `secretName` must be set."""
 
     constraints = (exactly_one("claim_name", "config_map_name", "secret_name"),)
 
     name: Name
-    """Unique name among the stage's volumes."""
+    """Name of the volume, unique in the stage."""
 
     mount_path: MountPath
-    """Folder in the container, absolute."""
+    """Absolute path in the container."""
 
     sub_path: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Folder of the volume that is mounted. If unset: all of it."""
+    """Folder of the volume to mount. If unset: the whole volume."""
 
     read_only: bool = True
-    """Whether the pods may not write to it. Default: true."""
+    """Mount the volume read-only."""
 
     claim_name: Name | None = None
-    """A PersistentVolumeClaim in the run's namespace. If unset: another is given."""
+    """Name of a PersistentVolumeClaim in the run's namespace. If unset: another source is set."""
 
     config_map_name: Name | None = None
-    """A ConfigMap in the run's namespace. If unset: another is given."""
+    """Name of a ConfigMap in the run's namespace. If unset: another source is set."""
 
     secret_name: Name | None = None
-    """A Secret in the run's namespace. If unset: another is given."""
+    """Name of a Secret in the run's namespace. If unset: another source is set."""
 
 
 class FabricVariable(Model):
-    """One setting of the libraries that ranks talk through."""
+    """A setting of the communication libraries."""
 
     name: Annotated[str, Field(max_length=128, pattern=r"^(NCCL|GLOO|UCX|FI|RCCL|TORCH_NCCL)_[A-Z0-9_]+$")]
-    """Name of the variable, such as `NCCL_IB_HCA` or `NCCL_SOCKET_IFNAME`."""
+    """Name of the environment variable, such as `NCCL_IB_HCA` or `NCCL_SOCKET_IFNAME`."""
 
     value: Annotated[str, Field(max_length=256)]
-    """Its value."""
+    """Value of the variable."""
 
 
 class Pods(Model):
-    """Placement and surroundings of a stage's pods. In `defaults` or a stage; a field that is None takes the default's
-    value."""
+    """Placement and environment of a stage's pods. May be set in `defaults` and in a stage; fields that a stage leaves
+    unset are taken from `defaults`."""
 
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
-    """Labels a node must have, beside `resources.gpuProduct`. If unset: none."""
+    """Labels a node must have, in addition to `resources.gpuProduct`. If unset: none."""
 
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] | None = None
-    """Taints the pods tolerate, beside `nvidia.com/gpu` where they have GPUs. If unset: none."""
+    """Taints the pods tolerate, in addition to `nvidia.com/gpu` if they have GPUs. If unset: none."""
 
     volumes: Annotated[tuple[Volume, ...], Field(max_length=16)] | None = None
-    """What else is mounted, such as a shared file system with inputs. If unset: nothing."""
+    """Additional volumes, such as a shared file system with inputs. If unset: none."""
 
     fabric: Annotated[tuple[FabricVariable, ...], Field(max_length=32)] | None = None
-    """Settings of NCCL, Gloo, UCX and libfabric. If unset: the libraries' own, NCCL's warnings shown."""
+    """Settings of NCCL, Gloo, UCX and libfabric. If unset: the libraries' defaults, with NCCL's warnings shown."""
 
     image_pull_secrets: Annotated[tuple[Name, ...], Field(max_length=8)] | None = None
-    """Secrets in the run's namespace with which the image is fetched. If unset: the operator's setting."""
+    """Names of the Secrets in the run's namespace used to pull the image. If unset: the operator's setting."""
 
     service_account: Name | None = None
-    """Service account the pods run as; its identity is the storage's where no credentials are given. They get no token
-    for the API server. If unset: the operator's setting, else the namespace's `default`."""
+    """Service account of the pods. Its identity is used for the storage if no credentials are given. Pods get no token
+    for the API server. If unset: the operator's setting, or else the namespace's `default`."""
 
     priority_class: Name | None = None
     """PriorityClass of the pods. If unset: the cluster's default."""

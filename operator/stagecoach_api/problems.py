@@ -1,4 +1,4 @@
-"""What is wrong with a run, told so that it can be put right: where, what was found, the rule, what to do."""
+"""Problems of a run, with everything needed to fix them: where, the value found, the rule, what to do."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ MAX_PROBLEMS_SHOWN = 100
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One problem."""
 
     path: str
-    """Field path, such as `spec.stages[2].sft.optimizer.learningRate`. Empty: the whole document."""
+    """Field path, such as `spec.stages[2].sft.optimizer.learningRate`. Empty for the whole document."""
 
     value: Any
-    """What was found there; `MISSING` where nothing was."""
+    """Value found there; `MISSING` if there was none."""
 
     rule: str
     """What must hold, as a clause: `must be at most 10`."""
 
     remedy: str
-    """What to do about it, as an instruction: `write a value of at most 10`."""
+    """What to do, as an instruction: `write a value of at most 10`."""
 
     line: int | None = None
-    """Line of the run file, from 1. None: unknown, or the value came from elsewhere."""
+    """Line of the run file, from 1; None if unknown or if the value came from elsewhere."""
 
     source: str = ""
-    """File the value came from, or the `--set` that gave it. Empty: unknown."""
+    """File the value came from, or the `--set` that gave it. Empty if unknown."""
 
     def __str__(self) -> str:
         place = self.source
@@ -45,7 +45,7 @@ class Problem:
 
 
 class _Missing:
-    """The value of a field that is not there."""
+    """The value of a field that is absent."""
 
     def __repr__(self) -> str:
         return "MISSING"
@@ -55,7 +55,7 @@ MISSING = _Missing()
 
 
 class InvalidRun(Exception):
-    """A run that cannot be accepted, with everything that is wrong with it at once."""
+    """A run that cannot be accepted, with all its problems."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)
@@ -73,14 +73,14 @@ _USER_IN_URI = re.compile(r"//[^/@\s]+@")
 
 
 def format_value(value: Any) -> str:
-    """Write a value as JSON on one line, short, without credentials in a URI."""
+    """Format a value as JSON on one line, shortened, without credentials in a URI."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     text = _USER_IN_URI.sub("//***@", text)
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:
-    """Return the allowed word most like `word`, whatever its case; None: nothing is near."""
+    """Return the allowed word most similar to `word`, whatever its case; None if there is no similar one."""
     by_lower = {_plain(candidate): candidate for candidate in allowed}
     close = difflib.get_close_matches(_plain(word), by_lower, n=1, cutoff=0.6)
     begun = [candidate for candidate in by_lower if len(word) > 1 and candidate.startswith(_plain(word))]
@@ -93,7 +93,7 @@ def _plain(word: str) -> str:
 
 
 def suggest(word: str, allowed: Sequence[str]) -> str:
-    """Say which word was probably meant and which there are."""
+    """Return a sentence with the word that was probably meant and the allowed ones."""
     near = nearest(word, allowed)
     known = ", ".join(allowed) if allowed else "none"
     return f"did you mean `{near}`? There are: {known}" if near is not None else f"use one of: {known}"

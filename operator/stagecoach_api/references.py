@@ -1,4 +1,4 @@
-"""How a stage names what it reads: another stage's artifact, or a URI."""
+"""How a stage names its inputs: another stage's artifact, or a URI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Split(StrEnum):
 
 
 class Format(StrEnum):
-    """How the records of a data source are laid out."""
+    """Layout of the records of a data source."""
 
     AUTO = "auto"
     TEXT = "text"
@@ -42,96 +42,95 @@ class Format(StrEnum):
 
 
 PREFERENCE_FORMATS = frozenset({Format.PAIRS, Format.COMPARISON, Format.RANKED, Format.LABELS})
-"""Layouts of records that say which answer people prefer."""
+"""Layouts of records that state which answer is preferred."""
 
 
 class Reference(Model):
-    """An input: the artifact of a stage of this run, or something that lies at a URI. Exactly one of the two."""
+    """An input: the artifact of a stage of this run, or a folder or file at a URI. Exactly one of the two must be
+    set."""
 
     constraints = (exactly_one("stage", "uri"),)
 
     stage: Name | None = None
-    """Name of a stage of this run whose artifact is read. If unset: `uri` is given."""
+    """Name of a stage of this run whose artifact is read. If unset: `uri` is set."""
 
     uri: Uri | None = None
-    """A folder or file: `s3://…`, `file:///…`, or a path relative to `spec.storage.inputs`. If unset: `stage` is
-    given."""
+    """Folder or file: `s3://…`, `file:///…`, or a path relative to `spec.storage.inputs`. If unset: `stage` is set."""
 
     @property
     def key(self) -> str:
-        """The input's name in a resolved stage: `stage:NAME` or `uri:URI`."""
+        """Return the input's name in a resolved stage: `stage:NAME` or `uri:URI`."""
         return f"stage:{self.stage}" if self.stage is not None else f"uri:{self.uri}"
 
 
 class FieldMapping(Model):
-    """Names of the source's fields where they differ from the format's own."""
+    """Names of the source's fields that differ from the format's own."""
 
     text: Identifier | None = None
     """Field of a `text` record. If unset: `text`."""
 
     instruction: Identifier | None = None
-    """Field of an `alpaca` record. If unset: `instruction`."""
+    """Instruction of an `alpaca` record. If unset: `instruction`."""
 
     input: Identifier | None = None
-    """Field of an `alpaca` record. If unset: `input`."""
+    """Input of an `alpaca` record. If unset: `input`."""
 
     output: Identifier | None = None
-    """Field of an `alpaca` record. If unset: `output`."""
+    """Output of an `alpaca` record. If unset: `output`."""
 
     messages: Identifier | None = None
-    """Field that holds the turns. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
+    """Turns of a conversation. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
 
     prompt: Identifier | None = None
-    """Field with what answers reply to, text or turns, in a preference record. If unset: `prompt`, `conversations`,
-    `messages`, `question` or `instruction`, whichever is there; `user_input` for `comparison`."""
+    """Prompt of a preference record, as text or turns. If unset: the first of `prompt`, `conversations`, `messages`,
+    `question` and `instruction` that the record has; `user_input` for `comparison`."""
 
     chosen: Identifier | None = None
-    """Field of the preferred answer. If unset: `chosen`; `completion_a` for `comparison`."""
+    """Preferred answer of a preference record. If unset: `chosen`; `completion_a` for `comparison`."""
 
     rejected: Identifier | None = None
-    """Field of the other answer. If unset: `rejected`; `completion_b` for `comparison`."""
+    """Other answer of a preference record. If unset: `rejected`; `completion_b` for `comparison`."""
 
     answers: Identifier | None = None
-    """Field with the list of a `ranked` record's answers. If unset: `answers`."""
+    """List of answers of a `ranked` record. If unset: `answers`."""
 
     completion: Identifier | None = None
-    """Field of a `labels` record's answer. If unset: `completion`."""
+    """Answer of a `labels` record. If unset: `completion`."""
 
     label: Identifier | None = None
-    """Field that says whether a `labels` record's answer is a good one. If unset: `label`."""
+    """Whether the answer of a `labels` record is good. If unset: `label`."""
 
 
 class RecordSource(Reference):
-    """Records to read: one part of a `data` artifact, or files at a URI (a glob is allowed)."""
+    """Records to read: one part of a `data` artifact, or files at a URI, which may be a glob."""
 
     split: Split = Split.TRAIN
-    """Part of a `data` artifact. Default: train. Ignored for files."""
+    """Part of a `data` artifact. Ignored for files."""
 
     format: Format = Format.AUTO
-    """Layout of the records. Default: auto, told from the first record. A `data` artifact knows its own."""
+    """Layout of the records. `auto` detects it from the first record. A `data` artifact states its own."""
 
     fields: FieldMapping = FieldMapping()
-    """Field names that differ from the format's own. Default: none do."""
+    """Names of the source's fields that differ from the format's own."""
 
     max_samples: int | None = Field(default=None, ge=1)
-    """Read at most this many records, from the first on. If unset: all."""
+    """Number of records to read, starting with the first. If unset: all."""
 
     @property
     def label(self) -> str:
-        """What reports call this source where it has no name of its own."""
+        """Return the name of this source in reports if it has no `name`."""
         return self.stage or (self.uri or "").rsplit("/", 1)[-1]
 
 
 class WeightedSource(RecordSource):
-    """Records to train on, and their share of the mix."""
+    """Records to train on and their share of the mix."""
 
     name: Identifier | None = None
-    """What phases and reports call this set. If unset: the stage's or the file's name."""
+    """Name of the set in phases and reports. If unset: the stage's or the file's name."""
 
     weight: Weight | None = None
-    """Share of the training tokens drawn from this set, relative to the other weights. If unset: in proportion to its
-    size. Give a weight to every set or to none. A set whose share exceeds its size is passed over more often
-    (replay)."""
+    """Share of the training tokens drawn from this set, relative to the other weights. Set it for every set or for
+    none. A set whose share exceeds its size is repeated more often than others. If unset: in proportion to its size."""
 
     @property
     def label(self) -> str:
@@ -142,7 +141,7 @@ class NamedSource(RecordSource):
     """Records with a name, to measure on."""
 
     name: Identifier
-    """What the report calls this set, for example `zh`."""
+    """Name of the set in reports, such as `zh`."""
 
     @property
     def label(self) -> str:

@@ -1,7 +1,4 @@
-"""What an answer is worth: terms of a reward, each weighted, summed up.
-
-Used by `ppo`, which trains for it, and by `evaluate`, which compares models by it.
-"""
+"""Rewards: weighted terms whose sum is the value of an answer. Used by `ppo`, which trains on it, and `evaluate`."""
 
 from __future__ import annotations
 
@@ -21,105 +18,106 @@ class PromptSource(WeightedSource):
     """Prompts to answer."""
 
     domain: Identifier | None = None
-    """What the prompts are about: reward models with `domains` read the answers behind that domain's system prompt, and
-    must have it; those without ignore it. If unset: of no domain, read without a system prompt of the reward
-    model's."""
+    """Domain of the prompts. Reward models with `domains` read the answers after that domain's system prompt, and must
+    have it; other reward models ignore it. If unset: no domain; answers are read without a system prompt of the reward
+    model."""
 
 
 class PromptNamedSource(NamedSource):
     """Prompts with a name, to compare models on."""
 
     domain: Identifier | None = None
-    """What the prompts are about, as in the `data` of `ppo`. If unset: of no domain."""
+    """Domain of the prompts, as in `data` of a `ppo` stage. If unset: no domain."""
 
 
 # -- domains of reward models ------------------------------------------------------------------------------------------
 
 
 class Domain(Model):
-    """A system prompt that tells the reward model which preferences count (InternLM2's COOL, arXiv 2403.17297)."""
+    """A system prompt that states to the reward model which preferences count (InternLM2's COOL, arXiv 2403.17297)."""
 
     name: Identifier
-    """The domain."""
+    """Name of the domain."""
 
     system: LongText
-    """The system prompt in front of every conversation of the domain. Only the reward model sees it, never a policy."""
+    """System prompt at the start of every conversation of the domain. Only the reward model sees it, never a policy."""
 
 
-# -- language models behind an endpoint --------------------------------------------------------------------------------
+# -- language models at an endpoint -----------------------------------------------------------------------------------
 
 
 class EndpointCredentials(Model):
-    """Where an endpoint's key lies."""
+    """Where an endpoint's key is stored."""
 
     secret_name: Name
-    """Name of the Secret; its key `apiKey` is mounted as a file, never put in env. On a laptop: the folder
-    `STAGECOACH_ENDPOINT_KEYS` with one folder of this name."""
+    """Name of the Secret. Its key `apiKey` is mounted as a file and never set as an environment variable. On a laptop
+    it is a folder of this name in the folder `STAGECOACH_ENDPOINT_KEYS`."""
 
 
 class Endpoint(Model):
-    """A language model behind an OpenAI-compatible API (chat completions)."""
+    """A language model with an OpenAI-compatible API (chat completions)."""
 
     url: Annotated[str, Field(min_length=8, max_length=1024, pattern=r"^https?://[^@/]+(/.*)?$")]
-    """Base URL, such as `http://judge.models.svc:8000/v1`. No credentials in it."""
+    """Base URL, such as `http://judge.models.svc:8000/v1`, without credentials."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    """The model's name there."""
+    """Name of the model at the endpoint."""
 
     credentials: EndpointCredentials | None = None
-    """Where the key lies. If unset: the endpoint asks for none."""
+    """Where the key is stored. If unset: the endpoint needs no key."""
 
     timeout_seconds: Annotated[float, Field(ge=0.1, le=3600.0)] = 60.0
-    """Longest time one request may take, in seconds. Default: 60."""
+    """Timeout of a request, in seconds."""
 
     retries: Annotated[int, Field(ge=0, le=100)] = 5
-    """Times a request is made again after a time-out, a lost connection, 429 or 5xx. Default: 5."""
+    """Number of times a request is repeated after a timeout, a lost connection, 429 or 5xx."""
 
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Requests under way at once. Default: 8."""
+    """Number of concurrent requests."""
 
     max_requests: Count | None = None
-    """Budget of the stage, as far as its checkpoints remember what was spent; when it is gone the stage fails. If
-    unset: no limit."""
+    """Largest number of requests in the whole stage, as recorded in its checkpoints; the stage fails when it is
+    exceeded. If unset: no limit."""
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------
 
 
 class LengthReward(Model):
-    """0 for an answer of fitting length; below `atLeast` and above `atMost` it falls in a straight line to -1, which an
-    empty answer has, and one of twice `atMost`."""
+    """0 for an answer whose length is within the limits. Outside them the reward falls linearly to -1, reached by an
+    empty answer and by one twice as long as `atMost`."""
 
     at_least: NonNegativeCount = 0
-    """Fewest characters. Default: 0."""
+    """Smallest number of characters."""
 
     at_most: Count | None = None
-    """Most characters. If unset: no limit."""
+    """Largest number of characters. If unset: no limit."""
 
 
 class LanguageReward(Model):
-    """Share of the answer's characters, blanks apart, that belong to a script; 0 for an empty answer."""
+    """Share of the answer's characters, without whitespace, that belong to a script; 0 for an empty answer."""
 
     script: Script
-    """The characters that count."""
+    """Script whose characters count."""
 
 
 class RepetitionReward(Model):
-    """Minus the share of the answer's n-grams of characters that it has had before."""
+    """Minus the share of the answer's character n-grams that occurred earlier in it."""
 
     ngram: Annotated[int, Field(ge=1, le=64)] = 4
-    """Characters of an n-gram. Default: 4."""
+    """Number of characters of an n-gram."""
 
 
 class FormatReward(Model):
-    """1 where the pattern is found in the answer, else 0."""
+    """1 if the pattern is found in the answer, else 0."""
 
     match: Pattern
     """Regular expression (RE2: linear time)."""
 
 
 class ArithmeticReward(Model):
-    """Equations such as `12 + 7 = 19` in the answer: right ones less wrong ones, divided by all; 0 without any."""
+    """Equations such as `12 + 7 = 19` in the answer: correct ones minus incorrect ones, divided by all; 0 if there are
+    none."""
 
 
 Expression = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -129,34 +127,35 @@ class PluginReward(Model):
     """A function installed in the trainer's image."""
 
     entry_point: Identifier
-    """Its name in the entry-point group `stagecoach.rewards`: a callable of prompts and answers, both lists of text,
-    that returns a list of numbers."""
+    """Name in the entry-point group `stagecoach.rewards` of a callable that takes prompts and answers, both lists of
+    text, and returns a list of numbers."""
 
 
 class Proposition(Model):
-    """A yes-or-no statement on an answer, such as `The answer refuses without judging the user`."""
+    """A yes-or-no statement about an answer, such as `The answer refuses without judging the user`."""
 
     name: Identifier
-    """What the report calls it."""
+    """Name of the statement in reports."""
 
     text: Annotated[str, Field(min_length=1, max_length=4096)]
     """The statement."""
 
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    """What it adds where it is true. If unset: `fit` finds it."""
+    """Reward if the statement is true. If unset: determined by `fit`."""
 
 
 class PropositionReward(Model):
-    """Rule-based rewards (arXiv 2411.01111): statements that a language model judges, with a weight each."""
+    """Rule-based rewards (arXiv 2411.01111): weighted statements judged by a language model."""
 
     endpoint: Endpoint
-    """Who judges."""
+    """Language model that judges."""
 
     propositions: Annotated[tuple[Proposition, ...], Field(min_length=1, max_length=64)]
     """The statements."""
 
     fit: NamedSource | None = None
-    """Ranked answers from which the weights are fitted by a hinge loss. If unset: every proposition has a `weight`."""
+    """Ranked answers from which the weights are fitted with a hinge loss. If unset: every proposition has a
+    `weight`."""
 
     constraints = (
         Constraint(
@@ -168,19 +167,20 @@ class PropositionReward(Model):
 
 
 class FeedbackReward(Model):
-    """A mark that a language model gives (AI feedback, arXiv 2212.08073): 0 for the worst, 1 for the best."""
+    """A mark given by a language model (AI feedback, arXiv 2212.08073), scaled to 0 for the worst and 1 for the
+    best."""
 
     endpoint: Endpoint
-    """Who marks."""
+    """Language model that gives the mark."""
 
     instruction: LongText
-    """What it is told; `{prompt}` and `{answer}` stand for what is to be judged. It must ask for a number."""
+    """Prompt of the judge, with `{prompt}` and `{answer}` in place of the judged texts. It must ask for a number."""
 
     worst: float = 0.0
-    """The lowest mark. Default: 0."""
+    """Lowest mark."""
 
     best: float = 10.0
-    """The highest mark. Default: 10."""
+    """Highest mark."""
 
 
 REWARD_MEMBERS = (
@@ -195,58 +195,58 @@ REWARD_MEMBERS = (
     "feedback",
     "plugin",
 )
-"""Members of a reward term of which exactly one is given (Python names)."""
+"""Members of a reward term of which exactly one is set (Python names)."""
 
 
 class RewardTerm(Model):
-    """One term of the reward: weight times value. Exactly one member says what the value is."""
+    """One term of the reward: weight times value. Exactly one member that defines the value must be set."""
 
     constraints = (exactly_one(*REWARD_MEMBERS),)
 
     name: Identifier
-    """What metrics and reports call it."""
+    """Name of the term in metrics and reports."""
 
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """Factor of the value. Default: 1."""
+    """Factor of the value."""
 
     at_least: float | None = None
-    """Lower values are raised to this. If unset: no limit."""
+    """Lower limit; lower values are raised to it. If unset: no limit."""
 
     at_most: float | None = None
-    """Higher values are lowered to this. If unset: no limit."""
+    """Upper limit; higher values are lowered to it. If unset: no limit."""
 
     model: Reference | None = None
-    """A `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one label. If unset: another
-    member is given."""
+    """Score of a reward model: a `rewardModel` artifact, or a Hugging Face folder with a sequence classifier of one
+    label. If unset: another member is set."""
 
     length: LengthReward | None = None
-    """By length. If unset: another member is given."""
+    """Reward for the length. If unset: another member is set."""
 
     language: LanguageReward | None = None
-    """By script. If unset: another member is given."""
+    """Reward for the script. If unset: another member is set."""
 
     repetition: RepetitionReward | None = None
-    """Against repetition. If unset: another member is given."""
+    """Penalty for repetition. If unset: another member is set."""
 
     format: FormatReward | None = None
-    """By a pattern. If unset: another member is given."""
+    """Reward for matching a pattern. If unset: another member is set."""
 
     arithmetic: ArithmeticReward | None = None
-    """By whether its sums are right. If unset: another member is given."""
+    """Reward for correct arithmetic. If unset: another member is set."""
 
     expression: Expression | None = None
-    """By a formula over the answer's figures: numbers, `+ - * / ( )`, comparisons, `and or not`, `x if c else y`,
-    `min max abs log exp sqrt`, `characters words lines tokens ended promptCharacters`, `count("…") contains("…")`.
-    If unset: another member is given."""
+    """Formula over properties of the answer: numbers, `+ - * / ( )`, comparisons, `and or not`, `x if c else y`, `min
+    max abs log exp sqrt`, `characters words lines tokens ended promptCharacters`, `count("…") contains("…")`. If unset:
+    another member is set."""
 
     propositions: PropositionReward | None = None
-    """By statements a language model judges. If unset: another member is given."""
+    """Reward for statements that a language model judges to be true. If unset: another member is set."""
 
     feedback: FeedbackReward | None = None
-    """By a mark a language model gives. If unset: another member is given."""
+    """Mark given by a language model. If unset: another member is set."""
 
     plugin: PluginReward | None = None
-    """By a function of the image. If unset: another member is given."""
+    """Value of a function installed in the trainer's image. If unset: another member is set."""
 
 
 RewardTerms = Annotated[tuple[RewardTerm, ...], Field(min_length=1, max_length=16)]

@@ -1,4 +1,4 @@
-"""`TrainingRun`: the resource people write."""
+"""`TrainingRun`: the resource that users write."""
 
 from __future__ import annotations
 
@@ -16,51 +16,54 @@ from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
 class SecretReference(Model):
-    """A Secret in the run's namespace."""
+    """A reference to a Secret in the run's namespace."""
 
     secret_name: Name
-    """Name of the Secret; its keys `accessKeyId` and `secretAccessKey` are mounted as files, never put in env."""
+    """Name of the Secret. Its keys `accessKeyId` and `secretAccessKey` are mounted as files and never set as
+    environment variables."""
 
 
 class Storage(Model):
-    """Where artifacts lie, and where relative inputs are found."""
+    """Where artifacts are stored and where relative inputs are found."""
 
     uri: Uri | None = None
-    """Folder of all artifacts: `s3://bucket/prefix` or `file:///folder`. If unset: `.stagecoach/store` below the
-    working directory on a laptop, the operator's default on a cluster."""
+    """Folder of all artifacts: `s3://bucket/prefix` or `file:///folder`. If unset: `.stagecoach/store` in the working
+    directory on a laptop, the operator's default on a cluster."""
 
     endpoint: Annotated[str, Field(max_length=512)] | None = None
-    """S3 endpoint URL. If unset: AWS's own, or the one in the SDK's configuration."""
+    """S3 endpoint URL. If unset: the one in the SDK's configuration, or AWS's own."""
 
     region: Annotated[str, Field(max_length=64)] | None = None
-    """S3 region. If unset: the SDK's configuration."""
+    """S3 region. If unset: the one in the SDK's configuration."""
 
     credentials: SecretReference | None = None
-    """Credentials on a cluster. If unset: the service account's identity; on a laptop always the SDK's own chain."""
+    """Credentials on a cluster. A laptop always uses the SDK's credential chain. If unset: the service account's
+    identity."""
 
     inputs: Uri | None = None
-    """Folder against which relative `uri` values are resolved. If unset: the run file's folder on a laptop; needed on a
-    cluster when a relative `uri` is used."""
+    """Folder against which relative `uri` values are resolved. Required on a cluster if a relative `uri` is used. If
+    unset: the run file's folder on a laptop."""
 
 
 class Resources(Model):
-    """The gang of pods a stage runs as. In `defaults` or a stage; a field that is None takes the default's value."""
+    """Pods, GPUs, CPUs and memory of a stage. May be set in `defaults` and in a stage; fields that a stage leaves unset
+    are taken from `defaults`."""
 
     nodes: Annotated[int, Field(ge=1, le=16384)] | None = None
-    """Pods of the stage, one per node. If unset: 1."""
+    """Number of pods, each on a node of its own. If unset: 1."""
 
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
-    """GPUs of each pod, and so ranks. If unset: 0, which is one CPU rank per pod."""
+    """GPUs of each pod, with one rank per GPU. If unset: 0, which means one CPU rank per pod."""
 
     gpu_product: Annotated[str, Field(max_length=63)] | None = None
     """Value of the node label `nvidia.com/gpu.product`. If unset: any."""
 
     ranks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Ranks of each pod where it has no GPU. If unset: 1."""
+    """Ranks of each pod without GPUs. If unset: 1."""
 
     cpu: Quantity | None = None
-    """CPUs of each pod; its ranks share them as threads. If unset: no request and one thread a rank; on a laptop all
-    cores."""
+    """CPUs of each pod, which its ranks share as threads. If unset: no request and one thread per rank; all cores on a
+    laptop."""
 
     memory: Quantity | None = None
     """Memory of each pod. If unset: no request."""
@@ -69,7 +72,7 @@ class Resources(Model):
     """Size of `/dev/shm`, which counts as memory. If unset: 64Mi."""
 
     extended: Annotated[dict[str, Quantity], Field(max_length=8)] | None = None
-    """Other resources of each pod, by name, such as `rdma/hca: "1"`. If unset: none."""
+    """Other resources of each pod by name, such as `rdma/hca: "1"`. If unset: none."""
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -81,7 +84,7 @@ class Resources(Model):
 
 
 class Queue(Model):
-    """A Kueue queue."""
+    """The Kueue queue of a stage."""
 
     constraints = (
         Constraint(
@@ -95,61 +98,64 @@ class Queue(Model):
     """Name of the LocalQueue."""
 
     priority_class: Name | None = None
-    """WorkloadPriorityClass: who goes first, and who is preempted. If unset: the pods' own priority."""
+    """Name of the WorkloadPriorityClass, which determines the order of admission and preemption. If unset: the priority
+    of the pods."""
 
     required_topology: LabelKey | None = None
-    """Node label within one value of which all pods of the stage must be, such as a rack's. If unset: anywhere."""
+    """Node label, such as a rack's, of which all pods of the stage must have the same value. If unset: no
+    requirement."""
 
     preferred_topology: LabelKey | None = None
-    """Node label within one value of which all pods should be, if there is room. If unset: anywhere."""
+    """Node label of which all pods of the stage should have the same value if possible. If unset: no preference."""
 
 
 class Retries(Model):
-    """How often a failed attempt is made again, by cause. Being asked to stop (preemption) is never charged."""
+    """Number of times a failed stage is retried, by cause. Interruptions such as preemption are not counted."""
 
     infrastructure: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Lost nodes and pods, killed processes, storage that did not answer. If unset: 20."""
+    """Retries after lost nodes or pods, killed processes and storage failures. If unset: 20."""
 
     hang: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """No progress for too long. If unset: 5."""
+    """Retries after too long a time without progress. If unset: 5."""
 
     user: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Errors in the run itself, which would happen again. If unset: 0."""
+    """Retries after errors in the run itself, which would happen again. If unset: 0."""
 
 
 class StageSettings(Model):
-    """What a stage inherits from `defaults` and may override: none of it changes what the stage computes."""
+    """Settings that a stage inherits from `defaults` and may override. None of them changes the stage's result."""
 
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Trainer image; by digest (`name@sha256:…`) where it is not the operator's own. If unset: the operator's."""
+    """Trainer image. Must be named by digest (`name@sha256:…`) unless it is the operator's own. If unset: the
+    operator's image."""
 
     resources: Resources = Resources()
-    """The gang of pods. Default: every field's own."""
+    """Pods, GPUs, CPUs and memory."""
 
     queue: Queue | None = None
-    """Kueue queue the stage waits in; quota is held only while the stage runs. If unset: it runs unqueued."""
+    """Kueue queue of the stage; quota is held only while the stage runs. If unset: the stage runs without a queue."""
 
     retries: Retries = Retries()
-    """Retry budgets by cause. Default: every field's own."""
+    """Retries of a failed stage, by cause."""
 
     pods: Pods = Pods()
-    """Placement and surroundings of the pods on a cluster. Default: every field's own."""
+    """Placement and environment of the pods on a cluster."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Longest time one attempt may take. If unset: no limit."""
+    """Longest duration of an attempt, in seconds. If unset: no limit."""
 
 
 class NamedStage(StageSettings):
     """A stage without its kind. Not part of the API."""
 
     name: Name
-    """Unique name in the run."""
+    """Name of the stage, unique in the run."""
 
     after: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
-    """Stages that must be finished first though nothing of theirs is read. Default: none."""
+    """Stages that must finish first although their artifacts are not read."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
-    """Seed of everything random in the stage. If unset: the run's."""
+    """Seed of all random numbers of the stage. If unset: the run's."""
 
 
 def _member(kind: StageKind) -> tuple[Any, Any]:
@@ -167,7 +173,7 @@ else:
 
 
 class Stage(_StageOfAnyKind):
-    """One step of the pipeline: a name, exactly one kind, and what it overrides."""
+    """One step of the pipeline: a name, exactly one kind, and settings that override `defaults`."""
 
     constraints = (exactly_one(*(kind.module for kind in STAGE_KINDS.values())),)
 
@@ -177,7 +183,7 @@ class Stage(_StageOfAnyKind):
 
     @property
     def config(self) -> StageConfig:
-        """The member of this stage's kind."""
+        """Return the member of this stage's kind."""
         config: StageConfig = getattr(self, STAGE_KINDS[self.kind].module)
         return config
 
@@ -186,7 +192,7 @@ class Stage(_StageOfAnyKind):
         yield from _references(self.config, self.kind)
 
     def upstream(self) -> frozenset[str]:
-        """Names of the stages that must be finished before this one."""
+        """Return the names of the stages that must finish before this one."""
         inputs = {reference.stage for _, reference in self.references() if reference.stage is not None}
         return frozenset(inputs | set(self.after))
 
@@ -206,55 +212,55 @@ def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
 
 
 class RunSpec(Model):
-    """What is to be trained, where it is kept, and what every stage inherits."""
+    """Desired stages of a run, their storage and the settings they inherit."""
 
     storage: Storage = Storage()
-    """Where artifacts lie. Default: every field's own."""
+    """Where artifacts are stored."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seed of everything random; each stage draws its own streams from it. Default: 0."""
+    """Seed of all random numbers. Each stage derives its own random streams from it."""
 
     suspend: bool = False
-    """Stop at the next checkpoint and give up all resources; false goes on from there. Default: false."""
+    """Stop at the next checkpoint and release all resources. Setting it back to false resumes from that checkpoint."""
 
     cancel: bool = False
-    """End everything that runs and start nothing more; finished stages and saved checkpoints stay. It goes before
-    `suspend`; false takes it back, and the run goes on from its checkpoints. Default: false."""
+    """Stop everything that runs and start nothing more; finished stages and saved checkpoints are kept. Takes
+    precedence over `suspend`. Setting it back to false resumes the run from its checkpoints."""
 
     defaults: StageSettings = StageSettings()
-    """What stages inherit. Default: nothing is set."""
+    """Settings that stages inherit."""
 
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
-    """The pipeline. Order does not matter: edges come from inputs and `after`."""
+    """The stages of the pipeline. Their order does not matter: dependencies follow from inputs and `after`."""
 
 
 class Metadata(Model):
-    """The part of Kubernetes' object metadata that a laptop needs."""
+    """The part of Kubernetes' object metadata used outside a cluster."""
 
     name: Name
     """Name of the run."""
 
     namespace: Name = "default"
-    """Namespace. Default: default."""
+    """Namespace of the run."""
 
     labels: dict[ShortText, ShortText] = Field(default_factory=dict)
-    """Free labels. Default: none."""
+    """Labels of the run."""
 
     annotations: dict[ShortText, Annotated[str, Field(max_length=65536)]] = Field(default_factory=dict)
-    """Free annotations. Default: none."""
+    """Annotations of the run."""
 
 
 class TrainingRun(Model):
-    """A whole training pipeline."""
+    """TrainingRun is a training pipeline: stages that read data, train, measure and release a model."""
 
     api_version: Literal["stagecoach.dev/v1alpha1"] = "stagecoach.dev/v1alpha1"
-    """Always `stagecoach.dev/v1alpha1`. Default: that."""
+    """Version of the API: always `stagecoach.dev/v1alpha1`."""
 
     kind: Literal["TrainingRun"] = "TrainingRun"
-    """Always `TrainingRun`. Default: that."""
+    """Kind of the resource: always `TrainingRun`."""
 
     metadata: Metadata
-    """Name and namespace."""
+    """Object metadata."""
 
     spec: RunSpec
-    """What is to be trained."""
+    """Desired stages of the run."""

@@ -32,7 +32,7 @@ class StageConfig(Model):
     """Base of the kinds' configurations, with what drivers and the CLI ask of any of them."""
 
     trains: ClassVar[bool] = False
-    """`run` is a training loop: it stops by itself at the next step when the context's `stop` is set, writes
+    """`run` is a training loop: it stops at the next step when the context's `stop` is set, writes
     checkpoints, and uses transformers for language models only. Other stages are interrupted where they are."""
 
     @property

@@ -1,4 +1,4 @@
-"""Fields that every kind of training stage shares: what is trained, for how long, with which step."""
+"""Fields that all kinds of training share: what is trained, for how long, with which optimiser step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stagecoach_api.stage_kind import StageConfig
 
 
 class FullTraining(Model):
-    """Every parameter is trained."""
+    """Train every parameter."""
 
 
 class Rows(StrEnum):
@@ -30,18 +30,18 @@ class Rows(StrEnum):
 
 
 class EmbeddingTraining(Model):
-    """Only the input embedding and the head are trained; the body is frozen."""
+    """Train the input embedding and the head only; the body is frozen."""
 
     rows: Rows = Rows.NEW
-    """`new`: only the rows the vocabulary resize added (old rows stay bit for bit); `all`: every row, as
-    Chinese-LLaMA's first stage did (arXiv 2304.08177). Default: new."""
+    """Rows to train. `new`: only the rows added by the vocabulary resize; the other rows do not change by a bit. `all`:
+    every row, as in the first stage of Chinese-LLaMA (arXiv 2304.08177)."""
 
 
 ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class LoraTraining(Model):
-    """Low-rank adapters (arXiv 2106.09685) on the named linear layers."""
+    """Train low-rank adapters (arXiv 2106.09685) on the named linear layers."""
 
     targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (
         "q_proj",
@@ -52,46 +52,45 @@ class LoraTraining(Model):
         "up_proj",
         "down_proj",
     )
-    """Names of the linear layers that get an adapter. Default: all seven of a LLaMA block."""
+    """Names of the linear layers that get an adapter. The default is all seven linear layers of a LLaMA block."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Rank of each adapter. Default: 8."""
+    """Rank of each adapter."""
 
     alpha: Annotated[float, Field(ge=0.0, le=1e6)] = 16.0
-    """Scale: the adapter's output is multiplied by alpha / rank. Default: 16."""
+    """Scale: an adapter's output is multiplied by alpha / rank."""
 
     dropout: Fraction = 0.0
-    """Dropout probability in front of the adapter. Default: 0."""
+    """Dropout probability of an adapter's input."""
 
     modules_to_save: Annotated[tuple[ModuleName, ...], Field(max_length=16)] = ()
-    """Layers trained in full beside the adapters, all their rows, such as `embed_tokens` and `lm_head`.
-    Default: none."""
+    """Layers trained in full next to the adapters, all their rows, such as `embed_tokens` and `lm_head`."""
 
     new_rows: bool = False
-    """Train the rows the vocabulary resize added, beside the adapters. Default: false."""
+    """Also train the rows added by the vocabulary resize."""
 
     continue_adapter: bool = False
-    """Go on training the adapter that `model` is, instead of merging it into the base in memory and starting a new
-    one. `targets`, `rank` and `alpha` are then the adapter's. Default: false."""
+    """Continue training the adapter that `model` is. False merges it into its base in memory and starts a new adapter.
+    If true, `targets`, `rank` and `alpha` are those of the existing adapter."""
 
 
 class Trainable(Model):
-    """Which parameters learn. Exactly one member."""
+    """The parameters that are trained. Exactly one member must be set."""
 
     constraints = (exactly_one("full", "embeddings", "lora"),)
 
     full: FullTraining | None = None
-    """Every parameter. If unset: another member is given."""
+    """Train every parameter. If unset: another member is set."""
 
     embeddings: EmbeddingTraining | None = None
-    """Input embedding and head only. If unset: another member is given."""
+    """Train the input embedding and the head only. If unset: another member is set."""
 
     lora: LoraTraining | None = None
-    """Low-rank adapters. If unset: another member is given."""
+    """Train low-rank adapters. If unset: another member is set."""
 
 
 class NewRows(StrEnum):
-    """What a row added by a vocabulary resize starts as."""
+    """Initial value of a row added by a vocabulary resize."""
 
     MEAN = "mean"
     RANDOM = "random"
@@ -99,46 +98,46 @@ class NewRows(StrEnum):
 
 
 class Resize(Model):
-    """How the embedding and the head grow when the vocabulary is larger than the model's."""
+    """How the embedding and the head grow if the vocabulary is larger than the model's."""
 
     new_rows: NewRows = NewRows.MEAN
-    """`mean`: the mean of the rows of the old vocabulary's sub-tokens of the new piece (as Ziya2 did, arXiv
-    2311.03301); `random`: normal with the model's initializer range; `zero`. Default: mean."""
+    """Initial value of the new rows. `mean`: mean of the rows of the old vocabulary's sub-tokens of the new piece (as
+    in Ziya2, arXiv 2311.03301). `random`: normal with the model's initializer range. `zero`: zeros."""
 
 
 # -- for how long ------------------------------------------------------------------------------------------------------
 
 
 class Budget(Model):
-    """How long training lasts. Exactly one member."""
+    """How long training lasts. Exactly one member must be set."""
 
     constraints = (exactly_one("tokens", "steps", "epochs"),)
 
     tokens: Count | None = None
-    """Training tokens, counted as they enter the model, padding apart. If unset: another member is given."""
+    """Number of training tokens, counted as they enter the model, without padding. If unset: another member is set."""
 
     steps: Count | None = None
-    """Optimiser steps. If unset: another member is given."""
+    """Number of optimiser steps. If unset: another member is set."""
 
     epochs: Annotated[float, Field(ge=0.001, le=10000.0)] | None = None
-    """Passes over the data. If unset: another member is given."""
+    """Number of passes over the data. If unset: another member is set."""
 
 
 class Batch(Model):
-    """The global batch of one optimiser step. It never depends on the number of ranks. `tokens` or `samples`, one."""
+    """The global batch of one optimiser step. It does not depend on the number of ranks. Exactly one of `tokens` and
+    `samples` must be set."""
 
     constraints = (exactly_one("tokens", "samples"),)
 
     tokens: Count | None = None
-    """Tokens of one optimiser step over all ranks: `tokens / sequenceLength` rows, rounded down, at least one.
-    If unset: `samples` is given."""
+    """Tokens of one optimiser step over all ranks: `tokens / sequenceLength` rows, rounded down, at least one. If
+    unset: `samples` is set."""
 
     samples: Count | None = None
-    """Samples of one optimiser step over all ranks, packed into as few rows as they fit. If unset: `tokens` is
-    given."""
+    """Samples of one optimiser step over all ranks, packed into as few rows as possible. If unset: `tokens` is set."""
 
     micro_batch_rows: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Rows of `sequenceLength` tokens that one rank computes at once; the rest of its share of the batch is
+    """Rows of `sequenceLength` tokens that a rank computes at once. Gradients of the rest of its share of the batch are
     accumulated. If unset: 1."""
 
 
@@ -155,20 +154,21 @@ class Schedule(Model):
     """Learning rate over time: a linear warm-up from 0, then the named shape."""
 
     name: ScheduleName = ScheduleName.COSINE
-    """`cosine` and `linear` fall to the floor at the last step; `constant` stays; `wsd` stays, then falls linearly to
-    the floor over the last `decayShare` of the steps (arXiv 2404.06395). Default: cosine."""
+    """Shape after the warm-up. `cosine` and `linear` reach the floor at the last step. `constant` stays at the highest
+    rate. `wsd` stays there too, then falls linearly to the floor over the last `decayShare` of the steps (arXiv
+    2404.06395)."""
 
     warmup_steps: NonNegativeCount | None = None
-    """Steps of the warm-up. If unset: `warmupShare` decides."""
+    """Number of warm-up steps. If unset: `warmupShare` applies."""
 
     warmup_share: Fraction = 0.0
-    """Share of all steps spent in the warm-up. Default: 0. Ignored where `warmupSteps` is given."""
+    """Share of all steps that are warm-up steps. Ignored if `warmupSteps` is set."""
 
     floor: Fraction = 0.0
-    """Learning rate at the end as a share of the highest. Default: 0. InstructGPT and InternLM2: 0.1."""
+    """Learning rate at the end, as a share of the highest. InstructGPT and InternLM2 use 0.1."""
 
     decay_share: Fraction = 0.1
-    """`wsd` only: share of all steps over which the rate falls. Default: 0.1."""
+    """For `wsd` only: share of all steps over which the rate falls."""
 
 
 class Optimizer(Model):
@@ -178,39 +178,40 @@ class Optimizer(Model):
     """Highest learning rate."""
 
     beta1: Fraction = 0.9
-    """Decay of the first moment. Default: 0.9."""
+    """Decay of the first moment."""
 
     beta2: Fraction = 0.95
-    """Decay of the second moment. Default: 0.95 (InternLM2, Ziya2)."""
+    """Decay of the second moment. InternLM2 and Ziya2 use 0.95."""
 
     epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = 1e-8
-    """Added to the square root of the second moment. Default: 1e-8."""
+    """Added to the square root of the second moment."""
 
     weight_decay: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed. Default: 0."""
+    """Decoupled weight decay of matrices. Vectors (norms, biases) are never decayed."""
 
     clip: Annotated[float, Field(ge=0.0, le=1e6)] | None = 1.0
-    """Largest global gradient norm; above it gradients are scaled down. Default: 1. If unset: no clipping."""
+    """Largest global gradient norm; gradients with a larger norm are scaled down to it. Set to null to disable
+    clipping."""
 
 
 class EarlyStop(Model):
-    """End training when a held-out loss has stopped falling."""
+    """Stop training when a held-out loss no longer falls."""
 
     set: Identifier
-    """Name of the held-out set that is watched."""
+    """Name of the held-out set to watch."""
 
     patience: Annotated[int, Field(ge=1, le=10000)] = 3
-    """Measurements in a row without improvement before training ends. Default: 3."""
+    """Consecutive measurements without improvement before training stops."""
 
     min_delta: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
-    """Smallest fall of the loss, in nats per token, that counts as improvement. Default: 0."""
+    """Smallest decrease of the loss, in nats per token, that counts as an improvement."""
 
 
 # -- with which step ---------------------------------------------------------------------------------------------------
 
 
 class Precision(StrEnum):
-    """Number format of the forward and backward pass; master weights and moments are fp32 always."""
+    """Number format of the forward and backward pass. Master weights and moments are always fp32."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -225,7 +226,7 @@ class Offload(StrEnum):
 
 
 class Sharding(Model):
-    """DeepSpeed ZeRO (arXiv 1910.02054). At one rank without offload the plain PyTorch step is used instead."""
+    """DeepSpeed ZeRO (arXiv 1910.02054). A single rank without offload uses plain PyTorch instead."""
 
     constraints = (
         Constraint(
@@ -241,39 +242,40 @@ class Sharding(Model):
     )
 
     zero: Annotated[int, Field(ge=0, le=3)] = 0
-    """ZeRO stage: 0 replicates, 1 shards the optimiser state, 2 gradients too, 3 parameters too. Default: 0."""
+    """ZeRO stage: 0 replicates everything, 1 shards the optimiser state, 2 also the gradients, 3 also the
+    parameters."""
 
     offload_optimizer: Offload = Offload.NONE
-    """Where the optimiser state lies; `cpu` needs `zero` ≥ 1. Default: none."""
+    """Where the optimiser state is kept. `cpu` needs `zero` of 1 or more."""
 
     offload_parameters: Offload = Offload.NONE
-    """Where the parameters lie; `cpu` needs `zero: 3`. Default: none."""
+    """Where the parameters are kept. `cpu` needs `zero: 3`."""
 
 
 class Checkpoints(Model):
-    """When the whole training state is saved, and which saves are kept until the stage is done."""
+    """When the whole training state is saved, and which checkpoints are kept until the stage is finished."""
 
     every_steps: Count | None = None
-    """Steps between two checkpoints. If unset: every tenth of the stage."""
+    """Steps between two checkpoints. If unset: a tenth of the stage."""
 
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Newest checkpoints that are kept. Default: 2."""
+    """Number of newest checkpoints to keep."""
 
     keep_every_steps: Count | None = None
-    """Checkpoints at multiples of this step are kept beside the newest. If unset: none are."""
+    """Also keep checkpoints at multiples of this step. If unset: only the newest are kept."""
 
 
 class HeldOut(Model):
-    """Measurement on held-out text, by the training stage itself."""
+    """Measurement on held-out text by the training stage itself."""
 
     sets: Annotated[tuple[NamedSource, ...], Field(max_length=16)] = ()
-    """Sets whose loss, bits per character and perplexity are measured. Default: none."""
+    """Data sets whose loss, bits per character and perplexity are measured."""
 
     every_steps: Count | None = None
-    """Steps between two measurements. If unset: before the first step and after the last only."""
+    """Steps between two measurements. If unset: only before the first step and after the last."""
 
     max_tokens: Count = 65536
-    """Tokens measured per set, from the first record on. Default: 65,536."""
+    """Tokens measured per set, starting with the first record."""
 
 
 @dataclass(frozen=True)
@@ -297,47 +299,46 @@ class Span:
 
 
 class Training(StageConfig):
-    """What all kinds of training have in common: the data, what learns, for how long, with which step."""
+    """Fields that all kinds of training have in common."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
-    """Sets to train on, mixed exactly by weight."""
+    """Data sets to train on, mixed exactly by weight."""
 
     trainable: Trainable = Trainable(full=FullTraining())
-    """Which parameters learn. Default: all."""
+    """The parameters that are trained."""
 
     sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] = 1024
-    """Tokens of one row. Default: 1,024."""
+    """Tokens of one row."""
 
     budget: Budget = Budget(epochs=1.0)
-    """How long training lasts. Default: one epoch."""
+    """How long training lasts."""
 
     batch: Batch
-    """Global batch of one optimiser step."""
+    """The global batch of one optimiser step."""
 
     optimizer: Optimizer
-    """AdamW's settings."""
+    """Settings of AdamW."""
 
     schedule: Schedule = Schedule()
-    """Learning rate over time. Default: cosine to 0 without warm-up."""
+    """Learning rate over time."""
 
     precision: Precision = Precision.BF16
-    """Number format of forward and backward. Default: bf16."""
+    """Number format of the forward and backward pass."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them. Default: false."""
+    """Recompute activations in the backward pass instead of keeping them in memory."""
 
     sharding: Sharding = Sharding()
-    """ZeRO stage and offload. Default: none of either."""
+    """ZeRO stage and offload."""
 
     checkpoints: Checkpoints = Checkpoints()
-    """When the training state is saved. Default: ten times, and the newest two are kept."""
+    """When the training state is saved."""
 
     max_dropped_share: Fraction = 0.05
-    """Largest share of samples that may be dropped, cut or left without any loss; above it the stage fails.
-    Default: 0.05."""
+    """Largest share of samples that may be dropped, truncated or left without any loss. Above it the stage fails."""
 
     attention_dropout: Fraction = 0.0
-    """Dropout probability of the attention weights while training. Default: 0."""
+    """Dropout probability of the attention weights during training."""
 
     trains: ClassVar[bool] = True
 
@@ -366,20 +367,20 @@ class Training(StageConfig):
 
 
 class MeasuredTraining(Training):
-    """Training that measures held-out sets as it goes, and may end by what it finds."""
+    """Training that measures held-out sets and may stop early because of them."""
 
     held_out: HeldOut = HeldOut()
-    """Measurement before, during and after training. Default: none."""
+    """Measurement before, during and after training."""
 
     early_stop: EarlyStop | None = None
-    """End when a held-out loss no longer falls. If unset: the budget alone ends training."""
+    """Stop when a held-out loss no longer falls. If unset: only the budget ends training."""
 
 
 class TextTraining(MeasuredTraining):
-    """What `pretrain` and `sft` have in common: they may grow the vocabulary."""
+    """Fields that `pretrain` and `sft` have in common: they may grow the vocabulary."""
 
     tokenizer: Reference | None = None
     """Vocabulary: a `tokenizer` artifact or a Hugging Face folder. If unset: the model's own."""
 
     resize: Resize = Resize()
-    """What new rows start as where the vocabulary is larger than the model's. Default: the mean of old rows."""
+    """Initial value of new rows if the vocabulary is larger than the model's."""

@@ -1,4 +1,4 @@
-"""Makers for tests of the contract: a whole small run as a document, and ways to spoil it."""
+"""Makers for tests of the API: a whole small run as a document, and edits of it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def document() -> dict[str, Any]:
 
 
 def document_text() -> str:
-    """The same as text; `spec.storage` stands on line 6."""
+    """The same as text; `spec.storage` is on line 6."""
     return _DOCUMENT
 
 

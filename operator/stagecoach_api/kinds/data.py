@@ -17,14 +17,14 @@ from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
 class DataSource(RecordSource):
-    """Files to read: JSONL, JSON, plain text or Parquet, plain or compressed (.gz, .zst); a glob is allowed."""
+    """Files to read: JSONL, JSON, plain text or Parquet, plain or compressed (.gz, .zst). The URI may be a glob."""
 
     name: Identifier | None = None
-    """What reports and each record's `source` field call it. If unset: the file's or stage's name."""
+    """Name of the source in reports and in each record's `source` field. If unset: the file's or the stage's name."""
 
     weight: Weight = 1.0
-    """How often each training record is written: 1 once, 2 twice, 0.5 every second one (chosen by its content's
-    hash). Held-out records are written once. Default: 1."""
+    """How often each training record is written: 1 once, 2 twice, 0.5 every second one, selected by the hash of its
+    content. Held-out records are written once."""
 
     @property
     def label(self) -> str:
@@ -40,83 +40,84 @@ class UnicodeForm(StrEnum):
 
 
 class Normalize(Model):
-    """Change the text itself; every record passes."""
+    """Change the text of every record."""
 
     unicode: UnicodeForm = UnicodeForm.NFC
-    """Unicode normalisation form. Default: NFC."""
+    """Unicode normalisation form."""
 
     collapse_whitespace: bool = True
-    """Make runs of blanks one blank, at most one empty line in a row, and strip both ends. Default: true."""
+    """Replace runs of spaces with one space and runs of empty lines with one, and strip both ends."""
 
 
 class Length(Model):
-    """Drop records whose text is too short or too long. A conversation counts the text of all its turns."""
+    """Drop records whose text is too short or too long. The text of a conversation is that of all its turns."""
 
     min_characters: Count = 1
-    """Fewest characters. Default: 1."""
+    """Smallest number of characters."""
 
     max_characters: Count | None = None
-    """Most characters. If unset: no limit."""
+    """Largest number of characters. If unset: no limit."""
 
 
 class Match(Model):
-    """Keep or drop by a regular expression (RE2: linear time, no backtracking)."""
+    """Keep or drop records by a regular expression (RE2: linear time, no backtracking). Exactly one member must be
+    set."""
 
     constraints = (exactly_one("keep", "drop"),)
 
     keep: Pattern | None = None
-    """Only records in which this is found pass. If unset: `drop` is given."""
+    """Drop records that do not match. If unset: `drop` is set."""
 
     drop: Pattern | None = None
-    """Records in which this is found are dropped. If unset: `keep` is given."""
+    """Drop records that match. If unset: `keep` is set."""
 
 
 class CharacterShare(Model):
-    """Drop records with too small a share of characters of one script; blanks do not count."""
+    """Drop records with too small a share of characters of one script. Whitespace does not count."""
 
     script: Script
-    """The characters that are counted."""
+    """Script whose characters count."""
 
     at_least: Fraction
-    """Smallest share of the record's characters that must belong to `script`."""
+    """Smallest share of the record's characters that belong to `script`."""
 
 
 class Repetition(Model):
     """Drop records that repeat themselves (after Gopher's rules, arXiv 2112.11446)."""
 
     max_duplicate_lines: Fraction = 0.3
-    """Largest share of lines that are copies of an earlier line. Default: 0.3."""
+    """Largest share of lines that repeat an earlier line."""
 
     max_top_character: Fraction = 0.3
-    """Largest share that one character may have of all, blanks apart. Default: 0.3."""
+    """Largest share of one character among all characters, without whitespace."""
 
 
 class Deduplicate(Model):
-    """Keep the first record of those with the same text (exact, after trimming the ends)."""
+    """Keep the first of the records with the same text (exact, with both ends trimmed)."""
 
 
 class DataStep(Model):
-    """One step of the pipeline; steps run in the order given. Exactly one member."""
+    """One step of the pipeline. Exactly one member must be set."""
 
     constraints = (exactly_one("normalize", "length", "match", "character_share", "repetition", "deduplicate"),)
 
     normalize: Normalize | None = None
-    """Change the text itself. If unset: another member is given."""
+    """Change the text. If unset: another member is set."""
 
     length: Length | None = None
-    """Filter by length. If unset: another member is given."""
+    """Filter by length. If unset: another member is set."""
 
     match: Match | None = None
-    """Filter by pattern. If unset: another member is given."""
+    """Filter by a regular expression. If unset: another member is set."""
 
     character_share: CharacterShare | None = None
-    """Filter by script. If unset: another member is given."""
+    """Filter by script. If unset: another member is set."""
 
     repetition: Repetition | None = None
-    """Filter by repetition. If unset: another member is given."""
+    """Filter by repetition. If unset: another member is set."""
 
     deduplicate: Deduplicate | None = None
-    """Exact deduplication over all sources. If unset: another member is given."""
+    """Remove exact duplicates across all sources. If unset: another member is set."""
 
 
 class Order(StrEnum):
@@ -127,31 +128,32 @@ class Order(StrEnum):
 
 
 class DataStage(StageConfig):
-    """Turn raw sources into a clean, deduplicated data set in two parts, train and held out."""
+    """Turn raw sources into a clean, deduplicated data set with a training part and a held-out part."""
 
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=256)]
-    """Where the records come from, in this order."""
+    """Sources of the records, read in this order."""
 
     steps: Annotated[tuple[DataStep, ...], Field(max_length=64)] = (
         DataStep(normalize=Normalize()),
         DataStep(length=Length()),
         DataStep(deduplicate=Deduplicate()),
     )
-    """The pipeline, in order. Default: normalise, drop the empty, deduplicate."""
+    """Steps of the pipeline, run in this order. The default normalises the text, drops empty records and removes
+    duplicates."""
 
     held_out_share: Fraction = 0.0
-    """Share of the records kept apart for measurement, chosen by their content's hash so that no duplicate stands in
-    both parts. Default: 0."""
+    """Share of the records held out for measurement, selected by the hash of their content so that no duplicate is in
+    both parts."""
 
     order: Order = Order.SHUFFLED
-    """Order of training records: shuffled by the run's seed, or as the sources give them. Default: shuffled."""
+    """Order of the training records: shuffled by the stage's seed, or as the sources give them."""
 
     max_malformed_share: Fraction = 0.0
-    """Largest share of records that may be unreadable (bad UTF-8, malformed JSON, missing fields). They are counted
-    and named by file and line; above the share the stage fails. Default: 0."""
+    """Largest share of records that may be unreadable (invalid UTF-8, malformed JSON, missing fields). They are counted
+    and listed by file and line. Above this share the stage fails."""
 
     shard_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 256 * 1024 * 1024
-    """Size at which a new shard is begun, in bytes of JSON before compression. Default: 256 MiB."""
+    """Size of a shard, in bytes of JSON before compression."""
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -21,64 +21,64 @@ Beta = Annotated[float, Field(ge=1e-6, le=1000.0)]
 
 
 class SigmoidLoss(Model):
-    """DPO (arXiv 2305.18290): -log σ(beta · (log-ratio of the better answer - that of the other))."""
+    """DPO (arXiv 2305.18290): -log σ(beta · (log-ratio of the better answer - log-ratio of the other))."""
 
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference. Default: 0.1."""
+    """Strength of the constraint to the reference."""
 
     label_smoothing: Annotated[float, Field(ge=0.0, le=0.49)] = 0.0
-    """Share of preferences taken to be the wrong way round (conservative DPO). Default: 0."""
+    """Share of preferences assumed to be the wrong way round (conservative DPO)."""
 
 
 class IpoLoss(Model):
     """IPO (arXiv 2310.12036): (difference of the mean log-ratios per token - 1 / (2 beta))²."""
 
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference. Default: 0.1."""
+    """Strength of the constraint to the reference."""
 
 
 class KtoLoss(Model):
-    """KTO (arXiv 2402.01306): single answers, good or bad; pairs count as one of each."""
+    """KTO (arXiv 2402.01306): single answers, good or bad. A pair counts as one of each."""
 
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference. Default: 0.1."""
+    """Strength of the constraint to the reference."""
 
     desirable_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 1.0
-    """Weight of good answers. Default: 1."""
+    """Weight of good answers."""
 
     undesirable_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 1.0
-    """Weight of bad answers. Default: 1."""
+    """Weight of bad answers."""
 
 
 class DirectLoss(Model):
-    """What is minimised. Exactly one member."""
+    """Loss of direct preference optimisation. Exactly one member must be set."""
 
     constraints = (exactly_one("sigmoid", "ipo", "kto"),)
 
     sigmoid: SigmoidLoss | None = None
-    """DPO. If unset: another member is given."""
+    """DPO. If unset: another member is set."""
 
     ipo: IpoLoss | None = None
-    """IPO. If unset: another member is given."""
+    """IPO. If unset: another member is set."""
 
     kto: KtoLoss | None = None
-    """KTO. If unset: another member is given."""
+    """KTO. If unset: another member is set."""
 
 
 class DpoStage(MeasuredTraining):
-    """Train a policy on preferences. `budget` and `batch` count pairs; for KTO, answers."""
+    """Train a policy on preferences directly. `budget` and `batch` count pairs, or answers for KTO."""
 
     model: Reference
-    """The policy to start from, usually an `sft` stage's."""
+    """Policy to start from, usually an `sft` stage's."""
 
     reference: Reference | None = None
-    """The model the policy is held to; its log-probabilities are computed once, before training. If unset: `model`."""
+    """Reference model of the policy. Its log-probabilities are computed once, before training. If unset: `model`."""
 
     template: Template | None = None
-    """How a conversation becomes text. If unset: the chat template of the model's tokenizer."""
+    """How conversations are rendered as text. If unset: the chat template of the model's tokenizer."""
 
     loss: DirectLoss = DirectLoss(sigmoid=SigmoidLoss())
-    """What is minimised. Default: sigmoid."""
+    """Loss to minimise."""
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`evaluate`: measure a model, and stop the run where it is not good enough."""
+"""`evaluate`: measure a model, and stop the run if it is not good enough."""
 
 from __future__ import annotations
 
@@ -23,72 +23,73 @@ from stagecoach_api.training import Precision
 
 
 class ExactMatch(Model):
-    """Share of answers that equal the reference answer, after trimming blanks."""
+    """Share of answers that equal the reference answer, with both ends trimmed."""
 
     name: Identifier
-    """The metric's name: `<name>.exactMatch`."""
+    """Name of the task; the metric is `<name>.exactMatch`."""
 
-    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    # In YAML 1.1, and so for kubectl, a bare `on` is the boolean true: in YAML the field is called `data`.
     on: Annotated[NamedSource, Field(alias="data")]
-    """Conversations whose last assistant turn is the reference."""
+    """Conversations whose last assistant turn is the reference answer."""
 
     max_samples: Count = 200
-    """Conversations that are asked. Default: 200."""
+    """Number of conversations to evaluate."""
 
     generation: Generation = Generation()
-    """How the answers are generated. Default: greedy, 64 new tokens."""
+    """How the answers are generated."""
 
 
 class Rival(Model):
     """Another model that answers the same prompts."""
 
     name: Identifier
-    """What the report calls it."""
+    """Name of the model in the report."""
 
     model: Reference
-    """A stage's artifact or a Hugging Face folder."""
+    """Stage's artifact or Hugging Face folder."""
 
 
 class RewardTask(Model):
-    """What the model's answers are worth, and how often they beat those of other models."""
+    """Reward of the model's answers, and how often they beat the answers of other models."""
 
     name: Identifier
-    """Metrics are `<name>.reward`, `<name>.reward.<rival>` and `<name>.winRate.<rival>` (a tie is half a win)."""
+    """Name of the task. Its metrics are `<name>.reward`, `<name>.reward.<rival>` and `<name>.winRate.<rival>` (a tie
+    counts as half a win)."""
 
-    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    # In YAML 1.1, and so for kubectl, a bare `on` is the boolean true: in YAML the field is called `data`.
     on: Annotated[PromptNamedSource, Field(alias="data")]
-    """Prompts; a last answer in them is left out."""
+    """Prompts; a last answer in them is ignored."""
 
     max_samples: Count = 200
-    """Prompts that are answered. Default: 200."""
+    """Number of prompts to evaluate."""
 
     generation: Generation = Generation()
-    """How all models answer. Default: greedy, 64 new tokens."""
+    """How all models generate their answers."""
 
     rewards: RewardTerms
-    """What an answer is worth: the sum of these."""
+    """Terms of the reward; their sum is the value of an answer."""
 
     rivals: Annotated[tuple[Rival, ...], Field(max_length=8)] = ()
-    """Models to compare with. Default: none."""
+    """Models to compare with."""
 
 
 class LmEvalTask(Model):
-    """A task of the LM evaluation harness. Exactly one of `task` and `uri`."""
+    """A task of the LM evaluation harness. Exactly one of `task` and `uri` must be set."""
 
     constraints = (exactly_one("task", "uri"),)
     input_file = "uri"
 
     task: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Name of one of lm-eval's own tasks. If unset: `uri` is given."""
+    """Name of a task that lm-eval includes. If unset: `uri` is set."""
 
     uri: Uri | None = None
-    """A task in lm-eval's YAML. If unset: `task` is given."""
+    """File with a task in lm-eval's YAML. If unset: `task` is set."""
 
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
-    """Examples in front of each question. If unset: the task's own number."""
+    """Number of examples before each question. If unset: the task's own number."""
 
     max_samples: Count | None = None
-    """Questions asked. If unset: all."""
+    """Number of questions to evaluate. If unset: all."""
 
 
 class GateFailure(StrEnum):
@@ -117,47 +118,47 @@ class Gate(Model):
     """The metric must not be higher. If unset: no upper limit."""
 
     on_failure: GateFailure = GateFailure.STOP
-    """`stop` fails the stage and with it the run; `continue` records the miss and goes on. Default: stop."""
+    """`stop` fails the stage and with it the run. `continue` only records that the gate was missed."""
 
 
 class EvaluateStage(StageConfig):
-    """Measure a model."""
+    """Measure a model and stop the run if it is not good enough."""
 
     model: Reference
     """Model or adapter to measure: a stage's artifact or a Hugging Face folder."""
 
     held_out: Annotated[tuple[NamedSource, ...], Field(max_length=32)] = ()
-    """Text whose loss, perplexity and bits per character are measured. Default: none."""
+    """Text whose loss, perplexity and bits per character are measured."""
 
     max_tokens: Count = 65536
-    """Tokens measured per held-out set. Default: 65,536."""
+    """Tokens measured per held-out set."""
 
     sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] = 1024
-    """Tokens of one row while measuring. Default: 1,024."""
+    """Tokens of one row in measurements."""
 
     samples: Samples | None = None
-    """Prompts whose answers are shown. If unset: none are."""
+    """Prompts whose answers are shown in the report. If unset: none."""
 
     exact_match: Annotated[tuple[ExactMatch, ...], Field(max_length=32)] = ()
-    """Tasks with one right answer. Default: none."""
+    """Tasks with one correct answer."""
 
     rewards: Annotated[tuple[RewardTask, ...], Field(max_length=8)] = ()
-    """Comparisons by reward. Default: none."""
+    """Comparisons by reward."""
 
     lm_eval: Annotated[tuple[LmEvalTask, ...], Field(max_length=64)] = ()
-    """Tasks of the LM evaluation harness. Default: none."""
+    """Tasks of the LM evaluation harness."""
 
     template: Template | None = None
-    """Template of prompts. If unset: the tokenizer's own chat template."""
+    """How prompts are rendered as text. If unset: the chat template of the model's tokenizer."""
 
     gates: Annotated[tuple[Gate, ...], Field(max_length=32)] = ()
-    """Conditions on the metrics. Default: none."""
+    """Conditions on the metrics."""
 
     precision: Precision = Precision.BF16
-    """Number format of the forward pass. Default: bf16."""
+    """Number format of the forward pass."""
 
     batch_rows: Annotated[int, Field(ge=1, le=65536)] = 8
-    """Rows computed at once. Default: 8."""
+    """Rows computed at once."""
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -198,13 +199,13 @@ def exact_match_reads_conversations(draft: Draft) -> Iterator[Fault]:
                 yield Fault(
                     stage.at("exactMatch", index),
                     task.name,
-                    "preferences have several answers, none of them the only right one",
+                    "preferences have several answers, none of them the only correct one",
                     "give conversations (alpaca, sharegpt, messages), or compare answers in `rewards`",
                 )
 
 
 def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
-    """Only where it is certain: lm-eval names its metrics itself."""
+    """Unknown metrics are reported only if that is certain: lm-eval names its own metrics."""
     for stage, config in configs(draft, EvaluateStage):
         sets = [f"heldOut.{source.name}." for source in config.held_out]
         tasks = [f"{task.name}.exactMatch" for task in config.exact_match]
@@ -222,7 +223,9 @@ def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
                 rule = "must be the reward of a task in `rewards`, or of one of its `rivals`, or the win rate over one"
                 yield Fault(path, metric, rule, suggest(metric, rewards))
             elif not (sets or tasks or rewards or config.lm_eval):
-                yield Fault(path, metric, "nothing is measured that a gate could watch", "measure it, or take it out")
+                yield Fault(
+                    path, metric, "the stage measures nothing with such a name", "measure it, or remove the gate"
+                )
 
 
 def _reward_metrics(config: EvaluateStage) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`export`: make a release of a model, and prove it before it counts."""
+"""`export`: make a release of a model, and check it before it is published."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from stagecoach_api.training import Precision
 
 
 class Proof(Model):
-    """What the reloaded release must show."""
+    """Requirements that the reloaded release must meet."""
 
     max_kl: Annotated[float, Field(ge=0.0, le=10.0)] = 1e-3
-    """Largest mean KL divergence, in nats per token, between the model before and the release after reload, both in
-    fp32. Default: 1e-3."""
+    """Largest mean KL divergence, in nats per token, between the original model and the reloaded release, both in
+    fp32."""
 
     tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512
-    """Tokens on which it is measured. Default: 512."""
+    """Number of tokens on which it is measured."""
 
 
 class ExportStage(StageConfig):
-    """A release in Hugging Face layout: safetensors, tokenizer with chat template, generation settings."""
+    """Make a release in Hugging Face layout: safetensors, tokenizer with chat template, generation settings."""
 
     model: Reference
     """Model or adapter to release."""
 
     merge_adapters: bool = True
-    """Merge adapters into the weights. False releases the adapter as it is. Default: true."""
+    """Merge adapters into the weights. False releases the adapter as it is."""
 
     precision: Precision = Precision.BF16
-    """Number format of the released weights. Default: bf16."""
+    """Number format of the released weights."""
 
     max_shard_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 5 * 10**9
-    """Largest weight file. Default: 5 GB."""
+    """Size of the largest weight file, in bytes."""
 
     chat_template: LongText | None = None
-    """A Jinja chat template to ship. If unset: the tokenizer's own."""
+    """Jinja chat template of the release. If unset: the tokenizer's own."""
 
     generation: Generation = Generation()
-    """Settings written to `generation_config.json`. Default: greedy, 64 new tokens."""
+    """Settings written to `generation_config.json`."""
 
     samples: Samples | None = None
     """Prompts that the reloaded release answers in the report. If unset: none."""
 
     proof: Proof = Proof()
-    """What the reloaded release must show before it counts. Default: every field's own."""
+    """Requirements that the reloaded release must meet before it is published."""
 
 
 KIND = StageKind(

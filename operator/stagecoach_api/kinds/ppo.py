@@ -21,173 +21,172 @@ from stagecoach_api.training import Optimizer, Training
 
 
 class RolloutEngine(StrEnum):
-    """Who generates the answers."""
+    """Engine that generates the answers."""
 
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
 
 
 class Rollout(Model):
-    """How the policy answers while it learns."""
+    """How the policy generates answers during training."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-    """Longest answer, in tokens. Prompt and answer together must fit `sequenceLength`. Default: 128."""
+    """Longest answer, in tokens. Prompt and answer together must fit `sequenceLength`."""
 
     temperature: Annotated[float, Field(ge=0.001, le=10.0)] = 1.0
-    """Sampling temperature; log-probabilities are those at this temperature. Default: 1."""
+    """Sampling temperature. Log-probabilities are those at this temperature."""
 
     top_p: Annotated[float, Field(ge=0.001, le=1.0)] = 1.0
-    """Share of probability mass that is sampled from. Default: 1."""
+    """Share of the probability mass to sample from."""
 
     engine: RolloutEngine = RolloutEngine.TRANSFORMERS
-    """`transformers`: batched generation with a key-value cache; `vllm`: vLLM, where the image has it. Default:
-    transformers."""
+    """Engine that generates the answers. `transformers`: batched generation with a key-value cache. `vllm`: vLLM, if
+    the image has it."""
 
     whole_copy: bool = True
-    """Under ZeRO-3 a whole copy of the policy, in the compute format and refreshed once an update, answers on every
-    rank. False: the shared-out policy itself answers, gathered layer by layer for every token: for a policy whose copy
-    does not fit, as it is some six times slower. Default: true."""
+    """Under ZeRO-3: generate with a whole copy of the policy on every rank, in the compute format and refreshed once
+    per update. False generates with the sharded policy itself, gathered layer by layer for every token: about six times
+    slower, for a policy whose copy does not fit into memory."""
 
     batch_rows: Annotated[int, Field(ge=1, le=65536)] = 64
-    """Answers generated at once on a rank. Default: 64."""
+    """Answers that a rank generates at once."""
 
     missing_end_reward: float | None = None
-    """Reward of an answer that did not end by itself, in place of all terms. If unset: it is judged like any other."""
+    """Reward of an answer without an end token, instead of all terms. If unset: it is judged like any other."""
 
 
 class Critic(Model):
-    """The model that predicts how the reward will come out."""
+    """The model that predicts the reward."""
 
     model: Reference | None = None
-    """What it starts from: a reward model of the policy's vocabulary, or a language model of it, which gets a new head.
-    If unset: the first reward model among `rewards`, else the policy's own weights with a new head. Under LoRA a reward
-    model that is an adapter is trained on, its rank and targets kept, over the base that the policy's adapter sits
-    on."""
+    """Model to start from: a reward model with the policy's vocabulary, or a language model with it, which gets a new
+    head. Under LoRA, training continues a reward model that is an adapter, with its rank and targets, on the base of
+    the policy's adapter. If unset: the first reward model among `rewards`, or else the policy's own weights with a new
+    head."""
 
     warmup_updates: NonNegativeCount = 0
-    """First updates in which only the critic learns and the policy is frozen (COOL: 50). Default: 0."""
+    """Number of first updates in which only the critic is trained and the policy is frozen. COOL uses 50."""
 
     optimizer: Optimizer | None = None
-    """AdamW's settings. If unset: the policy's."""
+    """Settings of AdamW. If unset: the policy's."""
 
     clip: Annotated[float, Field(ge=1e-6, le=1e6)] | None = 0.2
-    """By how much a prediction may move in one update before its loss stops falling. Default: 0.2. If unset: any
-    distance (COOL)."""
+    """Largest change of a prediction in one update before its loss stops falling. Set to null for no limit, as in
+    COOL."""
 
 
 class KlControl(Model):
-    """The price of leaving the reference: `coefficient` · log(policy / reference) is taken off the reward of every
-    token."""
+    """KL penalty: `coefficient` · log(policy / reference) is subtracted from the reward of every token."""
 
     coefficient: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.02
-    """The price, at the beginning where it is adaptive. Default: 0.02 (InstructGPT)."""
+    """Coefficient of the penalty; the initial one if it is adaptive. InstructGPT uses 0.02."""
 
     target: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    """KL per answer, in nats, that the coefficient is steered to (arXiv 1909.08593). If unset: the coefficient is
-    fixed."""
+    """KL per answer, in nats, to which an adaptive coefficient is steered (arXiv 1909.08593). If unset: the coefficient
+    is fixed."""
 
     horizon: Count = 10000
-    """Answers over which the steering works. Default: 10,000."""
+    """Number of answers over which the adaptation acts."""
 
 
 class PolicyLoss(Model):
     """The clipped objective and its advantages."""
 
     clip: Annotated[float, Field(ge=1e-6, le=10.0)] = 0.2
-    """By how much a token's probability ratio may leave 1 before it stops counting. Default: 0.2."""
+    """Largest distance of a token's probability ratio from 1 before the token stops counting."""
 
     gamma: Fraction = 1.0
-    """Discount per token. Default: 1 (InstructGPT: none)."""
+    """Discount per token. InstructGPT uses 1, which is no discount."""
 
     gae_lambda: Fraction = 0.95
-    """Generalised advantage estimation (arXiv 1506.02438). Default: 0.95. COOL: 0.99."""
+    """Lambda of generalised advantage estimation (arXiv 1506.02438). COOL uses 0.99."""
 
     inner_epochs: Annotated[int, Field(ge=1, le=100)] = 1
-    """Passes over the answers of one update. Default: 1."""
+    """Passes over the answers of one update."""
 
     mini_batch_samples: Count | None = None
-    """Answers of one optimiser step. If unset: all of the update."""
+    """Answers of one optimiser step. Must divide `batch.samples`. If unset: all answers of the update."""
 
     normalize_advantages: bool = True
-    """Shift and scale the update's advantages to mean 0 and deviation 1. Default: true. COOL: false."""
+    """Scale the update's advantages to mean 0 and standard deviation 1. COOL uses false."""
 
     entropy_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
-    """Bonus per nat of entropy. Default: 0."""
+    """Bonus per nat of entropy."""
 
     average_decay: Annotated[float, Field(ge=0.0, le=0.999999)] | None = None
-    """Decay per update of a moving average of the policy's weights, which then is the stage's output (InstructGPT:
-    0.992); answers are still made with the weights themselves. If unset: the last weights are the output."""
+    """Decay per update of a moving average of the policy's weights, which becomes the stage's output (InstructGPT:
+    0.992). Answers are still generated with the weights themselves. If unset: the last weights are the output."""
 
 
 class PretrainingMix(Model):
-    """PPO-ptx: next-token training beside the reward, against forgetting."""
+    """Next-token training in addition to the reward, to prevent forgetting (PPO-ptx)."""
 
     data: Annotated[tuple[WeightedSource, ...], Field(min_length=1, max_length=64)]
-    """Text, or conversations, of which the assistant's words count."""
+    """Text, or conversations with loss on the assistant's turns."""
 
     weight: Annotated[float, Field(ge=0.0, le=1e6)]
     """Weight of the mean loss per token (InstructGPT: 27.8; COOL: 0.5)."""
 
     rows_per_step: Count = 8
-    """Rows of `sequenceLength` tokens beside each optimiser step. Default: 8."""
+    """Rows of `sequenceLength` tokens added to each optimiser step."""
 
 
 class GuardAction(StrEnum):
-    """What happens when a guard is broken."""
+    """What happens when a guard is triggered."""
 
     STOP = "stop"
     ROLL_BACK = "rollBack"
 
 
 class Guards(Model):
-    """Signs that training goes wrong. Each None switches the guard off. A reward that is no number stops the stage
-    always."""
+    """Limits whose violation indicates that training goes wrong. A guard set to null is disabled. A reward that is NaN
+    always stops the stage."""
 
     min_kl: float | None = -1.0
-    """Lowest mean KL per answer, in nats; a true one is never below 0 but for noise (trl#417). Default: -1. If unset:
-    no limit."""
+    """Lowest mean KL per answer, in nats. The true value is never below 0; a sampled one may be, because of noise
+    (trl#417). Set to null for no limit."""
 
     max_kl: float | None = None
     """Highest mean KL per answer, in nats. If unset: no limit."""
 
     min_entropy: float | None = 0.0001
-    """Lowest mean entropy per token, in nats: below it the policy says one thing only. Default: 0.0001. If unset: no
+    """Lowest mean entropy per token, in nats. Below it the policy's answers have collapsed. Set to null for no
     limit."""
 
     min_ended_share: float | None = 0.05
-    """Lowest share of answers that end by themselves. Default: 0.05. If unset: no limit."""
+    """Lowest share of answers that end with an end token. Set to null for no limit."""
 
     max_length_factor: float | None = 4.0
-    """Highest mean length as a multiple of that of the first update. Default: 4. If unset: no limit."""
+    """Highest mean length, as a multiple of that of the first update. Set to null for no limit."""
 
     min_length_factor: float | None = 0.1
-    """Lowest mean length as a multiple of that of the first update. Default: 0.1. If unset: no limit."""
+    """Lowest mean length, as a multiple of that of the first update. Set to null for no limit."""
 
     max_abs_reward: float | None = 1000.0
-    """Highest absolute reward of a single answer. Default: 1,000. If unset: no limit."""
+    """Highest absolute reward of a single answer. Set to null for no limit."""
 
     min_reward_deviation: float | None = 0.0
-    """The rewards' standard deviation must be above it: constant rewards teach nothing. Default: 0. If unset: no
+    """The standard deviation of the rewards must be above this: constant rewards carry no signal. Set to null for no
     limit."""
 
     max_value_loss: float | None = 1000.0
-    """Highest loss of the critic. Default: 1,000. If unset: no limit."""
+    """Highest loss of the critic. Set to null for no limit."""
 
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Updates in a row that a sign must last. Default: 3."""
+    """Consecutive updates with a violation before a guard is triggered."""
 
     action: GuardAction = GuardAction.STOP
-    """`stop` fails the stage, with the reason; `rollBack` goes back to the last checkpoint from before the sign, which
-    is kept beside those that `checkpoints` keeps, with other random numbers and half the learning rate, up to
-    `maxRollbacks` times. Default: stop."""
+    """`stop` fails the stage with the reason. `rollBack` returns to the last checkpoint before the violation, which is
+    kept in addition to those that `checkpoints` keeps, and continues with other random numbers and half the learning
+    rate, up to `maxRollbacks` times."""
 
     max_rollbacks: Annotated[int, Field(ge=1, le=100)] = 2
-    """Rollbacks after which a guard stops the stage. Default: 2."""
+    """Number of rollbacks after which a guard stops the stage."""
 
 
 class PpoStage(Training):
-    """Train a policy by a reward. `data` are prompts (a last answer in them is left out); `batch.samples` are the
-    answers of one update; `budget.steps` counts updates, `epochs` passes over the prompts."""
+    """Train a policy on a reward. `data` are prompts (a last answer in them is ignored); `batch.samples` is the number
+    of answers of one update; `budget.steps` counts updates and `budget.epochs` passes over the prompts."""
 
     constraints = (
         Constraint(
@@ -203,41 +202,41 @@ class PpoStage(Training):
     )
 
     model: Reference
-    """The policy to start from, usually an `sft` stage's."""
+    """Policy to start from, usually an `sft` stage's."""
 
     data: Annotated[tuple[PromptSource, ...], Field(min_length=1, max_length=64)]
     """Prompts to answer, mixed exactly by weight."""
 
     reference: Reference | None = None
-    """The model the policy is held to. If unset: `model`; under LoRA it is the base below the adapter, kept only
-    once."""
+    """Reference model of the policy. Under LoRA it is the base of the adapter, which is kept in memory only once. If
+    unset: `model`."""
 
     template: Template | None = None
-    """How a conversation becomes text. If unset: the chat template of the model's tokenizer."""
+    """How conversations are rendered as text. If unset: the chat template of the model's tokenizer."""
 
     rewards: RewardTerms
-    """What an answer is worth: the sum of these."""
+    """Terms of the reward; their sum is the value of an answer."""
 
     critic: Critic = Critic()
-    """The critic. Default: every field's own."""
+    """The model that predicts the reward."""
 
     rollout: Rollout = Rollout()
-    """How answers are made. Default: every field's own."""
+    """How the policy generates answers."""
 
     policy: PolicyLoss = PolicyLoss()
-    """The objective. Default: every field's own."""
+    """The objective of the policy."""
 
     kl: KlControl = KlControl()
-    """The price of leaving the reference. Default: fixed, 0.02."""
+    """KL penalty."""
 
     pretraining: PretrainingMix | None = None
-    """Next-token training beside it (PPO-ptx). If unset: none."""
+    """Next-token training in addition to the reward (PPO-ptx). If unset: none."""
 
     guards: Guards = Guards()
-    """Signs of failure. Default: every field's own."""
+    """Limits whose violation stops the stage or rolls it back."""
 
     pool_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 1 << 30
-    """Memory that the answers of an update may take, in bytes; more is written to disk. Default: 1 GiB."""
+    """Memory for the answers of an update, in bytes. Answers beyond it are written to disk."""
 
     @model_validator(mode="after")
     def _mini_batches_divide_the_update(self) -> PpoStage:
@@ -293,12 +292,12 @@ def only_a_sharded_policy_generates_from_shards(draft: Draft) -> Iterator[Fault]
             continue
         where = stage.at("rollout", "wholeCopy")
         if config.rollout.engine is RolloutEngine.VLLM:
-            yield Fault(where, "false", "vLLM has a copy of its own", "leave it out, or set `engine: transformers`")
+            yield Fault(where, "false", "vLLM has its own copy", "leave it out, or set `engine: transformers`")
         elif config.sharding.zero != PARAMETERS_SHARDED:
             yield Fault(
                 where,
                 "false",
-                "only ZeRO-3 takes the policy apart: here it is whole on every rank, and answers itself",
+                "only ZeRO-3 shards the policy: here it is whole on every rank and generates the answers itself",
                 f"leave it out, or set `sharding: {{zero: {PARAMETERS_SHARDED}}}`",
             )
 
@@ -311,14 +310,14 @@ def warm_up_leaves_updates_for_the_policy(draft: Draft) -> Iterator[Fault]:
                 stage.at("critic", "warmupUpdates"),
                 config.critic.warmup_updates,
                 f"must be below {steps:,} (`budget.steps`), or the policy never learns",
-                "shorten the warm-up or lengthen the budget",
+                "shorten the warm-up or increase the budget",
             )
 
 
 def the_policy_has_no_dropout(draft: Draft) -> Iterator[Fault]:
     why = (
-        "must be 0: PPO compares what the policy says while it learns with what it said when it answered, and dropout "
-        "would make them differ before anything is learnt"
+        "must be 0: PPO compares the policy's probabilities in training with those at generation, and dropout would "
+        "make them differ before the first update"
     )
     for stage, config in configs(draft, PpoStage):
         if config.attention_dropout > 0.0:

@@ -1,4 +1,4 @@
-"""`pretrain`: next-token training on text, from scratch or onwards from a model."""
+"""`pretrain`: next-token training on text, from scratch or from an existing model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stagecoach_api.training import Span, TextTraining
 
 
 class Architecture(Model):
-    """A LLaMA decoder made from nothing (transformers' `LlamaConfig`). The vocabulary's size is the tokenizer's."""
+    """A new LLaMA decoder (`LlamaConfig` in transformers). Its vocabulary size is the tokenizer's."""
 
     constraints = (
         Constraint(
@@ -42,32 +42,32 @@ class Architecture(Model):
     """Width of the SwiGLU feed-forward layer."""
 
     num_layers: Annotated[int, Field(ge=1, le=1024)]
-    """Decoder blocks."""
+    """Number of decoder blocks."""
 
     num_heads: Annotated[int, Field(ge=1, le=1024)]
-    """Attention heads; must divide `hiddenSize`."""
+    """Number of attention heads. Must divide `hiddenSize`."""
 
     num_key_value_heads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Key and value heads (grouped-query attention); must divide `numHeads`. If unset: as many as `numHeads`."""
+    """Number of key and value heads (grouped-query attention). Must divide `numHeads`. If unset: `numHeads`."""
 
     max_position_embeddings: Annotated[int, Field(ge=8, le=1 << 24)] = 2048
-    """Longest context the model states. Default: 2,048."""
+    """Longest context stated in the model's configuration."""
 
     rope_theta: Annotated[float, Field(ge=1.0, le=1e12)] = 10000.0
-    """Base of the rotary position embedding. Default: 10,000."""
+    """Base of the rotary position embedding."""
 
     norm_epsilon: Annotated[float, Field(ge=1e-12, le=1e-2)] = 1e-5
-    """Epsilon of RMSNorm. Default: 1e-5."""
+    """Epsilon of RMSNorm."""
 
     initializer_range: Annotated[float, Field(ge=0.0, le=1.0)] = 0.02
-    """Standard deviation of new weights. Default: 0.02."""
+    """Standard deviation of new weights."""
 
     tie_embeddings: bool = False
-    """Let the head share the input embedding's matrix. Default: false."""
+    """Share the input embedding's matrix with the head."""
 
 
 class RopeScalingName(StrEnum):
-    """Ways to stretch rotary positions beyond the trained context."""
+    """Ways to extend rotary positions beyond the trained context."""
 
     LINEAR = "linear"
     DYNAMIC = "dynamic"
@@ -75,33 +75,33 @@ class RopeScalingName(StrEnum):
 
 
 class RopeScaling(Model):
-    """Stretch rotary positions (InternLM2 reads 200K after training at 32K)."""
+    """Scaling of rotary positions (InternLM2 reads 200K tokens after training at 32K)."""
 
     name: RopeScalingName
-    """`linear`, `dynamic` or `yarn`, as transformers names them."""
+    """Method: `linear`, `dynamic` or `yarn`, as in transformers."""
 
     factor: Annotated[float, Field(ge=1.0, le=1e4)]
-    """By how much the context grows."""
+    """Factor by which the context grows."""
 
 
 class DataWeight(Model):
-    """Share of one data set in a phase."""
+    """Weight of one data set in a phase."""
 
     name: Identifier
-    """The set's name in `data`."""
+    """Name of the set in `data`."""
 
     weight: Weight
-    """Its share of the phase's tokens, relative to the other weights. 0 leaves it out."""
+    """Share of the phase's tokens, relative to the other weights. 0 leaves the set out."""
 
 
 class Phase(Model):
-    """A part of training with settings of its own. Every None takes the stage's own value."""
+    """A part of training with settings of its own. Unset fields are taken from the stage."""
 
     name: Identifier
-    """What progress and reports call it."""
+    """Name of the phase in progress and reports."""
 
     tokens: Count
-    """Training tokens of this phase."""
+    """Number of training tokens of this phase."""
 
     sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] | None = None
     """Tokens of one row. If unset: the stage's."""
@@ -110,19 +110,19 @@ class Phase(Model):
     """Tokens of one optimiser step over all ranks. If unset: the stage's `batch`."""
 
     learning_rate: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
-    """Highest learning rate; the phase then has the stage's schedule to itself. If unset: the stage's one schedule goes
-    on across phases."""
+    """Highest learning rate. If set, the phase has a whole schedule of its own. If unset: the stage's schedule
+    continues across phases."""
 
     weights: Annotated[tuple[DataWeight, ...], Field(max_length=64)] = ()
-    """The phase's data mix. Default: the weights given in `data`."""
+    """Weights of the data sets in this phase. If empty, the weights in `data` apply."""
 
     rope_theta: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
-    """Base of the rotary position embedding from this phase on (InternLM2: 50,000, then 1,000,000). If unset: as
-    before."""
+    """Base of the rotary position embedding from this phase on (InternLM2: 50,000, then 1,000,000). If unset: that of
+    the previous phase."""
 
 
 class PretrainStage(TextTraining):
-    """Next-token training on text."""
+    """Train on the next token of text."""
 
     constraints = (
         exactly_one("model", "architecture"),
@@ -134,20 +134,21 @@ class PretrainStage(TextTraining):
     )
 
     model: Reference | None = None
-    """Model to go on from: a stage's artifact or a Hugging Face folder (safetensors only). If unset: `architecture`."""
+    """Model to continue from: a stage's artifact or a Hugging Face folder (safetensors only). If unset: `architecture`
+    is set."""
 
     architecture: Architecture | None = None
-    """Start from nothing with this shape. If unset: `model` is given."""
+    """Shape of a new model to start from. If unset: `model` is set."""
 
     rope_theta: Annotated[float, Field(ge=1.0, le=1e12)] | None = None
     """New base of the rotary position embedding. If unset: the model's own."""
 
     rope_scaling: RopeScaling | None = None
-    """Stretch rotary positions. If unset: the model's own."""
+    """Scaling of rotary positions. If unset: the model's own."""
 
     phases: Annotated[tuple[Phase, ...], Field(max_length=32)] = ()
-    """Parts of training, in order; their tokens are the budget. Default: one phase with the stage's own settings and
-    `budget`."""
+    """Parts of training, in order. Their tokens replace `budget`. If empty, there is one phase with the stage's
+    settings and `budget`."""
 
     def spans(self) -> tuple[Span, ...]:
         phases = tuple(

@@ -1,4 +1,4 @@
-"""`rewardModel`: learn from preferences what an answer is worth."""
+"""`rewardModel`: train a model that scores answers, on preferences."""
 
 from __future__ import annotations
 
@@ -25,70 +25,70 @@ class DomainSource(WeightedSource):
     """Preferences to train on."""
 
     domain: Identifier | None = None
-    """What the preferences are about: chooses the system prompt in `domains`, and the row of the report. If unset: of
-    no domain."""
+    """Domain of the preferences: selects the system prompt in `domains` and the row of the report. If unset: no
+    domain."""
 
 
 class DomainNamedSource(NamedSource):
     """Preferences with a name, to measure on."""
 
     domain: Identifier | None = None
-    """What the preferences are about, as in `data`. If unset: of no domain."""
+    """Domain of the preferences, as in `data`. If unset: no domain."""
 
 
 class DomainHeldOut(HeldOut):
     """Measurement on held-out preferences."""
 
     sets: Annotated[tuple[DomainNamedSource, ...], Field(max_length=16)] = ()
-    """Sets whose loss, accuracy, margin and calibration are measured. Default: none."""
+    """Data sets whose loss, accuracy, margin and calibration are measured."""
 
 
 class PairLoss(Model):
-    """Bradley-Terry: -log σ(r_w - r_l - margin), every pair for itself."""
+    """Bradley-Terry loss: -log σ(r_w - r_l - margin) for every pair separately."""
 
     margin: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
-    """By how much the better answer should lead, before the sigmoid. Default: 0."""
+    """Margin subtracted before the sigmoid, by which the better answer should lead."""
 
     centering: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
-    """Weight of (r_w + r_l)², which keeps rewards around 0 (arXiv 2312.09244). Default: 0."""
+    """Weight of (r_w + r_l)², which keeps rewards near 0 (arXiv 2312.09244)."""
 
 
 class RankedLoss(Model):
-    """InstructGPT (arXiv 2203.02155): the mean over all pairs of a prompt's answers, which stay in one micro-batch, so
-    that a prompt counts once however many answers it has."""
+    """InstructGPT's loss (arXiv 2203.02155): the mean over all pairs of a prompt's answers. All answers of a prompt are
+    in one micro-batch, so that a prompt counts once, however many answers it has."""
 
 
 class FocalLoss(Model):
-    """COOL (arXiv 2403.17297): -(1 - 2 max(0, P - ½))^gamma · log P with P = σ(r_w - r_l), and a barrier that keeps
-    rewards inside the limits."""
+    """COOL's loss (arXiv 2403.17297): -(1 - 2 max(0, P - ½))^gamma · log P with P = σ(r_w - r_l), plus a barrier that
+    keeps rewards within limits."""
 
     gamma: Annotated[float, Field(ge=0.0, le=10.0)] = 2.0
-    """How fast easy pairs lose their weight. Default: 2."""
+    """Exponent: how fast easy pairs lose weight."""
 
     barrier: Annotated[float, Field(ge=0.0, le=100.0)] = 0.02
-    """Weight of -(log(x + limit) + log(limit - x)). Default: 0.02."""
+    """Weight of the barrier -(log(x + limit) + log(limit - x))."""
 
     limit: Annotated[float, Field(ge=0.01, le=1000.0)] = 5.0
-    """Rewards stay inside (-limit, limit). Default: 5."""
+    """Rewards stay within (-limit, limit)."""
 
 
 class PreferenceLoss(Model):
-    """What a reward model minimises. Exactly one member."""
+    """Loss of a reward model. Exactly one member must be set."""
 
     constraints = (exactly_one("pair", "ranked", "focal"),)
 
     pair: PairLoss | None = None
-    """Bradley-Terry. If unset: another member is given."""
+    """Bradley-Terry loss. If unset: another member is set."""
 
     ranked: RankedLoss | None = None
-    """InstructGPT's K-ranked loss. If unset: another member is given."""
+    """InstructGPT's ranking loss over all pairs of a prompt. If unset: another member is set."""
 
     focal: FocalLoss | None = None
-    """COOL's focal ranking loss with a barrier. If unset: another member is given."""
+    """COOL's focal ranking loss with a barrier. If unset: another member is set."""
 
 
 class BiasOn(StrEnum):
-    """Answers whose mean reward the bias makes 0."""
+    """Answers whose mean reward the bias sets to 0."""
 
     NONE = "none"
     CHOSEN = "chosen"
@@ -96,29 +96,29 @@ class BiasOn(StrEnum):
 
 
 class RewardModelStage(MeasuredTraining):
-    """Train a model to score answers. `budget` and `batch` count prompts with all their answers."""
+    """Train a model that scores answers. `budget` and `batch` count prompts with all their answers."""
 
     model: Reference
-    """Model to start from, usually an `sft` stage's; its head is replaced by a linear one on the last token."""
+    """Model to start from, usually an `sft` stage's. Its head is replaced with a linear one on the last token."""
 
     data: Annotated[tuple[DomainSource, ...], Field(min_length=1, max_length=64)]
     """Preferences to train on, mixed exactly by weight: pairs, comparisons or ranked answers."""
 
     held_out: DomainHeldOut = DomainHeldOut()
-    """Measurement before, during and after training. Default: none."""
+    """Measurement before, during and after training."""
 
     template: Template | None = None
-    """How a conversation becomes text. If unset: the chat template of the model's tokenizer."""
+    """How conversations are rendered as text. If unset: the chat template of the model's tokenizer."""
 
     loss: PreferenceLoss = PreferenceLoss(ranked=RankedLoss())
-    """What is minimised. Default: ranked."""
+    """Loss to minimise."""
 
     domains: Annotated[tuple[Domain, ...], Field(max_length=64)] = ()
-    """System prompts by domain. Default: none."""
+    """System prompts by domain."""
 
     normalize_bias: BiasOn = BiasOn.CHOSEN
-    """After training the head's bias is set so that these answers of the training set have the mean reward 0, as
-    InstructGPT does before PPO. Default: chosen."""
+    """Answers of the training set whose mean reward is set to 0 by the head's bias after training, as InstructGPT does
+    before PPO."""
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -19,67 +19,67 @@ from stagecoach_api.training import TextTraining
 
 
 class HindsightMode(StrEnum):
-    """What becomes of ranked answers."""
+    """How ranked answers are used."""
 
     CHAIN = "chain"
     BEST = "best"
 
 
 class Feedback(Model):
-    """Words in front of an answer that say how good it is."""
+    """Texts placed before an answer that state how good it is."""
 
     good: ShortText
-    """In front of the best answer, such as `A helpful answer:`."""
+    """Text before the best answer, such as `A helpful answer:`."""
 
     bad: ShortText
-    """In front of the others, such as `An unhelpful answer:`."""
+    """Text before the others, such as `An unhelpful answer:`."""
 
 
 class Hindsight(Model):
-    """Learn from ranked answers by imitation (chain of hindsight, arXiv 2302.02676; fine-tuning on the best answer)."""
+    """Imitation learning from ranked answers (chain of hindsight, arXiv 2302.02676; fine-tuning on the best answer)."""
 
     mode: HindsightMode = HindsightMode.CHAIN
-    """`chain`: prompt, then feedback words and answers from the worst to the best in one sequence, with loss on the
-    answers only, and beside it the best answer alone as it is asked for; `best`: the best answer alone, as in plain
-    fine-tuning. Default: chain."""
+    """How ranked answers are used. `chain`: one sequence of the prompt and the answers from worst to best, each after a
+    feedback text, with loss on the answers only; plus the best answer alone, as it is prompted for later. `best`: the
+    best answer alone, as in plain fine-tuning."""
 
     feedback: Annotated[tuple[Feedback, ...], Field(min_length=1, max_length=64)] = (
         Feedback(good="A helpful answer:", bad="An unhelpful answer:"),
         Feedback(good="A good answer:", bad="A bad answer:"),
         Feedback(good="Better:", bad="Worse:"),
     )
-    """`chain` only: words to choose from at random, once a record. A served model is asked with the
-    `good` words in front of its answer (`generation.answerBeginsWith`).
-    Default: three English pairs."""
+    """For `chain` only: texts to choose from at random, once per record. A served model is prompted with the `good`
+    text before its answer (`generation.answerBeginsWith`)."""
 
     max_masked_share: Fraction = 0.05
-    """`chain` only: each row hides a random share of its tokens, from 0 to this, so that the model cannot copy the
-    answer in front. Default: 0.05."""
+    """For `chain` only: each row masks a random share of its tokens, between 0 and this, so that the model cannot copy
+    the previous answer."""
 
 
 class SftStage(TextTraining):
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning on instructions and conversations."""
 
     model: Reference
-    """Model to tune: a stage's artifact or a Hugging Face folder (safetensors only)."""
+    """Model to fine-tune: a stage's artifact or a Hugging Face folder (safetensors only)."""
 
     template: Template
-    """How a conversation becomes text."""
+    """How conversations are rendered as text."""
 
     loss: Loss = Loss()
-    """Which tokens carry loss. Default: what the assistant says and the tools it calls."""
+    """Which tokens carry loss."""
 
     packing: bool = True
-    """Put several conversations into one row; none sees another. Models whose attention cannot tell them apart (BLOOM,
-    OPT) are refused and need `false`. Default: true."""
+    """Pack several conversations into one row without attention between them. Models whose attention cannot separate
+    them (BLOOM, OPT) are rejected and need `false`."""
 
     too_long: TooLong = TooLong.DROP
-    """`split` between turns into several samples (the system prompt stays in front of each), `drop` and count, `cut` at
-    the end and count, or `fail` and name the record. Default: drop."""
+    """What happens to a conversation longer than `sequenceLength`. `split`: split it between turns into several
+    samples, each with the system prompt. `drop`: drop and count it. `cut`: truncate and count it. `fail`: fail the
+    stage and name the record."""
 
     hindsight: Hindsight | None = None
-    """What becomes of preference records (`pairs`, `comparison`, `ranked`) in `data`; conversations and text beside
-    them are trained on as ever, text being the regulariser. If unset: `data` has no preference records."""
+    """How preference records (`pairs`, `comparison`, `ranked`) in `data` are used. Conversations and text next to them
+    are trained on as usual, text as a regulariser. If unset: `data` must not have preference records."""
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ from stagecoach_api.summary_tables import ChangeTable
 
 
 class Algorithm(StrEnum):
-    """SentencePiece's model types."""
+    """Model types of SentencePiece."""
 
     BPE = "bpe"
     UNIGRAM = "unigram"
 
 
 class Normalization(StrEnum):
-    """SentencePiece's normalisation rules."""
+    """Normalisation rules of SentencePiece."""
 
     IDENTITY = "identity"
     NFKC = "nmt_nfkc"
@@ -31,31 +31,31 @@ class Normalization(StrEnum):
 class TrainVocabulary(Model):
     """Train a SentencePiece vocabulary."""
 
-    # In YAML 1.1, and so for kubectl, a bare `on` is the truth value true: outside, the field is called `data`.
+    # In YAML 1.1, and so for kubectl, a bare `on` is the boolean true: in YAML the field is called `data`.
     on: Annotated[tuple[RecordSource, ...], Field(alias="data", min_length=1, max_length=64)]
     """Text to train on."""
 
     vocab_size: Annotated[int, Field(ge=16, le=1_000_000)]
-    """Pieces of the trained vocabulary, control and byte pieces included."""
+    """Number of pieces of the trained vocabulary, including control and byte pieces."""
 
     algorithm: Algorithm = Algorithm.BPE
-    """`bpe` or `unigram`. Default: bpe."""
+    """Model type of SentencePiece."""
 
     character_coverage: Fraction = 0.9995
-    """Share of the text's characters that get a piece of their own; the rest falls back to bytes. Default: 0.9995."""
+    """Share of the text's characters that get a piece of their own. All others are encoded as bytes."""
 
     normalization: Normalization = Normalization.IDENTITY
-    """Normalisation in front of the vocabulary. Default: identity, as LLaMA's."""
+    """Normalisation before encoding. LLaMA uses `identity`."""
 
     split_digits: bool = True
-    """Make every digit a piece of its own. Default: true, as LLaMA's."""
+    """Make every digit a separate piece, as in LLaMA."""
 
     max_sentences: Annotated[int, Field(ge=1, le=100_000_000)] = 2_000_000
-    """Sentences sampled for training. Default: 2,000,000."""
+    """Number of sentences to sample for training."""
 
 
 class MergedCharacters(StrEnum):
-    """Which pieces of the second vocabulary are taken."""
+    """Pieces of the second vocabulary to add."""
 
     ALL = "all"
     CJK = "cjk"
@@ -69,18 +69,19 @@ class MergedScore(StrEnum):
 
 
 class MergeVocabulary(Model):
-    """Append the pieces of a second vocabulary to the base; base ids never move, duplicates are dropped."""
+    """Append the pieces of a second vocabulary to the base. Ids of the base do not change; duplicates are dropped."""
 
     vocabulary: Reference | None = None
-    """A SentencePiece `.model` file or `tokenizer` artifact to merge. If unset: the one trained by `train`."""
+    """SentencePiece `.model` file or `tokenizer` artifact to merge. If unset: the vocabulary trained by `train`."""
 
     characters: MergedCharacters = MergedCharacters.ALL
-    """`all` takes every new piece; `cjk` only those made of CJK characters alone, so that old text keeps its encoding.
-    Default: all."""
+    """Pieces to add. `all`: every new piece. `cjk`: only those of CJK characters alone, so that the encoding of other
+    text does not change."""
 
     score: MergedScore = MergedScore.BELOW
-    """`below`: under the lowest ordinary base score in steps of 1, in the second vocabulary's order; `zero`: all 0, as
-    Chinese-LLaMA did (with a warning: SentencePiece and transformers then disagree). Default: below."""
+    """Score of added pieces. `below`: less than the lowest score of an ordinary base piece, decreasing in steps of 1 in
+    the second vocabulary's order. `zero`: 0 for all, as in Chinese-LLaMA (with a warning: SentencePiece and
+    transformers then disagree)."""
 
 
 class AddTokens(Model):
@@ -89,22 +90,22 @@ class AddTokens(Model):
     input_file = "characters_from"
 
     characters: Annotated[str, Field(max_length=65536)] = ""
-    """Characters to add, each a piece of its own; those the base has are skipped. Default: none."""
+    """Characters to add, each as a separate piece. Characters that the base has are skipped."""
 
     characters_from: Uri | None = None
-    """A UTF-8 text file whose distinct characters, blanks apart, are added. If unset: no file."""
+    """UTF-8 text file whose distinct characters, without whitespace, are added. If unset: no file is read."""
 
     special_tokens: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=128)], ...], Field(max_length=1024)
     ] = ()
-    """Tokens never split and never produced from text, such as `<|im_start|>`. Default: none."""
+    """Tokens that are never split and never result from encoding text, such as `<|im_start|>`."""
 
     pad_token: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Special token to add for padding, such as `[PAD]`. If unset: none is added."""
 
 
 class TokenizerStage(StageConfig):
-    """Make a vocabulary: train one, merge one into a base, add tokens; at least one of the three."""
+    """Make a vocabulary: train one, merge one into a base, or add tokens. At least one of the three must be set."""
 
     constraints = (
         Constraint(
@@ -127,21 +128,21 @@ class TokenizerStage(StageConfig):
     )
 
     base: Reference | None = None
-    """Vocabulary to start from: a `tokenizer` artifact, a Hugging Face folder or a SentencePiece `.model` file.
-    If unset: `train` makes the vocabulary from nothing."""
+    """Vocabulary to start from: a `tokenizer` artifact, a Hugging Face folder or a SentencePiece `.model` file. If
+    unset: `train` makes the whole vocabulary."""
 
     train: TrainVocabulary | None = None
     """Train a vocabulary. If unset: none is trained."""
 
     merge: MergeVocabulary | None = None
-    """Merge into `base`. If unset: nothing is merged."""
+    """Merge a vocabulary into `base`. If unset: none is merged."""
 
     add: AddTokens | None = None
-    """Append characters or special tokens. If unset: nothing is added."""
+    """Append characters or special tokens. If unset: none are added."""
 
     measure_on: Annotated[tuple[NamedSource, ...], Field(max_length=16)] = ()
-    """Held-out text on which tokens per character, round trips and the agreement of SentencePiece and transformers
-    are measured. Default: none."""
+    """Held-out text on which tokens per character, round trips, and the agreement of SentencePiece and transformers are
+    measured."""
 
     def new_vocabulary_size(self) -> int:
         return self.train.vocab_size if self.train is not None else 0

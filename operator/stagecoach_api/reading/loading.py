@@ -1,4 +1,4 @@
-"""From a file to a run: YAML, overrides, validation. Every problem says the file and the line."""
+"""From a file to a run: YAML, overrides, validation. Every problem has the file and the line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LoadedRun:
     run: TrainingRun
 
     source: Path | None
-    """The run file. None: the run was given as text."""
+    """The run file; None if the run was given as text."""
 
     folder: Path
-    """Folder of the run file, absolute: relative inputs are resolved against it where `storage.inputs` is None."""
+    """Folder of the run file, absolute: relative inputs are resolved against it if `storage.inputs` is unset."""
 
     document: Mapping[str, Any]
     """The run as written, overrides applied: plain JSON values without defaults."""
@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
     except IsADirectoryError:
         rule, remedy = "is a folder", "name the run file in it"
     except FileNotFoundError:
-        rule, remedy = "there is no such file", "check the path"
+        rule, remedy = "no such file", "check the path"
     except OSError as error:
         rule, remedy = f"cannot be read: {error.strerror}", "check the path and its permissions"
     raise InvalidRun([Problem("", MISSING, rule, remedy, None, str(path))])
@@ -91,7 +91,7 @@ def _locate(
 def _merge(
     unreadable: Sequence[tuple[FieldPath, Problem]], found: Sequence[tuple[FieldPath, Problem]]
 ) -> list[Problem]:
-    """Sort as the file has them; what has no line comes last. An unreadable value says nothing about the schema."""
+    """Sort by line, problems without one last. The schema's problems of unreadable values are left out."""
     paths = {path for path, _ in unreadable}
     problems = [problem for _, problem in unreadable] + [problem for path, problem in found if path not in paths]
     return sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))

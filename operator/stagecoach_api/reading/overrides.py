@@ -26,7 +26,7 @@ class _Unknown(Exception):
 
 @dataclass(frozen=True)
 class Override:
-    """One `--set`, taken apart."""
+    """One parsed `--set`."""
 
     text: str
     """As it was given: `PATH=VALUE`."""
@@ -39,7 +39,7 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Take `PATH=VALUE` apart; the value is YAML. Raises `InvalidRun`."""
+    """Parse `PATH=VALUE`; the value is YAML. Raises `InvalidRun`."""
     path, equals, value = text.partition("=")
     segments = tuple(segment for segment in _SEGMENT.split(path.strip()) if segment)
     if not equals or not segments:
@@ -61,7 +61,7 @@ def _parse_value(text: str, source: str) -> Any:
 def apply_overrides(document: dict[str, Any], texts: Sequence[str]) -> tuple[dict[str, Any], dict[FieldPath, str]]:
     """Return the document with every override set, and where each changed path's value came from.
 
-    Raises `InvalidRun` with every override that fits no field.
+    Raises `InvalidRun` with every override that matches no field.
     """
     document = copy.deepcopy(document)
     sources: dict[FieldPath, str] = {}
@@ -87,7 +87,7 @@ def _apply(document: dict[str, Any], override: Override) -> FieldPath:
     return path
 
 
-# -- from what people write to a path in the document ------------------------------------------------------------------
+# -- from the text of an override to a path in the document -----------------------------------------------------------
 
 
 def _resolve(document: dict[str, Any], segments: tuple[str, ...]) -> FieldPath:
@@ -125,11 +125,11 @@ def _stage_index(segment: str, names: list[Any]) -> int:
     if segment.isdigit() and int(segment) < len(names):
         return int(segment)
     known = [str(name) for name in names if name is not None]
-    raise _Unknown(f"`{segment}` is no stage of this run", suggest(segment, known))
+    raise _Unknown(f"`{segment}` is not a stage of this run", suggest(segment, known))
 
 
 def _with_kind(stage: dict[str, Any], segments: tuple[str, ...]) -> tuple[str, ...]:
-    """Put the stage's kind in front where the field is its configuration's."""
+    """Prepend the stage's kind if the field belongs to its configuration."""
     kinds = [kind for kind in STAGE_KINDS if stage.get(kind) is not None]
     if len(kinds) != 1:
         return segments
@@ -142,7 +142,7 @@ def _with_kind(stage: dict[str, Any], segments: tuple[str, ...]) -> tuple[str, .
     if first in fields_of(Stage):
         return segments
     allowed = [*config, *(name for name in fields_of(Stage) if name == kind or name not in STAGE_KINDS)]
-    raise _Unknown(f"`{first}` is no field of this {kind} stage", suggest(first, allowed))
+    raise _Unknown(f"`{first}` is not a field of this {kind} stage", suggest(first, allowed))
 
 
 def _typed_path(shape: Shape, segments: tuple[str, ...], value: Any) -> FieldPath:
@@ -152,7 +152,7 @@ def _typed_path(shape: Shape, segments: tuple[str, ...], value: Any) -> FieldPat
         if shape.model is not None:
             fields = fields_of(shape.model)
             if segment not in fields:
-                raise _Unknown(f"`{segment}` is no field of {shape.model.__name__}", suggest(segment, list(fields)))
+                raise _Unknown(f"`{segment}` is not a field of {shape.model.__name__}", suggest(segment, list(fields)))
             path.append(segment)
             shape = shape_of(fields[segment].annotation)
         elif shape.item is not None:
@@ -162,7 +162,7 @@ def _typed_path(shape: Shape, segments: tuple[str, ...], value: Any) -> FieldPat
             path.append(segment)
             shape = shape_of(shape.value)
         else:
-            raise _Unknown(f"`{path[-1]}` is one value and has no `{segment}`", "shorten the path")
+            raise _Unknown(f"`{path[-1]}` is a single value and has no `{segment}`", "shorten the path")
         value = _child(value, path[-1])
     return tuple(path)
 
@@ -171,7 +171,7 @@ def _list_index(segment: str, value: Any) -> int:
     """An index of the list, or one past its end, which adds an item."""
     length = len(value) if isinstance(value, list) else 0
     if not segment.isdigit() or int(segment) > length:
-        raise _Unknown(f"`{segment}` is no index of a list of {length}", f"write a number from 0 to {length}")
+        raise _Unknown(f"`{segment}` is not an index of a list of {length}", f"write a number from 0 to {length}")
     return int(segment)
 
 
@@ -187,7 +187,7 @@ def _child(value: Any, step: str | int) -> Any:
 
 
 def _put(document: dict[str, Any], path: FieldPath, value: Any) -> None:
-    """Set the value, making mappings and lists that are missing on the way."""
+    """Set the value, creating the mappings and lists above it that are missing."""
     here: Any = document
     for step, following in pairwise(path):
         child = _child(here, step)

@@ -1,4 +1,4 @@
-"""Pydantic's errors as problems: in the run's own words, with the field that was probably meant."""
+"""Pydantic's errors as problems, in terms of the run file, with the field that was probably meant."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from stagecoach_api.problems import MISSING, Problem, suggest
 from stagecoach_api.references import Reference
 
 Wording = Callable[[type[Model], ErrorDetails], tuple[str, str]]
-"""Turns the error of a field below a root model into (rule, remedy)."""
+"""Converts the error of a field below a root model into (rule, remedy)."""
 
 
 def schema_problems(root: type[Model], error: ValidationError) -> list[tuple[FieldPath, Problem]]:
-    """Return the problems of a validation error, each with its path, without those that merely follow from others."""
+    """Return the problems of a validation error, each with its path, without those that only follow from others."""
     found = [(detail["loc"], _problem(root, detail)) for detail in error.errors(include_url=False)]
     details = error.errors(include_url=False)
     return [pair for pair, detail in zip(found, details, strict=True) if not _follows_from_others(detail)]
 
 
 def _follows_from_others(detail: ErrorDetails) -> bool:
-    """A list whose items are wrong is also reported as too short, because no item was left."""
+    """Pydantic also reports a list with invalid items as too short, because no item was left."""
     value = detail["input"]
     return detail["type"] == "too_short" and isinstance(value, list) and len(value) >= detail["ctx"]["min_length"]
 
@@ -72,8 +72,8 @@ def _unknown_field(root: type[Model], detail: ErrorDetails) -> tuple[str, str]:
     owner, name = _owner(root, detail), str(detail["loc"][-1])
     fields = list(fields_of(owner))
     if not fields:
-        return f"`{name}` is no field of {owner.__name__}, which has none", "remove it"
-    return f"`{name}` is no field of {owner.__name__}", suggest(name, fields)
+        return f"`{name}` is not a field of {owner.__name__}, which has none", "remove it"
+    return f"`{name}` is not a field of {owner.__name__}", suggest(name, fields)
 
 
 def _enum(_: type[Model], detail: ErrorDetails) -> tuple[str, str]:
@@ -130,7 +130,7 @@ def _length(words: str, key: str, unit: str) -> Wording:
 
 
 _PATTERNS = {
-    r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "small letters, digits and `-`, a letter or digit at both ends",
+    r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and `-`, with a letter or digit at both ends",
     r"^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$": "letters, digits, `-`, `_` and `.`, a letter or digit at both ends",
     r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$": "a Kubernetes quantity, such as `96`, `500m` or `1000Gi`",
 }
@@ -155,11 +155,11 @@ def _mapping(root: type[Model], detail: ErrorDetails) -> tuple[str, str]:
 def _list(_: type[Model], detail: ErrorDetails) -> tuple[str, str]:
     if detail["input"] is None:
         return "must be a list, and is empty", "leave the field out, or write `[]`"
-    return "must be a list", "write it as a list, each item behind a `- `"
+    return "must be a list", "write it as a list, each item after a `- `"
 
 
 def _model_rule(root: type[Model], detail: ErrorDetails) -> tuple[str, str]:
-    """Word a broken constraint over several fields of a model."""
+    """Return the rule and the remedy of a broken constraint between fields of a model."""
     error, value = detail["ctx"]["error"], detail["input"]
     if not isinstance(error, ConstraintError):
         return str(error), "change one of the fields the rule names"

@@ -1,8 +1,8 @@
-"""YAML as a run file may use it: plain values with the lines they stand on.
+"""The subset of YAML that run files may use: plain values, each with its line.
 
-Refused, because the API server would read something else or because a small file could become a huge value: aliases and
-anchors, tags, duplicate keys, several documents, more than `MAX_DEPTH` levels, `MAX_NODES` values or `MAX_BYTES` bytes,
-and words such as `yes` that are text to YAML 1.2 and true to kubectl.
+Rejected, because the API server would read something else or because a small file could expand to a huge value:
+aliases and anchors, tags, duplicate keys, several documents, more than `MAX_DEPTH` levels, `MAX_NODES` values or
+`MAX_BYTES` bytes, and values such as `yes` that are text to YAML 1.2 and true to kubectl.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from stagecoach_api.fields import FieldPath, format_path
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
 
 MAX_BYTES = 1_000_000
-"""An object in etcd may have 1.5 MB, and it is stored as JSON."""
+"""An object in etcd may have 1.5 MB and is stored as JSON."""
 MAX_DEPTH = 32
 MAX_NODES = 50_000
-"""The largest runs have some thousands; reading these takes seconds."""
+"""The largest runs have some thousands; reading this many takes seconds."""
 MAX_DIGITS = 40
 
 
 @dataclass(frozen=True)
 class Read:
-    """A document and where its parts stand."""
+    """A document and the lines of its parts."""
 
     value: Any
     lines: Mapping[FieldPath, int]
     """Line, from 1, of every field's name and every list item."""
 
     problems: tuple[tuple[FieldPath, Problem], ...]
-    """What must not stand there, though the document can be read."""
+    """Problems that do not prevent reading the document."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class _State:
     lines: dict[FieldPath, int] = field(default_factory=dict)
     problems: list[tuple[FieldPath, Problem]] = field(default_factory=list)
 
-    def refuse(self, path: FieldPath, node_or_mark: Any, value: Any, rule: str, remedy: str) -> None:
+    def reject(self, path: FieldPath, node_or_mark: Any, value: Any, rule: str, remedy: str) -> None:
         mark = getattr(node_or_mark, "start_mark", node_or_mark)
         problem = Problem(format_path(path), value, rule, remedy, mark.line + 1, self.source)
         self.problems.append((path, problem))
@@ -53,7 +53,7 @@ class _State:
 def read_yaml(text: str, source: str = "") -> Read:
     """Read one YAML document. `source` names the file in problems.
 
-    Raises `InvalidRun` where there is no document to speak of; smaller faults are in the answer's `problems`.
+    Raises `InvalidRun` if there is no document at all; other problems are in the result's `problems`.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
@@ -61,8 +61,8 @@ def read_yaml(text: str, source: str = "") -> Read:
     state = _State(source)
     node = _compose(text, state)
     if node is None:
-        refused = [problem for _, problem in state.problems]
-        raise InvalidRun(refused or [_whole(source, "is empty", "write a TrainingRun")])
+        rejected = [problem for _, problem in state.problems]
+        raise InvalidRun(rejected or [_whole(source, "is empty", "write a TrainingRun")])
     state.lines[()] = node.start_mark.line + 1
     value = _build(node, (), state)
     return Read(value, state.lines, tuple(state.problems))
@@ -76,7 +76,7 @@ def _whole(source: str, rule: str, remedy: str) -> Problem:
 
 
 class _Composer(yaml.SafeLoader):
-    """Makes nodes, with every plain scalar untyped, and refuses aliases and depth before they cost anything."""
+    """Makes nodes, with every plain scalar untyped, and rejects aliases and deep nesting before they cost anything."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as the base class has it
     depth = 0
@@ -85,16 +85,16 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it untyped
         if isinstance(event, yaml.AliasEvent):
-            raise _Refused(event.start_mark, f"*{event.anchor}", "aliases are not read", "write the value out")
+            raise _Rejected(event.start_mark, f"*{event.anchor}", "aliases are not supported", "write the value out")
         if getattr(event, "anchor", None) is not None:
-            raise _Refused(event.start_mark, f"&{event.anchor}", "anchors are not read", "take it out")
+            raise _Rejected(event.start_mark, f"&{event.anchor}", "anchors are not supported", "remove it")
         if getattr(event, "tag", None) is not None:
-            raise _Refused(event.start_mark, event.tag, "tags are not read", "take it out")
+            raise _Rejected(event.start_mark, event.tag, "tags are not supported", "remove it")
         if self.depth >= MAX_DEPTH:
-            raise _Refused(event.start_mark, MISSING, f"must have at most {MAX_DEPTH} levels", "flatten it")
+            raise _Rejected(event.start_mark, MISSING, f"must have at most {MAX_DEPTH} levels", "flatten it")
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
-            raise _Refused(event.start_mark, MISSING, f"must have at most {MAX_NODES:,} values", "split the run")
+            raise _Rejected(event.start_mark, MISSING, f"must have at most {MAX_NODES:,} values", "split the run")
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -102,29 +102,33 @@ class _Composer(yaml.SafeLoader):
             self.depth -= 1
 
 
-class _Refused(yaml.YAMLError):
+class _Rejected(yaml.YAMLError):
     def __init__(self, mark: Any, value: Any, rule: str, remedy: str) -> None:
         self.mark, self.value, self.rule, self.remedy = mark, value, rule, remedy
         super().__init__(rule)
 
 
 def _compose(text: str, state: _State) -> Node | None:
-    """Return the root node; None: there is none, or it is refused."""
+    """Return the root node; None if there is none or it is rejected."""
     try:
         loader = _Composer(text)
     except yaml.YAMLError as error:
-        raise InvalidRun([_whole(state.source, f"is no text that YAML allows: {error}", "remove it")]) from None
+        raise InvalidRun(
+            [_whole(state.source, f"contains characters that YAML does not allow: {error}", "remove it")]
+        ) from None
     try:
         return loader.get_single_node()
-    except _Refused as error:
-        state.refuse((), error.mark, error.value, error.rule, error.remedy)
+    except _Rejected as error:
+        state.reject((), error.mark, error.value, error.rule, error.remedy)
     except yaml.composer.ComposerError as error:
-        state.refuse((), error.problem_mark, MISSING, "must be one document", "keep one TrainingRun in a file")
+        state.reject((), error.problem_mark, MISSING, "must be one document", "keep one TrainingRun in a file")
     except yaml.MarkedYAMLError as error:
-        rule = f"is no YAML: {error.problem}" + (f", {error.context}" if error.context else "")
-        state.refuse((), error.problem_mark or error.context_mark, MISSING, rule, "correct the line or the one above")
+        rule = f"is not valid YAML: {error.problem}" + (f", {error.context}" if error.context else "")
+        state.reject((), error.problem_mark or error.context_mark, MISSING, rule, "correct the line or the one above")
     except yaml.YAMLError as error:
-        raise InvalidRun([_whole(state.source, f"is no text that YAML allows: {error}", "remove it")]) from None
+        raise InvalidRun(
+            [_whole(state.source, f"contains characters that YAML does not allow: {error}", "remove it")]
+        ) from None
     finally:
         loader.dispose()
     return None
@@ -145,16 +149,16 @@ def _build_mapping(node: MappingNode, path: FieldPath, state: _State) -> dict[st
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, ScalarNode):
-            state.refuse(path, key_node, MISSING, "a field's name must be text", "write `name: value`")
+            state.reject(path, key_node, MISSING, "a field name must be text", "write `name: value`")
             continue
         key = key_node.value
         place = (*path, key)
         if key in found:
             rule = f"is given twice, first on line {state.lines[place]}"
-            state.refuse(place, key_node, MISSING, rule, "remove one of the two")
+            state.reject(place, key_node, MISSING, rule, "remove one of the two")
             continue
         if key == "<<" and key_node.style is None:
-            state.refuse(place, key_node, MISSING, "merge keys are not read", "write the fields out")
+            state.reject(place, key_node, MISSING, "merge keys are not supported", "write the fields out")
             continue
         state.lines[place] = key_node.start_mark.line + 1
         found[key] = _build(value_node, place, state)
@@ -177,7 +181,7 @@ def _build_scalar(node: ScalarNode, path: FieldPath, state: _State) -> Any:
         return parse_scalar(node.value)
     except ValueError as error:
         rule, _, remedy = str(error).partition("; ")
-        state.refuse(path, node, node.value, rule, remedy)
+        state.reject(path, node, node.value, rule, remedy)
         return None
 
 
@@ -198,9 +202,9 @@ _LARGEST_EXACT_FLOAT = 2.0**53
 
 
 def parse_scalar(text: str) -> Any:
-    """Return the value of a plain scalar, as kubectl and YAML 1.2 both read it; `2e-5` is a number, `1e9` a whole one.
+    """Return the value of a plain scalar, as kubectl and YAML 1.2 both read it; `2e-5` is a float, `1e9` an integer.
 
-    Raises ValueError("rule; remedy") where the two would differ.
+    Raises ValueError("rule; remedy") if the two would differ.
     """
     if text in _WORDS:
         return _WORDS[text]

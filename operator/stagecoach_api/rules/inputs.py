@@ -32,7 +32,7 @@ def _check_uri(uri: str) -> tuple[str, str] | None:
         return None
     rest = uri[scheme.end() :]
     if "@" in rest.split("/")[0]:
-        return "must not hold credentials", "give `storage.credentials`, or let the SDK find them"
+        return "must not contain credentials", "give `storage.credentials`, or let the SDK find them"
     match scheme[1]:
         case "s3":
             return None if rest.split("/")[0] else ("must name a bucket", "write `s3://bucket/prefix`")
@@ -53,7 +53,9 @@ def the_endpoint_is_an_http_url(draft: Draft) -> Iterator[Fault]:
     except ValueError:
         valid, secret = False, False
     if secret:
-        yield Fault(path, endpoint, "must not hold credentials", "give `storage.credentials`, or let the SDK find them")
+        yield Fault(
+            path, endpoint, "must not contain credentials", "give `storage.credentials`, or let the SDK find them"
+        )
     elif not valid:
         yield Fault(path, endpoint, "must be an http or https URL", "write it as `https://s3.example.com`")
 

@@ -93,7 +93,7 @@ def the_warm_up_ends_before_training_does(draft: Draft) -> Iterator[Fault]:
                 stage.at("schedule", "warmupSteps"),
                 warmup,
                 f"must be at most {steps:,}, the steps of the budget",
-                "shorten the warm-up or lengthen the budget",
+                "shorten the warm-up or increase the budget",
             )
 
 
@@ -106,7 +106,7 @@ def warm_up_and_decay_leave_room_for_each_other(draft: Draft) -> Iterator[Fault]
             yield Fault(
                 stage.at("schedule"),
                 {"warmupShare": schedule.warmup_share, "decayShare": schedule.decay_share},
-                "`warmupShare` and `decayShare` must make at most 1 together",
+                "`warmupShare` and `decayShare` must add up to at most 1",
                 "lower one of them",
             )
 
@@ -151,7 +151,7 @@ def held_out_text_is_not_trained_on(draft: Draft) -> Iterator[Fault]:
 
 
 def _part(source: RecordSource) -> tuple[str, Split | None]:
-    """What a source reads; files have no parts."""
+    """Return what a source reads; files have no parts."""
     return source.key, source.split if source.stage is not None else None
 
 
@@ -159,7 +159,7 @@ def _part(source: RecordSource) -> tuple[str, Split | None]:
 
 
 def new_rows_need_a_larger_vocabulary(draft: Draft) -> Iterator[Fault]:
-    """Rows are new where this stage, or one before it on the way from the first model, was given a vocabulary."""
+    """Rows are new if this stage, or one of those its model comes from, has a vocabulary of its own."""
     stages = draft.by_name
     for stage, config in configs(draft, Training):
         path = _new_rows(stage, config)
@@ -169,7 +169,7 @@ def new_rows_need_a_larger_vocabulary(draft: Draft) -> Iterator[Fault]:
             yield Fault(
                 path,
                 "new",
-                "there are no new rows: all rows of a model made from `architecture` are",
+                "there are no new rows: all rows of a model made from `architecture` are new",
                 "train `full`, or `embeddings` with `rows: all`",
             )
         else:
@@ -182,7 +182,7 @@ def new_rows_need_a_larger_vocabulary(draft: Draft) -> Iterator[Fault]:
 
 
 def _vocabulary_may_have_grown(stage: DraftStage, stages: Mapping[str, DraftStage]) -> bool:
-    """Follow the models back to the first one; what could not be read may have grown it."""
+    """Follow the models back to the first one; a stage that could not be read may have grown the vocabulary."""
     seen: set[str] = set()
     config = stage.config
     while config is not None:
@@ -197,7 +197,7 @@ def _vocabulary_may_have_grown(stage: DraftStage, stages: Mapping[str, DraftStag
 
 
 def _new_rows(stage: DraftStage, config: Training) -> FieldPath | None:
-    """Path of the field that asks for new rows only."""
+    """Return the path of the field that asks for new rows only."""
     embeddings, lora = config.trainable.embeddings, config.trainable.lora
     if embeddings is not None and embeddings.rows is Rows.NEW:
         return stage.at("trainable", "embeddings", "rows")
@@ -214,7 +214,7 @@ def lora_layers_have_one_role(draft: Draft) -> Iterator[Fault]:
         for index, module in enumerate(lora.modules_to_save):
             path = stage.at("trainable", "lora", "modulesToSave", index)
             if module in lora.targets:
-                yield Fault(path, module, "is in `targets` too", "take it out of one of the two")
+                yield Fault(path, module, "is in `targets` too", "remove it from one of the two")
             if lora.new_rows and module in EMBEDDING_MODULES:
                 yield Fault(
                     path,
@@ -233,12 +233,12 @@ def only_an_adapter_is_continued(draft: Draft) -> Iterator[Fault]:
         path = stage.at("trainable", "lora", "continueAdapter")
         model = getattr(config, "model", None)
         if model is None:
-            yield Fault(path, True, "a model made from `architecture` is no adapter", "leave it out")
+            yield Fault(path, True, "a model made from `architecture` is not an adapter", "leave it out")
         elif model.stage in stages and _makes_whole_weights(stages[model.stage]):
             yield Fault(
                 path,
                 True,
-                f"`{model.stage}` makes whole weights, no adapter",
+                f"`{model.stage}` makes whole weights, not an adapter",
                 "leave it out, or name a stage that trains `lora`",
             )
 

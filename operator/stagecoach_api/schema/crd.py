@@ -1,8 +1,8 @@
-"""The CustomResourceDefinition, made from the models.
+"""The CustomResourceDefinition, generated from the models.
 
 A structural schema is not JSON Schema: no `$ref`, no `anyOf … null`, no `const`, `exclusiveMinimum` of another type. So
-the models' schema is rewritten keyword by keyword, and a keyword that is not known here stops the generator. There are
-no defaults in it: the models fill them in, and an object in etcd stays as small as it was written.
+the models' schema is rewritten keyword by keyword, and an unknown keyword stops the generator. Defaults are stated in
+descriptions only: the models fill them in, and an object in etcd stays as small as it was written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from stagecoach_api.base import Model, constraints_of
 from stagecoach_api.fields import fields_of, shape_of, walk_models
 from stagecoach_api.pods import Pods
 from stagecoach_api.schema.cel import cel_of
+from stagecoach_api.schema.defaults import described
 from stagecoach_api.spec import Metadata, RunSpec, TrainingRun
 from stagecoach_api.status import TrainingRunStatus
 
@@ -29,7 +30,7 @@ LIST_KEYS: dict[tuple[str, str], str] = {
     (TrainingRunStatus.__name__, "stages"): "name",
     (TrainingRunStatus.__name__, "conditions"): "type",
 }
-"""Lists whose items have a key of their own; every other list is replaced as a whole."""
+"""Lists whose items are merged by a key; every other list is replaced as a whole."""
 
 _KEPT = frozenset({"type", "format", "enum", "required", "pattern"}) | {
     f"{bound}{measure}" for bound in ("min", "max") for measure in ("imum", "Length", "Items", "Properties")
@@ -40,35 +41,36 @@ _FORMATS = {"integer": "int64", "number": "double"}
 
 
 class _Converter:
-    """Rewrites one model's JSON schema, definitions inlined."""
+    """Rewrites the JSON schema of one model with its definitions inlined."""
 
-    def __init__(self, root: type[Model]) -> None:
+    def __init__(self, root: type[Model], with_defaults: bool) -> None:
         schema = root.model_json_schema(by_alias=True)
         self.definitions: Mapping[str, Schema] = schema.pop("$defs", {})
         self.models = {model.__name__: model for model in walk_models(root)}
         self.root = root
+        self.with_defaults = with_defaults
         self.root_schema = schema
 
     def convert(self) -> Schema:
         return self._object(self.root, self.root_schema)
 
-    def _node(self, node: Schema, described: str | None = None) -> Schema:
-        """Return the structural schema of a node; `described` is the field's own description, which goes first."""
-        described = described or node.get("description")
+    def _node(self, node: Schema, description: str | None = None) -> Schema:
+        """Return the structural schema of a node; `description`, the field's, takes precedence over the node's."""
+        description = description or node.get("description")
         if "$ref" in node:
-            return self._reference(node["$ref"], described)
+            return self._reference(node["$ref"], description)
         if "anyOf" in node:
             (inner,) = [member for member in node["anyOf"] if member.get("type") != "null"]
-            return self._node(inner, described)
+            return self._node(inner, description)
         converted = self._keywords(node)
-        return _describe(converted, described)
+        return _describe(converted, description)
 
-    def _reference(self, reference: str, described: str | None) -> Schema:
+    def _reference(self, reference: str, description: str | None) -> Schema:
         name = reference.removeprefix("#/$defs/")
         definition = self.definitions[name]
         if name in self.models:
-            return _describe(self._object(self.models[name], definition), described)
-        return self._node(definition, described)
+            return _describe(self._object(self.models[name], definition), description)
+        return self._node(definition, description)
 
     def _keywords(self, node: Schema) -> Schema:
         found: Schema = {}
@@ -82,7 +84,7 @@ class _Converter:
             elif keyword == "additionalProperties":
                 found["additionalProperties"] = self._node(value)
             elif keyword not in _DROPPED and keyword != "description":
-                raise ValueError(f"keyword `{keyword}` has no place in a structural schema: {node}")
+                raise ValueError(f"keyword `{keyword}` is not allowed in a structural schema: {node}")
         if found.get("type") == "array":
             found["x-kubernetes-list-type"] = "atomic"
         if found.get("type") in _FORMATS:
@@ -107,10 +109,11 @@ class _Converter:
     def _property(self, model: type[Model], name: str, node: Schema) -> Schema:
         if model is TrainingRun and name == "metadata":
             return _metadata()
-        found = self._node(node)
         field = fields_of(model)[name]
+        description = described(name, field) if self.with_defaults else None
+        found = self._node(node, description)
         if shape_of(field.annotation).optional and field.default is not None:
-            found["nullable"] = True  # null says something else than leaving the field out
+            found["nullable"] = True  # null differs from leaving the field out
         key = LIST_KEYS.get((model.__name__, name))
         if key is not None:
             found |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
@@ -118,28 +121,31 @@ class _Converter:
 
 
 def _describe(node: Schema, description: str | None) -> Schema:
-    """Put a description, as one paragraph, in front."""
+    """Return the node with the description, as one paragraph, first."""
     rest = {keyword: value for keyword, value in node.items() if keyword != "description"}
     return {"description": " ".join(description.split()), **rest} if description else rest
 
 
 def _metadata() -> Schema:
-    """The API server checks metadata itself; only the name is held shorter here."""
+    """The API server checks metadata itself; only the name has a lower limit here."""
     name = Metadata.model_json_schema(by_alias=True)["properties"]["name"]
     kept = {keyword: value for keyword, value in name.items() if keyword in _KEPT}
     return {"type": "object", "properties": {"name": kept}}
 
 
-def structural_schema_of(model: type[Model]) -> Schema:
-    """Return a model's schema as a CRD may hold it. Raises ValueError for a keyword that has no place there."""
-    return _Converter(model).convert()
+def structural_schema_of(model: type[Model], with_defaults: bool = True) -> Schema:
+    """Return a model's schema as a CRD may contain it. Raises ValueError for a keyword that is not allowed there.
+
+    `with_defaults`: state the defaults in the descriptions.
+    """
+    return _Converter(model, with_defaults).convert()
 
 
 def structural_schema() -> Schema:
     """Return the OpenAPI v3 schema of a whole object: spec and status."""
     run = structural_schema_of(TrainingRun)
-    run["properties"]["status"] = structural_schema_of(TrainingRunStatus)
-    # Kubernetes fills in both, and writes them as plain strings.
+    run["properties"]["status"] = structural_schema_of(TrainingRunStatus, with_defaults=False)
+    # Kubernetes fills in both, as plain strings.
     for name in ("apiVersion", "kind"):
         run["properties"][name] = {"description": run["properties"][name]["description"], "type": "string"}
     run["required"] = ["spec"]
@@ -152,7 +158,7 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("State", "string", ".status.summary.state"),
     ("Stage", "string", ".status.summary.stage"),
     ("Progress", "string", ".status.summary.progress"),
-    ("ETA", "string", ".status.summary.eta"),  # as `date` kubectl shows an age, and a future time as <invalid>
+    ("ETA", "string", ".status.summary.eta"),  # kubectl would show a `date` as an age, and a future time as <invalid>
     ("Restarts", "integer", ".status.summary.restarts"),
     ("Age", "date", ".metadata.creationTimestamp"),
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stagecoach_api.fields import one_of_members, walk_models
+from stagecoach_api.fields import fields_of, one_of_members, walk_models
 from stagecoach_api.names import API_GROUP_VERSION, KIND
 from stagecoach_api.schema.crd import Schema
+from stagecoach_api.schema.defaults import described
 from stagecoach_api.spec import TrainingRun
 
 
@@ -17,12 +18,15 @@ def editor_schema() -> Schema:
         members = one_of_members(model)
         if members and model.__name__ in schema["$defs"]:
             schema["$defs"][model.__name__]["oneOf"] = [{"required": [member]} for member in members]
+        definition = schema if model is TrainingRun else schema["$defs"].get(model.__name__, {})
+        for name, field in fields_of(model).items():
+            definition["properties"][name]["description"] = described(name, field)
     tidied: Schema = _tidy(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{KIND} {API_GROUP_VERSION}", **tidied}
 
 
 def _tidy(node: Any, *, keywords: bool = True) -> Any:
-    """Drop made-up titles and empty members of defaults; make descriptions one paragraph.
+    """Drop generated titles and the nulls of defaults; make descriptions one paragraph.
 
     `keywords`: the mapping's keys are keywords, not names of properties or definitions.
     """

@@ -1,4 +1,4 @@
-"""Writes the files that are made from the models, or checks that they are up to date.
+"""Writes the files that are generated from the models, or checks that they are up to date.
 
 python -m stagecoach_api.schema.generate [--check]
 """
@@ -52,7 +52,7 @@ def generate(root: Path) -> list[str]:
 
 
 def outdated(root: Path) -> list[str]:
-    """Return the names of the generated files that are missing below `root` or differ from what the models say."""
+    """Return the names of the generated files that are missing below `root` or out of date."""
     return [name for name, text in GENERATED.items() if _read(root / name) != text()]
 
 
@@ -61,9 +61,9 @@ def _read(path: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 1 where `--check` found an outdated file."""
+    """Return the exit code: 1 if `--check` found an outdated file."""
     parser = argparse.ArgumentParser(prog="python -m stagecoach_api.schema.generate", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is outdated")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="root of the checkout")
     options = parser.parse_args(arguments)
     if options.check:

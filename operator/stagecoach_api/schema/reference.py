@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from stagecoach_api.base import Model
 from stagecoach_api.fields import fields_of, one_of_members, walk_models
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import API_GROUP_VERSION, KIND
 from stagecoach_api.schema.crd import PRINTER_COLUMNS
+from stagecoach_api.schema.defaults import default_text, described
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.status import ConditionType, Reason, TrainingRunStatus
 
@@ -20,8 +22,8 @@ HEAD = f"""\
 
 <!-- Generated from operator/stagecoach_api by `make generate`; do not edit. -->
 
-Every field of `{API_GROUP_VERSION}`, kind `{KIND}`, by its name in YAML. A field that is not **required** may be left
-out: then its default holds, or what stands behind "None:". Editors complete and check run files with
+Every field of `{API_GROUP_VERSION}`, kind `{KIND}`, by its name in YAML. Optional fields take the default shown; if
+none is shown, the text after "If unset" applies. Editors complete and check run files with
 [`schema/trainingrun.schema.json`](schema/trainingrun.schema.json):
 
 ```yaml
@@ -30,8 +32,8 @@ apiVersion: {API_GROUP_VERSION}
 kind: {KIND}
 ```
 
-Numbers may be written as `2e-5`, `1e9` or `1_000_000`. Aliases, anchors, tags and duplicate fields are refused, and so
-are unquoted words that YAML and `kubectl` read differently (`yes`, `no`, `on`, `off`, `y`, `n`).
+Numbers may be written as `2e-5`, `1e9` or `1_000_000`. Aliases, anchors, tags and duplicate fields are rejected, and so
+are unquoted values that YAML and `kubectl` read differently (`yes`, `no`, `on`, `off`, `y`, `n`).
 """
 
 
@@ -44,7 +46,7 @@ def reference_page() -> str:
     parts = [HEAD, _contents(), "## The run\n", *(_section(model, definitions) for model in run_models)]
     written = set(run_models)
     for kind, models in of_kinds.items():
-        # A part that several kinds have is described with the first of them.
+        # A model that several kinds share is described with the first of them.
         parts += [f"## Stage kind `{kind}`\n", *(_section(part, definitions) for part in models if part not in written)]
         written |= set(models)
     definitions = _definitions(TrainingRunStatus)
@@ -69,7 +71,7 @@ def _conditions() -> str:
     columns = ", ".join(name.upper() for name, _, _ in PRINTER_COLUMNS)
     return (
         f"`kubectl get {KIND.lower()}s` shows {columns}. Conditions: {_listed(ConditionType)}.\n\n"
-        f"Reasons, which never change their meaning: {_listed(Reason)}.\n"
+        f"Reasons, whose meaning never changes: {_listed(Reason)}.\n"
     )
 
 
@@ -84,7 +86,7 @@ def _section(model: type[Model], definitions: dict[str, Schema]) -> str:
     lines = [f"### {model.__name__}\n", _paragraph(model.__doc__), ""]
     members = one_of_members(model)
     if members and "xactly one" not in (model.__doc__ or ""):
-        lines += [f"Exactly one of {_listed(members)} is given.", ""]
+        lines += [f"Exactly one of {_listed(members)} must be set.", ""]
     if fields_of(model):
         lines += ["| field | type | default | |", "|---|---|---|---|"]
         lines += [_row(model, name, definitions) for name in fields_of(model)]
@@ -95,7 +97,7 @@ def _section(model: type[Model], definitions: dict[str, Schema]) -> str:
 def _row(model: type[Model], name: str, definitions: dict[str, Schema]) -> str:
     field = fields_of(model)[name]
     node = definitions[model.__name__]["properties"][name]
-    cells = (f"`{name}`", _type(node, definitions), _default(field), _paragraph(field.description))
+    cells = (f"`{name}`", _type(node, definitions), _default(field), _description(name, field))
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
@@ -103,20 +105,17 @@ def _paragraph(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def _default(field: Any) -> str:
+def _default(field: FieldInfo) -> str:
+    """Return the cell of a default; a long one is in the description instead."""
     if field.is_required():
         return "**required**"
-    default = field.get_default(call_default_factory=True)
-    if default is None:
-        return ""
-    if isinstance(default, Model):
-        default = default.model_dump(mode="json", exclude_none=True)
-    elif isinstance(default, tuple):
-        default = [
-            item.model_dump(mode="json", exclude_none=True) if isinstance(item, Model) else item for item in default
-        ]
-    text = json.dumps(default, ensure_ascii=False)
-    return f"`{text}`" if len(text) <= MAX_DEFAULT_CHARACTERS else "see right"
+    text = default_text(field)
+    return f"`{text}`" if text and len(text) <= MAX_DEFAULT_CHARACTERS else ""
+
+
+def _description(name: str, field: FieldInfo) -> str:
+    long = len(default_text(field)) > MAX_DEFAULT_CHARACTERS
+    return described(name, field) if long else _paragraph(field.description)
 
 
 MAX_DEFAULT_CHARACTERS = 40
@@ -126,7 +125,7 @@ MAX_DEFAULT_CHARACTERS = 40
 
 
 def _type(node: Schema, definitions: dict[str, Schema]) -> str:
-    """Return what may stand there, such as `integer, 1 to 64`."""
+    """Return the type and its limits, such as `integer, 1 to 64`."""
     if "anyOf" in node:
         (inner,) = [member for member in node["anyOf"] if member.get("type") != "null"]
         return _type(inner, definitions)

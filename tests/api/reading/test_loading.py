@@ -1,4 +1,4 @@
-"""Loading: a run file says what it means, or which line does not; `--set` changes one field."""
+"""Loading: a run file is read, or its problems are reported by line; `--set` changes one field."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_json_is_yaml() -> None:
     assert parse_run(text).run.metadata.name == "x"
 
 
-def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(document_text(), encoding="utf-8-sig")
     assert load_run(path).run.metadata.name == "demo"
 
 
-def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     for name, words in [
         ("none.yaml", "no such file"),
@@ -72,29 +72,29 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 # -- YAML --------------------------------------------------------------------------------------------------------------
 
-# (sentence, text, line, words the problem must hold)
+# (sentence, text, line, text the problem must contain)
 UNREADABLE = [
     ("an empty file", "", None, "is empty"),
     ("a file of comments", "# nothing\n", None, "is empty"),
     ("a list", "- a\n", 1, "must be a mapping"),
     ("a word", "run\n", 1, "must be a mapping"),
-    ("an alias", "a: &x 1\nb: *x\n", 1, "anchors are not read"),
-    ("an alias without an anchor", "a: 1\nb: *x\n", 2, "aliases are not read"),
+    ("an alias", "a: &x 1\nb: *x\n", 1, "anchors are not supported"),
+    ("an alias without an anchor", "a: 1\nb: *x\n", 2, "aliases are not supported"),
     (
         "a duplicate field",
         "kind: TrainingRun\nmetadata: {name: a}\nkind: TrainingRun\n",
         3,
         "given twice, first on line 1",
     ),
-    ("a tag that makes an object", "a: 1\nb: !!python/object:os.system {}\n", 2, "tags are not read"),
-    ("a tag of one's own", "a: !secret x\n", 1, "tags are not read"),
-    ("binary data", "a: !!binary aGk=\n", 1, "tags are not read"),
-    ("a merge key", "a:\n  <<: {b: 1}\n", 2, "merge keys are not read"),
-    ("a list as a name", "? [a, b]\n: 1\n", 1, "a field's name must be text"),
+    ("a tag that makes an object", "a: 1\nb: !!python/object:os.system {}\n", 2, "tags are not supported"),
+    ("a tag of one's own", "a: !secret x\n", 1, "tags are not supported"),
+    ("binary data", "a: !!binary aGk=\n", 1, "tags are not supported"),
+    ("a merge key", "a:\n  <<: {b: 1}\n", 2, "merge keys are not supported"),
+    ("a list as a name", "? [a, b]\n: 1\n", 1, "a field name must be text"),
     ("two documents", "a: 1\n---\nb: 2\n", 2, "must be one document"),
-    ("a tab", "a:\n\tb: 1\n", 2, "is no YAML"),
-    ("an open bracket", "a: [1, 2\nb: 3\n", 2, "is no YAML"),
-    ("a control character", "a: \x07\n", None, "no text that YAML allows"),
+    ("a tab", "a:\n\tb: 1\n", 2, "is not valid YAML"),
+    ("an open bracket", "a: [1, 2\nb: 3\n", 2, "is not valid YAML"),
+    ("a control character", "a: \x07\n", None, "characters that YAML does not allow"),
     ("too many levels", "a: " + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), 1, f"at most {MAX_DEPTH} levels"),
     ("very many levels", "{a: " * 100_000, 1, f"at most {MAX_DEPTH} levels"),
     ("too many values", "a: [" + "1," * MAX_NODES + "]", 1, "values"),
@@ -108,7 +108,7 @@ UNREADABLE = [
 @pytest.mark.parametrize(
     ("text", "line", "words"), [case[1:] for case in UNREADABLE], ids=[case[0] for case in UNREADABLE]
 )
-def test_what_yaml_should_not_hold_is_told_with_its_line(text: str, line: int | None, words: str) -> None:
+def test_unsupported_yaml_is_reported_with_its_line(text: str, line: int | None, words: str) -> None:
     found = [problem for problem in problems_of(text) if words in str(problem)]
     assert [problem.line for problem in found] == [line]
     assert found[0].source == "run.yaml"
@@ -148,7 +148,7 @@ def test_quotes_make_text() -> None:
     assert parse_run(document_text().replace("name: demo", 'name: "123"')).run.metadata.name == "123"
 
 
-def test_problems_name_the_line_and_stand_in_the_order_of_the_file() -> None:
+def test_problems_name_the_line_and_are_in_the_order_of_the_file() -> None:
     text = document_text().replace("learningRate: 1.0e-4", "learningRate: 20").replace("s3://", "gs://")
     text = text.replace("template: {name: alpaca}", "template: {name: no}")
     lines = text.splitlines()
@@ -160,7 +160,7 @@ def test_problems_name_the_line_and_stand_in_the_order_of_the_file() -> None:
         assert str(problem).startswith(f"run.yaml:{problem.line}: spec.")
 
 
-def test_a_missing_field_is_told_on_the_line_of_what_should_hold_it() -> None:
+def test_a_missing_field_is_reported_on_the_line_of_its_parent() -> None:
     text = document_text().replace("batch: {samples: 8}", "batch: {}", 1)
     (found,) = problems_of(text)
     assert found.line is not None
@@ -211,31 +211,31 @@ def test_an_override_changes_one_field(override: str, read: Any, expected: Any) 
         ("stages.stf.seed=1", "did you mean `sft`?"),
         ("sed=1", "did you mean `seed`?"),
         ("stages.sft.data[3].weight=1", "a number from 0 to 1"),
-        ("seed.x=1", "is one value"),
+        ("seed.x=1", "is a single value"),
         ("stages=1", "names no stage"),
         ("stages.sft=1", "names a whole stage"),
         ("spec=1", "names all of the spec"),
         ("seed", "must be PATH=VALUE"),
         ("=1", "must be PATH=VALUE"),
-        ("seed=[1", "is no YAML"),
+        ("seed=[1", "is not valid YAML"),
         ("suspend=yes", "a boolean to kubectl"),
     ],
 )
-def test_an_override_that_fits_nothing_is_told(override: str, words: str) -> None:
+def test_an_override_that_matches_no_field_is_reported(override: str, words: str) -> None:
     (found,) = problems_of(document_text(), override)
     assert words in str(found)
     assert found.source == f"--set {override}"
     assert found.line is None
 
 
-def test_a_bad_value_is_told_with_the_override_it_came_from() -> None:
+def test_a_bad_value_is_reported_with_the_override_it_came_from() -> None:
     (found,) = problems_of(document_text(), "stages.sft.optimizer.learningRate=20")
     assert str(found).startswith(
         "--set stages.sft.optimizer.learningRate=20: spec.stages[3].sft.optimizer.learningRate:"
     )
 
 
-def test_the_last_of_two_overrides_holds_and_all_bad_ones_are_told() -> None:
+def test_the_last_of_two_overrides_holds_and_all_bad_ones_are_reported() -> None:
     assert parse_run(document_text(), ["seed=1", "seed=2"]).run.spec.seed == 2
     assert len(problems_of(document_text(), "sed=1", "stages.x.y=2")) == 2
 

@@ -1,4 +1,4 @@
-"""Validation: what is wrong with a run is told all at once, with where, what was got, the rule and the way out."""
+"""Validation: all problems of a run are reported at once, each with place, value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def test_a_run_with_every_kind_of_stage_is_valid() -> None:
     assert {stage.kind for stage in run.spec.stages} == set(STAGE_KINDS)
 
 
-def test_what_the_api_server_adds_to_an_object_is_no_problem() -> None:
+def test_fields_that_the_api_server_adds_to_an_object_are_accepted() -> None:
     stored = document()
     stored["metadata"] |= {"uid": "1", "resourceVersion": "2", "generation": 1, "managedFields": [], "finalizers": []}
     stored["status"] = {"stages": []}
     assert validate(stored) == validate(document())
 
 
-# (sentence, edits, path of the one problem, words its text must hold)
+# (sentence, edits, path of the only problem, texts it must contain)
 BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     # -- fields
     (
-        "an unknown field is told with the nearest name",
+        "an unknown field is reported with the most similar name",
         [("stages.sft.sft.optimzer", 1)],
         "spec.stages[3].sft.optimzer",
-        ("no field of SftStage", "did you mean `optimizer`?"),
+        ("not a field of SftStage", "did you mean `optimizer`?"),
     ),
     (
-        "an unknown kind of stage is told with the nearest one",
+        "an unknown kind of stage is reported with the most similar one",
         [("stages.release.exprot", {"model": {"stage": "sft"}}), ("stages.release.export", REMOVED)],
         "spec.stages[5].exprot",
         ("did you mean `export`?",),
     ),
     (
-        "a field in Python's spelling is told with YAML's",
+        "a field in Python's spelling is reported with YAML's",
         [("stages.pretrain.pretrain.sequence_length", 8)],
         "spec.stages[2].pretrain.sequence_length",
         ("did you mean `sequenceLength`?",),
@@ -64,55 +64,55 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("which has none", "remove it"),
     ),
     (
-        "a missing field is told with what it is for",
+        "a missing field is reported with its purpose",
         [("stages.sft.sft.optimizer", {})],
         "spec.stages[3].sft.optimizer.learningRate",
         ("is required; add `learningRate` (Highest learning rate)",),
     ),
     (
-        "a word outside an enum is told with the nearest",
+        "a value outside an enum is reported with the most similar one",
         [("stages.sft.sft.template.name", "alpacca")],
         "spec.stages[3].sft.template.name",
         ("did you mean `alpaca`?", "chatml"),
     ),
     (
-        "a number above its limit is told with the limit",
+        "a number above its limit is reported with the limit",
         [("stages.sft.sft.optimizer.learningRate", 20)],
         "spec.stages[3].sft.optimizer.learningRate",
         ("must be at most 10", "got 20"),
     ),
     (
-        "a number below its limit is told with the limit",
+        "a number below its limit is reported with the limit",
         [("seed", -1)],
         "spec.seed",
         ("must be at least 0", "got -1"),
     ),
     (
-        "infinity is no number",
+        "infinity is not allowed",
         [("stages.sft.sft.optimizer.learningRate", float("inf"))],
         "spec.stages[3].sft.optimizer.learningRate",
         ("finite",),
     ),
     (
-        "a fraction is no whole number",
+        "a fraction is not an integer",
         [("stages.sft.sft.batch.samples", 1.5)],
         "spec.stages[3].sft.batch.samples",
         ("whole number",),
     ),
     (
-        "a number in quotes is no number",
+        "a number in quotes is a string",
         [("stages.sft.sft.batch.samples", "8")],
         "spec.stages[3].sft.batch.samples",
         ("without quotes",),
     ),
     (
-        "a number is no text",
+        "a number is not a string",
         [("defaults.resources", {"cpu": 96})],
         "spec.defaults.resources.cpu",
         ("must be a string", "put it in quotes"),
     ),
     (
-        "a word is not true or false",
+        "a string is not a boolean",
         [("suspend", "yes")],
         "spec.suspend",
         ("true or false",),
@@ -127,7 +127,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         "a name has a form",
         [("/metadata.name", "Demo_Run")],
         "metadata.name",
-        ("small letters, digits and `-`",),
+        ("lower-case letters, digits and `-`",),
     ),
     (
         "a name has a longest length",
@@ -142,25 +142,25 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("at least 1 item",),
     ),
     (
-        "another API version is refused",
+        "another API version is rejected",
         [("/apiVersion", "stagecoach.dev/v1")],
         "apiVersion",
         ("stagecoach.dev/v1alpha1",),
     ),
     (
-        "one mapping is no list",
+        "a mapping is not a list",
         [("stages.sft.sft.data", {"uri": "a.json"})],
         "spec.stages[3].sft.data",
         ("must be a list", "`- `"),
     ),
     (
-        "a bare name is no reference",
+        "a bare name is not a reference",
         [("stages.sft.sft.model", "pretrain")],
         "spec.stages[3].sft.model",
         ("{stage: pretrain}", "{uri: pretrain}"),
     ),
     (
-        "an empty mapping is told as empty",
+        "an empty mapping is reported as empty",
         [("stages.sft.resources", None)],
         "spec.stages[3].resources",
         ("is empty", "leave the field out"),
@@ -179,25 +179,25 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("exactly one of stage, uri", "add one"),
     ),
     (
-        "a stage of two kinds is refused",
+        "a stage of two kinds is rejected",
         [("stages.release.data", {"sources": [{"uri": "x"}]})],
         "spec.stages[5]",
         ("exactly one of data, tokenizer", "keep one of data, export"),
     ),
     (
-        "a stage of no kind is refused",
+        "a stage of no kind is rejected",
         [("stages.release.export", REMOVED)],
         "spec.stages[5]",
         ("exactly one of data, tokenizer", "add one of them"),
     ),
     (
-        "a member without a value is not given",
+        "a member without a value is not set",
         [("stages.sft.sft.trainable", {"full": None})],
         "spec.stages[3].sft.trainable",
         ("write `full: {}`",),
     ),
     (
-        "a model comes from somewhere or from nothing, not both",
+        "a model is an existing or a new one, not both",
         [("stages.pretrain.pretrain.model", {"uri": "base"})],
         "spec.stages[2].pretrain",
         ("exactly one of model, architecture",),
@@ -216,31 +216,31 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     # -- the graph
     (
-        "two stages of one name are refused",
+        "two stages of one name are rejected",
         [("stages.9", {"name": "sft", "data": {"sources": [{"uri": "x"}]}})],
         "spec.stages[9].name",
         ("must be unique", "spec.stages[3]"),
     ),
     (
-        "an input that names no stage is told with the nearest",
+        "an input that names no stage is reported with the most similar one",
         [("stages.release.export.model.stage", "stf")],
         "spec.stages[5].export.model.stage",
         ("did you mean `sft`?",),
     ),
     (
-        "an `after` that names no stage is told with the nearest",
+        "an `after` that names no stage is reported with the most similar one",
         [("stages.release.after", ["scores"])],
         "spec.stages[5].after[0]",
         ("did you mean `score`?",),
     ),
     (
-        "a stage does not wait for itself",
+        "a stage does not depend on itself",
         [("stages.release.export.model.stage", "release")],
         "spec.stages[5].export.model.stage",
         ("must not be the stage itself",),
     ),
     (
-        "a circle of inputs is shown",
+        "a cycle of inputs is shown",
         [("stages.corpus.after", ["release"])],
         "spec.stages[0].after[0]",
         ("corpus -> ", " -> release -> corpus"),
@@ -275,7 +275,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     # -- the data mix
     (
-        "weights stand at every set or at none",
+        "every set has a weight or none has",
         [("stages.pretrain.pretrain.data", [{"stage": "corpus", "weight": 1}, {"uri": "more.jsonl"}])],
         "spec.stages[2].pretrain.data[1]",
         ("has no weight", "every set"),
@@ -287,13 +287,13 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("all weights are 0",),
     ),
     (
-        "two sets of one name are refused",
+        "two sets of one name are rejected",
         [("stages.sft.sft.data", [{"uri": "a/x.json"}, {"uri": "b/x.json"}])],
         "spec.stages[3].sft.data[1]",
         ("a name of its own", "x.json"),
     ),
     (
-        "two held-out sets of one name are refused",
+        "two held-out sets of one name are rejected",
         [("stages.score.evaluate.heldOut.1", {"name": "zh", "uri": "more.jsonl"})],
         "spec.stages[4].evaluate.heldOut[1]",
         ("a name of its own",),
@@ -311,7 +311,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("did you mean `corpus`?",),
     ),
     (
-        "two phases of one name are refused",
+        "two phases of one name are rejected",
         [
             ("stages.pretrain.pretrain.phases", [{"name": "a", "tokens": 2048}, {"name": "a", "tokens": 2048}]),
             ("stages.pretrain.pretrain.budget", REMOVED),
@@ -333,13 +333,13 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     # -- batch, budget, schedule
     (
-        "a batch smaller than a row is refused",
+        "a batch smaller than a row is rejected",
         [("stages.pretrain.pretrain.batch.tokens", 100)],
         "spec.stages[2].pretrain.batch.tokens",
         ("100 tokens", "128 tokens"),
     ),
     (
-        "a phase's batch smaller than its row is refused",
+        "a phase's batch smaller than its row is rejected",
         [
             ("stages.pretrain.pretrain.phases", [{"name": "a", "tokens": 2048, "batchTokens": 64}]),
             ("stages.pretrain.pretrain.budget", REMOVED),
@@ -348,34 +348,34 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("64 tokens", "128 tokens"),
     ),
     (
-        "a micro-batch larger than the batch is refused",
+        "a micro-batch larger than the batch is rejected",
         [("stages.pretrain.pretrain.batch.microBatchRows", 9)],
         "spec.stages[2].pretrain.batch.microBatchRows",
         ("at most 8",),
     ),
     (
-        "a budget below one step is refused",
+        "a budget below one step is rejected",
         [("stages.pretrain.pretrain.budget.tokens", 1000)],
         "spec.stages[2].pretrain.budget.tokens",
         ("one optimiser step of 1,024 tokens",),
     ),
     (
-        "a budget beside phases is refused",
+        "a budget in addition to phases is rejected",
         [("stages.pretrain.pretrain.phases", [{"name": "a", "tokens": 2048}])],
         "spec.stages[2].pretrain.budget",
         ("the phases are the budget", "2,048"),
     ),
     (
-        "a warm-up longer than training is refused",
+        "a warm-up longer than training is rejected",
         [("stages.pretrain.pretrain.schedule", {"warmupSteps": 11})],
         "spec.stages[2].pretrain.schedule.warmupSteps",
         ("at most 10, the steps",),
     ),
     (
-        "warm-up and decay together are at most the whole",
+        "warm-up and decay add up to at most the whole",
         [("stages.pretrain.pretrain.schedule", {"name": "wsd", "warmupShare": 0.6, "decayShare": 0.5})],
         "spec.stages[2].pretrain.schedule",
-        ("at most 1 together",),
+        ("add up to at most 1",),
     ),
     (
         "early stop watches a set that is measured",
@@ -384,7 +384,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("a set in `heldOut.sets`", "zh"),
     ),
     (
-        "early stop needs measurements on the way",
+        "early stop needs measurements during training",
         [
             ("stages.pretrain.pretrain.earlyStop", {"set": "zh"}),
             ("stages.pretrain.pretrain.heldOut.everySteps", REMOVED),
@@ -405,16 +405,16 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("no new rows", "give the `tokenizer`"),
     ),
     (
-        "new rows beside adapters need a vocabulary that grows",
+        "new rows next to adapters need a vocabulary that grows",
         [("stages.sft.sft.trainable.lora.newRows", True)],
         "spec.stages[3].sft.trainable.lora.newRows",
         ("no new rows",),
     ),
     (
-        "a model from nothing has no new rows",
+        "a new model has no new rows",
         [("stages.pretrain.pretrain.trainable", {"embeddings": {}})],
         "spec.stages[2].pretrain.trainable.embeddings.rows",
-        ("all rows of a model made from `architecture` are",),
+        ("all rows of a model made from `architecture` are new",),
     ),
     (
         "a layer has one role in LoRA",
@@ -442,13 +442,13 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     # -- URIs and images
     (
-        "a store of an unknown kind is refused",
+        "a store of an unknown kind is rejected",
         [("storage.uri", "gs://models/demo")],
         "spec.storage.uri",
         ("`s3://…`, `file:///…` or a path", "gs://"),
     ),
     (
-        "an input at an unknown kind of store is refused",
+        "an input at an unknown kind of store is rejected",
         [("stages.sft.sft.data.0.uri", "https://example.com/a.json")],
         "spec.stages[3].sft.data[0].uri",
         ("copy it there",),
@@ -479,7 +479,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     # -- data and evaluation
     (
-        "lengths leave something",
+        "length limits are in order",
         [("stages.corpus.data.steps", [{"length": {"minCharacters": 9, "maxCharacters": 3}}])],
         "spec.stages[0].data.steps[0].length",
         ("`minCharacters` must be at most `maxCharacters`",),
@@ -497,7 +497,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
         ("a set in `heldOut`", "zh"),
     ),
     (
-        "a gate watches a task that is asked",
+        "a gate watches a task that is evaluated",
         [("stages.score.evaluate.gates.0.metric", "verses.exactMatch")],
         "spec.stages[4].evaluate.gates[0].metric",
         ("did you mean `verse.exactMatch`?",),
@@ -532,7 +532,7 @@ def test_bad_input_is_one_clear_problem(edits: list[tuple[str, Any]], path: str,
     assert found[0].remedy
 
 
-def test_problems_of_the_schema_and_of_the_graph_are_told_together() -> None:
+def test_problems_of_the_schema_and_of_the_graph_are_reported_together() -> None:
     spoiled = edited(
         ("stages.sft.sft.optimizer", {"learningRate": -1}),  # the schema
         ("stages.sft.sft.model.stage", "pretrian"),  # the graph, in the same stage
@@ -551,20 +551,20 @@ def test_problems_of_the_schema_and_of_the_graph_are_told_together() -> None:
     }
 
 
-def test_every_circle_is_told_once() -> None:
+def test_every_cycle_is_reported_once() -> None:
     spoiled = edited(
         ("stages.corpus.after", ["release"]),
         ("stages.9", {"name": "a", "export": {"model": {"stage": "b"}}}),
         ("stages.10", {"name": "b", "export": {"model": {"stage": "a"}}}),
     )
-    circles = [problem.rule.rpartition(": ")[2] for problem in problems_of(spoiled)]
-    assert "a -> b -> a" in circles
-    assert len(circles) == len(set(circles))
-    for circle in circles:
-        assert circle.split(" -> ")[0] == circle.split(" -> ")[-1]
+    cycles = [problem.rule.rpartition(": ")[2] for problem in problems_of(spoiled)]
+    assert "a -> b -> a" in cycles
+    assert len(cycles) == len(set(cycles))
+    for cycle in cycles:
+        assert cycle.split(" -> ")[0] == cycle.split(" -> ")[-1]
 
 
-def test_a_stage_that_cannot_be_read_does_not_hide_who_reads_it() -> None:
+def test_a_stage_that_cannot_be_read_does_not_affect_its_readers() -> None:
     spoiled = edited(("stages.sft.sft.template", REMOVED))
     assert [problem.path for problem in problems_of(spoiled)] == ["spec.stages[3].sft.template"]
 
@@ -586,7 +586,7 @@ def test_a_gate_on_a_metric_of_the_harness_is_left_to_the_harness() -> None:
     assert problems_of(harness) == ()
 
 
-def test_credentials_in_a_uri_are_refused_and_never_repeated() -> None:
+def test_credentials_in_a_uri_are_rejected_and_never_repeated() -> None:
     spoiled = edited(("storage.uri", "s3://KEY:SECRET@models/demo"), ("storage.endpoint", "https://KEY:SECRET@host"))
     found = problems_of(spoiled)
     assert {problem.path for problem in found} == {"spec.storage.uri", "spec.storage.endpoint"}
@@ -594,12 +594,12 @@ def test_credentials_in_a_uri_are_refused_and_never_repeated() -> None:
 
 
 @pytest.mark.parametrize("document_", [{}, {"spec": None}, {"spec": {"stages": 3}}, {"spec": {"stages": [1, None]}}])
-def test_documents_that_are_no_run_at_all_are_problems_not_crashes(document_: dict[str, Any]) -> None:
+def test_documents_that_are_not_a_run_at_all_are_problems_not_crashes(document_: dict[str, Any]) -> None:
     found = problems_of(document_)
     assert "metadata" in {problem.path for problem in found}
 
 
-def test_values_that_are_no_json_are_problems_not_crashes() -> None:
+def test_values_that_are_not_json_are_problems_not_crashes() -> None:
     assert problems_of(edited(("seed", {1, 2})))[0].remedy
     nested: dict[str, Any] = {}
     nested["self"] = nested
@@ -613,7 +613,7 @@ def test_the_list_of_problems_reads_from_the_top() -> None:
     )  # fmt: skip
 
 
-def test_a_line_without_a_file_is_told_as_such() -> None:
+def test_a_line_without_a_file_is_shown_as_a_line() -> None:
     assert str(Problem("spec.seed", -1, "must be at least 0", "write 0", 4)).startswith("line 4: spec.seed: ")
 
 
@@ -632,7 +632,7 @@ def test_long_values_are_cut_in_messages() -> None:
     ("word", "expected"),
     [("learningrate", "learningRate"), ("learning_rate", "learningRate"), ("learn", "learningRate"), ("zzz", None)],
 )
-def test_the_nearest_name_does_not_mind_spelling(word: str, expected: str | None) -> None:
+def test_the_most_similar_name_is_found_whatever_the_spelling(word: str, expected: str | None) -> None:
     assert nearest(word, ["batch", "learningRate", "weightDecay"]) == expected
 
 
@@ -664,7 +664,7 @@ PLACES = [
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(place=st.sampled_from(PLACES), value=json_values)
-def test_any_value_anywhere_is_accepted_or_told_never_a_crash(place: str, value: Any) -> None:
+def test_any_value_anywhere_is_accepted_or_reported_never_a_crash(place: str, value: Any) -> None:
     spoiled = edited((place, value))
     for problem in problems_of(spoiled):
         assert problem.rule

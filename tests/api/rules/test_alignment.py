@@ -1,4 +1,4 @@
-"""What is wrong with stages that learn from preferences or from a reward is told with the field and the way out."""
+"""Problems of stages that learn from preferences or from a reward are reported with the field and a remedy."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ spec:
 
 
 def problems_of(*edits: tuple[str, Any]) -> list[Problem]:
-    """Return what is wrong with the run, `stage.field.field` of it set to other values."""
+    """Return the problems of the run after setting each `stage.field.field` to a value."""
     run = yaml.safe_load(RUN)
     for path, value in edits:
         name, *steps = path.split(".")
@@ -148,13 +148,13 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         ("`hindsight` needs ranked ones", "`dpo`"),
     ),
     (
-        "plain text is no prompt",
+        "plain text is not a prompt",
         ("ppo.data.0.format", "text"),
         "spec.stages[2].ppo.data[0].format",
         ("asks nothing", "`pretraining.data`"),
     ),
     (
-        "preferences are no text to predict",
+        "preferences are not text to predict",
         ("ppo.pretraining.data.0.format", "pairs"),
         "spec.stages[2].ppo.pretraining.data[0].format",
         ("not text to predict", "give text or conversations"),
@@ -184,16 +184,16 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         ("below 128 (`sequenceLength`)", "shorten"),
     ),
     (
-        "a policy that is nowhere sharded answers itself",
+        "a policy that is not sharded generates the answers itself",
         ("ppo.rollout.wholeCopy", False),
         "spec.stages[2].ppo.rollout.wholeCopy",
         ("whole on every rank", "set `sharding: {zero: 3}`"),
     ),
     (
-        "vLLM answers from a copy of its own",
+        "vLLM generates from its own copy",
         ("ppo.rollout", {"maxNewTokens": 16, "wholeCopy": False, "engine": "vllm"}),
         "spec.stages[2].ppo.rollout.wholeCopy",
-        ("a copy of its own", "`engine: transformers`"),
+        ("its own copy", "`engine: transformers`"),
     ),
     (
         "the policy learns after the critic's warm-up",
@@ -211,28 +211,28 @@ BAD: list[tuple[str, tuple[str, Any], str, tuple[str, ...]]] = [
         "a policy learns without dropout",
         ("ppo.attentionDropout", 0.1),
         "spec.stages[2].ppo.attentionDropout",
-        ("must be 0", "what it said when it answered", "leave it out"),
+        ("must be 0", "those at generation", "leave it out"),
     ),
     (
         "a policy's adapter learns without dropout",
         ("ppo.trainable", {"lora": {"dropout": 0.05}}),
         "spec.stages[2].ppo.trainable.lora.dropout",
-        ("must be 0", "what it said when it answered", "leave it out"),
+        ("must be 0", "those at generation", "leave it out"),
     ),
     (
-        "a rival is no reward model",
+        "a rival is not a reward model",
         ("score.rewards.0.rivals.0.model.stage", "reward"),
         "spec.stages[5].evaluate.rewards[0].rivals[0].model.stage",
         ("of kind pretrain or sft or ppo or dpo or export",),
     ),
     (
-        "a policy is not held to a reward model",
+        "the reference of a policy is not a reward model",
         ("dpo.reference", {"stage": "reward"}),
         "spec.stages[3].dpo.reference.stage",
         ("of kind pretrain or sft or ppo or dpo or export",),
     ),
     (
-        "exact match asks for one right answer",
+        "exact match needs one correct answer",
         ("score.exactMatch", [{"name": "m", "data": {"name": "m", "uri": "m.json", "format": "pairs"}}]),
         "spec.stages[5].evaluate.exactMatch[0]",
         ("several answers", "`rewards`"),
@@ -271,12 +271,12 @@ def test_bad_input_is_one_clear_problem(edit: tuple[str, Any], path: str, words:
     assert [word for word in words if word not in str(found[0])] == []
 
 
-def test_what_cannot_be_known_is_not_refused() -> None:
+def test_a_problem_that_is_not_certain_is_not_reported() -> None:
     assert problems_of(("reward.domains", None)) == []  # domains are then only rows of the report
     assert problems_of(("score.gates.0.metric", "other.reward"), ("score.lmEval", [{"task": "x"}])) == []
     assert problems_of(("ppo.budget", {"epochs": 1})) == []
     assert problems_of(("sft.data.1.format", "auto"), ("sft.hindsight", None)) == []
 
 
-def test_a_sharded_policy_may_answer_from_its_shards() -> None:
+def test_a_sharded_policy_may_generate_from_its_shards() -> None:
     assert problems_of(("ppo.rollout.wholeCopy", False), ("ppo.sharding", {"zero": 3})) == []

@@ -1,4 +1,4 @@
-"""Rules over rewards: what is refused at the door."""
+"""Rules over rewards, and how their violations are reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def problems_of(*stages: dict[str, Any]) -> tuple[Problem, ...]:
     return ()
 
 
-def test_sound_rewards_are_no_problem() -> None:
+def test_valid_rewards_are_accepted() -> None:
     terms = ({"name": "short", "expression": "min(1, 40 / max(1, characters))"}, feedback_term(**KEY))
     assert problems_of(evaluate_stage(*terms)) == ()
 
@@ -86,13 +86,13 @@ def judged(*names: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_each_fault_is_told_with_its_place(terms: list[dict[str, Any]], path: str, words: tuple[str, ...]) -> None:
+def test_each_fault_is_reported_with_its_path(terms: list[dict[str, Any]], path: str, words: tuple[str, ...]) -> None:
     (problem,) = problems_of(evaluate_stage(*terms))
     assert problem.path == path
     assert all(word in str(problem) for word in words)
 
 
-def test_rivals_of_one_name_are_told() -> None:
+def test_rivals_of_one_name_are_reported() -> None:
     rival = {"name": "before", "model": {"uri": "rival"}}
     (problem,) = problems_of(evaluate_stage({"name": "a", "expression": "1"}, rivals=[rival, rival]))
     assert problem.path == "spec.stages[0].evaluate.rewards[0].rivals[1].name"
@@ -140,7 +140,7 @@ DOMAIN_FIELDS = ["spec.stages[1].ppo.data[1].domain", "spec.stages[2].evaluate.r
         pytest.param("zh", (JUDGE, {"name": "far", "model": {"uri": "far"}}), (), id="one of them at a URI"),
     ],
 )
-def test_sound_domains_are_no_problem(
+def test_valid_domains_are_accepted(
     domain: str | None, terms: tuple[dict[str, Any], ...], domains: tuple[str, ...]
 ) -> None:
     assert problems_of(*run_of(domain, *terms, domains=domains)) == ()
@@ -160,7 +160,7 @@ def test_sound_domains_are_no_problem(
         pytest.param("zh", (FORMULA,), ("zh",), ("no reward model among the terms has domains",), id="no reward model"),
     ],
 )
-def test_domains_that_no_reward_model_knows_are_told(
+def test_domains_that_no_reward_model_has_are_reported(
     domain: str, terms: tuple[dict[str, Any], ...], domains: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     found = problems_of(*run_of(domain, *terms, domains=domains))

@@ -1,4 +1,4 @@
-"""The CRD: a structural schema the API server accepts, which says of a document what the models say."""
+"""The CRD: a structural schema that the API server accepts and that rejects what the models reject."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_node_has_a_type_and_only_keywords_a_structural_schema_knows() -> 
         assert set(node) <= ALLOWED, format_path(path)
 
 
-def test_keywords_stand_only_where_their_type_is() -> None:
+def test_keywords_are_used_only_with_their_type() -> None:
     owners = {"properties": "object", "required": "object", "additionalProperties": "object", "items": "array"}
     owners |= {"maxItems": "array", "minItems": "array", "maxLength": "string", "pattern": "string"}
     for path, node in NODES:
@@ -96,8 +96,8 @@ def test_lists_with_keys_have_items_with_these_keys_required() -> None:
     assert keyed == {"spec.stages": "name", "status.stages": "name", "status.conditions": "type", **pods}
 
 
-def test_everything_is_bounded_so_that_cel_can_be_paid_for() -> None:
-    """The API server sets the cost of a rule by the largest object the schema allows."""
+def test_everything_is_bounded_so_that_cel_rules_stay_within_the_cost_limit() -> None:
+    """The API server estimates the cost of a rule for the largest object that the schema allows."""
     for path, node in NODES:
         if path in {("apiVersion",), ("kind",)}:
             continue
@@ -110,12 +110,12 @@ def test_everything_is_bounded_so_that_cel_can_be_paid_for() -> None:
 
 
 def test_every_field_of_spec_and_status_is_described() -> None:
-    items = (0, "*")  # of lists and maps: what they are says the field
+    items = (0, "*")  # of lists and maps: their field describes them
     undescribed = [path for path, node in NODES if path and "description" not in node and path[-1] not in items]
     assert [format_path(path) for path in undescribed if path[0] != "metadata"] == []
 
 
-def test_null_is_allowed_only_where_it_says_something_else_than_leaving_out() -> None:
+def test_null_is_allowed_only_where_it_differs_from_leaving_the_field_out() -> None:
     limits = Guards.model_fields.items()
     guards = {field.alias for name, field in limits if name.startswith(("min_", "max_")) and field.default is not None}
     assert {str(path[-1]) for path, node in NODES if node.get("nullable")} == {"clip"} | guards - {"maxRollbacks"}
@@ -126,14 +126,12 @@ def test_title_is_dropped_as_a_keyword_and_kept_as_a_name() -> None:
         """A book."""
 
         title: str = ""
-        """Its title. Default: none."""
+        """Its title."""
 
-    assert structural_schema_of(Book)["properties"] == {
-        "title": {"description": "Its title. Default: none.", "type": "string"}
-    }
+    assert structural_schema_of(Book)["properties"] == {"title": {"description": "Its title.", "type": "string"}}
 
 
-def test_a_keyword_that_has_no_place_in_a_structural_schema_stops_the_generator() -> None:
+def test_a_keyword_that_is_not_allowed_stops_the_generator() -> None:
     class Rate(Model):
         """A rate."""
 
@@ -175,7 +173,7 @@ def test_the_definition_is_small_enough_to_be_stored() -> None:
 
 
 def broken_rules(schema: dict[str, Any], value: Any) -> list[str]:
-    """Messages of all rules that a document breaks."""
+    """Return the messages of all rules that a document breaks."""
     found: list[str] = []
     if isinstance(value, dict):
         rules = schema.get("x-kubernetes-validations", ())
@@ -189,14 +187,14 @@ def broken_rules(schema: dict[str, Any], value: Any) -> list[str]:
     return found
 
 
-def test_messages_name_a_field_and_say_what_to_do() -> None:
+def test_messages_name_a_field_and_a_remedy() -> None:
     for model in walk_models(TrainingRun):
         for constraint in constraints_of(model):
             assert re.search(r"`\w+", constraint.message), constraint
             assert ": " in constraint.message, constraint
 
 
-def test_members_of_which_one_is_given_are_all_fields_of_a_model_that_says_so() -> None:
+def test_members_of_which_one_must_be_set_are_all_fields_of_their_model() -> None:
     """A member that the constraint does not name would be silently ignored."""
     for model in walk_models(TrainingRun):
         if members := one_of_members(model):
@@ -206,7 +204,7 @@ def test_members_of_which_one_is_given_are_all_fields_of_a_model_that_says_so() 
                 assert not others, model.__name__
 
 
-# Documents that the schema with its rules must refuse, and the models too.
+# Documents that the schema with its rules must reject, and the models too.
 SFT, PRETRAIN, SCORE = "stages.sft.sft", "stages.pretrain.pretrain", "stages.score.evaluate"
 VOCABULARY = "stages.vocabulary.tokenizer"
 PODS = "defaults.pods"
@@ -224,7 +222,7 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
     "a name in capitals": [("/metadata.name", "Demo")],
     "a name that is too long": [("/metadata.name", "a" * 64)],
     "a required field left out": [(f"{SFT}.optimizer", {})],
-    "a word outside an enum": [(f"{SFT}.template.name", "alpacca")],
+    "a value outside an enum": [(f"{SFT}.template.name", "alpacca")],
     "a number that is too large": [(f"{SFT}.optimizer.learningRate", 20)],
     "a number that is too small": [("seed", -1)],
     "a fraction for a whole number": [(f"{SFT}.batch.samples", 1.5)],
@@ -239,7 +237,7 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
     "a stage of two kinds": [("stages.release.data", {"sources": [{"uri": "x"}]})],
     "a stage of no kind": [("stages.release.export", REMOVED)],
     "a reference to both": [(f"{SFT}.model.uri", "x")],
-    "a reference to nothing": [(f"{SFT}.model", {})],
+    "a reference to neither": [(f"{SFT}.model", {})],
     "a source from both": [("stages.corpus.data.sources.0.stage", "x")],
     "two budgets": [(f"{PRETRAIN}.budget.steps", 5)],
     "no budget": [(f"{PRETRAIN}.budget", {})],
@@ -248,7 +246,7 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
     "two members of a step": [("stages.corpus.data.steps", [{"length": {}, "deduplicate": {}}])],
     "a match that neither keeps nor drops": [("stages.corpus.data.steps", [{"match": {}}])],
     "a task by name and by file": [(f"{SCORE}.lmEval", [{"task": "a", "uri": "b"}])],
-    "a model from somewhere and from nothing": [(f"{PRETRAIN}.model", {"uri": "x"})],
+    "an existing and a new model": [(f"{PRETRAIN}.model", {"uri": "x"})],
     "an architecture without a tokenizer": [(f"{PRETRAIN}.tokenizer", REMOVED)],
     "heads that do not divide the width": [(f"{PRETRAIN}.architecture.numHeads", 5)],
     "groups that do not divide the heads": [(f"{PRETRAIN}.architecture.numKeyValueHeads", 3)],
@@ -314,14 +312,14 @@ SERVER = jsonschema.Draft202012Validator(as_the_server_reads_it(SCHEMA))
 EDITOR = jsonschema.Draft202012Validator(editor_schema())
 
 
-def refused_by_the_crd(found: dict[str, Any]) -> bool:
+def rejected_by_the_crd(found: dict[str, Any]) -> bool:
     return not SERVER.is_valid(found) or bool(broken_rules(SCHEMA, found))
 
 
 @pytest.mark.parametrize("edits", BROKEN.values(), ids=BROKEN)
-def test_a_broken_document_is_refused_by_the_crd_and_by_the_models(edits: list[tuple[str, Any]]) -> None:
+def test_a_broken_document_is_rejected_by_the_crd_and_by_the_models(edits: list[tuple[str, Any]]) -> None:
     broken = edited(*edits)
-    assert refused_by_the_crd(broken)
+    assert rejected_by_the_crd(broken)
     with pytest.raises(InvalidRun):
         validate(broken)
 
@@ -369,7 +367,7 @@ def test_the_editors_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(editor_schema())
 
 
-def test_the_editors_schema_refuses_what_needs_no_comparison_of_fields() -> None:
+def test_the_editors_schema_rejects_what_needs_no_comparison_of_fields() -> None:
     assert {name for name, edits in BROKEN.items() if EDITOR.is_valid(edited(*edits))} == BEYOND_JSON_SCHEMA
     for name, edits in GOOD.items():
         assert EDITOR.is_valid(edited(*edits)), name

@@ -1,4 +1,4 @@
-"""The reference: every field is described where it is defined, and the page says all of it."""
+"""The reference: every field is described where it is defined, and the page has all descriptions."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^### ", PAGE, f
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_every_field_says_what_it_is_its_default_and_what_none_means(model: type[Model]) -> None:
+def test_every_field_is_described_and_states_what_unset_or_null_means(model: type[Model]) -> None:
     assert model.__doc__
     for name, field in fields_of(model).items():
         description = " ".join((field.description or "").split())
         assert description, f"{name} has no docstring"
+        assert "None" not in description, f"{name}: users do not know Python's None"
+        assert "Default:" not in description, f"{name}: defaults are generated"
         if shape_of(field.annotation).optional:
-            assert "If unset:" in description, f"{name} does not state what happens if it is unset"
-        if not field.is_required() and field.default is not None and model not in STATUS_MODELS:
-            assert "Default:" in description, f"{name} does not state its default"
+            wanted = "If unset:" if field.default is None else "Set to null"
+            assert wanted in description, f"{name} does not state what happens without a value"
+        else:
+            assert "If unset:" not in description, f"{name} cannot be unset"
 
 
-def test_every_model_and_field_stands_once_on_the_page() -> None:
+def test_every_model_and_field_is_on_the_page_once() -> None:
     assert sorted(SECTIONS) == sorted(model.__name__ for model in MODELS)
     for model, name in FIELDS:
         rows = [line for line in SECTIONS[model.__name__].splitlines() if line.startswith(f"| `{name}` |")]
         assert len(rows) == 1, f"{model.__name__}.{name}"
 
 
-def test_every_kind_of_stage_has_a_heading_that_the_contents_lead_to() -> None:
+def test_every_kind_of_stage_has_a_heading_linked_in_the_contents() -> None:
     for kind in STAGE_KINDS:
         assert f"## Stage kind `{kind}`" in PAGE
         assert f"(#stage-kind-{kind.lower()})" in PAGE
@@ -65,9 +68,9 @@ def test_every_link_leads_somewhere() -> None:
         "| `learningRate` | number, 0 to 10 | **required** |",
         "| `sequenceLength` | integer, 8 to 16,777,216 | `1024` |",
         "| `seed` | integer, 0 to 4,294,967,295 | `0` |",
-        '| `name` | `cosine` · `linear` · `constant` · `wsd` | `"cosine"` |',
+        "| `name` | `cosine` · `linear` · `constant` · `wsd` | `cosine` |",
         "| `data` | list, 1 to 64, of [WeightedSource](#weightedsource) | **required** |",
-        '| `budget` | [Budget](#budget) | `{"epochs": 1.0}` |',
+        "| `budget` | [Budget](#budget) | `{epochs: 1}` |",
         "| `started` | time (RFC 3339) |  |",
     ],
 )
