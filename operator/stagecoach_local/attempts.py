@@ -129,7 +129,7 @@ def _message(attempt: LiveAttempt, code: int | None) -> str:
         summary = f"killed by {_signal_name(-code)}{_HINTS.get(-code, '')}"
     else:
         summary = f"the process ended with exit code {code} and left no result"
-    # Only a process that ended by itself explains its end in its log, by a traceback for instance.
+    # Only a process that was not killed explains its end in its log, with a traceback for instance.
     lines = last_lines(attempt.folder.log, MESSAGE_LINES)
     return "\n".join([summary, *lines])[-MESSAGE_CHARACTERS:] if code is not None and code > 0 else summary
 

@@ -13,7 +13,7 @@ from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.progress import ProgressEvent
 from stagecoach_api.store import open_store
-from stagecoach_api.summary_tables import HELD_OUT_TABLES
+from stagecoach_api.summary_tables import HELD_OUT_TABLES, ChangeTable, MetricTable
 from stagecoach_cli.display.live import LiveView, PlainView, render_rows
 from stagecoach_cli.display.numbers import duration, metric, metric_label, quantity
 from stagecoach_cli.display.summary import (
@@ -215,12 +215,14 @@ def test_held_out_metrics_are_read_for_every_set_even_one_with_dots_in_its_name(
         "heldOut.en.loss": 1.0,
     }
     assert changes(metrics, BITS) == {"zh.v1": BeforeAfter(4.0, 3.0), "en": BeforeAfter(None, 2.0)}
+    assert isinstance(TOKENS, ChangeTable)
     assert changes({"tokensPerCharacter.zh.after": 0.5}, TOKENS) == {"zh": BeforeAfter(None, 0.5)}
 
 
 def test_alignment_metrics_are_selected_by_set_and_by_name() -> None:
     metrics = {"heldOut.pairs.before.accuracy": 0.5, "heldOut.pairs.accuracy": 0.9, "heldOut.pairs.loss": 0.3}
     assert changes(metrics, ACCURACY) == {"pairs": BeforeAfter(0.5, 0.9)}
+    assert isinstance(REWARDS, MetricTable)
     assert shown({"reward": 1.5, "kl": 0.2, "policyLoss": 0.1}, REWARDS) == {"reward": 1.5, "kl": 0.2}
 
 
