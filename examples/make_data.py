@@ -1,11 +1,11 @@
-"""Makes the demo's data in `examples/data/`.
+"""Write the demo's data to `examples/data/`.
 
-    python examples/make_data.py instructions            from the poems that lie there (anyone can rerun this)
-    python examples/make_data.py answers                 likewise: demonstrations, and comparisons of answers
+    python examples/make_data.py instructions            from the poems in that folder (anyone can rerun this)
+    python examples/make_data.py answers                 likewise: demonstrations and comparisons of answers
     python examples/make_data.py english TOM OPTICKS     from Project Gutenberg's plain-text editions
     python examples/make_data.py poems FILE              from JSON lines {"text", "source"} of chinese-poetry
 
-Everything chosen is chosen by a hash of the poem itself, so a rerun gives the same files. Standard library only.
+All selections depend on hashes of the poems, so a rerun gives the same files. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ COMPARISONS_TRAIN = FOLDER / "comparisons.train.jsonl.gz"
 COMPARISONS_HELD_OUT = FOLDER / "comparisons.heldout.jsonl.gz"
 
 DOCUMENT_CHARACTERS = 1200
-"""A document of English prose is closed at the first paragraph that reaches this length."""
+"""A document of English prose ends with the first paragraph that reaches this length."""
 MAX_POEM_CHARACTERS = 1_250_000
-"""Poems shipped, in characters: more than the demo's training reads once."""
+"""Size of the shipped poems in characters: more than one epoch of the demo's training reads."""
 LEFT_OUT = re.compile(
     r"Gutenberg|Produced by|Proofreading|pgdp|Transcriber|greek letters"
     r"|\[Illustration|\[Footnote|FOOTNOTES|--\+--|\| |nigger"
 )
-"""Paragraphs of the edition, not of the book; tables, which lose their sense on one line; and a slur."""
+"""Paragraphs of the edition, not of the book; tables, which are meaningless on one line; and a slur."""
 TRAIN_PER_FORM, HELD_OUT_PER_FORM = 600, 50
-"""Poems of each form that become an instruction."""
+"""Number of poems of each form that become instructions."""
 COMPARED_PER_FORM = 300
-"""Poems of each form, other ones, whose answers are compared."""
+"""Number of further poems of each form, for which answers are compared."""
 ANSWERS_COMPARED = 4
-"""Answers of one comparison (InstructGPT: 4 to 9)."""
+"""Answers per comparison (InstructGPT: 4 to 9)."""
 
 
 # -- the four regular forms of Tang verse ------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ ANSWERS_COMPARED = 4
 
 @dataclass(frozen=True)
 class Form:
-    """A regular form: so many verses of so many characters."""
+    """A regular form of verse: the number of verses and of characters per verse."""
 
     name: str
     verses: int
@@ -73,7 +73,7 @@ WORDINGS = (
 
 
 def form_of(body: str) -> Form | None:
-    """The form of a poem without its title; None where it is not regular or holds anything but Chinese characters."""
+    """Return the form of a poem without its title, or None if it is irregular or has other than Chinese characters."""
     if not re.fullmatch(r"[\u4e00-\u9fff，。？！\n]+", body):
         return None
     verses = [verse for verse in re.split(r"[，。？！\n]+", body) if verse]
@@ -83,12 +83,15 @@ def form_of(body: str) -> Form | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A way to answer, and who gives it: of 100 demonstrations so many are like this."""
+    """A kind of answer, and its share of the demonstrations in percent.
+
+    Its `repr` is hashed to draw comparisons: renaming the class or a field changes the data.
+    """
 
     text: str
-    """`{form}` stands for the form's name."""
+    """Text with the placeholder `{form}` for the form's name."""
     right: bool
-    """Else another form is named."""
+    """Whether it names the right form; otherwise it names another one."""
     share: int
 
 
@@ -100,7 +103,7 @@ ANSWERS = (
     Answer("{form}", right=False, share=5),
     Answer("這是一首{form}。這是一首{form}。這是一首{form}。", right=False, share=5),
 )
-"""From the best to the worst: people want the right form, then a whole sentence, and nothing twice."""
+"""Best first: people prefer the right form, then a whole sentence, then one without repetition."""
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def read_records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write gzipped JSON lines, without a time stamp so that equal records give equal bytes."""
+    """Write gzipped JSON lines without a time stamp, so that equal records give equal bytes."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
 
@@ -123,7 +126,7 @@ def write_json(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def rank(text: str) -> bytes:
-    """A key that orders texts as if at random, and always the same way."""
+    """Return a sorting key that gives texts a pseudo-random, reproducible order."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -131,7 +134,7 @@ def rank(text: str) -> bytes:
 
 
 def paragraphs(book: str) -> Iterator[str]:
-    """Yield the book's paragraphs on one line each, except those that are left out."""
+    """Yield the book's paragraphs, each as one line, except those that match `LEFT_OUT`."""
     for block in re.split(r"\n\s*\n", book.replace("\r\n", "\n")):
         text = re.sub(r"_|\[[A-Z]\]", "", re.sub(r"\s+", " ", block)).strip()
         if re.search(r"\w", text) and not LEFT_OUT.search(text):
@@ -139,7 +142,7 @@ def paragraphs(book: str) -> Iterator[str]:
 
 
 def documents(book: str) -> Iterator[str]:
-    """Join paragraphs to documents of `DOCUMENT_CHARACTERS` or a little more."""
+    """Join paragraphs into documents of at least `DOCUMENT_CHARACTERS`, except the last."""
     document: list[str] = []
     for paragraph in paragraphs(book):
         document.append(paragraph)
@@ -162,7 +165,7 @@ def make_english(tom_sawyer: Path, opticks: Path) -> None:
     )
 
 
-# -- Chinese poems and what is asked about them ------------------------------------------------------------------------
+# -- Chinese poems and questions about them ----------------------------------------------------------------------------
 
 
 def make_poems(source: Path, target: Path = POEMS) -> None:
@@ -183,12 +186,12 @@ def make_poems(source: Path, target: Path = POEMS) -> None:
 
 
 def instruction(body: str, form: Form, number: int) -> dict[str, str]:
-    """The Alpaca record of the `number`-th chosen poem of its form."""
+    """Return the Alpaca record of the poem with index `number` among the chosen ones of its form."""
     return {"instruction": WORDINGS[number % len(WORDINGS)], "input": body, "output": form.name}
 
 
 def poems_by_form() -> dict[Form, list[str]]:
-    """The bodies of all poems, each form's in an order as if at random."""
+    """Return the bodies of all poems by form, in pseudo-random order."""
     by_form: dict[Form, list[str]] = {form: [] for form in FORMS}
     bodies = {record["text"].partition("\n")[2] for record in read_records(POEMS)}
     for body in sorted(bodies, key=rank):
@@ -199,7 +202,7 @@ def poems_by_form() -> dict[Form, list[str]]:
 
 
 def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out instructions; no poem stands in both, and the four forms are equally many."""
+    """Return training and held-out instructions about distinct poems, equally many of each form."""
     held_out, train = [], []
     for form, poems in poems_by_form().items():
         chosen = poems[: HELD_OUT_PER_FORM + TRAIN_PER_FORM]
@@ -211,36 +214,36 @@ def make_instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     )
 
 
-# -- answers of all kinds, and which of them people like ---------------------------------------------------------------
+# -- answers of all kinds, and preferences among them ------------------------------------------------------------------
 
 
-def say(answer: Answer, right: str, key: str) -> str:
-    """What the answer says of a poem whose form is `right`; `key` chooses among the wrong forms."""
+def answer_text(answer: Answer, right: str, key: str) -> str:
+    """Return the answer's text about a poem of the form `right`; `key` selects among the wrong forms."""
     others = [form.name for form in FORMS if form.name != right]
     named = right if answer.right else others[rank(f"wrong {key}")[0] % len(others)]
     return answer.text.format(form=named)
 
 
 def demonstration(record: dict[str, str]) -> dict[str, str]:
-    """The instruction with an answer of some kind: those who wrote them took more or less trouble."""
+    """Return the instruction with an answer whose kind is drawn by the shares: quality varies, as among annotators."""
     place = int.from_bytes(rank(f"demonstrated {record['input']}")[:4], "big") % sum(item.share for item in ANSWERS)
     for answer in ANSWERS:
         place -= answer.share
         if place < 0:
             break
-    return record | {"output": say(answer, record["output"], record["input"])}
+    return record | {"output": answer_text(answer, record["output"], record["input"])}
 
 
 def comparison(record: dict[str, str]) -> dict[str, Any]:
-    """Answers to the instruction, the best first."""
-    asked = f"{record['instruction']}\n{record['input']}"
-    shuffled = sorted(ANSWERS, key=lambda answer: rank(f"{answer} {asked}"))
+    """Return the instruction as a prompt with some answers, best first."""
+    prompt = f"{record['instruction']}\n{record['input']}"
+    shuffled = sorted(ANSWERS, key=lambda answer: rank(f"{answer} {prompt}"))
     chosen = sorted(shuffled[:ANSWERS_COMPARED], key=ANSWERS.index)
-    return {"prompt": asked, "answers": [say(answer, record["output"], asked) for answer in chosen]}
+    return {"prompt": prompt, "answers": [answer_text(answer, record["output"], prompt) for answer in chosen]}
 
 
 def make_comparisons() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Comparisons about poems that no demonstration is about, and about the held-out ones."""
+    """Return comparisons about poems without demonstrations, and about the held-out poems."""
     first = HELD_OUT_PER_FORM + TRAIN_PER_FORM
     train = [
         instruction(body, form, number)
