@@ -89,7 +89,7 @@ class Expression:
     formula: Formula
 
     def value(self, figures: Figures) -> float:
-        """Return the value for one answer. Raises ExpressionError if it has none: 1 / 0, log(0), exp(1000)."""
+        """Return the value for one answer. Raises ExpressionError if it is undefined: 1 / 0, log(0), exp(1000)."""
         try:
             return self.formula(figures)
         except ZeroDivisionError as error:

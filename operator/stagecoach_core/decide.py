@@ -100,6 +100,7 @@ def _ready(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> l
     """
     if observed.cancel or observed.suspend or any(stage.failed for stage in facts.values()):
         return []
+    # Digests, not stages: an attempt of another stage, or of one that was removed, may be doing the same work.
     in_work: set[str | None] = {attempt.digest for attempt in observed.attempts if attempt.is_live}
     ready: list[str] = []
     for name, stage in facts.items():
@@ -131,6 +132,7 @@ def _look_again_at(
         for attempt in stage.live_attempts
         if (stage.name, attempt.number) not in stopped
     ]
+    # The end of a back-off matters only if a stage may start then (see `_ready`).
     if not (observed.cancel or observed.suspend or any(stage.failed for stage in facts.values())):
         times.extend(stage.retry.not_before for stage in facts.values() if stage.startable)
     return min((time for time in times if time is not None and time > now), default=None)

@@ -86,6 +86,7 @@ def _facts_of(
     upstream = tuple(key for key in planned.upstream if key not in finished)
     artifact, needs_look_up = _artifact(name, digest, attempts, observed)
     forced = name in observed.forced
+    # With `--from`, attempts from before the command neither count as failures nor as work of this run.
     counted = tuple(item for item in attempts if not forced or item.started >= observed.forced_since)
     return StageFacts(
         name=name,
@@ -112,6 +113,7 @@ def _artifact(
     """Return the stage's artifact, and whether it must be looked up in the store."""
     if digest is None or (name in observed.forced and not _redone(digest, attempts, observed.forced_since)):
         return None, False
+    # An artifact that was found stays found: artifacts are immutable, so the answer needs no time.
     answer = observed.artifacts.get(digest)
     if isinstance(answer, Found):
         return answer, False
@@ -154,6 +156,7 @@ def _retry(
 def _forgotten(name: str, digest: str, observed: Observed) -> Mapping[Cause, int]:
     """Return the number of attempts, by cause, that count although the driver no longer stores them individually."""
     older = observed.forgotten.get((name, digest))
+    # Their individual ends are not stored. If the last ended before the request, all of them did.
     if older is None or older.until < observed.since or name in observed.forced:
         return {}
     return older.counts

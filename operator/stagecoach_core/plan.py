@@ -69,6 +69,7 @@ def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
 
 def _merged(own: SettingsT, defaults: SettingsT) -> SettingsT:
     fields = type(own).model_fields
+    # An unset field is None; a value equal to some default, such as 0, is set.
     missing = {name: getattr(defaults, name) for name in fields if getattr(own, name) is None}
     return own.model_copy(update=missing)
 

@@ -78,6 +78,7 @@ def view_of(name: str, context: DecisionContext) -> StageView:
 
 def _state_of(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
     """Return a stage's state, what it is waiting for, and a message."""
+    # In order of precedence: a finished stage stays finished if the run is cancelled, a live attempt hides failures.
     if stage.finished:
         closing = f"attempt {stage.live_attempts[-1].number} to end" if stage.live_attempts else ""
         return (StageState.SUCCEEDED if stage.made_by_run else StageState.CACHED), closing, ""
@@ -116,9 +117,9 @@ def _ready_stage_waits_for(stage: StageFacts, context: DecisionContext) -> str:
     if stage.name in context.starting:
         return f"attempt {stage.newest + 1} to start"
     if context.failed:
-        return "the store's answers about other stages"
+        return "the store's answers about other stages"  # the run will fail, but look-ups are open
     if context.now < stage.retry.not_before:
-        return f"the pause after attempt {stage.newest} to end"
+        return f"the back-off after attempt {stage.newest} to end"
     other = _same_work(stage, context)
     if other is not None:
         return f"stage `{other}`, which does the same work"
@@ -144,18 +145,20 @@ def _stages(names: Sequence[str]) -> str:
 
 def run_state(context: DecisionContext) -> tuple[RunState, str]:
     """Return the run's state and a message."""
+    # No terminal state while an attempt is live, even one of a removed stage: it occupies the cluster or the machine.
     if any(attempt.is_live for attempt in context.observed.attempts):
         return RunState.PROGRESSING, _live_message(context)
     unfinished = [stage for stage in context.facts.values() if stage.selected and not stage.finished]
     if not unfinished:
         return RunState.COMPLETE, ""
     # Pending look-ups are awaited, so that the final status shows which stages are cached.
-    failed = RunState.PROGRESSING if context.looking_up else RunState.FAILED
+    ending = RunState.PROGRESSING if context.looking_up else RunState.FAILED
+    # Before suspension and cancellation: a failed run stays Failed, whatever is requested afterwards.
     if context.failed:
-        return failed, _failure_message(context)
+        return ending, _failure_message(context)
     if all(stage.name in context.blocked for stage in unfinished):
         name = unfinished[0].name
-        return failed, f"stage `{name}` cannot run: {context.blocked[name]}"
+        return ending, f"stage `{name}` cannot run: {context.blocked[name]}"
     return _idle_state(context)
 
 

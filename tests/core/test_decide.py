@@ -140,7 +140,7 @@ CASES = {
         Observed(attempts=(failed("a", DA, 1, ended=99.5),), artifacts=missing(DA, at=99.6)),
         (),
         "Retrying Pending Pending",
-        waiting_for={"a": "the pause after attempt 1 to end"},
+        waiting_for={"a": "the back-off after attempt 1 to end"},
     ),
     "an artifact that is not in the store counts as lost": Case(
         Observed(attempts=(done("a", DA),), artifacts=missing(DA, at=2.0)),

@@ -177,7 +177,7 @@ def _parse_file(uri: str) -> FolderLocation:
 
 def public_endpoint(endpoint: str) -> str:
     """Return scheme, host and port of an endpoint, which are safe to show in a message."""
-    parts = urlsplit(endpoint)
+    parts = urlsplit(endpoint)  # user information and query may contain credentials
     host = parts.hostname or ""
     return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
 

@@ -68,6 +68,7 @@ def _list_local(path: Path, hash_file: Callable[[Path], str]) -> tuple[Path, lis
         folder = Path(*root)
         if not pattern or not folder.is_dir():
             return folder, []
+        # Without `**` no file deeper than the pattern can match, so large trees below are not walked.
         deep = "**" in pattern
         keys = _walk(folder, None if deep else len(pattern))
         matching = [key for key in keys if _matches(tuple(key.split("/")), pattern)]
@@ -106,10 +107,12 @@ def _list_s3(location: S3Location, endpoint: str | None, region: str | None) -> 
     root, pattern = _split_glob(parts)
     if pattern:
         folder = S3Location(location.bucket, "/".join(root))
+        # List only keys that start as the pattern does: a bucket may have millions of others.
         literal = pattern[0][: next(index for index, letter in enumerate(pattern[0]) if letter in _WILDCARDS)]
         store = S3Store(folder, endpoint, region)
         found = [entry for entry in store.list_raw(literal) if _matches(tuple(entry.key.split("/")), pattern)]
         return folder.uri, sorted(found, key=lambda entry: entry.key)
+    # S3 has no folders: the URI is a prefix of keys, or else the key of a single object.
     below = [entry for entry in S3Store(location, endpoint, region).list() if not _is_hidden(entry.key)]
     if below or not parts:
         return location.uri, below

@@ -96,6 +96,7 @@ class FolderStore:
     def download(self, key: str, path: Path, expected: StoredObject | None = None) -> None:
         with translated(key):
             source = self._path(key).open("rb")
+        # Opened first: afterwards ENOENT would be about the target, and not mean that the object does not exist.
         with source, translated(key, path), temporary_file(path) as (temporary, file):
             size, sha256 = copy_hashing(source, file)
             check_expected(key, size, sha256, expected)
@@ -160,6 +161,7 @@ def copy_hashing(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
 
 
 def _synchronise_folder(folder: Path) -> None:
+    """Wait until the folder's entries are on disk: syncing a file does not ensure that of its name (fsync(2))."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -67,6 +67,7 @@ class Retrier:
                 return operation(attempt)
             except Exception as error:
                 wait = self.policy.wait_seconds(attempt, self.jitter())
+                # Give up before a wait that would end after the deadline, rather than after it.
                 late = self.clock() - started + wait > self.policy.deadline_seconds
                 if attempt >= limit or late or not is_transient(error):
                     raise

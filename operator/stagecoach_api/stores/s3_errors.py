@@ -8,6 +8,7 @@ from __future__ import annotations
 from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.stores.base import AccessDenied, Corrupt, NotFound, StoreError, Unreachable, public_endpoint
 
+# 408 request time-out, 429 too many requests, 5xx server errors except 501 (not implemented).
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
     "RequestTimeout",
@@ -19,6 +20,7 @@ _TRANSIENT_CODES = {
     "ConditionalRequestConflict",  # another conditional write of the key is in progress; the next attempt gets 412
     "OperationAborted",
 }
+# Names of botocore's and urllib3's classes, since botocore is not imported here; `_Truncated` is that of `s3.py`.
 _TRANSIENT_ERRORS = {
     "ConnectionError",
     "EndpointConnectionError",
@@ -92,6 +94,7 @@ def store_error(error: Exception, key: str, uri: str, endpoint: str | None) -> S
     name = type(error).__name__
     if name in _NO_CREDENTIALS:
         return AccessDenied(key, f"no usable credentials for {uri} ({name}); {_WHERE}")
+    # A TLS error is not retried, because certificates do not change in seconds, but means the same: not reachable.
     if is_transient(error) or "SSL" in name:
         return Unreachable(key, f"{uri} cannot be reached ({where}: {name}); check endpoint and network")
     return StoreError(key, f"the request failed ({where}: {name})")

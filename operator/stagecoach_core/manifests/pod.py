@@ -21,10 +21,10 @@ def pod_template(attempt: StageAttempt, settings: ManifestSettings) -> dict[str,
     return {
         "metadata": {"labels": labels_of(attempt), "annotations": annotations_of(attempt)},
         "spec": {
-            "restartPolicy": "Never",
+            "restartPolicy": "Never",  # the operator retries
             "terminationGracePeriodSeconds": settings.grace_seconds,
             "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
+            "enableServiceLinks": False,  # no variables for every service of the namespace
             **_identity(attempt, settings),
             **placement(attempt),
             "securityContext": {
@@ -32,7 +32,7 @@ def pod_template(attempt: StageAttempt, settings: ManifestSettings) -> dict[str,
                 "runAsUser": settings.user_id,
                 "runAsGroup": settings.group_id,
                 "fsGroup": settings.group_id,
-                "fsGroupChangePolicy": "OnRootMismatch",
+                "fsGroupChangePolicy": "OnRootMismatch",  # no recursive chown of large volumes at each start
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container(attempt, settings)],

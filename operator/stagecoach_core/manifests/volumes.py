@@ -56,8 +56,10 @@ def mounts(attempt: StageAttempt, settings: ManifestSettings) -> list[Mount]:
     shared = {"medium": "Memory", "sizeLimit": attempt.stage.resources.shared_memory or DEFAULT_SHARED_MEMORY}
     all_mounts = [
         Mount("stage", names.STAGE_MOUNT, {"configMap": {"name": attempt.name}}, read_only=True),
+        # One volume for work and cache: files are moved between them, and rename does not cross volumes.
         Mount("data", names.DATA_MOUNT, {"emptyDir": limit}),
         Mount("tmp", "/tmp", {"emptyDir": {}}),  # noqa: S108  # of the container
+        # NCCL and data loaders use it; the container runtime's default is 64 MiB.
         Mount("shared-memory", "/dev/shm", {"emptyDir": shared}),  # noqa: S108
     ]
     if attempt.credentials is not None:

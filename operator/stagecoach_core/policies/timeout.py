@@ -33,6 +33,7 @@ def stop_overdue(
     """Return the order to stop an attempt that hangs or has exceeded its time limit. None if it may continue."""
     if attempt.state is not AttemptState.RUNNING:
         return None
+    # The time-out first: an attempt that hangs beyond it is the user's, and is not retried as a hang.
     if timeout_seconds is not None and now >= _running_since(attempt) + timeout_seconds:
         reason = f"it ran longer than `timeoutSeconds` ({timeout_seconds}) allows"
         return Stop(attempt.stage, attempt.number, reason, Cause.USER)
@@ -53,6 +54,7 @@ def deadline(attempt: Attempt, timeout_seconds: int | None, limits: HangLimits =
 
 def silence_limit(attempt: Attempt, limits: HangLimits = DEFAULT_LIMITS) -> float:
     """Return the number of seconds of silence that are allowed now."""
+    # Adapts to stages that are silent for long by nature, such as one that writes a large checkpoint.
     if attempt.heartbeat is None:
         return max(limits.start_seconds, limits.shortest_seconds)
     return max(limits.shortest_seconds, limits.factor * attempt.longest_silence)
