@@ -1,7 +1,6 @@
-"""Makers for tests of whole attempts: a stage file, its environment, and stand-ins for stage modules.
+"""Makers for tests of whole attempts: a stage file, its environment, and replacements of stage modules.
 
-Stand-ins are put in the place of real stage modules by a `sitecustomize.py` on the worker's path: the worker itself
-runs as it is.
+A `sitecustomize.py` on the worker's path replaces real stage modules; the worker itself is unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Attempt:
 
     folder: Path
     pod: Mapping[str, str] = field(default_factory=dict)
-    """What the environment of a pod says beside."""
+    """Additional variables of a pod's environment."""
 
     @property
     def work(self) -> Path:

@@ -1,4 +1,4 @@
-"""One stage from context to artifact, and what errors come to."""
+"""One stage from context to artifact, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_stage_writes_into_an_empty_output_and_is_published(tmp_path: Path, mo
     assert (tmp_path / "store" / attempt_prefix(DIGEST, 1) / "logs" / "log.jsonl").is_file()
 
 
-def test_other_ranks_leave_a_stage_that_does_not_train_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_skip_a_stage_that_does_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, lambda config, context: pytest.fail("called"))
     assert run_stage(attempt(tmp_path, World(rank=1, size=2)), threading.Event()) is None
 
@@ -113,13 +113,13 @@ def test_every_error_has_its_exit_code_and_cause(error: BaseException, code: int
     assert (result.exit_code, result.cause, result.last_step) == (code, cause, 12)
 
 
-def test_an_error_with_a_name_is_found_behind_the_one_it_caused() -> None:
+def test_a_named_error_is_found_as_the_cause_of_another() -> None:
     outer = RuntimeError("upload failed")
     outer.__cause__ = OSError(errno.ENOSPC, "full", "/scratch/x")
     assert outcome_of(outer).result.message.startswith("disk full: /scratch/x")
 
 
-def test_all_problems_of_a_stage_file_are_told(tmp_path: Path) -> None:
+def test_all_problems_of_a_stage_file_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "stage.json"
     path.write_text(resolved(tmp_path, config={"sources": [{"uri": "x", "colour": 1}], "size": 2}).model_dump_json())
     with pytest.raises(UserError, match=r"sources\.0\.colour.*size"):
@@ -131,7 +131,7 @@ def test_all_problems_of_a_stage_file_are_told(tmp_path: Path) -> None:
         read_stage(tmp_path / "nowhere.json")
 
 
-def test_threads_are_pinned_to_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_pinned_to_the_drivers_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STAGECOACH_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "99")
     pin_threads({"STAGECOACH_THREADS": "3"})

@@ -1,4 +1,4 @@
-"""Dealing rows out and laying them out as tensors."""
+"""Division of rows among ranks, and their conversion to tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.trainer.loop.makers import row
 
 
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=12), micro=st.integers(1, 5), ranks=st.integers(1, 4))
-def test_every_row_is_dealt_once_and_every_rank_makes_as_many_micro_steps(
+def test_every_row_is_assigned_once_and_all_ranks_have_as_many_micro_batches(
     lengths: list[int], micro: int, ranks: int
 ) -> None:
     rows = [row((length,), index) for index, length in enumerate(lengths)]

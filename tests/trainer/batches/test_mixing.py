@@ -1,4 +1,4 @@
-"""Mixing: exact shares, nothing lost or repeated within a pass, any position found at once."""
+"""Mixing: exact shares, nothing lost or repeated within a pass, any position computed directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagecoach_trainer.batches.mixing import Mix, Stream, apportion, make_key, 
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-def test_a_shuffle_moves_every_position_to_a_place_of_its_own(size: int, key: int) -> None:
+def test_a_shuffle_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
@@ -70,7 +70,7 @@ def test_every_pass_over_a_set_is_complete_before_the_next_begins(
 
 
 @given(st.integers(1, 500), st.integers(0, 400), st.integers(1, 50))
-def test_any_stretch_is_found_without_what_was_before(total: int, start: int, length: int) -> None:
+def test_any_range_is_found_without_those_before_it(total: int, start: int, length: int) -> None:
     mix = make_mix([17, 50, 3], [1.0, 2.0, 0.5], total)
     whole, part = mix.draws(0, total), mix.draws(start, start + length)
     assert np.array_equal(whole.sets[start : start + length], part.sets)

@@ -1,4 +1,4 @@
-"""Packing: every sample once, no row too long, hardly anything left over."""
+"""Packing: every sample once, no row too long, little unused space."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stagecoach_trainer.batches.packing import one_per_row, pack
 
 
 def check(lengths: np.ndarray, capacity: int) -> int:
-    """Check that a packing is one; return its rows."""
+    """Check that a packing is valid; return its rows."""
     packed = pack(lengths, capacity)
     assert sorted(packed.order.tolist()) == list(range(len(lengths)))
     sums = [int(lengths[packed.samples(row)].sum()) for row in range(len(packed))]
@@ -72,6 +72,6 @@ def test_rows_of_one_sample_and_no_samples() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[0, 1], [9]])
-def test_lengths_that_cannot_be_packed_are_refused(lengths: list[int]) -> None:
+def test_lengths_that_cannot_be_packed_are_rejected(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         pack(np.array(lengths), 8)

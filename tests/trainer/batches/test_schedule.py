@@ -46,7 +46,7 @@ def test_wsd_stays_and_falls_over_the_last_share_of_the_steps() -> None:
     floor=st.floats(0.0, 1.0),
     num_steps=st.integers(1, 300),
 )
-def test_no_step_is_made_at_nothing_and_none_above_the_highest_rate(
+def test_no_step_has_rate_0_or_one_above_the_peak(
     name: ScheduleName, warmup: float, floor: float, num_steps: int
 ) -> None:
     schedule = Schedule(name=name, warmup_share=warmup, floor=floor)

@@ -1,4 +1,4 @@
-"""Packed samples do not see each other: the numbers, and the canary that proves it on the running model."""
+"""Packed samples do not see each other: the numbers, and the check that proves it on the running model."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_padding_changes_nothing() -> None:
     assert float(together) == pytest.approx(float(apart), rel=1e-6)
 
 
-def test_the_canary_is_silent_where_nothing_leaks() -> None:
+def test_the_check_passes_if_nothing_leaks() -> None:
     loss = CausalLoss(tiny_model())
     assert check_packing(loss, [row((9,), 1), row((8, 9), 2)], CPU, torch.float32) == 0.0
 
 
-def test_the_canary_has_nothing_to_look_at_where_no_row_is_packed() -> None:
+def test_the_check_is_skipped_if_no_row_is_packed() -> None:
     assert check_packing(CausalLoss(tiny_model()), [row((9,), 1)], CPU, torch.float32) is None
 
 
@@ -62,7 +62,7 @@ class LeakyLoss(CausalLoss):
         return state
 
 
-def test_the_canary_fails_the_stage_where_samples_leak() -> None:
+def test_the_check_fails_if_samples_leak() -> None:
     with pytest.raises(UserError, match="packed samples see each other"):
         check_packing(LeakyLoss(tiny_model()), [row((8, 9), 2)], CPU, torch.float32)
 
@@ -73,7 +73,7 @@ def test_a_leak_stops_training_before_its_first_step(tmp_path: Any, monkeypatch:
         train(TrainingJob(tiny_model(), training(), RandomPlan()), context(tmp_path))
 
 
-def test_where_the_first_steps_are_not_packed_a_leak_stops_training_before_the_first_that_is(
+def test_a_leak_stops_training_before_the_first_step_that_is_packed(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stagecoach_trainer.engine.objective.CausalLoss", LeakyLoss)
@@ -87,7 +87,7 @@ def test_where_the_first_steps_are_not_packed_a_leak_stops_training_before_the_f
     assert made == [0, 1]
 
 
-def test_held_out_rows_are_taken_apart_for_a_model_that_leaks() -> None:
+def test_held_out_rows_are_split_for_a_model_that_leaks() -> None:
     model, rows = tiny_model(), [row((8, 9), 1), row((5, 6, 7), 2)]
     alone = [sample for item in rows for sample in item.samples()]
     expected = measure_with(CausalLoss(model), alone, 2, CPU, World()).nll

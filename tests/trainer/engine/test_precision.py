@@ -1,4 +1,4 @@
-"""Number formats within a model that computes in bf16: what stays in fp32, and what the next layer is handed."""
+"""Dtypes within a model that computes in bf16: what stays in fp32, and what each layer returns."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_states_between_layers_are_in_fp32_and_layers_compute_in_bf16() -> None:
     }
 
 
-def test_norms_are_computed_with_from_their_master() -> None:
+def test_norms_compute_with_their_masters() -> None:
     model = tiny_model()
     precision = MixedPrecision(model, Precision.BF16)
     precision.cast(CPU)
@@ -51,7 +51,7 @@ def test_norms_are_computed_with_from_their_master() -> None:
     assert all(precision.masters[name] is model.get_parameter(name) for name in names)
 
 
-def test_frozen_norms_keep_what_bf16_would_lose() -> None:
+def test_frozen_norms_stay_in_fp32() -> None:
     model = tiny_model()
     weight = model.model.norm.weight
     weight.requires_grad_(False).fill_(1.001)

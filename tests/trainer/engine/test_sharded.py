@@ -1,4 +1,4 @@
-"""DeepSpeed at one rank with everything offloaded computes what the plain engine does, whatever is trained."""
+"""DeepSpeed at one rank with everything offloaded gives the plain engine's results, whatever is trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEW_ROWS = range(190, 197)
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
-    """A process group of one rank, which DeepSpeed wants."""
+    """A process group of one rank, which DeepSpeed requires."""
     with process_group(World(), alone=True):
         yield
 

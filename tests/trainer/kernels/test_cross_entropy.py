@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_those_of_torch(masked: bool, with_bias: bool, ro
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
 
 
-def test_a_gradient_from_behind_scales_the_gradients() -> None:
+def test_an_upstream_gradient_scales_the_gradients() -> None:
     hidden, weight, _, loss_at, targets = problem()
     (once,) = torch.autograd.grad(cross_entropy_sum(hidden, weight, loss_at, targets, 0.5), hidden)
     (thrice,) = torch.autograd.grad(3 * cross_entropy_sum(hidden, weight, loss_at, targets, 0.5), hidden)

@@ -1,4 +1,4 @@
-"""The faster parts of LLaMA on a CPU: the same loss and gradients as transformers' own, and gone afterwards."""
+"""Fast paths on a CPU: the loss and gradients of transformers' own implementation, and removed afterwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_transformers(rows: list[Row], heads: in
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_too_many_probabilities_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_probabilities_are_computed_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = loss_and_gradients(BATCHES["packed rows"], fast=True)
     monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 1)
     got, _ = loss_and_gradients(BATCHES["packed rows"], fast=True)
@@ -79,7 +79,7 @@ def test_fast_paths_are_for_cpus_and_for_the_attention_that_they_replace(
     assert loss.positions_keyword is None
 
 
-def test_the_model_is_its_old_self_after_training(tmp_path: Path) -> None:
+def test_the_model_is_unchanged_after_training(tmp_path: Path) -> None:
     model = tiny_model()
     rotate = modeling_llama.apply_rotary_pos_emb
     train(TrainingJob(model, training(), RandomPlan(num_steps=2)), context(tmp_path))

@@ -82,7 +82,7 @@ def test_gradients_are_those_of_finite_differences(how: str, want_entropy: bool)
     assert torch.autograd.gradcheck(results, (hidden, weight, bias), atol=1e-6, fast_mode=True)
 
 
-def test_without_a_wish_for_it_there_is_no_entropy_and_the_log_probs_are_the_same() -> None:
+def test_without_entropies_the_log_probs_are_the_same() -> None:
     hidden, weight, _, at, targets = problem()
     alone, nothing = token_log_probs(hidden, weight, at, targets, chunk_elements=CHUNK)
     beside, _ = token_log_probs(hidden, weight, at, targets, want_entropy=True, chunk_elements=CHUNK)
@@ -101,7 +101,7 @@ def test_without_gradients_the_values_are_the_same_to_the_bit() -> None:
         assert torch.equal(got, wanted)
 
 
-def test_kept_memory_changes_nothing() -> None:
+def test_reused_memory_changes_nothing() -> None:
     parts, scratch = problem(), Scratch()
     fresh = torch.autograd.grad(mixed(*both_ways("weight", *parts)), parts[:3])
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_no_positions_give_no_values_and_zero_gradients(how: str) -> None:
     assert not hidden.grad.any()
 
 
-def test_bf16_states_under_an_fp32_head_give_fp32_results_and_gradients_of_each_format() -> None:
+def test_bf16_states_and_an_fp32_head_give_fp32_results_and_gradients_of_each_dtype() -> None:
     hidden, weight, _, at, targets = problem()
     small = hidden.detach().to(torch.bfloat16).requires_grad_()
     found = token_log_probs(small, weight, at, targets, want_entropy=True, chunk_elements=CHUNK)
@@ -167,7 +167,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("how", ["weight", "module"])
-def test_neither_pass_ever_holds_all_logits(how: str) -> None:
+def test_neither_pass_holds_all_logits(how: str) -> None:
     parts = problem()
     with _LargestTensor() as largest:  # type: ignore[no-untyped-call]
         mixed(*both_ways(how, *parts)).backward()

@@ -1,4 +1,4 @@
-"""States of rows of unlike lengths, computed without their padding, against padded rows."""
+"""States of rows of different lengths, computed without padding, against those of padded rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTH = 7
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Tokens of four rows, and places that are asked for: some of each row, never padding."""
+    """Tokens of four rows, and requested places: some of each row, no padding."""
     tokens = torch.randint(1, 60, (len(LAST), LENGTH), generator=torch.Generator().manual_seed(3))
     at = torch.cat([torch.arange(int(last) // 2, int(last) + 1) + row * LENGTH for row, last in enumerate(LAST)])
     return tokens, at
@@ -70,7 +70,7 @@ def test_states_and_gradients_are_those_of_padded_rows(
         torch.testing.assert_close(gradient, expected_gradients[name], atol=2e-5, rtol=1e-5, msg=name)
 
 
-def test_rows_of_one_length_are_left_as_they_are(count: list[RaggedRows], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_length_stay_padded_rows(count: list[RaggedRows], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpadded, "WORTH_UNPADDING", 0.0)
     expected, _ = states_and_gradients(fast=False)
     got, _ = states_and_gradients(fast=True)
@@ -78,7 +78,7 @@ def test_rows_of_one_length_are_left_as_they_are(count: list[RaggedRows], monkey
     torch.testing.assert_close(got, expected, atol=5e-6, rtol=0)
 
 
-def test_what_stands_in_padding_has_no_influence() -> None:
+def test_the_content_of_padding_has_no_influence() -> None:
     tokens, at = batch()
     model = tiny_model()
     loss = CausalLoss(model)

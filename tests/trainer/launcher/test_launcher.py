@@ -1,4 +1,4 @@
-"""The launcher and its workers as processes: every way to end becomes the right exit code and result file."""
+"""The launcher and its workers as processes: every ending gives the right exit code and result file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run(config, context):
 
 
 def wait_for_progress(attempt: Attempt, activity: str, done: float, seconds: float = 150.0) -> None:
-    """Wait until the progress file says that `activity` got as far as `done`."""
+    """Wait until the progress file reports that `activity` has reached `done`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         lines = attempt.progress.read_text().splitlines() if attempt.progress.exists() else []
@@ -97,7 +97,7 @@ def wait_for_progress(attempt: Attempt, activity: str, done: float, seconds: flo
     raise TimeoutError(attempt.log)
 
 
-def test_a_stage_that_is_done_is_published_with_its_manifest_last(tmp_path: Path) -> None:
+def test_a_completed_stage_is_published_with_its_manifest_last(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, WRITES)
     assert attempt.run() == 0, attempt.log
     manifest = Manifest.model_validate_json((attempt.store / manifest_key(DIGEST)).read_bytes())
@@ -116,14 +116,14 @@ def test_a_stage_that_is_done_is_published_with_its_manifest_last(tmp_path: Path
         pytest.param(KILLED, 137, Cause.INFRASTRUCTURE, "killed by signal 9.*memory", id="kill -9"),
     ],
 )
-def test_an_attempt_that_fails_says_why(tmp_path: Path, code: str, exit_code: int, cause: Cause, message: str) -> None:
+def test_a_failed_attempt_reports_why(tmp_path: Path, code: str, exit_code: int, cause: Cause, message: str) -> None:
     attempt = make_attempt(tmp_path, code)
     assert attempt.run() == exit_code
     assert attempt.result.cause is cause
     assert re.search(message, attempt.result.message, re.DOTALL), attempt.result.message
 
 
-def test_a_configuration_that_is_wrong_ends_before_anything_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_configuration_fails_before_heavy_imports(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, "raise RuntimeError('imported')", config={"sources": [], "colour": "red"})
     assert attempt.run() == ExitCode.USER_ERROR
     assert "sources" in attempt.result.message
@@ -161,7 +161,7 @@ def test_workers_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_training_asked_to_stop_saves_and_goes_on_in_the_next_attempt(tmp_path: Path) -> None:
+def test_training_asked_to_stop_saves_and_resumes_in_the_next_attempt(tmp_path: Path) -> None:
     whole = make_attempt(tmp_path / "whole", TRAINS, "pretrain")
     attempt = make_attempt(tmp_path / "stopped", TRAINS, "pretrain")
     launcher = attempt.start()
@@ -190,7 +190,7 @@ def test_under_torchrun_the_rank_that_failed_first_is_named(tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(300)
-def test_two_pods_make_what_two_ranks_of_one_machine_make(tmp_path: Path) -> None:
+def test_two_pods_give_the_result_of_two_ranks_of_one_machine(tmp_path: Path) -> None:
     local = make_attempt(tmp_path / "local", TRAINS, "pretrain", ranks=2)
     assert local.run() == 0, local.log
     pods = make_pods(tmp_path / "pods", TRAINS, 2, free_port())
@@ -201,7 +201,7 @@ def test_two_pods_make_what_two_ranks_of_one_machine_make(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(300)
-def test_the_pod_whose_rank_failed_names_the_failure_and_the_others_only_lost_it(tmp_path: Path) -> None:
+def test_the_pod_whose_rank_failed_names_the_failure(tmp_path: Path) -> None:
     pods = make_pods(tmp_path, ONE_RANK_FAILS, 2, free_port())
     launchers = [pod.start() for pod in pods]
     codes = [launcher.wait(200) for launcher in launchers]
@@ -226,7 +226,7 @@ def outcome(code: int, named: bool, at: float, message: str = "") -> RankOutcome
     return RankOutcome(failure(code, message), named, at)
 
 
-def test_the_first_failure_that_names_itself_is_the_reason() -> None:
+def test_the_first_named_failure_is_the_reason() -> None:
     outcomes = {
         0: outcome(1, False, 1.0, "connection closed by peer"),
         1: outcome(64, True, 2.0, "bad data"),
@@ -235,12 +235,12 @@ def test_the_first_failure_that_names_itself_is_the_reason() -> None:
     assert combine(outcomes, range(3), 1).message == "bad data"
 
 
-def test_a_rank_that_left_no_word_explains_failures_that_cannot_name_themselves() -> None:
+def test_a_rank_without_outcome_explains_unnamed_failures() -> None:
     outcomes = {0: outcome(1, False, 1.0, "connection closed by peer")}
     assert "rank 1 ended without reporting a reason" in combine(outcomes, range(2), 1).message
 
 
-def test_torchrun_tells_what_its_workers_died_of() -> None:
+def test_exit_codes_of_workers_are_read_from_torchruns_output() -> None:
     text = b"""
 Root Cause (first observed failure):
 [0]:
@@ -255,13 +255,13 @@ Root Cause (first observed failure):
     assert torchrun_deaths(b"exit") == {}
 
 
-def test_workers_that_are_all_done_are_done() -> None:
+def test_an_attempt_is_done_if_all_workers_are() -> None:
     done = RankOutcome(AttemptResult(exit_code=0, content_digest="ab"), True, 1.0)
     other = RankOutcome(AttemptResult(exit_code=0), True, 0.5)
     assert combine({0: done, 1: other}, range(2), 0).content_digest == "ab"
 
 
-def test_a_long_message_is_cut_in_the_middle_to_what_a_pod_may_say() -> None:
+def test_a_long_message_is_cut_in_the_middle_to_fit_a_termination_message() -> None:
     result = failure(64, "错误" * 1200 + "end")
     assert len(serialise(result)) <= MAX_RESULT_BYTES
     assert AttemptResult.model_validate_json(serialise(result)).message.endswith("错误") or "…" in result.message

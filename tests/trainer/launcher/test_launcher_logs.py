@@ -1,4 +1,4 @@
-"""What workers print outlives them and their pod: real processes, whatever ends them."""
+"""The output of workers outlives them and their pod: real processes, however they end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(config, context):
 DIES = """
 import ctypes, os, signal
 def run(config, context):
-    os.write(2, b"the last words of rank %d" % context.world.rank)
+    os.write(2, b"the last output of rank %d" % context.world.rank)
     if context.world.rank == context.world.size - 1:
         {death}
     signal.pause()
@@ -101,10 +101,10 @@ def run(config, context):
 """
 
 
-def change(attempt: Attempt, **told: object) -> None:
-    """Change what the stage file says."""
+def change(attempt: Attempt, **fields: object) -> None:
+    """Change fields of the stage file."""
     path = attempt.work / "stage.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def stored_logs(attempt: Attempt) -> dict[int, str]:
@@ -125,7 +125,7 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_all_that_a_worker_prints_is_in_its_log_and_in_the_launchers_output(tmp_path: Path) -> None:
+def test_all_output_of_a_worker_is_in_its_log_and_in_the_launchers_output(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, PRINTS)
     began = time.time()
     assert attempt.run() == 0, attempt.log
@@ -142,28 +142,28 @@ def test_all_that_a_worker_prints_is_in_its_log_and_in_the_launchers_output(tmp_
 
 
 @pytest.mark.parametrize(
-    ("death", "exit_code", "words"),
+    ("death", "exit_code", "output"),
     [
-        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 137, "the last words of rank 0", id="kill -9"),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 137, "the last output of rank 0", id="kill -9"),
         pytest.param("ctypes.string_at(0)", 139, "Fatal Python error: Segmentation fault", id="native code"),
     ],
 )
-def test_the_last_words_of_a_worker_that_dies_are_kept(tmp_path: Path, death: str, exit_code: int, words: str) -> None:
+def test_the_last_output_of_a_dying_worker_is_kept(tmp_path: Path, death: str, exit_code: int, output: str) -> None:
     attempt = make_attempt(tmp_path, DIES.replace("{death}", death))
     assert attempt.run() == exit_code
-    assert words in stored_logs(attempt)[0]
+    assert output in stored_logs(attempt)[0]
 
 
 @pytest.mark.timeout(300)
-def test_under_torchrun_each_rank_has_a_log_and_the_killed_ones_last_words_are_kept(tmp_path: Path) -> None:
+def test_under_torchrun_each_rank_has_a_log_with_the_killed_ones_last_output(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, DIES.replace("{death}", "os.kill(os.getpid(), 9)"), "pretrain", ranks=2)
     attempt.run()
     logs = stored_logs(attempt)
     assert sorted(logs) == [0, 1]
-    assert "the last words of rank 0" in logs[0]
-    assert logs[1].endswith("the last words of rank 1")
-    assert "rank 1" not in logs[0].split("the last words")[0]
-    assert "[rank 1] the last words of rank 1\n" in attempt.log
+    assert "the last output of rank 0" in logs[0]
+    assert logs[1].endswith("the last output of rank 1")
+    assert "rank 1" not in logs[0].split("the last output")[0]
+    assert "[rank 1] the last output of rank 1\n" in attempt.log
     assert not list((attempt.work / "outcomes").glob("*.pipe"))
 
 
@@ -235,7 +235,7 @@ def test_a_worker_does_not_wait_for_the_reader_of_its_launchers_output(tmp_path:
 
 
 def launched_to_a_reader(attempt: Attempt) -> subprocess.Popen[bytes]:
-    """Start the launcher, what it prints going into a pipe of ours."""
+    """Start the launcher with its output in a pipe of the test."""
     return subprocess.Popen(
         [sys.executable, "-m", "stagecoach_trainer.launcher"],
         env=attempt.environment,
@@ -246,14 +246,14 @@ def launched_to_a_reader(attempt: Attempt) -> subprocess.Popen[bytes]:
 
 
 def read_to(stream: IO[bytes], last: bytes) -> bytes:
-    """Read lines up to the one that ends so."""
+    """Read lines up to the one with this end."""
     lines = [next(stream)]
     while not lines[-1].endswith(last):
         lines.append(next(stream))
     return b"".join(lines)
 
 
-def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_goes_on(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_continues(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, FILLS_THE_DISK)
     with launched_to_a_reader(attempt) as launcher:
         wait_for(attempt.work / "begun")
@@ -293,7 +293,7 @@ def test_a_process_that_a_worker_left_behind_does_not_hold_up_the_end(tmp_path: 
     assert "bad data" in stored_logs(attempt)[0]
 
 
-def test_asked_to_stop_while_the_store_does_not_answer_it_ends_within_the_pods_grace(tmp_path: Path) -> None:
+def test_a_stop_while_the_store_does_not_respond_ends_within_the_pods_grace_period(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, WAITS)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
@@ -313,7 +313,7 @@ def test_asked_to_stop_while_the_store_does_not_answer_it_ends_within_the_pods_g
     assert "the end of this node's logs could not be stored within" in attempt.log
 
 
-def test_in_s3_the_log_is_stored_with_mounted_credentials_which_nobody_prints(
+def test_in_s3_the_log_is_stored_with_mounted_credentials_that_are_never_printed(
     tmp_path: Path, s3_server: S3Server
 ) -> None:
     make_bucket(s3_server.endpoint, "logs-of-pods")
@@ -329,7 +329,7 @@ def test_in_s3_the_log_is_stored_with_mounted_credentials_which_nobody_prints(
     logs = [entry.key for entry in store.list(attempt_logs_prefix(DIGEST, 1)) if "rank-00000." in entry.key]
     assert len(logs) == 1
     log = store.read(logs[0]).decode()
-    assert "the last words of rank 0" in log
+    assert "the last output of rank 0" in log
     assert SECRET_KEY not in log + attempt.log
 
 
@@ -354,7 +354,7 @@ reap_orphans(child.pid)
 """
 
 
-def test_processes_that_fall_to_the_launcher_do_not_stay_as_zombies(tmp_path: Path) -> None:
+def test_orphans_inherited_by_the_launcher_do_not_stay_as_zombies(tmp_path: Path) -> None:
     script = tmp_path / "reaps.py"
     script.write_text(REAPS)
     subprocess.run([sys.executable, script], check=True, timeout=60)

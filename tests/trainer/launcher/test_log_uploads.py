@@ -1,4 +1,4 @@
-"""Logs are stored while they grow; a store that refuses, fails or does not answer is told of and hurts nobody."""
+"""Logs are stored while they grow; a store that denies, fails or does not respond is reported and delays nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = f"{attempt_logs_prefix(DIGEST, 1)}/{NAME}"
 
 
 def stage_of(folder: Path, uri: str | None = None, endpoint: str | None = None) -> bytes:
-    """Return a stage file's content, its store in `folder` or at `uri`."""
+    """Return a stage file's content, with its store in `folder` or at `uri`."""
     told = json.loads((make_attempt(folder, "").work / "stage.json").read_bytes())
     return json.dumps(told | ({} if uri is None else {"storageUri": uri, "storageEndpoint": endpoint})).encode()
 
@@ -70,14 +70,14 @@ def test_a_log_that_does_not_grow_is_stored_once(tmp_path: Path, log: LogFile, m
     assert written == [b"", b"last"]
 
 
-def test_what_came_since_the_last_time_is_stored_at_the_end(tmp_path: Path, log: LogFile) -> None:
+def test_output_since_the_last_upload_is_stored_at_the_end(tmp_path: Path, log: LogFile) -> None:
     uploads = LogUploads(stage_of(tmp_path), [log], lambda line: None)
     log.append(b"all of a short stage\n")
     uploads.finish(10)
     assert (tmp_path / "store" / KEY).read_bytes() == b"all of a short stage\n"
 
 
-def test_a_store_that_refuses_is_told_of_once(tmp_path: Path, log: LogFile, s3_server: S3Server) -> None:
+def test_a_store_that_denies_access_is_reported_once(tmp_path: Path, log: LogFile, s3_server: S3Server) -> None:
     make_bucket(s3_server.endpoint, "logs-refused")
     said: list[str] = []
     with FaultyFront(s3_server.endpoint, [Fault("PUT", "answer", times=99, status=403, code="AccessDenied")]) as front:
@@ -90,7 +90,7 @@ def test_a_store_that_refuses_is_told_of_once(tmp_path: Path, log: LogFile, s3_s
     assert SECRET_KEY not in said[0]
 
 
-def test_a_store_that_comes_back_gets_all(tmp_path: Path, log: LogFile, s3_server: S3Server) -> None:
+def test_a_store_that_recovers_gets_the_whole_log(tmp_path: Path, log: LogFile, s3_server: S3Server) -> None:
     make_bucket(s3_server.endpoint, "logs-away")
     said: list[str] = []
     with FaultyFront(s3_server.endpoint, [Fault("PUT", "reset", times=6)]) as front:
@@ -102,7 +102,7 @@ def test_a_store_that_comes_back_gets_all(tmp_path: Path, log: LogFile, s3_serve
     assert open_store("s3://logs-away", endpoint=s3_server.endpoint).read(KEY) == b"patience\n"
 
 
-def test_the_end_does_not_wait_for_a_store_that_does_not_answer(
+def test_the_end_does_not_wait_for_a_store_that_does_not_respond(
     tmp_path: Path, log: LogFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = threading.Event()
@@ -116,7 +116,7 @@ def test_the_end_does_not_wait_for_a_store_that_does_not_answer(
     answer.set()
 
 
-def test_a_stage_file_that_is_none_is_the_workers_business(log: LogFile) -> None:
+def test_an_invalid_stage_file_is_left_to_the_workers(log: LogFile) -> None:
     said: list[str] = []
     LogUploads(b'{"stage": "sft"}', [log], said.append).finish(10)
     assert len(said) == 1

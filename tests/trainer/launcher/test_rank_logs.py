@@ -1,4 +1,4 @@
-"""What ranks print is kept whole, within bounds, whoever reads it however slowly."""
+"""The output of ranks is kept completely, within limits, however slow its reader is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def numbered(count: int, start: int = 0) -> bytes:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_holds_what_was_printed(tmp_path: Path) -> None:
+def test_a_log_contains_the_output(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "logs" / "rank.log")
     assert log.content() == (0, b"")
     log.append(b"one\n")
@@ -37,7 +37,7 @@ def test_a_log_holds_what_was_printed(tmp_path: Path) -> None:
     assert log.path.read_bytes() == b"one\n\rtwo \xff"
 
 
-def test_of_a_long_log_the_last_is_kept_and_its_first_line_says_so(tmp_path: Path) -> None:
+def test_a_long_log_keeps_its_end_and_its_first_line_states_the_cut(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "rank.log", max_bytes=8192)
     for number in range(5000):
         log.append(numbered(1, number))
@@ -60,7 +60,7 @@ def test_a_log_of_one_endless_line_is_cut_too(tmp_path: Path) -> None:
     assert content.endswith(b"x" * 500)
 
 
-def test_what_a_full_disk_does_not_take_is_a_gap_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_a_full_disk_rejects_is_a_gap_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = LogFile(tmp_path / "rank.log")
     log.append(b"before\n")
     with monkeypatch.context() as full:
@@ -88,7 +88,7 @@ def test_a_log_that_cannot_be_opened_yet_is_opened_later(tmp_path: Path) -> None
 # -- lines -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_line_has_its_ranks_prefix_also_those_of_a_progress_bar() -> None:
+def test_every_line_has_its_ranks_prefix_even_those_of_a_progress_bar() -> None:
     lines = Lines(b"[rank 3] ")
     assert lines.feed(b"one\ntw") == b"[rank 3] one\n"
     assert lines.feed(b"o\n\n 10%\r 20%\r") == b"[rank 3] two\n\n[rank 3]  10%\r[rank 3]  20%\r"
@@ -97,7 +97,7 @@ def test_every_line_has_its_ranks_prefix_also_those_of_a_progress_bar() -> None:
     assert lines.rest() == b""
 
 
-def test_a_line_without_end_is_passed_on_in_pieces() -> None:
+def test_a_line_without_end_is_printed_in_pieces() -> None:
     lines = Lines(b"> ")
     passed = b"".join(lines.feed(b"x" * 1000) for _ in range(200))
     assert len(passed) > 200 * 1000 - MAX_LINE_BYTES - 1000
@@ -105,7 +105,7 @@ def test_a_line_without_end_is_passed_on_in_pieces() -> None:
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)))
-def test_prefixes_are_all_that_is_added_however_the_bytes_come(data: bytes, cuts: list[int]) -> None:
+def test_only_prefixes_are_added_however_the_bytes_arrive(data: bytes, cuts: list[int]) -> None:
     lines, prefix = Lines(b"\0\1\2"), b"\0\1\2"
     edges = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
     passed = b"".join(lines.feed(data[start:end]) for start, end in itertools.pairwise(edges))
@@ -120,14 +120,14 @@ def test_prefixes_are_all_that_is_added_however_the_bytes_come(data: bytes, cuts
 
 @pytest.fixture
 def pipe() -> Iterator[list[int]]:
-    """Reading and writing end of a pipe; a test that closes one takes it out."""
+    """Reading and writing end of a pipe; a test that closes one removes it from the list."""
     ends = list(os.pipe())
     yield ends
     for end in ends:
         os.close(end)
 
 
-def test_bytes_are_passed_on_in_order(pipe: list[int]) -> None:
+def test_bytes_are_written_in_order(pipe: list[int]) -> None:
     output = Output(pipe[1])
     output.put(b"one ")
     output.put(b"two")
@@ -135,7 +135,7 @@ def test_bytes_are_passed_on_in_order(pipe: list[int]) -> None:
     assert os.read(pipe[0], 100) == b"one two"
 
 
-def test_a_slow_reader_delays_nobody_and_is_told_what_it_missed(pipe: list[int]) -> None:
+def test_a_slow_reader_delays_no_worker_and_sees_how_much_it_missed(pipe: list[int]) -> None:
     output = Output(pipe[1], max_bytes=200_000)
     began = time.monotonic()
     for number in range(1000):
@@ -162,7 +162,7 @@ def test_the_end_does_not_wait_for_a_reader_that_never_reads(pipe: list[int]) ->
     assert time.monotonic() - began < 2
 
 
-def test_a_closed_output_hurts_nobody() -> None:
+def test_a_closed_output_is_ignored() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     output = Output(writer)
@@ -182,7 +182,7 @@ def test_each_rank_of_a_node_has_a_log_in_the_store_and_its_prefix_in_the_output
     clear_outcomes(attempt.work)
     pipes = open_pipes(attempt.work, range(4, 7))
     logs = RankLogs(pipes, attempt.work, (attempt.work / "stage.json").read_bytes(), 1795341164.125, Output(pipe[1]))
-    logs.say("told by the launcher")
+    logs.say("printed by the launcher")
     for one in pipes[:2]:
         os.write(one.writer, b"of %d\n" % one.rank)
     logs.finish(10)
@@ -190,7 +190,7 @@ def test_each_rank_of_a_node_has_a_log_in_the_store_and_its_prefix_in_the_output
     stored = {parse_rank_log_name(path.name): path.read_bytes() for path in folder.iterdir()}
     assert {name.rank: data for name, data in stored.items() if name} == {4: b"of 4\n", 5: b"of 5\n", 6: b""}
     shown = os.read(pipe[0], 1000).splitlines()
-    assert sorted(shown) == [b"[launcher] told by the launcher", b"[rank 4] of 4", b"[rank 5] of 5"]
+    assert sorted(shown) == [b"[launcher] printed by the launcher", b"[rank 4] of 4", b"[rank 5] of 5"]
 
 
 def test_a_process_that_keeps_the_pipe_open_does_not_hold_up_the_end(
@@ -201,18 +201,16 @@ def test_a_process_that_keeps_the_pipe_open_does_not_hold_up_the_end(
     pipes = open_pipes(attempt.work, [0])
     left_behind = os.dup(pipes[0].writer)
     logs = RankLogs(pipes, attempt.work, (attempt.work / "stage.json").read_bytes(), 0.0)
-    os.write(left_behind, b"last words\n")
+    os.write(left_behind, b"last output\n")
     began = time.monotonic()
     logs.finish(10)
     os.close(left_behind)
     assert time.monotonic() - began < 5
     (stored,) = (attempt.store / attempt_logs_prefix(DIGEST, 1)).iterdir()
-    assert stored.read_bytes() == b"last words\n"
+    assert stored.read_bytes() == b"last output\n"
 
 
-def test_where_there_are_no_named_pipes_all_ranks_share_the_first_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_named_pipes_all_ranks_share_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 

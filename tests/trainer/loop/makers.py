@@ -108,7 +108,7 @@ def complete_steps(home: Path) -> list[int]:
 
 
 def context(folder: Path, world: World | None = None, seed: int = 7) -> StageContext:
-    """A context whose store, work and cache folders lie in `folder`."""
+    """A context whose store, work and cache folders are in `folder`."""
     work = folder / "work"
     (work / "output").mkdir(parents=True, exist_ok=True)
     resolved = ResolvedStage(
@@ -136,7 +136,7 @@ def context(folder: Path, world: World | None = None, seed: int = 7) -> StageCon
 
 @contextmanager
 def disk_full_beyond(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: to who writes it is the same as a full disk."""
+    """Limit the size of files to `size` bytes; for a writer it is like a full disk."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

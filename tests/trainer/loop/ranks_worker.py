@@ -1,4 +1,4 @@
-"""One rank of `test_ranks.py`: trains the tiny model with each way of sharding and writes what came of it as JSON.
+"""One rank of `test_ranks.py`: trains the tiny model with each way of sharding and writes the results as JSON.
 
 python ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, such as 2-fp32
 """

@@ -1,4 +1,4 @@
-"""Whatever moment a save is killed at, a complete checkpoint is left: the one before it, or the new one."""
+"""Whenever a save is killed, a complete checkpoint is left: the previous one or the new one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.trainer.loop.makers import context
 
 
 class Killed(BaseException):
-    """The process is gone: nothing that it would have done later happens."""
+    """The process has died: nothing that it would have done later happens."""
 
 
 class Remote(FolderStore):
@@ -74,7 +74,7 @@ def save(book: CheckpointManager, *states: TrainingState) -> None:
 
 
 def found(here: StageContext) -> tuple[int, float] | None:
-    """The step and the value that a new attempt would go on from."""
+    """The step and the value from which a new attempt would resume."""
     book = book_of(here)
     mark = book.find_newest()
     if mark is None:
@@ -83,7 +83,7 @@ def found(here: StageContext) -> tuple[int, float] | None:
     return read.step, float(read.engine.tensors[f"{MASTER}weight"][0])
 
 
-def test_a_save_of_the_same_step_killed_at_any_file_leaves_the_one_before_it(
+def test_a_save_of_the_same_step_killed_at_any_file_leaves_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = checkpoint._described
@@ -129,7 +129,7 @@ def test_an_upload_of_the_same_step_killed_at_any_object_leaves_the_old_or_the_n
     assert seen == [(4, 1.0)] * 6 + [(4, 2.0)] * 2  # five files and the manifest; then the old one is deleted
 
 
-def test_after_going_back_the_new_branch_is_newer_than_the_steps_left_behind(tmp_path: Path) -> None:
+def test_after_a_rollback_the_new_branch_is_newer_than_superseded_steps(tmp_path: Path) -> None:
     here = context(tmp_path)
     book = book_of(here, keepLast=10)
     save(book, state(2, 1.0), state(3, 1.0), state(4, 1.0))
@@ -141,7 +141,7 @@ def test_after_going_back_the_new_branch_is_newer_than_the_steps_left_behind(tmp
     assert sorted(path.name for path in home.iterdir()) == ["step-00000002-0001", "step-00000003-0001"]
 
 
-def test_killed_while_the_steps_left_behind_are_deleted_it_goes_on_from_the_new_branch(tmp_path: Path) -> None:
+def test_killed_while_superseded_steps_are_deleted_it_resumes_from_the_new_branch(tmp_path: Path) -> None:
     here = remote(tmp_path, "first")
     book = book_of(here, keepLast=10)
     save(book, state(2, 1.0), state(3, 1.0), state(4, 1.0))
@@ -153,12 +153,12 @@ def test_killed_while_the_steps_left_behind_are_deleted_it_goes_on_from_the_new_
     assert found(here) == (2, 2.0)  # its own copies do not mislead it
 
 
-def test_a_mark_has_a_name_and_the_name_has_the_mark() -> None:
+def test_an_id_and_its_name_convert_to_each_other() -> None:
     for mark in (CheckpointId(0, 12), CheckpointId(3, 12)):
         assert CheckpointId.of(mark.name) == mark
     assert CheckpointId.of("step-1") is CheckpointId.of("pool") is None
 
 
-def test_what_a_newer_version_has_gone_back_behind_lives_no_longer() -> None:
+def test_steps_at_or_after_a_rollback_are_superseded() -> None:
     saved = [CheckpointId(version, step) for version, step in ((0, 1), (0, 5), (0, 6), (1, 5), (1, 7), (2, 6))]
     assert not_superseded(saved) == [CheckpointId(0, 1), CheckpointId(1, 5), CheckpointId(2, 6)]

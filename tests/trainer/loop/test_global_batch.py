@@ -1,4 +1,4 @@
-"""Loss and gradients are those of one big batch, however it is cut."""
+"""Loss and gradients are those of one big batch, however it is divided."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_fp16_skips_a_step_that_overflows_and_halves_the_loss_scale() -> None:
     assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.items())
 
 
-def test_bf16_master_weights_keep_what_bf16_cannot_hold() -> None:
+def test_master_weights_keep_what_bf16_cannot_represent() -> None:
     model = tiny_model()
     engine = PlainEngine(model, training(precision="bf16"), World(), torch.device("cpu"))
     start = weights(tiny_model())
@@ -107,7 +107,7 @@ def test_bf16_master_weights_keep_what_bf16_cannot_hold() -> None:
     assert all(0 < float(change) < 1e-4 for change in moved)
 
 
-def test_frozen_weights_come_back_bit_for_bit() -> None:
+def test_frozen_weights_are_restored_bit_for_bit() -> None:
     model = tiny_model()
     start = weights(model)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the loop refuses, measures and reports."""
+"""What the loop rejects, measures and reports."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Silent(RandomPlan):
         return [row((8, 8), 10 * step + index, share) for index in range(2)]
 
 
-def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_nan_loss_names_the_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
     config = training(checkpoints={"every_steps": 2})
     job = TrainingJob(tiny_model(), config, RandomPlan(), schedule=Explosive.of(config, 6))
     with pytest.raises(Diverged, match=r"at step 4; the last good checkpoint is that of step 2\. Lower"):
@@ -52,7 +52,7 @@ def test_a_batch_without_any_loss_is_an_error_that_names_the_step(tmp_path: Path
         train(TrainingJob(tiny_model(), training(), Silent()), context(tmp_path))
 
 
-def test_an_error_while_rows_are_made_is_the_errors_own(tmp_path: Path) -> None:
+def test_an_error_while_rows_are_made_is_raised_unchanged(tmp_path: Path) -> None:
     class Faulty(RandomPlan):
         def rows(self, step: int) -> list[Row]:
             if step == 2:
@@ -90,7 +90,7 @@ def test_metrics_go_to_json_lines_tensorboard_and_the_heartbeat(tmp_path: Path) 
     assert (events[-1]["done"], events[-1]["total"], events[-1]["unit"]) == (6, 6, "steps")
 
 
-def test_training_ends_early_when_the_held_out_loss_no_longer_falls(tmp_path: Path) -> None:
+def test_training_stops_early_when_the_held_out_loss_no_longer_improves(tmp_path: Path) -> None:
     config = training(held_out={"every_steps": 1}, early_stop=EarlyStop(set="zh", patience=2, min_delta=50.0))
     held_out = (HeldOutSet("zh", (row((12,), 2),), 12),)
     result = train(TrainingJob(tiny_model(), config, RandomPlan(num_steps=30), held_out), context(tmp_path))

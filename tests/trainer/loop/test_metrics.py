@@ -1,4 +1,4 @@
-"""What the meter writes, read back by TensorBoard and as JSON lines."""
+"""Metrics as written, read back by TensorBoard and as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_flops() -> StepFlops:
     return StepFlops(LlamaForCausalLM(config), torch.device("cpu"), 1)
 
 
-def test_figures_stand_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> None:
+def test_metrics_are_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> None:
     with StepMetrics(tmp_path, Progress(None), num_steps=300, flops=make_flops()) as meter:
         meter.write(0, {"heldOut.zh.loss": 7.5})
         meter.step(1, {"loss": 2.5, "learningRate": 1e-3}, tokens=64, length=16, waited=0.0, padding_share=0.25)

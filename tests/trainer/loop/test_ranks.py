@@ -18,15 +18,13 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks made of all cases."""
+    """The results of two ranks for all cases."""
     return report_of_two_ranks(HERE / "ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_stopped_goes_on_and_ends_bit_for_bit_like_an_undisturbed_one(
-    report: dict[str, Any], case: str
-) -> None:
+def test_a_stopped_run_resumes_and_ends_bit_for_bit_like_an_undisturbed_one(report: dict[str, Any], case: str) -> None:
     assert report[case]["resumed"]["weights"]
     assert report[case]["resumed"] == report[case]["whole"]
 

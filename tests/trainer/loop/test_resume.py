@@ -118,7 +118,7 @@ def be_killed(folder: str) -> None:
     run(here, on_step=die)
 
 
-def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(
+def test_a_broken_checkpoint_is_named_and_the_previous_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, whole_weights = run(context(tmp_path / "whole"))
@@ -136,7 +136,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert resumed == whole
 
 
-def test_half_a_checkpoint_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_partial_checkpoint_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stop_after(tmp_path, 3)
     half = checkpoints(context(tmp_path)) / "step-00000004"
     half.mkdir()
@@ -152,7 +152,7 @@ def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
     assert complete_steps(checkpoints(here)) == [6, 10, 12]
 
 
-def test_what_is_kept_is_the_newest_and_multiples() -> None:
+def test_steps_to_delete_spares_the_newest_and_multiples() -> None:
     assert steps_to_delete([2, 4, 6, 8, 10], keep_last=2, keep_every=None) == [2, 4, 6]
     assert steps_to_delete([2, 4, 6, 8, 10], keep_last=1, keep_every=4) == [2, 6]
     assert steps_to_delete([2], keep_last=3, keep_every=None) == []
@@ -208,7 +208,7 @@ def test_checkpoints_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_
     assert complete_steps(tmp_path / "second" / "cache" / "checkpoints" / ("d" * 64))
 
 
-def test_a_full_disk_is_told_as_the_system_tells_it_and_half_a_checkpoint_is_not_left(tmp_path: Path) -> None:
+def test_a_full_disk_raises_the_systems_error_and_leaves_no_partial_checkpoint(tmp_path: Path) -> None:
     here = context(tmp_path)
     with disk_full_beyond(4096), pytest.raises(OSError, match=r"master\.safetensors") as caught:
         run(here)

@@ -1,4 +1,4 @@
-"""Reports to the operator: what they say, and that nothing that goes wrong with them is felt by training."""
+"""Reports to the operator: their content, and that their failures do not affect training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stagecoach_trainer.runtime.progress import Progress, Reporter, remaining_se
 
 
 class Operator(http.server.ThreadingHTTPServer):
-    """Takes reports; answers with the codes it is given, then with 200."""
+    """Receives reports; responds with the given codes, then with 200."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -70,8 +70,8 @@ def wait_for(operator: Operator, count: int) -> None:
 
 
 def test_an_event_is_reported_with_its_token(operator: Operator, tmp_path: Path) -> None:
-    told = Progress(tmp_path / "progress.jsonl", reporter=reporter_for(operator, tmp_path))
-    told.report("train", 25, 100, "tokens", {"loss": 2.5})
+    reports = Progress(tmp_path / "progress.jsonl", reporter=reporter_for(operator, tmp_path))
+    reports.report("train", 25, 100, "tokens", {"loss": 2.5})
     wait_for(operator, 1)
     report = operator.reports[0]
     assert report["progressPercentage"] == 25
@@ -81,21 +81,21 @@ def test_an_event_is_reported_with_its_token(operator: Operator, tmp_path: Path)
     assert (tmp_path / "progress.jsonl").read_text().count("\n") == 1
 
 
-def test_a_stand_by_is_asked_again_at_once(operator: Operator, tmp_path: Path) -> None:
+def test_a_report_to_an_inactive_replica_is_repeated_at_once(operator: Operator, tmp_path: Path) -> None:
     operator.codes = [503, 503]
     reporter_for(operator, tmp_path).offer(ProgressEvent(time=1.0, activity="train"))
     wait_for(operator, 1)
 
 
-def test_an_operator_that_is_not_there_is_not_felt(
+def test_a_missing_operator_does_not_delay_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.01)
     reporter = Reporter("http://127.0.0.1:9/status", tmp_path / "no token", None)
-    told = Progress(tmp_path / "progress.jsonl", reporter=reporter)
+    reports = Progress(tmp_path / "progress.jsonl", reporter=reporter)
     begun = time.monotonic()
     for step in range(1000):
-        told.report("train", step, 1000)
+        reports.report("train", step, 1000)
     assert time.monotonic() - begun < 2.0
     time.sleep(0.2)
     assert sum("cannot be reported" in record.message for record in caplog.records) == 1
@@ -106,7 +106,7 @@ def test_without_an_operator_nothing_is_reported() -> None:
     assert Reporter.from_environment({ENV_PROGRESS_URL: "ftp://x", ENV_PROGRESS_TOKEN: "t"}) is None
 
 
-def test_the_rest_is_told_by_the_pace_so_far() -> None:
+def test_remaining_time_follows_from_the_pace_so_far() -> None:
     first = ProgressEvent(time=0.0, activity="train", done=10.0, total=100.0)
     now = ProgressEvent(time=30.0, activity="train", done=40.0, total=100.0)
     assert remaining_seconds(first, now) == pytest.approx(60.0)

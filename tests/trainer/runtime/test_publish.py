@@ -1,4 +1,4 @@
-"""Publishing: everything of the output, manifest last, first come first served."""
+"""Publishing: all files of the output, the manifest last; the first attempt counts."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_an_empty_output_is_an_error(tmp_path: Path) -> None:
         publish(context(tmp_path), StageOutcome(), time.time())
 
 
-def test_what_an_interrupted_upload_left_is_no_part_of_the_artifact(stage: StageContext) -> None:
+def test_files_of_an_interrupted_upload_are_not_part_of_the_artifact(stage: StageContext) -> None:
     left = f"artifacts/{stage.resolved.digest}/output/stale"
     stage.store.write(left, b"old")
     publish(stage, StageOutcome(), time.time())
     assert not stage.store.exists(left)
 
 
-def test_who_comes_second_keeps_the_first_ones_artifact(
+def test_the_second_attempt_keeps_the_first_ones_artifact(
     stage: StageContext, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = publish(stage, StageOutcome(), time.time())
@@ -99,7 +99,7 @@ def test_seconds_of_earlier_attempts_count(stage: StageContext) -> None:
     assert read_manifest(stage).seconds == pytest.approx(110, abs=5)
 
 
-def test_logs_lie_with_the_attempt_and_not_in_the_artifact(stage: StageContext) -> None:
+def test_logs_are_stored_with_the_attempt_not_in_the_artifact(stage: StageContext) -> None:
     (stage.work / "logs").mkdir()
     (stage.work / "logs" / "metrics.jsonl").write_text("{}\n")
     upload_attempt(stage, time.time())
@@ -110,7 +110,7 @@ def test_logs_lie_with_the_attempt_and_not_in_the_artifact(stage: StageContext) 
     assert all("metrics" not in item.path for item in read_manifest(stage).objects)
 
 
-def test_what_the_ranks_printed_is_left_to_the_launcher(stage: StageContext) -> None:
+def test_output_of_the_ranks_is_left_to_the_launcher(stage: StageContext) -> None:
     (stage.work / "logs" / "tensorboard").mkdir(parents=True)
     (stage.work / "logs" / rank_log_name(0, time.time())).write_text("half a line")
     (stage.work / "logs" / "tensorboard" / "events").write_bytes(b"\0")
@@ -119,7 +119,7 @@ def test_what_the_ranks_printed_is_left_to_the_launcher(stage: StageContext) -> 
     assert [entry.key for entry in stage.store.list(logs)] == [f"{logs}/tensorboard/events"]
 
 
-def test_the_processor_is_named_with_what_tells_its_kernels_apart(tmp_path: Path) -> None:
+def test_the_processor_is_named_with_family_and_stepping(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: AMD EPYC 9354\ncpu family\t: 25\nmodel\t\t: 17\nstepping\t: 1\n")
     assert processor(cpuinfo) == "AMD EPYC 9354 (family 25, model 17, stepping 1)"

@@ -1,4 +1,4 @@
-"""Fetching inputs: artifacts with every byte checked, external files that must not have changed."""
+"""Fetching of inputs: artifacts with every byte checked, external files that must not have changed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_missing_object_is_named(tmp_path: Path, remote: bool) -> None:
         fetch_input(resolved, store, tmp_path / "cache")
 
 
-def test_an_artifact_that_was_replaced_since_planning_is_refused(tmp_path: Path) -> None:
+def test_an_artifact_that_was_replaced_since_planning_is_rejected(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     resolved = publish(store, tmp_path).model_copy(update={"digest": "b" * 64})
     with pytest.raises(Corrupt, match="not the one this stage was planned with"):
@@ -160,7 +160,7 @@ def test_a_missing_external_input_is_named(tmp_path: Path) -> None:
         fetch_input(resolved, make_store(tmp_path / "store"), tmp_path / "cache")
 
 
-def test_hidden_files_are_passed_over(corpus: Path) -> None:
+def test_hidden_files_are_skipped(corpus: Path) -> None:
     (corpus / ".git").mkdir()
     (corpus / ".git" / "x").write_text("")
     assert [path.name for path in input_files(corpus)] == ["a.jsonl", "b.jsonl", "c.jsonl", "notes.txt"]

@@ -68,7 +68,7 @@ def collate(rows: Sequence[Row]) -> RowBatch:
     for index, row in enumerate(rows):
         tokens[index, : row.num_tokens] = row.tokens
         labels[index, : row.num_tokens] = row.labels
-    flat = labels.reshape(-1)
+    flat = labels.reshape(-1)  # only positions with loss reach the head, as indices into the flattened batch
     loss_at = np.flatnonzero(flat != IGNORE)
     packed = any(len(row.lengths) > 1 for row in rows)
     return RowBatch(

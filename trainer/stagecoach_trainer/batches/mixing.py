@@ -54,6 +54,7 @@ def permute(positions: Int64, size: int, key: int) -> Int64:
             left, right = right, left ^ (splitmix(right ^ round_key) & low)
         return (left << half) | right
 
+    # Cycle walking: the network permutes its whole domain, so repeated application returns to 0..size-1.
     result = once(positions.astype(np.uint64))
     outside = result >= size
     while outside.any():

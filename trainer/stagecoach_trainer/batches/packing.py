@@ -92,7 +92,7 @@ def _patterns(counts: Int64, capacity: int) -> Iterator[tuple[list[tuple[int, in
             number = min(room // length, left[length])
             pattern.append((length, number))
             room -= number * length
-            length = longest(min(room, length - 1))
+            length = longest(min(room, length - 1))  # next, a shorter length that still fits
         times = min(left[length] // number for length, number in pattern)
         for length, number in pattern:
             left[length] -= number * times

@@ -66,6 +66,7 @@ def _leak_in(loss: CausalLoss, packed: Row, device: torch.device) -> float:
     changed = row.tokens.copy()
     changed[:first] = (changed[:first] + 1) % vocabulary  # every token of the first sample becomes another one
     other = Row(changed, row.labels, row.lengths)
+    # Dropout would change the hidden states as well.
     was_training = loss.training
     loss.eval()
     try:

@@ -65,6 +65,7 @@ class PlainEngine:
             gradient = parameter.grad
             if gradient is None:
                 return
+            # The first gradient of a step overwrites the buffer that the last step left, which saves zeroing it.
             if master.grad is None:
                 master.grad = gradient.float()
             elif id(master) in self._touched:
@@ -89,7 +90,7 @@ class PlainEngine:
         if self._scale.enabled:
             torch._foreach_mul_(gradients, 1.0 / self._scale.value)
         norm = global_norm(gradients)
-        overflow = self._scale.enabled and not bool(torch.isfinite(norm))
+        overflow = self._scale.enabled and not bool(torch.isfinite(norm))  # read only with fp16: it waits for a GPU
         self._scale.update(overflow)
         if not overflow:
             if self._config.optimizer.clip is not None:

@@ -47,7 +47,7 @@ class MixedPrecision:
         # By identity: tied parameters appear under several names, and all of them must stay in fp32.
         exact = {id(parameter) for parameter in self._kept_in_fp32()}
         for name, parameter in self.model.named_parameters():
-            if id(parameter) in exact:
+            if id(parameter) in exact:  # computed with in fp32: the parameter is its own master, or frozen as it is
                 parameter.data = parameter.data.to(device, torch.float32)
                 if parameter.requires_grad:
                     self.masters[name] = parameter
@@ -138,6 +138,7 @@ class FrozenOriginals:
     def cast(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         """Cast a frozen parameter; its original is kept (on the CPU) only if the cast is lossy."""
         small = parameter.data.to(dtype)
+        # Weights released in bf16 survive the round trip, so that a frozen base usually costs no second copy.
         if small.dtype != parameter.dtype and not torch.equal(small.to(parameter.dtype), parameter.data):
             self._originals[name] = parameter.data
         parameter.data = small
@@ -163,7 +164,7 @@ class LossScale:
     def update(self, overflow: bool) -> None:
         if not self.enabled:
             return
-        if overflow:
+        if overflow:  # the step was skipped
             self.value /= 2
             self.good_steps = 0
             return

@@ -98,6 +98,7 @@ def _attend_rows(
 
     groups = query.shape[1] // key.shape[1]
     q, k, v = (rows.spread(item) for item in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    # Padded places come after a row's end, so the causal mask hides them from its tokens; no other mask is needed.
     if q.shape[0] * q.shape[1] ** 2 > LARGEST_PROBABILITIES:
         drop = dropout if module.training else 0.0
         found = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=True, scale=scale)

@@ -91,7 +91,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             head = scratch.empty("head", weight.shape, like=hidden).copy_(weight)
         everywhere = len(loss_at) == len(hidden)  # `loss_at` is ascending, so then it selects nothing new
         selected = hidden if everywhere else hidden.index_select(0, loss_at)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)  # a sum over thousands of positions
         d_selected = torch.empty_like(selected) if need_hidden else None
         d_weight = HeadGradient(weight, selected, rows, scratch) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
@@ -107,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += p.sum(0)
             small = d_weight.room(part) if d_weight is not None else room.small[: len(p)]
-            small.copy_(p)
+            small.copy_(p)  # to the compute dtype, in which the products below are computed
             if d_selected is not None:
                 torch.mm(small, head, out=d_selected[part])
             if d_weight is not None:

@@ -115,6 +115,7 @@ class Loop:
     def run(self) -> TrainingResult:
         """Train to the end."""
         self._restore()
+        # Before measuring, which takes long: a model that cannot be trained fails at once.
         if self._progress.step < self._plan.num_steps:
             self._prove(self._plan.rows(self._progress.step))
         if self._progress.step == 0:
@@ -141,6 +142,7 @@ class Loop:
         state = read_checkpoint(self._checkpoints.fetch(checkpoint), self._world.rank)
         self._engine.load_state(state.engine)
         self._progress = state.progression
+        # For a rank without a stored state, as after a change of their number: other numbers than from the start.
         seed_everything(self._context.seed + checkpoint.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
@@ -173,6 +175,7 @@ class Loop:
         learning_rate = self._schedule.learning_rate(item.step)
         loss_part = self._accumulate(item)
         report = self._engine.step(learning_rate)
+        # One collective call for both: all ranks see the same loss, and stop after the same step.
         loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
         self._check_finite(item.step, loss, report)
         self._progress.step = item.step + 1
@@ -238,6 +241,7 @@ class Loop:
         engine_state = self._engine.state()
         random_states = gather_random_states(self._world)
         if self._world.is_main:
+            # A copy: the next steps change this one while the checkpoint is written.
             progression = Progression.from_json(self._progress.to_json())
             progression.history = list(self._progress.history)
             self._checkpoints.save(TrainingState(progression, engine_state, random_states))
