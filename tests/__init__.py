@@ -6,4 +6,4 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
-"""Public vocabularies, instructions and texts, in a folder beside the checkout."""
+"""Public vocabularies, instructions and texts, in a folder next to the checkout."""

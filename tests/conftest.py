@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-# Before any test imports torch: the models are so small, and the suite's processes so many, that several threads of one
-# only wait for each other.
+# Before any test imports torch: with such small models and several processes, more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import settings
 
 from tests.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
 
-# No test looks at the clock, and every run draws the same examples: what fails, fails for who changed it. New ones are
-# looked for by `pytest -m hypothesis --hypothesis-profile=explore`.
+# No test depends on the clock, and every run draws the same examples, so that a failure is caused by the change under
+# test. `make explore` draws new ones.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("suite")
@@ -23,7 +22,7 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def s3_credentials() -> Iterator[None]:
-    """Credentials of the test server in the environment, and none from the machine the tests run on."""
+    """Credentials of the test server in the environment, and none of this machine's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
@@ -38,7 +37,7 @@ def s3_credentials() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server(s3_credentials: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server on 127.0.0.1 for the whole session; `tests.s3.make_bucket(server.endpoint, name)` fills it."""
+    """An S3 server on 127.0.0.1 for the session; `tests.s3.make_bucket(server.endpoint, name)` creates a bucket."""
     server = make_server(tmp_path_factory.mktemp("s3"))
     try:
         server.start()

@@ -1,4 +1,4 @@
-"""S3 servers for tests: versitygw where Go can provide it, else moto; and a front that breaks requests on demand."""
+"""S3 servers for tests: versitygw if Go can build it, else moto; and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from tests import ROOT
 
 ACCESS_KEY = "stagecoach-test-id"
-SECRET_KEY = "stagecoach-test-secret"  # noqa: S105 - of a server that lives as long as the tests
+SECRET_KEY = "stagecoach-test-secret"  # noqa: S105 - of a server that only runs during the tests
 REGION = "us-east-1"
 BUILD = ROOT / "build" / "bin"
 VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
@@ -44,35 +44,35 @@ def free_port() -> int:
 
 
 def make_server(folder: Path) -> S3Server:
-    """Return a server that is not started yet; `folder` holds its data."""
+    """Return a server that is not started yet and stores its data in `folder`."""
     binary = versitygw()
     return VersityServer(binary, folder) if binary else MotoServer()
 
 
 def versitygw() -> Path | None:
-    """Return the server's program, built once per checkout; None where Go is missing or cannot fetch it."""
+    """Return the server's program, built once per checkout; None if Go is missing or cannot download it."""
     binary, go = BUILD / "versitygw", shutil.which("go")
     if binary.exists() or go is None:
         return binary if binary.exists() else None
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "versitygw.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test workers start side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test workers start at the same time
         if not binary.exists():
             environment = os.environ | {"GOBIN": str(BUILD)}
             try:
                 subprocess.run([go, "install", VERSITYGW], env=environment, check=True, timeout=BUILD_TIMEOUT_SECONDS)
             except (subprocess.SubprocessError, OSError) as error:
-                print(f"versitygw could not be built ({error}); moto takes its place")
+                print(f"versitygw could not be built ({error}); moto is used instead")
     return binary if binary.exists() else None
 
 
 class VersityServer:
-    """versitygw over a folder: a process in a session of its own."""
+    """versitygw, which stores objects in a folder, as a process in its own session."""
 
     def __init__(self, binary: Path, folder: Path) -> None:
         self._binary = binary
         self._data = folder / "data"
-        self._sidecar = folder / "sidecar"  # keeps metadata where the file system has no extended attributes
+        self._sidecar = folder / "sidecar"  # for metadata, on file systems without extended attributes
         self._log = folder / "log.txt"
         for path in (self._data, self._sidecar):
             path.mkdir(parents=True)
@@ -96,8 +96,8 @@ class VersityServer:
 
 
 class MotoServer:
-    """moto in a thread; its data lives as long as this process. One request at a time: moto looks and writes in two
-    steps, so that side by side two conditional writes could both succeed."""
+    """moto in a thread; its data is in this process's memory. It serves one request at a time: moto checks and writes
+    in two steps, so two concurrent conditional writes could both succeed."""
 
     def __init__(self) -> None:
         self._port = free_port()
@@ -127,7 +127,7 @@ def wait_for_port(port: int, explain: Callable[[], str]) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.02)
-    raise RuntimeError(f"no answer on port {port}: {explain()}")
+    raise RuntimeError(f"no server listens on port {port}: {explain()}")
 
 
 def make_bucket(endpoint: str, name: str) -> None:
@@ -141,10 +141,11 @@ def make_bucket(endpoint: str, name: str) -> None:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of `method` whose target contains `target`.
+    """A fault of the next `times` requests with `method` whose target contains `target`.
 
-    `reset`: the connection is closed unseen; `lose`: the request is done, its answer never comes; `truncate`: half the
-    body comes; `flip`: one bit of the body is wrong; `answer`: `status` and `code` come back and nothing is done.
+    `reset`: the connection is closed without a request to the server; `lose`: the server handles the request, but its
+    response is dropped; `truncate`: only half the body is sent; `flip`: one bit of the body is changed; `answer`:
+    `status` and `code` are returned without a request to the server.
     """
 
     method: str
@@ -154,7 +155,7 @@ class Fault:
     status: int = 503
     code: str = "SlowDown"
     header: str = ""
-    """Only requests that carry this header. Empty: all."""
+    """Restricts the fault to requests with this header, if not empty."""
 
     def matches(self, request: BaseHTTPRequestHandler) -> bool:
         wanted = self.method == request.command and self.target in request.path
@@ -163,12 +164,12 @@ class Fault:
 
 @dataclass
 class FaultyFront:
-    """An HTTP front of an S3 server that breaks the requests its `faults` match and passes on the others."""
+    """An HTTP proxy of an S3 server that applies its `faults` to matching requests and forwards the others."""
 
     upstream: str
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    """Method and target of every request seen."""
+    """Method and target of every request received."""
     endpoint: str = ""
 
     def __enter__(self) -> FaultyFront:
@@ -178,7 +179,7 @@ class FaultyFront:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
             def _serve(self) -> None:
                 front.serve(self)

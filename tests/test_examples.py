@@ -1,4 +1,4 @@
-"""The examples people copy: each is loaded, validated and planned; the demo's data can be made again."""
+"""The examples: each is loaded, validated and planned; the demos' data can be made again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan_of(run: TrainingRun) -> Plan:
 
 
 def make_data() -> dict[str, Any]:
-    """What `examples/make_data.py` defines."""
+    """Return the names that `examples/make_data.py` defines."""
     return runpy.run_path(str(ROOT / "examples" / "make_data.py"))
 
 
@@ -61,7 +61,7 @@ def test_every_example_reads_the_same_without_yaml_aliases(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [TINY, SEVEN_B])
-def test_every_run_of_two_languages_measures_both_in_every_training_stage(name: str) -> None:
+def test_runs_of_two_languages_measure_both_in_every_training_stage(name: str) -> None:
     training = [stage for stage in load(name).spec.stages if stage.kind in ("pretrain", "sft")]
     assert training
     for stage in training:
@@ -69,7 +69,7 @@ def test_every_run_of_two_languages_measures_both_in_every_training_stage(name: 
         assert {held_out.name for held_out in config.held_out.sets} == {"zh", "en"}
 
 
-def test_the_demo_goes_through_every_step_of_chinese_alpaca() -> None:
+def test_the_demo_has_every_step_of_chinese_alpaca() -> None:
     plan = plan_of(load(TINY))
     kinds = [(name, planned.stage.kind) for name, planned in plan.stages.items()]
     assert sorted(kinds) == [
@@ -112,7 +112,7 @@ def test_the_demos_poems_can_be_made_again_from_the_collection(tmp_path: Path) -
     assert again == list(script["read_records"](DATA / "poems.jsonl.gz"))
 
 
-def test_no_held_out_poem_and_no_shown_prompt_stands_among_the_training_instructions() -> None:
+def test_training_instructions_contain_no_held_out_poem_and_no_prompt_of_the_release() -> None:
     train = {record["input"] for record in json.loads((DATA / "instructions.train.json").read_text(encoding="utf-8"))}
     held_out = json.loads((DATA / "instructions.heldout.json").read_text(encoding="utf-8"))
     assert not train & {record["input"] for record in held_out}
@@ -162,7 +162,7 @@ def test_a_full_size_run_trains_on_two_nodes_of_eight_a100(name: str) -> None:
 # -- alignment ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_alignment_demo_has_instructgpts_three_steps_and_dpo_beside_them() -> None:
+def test_the_alignment_demo_has_instructgpts_three_steps_and_dpo() -> None:
     plan = plan_of(load(RLHF))
     kinds = {name: planned.stage.kind for name, planned in plan.stages.items()}
     assert kinds == {
@@ -193,7 +193,7 @@ def poem_of(prompt: str) -> str:
     return prompt.partition("\n")[2]
 
 
-def test_no_poem_stands_in_two_of_demonstrations_comparisons_and_held_out_comparisons() -> None:
+def test_demonstrations_comparisons_and_held_out_comparisons_share_no_poem() -> None:
     read = make_data()["read_records"]
     shown = {record["input"] for record in read(DATA / "demonstrations.jsonl.gz")}
     compared = {poem_of(record["prompt"]) for record in read(DATA / "comparisons.train.jsonl.gz")}
@@ -204,12 +204,12 @@ def test_no_poem_stands_in_two_of_demonstrations_comparisons_and_held_out_compar
 
 
 def quality(answer: str, form: str) -> tuple[bool, bool, bool]:
-    """What people look at, the weightiest first: the right form, nothing twice, a whole sentence."""
+    """Return the criteria of preference, the most important first: right form, no repetition, a whole sentence."""
     return form in answer, answer.count("。") < 2, answer.startswith("這是一首")
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
-def test_people_prefer_the_right_form_then_no_repetition_then_a_whole_sentence(part: str) -> None:
+def test_answers_are_ranked_by_right_form_then_no_repetition_then_whole_sentence(part: str) -> None:
     script = make_data()
     for record in script["read_records"](DATA / f"comparisons.{part}.jsonl.gz"):
         form = script["form_of"](poem_of(record["prompt"])).name
@@ -228,7 +228,7 @@ def test_demonstrations_are_of_mixed_quality() -> None:
     assert sum(share for mark, share in shares.items() if not mark[1]) == pytest.approx(0.35, abs=0.03)
 
 
-def test_the_rule_that_nothing_was_trained_on_knows_the_right_form_of_every_held_out_poem() -> None:
+def test_the_rule_used_only_for_evaluation_finds_the_right_form_of_every_held_out_poem() -> None:
     compare: Any = next(stage.config for stage in load(RLHF).spec.stages if stage.name == "compare")
     task = next(task for task in compare.rewards if task.name == "rules")
     rule = parse_expression(next(term.expression for term in task.rewards if term.name == "right"))

@@ -1,4 +1,4 @@
-"""What must hold for the tree as a whole."""
+"""Properties of the repository as a whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def python_files() -> list[Path]:
     return [path for room in ("operator", "trainer", "bench", "examples") for path in (ROOT / room).rglob("*.py")]
 
 
-def test_the_operator_folder_is_no_package_since_it_would_shadow_the_standard_library() -> None:
+def test_the_operator_folder_is_not_a_package_that_would_shadow_the_standard_library() -> None:
     assert not (ROOT / "operator" / "__init__.py").exists()
 
 
@@ -33,7 +33,7 @@ def test_the_test_suite_is_one_package_whose_folders_have_no_init_file() -> None
 
 
 def pins(lock: Path) -> dict[str, set[str]]:
-    """Return the locked versions by name; a universal lock may hold several of one name, by Python version."""
+    """Return the locked versions by name; a universal lock may contain several per name, by Python version."""
     found: dict[str, set[str]] = {}
     for line in lock.read_text().splitlines():
         if line and line[0] not in " #":
@@ -57,7 +57,7 @@ def test_the_lock_satisfies_every_requirement_of_the_project(lock: str, extras: 
         assert all(requirement.specifier.contains(version) for version in versions), f"{text}: {lock} has {versions}"
 
 
-def test_the_trainer_s_lock_has_the_versions_of_the_whole_lock() -> None:
+def test_the_trainers_lock_has_the_versions_of_the_whole_lock() -> None:
     whole, trainer = pins(ROOT / LOCKS[0]), pins(ROOT / LOCKS[1])
     assert {name: versions for name, versions in trainer.items() if whole.get(name) != versions} == {}
 

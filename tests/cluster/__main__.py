@@ -1,8 +1,8 @@
 """The test cluster: `python -m tests.cluster --help`, or `make cluster` and `make cluster-down`.
 
-It builds Kubernetes and what belongs to it from pinned Go modules and runs them on this machine: etcd, API server,
+It builds Kubernetes and its companions from pinned Go modules and runs them on this machine: etcd, API server,
 controllers and scheduler, containerd, kubelet and kube-proxy, CoreDNS, JobSet, Kueue, KWOK, and an S3 server. It is for
-tests; whoever has a cluster (kind, a cloud's) sets KUBECONFIG and needs none of this.
+tests; to test on another cluster (kind, a cloud provider's), set KUBECONFIG instead.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ NODE_PROGRAMS = (
 )
 PROGRAMS = {Kind.API: API_PROGRAMS, Kind.CONTROL_PLANE: CONTROL_PLANE_PROGRAMS, Kind.NODE: NODE_PROGRAMS}
 KIND_FLAGS = (
-    ("--no-node", Kind.CONTROL_PLANE, "a control plane alone: no root, no pods, no S3"),
-    ("--api-only", Kind.API, "etcd and API server alone: no controller either"),
+    ("--no-node", Kind.CONTROL_PLANE, "only a control plane: no root, no pods, no S3"),
+    ("--api-only", Kind.API, "only etcd and API server: no controllers either"),
 )
 STATE_FILE = "cluster.json"
 
 
 class Cluster:
-    """One cluster on this machine, brought up and down as a whole."""
+    """A cluster on this machine, started and removed as a whole."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -57,7 +57,7 @@ class Cluster:
         self._processes = Processes(layout.processes)
 
     def up(self) -> None:
-        """Bring up what is not up. Raises ClusterError when a cluster of another kind or version runs."""
+        """Start everything that is not running. Raises ClusterError if a cluster of another kind or version exists."""
         if self.layout.with_node:
             packages.require_root()
             packages.ensure(self._versions, "node")
@@ -65,7 +65,7 @@ class Cluster:
         self._check_same()
         self.build()
         if self.layout.with_node:
-            machine.remember(self.layout)
+            machine.record_state(self.layout)
             network.set_up(self.layout)
         control_plane = ControlPlane(self.layout, self._builder, self._processes)
         control_plane.start_api()
@@ -87,11 +87,11 @@ class Cluster:
         installed.wait()
 
     def build(self) -> None:
-        """Build what is missing of the programs that this kind of cluster needs."""
+        """Build the missing programs of this kind of cluster."""
         self._builder.ensure(PROGRAMS[self.layout.kind])
 
     def down(self) -> None:
-        """Stop every process that was written down, and remove everything but the built programs."""
+        """Stop every recorded process and remove everything except the built programs."""
         with timed("processes", "stopped"):
             for name in self._processes.names:
                 self._processes.stop(name)
@@ -101,31 +101,31 @@ class Cluster:
         shutil.rmtree(self.layout.state)
 
     def provide_builders(self) -> None:
-        """Install what building images takes."""
+        """Install the packages that building images needs."""
         packages.ensure(self._versions, "images")
 
     def load(self, archives: list[Path]) -> None:
-        """Give the node the images of some archives."""
+        """Load the images of some archives into the node."""
         node = self._node(ControlPlane(self.layout, self._builder, self._processes))
         for archive in archives:
             with timed(archive.name, "loaded"):
                 node.load_archive(archive)
 
     def add_gpu_nodes(self, count: int, product: str) -> None:
-        """Add pretended nodes of eight GPUs each."""
+        """Add simulated nodes with eight GPUs each."""
         kubectl = ControlPlane(self.layout, self._builder, self._processes).kubectl
         kubectl.apply([kwok.gpu_node(f"{product.lower()}-{index}", product) for index in range(count)])
 
     def stop_s3(self) -> None:
-        """Stop the S3 server: for tests of what happens then."""
+        """Stop the S3 server, for tests of an outage."""
         self._processes.stop(s3.PROCESS, grace_seconds=0.0)
 
     def start_s3(self) -> None:
-        """Start the S3 server, or start it again with what it had stored."""
+        """Start the S3 server with the objects it has stored before, if any."""
         s3.start(self.layout, self._builder, self._processes)
 
     def describe(self) -> list[str]:
-        """Return the shell's lines that let users of the cluster find it."""
+        """Return shell lines that set the variables by which kubectl, Helm and tests find the cluster."""
         kubectl, helm = self._builder.program("kubernetes", "kubectl"), self._builder.program("helm", "helm")
         lines = [f"export PATH={kubectl.parent}:{helm.parent}:$PATH"]
         if self.layout.with_node:
@@ -137,7 +137,7 @@ class Cluster:
         return Node(self.layout, self._builder, self._processes, control_plane)
 
     def _check_same(self) -> None:
-        """Write down what this cluster is; or, where one is already, compare."""
+        """Record kind and versions of this cluster, or compare them with the record of an existing one."""
         layout = self.layout
         wanted = {"kind": layout.kind, "first_port": layout.first_port, "versions": self._versions.labels}
         file = layout.state / STATE_FILE
@@ -145,7 +145,7 @@ class Cluster:
             file.write_text(json.dumps(wanted))
         elif json.loads(file.read_text()) != wanted:
             raise ClusterError(
-                f"{layout.state} holds a cluster of another kind or of other versions: `make cluster-down` first"
+                f"{layout.state} contains a cluster of another kind or other versions: run `make cluster-down` first"
             )
 
     def _remove_node(self) -> None:
@@ -160,7 +160,7 @@ class Cluster:
 
 
 def find_cluster(state: Path | None) -> Cluster | None:
-    """Return the cluster that was brought up, or None."""
+    """Return the cluster that was started, or None."""
     layout = find_layout(Kind.API, state=state)
     file = layout.state / STATE_FILE
     if not file.exists():
@@ -170,10 +170,10 @@ def find_cluster(state: Path | None) -> Cluster | None:
 
 
 def existing_cluster(state: Path | None) -> Cluster:
-    """Return the cluster that was brought up. Raises ClusterError when there is none."""
+    """Return the cluster that was started. Raises ClusterError if there is none."""
     cluster = find_cluster(state)
     if cluster is None:
-        raise ClusterError("there is no cluster: `make cluster` first")
+        raise ClusterError("there is no cluster: run `make cluster` first")
     return cluster
 
 
@@ -182,24 +182,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cluster", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--state", type=Path, help="folder of the cluster (default: /var/tmp/stagecoach-cluster)")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {"up": "bring the cluster up", "build": "only build its programs"}.items():
+    for name, text in {"up": "start the cluster", "build": "only build its programs"}.items():
         command = commands.add_parser(name, help=text)
         without = command.add_mutually_exclusive_group()
         for flag, kind, meaning in KIND_FLAGS:
             without.add_argument(flag, dest="kind", action="store_const", const=kind, default=Kind.NODE, help=meaning)
-        command.add_argument("--first-port", type=int, default=FIRST_PORT, help="its ports begin here")
-    commands.add_parser("down", help="stop it and remove all but the built programs")
-    commands.add_parser("env", help="print the variables that let others find it")
-    load = commands.add_parser("load", help="give the node images from `docker save` or `buildah push docker-archive:`")
+        command.add_argument("--first-port", type=int, default=FIRST_PORT, help="first of its ports")
+    commands.add_parser("down", help="stop it and remove everything except the built programs")
+    commands.add_parser("env", help="print the variables by which kubectl, Helm and tests find it")
+    load = commands.add_parser("load", help="load image archives from `docker save` or buildah into the node")
     load.add_argument("archives", type=Path, nargs="+")
-    nodes = commands.add_parser("gpu-nodes", help="add pretended nodes of eight GPUs")
+    nodes = commands.add_parser("gpu-nodes", help="add simulated nodes with eight GPUs")
     nodes.add_argument("count", type=int)
     nodes.add_argument("--product", default="NVIDIA-A100-SXM4-80GB")
     return parser.parse_args(arguments)
 
 
-def carry_out(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+def execute(arguments: argparse.Namespace) -> None:
+    """Execute the parsed command."""
     state = arguments.state
     if arguments.command in ("up", "build"):
         layout = find_layout(arguments.kind, state=state, first_port=arguments.first_port)
@@ -227,7 +227,7 @@ def carry_out(arguments: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Run the command; return the process's exit code."""
     try:
-        carry_out(parse(arguments))
+        execute(parse(arguments))
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

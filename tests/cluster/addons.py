@@ -1,4 +1,4 @@
-"""JobSet and Kueue, by their own Helm charts; on a control plane alone, their resource definitions."""
+"""JobSet and Kueue, installed by their own Helm charts; without a node, only their resource definitions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.cluster.versions import Versions
 READY_SECONDS = 300
 WEBHOOK_SECONDS = 180
 SMALL = {"requests": {"cpu": "20m", "memory": "64Mi"}, "limits": {"memory": "1Gi"}}
-"""What a controller asks for: the charts' half a CPU each would leave little of a small machine to train on."""
+"""A controller's requests: the charts' half a CPU each would leave little of a small machine for training."""
 
 
 @dataclass(frozen=True)
 class Addon:
-    """A controller that a chart installs."""
+    """A controller installed by a chart."""
 
     part: str
     namespace: str
@@ -35,7 +35,7 @@ class Addon:
     image: str
 
     def values(self, version: str) -> dict[str, Any]:
-        """Return the chart's values: our image, taken from the node, and modest requests."""
+        """Return the chart's values: an image that is on the node, and small requests."""
         image = {"repository": self.image, "tag": version, "pullPolicy": "Never"}
         if self.part == "jobset":
             return {"image": image, "controller": {"resources": SMALL}}
@@ -59,11 +59,11 @@ PROBES: dict[str, dict[str, Any]] = {
         "metadata": {"name": "probe"},
     },
 }
-"""An object of each addon that passes its webhooks: it is created as a trial, and never kept."""
+"""An object of each addon that passes its webhooks; it is created as a dry run only."""
 
 
 class Addons:
-    """What is installed into the cluster before anything of ours is."""
+    """The controllers that are installed before anything of ours."""
 
     def __init__(self, layout: Layout, versions: Versions, builder: Builder, control_plane: ControlPlane) -> None:
         self._versions = versions
@@ -73,7 +73,7 @@ class Addons:
         self._helm = Helm(builder.program("helm", "helm"), layout.kubeconfig, self._home)
 
     def install(self, node: Node) -> None:
-        """Install all controllers; their pods start while other parts do."""
+        """Install all controllers without waiting for their pods."""
         for addon in ADDONS:
             part = self._versions.parts[addon.part]
             with timed(f"{part.name} {part.version}", "installed"):
@@ -82,15 +82,15 @@ class Addons:
                 self._install(addon, part.version)
 
     def wait(self) -> None:
-        """Wait until every controller is there and its webhooks answer."""
+        """Wait until every controller is available and its webhooks respond."""
         for addon in ADDONS:
             with timed(addon.part, "ready"):
                 ready = partial(self._is_available, addon)
                 wait_until(f"deployment {addon.deployment} is available", ready, READY_SECONDS)
-                wait_until(f"{addon.part}'s webhooks answer", partial(self._answers, addon), WEBHOOK_SECONDS)
+                wait_until(f"{addon.part}'s webhooks respond", partial(self._responds, addon), WEBHOOK_SECONDS)
 
     def define_resources(self) -> None:
-        """Install the resource definitions only. Their conversion webhooks are left out, since nothing serves them."""
+        """Install only the resource definitions, without their conversion webhooks, which nothing serves."""
         for addon in ADDONS:
             with timed(addon.part, "defined"):
                 self._kubectl.apply(list(self._definitions(addon)))
@@ -109,7 +109,7 @@ class Addons:
         where = (f"deployment/{addon.deployment}", f"--namespace={addon.namespace}")
         return self._kubectl.succeeds("wait", "--for=condition=Available", *where, "--timeout=2s")
 
-    def _answers(self, addon: Addon) -> bool:
+    def _responds(self, addon: Addon) -> bool:
         return self._kubectl.accepts(PROBES[addon.part])
 
     def _definitions(self, addon: Addon) -> Iterator[dict[str, Any]]:

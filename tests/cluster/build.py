@@ -1,7 +1,7 @@
-"""Programs from pinned Go modules: a module of our own requires each, `go build` makes it, the cache keeps it.
+"""Programs from pinned Go modules: each is required by a module of our own, built by `go build` and kept in the cache.
 
-`go install module@version` is not used since it refuses modules whose go.mod replaces others (etcd, Kubernetes), and
-modules of which the proxy lists no versions (JobSet, Kueue).
+`go install module@version` is not used because it rejects modules whose go.mod has replacements (etcd, Kubernetes) and
+modules without versions in the proxy's list (JobSet, Kueue).
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.report import ClusterError, last_lines, say, timed
+from tests.cluster.report import ClusterError, last_lines, print_line, timed
 from tests.cluster.versions import Part, Versions
 
 GO_FALLBACK = "/usr/local/go/bin/go"
-"""Where Go's own installation puts it."""
+"""Path of Go in its own installation."""
 UNRELEASED = "v0.0.0"
 """The version that a go.mod gives to modules of its own repository."""
 
 
 class Builder:
-    """Builds what is missing into `<cache>/bin/<part>-<version>/`."""
+    """Builds missing programs into `<cache>/bin/<part>-<version>/`."""
 
     def __init__(self, versions: Versions, cache: Path) -> None:
         self._versions = versions
         self._cache = cache
 
     def program(self, part: str, name: str) -> Path:
-        """Return where a program of a part is once it is built."""
+        """Return the path of a part's program, which exists once it is built."""
         return self._folder(self._versions.parts[part]) / name
 
     def folder(self, part: str, name: str) -> Path:
-        """Return where a folder kept of a part's module is once the part is built."""
+        """Return the path of a folder copied from a part's module, which exists once the part is built."""
         return self._folder(self._versions.parts[part]) / name
 
     def ensure(self, wanted: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """Build the wanted programs of each part that are missing, in the order given, with one line for each.
+        """Build the missing programs of each part in the given order, printing one line for each.
 
-        Raises ClusterError with the compiler's last words when one cannot be built.
+        Raises ClusterError with the end of the compiler's output if one cannot be built.
         """
         cached = 0
         for part_name, programs in wanted:
@@ -51,15 +51,15 @@ class Builder:
             if self._is_there(part, programs):
                 cached += len(programs)
             else:
-                with self._alone(part.label):  # another may have built it in the meantime
+                with self._locked(part.label):  # another process may have built it in the meantime
                     self._build_missing(part, programs)
-        say(f"{cached} of {sum(len(programs) for _, programs in wanted)} programs", "in the cache")
+        print_line(f"{cached} of {sum(len(programs) for _, programs in wanted)} programs", "in the cache")
 
     def build_source(self, name: str, source: Path, version: str) -> Path:
-        """Build one Go file of this folder that needs no module, and return the program."""
+        """Build a Go file of this folder that needs no module; return the program's path."""
         target = self._cache / "bin" / f"{name}-{version}" / name
         if not target.exists():
-            with self._alone(name), timed(f"{name} {version}", "built"):
+            with self._locked(name), timed(f"{name} {version}", "built"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._go(
                     ["build", "-trimpath", "-ldflags", "-s -w", "-o", str(target), str(source)], source.parent, name
@@ -78,7 +78,7 @@ class Builder:
                     self._build(part, program, workspace)
 
     def _prepare(self, part: Part) -> Path:
-        """Write the module that requires the part, and copy the folders kept of it."""
+        """Write the module that requires the part, and copy the part's folders that are kept."""
         workspace = self._cache / "src" / part.label
         workspace.mkdir(parents=True, exist_ok=True)
         self._check_go(workspace)
@@ -116,7 +116,7 @@ class Builder:
             )
 
     def _go(self, arguments: list[str], workspace: Path, name: str, *, unverified: str = "") -> str:
-        """Run Go and return what it printed; its messages go to the log of `name`."""
+        """Run Go and return its standard output; its messages are appended to the log of `name`."""
         log = self._cache / "log" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off"}
@@ -141,8 +141,8 @@ class Builder:
         return self._cache / "bin" / part.label
 
     @contextmanager
-    def _alone(self, label: str) -> Iterator[None]:
-        """Hold the lock of a part: two builds of it side by side would write the same files."""
+    def _locked(self, label: str) -> Iterator[None]:
+        """Hold the lock of a part: concurrent builds of it would write the same files."""
         locks = self._cache / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / label).open("w") as lock:
@@ -151,7 +151,7 @@ class Builder:
 
 
 def find_go() -> str:
-    """Return the path of Go. Raises ClusterError when there is none."""
+    """Return the path of Go. Raises ClusterError if it is not installed."""
     found = shutil.which("go") or shutil.which(GO_FALLBACK)
     if found is None:
         raise ClusterError("Go is needed to build the cluster: install it (go.dev/dl) and put `go` into PATH")
@@ -159,10 +159,10 @@ def find_go() -> str:
 
 
 def module_file(part: Part, upstream: Mapping[str, Any]) -> str:
-    """Return the go.mod of a module of ours that requires a part as the part itself would be built.
+    """Return the go.mod of a module of ours with which a part is built as in its own repository.
 
-    `upstream` is the part's own go.mod as `go mod edit -json` prints it: a module's replacements do not count for those
-    that require it, so they are written down again.
+    `upstream` is the part's go.mod as `go mod edit -json` prints it. Go ignores the replacements of required modules,
+    so they are repeated.
     """
     lines = [f"module stagecoach.dev/cluster/{part.name}", "", f"go {upstream['Go']}", ""]
     lines += [f"require {part.module} {part.version}", ""]
@@ -171,7 +171,7 @@ def module_file(part: Part, upstream: Mapping[str, Any]) -> str:
 
 
 def replacements(part: Part, upstream: Mapping[str, Any]) -> dict[str, str]:
-    """Return what replaces what: modules of the part's own repository by their released version, others as it says."""
+    """Return the replacements: modules of the part's own repository by their released version, others as upstream."""
     found: dict[str, str] = {}
     for requirement in upstream.get("Require") or []:
         if requirement["Version"] == UNRELEASED and part.local_version:
@@ -187,7 +187,7 @@ def replacements(part: Part, upstream: Mapping[str, Any]) -> dict[str, str]:
 
 
 def link_flags(part: Part) -> str:
-    """Return the linker's flags: no debugging tables, and the version where a program reports it."""
+    """Return the linker's flags: no debugging tables, and the version if the part has a variable for it."""
     flags = "-s -w"
     if part.version_variable:
         flags += f" -X {part.version_variable}={part.version}"
@@ -195,7 +195,7 @@ def link_flags(part: Part) -> str:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of Go's module cache, which is read-only, as a writable one."""
+    """Copy a folder of Go's read-only module cache as a writable one."""
     if target.exists():
         return
     unfinished = target.with_name(f".{target.name}.unfinished")

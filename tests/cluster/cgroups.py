@@ -1,4 +1,4 @@
-"""The control groups below which all containers and their shims live: so they can be found and ended without names."""
+"""The control groups of all containers and their shims, by which they are found and ended."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.cluster.layout import CGROUP
 from tests.cluster.processes import wait_until
 
 INHERITED = ("cpuset.cpus", "cpuset.mems")
-"""Files that a new group of version 1 leaves empty, so that nothing may run in it."""
+"""Files that are empty in a new version-1 group; no process can run in it until they are set."""
 SHIMS = "shims"
-"""Our group for containerd's shims, beside the kubelet's for pods."""
+"""Our group for containerd's shims, next to the kubelet's for pods."""
 EMPTY_SECONDS = 20
 
 
 def make() -> None:
-    """Make our groups in every hierarchy: kubelet and shims refuse to start where theirs do not exist."""
+    """Create our groups in every hierarchy: kubelet and shims do not start without theirs."""
     for group in (folder for root in groups() for folder in (root, root / SHIMS)):
         group.mkdir(exist_ok=True)
         for name in INHERITED:
@@ -33,11 +33,11 @@ def make() -> None:
 def groups() -> list[Path]:
     """Return our group in each hierarchy of this machine, of version 1 or 2."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return [Path(words[1]) / CGROUP for words in mounts if words[2] in ("cgroup", "cgroup2")]
+    return [Path(fields[1]) / CGROUP for fields in mounts if fields[2] in ("cgroup", "cgroup2")]
 
 
 def end_all() -> None:
-    """Kill every process in our groups and remove the groups. Raises ClusterError when some process will not end."""
+    """Kill every process in our groups and remove the groups. Raises ClusterError if a process does not end."""
     ours = groups()
     wait_until(f"all processes in control groups {CGROUP} have ended", lambda: not kill_members(ours), EMPTY_SECONDS)
     for group in ours:
@@ -48,7 +48,7 @@ def end_all() -> None:
 
 
 def kill_members(groups_to_empty: list[Path]) -> list[int]:
-    """Kill the processes that are in some groups now; return their pids."""
+    """Kill the processes that are in the groups now; return their pids."""
     pids = list(members(groups_to_empty))
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -57,7 +57,7 @@ def kill_members(groups_to_empty: list[Path]) -> list[int]:
 
 
 def members(groups_to_search: list[Path]) -> Iterator[int]:
-    """Yield the pids of all living processes in some groups and those below."""
+    """Yield the pids of all running processes in the groups and their subgroups."""
     seen: set[int] = set()
     for group in groups_to_search:
         for file in group.rglob("cgroup.procs"):

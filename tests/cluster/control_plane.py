@@ -1,4 +1,4 @@
-"""etcd, API server, controller manager and scheduler as processes of this machine."""
+"""etcd, API server, controller manager and scheduler as processes on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READY_SECONDS = 120
 GRACE_SECONDS = 30
 ADMINISTRATORS = "system:masters"
 QUERIES_PER_SECOND = 400
-"""How fast controllers may call the API server; the default of 20 would make a stage of 1,000 pods last a minute."""
+"""Rate limit of the controllers' calls; with the default of 20, a stage of 1,000 pods would take a minute."""
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -30,12 +30,12 @@ AUDIT_POLICY = {
         {"level": "Metadata"},
     ],
 }
-"""Who calls what, the cluster's own parts apart: the benches count the operator's calls in `audit.log`."""
+"""Logs all calls except those of the cluster's own parts: the benches count the operator's calls in `audit.log`."""
 AUDIT_LOG_MEGABYTES = 200
 
 
 class ControlPlane:
-    """The four processes that make an API server whose objects come to life."""
+    """The four processes of a control plane."""
 
     def __init__(self, layout: Layout, builder: Builder, processes: Processes) -> None:
         self._layout = layout
@@ -51,16 +51,16 @@ class ControlPlane:
 
     @property
     def kubectl(self) -> Kubectl:
-        """kubectl as the administrator."""
+        """kubectl with the administrator's rights."""
         return Kubectl(self._builder.program("kubernetes", "kubectl"), self._layout.kubeconfig)
 
     @property
     def audit_log(self) -> Path:
-        """JSON lines: one for each call that `AUDIT_POLICY` asks for."""
+        """JSON lines: one for each call that `AUDIT_POLICY` includes."""
         return self._layout.state / "audit.log"
 
     def client(self, name: str, user: str, groups: Sequence[str] = ()) -> Path:
-        """Return the kubeconfig of a user, made if missing."""
+        """Return the kubeconfig of a user, creating it if missing."""
         file = self._layout.state / "kubeconfigs" / name
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ class ControlPlane:
         return file
 
     def start_api(self) -> None:
-        """Start etcd and the API server, and wait until it answers; write the administrator's kubeconfig."""
+        """Start etcd and the API server and wait until it is ready; write the administrator's kubeconfig."""
         with timed("etcd", "ready"):
             self._start_etcd()
         if not self._layout.kubeconfig.exists():
@@ -82,7 +82,7 @@ class ControlPlane:
             )
 
     def start_controllers(self) -> None:
-        """Start controller manager and scheduler, and wait until a namespace has its service account."""
+        """Start controller manager and scheduler and wait until a namespace has its service account."""
         with timed("kube-controller-manager", "ready"):
             self._processes.start("kube-controller-manager", self._controller_manager_command())
             ready = ("get", "serviceaccount", "default", "--namespace=default")
@@ -96,7 +96,7 @@ class ControlPlane:
         command += [f"--data-dir={self._layout.state / 'etcd'}", f"--initial-cluster=stagecoach={peer}"]
         command += [f"--listen-client-urls={own}", f"--advertise-client-urls={own}"]
         command += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
-        command += ["--unsafe-no-fsync"]  # its data need not outlive the machine
+        command += ["--unsafe-no-fsync"]  # its data need not survive a crash of the machine
         self._processes.start("etcd", command)
 
     def _url(self, port: str) -> str:
@@ -109,7 +109,7 @@ class ControlPlane:
         )
         flags: dict[str, object] = {
             "etcd-servers": self._url("etcd"),
-            "bind-address": "0.0.0.0" if layout.with_node else LOOPBACK,  # noqa: S104 - pods reach it by the bridge
+            "bind-address": "0.0.0.0" if layout.with_node else LOOPBACK,  # noqa: S104 - pods reach it through the bridge
             "advertise-address": layout.address if layout.with_node else None,
             "secure-port": layout.port("apiserver"),
             "client-ca-file": self.authority.pair.certificate,
@@ -141,7 +141,7 @@ class ControlPlane:
         }
 
     def _aggregation_flags(self) -> dict[str, object]:
-        """Flags without which an aggregated API answers 403, and no namespace can be deleted any more."""
+        """Return the flags without which an aggregated API responds with 403, so that no namespace can be deleted."""
         proxy: Pair = self._front_proxy.issue("front-proxy", "front-proxy")
         return {
             "requestheader-client-ca-file": self._front_proxy.pair.certificate,
@@ -206,10 +206,10 @@ class ControlPlane:
 
 
 def node_user() -> tuple[str, list[str]]:
-    """Return the user and groups by which the API server knows the node."""
+    """Return the node's user and groups at the API server."""
     return f"system:node:{NODE_NAME}", ["system:nodes"]
 
 
 def _flags(values: dict[str, object]) -> list[str]:
-    """Return command-line flags; those whose value is None are left out."""
+    """Return command-line flags, without those whose value is None."""
     return [f"--{name}={value}" for name, value in values.items() if value is not None]

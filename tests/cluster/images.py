@@ -1,4 +1,4 @@
-"""Images of single static programs, written as archives that containerd imports: no registry, no build tool."""
+"""Images of single static programs, written as archives that containerd imports, without registry or build tool."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NON_ROOT_USER = "65532:65532"
 
 
 def write_program_image(archive: Path, name: str, program: Path, *, entrypoint: Sequence[str], path: str) -> None:
-    """Write an image that holds one program at `path`, as `docker save` would.
+    """Write an image that contains one program, at `path`, in the format of `docker save`.
 
-    `name` is the image's full name with its tag. The program must be static: there is nothing else in the image.
+    `name` is the image's full name with its tag. The program must be static, since the image contains nothing else.
     """
     layer = _tar({path.lstrip("/"): program.read_bytes()}, mode=0o755)
     configuration = {

@@ -1,4 +1,4 @@
-"""KWOK: pretended GPU nodes, whose pods the real scheduler places and which seem to run and end at once."""
+"""KWOK: simulated GPU nodes. The real scheduler places pods there, and KWOK sets their status as if they ran."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ STAGES = (
     "pod/fast/pod-ready.yaml",
     "pod/fast/pod-delete.yaml",
 )
-"""What happens to pretended nodes and pods, from the module: nodes are Ready, pods run and are deleted at once."""
+"""KWOK's own stages that are used: nodes become Ready, pods run and are deleted at once."""
 PODS = Path(__file__).with_name("pretended-pods.yaml")
-PRETENDED = "kwok.x-k8s.io/node"
+SIMULATED = "kwok.x-k8s.io/node"
 READY_SECONDS = 60
 GPUS_PER_NODE = 8
 POD_NETWORK = "10.216.0.1/16"
-"""Addresses given to pretended pods: nothing answers there."""
+"""Addresses of simulated pods, where nothing listens."""
 
 
 def start(layout: Layout, builder: Builder, processes: Processes, control_plane: ControlPlane) -> None:
-    """Start KWOK for nodes that carry its annotation; there are none at first."""
+    """Start KWOK for nodes that have its annotation; there are none at first."""
     stages = [*(builder.folder("kwok", "stages") / stage for stage in STAGES), PODS]
     command: list[str | Path] = [builder.program("kwok", "kwok"), f"--kubeconfig={layout.kubeconfig}"]
-    command += ["--manage-all-nodes=false", f"--manage-nodes-with-annotation-selector={PRETENDED}=fake"]
+    command += ["--manage-all-nodes=false", f"--manage-nodes-with-annotation-selector={SIMULATED}=fake"]
     command += [f"--server-address={LOOPBACK}:{layout.port('kwok')}", f"--cidr={POD_NETWORK}"]
     command += ["--node-lease-duration-seconds=40", f"--config={','.join(map(str, stages))}"]
     kubectl = control_plane.kubectl
@@ -43,8 +43,14 @@ def start(layout: Layout, builder: Builder, processes: Processes, control_plane:
 
 
 def gpu_node(name: str, product: str, gpus: int = GPUS_PER_NODE) -> dict[str, Any]:
-    """Return a pretended node of a GPU product. Its taint keeps pods away that do not ask for GPUs."""
-    room = {"cpu": "128", "memory": "2048Gi", "pods": "110", "ephemeral-storage": "4096Gi", "nvidia.com/gpu": str(gpus)}
+    """Return a simulated node with a GPU product. Its taint repels pods that do not request GPUs."""
+    resources = {
+        "cpu": "128",
+        "memory": "2048Gi",
+        "pods": "110",
+        "ephemeral-storage": "4096Gi",
+        "nvidia.com/gpu": str(gpus),
+    }
     labels = {
         "kubernetes.io/hostname": name,
         "kubernetes.io/os": "linux",
@@ -54,7 +60,7 @@ def gpu_node(name: str, product: str, gpus: int = GPUS_PER_NODE) -> dict[str, An
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "labels": labels, "annotations": {PRETENDED: "fake"}},
+        "metadata": {"name": name, "labels": labels, "annotations": {SIMULATED: "fake"}},
         "spec": {"taints": [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}]},
-        "status": {"allocatable": room, "capacity": room},
+        "status": {"allocatable": resources, "capacity": resources},
     }

@@ -1,4 +1,4 @@
-"""Where a cluster keeps its files, and at which addresses it listens. Everything else asks here."""
+"""Folders, addresses and ports of a cluster, defined here for all other modules."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 ENV_STATE = "STAGECOACH_CLUSTER_STATE"
 ENV_CACHE = "STAGECOACH_CLUSTER_CACHE"
 DEFAULT_STATE = Path("/var/tmp/stagecoach-cluster")  # noqa: S108 - made with mode 0700, see `Layout.make`
-"""Short, since the paths of Unix sockets below it may have 107 characters."""
+"""Short, because paths of Unix sockets may have at most 107 characters."""
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stagecoach" / "cluster"
-"""One for all checkouts: programs lie in folders named after their versions."""
+"""Shared by all checkouts: programs are in folders named after their versions."""
 FIRST_PORT = 26443
 
 POD_NETWORK = IPv4Network("10.213.0.0/24")
@@ -26,40 +26,40 @@ DOMAIN = "cluster.local"
 
 
 class Kind(StrEnum):
-    """How much of a cluster there is."""
+    """How much of a cluster is started."""
 
     API = "api"
-    """etcd and API server: objects are kept and checked, and nothing happens to them. Needs no rights."""
+    """etcd and API server: objects are stored and validated, but no controller acts on them. Needs no root."""
     CONTROL_PLANE = "control-plane"
-    """Also controllers and scheduler, and the resource definitions of JobSet and Kueue. Needs no rights."""
+    """Also controllers and scheduler, and the resource definitions of JobSet and Kueue. Needs no root."""
     NODE = "node"
-    """All of it: real pods and services, JobSet, Kueue, KWOK, S3. Needs root."""
+    """Everything: real pods and services, JobSet, Kueue, KWOK, S3. Needs root."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One cluster: its kind, its folder, its ports."""
+    """Kind, folders and ports of a cluster."""
 
     state: Path
     """Everything that `down` removes."""
     cache: Path
-    """Built programs, which `down` leaves."""
+    """Built programs, which `down` keeps."""
     kind: Kind
     first_port: int = FIRST_PORT
 
     @property
     def with_node(self) -> bool:
-        """Whether this machine is a node: only then anything of it is changed."""
+        """Whether this machine is a node: only then are its network and kernel settings changed."""
         return self.kind is Kind.NODE
 
     @property
     def address(self) -> str:
-        """Where pods reach what runs on the machine: the bridge's address; without a node the loopback."""
+        """Address at which pods reach processes on the machine: the bridge's, or the loopback without a node."""
         return str(POD_NETWORK[1]) if self.with_node else LOOPBACK
 
     @property
     def service_address(self) -> str:
-        """The API server's address as a service: the first of the service network, as Kubernetes has it."""
+        """The API server's service address: the first of the service network, as in Kubernetes."""
         return str(SERVICE_NETWORK[1])
 
     def port(self, name: str) -> int:
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def kubeconfig(self) -> Path:
-        """The administrator's: what users of the cluster set KUBECONFIG to."""
+        """The administrator's kubeconfig, for KUBECONFIG."""
         return self.state / "kubeconfig"
 
     @property
@@ -83,21 +83,21 @@ class Layout:
 
     @property
     def containerd_socket(self) -> Path:
-        """Where containerd is spoken to."""
+        """containerd's API socket."""
         return self.state / "containerd" / "containerd.sock"
 
     @property
     def s3_credentials(self) -> Path:
-        """Key of the S3 server, in the form of AWS's shared credentials file."""
+        """Keys of the S3 server, in the format of AWS's shared credentials file."""
         return self.state / "s3" / "credentials"
 
     @property
     def s3_endpoint(self) -> str:
-        """URL of the S3 server, from pods and from the machine alike."""
+        """URL of the S3 server, for pods and for processes on the machine."""
         return f"http://{self.address}:{self.port('s3')}"
 
     def make(self) -> None:
-        """Make the state's folder, for its owner only: it holds keys."""
+        """Create the state's folder, readable only by its owner because it contains keys."""
         self.state.mkdir(parents=True, exist_ok=True)
         self.state.chmod(0o700)
 
@@ -119,7 +119,7 @@ PORTS = (
 
 
 def find_layout(kind: Kind, *, state: Path | None = None, first_port: int = FIRST_PORT) -> Layout:
-    """Return the layout that arguments and environment ask for."""
+    """Return the layout selected by arguments and environment variables."""
     return Layout(
         state=state or Path(os.environ.get(ENV_STATE, DEFAULT_STATE)),
         cache=Path(os.environ.get(ENV_CACHE, DEFAULT_CACHE)),

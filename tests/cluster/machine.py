@@ -1,4 +1,4 @@
-"""What a node changes on the machine besides our own folder: written down before, set back after."""
+"""The changes of a node on the machine outside our own folder: recorded before, restored afterwards."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SETTINGS = (
     "kernel/keys/root_maxkeys",
     "kernel/keys/root_maxbytes",
 )
-"""Kernel settings that we, the kubelet or kube-proxy write."""
+"""Kernel settings written by us, the kubelet or kube-proxy."""
 LOG_LINKS = Path("/var/log/containers")
 FOLDERS = ("/run/containerd", "/var/lib/kubelet", "/var/lib/cni", str(LOG_LINKS), "/var/log/pods")
 """Folders whose names are fixed in containerd, kubelet and the CNI plugins."""
 RECORD = "machine.json"
 
 
-def remember(layout: Layout) -> None:
-    """Write down how the machine is, unless that was done before."""
+def record_state(layout: Layout) -> None:
+    """Record the machine's settings and folders, unless that was done before."""
     record = layout.state / RECORD
     if record.exists():
         return
@@ -44,7 +44,7 @@ def remember(layout: Layout) -> None:
 
 
 def restore(layout: Layout) -> None:
-    """Set the kernel back and remove the folders that were not there before."""
+    """Restore the kernel's settings and remove the folders that did not exist before."""
     record = layout.state / RECORD
     if not record.exists():
         return
@@ -58,24 +58,26 @@ def restore(layout: Layout) -> None:
 
 
 def remove_log_links(layout: Layout) -> None:
-    """Remove the links that the kubelet made to our pods' logs, in a folder that others may use too."""
+    """Remove the kubelet's links to our pods' logs, in a folder that other nodes may also use."""
     for link in LOG_LINKS.glob("*.log"):
         if link.is_symlink() and layout.state in link.readlink().parents:
             link.unlink()
 
 
 def unmount_all(folder: Path) -> None:
-    """Unmount everything below a folder, the deepest first. Raises ClusterError when something stays mounted."""
+    """Unmount everything below a folder, the last mounted first. Raises ClusterError if something stays mounted."""
     wait_until(
-        f"nothing is mounted below {folder} (`fuser -vm` says who uses it)", partial(unmount, folder), FREE_SECONDS
+        f"nothing is mounted below {folder} (`fuser -vm` shows which processes use it)",
+        partial(unmount, folder),
+        FREE_SECONDS,
     )
 
 
 def unmount(folder: Path) -> bool:
-    """Try to unmount everything below a folder; say whether nothing was left to do."""
+    """Try to unmount everything below a folder; return whether nothing was mounted."""
     mounts = mounts_below(folder, MOUNTS.read_text())
     for mount in mounts:
-        succeeds(["umount", mount])  # a shim that ends may be faster
+        succeeds(["umount", mount])  # fails if a shim that ends unmounts it first
     return not mounts
 
 

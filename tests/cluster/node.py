@@ -1,4 +1,4 @@
-"""The machine as a node: containerd, kubelet, kube-proxy, and CoreDNS for names inside the cluster."""
+"""The machine as a node: containerd, kubelet, kube-proxy, and CoreDNS for names in the cluster."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.cluster import cgroups, images, network
 from tests.cluster.build import Builder
 from tests.cluster.control_plane import ControlPlane, node_user
 from tests.cluster.layout import BRIDGE, CGROUP, DOMAIN, LOOPBACK, NODE_NAME, POD_NETWORK, SERVICE_NETWORK, Layout
-from tests.cluster.processes import Processes, answers, run, succeeds
+from tests.cluster.processes import Processes, responds, run, succeeds
 from tests.cluster.report import timed
 
 PAUSE_SOURCE = Path(__file__).with_name("pause.go")
 PAUSE_VERSION = "v1"
 PAUSE_IMAGE = f"stagecoach.dev/cluster/pause:{PAUSE_VERSION}"
 CNI_PROGRAMS = Path("/usr/lib/cni")
-"""Where Debian puts the CNI plugins."""
+"""Debian's folder of the CNI plugins."""
 CTR_NAMESPACE = "k8s.io"
 READY_SECONDS = 120
 MOST_PODS = 200
@@ -27,7 +27,7 @@ UPSTREAM_DNS = "/etc/resolv.conf"
 
 
 class Node:
-    """What turns this machine into the cluster's one real node."""
+    """The processes that make this machine the cluster's only real node."""
 
     def __init__(self, layout: Layout, builder: Builder, processes: Processes, control_plane: ControlPlane) -> None:
         self._layout = layout
@@ -36,7 +36,7 @@ class Node:
         self._control_plane = control_plane
 
     def start(self) -> None:
-        """Start all of it, and wait until the node is Ready."""
+        """Start all processes and wait until the node is Ready."""
         with timed("containerd", "ready"):
             cgroups.make()
             self._start_containerd()
@@ -51,7 +51,7 @@ class Node:
             self._processes.wait_for("kubelet", self._is_ready, READY_SECONDS)
 
     def load_program(self, image: str, program: Path, path: str) -> None:
-        """Give the node an image that holds one static program, unless it has it."""
+        """Load an image that contains one static program into the node, unless it is there."""
         if image in self._ctr("images", "list", "--quiet").split():
             return
         archive = self._layout.state / "image.tar"
@@ -60,11 +60,11 @@ class Node:
         archive.unlink()
 
     def load_archive(self, archive: Path) -> None:
-        """Give the node the images of an archive as `docker save` or `buildah push docker-archive:` write it."""
+        """Load the images of an archive from `docker save` or `buildah push docker-archive:` into the node."""
         self._ctr("images", "import", str(archive))
 
     def shim_sockets(self) -> list[Path]:
-        """Return the sockets of the pods' shims, which containerd keeps outside of its own folder."""
+        """Return the sockets of the pods' shims, which are outside containerd's own folder."""
         tasks = self._layout.state / "containerd" / "state" / "io.containerd.runtime.v2.task" / CTR_NAMESPACE
         return [Path(file.read_text().removeprefix("unix://")) for file in tasks.glob("*/address")]
 
@@ -80,9 +80,9 @@ class Node:
         configuration = folder / "config.toml"
         configuration.write_text(containerd_configuration(folder, self._layout.containerd_socket))
         self._processes.start("containerd", ["containerd", "--config", configuration])
-        self._processes.wait_for("containerd", self._speaks, READY_SECONDS)
+        self._processes.wait_for("containerd", self._responds, READY_SECONDS)
 
-    def _speaks(self) -> bool:
+    def _responds(self) -> bool:
         return succeeds(["ctr", "--address", self._layout.containerd_socket, "--timeout", "2s", "version"])
 
     # -- kubelet -------------------------------------------------------------------------------------------------------
@@ -117,15 +117,15 @@ class Node:
             "failCgroupV1": False,
             "failSwapOn": False,
             "enforceNodeAllocatable": [],
-            "oomScoreAdj": 0,  # lowering it takes CAP_SYS_RESOURCE
+            "oomScoreAdj": 0,  # lowering it requires CAP_SYS_RESOURCE
             "clusterDNS": [layout.address],
             "clusterDomain": DOMAIN,
             "maxPods": MOST_PODS,
-            # JobSet and Kueue write their webhooks' certificates into Secrets that their own pods mount: they answer
-            # once the kubelet has looked at those pods again, by default after a minute or more.
+            # JobSet and Kueue write their webhooks' certificates into Secrets that their own pods mount. They respond
+            # only after the kubelet has synced those pods again, by default after a minute or more.
             "syncFrequency": "5s",
             "podLogsDir": str(layout.state / "pod-logs"),
-            # A build machine's disk is often nearly full; nothing here may be evicted for that.
+            # The disk of a build machine is often nearly full, which must not evict pods.
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
@@ -165,11 +165,11 @@ class Node:
         command: list[str | Path] = [self._builder.program("coredns", "coredns"), "-conf", corefile]
         self._processes.start("coredns", command)
         health = f"http://{LOOPBACK}:{self._layout.port('coredns-health')}/health"
-        self._processes.wait_for("coredns", lambda: answers(health), READY_SECONDS)
+        self._processes.wait_for("coredns", lambda: responds(health), READY_SECONDS)
 
 
 def containerd_configuration(folder: Path, socket: Path) -> str:
-    """Return containerd's configuration: everything it writes lies below `folder`."""
+    """Return containerd's configuration; it writes only below `folder`."""
     return f"""version = 2
 root = "{folder}/root"
 state = "{folder}/state"
@@ -182,7 +182,7 @@ path = "{folder}/opt"
 
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{PAUSE_IMAGE}"
-# Without CAP_SYS_RESOURCE a container cannot get a lower score than containerd itself has.
+# Without CAP_SYS_RESOURCE a container cannot get a lower score than containerd itself.
 restrict_oom_score_adj = true
 netns_mounts_under_state_dir = true
 max_concurrent_downloads = 1
@@ -225,7 +225,7 @@ def cni_network(folder: Path, mtu: int) -> dict[str, Any]:
 
 
 def corefile_text(layout: Layout, kubeconfig: Path) -> str:
-    """Return CoreDNS's configuration. Nothing is cached: gangs look for names that have only just come to be."""
+    """Return CoreDNS's configuration, without a cache: workers of a gang resolve names that were only just created."""
     reverse = f"{POD_NETWORK} {SERVICE_NETWORK}"
     return f"""{DOMAIN}:53 {reverse} {{
     bind {layout.address}
@@ -245,7 +245,7 @@ def corefile_text(layout: Layout, kubeconfig: Path) -> str:
 
 
 def coredns_rights(user: str) -> list[dict[str, Any]]:
-    """Return the role that lets CoreDNS watch what it names."""
+    """Return role and binding by which CoreDNS watches services and pods."""
     name = "stagecoach-cluster-coredns"
     group = "rbac.authorization.k8s.io"
     rules = [

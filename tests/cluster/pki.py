@@ -1,4 +1,4 @@
-"""Keys and certificates of the cluster: authorities, servers, and clients that are known by name and group."""
+"""Keys and certificates of the cluster: authorities, servers, and clients identified by name and groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 VALID_FOR = datetime.timedelta(days=30)
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 SERVICE_ACCOUNT_KEY_BITS = 2048
-"""RSA, as kubeadm's clusters and the hosted ones sign tokens: what verifies them must not depend on our taste."""
+"""RSA, with which kubeadm's and hosted clusters sign tokens: their verification is tested with the usual algorithm."""
 
 SIGNS_CERTIFICATES = x509.KeyUsage(
     digital_signature=True,
@@ -31,7 +31,7 @@ SIGNS_CERTIFICATES = x509.KeyUsage(
     encipher_only=False,
     decipher_only=False,
 )
-"""Said on authorities: Python 3.13 refuses those that don't say it."""
+"""Key usage of authorities: Python 3.13 rejects authorities without it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pair:
 
 
 class Authority:
-    """A certificate authority kept in a folder; made at first use, then found again."""
+    """A certificate authority stored in a folder and created at first use."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -61,9 +61,9 @@ class Authority:
         self._certificate = x509.load_pem_x509_certificate(self.pair.certificate.read_bytes())
 
     def issue(self, name: str, common_name: str, *, groups: Sequence[str] = (), hosts: Sequence[str] = ()) -> Pair:
-        """Return the certificate `name`, made if missing: a server's where it has `hosts`, else a client's.
+        """Return the certificate `name`, creating it if missing: a server's if it has `hosts`, else a client's.
 
-        `common_name` is the user and `groups` are the groups that Kubernetes takes a client for.
+        `common_name` and `groups` are a client's user and groups in Kubernetes.
         """
         pair = Pair(self._folder / f"{name}.crt", self._folder / f"{name}.key")
         if pair.certificate.exists():
@@ -82,7 +82,7 @@ class Authority:
 
 
 def make_service_account_key(folder: Path) -> Path:
-    """Return the key that signs service accounts' tokens, made if missing."""
+    """Return the key that signs service accounts' tokens, creating it if missing."""
     file = folder / "service-account.key"
     if not file.exists():
         key = rsa.generate_private_key(public_exponent=65537, key_size=SERVICE_ACCOUNT_KEY_BITS)
@@ -91,7 +91,7 @@ def make_service_account_key(folder: Path) -> Path:
 
 
 def write_kubeconfig(file: Path, server: str, authority: Path, client: Pair) -> Path:
-    """Write a kubeconfig that holds its certificates itself, so that it can be copied; return it."""
+    """Write a kubeconfig with embedded certificates, so that it can be copied; return its path."""
     user = {"client-certificate-data": _encoded(client.certificate), "client-key-data": _encoded(client.key)}
     config = {
         "apiVersion": "v1",
@@ -142,7 +142,7 @@ def _write_key(file: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) 
 def _read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise TypeError(f"{file} holds no elliptic curve key")
+        raise TypeError(f"{file} does not contain an elliptic curve key")
     return key
 
 

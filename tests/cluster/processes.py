@@ -1,4 +1,4 @@
-"""Processes in sessions of their own: started, found again and stopped by the pid written down at the start."""
+"""Background processes, each in its own session, found and stopped by the pid that was recorded at the start."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import psutil
 from tests.cluster.report import ClusterError, last_lines
 
 START_TIME_TOLERANCE_SECONDS = 1.0
-"""How far a process's start time may differ from the record: the kernel counts in ticks."""
+"""Allowed difference between a process's start time and the record: the kernel counts in ticks."""
 DEFAULT_GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
 PLAIN_ENVIRONMENT = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR")
-"""What a process gets of the caller's environment: enough to run, and nothing that would change how."""
+"""Variables of the caller's environment that a process gets; others could change its behaviour."""
 
 
 class Processes:
-    """The processes of one cluster, recorded as `<name>.json` beside their logs."""
+    """The processes of one cluster, recorded as `<name>.json` next to their logs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -38,22 +38,22 @@ class Processes:
         return [record.stem for record in records]
 
     def log(self, name: str) -> Path:
-        """Return the file that holds what a process said."""
+        """Return the path of a process's log."""
         return self._folder / f"{name}.log"
 
     def is_alive(self, name: str) -> bool:
-        """Say whether the process that was written down still runs."""
+        """Return whether the recorded process is still running."""
         return self._find(name) is not None
 
     def start(self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> bool:
-        """Start a process unless it runs; say whether it was started. Secrets go through `environment`, if at all."""
+        """Start a process unless it is running; return whether it was started. Pass secrets in `environment` only."""
         if self.is_alive(name):
             return False
         self._folder.mkdir(parents=True, exist_ok=True)
         plain = {key: os.environ[key] for key in PLAIN_ENVIRONMENT if key in os.environ}
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
-                [str(word) for word in command],
+                [str(argument) for argument in command],
                 env=plain | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -66,18 +66,18 @@ class Processes:
         return True
 
     def stop(self, name: str, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> None:
-        """End a process and its group: asked first, killed after the grace; forget it. No error if it is gone."""
+        """Terminate a process and its group, kill them after the grace period, and remove the record, if any."""
         process = self._find(name)
         if process is not None:
             signal_group(process.pid, signal.SIGTERM)
             if not self._ended(name, grace_seconds):
                 signal_group(process.pid, signal.SIGKILL)
                 if not self._ended(name, DEFAULT_GRACE_SECONDS):
-                    raise ClusterError(f"{name} (pid {process.pid}) does not end, even killed: see `ps {process.pid}`")
+                    raise ClusterError(f"{name} (pid {process.pid}) did not end after SIGKILL: see `ps {process.pid}`")
         self._record(name).unlink(missing_ok=True)
 
     def wait_for(self, name: str, ready: Callable[[], bool], seconds: float) -> None:
-        """Wait until `ready()`. Raises ClusterError, with the log's end, when the process ends or time is over."""
+        """Wait until `ready()`. Raises ClusterError with the end of the log if the process ends or on timeout."""
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.is_alive(name):
@@ -95,9 +95,9 @@ class Processes:
         return True
 
     def _find(self, name: str) -> psutil.Process | None:
-        """Return the recorded process, or None when it ended; another one that got its pid does not count."""
+        """Return the recorded process, or None if it has ended, even if another process has its pid now."""
         if name in self._started:
-            self._started[name].poll()  # a child of this very process would stay a zombie
+            self._started[name].poll()  # else an ended child of this process would stay a zombie
         try:
             record = json.loads(self._record(name).read_text())
             process = psutil.Process(record["pid"])
@@ -111,45 +111,45 @@ class Processes:
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a process's group, which has its pid since it leads its session."""
+    """Send a signal to the group of a process that leads its session, so that the group has its pid."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
         return
 
 
-Word = str | Path
-"""One word of a command."""
+Argument = str | Path
+"""An argument of a command."""
 
 
-def run(command: Sequence[Word], *, given: str | None = None, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command to its end and return what it printed. Raises ClusterError with its message when it fails."""
-    words = [str(word) for word in command]
+def run(command: Sequence[Argument], *, given: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command and return its output. Raises ClusterError with its message if it fails."""
+    arguments = [str(argument) for argument in command]
     variables = os.environ | dict(environment or {})
-    done = subprocess.run(words, input=given, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, input=given, env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         message = (done.stderr or done.stdout).strip()
-        raise ClusterError(f"`{' '.join(words[:4])} …` failed with exit code {done.returncode}: {message}")
+        raise ClusterError(f"`{' '.join(arguments[:4])} …` failed with exit code {done.returncode}: {message}")
     return done.stdout
 
 
-def succeeds(command: Sequence[Word], *, given: str | None = None) -> bool:
-    """Say whether a command ends with exit code 0. Only for questions: what it says is lost."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, input=given, text=True, capture_output=True, check=False).returncode == 0
+def succeeds(command: Sequence[Argument], *, given: str | None = None) -> bool:
+    """Return whether a command ends with exit code 0; its output is discarded."""
+    arguments = [str(argument) for argument in command]
+    return subprocess.run(arguments, input=given, text=True, capture_output=True, check=False).returncode == 0
 
 
 def wait_until(what: str, ready: Callable[[], bool], seconds: float) -> None:
-    """Wait until `ready()`. Raises ClusterError naming `what` when the time is over."""
+    """Wait until `ready()`. Raises ClusterError naming `what` on timeout."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:
-            raise ClusterError(f"waited {seconds:.0f} s in vain until {what}")
+            raise ClusterError(f"timeout after {seconds:.0f} s, waiting until {what}")
         time.sleep(POLL_SECONDS)
 
 
-def answers(url: str) -> bool:
-    """Say whether anything speaks HTTP at a URL; a refusal is an answer."""
+def responds(url: str) -> bool:
+    """Return whether an HTTP server responds at a URL, be it with an error."""
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - an address of ours
             return True

@@ -1,4 +1,4 @@
-"""What `make cluster` says while it works, and how it says that it cannot go on."""
+"""Progress lines of `make cluster`, and its error."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ LOG_COLUMNS_SHOWN = 400
 
 
 class ClusterError(Exception):
-    """The cluster cannot be brought up or down; the message says what happened and what to do."""
+    """The cluster cannot be started or removed; the message states what happened and what to do."""
 
 
 @contextmanager
 def timed(part: str, done: str) -> Iterator[None]:
-    """Print one line when the block has ended well: the part, what was done, and the seconds it took."""
+    """Print a line when the block succeeds: the part, what was done, and the seconds it took."""
     started = time.monotonic()
     yield
-    say(part, done, time.monotonic() - started)
+    print_line(part, done, time.monotonic() - started)
 
 
-def say(part: str, done: str, seconds: float = 0.0) -> None:
-    """Print the line of a part."""
+def print_line(part: str, done: str, seconds: float = 0.0) -> None:
+    """Print the progress line of a part."""
     print(f"  {part:<38} {done:<12} {seconds:7.1f} s", flush=True)
 
 
 def last_lines(log: Path) -> str:
-    """Return the end of a log file, for an error's message."""
+    """Return the end of a log file, for an error message."""
     if not log.exists():
         return f"{log} was never written"
     lines = log.read_text(errors="replace").splitlines()

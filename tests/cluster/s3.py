@@ -1,4 +1,4 @@
-"""versitygw, a real S3 server over a folder, with one bucket and a key of its own."""
+"""versitygw, a real S3 server that stores objects in a folder, with one bucket and its own keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import boto3
 
 from tests.cluster.build import Builder
 from tests.cluster.layout import Layout
-from tests.cluster.processes import Processes, Word, answers
+from tests.cluster.processes import Argument, Processes, responds
 from tests.cluster.report import timed
 
 REGION = "us-east-1"
@@ -19,23 +19,23 @@ READY_SECONDS = 30
 
 
 def start(layout: Layout, builder: Builder, processes: Processes) -> None:
-    """Start the server where pods can reach it, and make the bucket."""
+    """Start the server at an address that pods can reach, and create the bucket."""
     folder = layout.state / "s3"
     for path in (folder / "data", folder / "sidecar"):
         path.mkdir(parents=True, exist_ok=True)
     access_key, secret_key = read_or_make_key(layout)
-    command: list[Word] = [builder.program("versitygw", "versitygw"), "--quiet"]
+    command: list[Argument] = [builder.program("versitygw", "versitygw"), "--quiet"]
     command += ["--port", f"{layout.address}:{layout.port('s3')}", "posix"]
-    command += ["--sidecar", folder / "sidecar", folder / "data"]  # also where the disk has no extended attributes
+    command += ["--sidecar", folder / "sidecar", folder / "data"]  # for disks without extended attributes
     environment = {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key}
     with timed("versitygw", "ready"):
         processes.start(PROCESS, command, environment)
-        processes.wait_for(PROCESS, lambda: answers(layout.s3_endpoint), READY_SECONDS)
+        processes.wait_for(PROCESS, lambda: responds(layout.s3_endpoint), READY_SECONDS)
         make_bucket(layout, access_key, secret_key)
 
 
 def read_or_make_key(layout: Layout) -> tuple[str, str]:
-    """Return access key and secret key of this cluster's S3 server, made at first use."""
+    """Return access key and secret key of this cluster's S3 server, creating them at first use."""
     file = layout.s3_credentials
     parser = configparser.ConfigParser()
     if not parser.read(file):
@@ -50,7 +50,7 @@ def read_or_make_key(layout: Layout) -> tuple[str, str]:
 
 
 def make_bucket(layout: Layout, access_key: str, secret_key: str) -> None:
-    """Make the bucket unless it is there."""
+    """Create the bucket unless it exists."""
     session = boto3.session.Session(access_key, secret_key, region_name=REGION)
     client = session.client("s3", endpoint_url=layout.s3_endpoint)
     existing = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]

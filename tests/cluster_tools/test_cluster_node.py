@@ -1,4 +1,4 @@
-"""What a node leaves on the machine, and how it is found again; images, certificates, configurations."""
+"""A node's traces on the machine and their removal; images, certificates, configurations."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def layout(tmp_path: Path) -> Layout:
     return made
 
 
-def test_every_part_listens_at_a_port_of_its_own(layout: Layout) -> None:
+def test_every_part_listens_on_its_own_port(layout: Layout) -> None:
     assert len({layout.port(name) for name in PORTS}) == len(PORTS)
     assert layout.port("apiserver") == layout.first_port
 
 
-def test_a_control_plane_alone_is_reached_on_this_machine_only(layout: Layout) -> None:
+def test_a_control_plane_without_a_node_listens_on_the_loopback_only(layout: Layout) -> None:
     assert ip_address(find_layout(Kind.CONTROL_PLANE, state=layout.state).address).is_loopback
     assert not ip_address(layout.address).is_loopback
 
 
-def test_the_state_is_for_its_owner_only_since_it_holds_keys(layout: Layout) -> None:
+def test_the_state_folder_is_private_to_its_owner(layout: Layout) -> None:
     assert stat.S_IMODE(layout.state.stat().st_mode) == 0o700
 
 
-def test_only_our_chains_are_removed_and_first_what_leads_to_them() -> None:
+def test_only_our_chains_are_removed_after_the_rules_that_jump_to_them() -> None:
     changes = removals(RULES.splitlines())
     assert changes == [
         ["-D", "POSTROUTING", "-m", "comment", "--comment", "kubernetes postrouting rules", "-j", "KUBE-POSTROUTING"],
@@ -86,14 +86,14 @@ def test_only_our_chains_are_removed_and_first_what_leads_to_them() -> None:
     ]
 
 
-def test_what_is_mounted_below_a_folder_is_unmounted_last_first() -> None:
+def test_mounts_below_a_folder_are_unmounted_in_reverse_order() -> None:
     mounts = "\n".join(
         f"none {point} tmpfs rw 0 0" for point in ["/", "/s/a", "/s/a/b", "/s", "/super", "/s/with\\040space"]
     )
     assert mounts_below(Path("/s"), mounts) == ["/s/with space", "/s/a/b", "/s/a"]
 
 
-def test_an_image_holds_one_program_that_its_configuration_vouches_for(tmp_path: Path) -> None:
+def test_an_image_contains_one_program_with_the_digest_of_its_configuration(tmp_path: Path) -> None:
     program = tmp_path / "manager"
     program.write_bytes(b"\x7fELF program")
     archive = tmp_path / "image.tar"
@@ -126,26 +126,26 @@ def texts(value: object) -> Iterator[str]:
             yield from texts(item)
 
 
-def test_pods_get_addresses_of_the_bridge_s_network_and_packets_that_fit(tmp_path: Path, layout: Layout) -> None:
+def test_pods_get_addresses_of_the_bridges_network_and_the_smallest_mtu(tmp_path: Path, layout: Layout) -> None:
     plugin = cni_network(tmp_path, 1400)["plugins"][0]
     assert plugin["mtu"] == 1400
     assert plugin["ipam"]["ranges"] == [[{"subnet": "10.213.0.0/24"}]]
     assert f"bind {layout.address}" in corefile_text(layout, tmp_path / "kubeconfig")
 
 
-def test_the_logs_of_other_nodes_pods_stay_linked(
+def test_links_to_the_logs_of_other_nodes_pods_are_kept(
     layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "containers"
     folder.mkdir()
     (folder / "ours.log").symlink_to(layout.state / "pod-logs" / "x" / "0.log")
     (folder / "other.log").symlink_to(tmp_path / "elsewhere.log")
-    monkeypatch.setattr("cluster.machine.LOG_LINKS", folder)
+    monkeypatch.setattr("tests.cluster.machine.LOG_LINKS", folder)
     remove_log_links(layout)
     assert [link.name for link in folder.iterdir()] == ["other.log"]
 
 
-def test_a_server_s_certificate_is_good_for_its_hosts_and_no_other(tmp_path: Path) -> None:
+def test_a_servers_certificate_is_valid_for_its_hosts_only(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "ca")
     pair = authority.issue("apiserver", "kube-apiserver", hosts=["kubernetes.default.svc", "127.0.0.1"])
     certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
@@ -157,7 +157,7 @@ def test_a_server_s_certificate_is_good_for_its_hosts_and_no_other(tmp_path: Pat
         verifier.build_server_verifier(x509.DNSName("example.com")).verify(certificate, [])
 
 
-def test_a_client_is_known_by_name_and_groups_and_its_key_is_private(tmp_path: Path) -> None:
+def test_a_client_has_a_name_and_groups_and_a_private_key_file(tmp_path: Path) -> None:
     pair = Authority(tmp_path, "ca").issue("kubelet", "system:node:n", groups=["system:nodes"])
     subject = x509.load_pem_x509_certificate(pair.certificate.read_bytes()).subject
     assert subject.rfc4514_string() == "CN=system:node:n,O=system:nodes"
@@ -166,12 +166,12 @@ def test_a_client_is_known_by_name_and_groups_and_its_key_is_private(tmp_path: P
     assert again == pair
 
 
-def test_tokens_are_signed_by_rsa_as_on_most_clusters(tmp_path: Path) -> None:
+def test_tokens_are_signed_with_rsa_as_on_most_clusters(tmp_path: Path) -> None:
     key = serialization.load_pem_private_key(make_service_account_key(tmp_path).read_bytes(), None)
     assert isinstance(key, rsa.RSAPrivateKey)
 
 
-def test_a_kubeconfig_is_whole_in_itself(tmp_path: Path) -> None:
+def test_a_kubeconfig_embeds_its_certificates(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "ca")
     file = write_kubeconfig(
         tmp_path / "kubeconfig", "https://127.0.0.1:1", authority.pair.certificate, authority.issue("me", "me")
@@ -180,20 +180,20 @@ def test_a_kubeconfig_is_whole_in_itself(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_the_s3_key_is_made_once_and_private(layout: Layout) -> None:
+def test_the_s3_keys_are_created_once_in_a_private_file(layout: Layout) -> None:
     (layout.state / "s3").mkdir()
     key = s3.read_or_make_key(layout)
     assert s3.read_or_make_key(layout) == key
     assert stat.S_IMODE(layout.s3_credentials.stat().st_mode) == 0o600
 
 
-def test_controllers_run_from_images_that_the_node_already_has() -> None:
+def test_controllers_use_images_that_are_on_the_node() -> None:
     for addon in ADDONS:
         images = [text for text in texts(addon.values("v9.9.9")) if text in ("Never", "v9.9.9", addon.image)]
         assert sorted(images) == sorted(["Never", "v9.9.9", addon.image])
 
 
-def test_a_pretended_node_has_gpus_and_keeps_other_pods_away() -> None:
+def test_a_simulated_node_has_gpus_and_repels_other_pods() -> None:
     node = kwok.gpu_node("a-0", "NVIDIA-A100-SXM4-80GB")
     assert node["status"]["allocatable"]["nvidia.com/gpu"] == "8"
     assert node["metadata"]["labels"]["nvidia.com/gpu.product"] == "NVIDIA-A100-SXM4-80GB"

@@ -1,5 +1,5 @@
-"""Makers for the end-to-end tests: a folder with a very small pipeline of every kind of stage, worked on by the real
-command line and the real trainer in processes of their own. Nothing here imports torch."""
+"""Makers for the end-to-end tests: a folder with a very small pipeline of every kind of stage, and the processes of the
+real command line and the real trainer that run it. torch is not imported here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def training(steps: int, every: int) -> dict[str, Any]:
 
 
 def pipeline() -> list[dict[str, Any]]:
-    """Return the stages: two corpora, a vocabulary and its extension, a model, its tuning, measurement, release."""
+    """Return the stages: two corpora, a vocabulary and its extension, a model, its tuning, evaluation and release."""
     held_out = [{"name": name, "stage": name, "split": "heldout"} for name in ("zh", "en")]
     lora = {"lora": {"rank": 4, "alpha": 8, "newRows": True}}
     return [
@@ -127,27 +127,27 @@ def pipeline() -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and everything it wrote."""
+    """Exit code and output of a command."""
 
     code: int
     output: str
 
     @property
-    def words(self) -> str:
-        """The output with every run of blanks made one."""
+    def unwrapped(self) -> str:
+        """The output with every run of white space replaced by one space."""
         return " ".join(self.output.split())
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder in which a run is worked on."""
+    """A folder with a run, and the command line that runs it."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     file_bytes: int | None = None
-    """Size at which a file can grow no further, as on a full disk. None: no such limit."""
+    """Largest possible size of a file, as on a full disk; None for no limit."""
     core: int | None = None
-    """The one core everything runs on, as on a machine that has no other. None: all that this process may use."""
+    """The only core to run on, as on a machine with one core; None for all cores that this process may use."""
 
     @property
     def workspace(self) -> Workspace:
@@ -182,7 +182,7 @@ class Bench:
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the command line in a session of its own."""
+        """Start the command line in its own session."""
         return subprocess.Popen(
             [*NARROW, *self._limits(), *COMMAND, *arguments],
             cwd=self.folder,
@@ -197,7 +197,7 @@ class Bench:
         return ["-" if value is None else str(value) for value in (self.core, self.file_bytes)]
 
     def call(self, *arguments: str) -> Ended:
-        """Run the command line to its end. No command may ever show a traceback."""
+        """Run the command line to its end; fail if it shows a traceback."""
         ended = finish(self.start(*arguments))
         assert "Traceback (most recent call last)" not in ended.output, ended.output
         return ended
@@ -205,7 +205,7 @@ class Bench:
     def run(self, *arguments: str) -> Ended:
         return self.call("run", FILE, *arguments)
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------------
 
     def record(self, run: str = NAME) -> RunRecord:
         record = self.workspace.run("default", run).load()
@@ -213,7 +213,7 @@ class Bench:
         return record
 
     def attempts(self, stage: str | None = None) -> int:
-        """Return how many attempts the run has made, of one stage or in all."""
+        """Return the number of attempts of one stage or of the whole run."""
         return sum(1 for attempt in self.record().attempts if stage in (None, attempt.stage))
 
     def content(self, run: str = NAME) -> dict[str, str | None]:
@@ -226,7 +226,7 @@ class Bench:
         return digest
 
     def manifest(self, stage: str) -> Manifest:
-        """Return the manifest of a stage whose artifact lies in the workspace's own store."""
+        """Return the manifest of a stage whose artifact is in the workspace's store."""
         path = self.workspace.default_storage / manifest_key(self.digest(stage))
         return Manifest.model_validate_json(path.read_bytes())
 
@@ -234,18 +234,18 @@ class Bench:
         return self.record().stages[stage].message
 
     def checkpoints(self, stage: str) -> list[Path]:
-        """Return the complete checkpoints of a stage in the workspace's own store, oldest first."""
+        """Return the complete checkpoints of a stage in the workspace's store, oldest first."""
         folder = self.workspace.default_storage / checkpoints_prefix(self.digest(stage))
         return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
 
     def worker(self, stage: str, attempt: int) -> psutil.Process:
-        """Return the process that trains, not its launcher."""
+        """Return the training process, not its launcher."""
         folder = self.workspace.run("default", NAME).attempt(stage, attempt).path
         return psutil.Process(int((folder / "outcomes" / "rank-00000.pid").read_text()))
 
 
 def finish(process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> Ended:
-    """Wait for the end of a command; kill it, and fail, if it does not come."""
+    """Wait until a command ends; on timeout, kill it and fail."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -255,7 +255,7 @@ def finish(process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> 
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Wait until `condition` holds; return its value. Errors of files that do not exist yet count as no."""
+    """Wait until `condition` is true and return its value. Errors such as missing files count as false."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

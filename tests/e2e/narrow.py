@@ -1,6 +1,6 @@
-"""Narrow what a command may use, then become it: `python narrow.py CORE FILE_BYTES COMMAND…`, `-` for no limit.
+"""Limit a command's resources and execute it: `python narrow.py CORE FILE_BYTES COMMAND…`, `-` for no limit.
 
-Everything the command starts inherits it.
+The processes that the command starts inherit the limits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Bad input through the real command line and the real trainer: what is wrong, where, and what to do about it stands on
-the screen without a traceback, the exit code is 1 or 2, and once it is mended the same command goes on."""
+"""Bad input to the real command line and the real trainer: the output shows what is wrong, where, and what to do,
+without a traceback; the exit code is 1 or 2; and after a correction the same command resumes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def vocabulary(data: str = "good") -> dict[str, Any]:
-    return {"name": "words", "tokenizer": {"train": {"data": [{"stage": data}], "vocabSize": ROWS}}}
+    return {"name": "vocabulary", "tokenizer": {"train": {"data": [{"stage": data}], "vocabSize": ROWS}}}
 
 
-def assert_refused(bench: Bench, stage: str, texts: Iterable[str]) -> None:
-    """Run a stage and assert that it failed without another try, and that its message, on the screen, has `texts`."""
+def assert_rejected(bench: Bench, stage: str, texts: Iterable[str]) -> None:
+    """Run a stage and assert that it failed without a retry, with a message that is printed and contains `texts`."""
     ended = bench.run("--until", stage)
     message = bench.message(stage)
     assert ended.code == 1
@@ -47,7 +47,7 @@ def assert_refused(bench: Bench, stage: str, texts: Iterable[str]) -> None:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_file_ends_with_2_before_anything_starts(bench: Bench) -> None:
+def test_a_missing_file_exits_with_2_before_anything_starts(bench: Bench) -> None:
     bench.write([data_stage("good", "data/good.jsonl"), data_stage("gone", "data/gone.jsonl")])
     ended = bench.run()
     assert ended.code == 2
@@ -56,7 +56,7 @@ def test_a_missing_file_ends_with_2_before_anything_starts(bench: Bench) -> None
     assert not (bench.folder / ".stagecoach" / "runs" / "default" / "tiny" / "good").exists()
 
 
-def test_bad_data_is_named_by_file_and_line_stops_what_needs_it_and_is_tried_again_when_mended(bench: Bench) -> None:
+def test_bad_data_is_reported_by_file_and_line_and_read_again_after_a_correction(bench: Bench) -> None:
     lines = (bench.folder / "data" / "good.jsonl").read_bytes().splitlines(keepends=True)
     bad = {
         "encoding": b"".join([*lines[:6], b'{"text": "caf\xe9"}\n', *lines[6:]]),
@@ -66,14 +66,14 @@ def test_bad_data_is_named_by_file_and_line_stops_what_needs_it_and_is_tried_aga
     for name, data in bad.items():
         bench.write_file(f"{name}.jsonl", data)
     bench.write([*(data_stage(name, f"data/{name}.jsonl") for name in ("good", *bad)), vocabulary("json")])
-    told = {
+    expected = {
         "encoding": ("encoding.jsonl:7", "UTF-8", "maxMalformedShare"),
         "json": ("json.jsonl:5", "malformed JSON", "maxMalformedShare"),
         "nothing": ("nothing.jsonl", "no records"),
     }
-    for stage, texts in told.items():
-        assert_refused(bench, stage, texts)
-    assert "words: skipped: stage `json` failed" in bench.run("--until", "words").output
+    for stage, texts in expected.items():
+        assert_rejected(bench, stage, texts)
+    assert "vocabulary: skipped: stage `json` failed" in bench.run("--until", "vocabulary").output
 
     for name in bad:
         bench.write_jsonl(f"{name}.jsonl", TEXTS)
@@ -82,7 +82,7 @@ def test_bad_data_is_named_by_file_and_line_stops_what_needs_it_and_is_tried_aga
     assert bench.attempts("good") == 1
 
 
-def test_a_flipped_byte_in_an_input_is_named_and_the_stage_can_be_made_anew(bench: Bench) -> None:
+def test_a_flipped_byte_in_an_input_is_reported_and_the_stage_can_be_re_created(bench: Bench) -> None:
     bench.write([data_stage("good", "data/good.jsonl"), vocabulary()])
     assert bench.run("--until", "good").code == 0
     key = f"{output_prefix(bench.digest('good'))}/train/part-00000.jsonl.zst"
@@ -92,13 +92,13 @@ def test_a_flipped_byte_in_an_input_is_named_and_the_stage_can_be_made_anew(benc
     path.write_bytes(bytes(data))
     ended = bench.run()
     assert ended.code == 1
-    assert key in bench.message("words")
-    assert "stagecoach run --from" in bench.message("words")
-    assert bench.message("words") in ended.output.replace("\n  ", "\n")
+    assert key in bench.message("vocabulary")
+    assert "stagecoach run --from" in bench.message("vocabulary")
+    assert bench.message("vocabulary") in ended.output.replace("\n  ", "\n")
     assert bench.run("--from", "good").code == 0
 
 
-def test_a_full_disk_says_where_and_leaves_nothing_half_made(bench: Bench) -> None:
+def test_a_full_disk_is_reported_with_its_path_and_leaves_no_partial_files(bench: Bench) -> None:
     draw = random.Random(1)
     bench.write_jsonl("large.jsonl", [{"text": draw.randbytes(200).hex()} for _ in range(500)])
     stages = [data_stage("large", "data/large.jsonl")]
@@ -117,7 +117,7 @@ def test_a_full_disk_says_where_and_leaves_nothing_half_made(bench: Bench) -> No
 
 
 def write_model(folder: Path, tokenizer: Path, rows: int = ROWS, **config: Any) -> Path:
-    """Write a LLaMA of one layer with the vocabulary that lies in `tokenizer`, in Hugging Face layout."""
+    """Write a LLaMA of one layer with the vocabulary of the folder `tokenizer`, in Hugging Face layout."""
     shutil.copytree(tokenizer, folder)
     width = 16
     shapes = {
@@ -148,16 +148,16 @@ def write_model(folder: Path, tokenizer: Path, rows: int = ROWS, **config: Any) 
     return folder
 
 
-def test_models_and_samples_that_cannot_be_used_are_refused_each_with_its_reason(bench: Bench) -> None:
+def test_unusable_models_and_samples_are_rejected_each_with_its_reason(bench: Bench) -> None:
     bench.write([data_stage("good", "data/good.jsonl"), vocabulary()])
     assert bench.run().code == 0
     tokenizer, models = bench.folder / "tokenizer", bench.folder / "models"
-    assert bench.call("artifacts", "get", "tiny/words", str(tokenizer)).code == 0
+    assert bench.call("artifacts", "get", "tiny/vocabulary", str(tokenizer)).code == 0
     write_model(models / "pickled", tokenizer)
     (models / "pickled" / "model.safetensors").rename(models / "pickled" / "pytorch_model.bin")
     write_model(models / "code", tokenizer, auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
     write_model(models / "sound", tokenizer)
-    talks = [*conversations(3), {"instruction": "Tell all.", "output": "fox " * 200}]
+    talks = [*conversations(3), {"instruction": "Describe it.", "output": "fox " * 200}]
     bench.write_file("talks.json", json.dumps(talks).encode())
     tuning = {
         "model": {"uri": "models/sound"},
@@ -170,48 +170,48 @@ def test_models_and_samples_that_cannot_be_used_are_refused_each_with_its_reason
     }
     outside = [{"name": name, "export": {"model": {"uri": f"models/{name}"}}} for name in ("pickled", "code")]
     bench.write([*outside, {"name": "long", "sft": tuning}])
-    told = {
+    expected = {
         "pickled": ("models/pickled", "pytorch_model.bin", "safetensors"),
         "code": ("models/code/config.json", "auto_map", "never run"),
         "long": ("talks.json", "128", "tooLong"),
     }
-    for stage, texts in told.items():
-        assert_refused(bench, stage, texts)
+    for stage, texts in expected.items():
+        assert_rejected(bench, stage, texts)
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_s3_credentials_say_where_they_come_from_and_not_what_they_are(bench: Bench, s3_server: S3Server) -> None:
+def test_wrong_s3_credentials_are_reported_by_source_without_their_value(bench: Bench, s3_server: S3Server) -> None:
     make_bucket(s3_server.endpoint, "e2e-credentials")
     bench.write([data_stage("good", "data/good.jsonl")], storage=s3_storage("e2e-credentials", s3_server))
     wrong = {"AWS_SECRET_ACCESS_KEY": "no-such-secret"}
-    if type(s3_server).__name__ == "MotoServer":  # it lets everybody in, so have no credentials at all
+    if type(s3_server).__name__ == "MotoServer":  # it accepts any credentials, so have none
         wrong = {"AWS_SECRET_ACCESS_KEY": "", "AWS_ACCESS_KEY_ID": ""}
     ended = Bench(bench.folder, wrong).run()
     assert ended.code == 1
     for text in ("credentials", "s3://e2e-credentials", "AWS_ACCESS_KEY_ID", "AWS_SHARED_CREDENTIALS_FILE"):
-        assert text in ended.words
+        assert text in ended.unwrapped
     assert "no-such-secret" not in ended.output
     assert bench.run().code == 0
 
 
-def test_a_server_that_goes_away_in_the_middle_is_waited_for(
+def test_a_short_outage_of_the_s3_server_is_tolerated(
     bench: Bench, s3_credentials: None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    server = make_server(tmp_path_factory.mktemp("s3-away"))
+    server = make_server(tmp_path_factory.mktemp("s3-outage"))
     server.start()
     try:
         make_bucket(server.endpoint, "away")
         bench.write([data_stage("good", "data/good.jsonl"), vocabulary()], storage=s3_storage("away", server))
         driver = bench.start("run", "run.yaml")
-        wait_until(lambda: bench.attempts("words"), "the vocabulary's first attempt")
+        wait_until(lambda: bench.attempts("vocabulary"), "the vocabulary's first attempt")
         server.stop()
         time.sleep(4)
         server.start()
         output, _ = driver.communicate(timeout=300)
         assert driver.returncode == 0, output
-        assert bench.call("artifacts", "verify", "tiny/words").code == 0
+        assert bench.call("artifacts", "verify", "tiny/vocabulary").code == 0
     finally:
         server.stop()
 

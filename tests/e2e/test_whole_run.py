@@ -1,6 +1,6 @@
-"""The real command line and the real trainer, from raw text to a released model: an undisturbed run on S3, and beside
-it a run of the same file in an empty folder that is killed and interrupted on its way. They are made once; tests look
-at what came of them, or go on from the second one's storage."""
+"""The real command line and the real trainer, from raw text to a released model: an undisturbed run on S3, and in
+parallel a run of the same file in an empty folder that is killed and interrupted. Both are made once; the tests check
+their results, or continue from the second one's storage."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from stagecoach_api.outcomes import Cause
 from tests.e2e.makers import Bench, Ended, finish, pipeline, wait_until
 from tests.s3 import S3Server, make_bucket
 
-pytestmark = pytest.mark.timeout(1800)  # whoever is first makes both runs
+pytestmark = pytest.mark.timeout(1800)  # the first test makes both runs
 BUCKET = "e2e-whole-run"
 NAMES = [stage["name"] for stage in pipeline()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """What happened in the two runs."""
+    """The results of both runs."""
 
     disturbed: Bench
-    """The folder of the second run, whose storage is its workspace's own."""
+    """The second run, whose storage is in its workspace."""
     first: Ended
     again: Ended
-    """The first run once more."""
+    """The first run, run again."""
     verified: Ended
     attempts: tuple[int, int]
-    """Of the first run, before and after it was run again."""
+    """Number of attempts of the first run, before and after it was run again."""
     content: dict[str, str]
     """Content digests of the first run's stages."""
     ranks: Ended
-    """Its model trained once more for a few steps, sharded over two ranks."""
+    """The first run's model, trained again for a few steps and sharded over two ranks."""
     interrupted: Ended
     checkpoints: list[str]
-    """The checkpoints that lay in the storage when Ctrl-C had ended the second run."""
+    """The checkpoints in the storage after Ctrl-C ended the second run."""
     finished: Ended
     """The second run's last invocation."""
 
@@ -56,20 +56,20 @@ class Story:
 def story(
     tmp_path_factory: pytest.TempPathFactory, worker_id: str, s3_credentials: None, request: pytest.FixtureRequest
 ) -> Story:
-    """Make both runs, side by side, once for all test processes."""
+    """Make both runs in parallel, once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     folder = (root if worker_id == "master" else root.parent) / "whole-run"
     folder.mkdir(exist_ok=True)
-    told, disturbed = folder / "story.json", Bench(folder / "disturbed", core=1)
+    file, disturbed = folder / "story.json", Bench(folder / "disturbed", core=1)
     with locked(folder / "lock"):
-        if not told.exists():
+        if not file.exists():
             server: S3Server = request.getfixturevalue("s3_server")
             make_bucket(server.endpoint, BUCKET)
             with ThreadPoolExecutor(2) as pool:
                 quiet = pool.submit(undisturbed_run, Bench(folder / "undisturbed", core=0), server.endpoint)
                 loud = pool.submit(disturbed_run, disturbed)
-                told.write_text(json.dumps(quiet.result() | loud.result()), encoding="utf-8")
-    about = json.loads(told.read_text(encoding="utf-8"))
+                file.write_text(json.dumps(quiet.result() | loud.result()), encoding="utf-8")
+    about = json.loads(file.read_text(encoding="utf-8"))
     commands = ("first", "again", "verified", "ranks", "interrupted", "finished")
     fields: dict[str, Any] = {name: Ended(*about[name]) for name in commands}
     return Story(disturbed, **{**about, **fields, "attempts": tuple(about["attempts"])})
@@ -90,7 +90,7 @@ def undisturbed_run(bench: Bench, endpoint: str) -> dict[str, Any]:
     content, counts = bench.content(), (attempts, bench.attempts())
     verified = bench.call("artifacts", "verify", "tiny/release")
     sharded = ("stages.base.sharding.zero=2", "stages.base.budget.steps=40")
-    ranks = bench.run("--until", "base", "--nproc", "2", *(word for change in sharded for word in ("--set", change)))
+    ranks = bench.run("--until", "base", "--nproc", "2", *(part for change in sharded for part in ("--set", change)))
     return {
         "first": (first.code, first.output),
         "again": (again.code, again.output),
@@ -102,8 +102,8 @@ def undisturbed_run(bench: Bench, endpoint: str) -> dict[str, Any]:
 
 
 def disturbed_run(bench: Bench) -> dict[str, Any]:
-    """Kill the worker, interrupt the run with Ctrl-C, kill the driver: each after a checkpoint of the model's training
-    that the attempt itself has made."""
+    """Kill the worker, interrupt the run with Ctrl-C, kill the driver, each after the current attempt has saved a
+    checkpoint of the model's training."""
     write(bench)
     driver = bench.start("run", "run.yaml")
     wait_until(lambda: len(bench.checkpoints("base")) >= 2, "two checkpoints")
@@ -132,7 +132,7 @@ def write(bench: Bench, **storage: str) -> None:
 
 
 def wait_for_progress(bench: Bench) -> psutil.Process:
-    """Wait until the model's training, gone on, has made a checkpoint of its own; return the launcher."""
+    """Wait until the resumed training has saved a newer checkpoint; return the launcher."""
     before = bench.checkpoints("base")[-1].name
     wait_until(lambda: bench.checkpoints("base")[-1].name > before, "a newer checkpoint")
     return psutil.Process(bench.record().attempts[-1].pid)
@@ -140,18 +140,18 @@ def wait_for_progress(bench: Bench) -> psutil.Process:
 
 @pytest.fixture
 def bench(story: Story, tmp_path: Path) -> Bench:
-    """A folder of its own with the same run in it."""
+    """Another folder with the same run."""
     bench = Bench(tmp_path / "other", core=0)
     write(bench, uri=str(story.disturbed.workspace.default_storage))
     return bench
 
 
 def states(ended: Ended) -> dict[str, str]:
-    """Return the word in a plan's `Cache` column, by stage."""
+    """Return a plan's `Cache` column, by stage."""
     lines = [line.split("  ") for line in ended.output.splitlines() if line.split()]
     cells = {line[0].strip(): [cell.strip() for cell in line if cell.strip()] for line in lines}
-    words = ("hit", "miss", "after")
-    return {name: next(cell for cell in cells[name][2:] if cell.split()[0] in words) for name in NAMES}
+    values = ("hit", "miss", "after")
+    return {name: next(cell for cell in cells[name][2:] if cell.split()[0] in values) for name in NAMES}
 
 
 # -- an undisturbed run ------------------------------------------------------------------------------------------------
@@ -172,12 +172,12 @@ def test_the_same_run_again_starts_no_process(story: Story) -> None:
     assert story.again.output.count("cached (") == len(NAMES)
 
 
-def test_every_byte_of_the_lineage_is_what_the_manifests_say(story: Story) -> None:
+def test_every_byte_of_the_lineage_matches_the_manifests(story: Story) -> None:
     assert story.verified.code == 0, story.verified.output
-    assert story.verified.output.count("ok ") == len(NAMES) - 1 + 3  # not the measurement, nobody's input; three files
+    assert story.verified.output.count("ok ") == len(NAMES) - 1 + 3  # no stage reads the evaluation; three files
 
 
-def test_two_ranks_under_zero_2_begin_with_the_same_model_and_it_learns(story: Story) -> None:
+def test_two_ranks_under_zero_2_start_with_the_same_model_and_it_learns(story: Story) -> None:
     assert story.ranks.code == 0, story.ranks.output
     assert "base: started on 2 ranks, attempt 2" in story.ranks.output
     assert story.ranks.output.count("cached (") == 3
@@ -188,61 +188,61 @@ def test_two_ranks_under_zero_2_begin_with_the_same_model_and_it_learns(story: S
 
 
 def held_out(ended: Ended) -> list[float]:
-    """Return the model's held-out bits per character, before and after, as the table shows them."""
+    """Return the model's held-out bits per character, before and after, from the printed table."""
     line = next(line for line in ended.output.splitlines() if line.startswith("base") and "→" in line)
-    return [float(word) for word in line.split() if word[0].isdigit()]
+    return [float(cell) for cell in line.split() if cell[0].isdigit()]
 
 
 # -- a disturbed run ---------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_with_130_and_leaves_a_checkpoint(story: Story) -> None:
+def test_ctrl_c_exits_with_130_and_leaves_a_checkpoint(story: Story) -> None:
     assert story.interrupted.code == 130
     assert "stopping base at a checkpoint" in story.interrupted.output
     assert "run the same command to resume" in story.interrupted.output
     assert story.checkpoints
 
 
-def test_a_killed_worker_ctrl_c_and_a_killed_driver_each_cost_one_attempt_and_no_work(story: Story) -> None:
+def test_each_interruption_costs_one_attempt_and_no_work(story: Story) -> None:
     attempts = [item for item in story.disturbed.record().attempts if item.stage == "base"]
     causes = [item.cause for item in attempts]
     assert causes == [Cause.INFRASTRUCTURE, Cause.PREEMPTION, Cause.PREEMPTION, None]
     assert "was killed by signal 9" in attempts[0].message
     assert story.interrupted.output.count("base: started") == 2
     logs = [story.disturbed.workspace.run("default", "tiny").attempt("base", item.number).log for item in attempts[1:]]
-    assert all("going on after step" in log.read_text(encoding="utf-8") for log in logs)
+    assert all("resuming after step" in log.read_text(encoding="utf-8") for log in logs)
 
 
-def test_the_disturbed_run_ends_with_the_undisturbed_run_s_bytes_in_every_stage(story: Story) -> None:
+def test_every_stage_of_the_disturbed_run_has_the_undisturbed_runs_bytes(story: Story) -> None:
     assert story.finished.code == 0, story.finished.output
     measured = {name: digest for name, digest in story.content.items() if name != "score"}
     assert story.disturbed.content() == measured | {"score": None}
 
 
-def test_a_manifest_records_what_the_last_digits_depend_on(story: Story) -> None:
+def test_a_manifest_records_the_environment_that_exact_results_depend_on(story: Story) -> None:
     environment = story.disturbed.manifest("base").environment
     assert (environment["ranks"], environment["threads"]) == (1, 1)
     assert environment["processor"]
     assert environment["torch"]
-    assert story.disturbed.checkpoints("base") == []  # published, so none is needed any more
+    assert story.disturbed.checkpoints("base") == []  # removed once the artifact is published
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
-def test_another_name_other_retries_and_resources_run_nothing_again(bench: Bench) -> None:
+def test_another_name_retries_or_resources_run_nothing_again(bench: Bench) -> None:
     changes = ("metadata.name=renamed", "spec.defaults.retries.user=3", "spec.defaults.resources.memory=1Gi")
-    ended = bench.run("--until", "release", *(word for change in changes for word in ("--set", change)))
+    ended = bench.run("--until", "release", *(part for change in changes for part in ("--set", change)))
     assert ended.code == 0, ended.output
     assert bench.record("renamed").attempts == ()
-    assert ended.output.count("cached (") == len(NAMES) - 1  # not the measurement, which this storage has not
+    assert ended.output.count("cached (") == len(NAMES) - 1  # not the evaluation, which is not in this storage
 
 
 def test_another_learning_rate_is_a_miss_of_that_stage_and_its_descendants(bench: Bench) -> None:
     ended = bench.call("plan", "run.yaml", "--set", "stages.tune.optimizer.learningRate=1.0e-4")
-    words = {name: state.split()[0] for name, state in states(ended).items()}
+    found = {name: state.split()[0] for name, state in states(ended).items()}
     changed = {"tune": "miss", "score": "after", "release": "after"}
-    assert words == dict.fromkeys(NAMES, "hit") | changed, ended.output
+    assert found == dict.fromkeys(NAMES, "hit") | changed, ended.output
 
 
 def test_one_changed_byte_of_input_is_a_miss_of_the_stage_that_reads_it(bench: Bench) -> None:
@@ -257,7 +257,7 @@ def test_one_changed_byte_of_input_is_a_miss_of_the_stage_that_reads_it(bench: B
     }
 
 
-# -- what others get ---------------------------------------------------------------------------------------------------
+# -- use without stagecoach --------------------------------------------------------------------------------------------
 
 OUTSIDE = """
 import importlib.util, json, sys

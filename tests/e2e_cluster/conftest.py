@@ -1,4 +1,4 @@
-"""The end-to-end suite's fixtures: one installation for all of it, a namespace for each module."""
+"""Fixtures of the end-to-end suite: one installation for the session, a namespace for each module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def namespace(world: World, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace named after the module, removed with all that is in it."""
+    """A namespace named after the module, deleted with its content afterwards."""
     name = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", "-")
     with world.namespace(f"e2e-{name}") as made:
         yield made

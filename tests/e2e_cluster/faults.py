@@ -1,4 +1,4 @@
-"""What the end-to-end suite kills, and what it watches meanwhile: that no stage ever has two rank 0s."""
+"""Faults for the end-to-end suite, and a watch that no stage ever has two rank 0s."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.e2e_cluster.world import RELEASE, SYSTEM, Run, World
 
 @dataclass
 class Rank0s:
-    """When the containers of a stage's pods 0 ran, read off the API server again and again."""
+    """When the containers of a stage's pods with index 0 ran, polled from the API server."""
 
     world: World
     namespace: str
     stage: str
     stop: threading.Event = field(default_factory=threading.Event)
     seen: dict[str, tuple[datetime, datetime | None]] = field(default_factory=dict)
-    """Start and end by pod's UID; no end: it ran when it was last seen."""
+    """Start and end by the pod's UID; the end is None if it was running when it was last seen."""
     together: list[set[str]] = field(default_factory=list)
-    """Pods whose containers were seen running at one and the same moment."""
+    """Sets of pods whose containers were seen running at the same time."""
 
-    def look(self) -> None:
+    def poll(self) -> None:
         running = set()
         for pod in self.world.list(
             "pods", self.namespace, {names.LABEL_STAGE: self.stage, names.COMPLETION_INDEX: "0"}
@@ -46,11 +46,11 @@ class Rank0s:
 
     def watch(self) -> None:
         while not self.stop.is_set():
-            self.look()
+            self.poll()
             self.stop.wait(0.3)
 
     def overlaps(self) -> list[tuple[str, str]]:
-        """Return the pods of which one began before another was known to have ended."""
+        """Return pairs of pods of which the second started before the first ended."""
         ordered = sorted(self.seen.items(), key=lambda item: item[1][0])
         return [
             (one, other)
@@ -79,7 +79,7 @@ def rank0s_watched(world: World, namespace: str, stage: str) -> Iterator[Rank0s]
 
 
 def pod_of(run: Run, stage: str, index: int) -> str:
-    """Return the living pod of an index of a stage."""
+    """Return the running pod of a stage with an index."""
     (found,) = [
         pod["metadata"]["name"]
         for pod in run.pods(stage)
@@ -99,19 +99,19 @@ def kill_worker(run: Run, stage: str, rank: int) -> None:
 
 
 def kill_pod(run: Run, stage: str, index: int) -> None:
-    """Delete a pod with one second to end in."""
+    """Delete a pod with a grace period of one second."""
     pod = pod_of(run, stage, index)
     run.world.kubectl("delete", "pod", pod, f"-n{run.namespace}", "--grace-period=1", "--wait=false")
 
 
 def kill_operator(world: World) -> None:
-    """Remove every replica of the operator at once, and wait until one works again."""
+    """Delete all replicas of the operator at once, and wait until the deployment is available again."""
     selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
     world.kubectl("delete", "pods", f"-n{SYSTEM}", selector, "--grace-period=0", "--force")
     world.kubectl("rollout", "status", f"deployment/{RELEASE}", f"-n{SYSTEM}", "--timeout=120s")
 
 
 def works(run: Run, stage: str, attempt: int) -> bool:
-    """Tell whether an attempt of a stage runs."""
+    """Return whether an attempt of a stage is running."""
     found = run.stage(stage)
     return bool(found.get("attempt") == attempt and found["state"] == "Running")

@@ -1,4 +1,4 @@
-"""Kueue's objects as the end-to-end suite makes them: a flavour, a queue with quota, its door in a namespace."""
+"""Kueue's objects for the end-to-end suite: a flavour, a cluster queue with quota, a local queue in a namespace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def queue_with_quota(
     flavor: Mapping[str, Any] | None = None,
     preempts: bool = False,
 ) -> Iterator[str]:
-    """Make a queue with so much of each resource; remove it afterwards. `flavor`: spec of the nodes it is for."""
+    """Create a queue with a quota of each resource; delete it afterwards. `flavor`: spec that selects its nodes."""
     world.apply(*queue_objects(namespace, name, quota, flavor or {}, preempts))
     try:
         yield name
@@ -49,5 +49,5 @@ def queue_objects(
 
 
 def priority_class(name: str, value: int) -> dict[str, Any]:
-    """Return a priority that Kueue goes by."""
+    """Return a priority class for Kueue."""
     return {**KUEUE, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}

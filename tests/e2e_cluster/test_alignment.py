@@ -1,5 +1,5 @@
-"""InstructGPT's three steps in Kueue: tuning, a reward model on two pods, PPO on two pods, a comparison. A pod of PPO
-is killed in the middle, and the bytes are those of a run that nobody disturbed."""
+"""InstructGPT's three steps in Kueue: tuning, a reward model on two pods, PPO on two pods, and a comparison. A pod of
+PPO is killed in the middle, and the bytes equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def queue(world: World, namespace: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def inputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Questions with answers, and the same with a second answer that is worse."""
+    """Questions with answers, and the same questions with a better and a worse answer."""
     folder = tmp_path_factory.mktemp("alignment")
     draw = random.Random(1)
     words = [draw.choice(WORDS) for _ in range(160)]
@@ -134,27 +134,25 @@ def queued(world: World, namespace: str, name: str, inputs: str) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def calm(world: World, namespace: str, inputs: str) -> Run:
-    """The same work, undisturbed, with a storage of its own."""
+    """The same stages, undisturbed, with a separate storage."""
     run = world.submit(queued(world, namespace, "calm", inputs))
     run.complete(600)
     return run
 
 
-def test_a_pod_of_ppo_is_killed_and_nobody_can_tell_from_the_result(
-    world: World, namespace: str, inputs: str, calm: Run
-) -> None:
+def test_killing_a_pod_of_ppo_does_not_change_the_result(world: World, namespace: str, inputs: str, calm: Run) -> None:
     with rank0s_watched(world, namespace, "aligned") as rank0s:
         run = world.submit(queued(world, namespace, "stormy", inputs))
         run.wait("PPO has saved an update", lambda: run.saved_step("aligned") >= EVERY, 420)
         kill_pod(run, "aligned", 1)
-        run.wait("a second attempt works", lambda: works(run, "aligned", 2), 180)
+        run.wait("a second attempt is running", lambda: works(run, "aligned", 2), 180)
         run.complete(420)
     assert run.contents() == calm.contents()
     assert (rank0s.together, rank0s.overlaps()) == ([], [])
     assert [attempt["number"] for attempt in run.stage("aligned")["attempts"]] == [1, 2]
 
 
-def test_the_comparison_tells_what_ppo_has_won(calm: Run) -> None:
+def test_the_comparison_reports_the_win_rate_of_ppo(calm: Run) -> None:
     metrics = calm.manifest("compared").metrics
     assert 0.0 <= metrics["worth.winRate.tuned"] <= 1.0
     assert {"worth.reward", "worth.reward.tuned"} <= set(metrics)

@@ -1,5 +1,5 @@
-"""What is killed while two pods train: a worker, a pod, the operator, the S3 server. Nothing runs twice, the stage goes
-on from its last checkpoint, and the bytes are those of a run that nobody disturbed."""
+"""Faults while two pods train: a worker, a pod, the operator and the S3 server are killed. Nothing runs twice, the
+stage resumes from its last checkpoint, and the bytes equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 
 STAGE = "train"
 STEPS, EVERY = 600, 20
-S3_AWAY_SECONDS = 60.0
+S3_OUTAGE_SECONDS = 60.0
 
 
 def stages() -> list[dict[str, Any]]:
@@ -25,16 +25,16 @@ def stages() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def calm(world: World, namespace: str) -> Run:
-    """The same work, undisturbed, with a storage of its own."""
+    """The same stages, undisturbed, with a separate storage."""
     run = world.submit(training_run(world, namespace, "calm", stages()))
     run.complete(420)
     return run
 
 
 def resumed_after(run: Run, attempt: int) -> int:
-    """Return the step after which an attempt's rank 0 says that it went on. 0: it began anew."""
+    """Return the step from which an attempt resumed, according to the log of rank 0; 0 if it started from scratch."""
     which = ("--namespace", run.namespace, run.name, STAGE, "--attempt", str(attempt), "--rank", "0")
-    found = re.search(rf"going on after step (\d+) of {STEPS}", run.world.stagecoach("logs", *which))
+    found = re.search(rf"resuming after step (\d+) of {STEPS}", run.world.stagecoach("logs", *which))
     return int(found[1]) if found else 0
 
 
@@ -48,19 +48,19 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
         run.reaches(STAGE, EVERY)
         saved.append(run.saved_step(STAGE))
         kill_worker(run, STAGE, 1)
-        run.wait("a second attempt works", lambda: works(run, STAGE, 2), 180)
+        run.wait("a second attempt is running", lambda: works(run, STAGE, 2), 180)
 
-        # Not by what is saved: the first attempt went on until the kill reached it.
-        run.wait("it goes on from a checkpoint", lambda: resumed_after(run, 2) >= saved[-1] >= EVERY, 180)
+        # Not by saved checkpoints: the first attempt continued to save until it was killed.
+        run.wait("it resumes from a checkpoint", lambda: resumed_after(run, 2) >= saved[-1] >= EVERY, 180)
         run.reaches(STAGE, resumed_after(run, 2) + EVERY)
         saved.append(run.saved_step(STAGE))
         kill_pod(run, STAGE, 0)
-        run.wait("a third attempt works", lambda: works(run, STAGE, 3), 180)
+        run.wait("a third attempt is running", lambda: works(run, STAGE, 3), 180)
 
-        run.wait("it goes on from a checkpoint", lambda: resumed_after(run, 3) >= saved[-1] > saved[0], 180)
+        run.wait("it resumes from a checkpoint", lambda: resumed_after(run, 3) >= saved[-1] > saved[0], 180)
         run.reaches(STAGE, resumed_after(run, 3) + EVERY)
         before = run.stage(STAGE)["attempts"][-1]
-        kill_operator(world)  # while a stage trains: nobody notices
+        kill_operator(world)  # while a stage trains: its attempt continues
         run.complete(300)
 
     after = run.stage(STAGE)["attempts"]
@@ -76,14 +76,14 @@ def test_a_worker_a_pod_and_the_operator_are_killed_in_turn(world: World, namesp
     assert "-w-0-1-" in killed["pod"]
 
 
-def test_the_s3_server_is_away_for_a_minute(world: World, namespace: str, calm: Run) -> None:
+def test_an_outage_of_the_s3_server_for_a_minute_is_tolerated(world: World, namespace: str, calm: Run) -> None:
     if world.own is None:
-        pytest.skip("only the test cluster's own S3 server may be stopped")
+        pytest.skip("only the test cluster's own S3 server can be stopped")
     run = world.submit(training_run(world, namespace, "severed", stages()))
     with rank0s_watched(world, namespace, STAGE) as rank0s:
         run.reaches(STAGE, EVERY)
         with world.without_s3():
-            time.sleep(S3_AWAY_SECONDS)
+            time.sleep(S3_OUTAGE_SECONDS)
         run.complete(420)
     assert run.contents() == calm.contents()
     assert (rank0s.together, rank0s.overlaps()) == ([], [])

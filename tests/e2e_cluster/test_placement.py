@@ -1,4 +1,4 @@
-"""A100-shaped stages on the real scheduler, with pretended nodes: where pods go, all of them or none, and why not."""
+"""Stages for A100s on the real scheduler with simulated nodes: all pods are placed or none, with the reason why."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OF_A100 = {"nodeLabels": {"nvidia.com/gpu.product": A100}}
 NODES = 16
 QUEUE = "research"
 ENDLESS = "registry.example.com/endless@sha256:" + "0" * 64
-"""Pods of this image run until somebody ends them, since nobody runs them really."""
+"""Image of simulated pods that run until they are deleted."""
 BRIEF = "registry.example.com/brief@sha256:" + "0" * 64
 MANY = 1000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def nodes(world: World) -> Iterator[None]:
-    """Sixteen nodes of eight A100s, and as many of eight H100s."""
+    """Sixteen nodes with eight A100s each, and sixteen with eight H100s."""
     made = [gpu_node(f"{kind}-{index}", product) for kind, product in KINDS.items() for index in range(NODES)]
     world.apply(*made)
     yield
@@ -37,7 +37,7 @@ KINDS = {"a100": A100, "h100": H100}
 
 @pytest.fixture(scope="module")
 def queue(world: World, namespace: str) -> Iterator[str]:
-    """A queue of Kueue with quota for fifteen of the nodes."""
+    """A queue with quota for fifteen of the A100 nodes."""
     with queue_with_quota(world, namespace, QUEUE, quota_of(NODES - 1), OF_A100) as name:
         yield name
 
@@ -47,12 +47,12 @@ def quota_of(nodes: int) -> dict[str, str]:
 
 
 def stage(name: str, nodes: int, image: str = ENDLESS, **resources: Any) -> dict[str, Any]:
-    """Return a stage whose pods no trainer runs: only where they go is looked at."""
-    asked = {"nodes": nodes, "gpusPerNode": 8, "gpuProduct": A100, "cpu": "8", **resources}
+    """Return a stage whose pods are only placed, not run."""
+    requested = {"nodes": nodes, "gpusPerNode": 8, "gpuProduct": A100, "cpu": "8", **resources}
     return {
         "name": name,
         "image": image,
-        "resources": {field: value for field, value in asked.items() if value is not None},
+        "resources": {field: value for field, value in requested.items() if value is not None},
         "pretrain": {
             "model": {"uri": "data"},
             "data": [{"uri": "data/english.jsonl.gz", "format": "text"}],
@@ -73,7 +73,7 @@ def test_a_stage_of_16_nodes_gets_all_of_them_or_none(world: World, namespace: s
     body = training_run(world, namespace, "sixteen", [{**stage("large", NODES), "queue": {"name": queue}}])
     run = world.submit(body)
     run.wait("it waits for quota", lambda: run.has("QuotaReserved", "WaitingForQuota"), 30)
-    run.wait("Kueue is quoted", lambda: "nvidia.com/gpu" in run.condition("QuotaReserved")["message"], 30)
+    run.wait("Kueue's message is shown", lambda: "nvidia.com/gpu" in run.condition("QuotaReserved")["message"], 30)
     assert run.pods() == []
 
     world.apply(*queue_objects(namespace, queue, quota_of(NODES), OF_A100))
@@ -84,9 +84,9 @@ def test_a_stage_of_16_nodes_gets_all_of_them_or_none(world: World, namespace: s
     assert run.pods() == []
 
 
-def test_a_stage_that_fits_nowhere_says_why(world: World, namespace: str) -> None:
+def test_a_stage_that_fits_on_no_node_reports_why(world: World, namespace: str) -> None:
     run = world.submit(training_run(world, namespace, "nowhere", [stage("large", 1, gpuProduct="NVIDIA-B200")]))
-    run.wait("it says why", lambda: run.condition("Progressing")["reason"] == "Unschedulable", 20)
+    run.wait("the reason is shown", lambda: run.condition("Progressing")["reason"] == "Unschedulable", 20)
     assert "didn't match Pod's node affinity/selector" in run.condition("Progressing")["message"]
     run.delete()
 

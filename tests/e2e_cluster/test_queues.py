@@ -1,4 +1,4 @@
-"""Two runs and room for one stage: who has quota, who waits, who gives way, and what is lost by it."""
+"""Two runs with quota for one stage: which one runs, which one waits, which one is preempted, and at what cost."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ pytestmark = pytest.mark.cluster
 
 QUEUE = "narrow"
 STEPS = 400
-"""So many that the stage still trains when it is to be stopped, on a busy machine too."""
+"""Enough steps that the stage is still training when it is stopped, even on a busy machine."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def queue(world: World, namespace: str) -> Iterator[None]:
-    """Quota for one stage at a time: one CPU, and every stage asks for as much. A higher priority preempts."""
+    """Quota for one stage at a time: one CPU, which every stage requests. A higher priority preempts."""
     world.apply(*(priority_class(name, value) for name, value in {"low": 1, "high": 1000}.items()))
     with queue_with_quota(world, namespace, QUEUE, {"cpu": "1"}, preempts=True):
         yield
 
 
 def queued(world: World, namespace: str, name: str, priority: str, steps: int = STEPS) -> dict[str, Any]:
-    """Return a run whose every stage takes the whole quota."""
+    """Return a run in which every stage requests the whole quota."""
     stages = [
         {**corpus(), "resources": {"cpu": "1"}},
         {**vocabulary(), "resources": {"cpu": "1"}},
@@ -41,7 +41,7 @@ def queued(world: World, namespace: str, name: str, priority: str, steps: int = 
 
 
 def reservations(world: World, namespace: str) -> list[str]:
-    """Return the runs whose stages hold quota now."""
+    """Return the names of the JobSets that hold quota now."""
     holders = []
     for workload in world.list("workloads.kueue.x-k8s.io", namespace):
         conditions = {item["type"]: item["status"] for item in workload.get("status", {}).get("conditions", ())}
@@ -59,12 +59,12 @@ def test_two_runs_take_turns_and_neither_holds_quota_it_does_not_use(world: Worl
         holders = reservations(world, namespace)
         assert len(holders) <= 1
         seen.update(holders)
-    assert len(seen) == 6  # each of the six stages had it once
+    assert len(seen) == 6  # each of the six stages had quota once
     finished = [[stage["finished"] for stage in run.status()["stages"]] for run in runs]
     assert min(map(max, finished)) > max(map(min, finished))  # stage by stage, not run after run
 
 
-def test_a_suspended_stage_gives_its_quota_back_and_goes_on_from_its_last_step(
+def test_a_suspended_stage_releases_its_quota_and_resumes_from_its_last_step(
     world: World, namespace: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "pause.json"
@@ -82,15 +82,15 @@ def test_a_suspended_stage_gives_its_quota_back_and_goes_on_from_its_last_step(
     world.stagecoach("resume", "--namespace", namespace, "pause")
     run.runs_stage("train")
     followed = world.stagecoach("logs", "--namespace", namespace, "pause", "train", "--follow")
-    assert re.search(rf"rank 0.*going on after step {saved} of {STEPS}", followed), followed
+    assert re.search(rf"rank 0.*resuming after step {saved} of {STEPS}", followed), followed
     run.complete(300)
     assert run.stage("train")["restarts"].get("infrastructure", 0) == 0
     kept = world.stagecoach("logs", "--namespace", namespace, "pause", "train", "--attempt", "1")
-    assert "going on" not in kept
-    assert "[rank 1]" in kept  # both pods are gone, and what they printed is not
+    assert "resuming after" not in kept
+    assert "[rank 1]" in kept  # the pods are deleted, but their logs are kept
 
 
-def test_a_more_important_run_takes_the_quota_and_both_complete(world: World, namespace: str) -> None:
+def test_a_run_of_higher_priority_preempts_and_both_complete(world: World, namespace: str) -> None:
     low = world.submit(queued(world, namespace, "modest", "low"))
     low.reaches("train", 20, 240)
     high = world.submit(queued(world, namespace, "urgent", "high", steps=10))
@@ -99,7 +99,7 @@ def test_a_more_important_run_takes_the_quota_and_both_complete(world: World, na
     low.complete(300)
     assert finished(high, "corpus") < finished(low, "train")
     restarts = low.stage("train").get("restarts", {})
-    assert restarts.get("infrastructure", 0) == restarts.get("user", 0) == 0  # to give way is not charged
+    assert restarts.get("infrastructure", 0) == restarts.get("user", 0) == 0  # preemptions do not count as failures
 
 
 def finished(run: Run, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""What Helm has installed, asked whether it works."""
+"""The Helm release works."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ pytestmark = pytest.mark.cluster
 
 
 def test_the_release_passes_its_own_test(world: World) -> None:
-    told = world.helm("test", RELEASE, f"--namespace={SYSTEM}", "--timeout=2m")
-    assert "Succeeded" in told
+    output = world.helm("test", RELEASE, f"--namespace={SYSTEM}", "--timeout=2m")
+    assert "Succeeded" in output
 
 
-def test_one_replica_works_and_the_other_is_ready_to(world: World) -> None:
+def test_one_replica_is_the_leader_and_both_are_ready(world: World) -> None:
     lease = world.get("lease", RELEASE, SYSTEM)
     labels = {"app.kubernetes.io/instance": RELEASE, "app.kubernetes.io/component": "operator"}
     pods = world.list("pods", SYSTEM, labels)

@@ -1,4 +1,4 @@
-"""The laptop's example on the cluster, by the README's commands: the same file, the same bytes, nothing done twice."""
+"""The laptop's example on the cluster with the README's commands: the same file, the same bytes, nothing run twice."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ SHORT = {
     "sft.sft.budget.steps": 20,
     "score.evaluate.gates[0].atLeast": 0,
 }
-"""The example with a tenth of its steps, too few to answer well, so the gate is opened; and with one stage on two pods,
-which are two ranks on a laptop; each with one thread, as before, and half a CPU, so that both fit on a small node."""
+"""Changes to the example: a tenth of its steps, and a gate that passes, since such a model answers badly; and one stage
+on two pods, which are two ranks on a laptop, each with one thread, as before, and half a CPU, so that both fit on a
+small node."""
 SECONDS_FROM_CACHE = 10.0
 
 
 def short_example(folder: Path, name: str = NAME) -> Path:
-    """Write the example, shortened, under a name; return the file."""
+    """Write the shortened example under a name; return the file."""
     loaded = load_run(ROOT / EXAMPLE, [f"stages.{path}={value}" for path, value in SHORT.items()])
     body = loaded.run.model_dump(mode="json", by_alias=True, exclude_unset=True)
     body["metadata"] = {"name": name}
@@ -47,9 +48,7 @@ def short_example(folder: Path, name: str = NAME) -> Path:
     return file
 
 
-def test_the_example_is_trained_on_pods_to_the_bytes_of_a_local_run_and_never_again(
-    world: World, tmp_path: Path
-) -> None:
+def test_pods_train_the_example_to_the_bytes_of_a_local_run_and_only_once(world: World, tmp_path: Path) -> None:
     run = Run(world, SYSTEM, NAME)
     short_example(tmp_path)
     for command in readme_commands("kubectl apply"):
@@ -60,12 +59,12 @@ def test_the_example_is_trained_on_pods_to_the_bytes_of_a_local_run_and_never_ag
             assert "condition met" in world.run(command)
         watching.terminate()
         seen = watching.communicate()[0]
-    assert [word for word in (NAME, "Progressing", "Complete", "pretrain") if word not in seen] == [], seen
+    assert [text for text in (NAME, "Progressing", "Complete", "pretrain") if text not in seen] == [], seen
     assert all(stage["attempt"] == 1 and not stage.get("cached") for stage in run.status()["stages"])
     assert run.manifest(TWO_PODS).environment["nodes"] == 2
 
-    told = [world.run(command, cwd=tmp_path) for command in readme_commands("stagecoach")]
-    assert "sft" in told[0]
+    outputs = [world.run(command, cwd=tmp_path) for command in readme_commands("stagecoach")]
+    assert "sft" in outputs[0]
     assert "model.safetensors" in [path.name for path in (tmp_path / "build" / "my-model").iterdir()]
 
     again = Run(world, SYSTEM, f"{NAME}-again")
@@ -83,7 +82,7 @@ def test_the_example_is_trained_on_pods_to_the_bytes_of_a_local_run_and_never_ag
 
 @contextmanager
 def watched(world: World) -> Iterator[subprocess.Popen[str]]:
-    """Begin the README's `kubectl get … --watch`, and end it."""
+    """Start the README's `kubectl get … --watch`, and end it afterwards."""
     (command,) = readme_commands("kubectl get")
     watching = subprocess.Popen(command, env=world.environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -94,7 +93,7 @@ def watched(world: World) -> Iterator[subprocess.Popen[str]]:
 
 
 def local_contents(world: World, folder: Path) -> dict[str, str]:
-    """Run the same file here; return the content digest of each stage, by the pointers in the local store."""
+    """Run the same file locally; return each stage's content digest from the pointers in the local store."""
     (folder / "examples" / "data").symlink_to(ROOT / "examples" / "data")
     world.stagecoach("run", str(folder / "examples" / f"{NAME}.yaml"), cwd=folder)
     pointers = (folder / ".stagecoach" / "store" / "runs" / "default" / NAME).glob("*.json")

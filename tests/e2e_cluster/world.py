@@ -1,8 +1,8 @@
-"""What the end-to-end suite works with: a cluster, its S3 server, and Stagecoach installed by Helm.
+"""The environment of the end-to-end suite: a cluster, its S3 server, and Stagecoach installed by Helm.
 
-The cluster is the one of KUBECONFIG, or the test cluster of `tests/cluster`, brought up where there is none. For one's
-own cluster the environment says the rest: STAGECOACH_TEST_S3_ENDPOINT and STAGECOACH_TEST_S3_CREDENTIALS (a shared
-credentials file), and STAGECOACH_TEST_REGISTRY, where both images lie.
+The cluster is that of KUBECONFIG, or the test cluster of `tests/cluster`, which is started if necessary. Any other
+cluster needs STAGECOACH_TEST_S3_ENDPOINT and STAGECOACH_TEST_S3_CREDENTIALS (a shared credentials file), and
+STAGECOACH_TEST_REGISTRY, the registry of both images.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RELEASE = "stagecoach"
 SYSTEM = "training"
 SECRET = "s3"  # noqa: S105  # a name
 EXAMPLES = "demo"
-"""Where runs keep artifacts that name no storage, in the bucket that the README names."""
+"""Prefix of the chart's default storage, in the bucket that the README names."""
 LOCAL_REGISTRY = "localhost/stagecoach"
 ENV_ENDPOINT = "STAGECOACH_TEST_S3_ENDPOINT"
 ENV_CREDENTIALS = "STAGECOACH_TEST_S3_CREDENTIALS"
 ENV_REGISTRY = "STAGECOACH_TEST_REGISTRY"
 ENV_IMAGES = "STAGECOACH_TEST_IMAGES"
-"""Options of images/build.py, as the Makefile passes them."""
+"""Options of images/build.py, set by the Makefile."""
 POLL_SECONDS = 0.1
 
 Body = dict[str, Any]
@@ -53,7 +53,7 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class S3:
-    """The S3 server, as seen from pods and from here alike."""
+    """The S3 server, which pods and this process reach at the same address."""
 
     endpoint: str
     credentials: Path
@@ -67,7 +67,7 @@ class S3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return what makes the AWS SDK, and so the command line, use it."""
+        """Environment variables with which the AWS SDK, and thus the command line, uses it."""
         return {
             "AWS_SHARED_CREDENTIALS_FILE": str(self.credentials),
             "AWS_DEFAULT_REGION": REGION,
@@ -98,14 +98,14 @@ class S3:
 
 @dataclass(frozen=True)
 class World:
-    """A cluster with Stagecoach on it."""
+    """A cluster with Stagecoach installed."""
 
     kubeconfig: Path
     programs: tuple[Path, ...]
-    """Folders with kubectl and Helm, before those of PATH."""
+    """Folders of kubectl and Helm, which precede those of PATH."""
     s3: S3
     own: Cluster | None
-    """The test cluster. None: it is somebody else's."""
+    """The test cluster; None for any other cluster."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,12 +115,12 @@ class World:
     # -- programs ------------------------------------------------------------------------------------------------------
 
     def kubectl(self, *arguments: str, given: object = None) -> str:
-        """Run kubectl. `given`: JSON on its standard input. Raises ClusterError with what it said."""
+        """Run kubectl. `given`: JSON for its standard input. Raises ClusterError with its message."""
         text = None if given is None else json.dumps(given)
         return run_program(["kubectl", *arguments], given=text, environment=self.environment)
 
     def run(self, command: Sequence[str], cwd: Path | None = None) -> str:
-        """Run a command that must succeed; return what it printed."""
+        """Run a command that must succeed; return its output."""
         done = self.tries(*command, cwd=cwd)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -157,7 +157,7 @@ class World:
 
     @contextmanager
     def namespace(self, name: str) -> Iterator[str]:
-        """Make a namespace for runs, restricted as production's are, with the key to S3; remove it afterwards."""
+        """Create a namespace for runs, restricted as in production, with the keys of S3; delete it afterwards."""
         self.apply(namespace_of(name), secret_of(self.s3, name))
         try:
             yield name
@@ -166,7 +166,7 @@ class World:
 
     @contextmanager
     def without_s3(self) -> Iterator[None]:
-        """Stop the S3 server, and start it again. Only the test cluster's own."""
+        """Stop the test cluster's S3 server and start it again."""
         assert self.own is not None
         self.own.stop_s3()
         try:
@@ -196,7 +196,7 @@ class Run:
         return self.body().get("status") or {}
 
     def stage(self, name: str) -> Body:
-        """Return what the status says of a stage. Empty: nothing yet."""
+        """Return a stage's entry in the status, empty if there is none yet."""
         return next((stage for stage in self.status().get("stages", ()) if stage["name"] == name), {})
 
     def condition(self, kind: str) -> Body:
@@ -204,7 +204,7 @@ class Run:
         return found[0] if found else {"status": "Unknown", "reason": "", "message": ""}
 
     def has(self, kind: str, reason: str = "") -> bool:
-        """Tell whether a condition is true, or, with a reason, whether that is its reason."""
+        """Return whether a condition is true or, given a reason, whether it has that reason."""
         found = self.condition(kind)
         return bool(found["reason"] == reason if reason else found["status"] == "True")
 
@@ -217,11 +217,13 @@ class Run:
         return self.world.list("pods", self.namespace, labels)
 
     def wait(self, what: str, ready: Callable[[], bool], seconds: float) -> None:
-        """Wait until `ready()`; a run that failed instead, or is late, is shown."""
+        """Wait until `ready()`; on timeout, fail with a description of the run."""
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
-                raise AssertionError(f"{self.name}: waited {seconds:.0f} s in vain until {what}\n{self.described()}")
+                raise AssertionError(
+                    f"{self.name}: timeout after {seconds:.0f} s, waiting until {what}\n{self.described()}"
+                )
             time.sleep(POLL_SECONDS)
 
     def complete(self, seconds: float) -> None:
@@ -235,15 +237,15 @@ class Run:
         self.wait("it is complete", ended, seconds)
 
     def runs_stage(self, stage: str, seconds: float = 120) -> None:
-        """Wait until all pods of a stage run."""
+        """Wait until all pods of a stage are running."""
         self.wait(f"{stage} runs", lambda: self.stage(stage).get("state") == "Running", seconds)
 
     def reaches(self, stage: str, step: int, seconds: float = 180) -> None:
-        """Wait until the run's storage holds a complete checkpoint of `step` or later."""
+        """Wait until the run's storage contains a complete checkpoint of `step` or later."""
         self.wait(f"{stage} has saved step {step}", lambda: self.saved_step(stage) >= step, seconds)
 
     def saved_step(self, stage: str) -> int:
-        """Return the newest complete checkpoint of a stage. -1: there is none."""
+        """Return the step of a stage's newest complete checkpoint, -1 if there is none."""
         digest = self.stage(stage).get("digest")
         if digest is None:
             return -1
@@ -252,23 +254,23 @@ class Run:
         return max((int(key.removeprefix(prefix).split("/")[0].removeprefix("step-")) for key in keys), default=-1)
 
     def store(self) -> Store:
-        """Return the run's storage: its own, else the one that the chart was installed with."""
+        """Return the run's storage: its own, else the chart's default."""
         storage = self.body()["spec"].get("storage", {})
         return open_store(storage.get("uri", self.world.s3.uri(EXAMPLES)), self.world.s3.endpoint, REGION)
 
     def manifest(self, stage: str) -> Manifest:
-        """Return the manifest of what a stage has made."""
+        """Return the manifest of a stage's artifact."""
         return Manifest.model_validate_json(self.store().read(manifest_key(self.stage(stage)["digest"])))
 
     def contents(self) -> dict[str, str]:
-        """Return the digest of every stage's bytes."""
+        """Return the content digest of every stage."""
         return {stage["name"]: stage["artifact"]["contentDigest"] for stage in self.status()["stages"]}
 
     def delete(self) -> None:
         self.world.kubectl("delete", names.PLURAL, self.name, f"-n{self.namespace}", "--timeout=180s")
 
     def described(self) -> str:
-        """Return what somebody would look at whose test has failed."""
+        """Return status, pods and the operator's log, for the message of a failed test."""
         status = json.dumps(self.status(), indent=1, ensure_ascii=False)
         pods = self.world.tries("kubectl", "get", "pods", f"-n{self.namespace}", "--output=wide").stdout
         logs = self.world.tries("kubectl", "logs", f"-n{SYSTEM}", f"deployment/{RELEASE}", "--tail=30").stdout
@@ -283,7 +285,7 @@ def _in(namespace: str) -> tuple[str, ...]:
 
 
 def namespace_of(name: str) -> Body:
-    """Return a namespace that admits restricted pods only, as production's do."""
+    """Return a namespace that admits only restricted pods, as in production."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
@@ -299,7 +301,7 @@ def secret_of(s3: S3, namespace: str) -> Body:
 
 
 def training_run(world: World, namespace: str, name: str, stages: Sequence[Body], **spec: Any) -> Body:
-    """Return a run whose artifacts lie in a prefix of their own: nothing is found that it has not made."""
+    """Return a run with a separate storage prefix, so that no stage is found in the cache."""
     storage = {
         "uri": world.s3.uri(f"e2e/{namespace}/{name}"),
         "endpoint": world.s3.endpoint,
@@ -331,7 +333,7 @@ def vocabulary() -> Body:
 
 
 def training(name: str, steps: int, nodes: int = 2, every: int = 10, **stage: Any) -> Body:
-    """Return a training stage of so many steps, whose pods meet over gloo."""
+    """Return a training stage of `steps` steps, whose pods communicate through gloo."""
     return {
         "name": name,
         "resources": {"nodes": nodes},
@@ -349,12 +351,12 @@ def training(name: str, steps: int, nodes: int = 2, every: int = 10, **stage: An
     }
 
 
-# -- bringing it up ----------------------------------------------------------------------------------------------------
+# -- setup -------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def the_world() -> Iterator[World]:
-    """Find or bring up the cluster, install Stagecoach; take down what was brought up."""
+    """Find or start the cluster and install Stagecoach; remove a cluster that was started here."""
     configured = os.environ.get("KUBECONFIG")
     if configured and not _is_test_cluster(Path(configured)):
         s3 = S3(os.environ[ENV_ENDPOINT], Path(os.environ[ENV_CREDENTIALS]))
@@ -363,7 +365,7 @@ def the_world() -> Iterator[World]:
         return
     found = find_cluster(None)
     own = found or Cluster(find_layout(Kind.NODE))
-    own.up()  # also starts again what of it has ended
+    own.up()  # also restarts its processes that have ended
     try:
         layout, builder = own.layout, own._builder
         programs = (builder.program("kubernetes", "kubectl").parent, builder.program("helm", "helm").parent)
@@ -382,11 +384,11 @@ def _is_test_cluster(kubeconfig: Path) -> bool:
 
 @contextmanager
 def installed(world: World, stays: bool = True) -> Iterator[World]:
-    """Build the images if they are nowhere, upload the examples' data, install the chart as the README says; remove it
-    again from a cluster that `stays`."""
+    """Build the images unless a registry has them, upload the examples' data and install the chart as in the README;
+    afterwards, uninstall it if the cluster `stays`."""
     registry = os.environ.get(ENV_REGISTRY) or provide_images(world)
-    leave(world)
-    for prefix in (EXAMPLES, "e2e"):  # what an earlier suite left
+    uninstall(world)
+    for prefix in (EXAMPLES, "e2e"):  # left by an earlier suite
         world.s3.empty(prefix)
     world.s3.upload(ROOT / "examples" / "data", "inputs/data")
     world.apply(namespace_of(SYSTEM), secret_of(world.s3, SYSTEM))
@@ -394,14 +396,14 @@ def installed(world: World, stays: bool = True) -> Iterator[World]:
     values.parent.mkdir(exist_ok=True)
     values.write_text(json.dumps(values_of(world.s3, registry)))
     (command,) = readme_commands("helm install")
-    world.run([str(values) if word == "values.yaml" else word for word in command], cwd=ROOT)
+    world.run([str(values) if argument == "values.yaml" else argument for argument in command], cwd=ROOT)
     yield world
     if stays:
-        leave(world)
+        uninstall(world)
 
 
 def values_of(s3: S3, registry: str) -> Body:
-    """Return the chart's values: one operator for all namespaces, and storage for runs that name none."""
+    """Return the chart's values: one operator for all namespaces, and a default storage."""
     return {
         "scope": "cluster",
         "images": {"registry": registry, "pullPolicy": "IfNotPresent"},
@@ -416,8 +418,8 @@ def values_of(s3: S3, registry: str) -> Body:
     }
 
 
-def leave(world: World) -> None:
-    """Remove Stagecoach from the cluster, if it is there."""
+def uninstall(world: World) -> None:
+    """Uninstall Stagecoach from the cluster, if it is installed."""
     if RELEASE in world.helm("list", "--short", f"--namespace={SYSTEM}").split():
         world.kubectl("delete", names.PLURAL, "--all", f"--namespace={SYSTEM}", "--timeout=180s")
         world.helm("uninstall", RELEASE, f"--namespace={SYSTEM}", "--wait", "--timeout=5m")
@@ -425,7 +427,7 @@ def leave(world: World) -> None:
 
 
 def readme_commands(beginning: str) -> list[list[str]]:
-    """Return the commands of the README's part on clusters that begin so, as words."""
+    """Return the commands in the README's section on clusters that start with `beginning`, as argument lists."""
     part = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## On a cluster\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -433,9 +435,9 @@ def readme_commands(beginning: str) -> list[list[str]]:
 
 
 def provide_images(world: World) -> str:
-    """Build both images of this checkout and give them to the test cluster's node; return their registry."""
+    """Build both images of this checkout and load them into the test cluster's node; return their registry."""
     if world.own is None:
-        raise AssertionError(f"set {ENV_REGISTRY} to where your cluster finds the images that `make images` builds")
+        raise AssertionError(f"set {ENV_REGISTRY} to the registry of the images that `make images` builds")
     world.own.provide_builders()
     archives = ROOT / "build" / "images" / "archives"
     options = os.environ.get(ENV_IMAGES, "").split()

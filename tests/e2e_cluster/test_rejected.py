@@ -1,5 +1,5 @@
-"""Broken resources: the API server itself refuses what can be seen in the resource, whether an operator runs or not;
-what only the operator can know stands in the status, all of it at once. Nothing else happens."""
+"""Invalid resources: the API server rejects those that are invalid in themselves, even without an operator; the
+operator reports problems that only it can find in the status, all at once. Nothing else happens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Change = Callable[[Spec], object]
 
 
 def sound(world: World, namespace: str, name: str) -> dict[str, Any]:
-    """Return a run that nothing is wrong with."""
+    """Return a valid run."""
     return training_run(world, namespace, name, [corpus(), vocabulary(), training("train", 10)])
 
 
 def put(path: str, value: object) -> Change:
-    """Return a change that sets the field at a dotted path below `spec`; numbers are places in a list."""
+    """Return a change that sets the field at a dotted path below `spec`; numbers are indices of a list."""
 
     def change(spec: Spec) -> None:
         *parents, last = path.split(".")
@@ -50,7 +50,7 @@ def drop(path: str) -> Change:
     return change
 
 
-BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
+REJECTED_BY_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a stage of no kind": (drop("stages.0.data"), ("spec.stages[0]", "give exactly one of `data`")),
     "a stage of two kinds": (
         put("stages.0.tokenizer", {"train": {"data": [{"stage": "corpus"}], "vocabSize": 1024}}),
@@ -61,8 +61,8 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no stages": (put("stages", []), ("spec.stages", "at least 1 items")),
     "two stages of one name": (put("stages.1.name", "corpus"), ("spec.stages[1]", "Duplicate value")),
     "a stage without a name": (drop("stages.1.name"), ("spec.stages[1].name", "Required value")),
-    "a name that is no name": (put("stages.1.name", "Übung 1"), ("spec.stages[1].name", "should match")),
-    "a number in words": (
+    "an invalid name": (put("stages.1.name", "Übung 1"), ("spec.stages[1].name", "should match")),
+    "a number written as text": (
         put("stages.2.pretrain.sequenceLength", "many"),
         ("sequenceLength", "must be of type integer"),
     ),
@@ -77,11 +77,11 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
         put("stages.2.pretrain.batch.samples", 8),
         ("pretrain.batch", "give exactly one of `tokens`, `samples`"),
     ),
-    "an input from nowhere": (
+    "an input without a source": (
         put("stages.2.pretrain.data.0", {"name": "en"}),
         ("data[0]", "exactly one of `stage`, `uri`"),
     ),
-    "an input from two places": (
+    "an input with two sources": (
         put("stages.2.pretrain.data.0.uri", "s3://models/x"),
         ("data[0]", "exactly one of `stage`, `uri`"),
     ),
@@ -101,11 +101,11 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
         put("stages.2.pretrain.sharding", {"offloadOptimizer": "cpu"}),
         ("sharding", "`offloadOptimizer: cpu` needs `zero` of 1 or more"),
     ),
-    "a word that is none of the allowed": (
+    "a value that is not in the enumeration": (
         put("stages.2.pretrain.precision", "fp8"),
         ("precision", 'supported values: "bf16", "fp16", "fp32"'),
     ),
-    "a vocabulary of nothing": (
+    "a tokenizer stage without anything to do": (
         put("stages.1.tokenizer", {}),
         ("tokenizer", "give at least one of `train`, `merge` and"),
     ),
@@ -121,9 +121,9 @@ BY_THE_API_SERVER: dict[str, tuple[Change, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("what", BY_THE_API_SERVER)
-def test_the_api_server_refuses(what: str, world: World, namespace: str) -> None:
-    change, texts = BY_THE_API_SERVER[what]
+@pytest.mark.parametrize("what", REJECTED_BY_API_SERVER)
+def test_the_api_server_rejects(what: str, world: World, namespace: str) -> None:
+    change, texts = REJECTED_BY_API_SERVER[what]
     body = sound(world, namespace, "broken")
     change(body["spec"])
     done = world.tries("kubectl", "create", "--filename", "-", given=body)
@@ -132,11 +132,11 @@ def test_the_api_server_refuses(what: str, world: World, namespace: str) -> None
     assert world.list(names.PLURAL, namespace) == []
 
 
-BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
+REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a cycle": (
         put("stages.0.after", ["train"]),
         "InvalidSpec",
-        ("spec.stages[0].after[0]", "in a circle: corpus -> vocabulary -> train -> corpus"),
+        ("spec.stages[0].after[0]", "in a cycle: corpus -> vocabulary -> train -> corpus"),
     ),
     "a stage that does not exist": (
         put("stages.2.pretrain.tokenizer", {"stage": "vocabluary"}),
@@ -145,11 +145,11 @@ BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     ),
     "several mistakes at once": (
         lambda spec: [
-            put("stages.0.after", ["nobody"])(spec),
+            put("stages.0.after", ["absent"])(spec),
             put("stages.2.pretrain.tokenizer", {"stage": "no"})(spec),
         ],
         "InvalidSpec",
-        ("spec.stages[0].after", "nobody", "spec.stages[2].pretrain.tokenizer.stage", "2 problems"),
+        ("spec.stages[0].after", "absent", "spec.stages[2].pretrain.tokenizer.stage", "2 problems"),
     ),
     "a bucket that does not exist": (
         put("storage.uri", "s3://no-such-bucket/x"),
@@ -166,10 +166,10 @@ BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
         "InputNotFound",
         ("spec.stages[0].data.sources[0].uri", "data/gone.jsonl.gz"),
     ),
-    "a folder of somebody's laptop": (
+    "a folder of the user's laptop": (
         put("stages.0.data.sources.0.uri", "/home/me/data.jsonl"),
         "InvalidSpec",
-        ("spec.stages[0].data.sources[0].uri", "pods do not see a folder of your machine"),
+        ("spec.stages[0].data.sources[0].uri", "pods cannot access a folder of your machine"),
     ),
     "an image without a digest": (
         put("stages.2.image", "registry.example.com/trainer:latest"),
@@ -184,19 +184,19 @@ BY_THE_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("what", BY_THE_OPERATOR)
-def test_the_operator_says_what_only_it_can_know(what: str, world: World, namespace: str) -> None:
-    change, reason, texts = BY_THE_OPERATOR[what]
+@pytest.mark.parametrize("what", REJECTED_BY_OPERATOR)
+def test_the_operator_reports_problems_that_only_it_can_find(what: str, world: World, namespace: str) -> None:
+    change, reason, texts = REJECTED_BY_OPERATOR[what]
     body = sound(world, namespace, "unsound")
     change(body["spec"])
     run = world.submit(body)
     try:
         run.wait(
-            "it is refused",
-            lambda: run.condition("Accepted")["status"] == "False" or refusal(run)["status"] == "False",
+            "it is rejected",
+            lambda: run.condition("Accepted")["status"] == "False" or rejection(run)["status"] == "False",
             60,
         )
-        found = refusal(run)
+        found = rejection(run)
         assert found["reason"] == reason, found
         assert [text for text in texts if text not in found["message"]] == [], found["message"]
         for kind in ("jobsets", "pods", "configmaps"):
@@ -205,14 +205,14 @@ def test_the_operator_says_what_only_it_can_know(what: str, world: World, namesp
         run.delete()
 
 
-def refusal(run: Any) -> dict[str, Any]:
-    """Return the condition that is false for a reason of its own: Accepted, or Planned where that is true."""
+def rejection(run: Any) -> dict[str, Any]:
+    """Return the condition with the reason of the rejection: Accepted if that is false, else Planned."""
     accepted: dict[str, Any] = run.condition("Accepted")
     planned: dict[str, Any] = run.condition("Planned")
     return accepted if accepted["status"] == "False" else planned
 
 
-def test_what_the_api_server_refuses_it_refuses_without_an_operator(world: World, namespace: str) -> None:
+def test_the_api_server_rejects_invalid_runs_without_an_operator(world: World, namespace: str) -> None:
     world.kubectl("scale", "deployment/stagecoach", f"-n{SYSTEM}", "--replicas=0")
     try:
         body = copy.deepcopy(sound(world, namespace, "broken"))
