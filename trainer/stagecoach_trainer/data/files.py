@@ -141,6 +141,7 @@ def _read_lines(stream: Readable) -> Iterator[tuple[int, bytes | None]]:
             if number == 1:
                 whole = whole.removeprefix(BYTE_ORDER_MARK)
             yield number, None if too_long else whole
+        # The last part has no line end yet, so it is joined with the first line of the next chunk.
         size += len(lines[-1])
         if size > MAX_RECORD_BYTES:
             parts = [b""]  # drop the line but keep its size, so that its end still reports it as too long

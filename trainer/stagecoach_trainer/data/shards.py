@@ -91,6 +91,7 @@ class ShardWriter:
         path = self._folder / self._name()
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("wb")
+        # Level and threads affect the compressed bytes: the level is fixed, and no threads are used.
         stream = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).stream_writer(file)
         self._open = (file, stream)
 
@@ -142,6 +143,7 @@ class ShufflingWriter:
         number = self._number.to_bytes(8, "big")
         self._number += 1
         key = hashlib.blake2b(number, digest_size=KEY_BYTES, key=self._key).digest()
+        # The key as a fraction of 2^64, scaled to the number of ranges: each range has an interval of keys.
         index = (int.from_bytes(key, "big") * self._num_ranges) >> (8 * KEY_BYTES)
         line = encode_line(record)
         sizes = len(line).to_bytes(_LENGTH_BYTES, "big") + len(record.content).to_bytes(_LENGTH_BYTES, "big")
@@ -152,6 +154,7 @@ class ShufflingWriter:
             file.close()
         for index, path in enumerate(self._paths):
             self._on_range(index, self._num_ranges)
+            # One range at a time in memory.
             for _, line, characters in sorted(_read_spool(path.read_bytes())):
                 self._writer.add_line(line, characters)
             path.unlink()

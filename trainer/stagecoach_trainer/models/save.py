@@ -78,6 +78,7 @@ def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, car
     from safetensors.torch import save_file
 
     parts = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Clones, because safetensors rejects tensors that share memory.
     state = {name: parts[name].detach().cpu().contiguous().clone() for name in sorted(parts)}
     if not state:
         raise UserError("the adapter is empty: it has weights for no layer; check `trainable.lora.targets`")
@@ -141,7 +142,7 @@ def save_vocabulary(tokenizer: Any, source: Path, output: Path) -> None:
 def _change_json(path: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:
     value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     changed = {key: item for key, item in {**value, **changes}.items() if key not in drop}
-    if changed != value:
+    if changed != value:  # an unchanged file keeps its bytes
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -183,6 +184,7 @@ def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[s
     from transformers.core_model_loading import revert_weight_conversion
 
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # A tied matrix is stored once, as the embedding, and tied again when the model is loaded.
     if model.config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
     # transformers may fuse or rename weights when it loads a model; files have the original names.
@@ -242,6 +244,7 @@ def _compare(files: list[Path], state: Mapping[str, torch.Tensor]) -> None:
     for path in files:
         with safe_open(str(path), "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
+                # Exact comparison: `_require_sound` has excluded NaN, which differs from itself.
                 stored = file.get_tensor(name)
                 if name not in state or stored.dtype != state[name].dtype or not torch.equal(stored, state[name]):
                     raise UserError(f"{path}: {name} differs from what was written")

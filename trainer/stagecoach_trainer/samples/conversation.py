@@ -105,6 +105,7 @@ class ConversationEncoder:
                 continue
             self.counts["samples"] += 1
             self.counts["tokens"] += len(sample.ids)
+            # The first token of a sequence is not predicted, so it has no loss.
             self.counts["trainedTokens"] += int(np.count_nonzero(sample.trained[1:]))
             yield sample
 
@@ -119,6 +120,7 @@ class ConversationEncoder:
             return [sample]
         if self._too_long is TooLong.SPLIT:
             self.counts["splitRecords"] += 1
+            # Characters of a piece are estimated by its share of the tokens: pieces may begin inside a character.
             share = len(text) / len(whole)
             pieces = [whole[start : start + self._capacity] for start in range(0, len(whole), self._capacity)]
             return [Sample(piece, np.ones(len(piece), np.bool_), round(len(piece) * share)) for piece in pieces]
@@ -200,6 +202,7 @@ class ConversationEncoder:
         self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
     ) -> list[Sample]:
         """Return the samples of the last turn with as many preceding exchanges as fit."""
+        # From the longest context to the shortest; the first that fits is the longest.
         for start in range(len(exchanges)):
             samples = self._piece(conversation, system, exchanges[start:])
             if samples and self._fits(samples):

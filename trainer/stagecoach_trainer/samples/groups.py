@@ -91,6 +91,7 @@ class Group:
 
 def pairs_of(ranks: Sequence[int]) -> tuple[Int64, Int64]:
     """Return the indices of the better and the worse answer of every pair of different ranks: [P], [P]."""
+    # Rank 1 is best, so the pair (i, j) has i better than j if i's rank is lower.
     marks = np.asarray(ranks)
     better, worse = np.nonzero(marks[:, None] < marks[None, :])
     return better.astype(np.int64), worse.astype(np.int64)
@@ -124,6 +125,7 @@ class GroupShard:
         values = self.shard.tokens[self.shard.offsets[index] : self.shard.offsets[index + 1]]
         num_answers, num_prompt = int(values[0]), int(values[1])
         lengths, marks = values[2 : 2 + 2 * num_answers].reshape(num_answers, 2).T.tolist()
+        # The prompt is stored once and repeated for each answer, since every answer is a sequence of its own.
         start = 2 + 2 * num_answers
         prompt = values[start : start + num_prompt]
         ends = start + num_prompt + np.cumsum(lengths)
@@ -132,7 +134,7 @@ class GroupShard:
             for end, length in zip(ends.tolist(), lengths, strict=True)
         )
         place = (self.number, index)
-        if min(marks) < 0:
+        if min(marks) < 0:  # judged one by one; `GroupEncoder` never mixes such marks with ranks
             nothing = np.empty(0, np.int64)
             liked = np.array(marks) == LIKED
             return Group(sequences, nothing, nothing, liked, self.domain, place, counting)
@@ -200,6 +202,7 @@ class GroupUnits:
 
     def rows(self, numbers: Int64) -> list[Group]:
         """Return the groups with the given numbers."""
+        # `ends[i]` is the first number after set i, so the search finds the set of each number.
         ends = np.cumsum([len(shard) for shard in self.shards])
         sets = np.searchsorted(ends, numbers, side="right").tolist()
         return [

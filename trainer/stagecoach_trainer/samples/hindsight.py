@@ -59,6 +59,7 @@ def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, st
     Raises UserError for answers without a rank.
     """
     kept: list[tuple[int, str]] = []
+    # `sorted` is stable, so that answers of equal rank keep the record's order.
     for answer in sorted(record.answers, key=lambda answer: answer.rank or 0):
         if answer.rank is None:
             raise UserError(
@@ -113,6 +114,7 @@ def choose_feedback(feedback: Sequence[Feedback], seed: int, record: Record) -> 
         [[answer.rank, answer.content] for answer in record.answers],
     ]
     digest = hashlib.sha256(json.dumps([seed, content], ensure_ascii=False).encode()).digest()
+    # 64 bits, so that the remainder's bias is negligible.
     return feedback[int.from_bytes(digest[:8]) % len(feedback)]
 
 
@@ -143,6 +145,7 @@ class AnswerFrame:
 
 def answer_frame(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerFrame:
     """Return the text around an answer to `messages`. Raises UserError if the template does not render the answer."""
+    # Only the template determines the text around an answer, so a placeholder is rendered and located.
     [turn] = renderer.trained_turns([*messages, {"role": Role.ASSISTANT.value, "content": PROBE}], LAST_ANSWER, tools)
     before, probe, after = turn.answer.partition(PROBE)
     if not probe:
@@ -190,6 +193,8 @@ class EncodedChain:
     def ids_and_mask(self, num_answers: int) -> tuple[Ids, list[bool]]:
         """Return the chain of the best `num_answers` answers: token ids [T], and whether each carries loss [T]."""
         *others, best = self.answers[-num_answers:]
+        # Before the first answer, feedback is encoded together with the prompt, as it is served. Only the best answer
+        # has an end: after the others, the text continues.
         parts: list[tuple[Ids, bool]] = []
         for index, answer in enumerate(others):
             parts += [(self.bad if index else self.prompt_bad, False), (answer, True)]
@@ -273,6 +278,7 @@ class HindsightEncoder(ConversationEncoder):
         beginnings = iter(self._encoder.prompts(prompts))
         between = iter(self._encoder.continuations(markers, parse_special=True))
         contents = iter(self._encoder.continuations([answer for chain in chains for answer in chain.answers]))
+        # The iterators must be consumed in the order in which the texts were listed above.
         end = np.array([self._encoder.eos], np.int32)
         return [
             EncodedChain(

@@ -84,7 +84,7 @@ class TokenShardWriter:
 
     def close(self, counts: Mapping[str, int]) -> None:
         """Finish the shard; `counts` are those of the encoding."""
-        self._file(TOKENS)
+        self._file(TOKENS)  # creates the file also for a shard without samples
         for file in self._files.values():
             file.close()
         np.asarray(self._offsets, np.int64).tofile(self._folder / OFFSETS)
@@ -141,6 +141,7 @@ def read_shard(folder: Path) -> TokenShard:
 def _map(path: Path, dtype: Any, length: int) -> Any:
     if path.stat().st_size != length * np.dtype(dtype).itemsize:
         raise UserError(f"{path}: {path.stat().st_size} bytes for {length} tokens; delete this cache folder")
+    # An empty file cannot be mapped.
     return np.asarray(np.memmap(path, dtype, "r")) if length else np.empty(0, dtype)
 
 

@@ -50,6 +50,7 @@ class TokenMasking:
         random = splitmix(np.arange(1 + sum(lengths), dtype=np.uint64) ^ key) >> np.uint64(11)
         uniform = random.astype(np.float64) * 2.0**-53
         masked: npt.NDArray[np.bool_] = uniform[1:] < uniform[0] * self.max_share
+        # Each sample keeps its first token, usually BOS, on which attention relies (arXiv 2309.17453).
         masked[np.cumsum([0, *lengths[:-1]])] = False
         return masked
 
@@ -66,6 +67,7 @@ class MaskedPhase(PlannedPhase):
     masking: TokenMasking
 
     def rows(self, step: int) -> list[Row]:
+        # Keyed by the step of the whole plan, so that phases with the same rows mask them differently.
         rows = super().rows(step)
         return [self.masking.apply(row, self.first_step + step, number) for number, row in enumerate(rows)]
 

@@ -77,7 +77,7 @@ def without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
     if step is None:
         return None
     kind = step.get("type")
-    if kind == "Prepend":
+    if kind == "Prepend":  # does nothing but prepend
         return None
     if kind == "Metaspace":
         return {**step, "prepend_scheme": "never"}

@@ -246,6 +246,7 @@ def add_special_tokens(base: Vocabulary, tokens: Sequence[str], pad_token: str |
             )
     grown = _append(base, [token for token in wanted if token not in types], CONTROL, zero=True)
     if pad_token:
+        # SentencePiece finds the padding piece by these two fields.
         grown.model.trainer_spec.pad_piece = pad_token
         grown.model.trainer_spec.pad_id = grown.pieces.index(pad_token)
     return grown
