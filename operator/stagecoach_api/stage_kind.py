@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+from pydantic.alias_generators import to_camel
+
 from stagecoach_api.base import Model
 from stagecoach_api.draft import Rule
 from stagecoach_api.fields import Step, fields_of, shape_of
@@ -59,7 +61,7 @@ RECORDS_ONLY = frozenset({Artifact.RECORDS})
 
 @dataclass(frozen=True)
 class StageKind:
-    """One kind of stage. Raises TypeError if `reads` and the configuration's references do not match."""
+    """One kind of stage. Raises TypeError if its name or `reads` do not fit."""
 
     name: str
     """Its name in YAML, in camelCase."""
@@ -84,6 +86,8 @@ class StageKind:
     """Rules of this kind over a draft, beyond the constraints that its models declare."""
 
     def __post_init__(self) -> None:
+        if to_camel(self.module) != self.name:
+            raise TypeError(f"kind `{self.name}`: the name must be in camelCase, such as `{to_camel(self.module)}`")
         references = {path for path, model in references_of(self.config) if not issubclass(model, RecordSource)}
         if references != set(self.reads):
             missing, unknown = sorted(references - set(self.reads)), sorted(set(self.reads) - references)

@@ -51,7 +51,6 @@ def test_a_stage_waits_for_its_inputs_and_for_what_it_names_in_after() -> None:
 
 
 def test_a_stage_is_exactly_one_kind() -> None:
-    assert sorted(item.kind for item in validate(document()).spec.stages) == sorted(STAGE_KINDS)
     for item in validate(document()).spec.stages:
         assert type(item.config) is STAGE_KINDS[item.kind].config
 
