@@ -1,6 +1,6 @@
-"""The contract between people, drivers and trainers: typed, torch-free, client-free.
+"""The API that users, drivers and trainers share: typed models, without torch or client libraries.
 
-The names below are its face. They are imported when first used, so that `import stagecoach_api` costs nothing.
+The names below are its public interface. They are imported on first use, so that `import stagecoach_api` costs nothing.
 """
 
 from __future__ import annotations

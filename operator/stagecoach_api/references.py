@@ -64,41 +64,41 @@ class Reference(Model):
 
 
 class FieldMapping(Model):
-    """Names of the source's fields that differ from the format's own."""
+    """Names of the source's fields, where they differ from the format's own."""
 
     text: Identifier | None = None
-    """Field of a `text` record. If unset: `text`."""
+    """Field with the text of a `text` record. If unset: `text`."""
 
     instruction: Identifier | None = None
-    """Instruction of an `alpaca` record. If unset: `instruction`."""
+    """Field with the instruction of an `alpaca` record. If unset: `instruction`."""
 
     input: Identifier | None = None
-    """Input of an `alpaca` record. If unset: `input`."""
+    """Field with the input of an `alpaca` record. If unset: `input`."""
 
     output: Identifier | None = None
-    """Output of an `alpaca` record. If unset: `output`."""
+    """Field with the output of an `alpaca` record. If unset: `output`."""
 
     messages: Identifier | None = None
-    """Turns of a conversation. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
+    """Field with the turns of a conversation. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
 
     prompt: Identifier | None = None
-    """Prompt of a preference record, as text or turns. If unset: the first of `prompt`, `conversations`, `messages`,
-    `question` and `instruction` that the record has; `user_input` for `comparison`."""
+    """Field with the prompt of a preference record, as text or turns. If unset: the first of `prompt`, `conversations`,
+    `messages`, `question` and `instruction` that the record has; `user_input` for `comparison`."""
 
     chosen: Identifier | None = None
-    """Preferred answer of a preference record. If unset: `chosen`; `completion_a` for `comparison`."""
+    """Field with the preferred answer of a preference record. If unset: `chosen`; `completion_a` for `comparison`."""
 
     rejected: Identifier | None = None
-    """Other answer of a preference record. If unset: `rejected`; `completion_b` for `comparison`."""
+    """Field with the other answer of a preference record. If unset: `rejected`; `completion_b` for `comparison`."""
 
     answers: Identifier | None = None
-    """List of answers of a `ranked` record. If unset: `answers`."""
+    """Field with the list of answers of a `ranked` record. If unset: `answers`."""
 
     completion: Identifier | None = None
-    """Answer of a `labels` record. If unset: `completion`."""
+    """Field with the answer of a `labels` record. If unset: `completion`."""
 
     label: Identifier | None = None
-    """Whether the answer of a `labels` record is good. If unset: `label`."""
+    """Field that states whether the answer of a `labels` record is good. If unset: `label`."""
 
 
 class RecordSource(Reference):
@@ -111,7 +111,7 @@ class RecordSource(Reference):
     """Layout of the records. `auto` detects it from the first record. A `data` artifact states its own."""
 
     fields: FieldMapping = FieldMapping()
-    """Names of the source's fields that differ from the format's own."""
+    """Names of the source's fields, where they differ from the format's own."""
 
     max_samples: int | None = Field(default=None, ge=1)
     """Number of records to read, starting with the first. If unset: all."""

@@ -204,7 +204,7 @@ def exact_match_reads_conversations(draft: Draft) -> Iterator[Fault]:
                 )
 
 
-def gates_watch_what_is_measured(draft: Draft) -> Iterator[Fault]:
+def gates_watch_measured_metrics(draft: Draft) -> Iterator[Fault]:
     """Unknown metrics are reported only if that is certain: lm-eval names its own metrics."""
     for stage, config in configs(draft, EvaluateStage):
         sets = [f"heldOut.{source.name}." for source in config.held_out]
@@ -267,7 +267,7 @@ KIND = StageKind(
         exact_match_names_are_unique,
         names_of_reward_tasks_are_unique,
         exact_match_reads_conversations,
-        gates_watch_what_is_measured,
+        gates_watch_measured_metrics,
         gates_can_be_passed,
     ),
 )

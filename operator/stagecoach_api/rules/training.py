@@ -70,14 +70,14 @@ def micro_batches_fit_into_the_batch(draft: Draft) -> Iterator[Fault]:
             )
 
 
-def the_budget_pays_for_one_step(draft: Draft) -> Iterator[Fault]:
+def the_budget_covers_one_step(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, Training):
         for span in config.spans():
             if span.tokens is not None and span.batch_tokens is not None and span.tokens < span.batch_tokens:
                 yield Fault(
                     stage.at(*span.path),
                     span.tokens,
-                    f"must pay for one optimiser step of {span.batch_tokens:,} tokens",
+                    f"must cover one optimiser step of {span.batch_tokens:,} tokens",
                     "raise it, or make the batch smaller",
                 )
 
@@ -252,7 +252,7 @@ TRAINING_RULES: tuple[Rule, ...] = (
     some_weight_is_above_zero,
     a_batch_holds_a_whole_row,
     micro_batches_fit_into_the_batch,
-    the_budget_pays_for_one_step,
+    the_budget_covers_one_step,
     the_warm_up_ends_before_training_does,
     warm_up_and_decay_leave_room_for_each_other,
     early_stop_watches_a_held_out_set,
