@@ -222,7 +222,7 @@ def test_a_domain_that_no_reward_model_heeds_is_a_mistake(tmp_path: Path, model:
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
     from tests.trainer.evaluation.makers import save_chat_base
 
-    with pytest.raises(UserError, match="no reward model"):
+    with pytest.raises(UserError, match="not a reward model"):
         build(tmp_path, {"model": {"uri": "m"}}, inputs={"m": save_chat_base(tmp_path / "m")})
 
 

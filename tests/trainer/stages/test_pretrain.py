@@ -135,11 +135,11 @@ def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": [{"uri": "texts"}, {"uri": "texts"}]}, "`name` of its own"),
+        ({"data": [{"uri": "texts"}, {"uri": "texts"}]}, "give each a unique `name`"),
         ({"data": [{"uri": "talks"}]}, "a conversation where plain text"),
         ({"data": [{"uri": "empty"}]}, "no sample"),
         ({"tokenizer": {"uri": "smaller"}}, "never shrunk|missing"),
-        ({"earlyStop": {"set": "zh"}}, "'zh' is no set"),
+        ({"earlyStop": {"set": "zh"}}, "'zh' is not in `heldOut.sets`"),
         ({"trainable": {"lora": {}}, "ropeTheta": 5e4}, "adapter has no model configuration"),
         ({"trainable": {"lora": {"targets": ["wq"]}}}, "q_proj"),
         ({"trainable": {"embeddings": {}}}, "no new rows"),

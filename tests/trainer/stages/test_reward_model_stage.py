@@ -301,7 +301,7 @@ def test_equal_answers_are_counted_and_too_many_of_them_stop_the_stage(tmp_path:
         ({"trainable": {"embeddings": {}}}, "head is new and must learn"),
         ({"trainable": {"lora": {"continueAdapter": True}}}, "continueAdapter"),
         ({"domains": [{"name": "a", "system": "x"}] * 2}, "two domains are named 'a'"),
-        ({"domains": [{"name": "a", "system": "x"}], "data": [{"uri": "train", "domain": "b"}]}, "only a"),
+        ({"domains": [{"name": "a", "system": "x"}], "data": [{"uri": "train", "domain": "b"}]}, "which has a; add"),
         ({"sequenceLength": 8}, "no preference to learn from is left"),
         ({"earlyStop": {"set": "other"}}, "earlyStop.set"),
     ],
