@@ -23,11 +23,11 @@ from stagecoach_operator.kube import (
     AlreadyExists,
     Body,
     Conflict,
-    Forbidden,
     Invalid,
     Kube,
-    NotFound,
     NotServed,
+    ObjectNotFound,
+    RequestForbidden,
 )
 from stagecoach_operator.object_cache import Cache
 from stagecoach_operator.object_views import RunView, jobset_view, run_view
@@ -101,7 +101,7 @@ class AttemptClient:
             return await self._create_jobset(run, job_set(attempt, settings))
         except NotServed:
             return Blocker(Reason.JOBSET_NOT_INSTALLED, NO_JOBSET)
-        except (Forbidden, Invalid, NotFound) as error:
+        except (RequestForbidden, Invalid, ObjectNotFound) as error:
             return Blocker(Reason.CREATION_REFUSED, f"stage `{action.stage}`: the cluster rejects its objects: {error}")
 
     async def _create_config_map(self, body: Body) -> None:
@@ -120,7 +120,7 @@ class AttemptClient:
         metadata = body["metadata"]
         try:
             await self.kube.delete(CONFIG_MAPS, metadata["namespace"], metadata["name"], metadata["uid"], False)
-        except NotFound:
+        except ObjectNotFound:
             return
 
     async def _create_jobset(self, run: RunView, body: Body) -> Blocker | None:
@@ -148,7 +148,7 @@ class AttemptClient:
         meta = attempt.jobset.meta
         try:
             await self.kube.delete(JOBSETS, meta.namespace, meta.name, meta.uid)
-        except (NotFound, Conflict):  # the one with this UID does not exist any more
+        except (ObjectNotFound, Conflict):  # the one with this UID does not exist any more
             self.cache.remove(meta.uid)
         else:
             self.cache.mark_deleting(meta.uid)
@@ -174,7 +174,7 @@ class AttemptClient:
         """Return the newest warning event about an object. Empty if there is none, or events may not be read."""
         try:
             listing = await self.kube.list(EVENTS, namespace, fields=f"{selector},type=Warning")
-        except (Forbidden, NotFound):
+        except (RequestForbidden, ObjectNotFound):
             return ""
         newest = max(listing.items, key=lambda item: str(item.get("lastTimestamp") or ""), default=None)
         return "" if newest is None else f"{newest.get('reason')}: {newest.get('message')}"[:1000]

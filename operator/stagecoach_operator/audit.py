@@ -19,11 +19,11 @@ from stagecoach_operator.kube import (
     TRAINING_RUNS,
     WORKLOADS,
     Body,
-    Forbidden,
     Kube,
     KubeError,
     Listing,
     NotServed,
+    RequestForbidden,
     Resource,
 )
 from stagecoach_operator.object_cache import Cache, Child, is_newer
@@ -124,7 +124,7 @@ class Audit:
             listing = await self._list(resource, metadata_only=True)
         except NotServed:
             return
-        except Forbidden as error:
+        except RequestForbidden as error:
             watch.error = f"{resource.plural} may not be listed: {error}"
             return
         except KubeError as error:

@@ -15,7 +15,17 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 
 from stagecoach_api.names import FINALIZER
-from stagecoach_operator.kube import PODS, TRAINING_RUNS, ApiServer, Body, Conflict, Kube, KubeError, NotFound, Resource
+from stagecoach_operator.kube import (
+    PODS,
+    TRAINING_RUNS,
+    ApiServer,
+    Body,
+    Conflict,
+    Kube,
+    KubeError,
+    ObjectNotFound,
+    Resource,
+)
 from stagecoach_operator.settings import ENV_POD_NAMESPACE
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
@@ -43,12 +53,12 @@ async def uninstall(
     """
     try:
         await kube.patch(DEPLOYMENTS, namespace, deployment, {"spec": {"replicas": 0}}, subresource="scale")
-    except NotFound:
+    except ObjectNotFound:
         print(f"deployment {deployment} does not exist")
     await _until_gone(kube, namespace, selector, sleep)
     try:
         runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
-    except NotFound:
+    except ObjectNotFound:
         return 0  # the CRD was deleted, and the runs with it
     held = [run for run in runs if FINALIZER in run["metadata"].get("finalizers", ())]
     for run in held:
@@ -70,7 +80,7 @@ async def _remove_finalizer(kube: Kube, run: Body) -> None:
     """Remove the finalizer from a run that other clients may change or delete meanwhile."""
     metadata = run["metadata"]
     namespace, name = metadata["namespace"], metadata["name"]
-    with contextlib.suppress(NotFound):
+    with contextlib.suppress(ObjectNotFound):
         for _ in range(MAX_TRIES):
             kept = [finalizer for finalizer in metadata.get("finalizers", ()) if finalizer != FINALIZER]
             seen = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}

@@ -1,11 +1,11 @@
 """The only module that calls the API server. Bodies are raw JSON; errors are classified.
 
 KubeError             the request failed
-├── NotFound          the object does not exist
+├── ObjectNotFound    the object does not exist
 │   └── NotServed     the kind does not exist: its CRD is not installed
 ├── AlreadyExists     an object of that name exists
 ├── Conflict          the object has changed since it was read, or another one has its name now
-├── Forbidden         denied by RBAC, a quota or a policy
+├── RequestForbidden  denied by RBAC, a quota or a policy
 ├── Invalid           rejected by the API server's validation or a webhook
 └── Unavailable       no response, overloaded, or an internal error: the same request may succeed later
 """
@@ -39,11 +39,11 @@ class KubeError(Exception):
     """The request failed; the message is the API server's."""
 
 
-class NotFound(KubeError):
+class ObjectNotFound(KubeError):
     """The object does not exist."""
 
 
-class NotServed(NotFound):
+class NotServed(ObjectNotFound):
     """The kind of object does not exist: its CRD is not installed."""
 
 
@@ -55,7 +55,7 @@ class Conflict(KubeError):
     """The object has changed since it was read, or another one has its name now."""
 
 
-class Forbidden(KubeError):
+class RequestForbidden(KubeError):
     """Denied by RBAC, a quota or a policy."""
 
 
@@ -79,11 +79,11 @@ def error_of(status: int, text: str, retry_after: str | None = None) -> KubeErro
     reason = answer.get("reason")
     if status == 404:
         # A missing object gives a Status object as the body; an unknown path the plain text `404 page not found`.
-        return NotFound(message) if answer else NotServed(message)
+        return ObjectNotFound(message) if answer else NotServed(message)
     if status == 409:
         return AlreadyExists(message) if reason == "AlreadyExists" else Conflict(message)
     if status in (401, 403):
-        return Forbidden(message)
+        return RequestForbidden(message)
     if status == 410:  # Expired: the resource version, or the continue token of a list, is too old
         return Conflict(message)
     if status in (408, 429) or status >= 500:
@@ -146,7 +146,7 @@ class Kube(Protocol):
         """Create or update an object by server-side apply, taking over fields of other managers that are in `body`."""
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
-        """Return an object. Raises NotFound."""
+        """Return an object. Raises ObjectNotFound."""
 
     async def list(
         self, resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
@@ -163,7 +163,7 @@ class Kube(Protocol):
     async def delete(
         self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
     ) -> None:
-        """Delete an object, its dependants first (`foreground`) or afterwards. Raises NotFound, and Conflict if the
+        """Delete an object, its dependants first (`foreground`) or afterwards. Raises ObjectNotFound, and Conflict if the
         object of that name has another UID."""
 
     async def read(self, path: str) -> Any:

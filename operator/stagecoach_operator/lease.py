@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from stagecoach_operator.kube import LEASES, AlreadyExists, Body, Conflict, Kube, KubeError, NotFound
+from stagecoach_operator.kube import LEASES, AlreadyExists, Body, Conflict, Kube, KubeError, ObjectNotFound
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Lease:
     async def _try(self) -> None:
         try:
             body = await self.kube.get(LEASES, self.namespace, self.name)
-        except NotFound:
+        except ObjectNotFound:
             await self._create()
             return
         self.answered_at = self.clock()

@@ -34,7 +34,7 @@ from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.events import RunEvent, events_between
-from stagecoach_operator.kube import CONFIG_MAPS, NotFound
+from stagecoach_operator.kube import CONFIG_MAPS, ObjectNotFound
 from stagecoach_operator.object_views import RunView, timestamp
 from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, observe
 from stagecoach_operator.planning import (
@@ -203,7 +203,7 @@ class Reconciler:
             return None
         try:
             body = await self.client.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run))
-        except NotFound:
+        except ObjectNotFound:
             return None
         return from_config_map(body, run)
 

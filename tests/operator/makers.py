@@ -36,8 +36,8 @@ from stagecoach_operator.kube import (
     Conflict,
     KubeError,
     Listing,
-    NotFound,
     NotServed,
+    ObjectNotFound,
     Resource,
     Unavailable,
 )
@@ -150,7 +150,7 @@ class FakeApi:
             self.remove(resource, namespace, name, foreground)
 
     async def read(self, path: str) -> Any:
-        raise NotFound(path)
+        raise ObjectNotFound(path)
 
     # -- changes by other clients and controllers ----------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class FakeApi:
         try:
             return self.objects[resource.plural, namespace, name]
         except KeyError:
-            raise NotFound(f"{resource.plural} {name} not found") from None
+            raise ObjectNotFound(f"{resource.plural} {name} not found") from None
 
     def _merge(self, resource: Resource, key: Key, change: Body) -> Body:
         before = copy.deepcopy(self.objects[key])

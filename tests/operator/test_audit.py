@@ -9,7 +9,7 @@ import pytest
 
 from stagecoach_operator.audit import Audit
 from stagecoach_operator.handlers import make_registry, make_settings, receive
-from stagecoach_operator.kube import JOBSETS, TRAINING_RUNS, WORKLOADS, Forbidden, Listing, Resource
+from stagecoach_operator.kube import JOBSETS, TRAINING_RUNS, WORKLOADS, Listing, RequestForbidden, Resource
 from stagecoach_operator.object_cache import Cache
 from tests.operator.makers import NAMESPACE, FakeApi, World, data_stage
 
@@ -100,7 +100,7 @@ def test_a_kind_that_may_not_be_listed_is_reported(bench: Bench) -> None:
         resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
     ) -> Listing:
         if resource == JOBSETS:
-            raise Forbidden("jobsets is forbidden")
+            raise RequestForbidden("jobsets is forbidden")
         return await allowed(bench.world.api, resource, namespace, labels, fields, metadata_only)
 
     bench.world.api.list = forbidden  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ import pytest
 
 from stagecoach_api.names import FINALIZER
 from stagecoach_operator.chart_hooks import DEPLOYMENTS, MAX_TRIES, POLLS, HookError, check, uninstall
-from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Forbidden, Listing, Resource
+from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Listing, RequestForbidden, Resource
 from tests.operator.makers import FakeApi
 
 SYSTEM, RESEARCH, OTHER = "system", "research", "other"
@@ -171,8 +171,8 @@ def test_an_operator_that_is_not_ready_fails(api: Installed) -> None:
 
 def test_runs_that_may_not_be_listed_fail_the_check(api: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     async def forbidden(*args: object, **others: object) -> None:
-        raise Forbidden("trainingruns is forbidden")
+        raise RequestForbidden("trainingruns is forbidden")
 
     monkeypatch.setattr(api, "list", forbidden)
-    with answering(200) as url, pytest.raises(Forbidden):
+    with answering(200) as url, pytest.raises(RequestForbidden):
         asyncio.run(check(api, url, RESEARCH))

@@ -1,1 +1,1 @@
-
+"""Generated from the models: the CRD, the JSON schema for editors, the field reference."""

@@ -1,1 +1,1 @@
-
+"""Runs on a cluster: the API client, a run's state, watching it, its pods' logs."""

@@ -2,8 +2,8 @@
 
 ClusterError          a request failed; the message gives the reason and what to do
 ├── NotConfigured     no cluster is configured
-├── Unreachable       no answer, or a server error: the same request may succeed later
-├── Forbidden         the user is not authenticated, or not authorized
+├── ClusterUnreachable no answer, or a server error: the same request may succeed later
+├── ClusterForbidden   the user is not authenticated, or not authorized
 ├── NotInstalled      the cluster has no TrainingRun CRD
 ├── Changed           a conflict: another field manager owns the fields
 └── Unusable          the API server rejected the request
@@ -60,11 +60,11 @@ class NotConfigured(ClusterError):
     """No cluster is configured, or the client library is missing."""
 
 
-class Unreachable(ClusterError):
+class ClusterUnreachable(ClusterError):
     """The API server does not answer, or answers with a server error."""
 
 
-class Forbidden(ClusterError):
+class ClusterForbidden(ClusterError):
     """The user is not authenticated, or not authorized."""
 
 
@@ -89,15 +89,19 @@ def error_of(status: int, text: str, server: str) -> ClusterError:
     answer = status_object(text)
     message = str(answer.get("message") or text.strip()[:500] or f"status {status}")
     if status == 401:
-        return Forbidden(f"{server} does not accept your credentials ({message}); log in, or choose another --context")
+        return ClusterForbidden(
+            f"{server} does not accept your credentials ({message}); log in, or choose another --context"
+        )
     if status == 403:
-        return Forbidden(f"{message}; ask the administrator of {server} for access, or choose another --namespace")
+        return ClusterForbidden(
+            f"{message}; ask the administrator of {server} for access, or choose another --namespace"
+        )
     if status == 404:
         return UnknownObject(message) if answer else NotInstalled(f"{server} has no TrainingRuns; {INSTALL}")
     if status == 409:
         return Changed(message)
     if status in (408, 429) or status >= 500:
-        return Unreachable(f"{server} answered {status}: {message}; this may be temporary")
+        return ClusterUnreachable(f"{server} answered {status}: {message}; this may be temporary")
     return Unusable(message)
 
 
@@ -231,7 +235,7 @@ class ClusterApi:
         """Yield the log lines of a pod's trainer, each with its time stamp (RFC 3339).
 
         `follow`: wait for further lines until the container ends; the stream may end earlier. `since`: RFC 3339 time;
-        the API server rounds it down to the second. Raises UnknownObject, Unreachable, and Unusable if the container
+        the API server rounds it down to the second. Raises UnknownObject, ClusterUnreachable, and Unusable if the container
         has not started.
         """
         query = {"container": names.TRAINER_CONTAINER, "timestamps": "true"}
@@ -300,9 +304,11 @@ class ClusterApi:
             raise self._unreachable(error) from error
         raise error_of(response.status, text, self.server)
 
-    def _unreachable(self, error: Exception) -> Unreachable:
+    def _unreachable(self, error: Exception) -> ClusterUnreachable:
         reason = getattr(error, "reason", None) or error
-        return Unreachable(f"{self.server} does not answer: {reason}; check that it is running and --context is right")
+        return ClusterUnreachable(
+            f"{self.server} does not answer: {reason}; check that it is running and --context is right"
+        )
 
 
 def _body(response: Any) -> Body:

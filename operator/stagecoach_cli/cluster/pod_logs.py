@@ -11,7 +11,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import RANK_MARK, rank_mark
-from stagecoach_cli.cluster.api import Body, ClusterApi, ClusterError, UnknownObject, Unreachable, Unusable
+from stagecoach_cli.cluster.api import Body, ClusterApi, ClusterError, ClusterUnreachable, UnknownObject, Unusable
 
 POLL_SECONDS = 1.0
 """Interval at which new pods and the end of the attempt are looked for."""
@@ -127,7 +127,7 @@ class Follower:
     api: ClusterApi
     choice: PodChoice
     is_over: Callable[[], bool]
-    """Returns whether the attempt has ended; may raise Unreachable."""
+    """Returns whether the attempt has ended; may raise ClusterUnreachable."""
     notify: Callable[[str], None]
     """Shows messages that are not part of a log."""
     write: Callable[[str], None] = write_line
@@ -152,7 +152,7 @@ class Follower:
                 over = self.is_over()  # before the pods are listed for the last time, so that none is missed
                 self._follow_new_pods()
                 self._is_unreachable = False
-            except Unreachable as error:
+            except ClusterUnreachable as error:
                 over = False
                 self._notify_unreachable(error)
             if self._error is not None:
@@ -193,7 +193,7 @@ class Follower:
             )
         self._limit_shown = True
 
-    def _notify_unreachable(self, error: Unreachable) -> None:
+    def _notify_unreachable(self, error: ClusterUnreachable) -> None:
         if not self._is_unreachable:
             self.notify(f"{error}; retrying")
         self._is_unreachable = True
@@ -236,7 +236,7 @@ class PodLog:
                     return
             except UnknownObject:
                 raise
-            except (Unreachable, Unusable):
+            except (ClusterUnreachable, Unusable):
                 pass  # unreachable, which the main loop reports; or the container is just starting
             self.pause()
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stagecoach_cli.cluster.api import ClusterApi, ClusterError, UnknownObject, Unreachable
+from stagecoach_cli.cluster.api import ClusterApi, ClusterError, ClusterUnreachable, UnknownObject
 from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, snapshot_of, warnings_of
 from stagecoach_core.snapshot import View
 
@@ -34,7 +34,7 @@ def watch(
     while True:
         try:
             run = cluster_run(api.run(name))
-        except Unreachable as error:
+        except ClusterUnreachable as error:
             if not found:
                 raise
             if not unreachable:

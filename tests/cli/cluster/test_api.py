@@ -10,10 +10,10 @@ from stagecoach_cli.cluster.api import (
     Changed,
     ClusterChoice,
     ClusterError,
-    Forbidden,
+    ClusterForbidden,
+    ClusterUnreachable,
     NotConfigured,
     NotInstalled,
-    Unreachable,
     Unusable,
     connect,
     error_of,
@@ -59,7 +59,7 @@ def test_an_unknown_context_is_named(cluster: FakeCluster) -> None:
 
 
 def test_an_unreachable_cluster_is_named_without_retries(cluster: FakeCluster) -> None:
-    with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9 does not answer.*--context"):
+    with pytest.raises(ClusterUnreachable, match=r"http://127\.0\.0\.1:9 does not answer.*--context"):
         connect(ClusterChoice(context="away")).runs()
 
 
@@ -69,20 +69,20 @@ def test_an_unreachable_cluster_is_named_without_retries(cluster: FakeCluster) -
         (
             401,
             '{"kind": "Status", "message": "Unauthorized"}',
-            Forbidden,
+            ClusterForbidden,
             "does not accept your credentials (Unauthorized); log in",
         ),
         (
             403,
             '{"kind": "Status", "message": "u cannot list"}',
-            Forbidden,
+            ClusterForbidden,
             "u cannot list; ask the administrator of https://x",
         ),
         (404, "404 page not found\n", NotInstalled, "https://x has no TrainingRuns; install the operator"),
         (409, '{"kind": "Status", "message": "conflict with \\"kubectl\\""}', Changed, "kubectl"),
         (422, '{"kind": "Status", "message": "spec.seed: Invalid value"}', Unusable, "spec.seed: Invalid value"),
-        (503, "busy", Unreachable, "https://x answered 503: busy; this may be temporary"),
-        (500, "", Unreachable, "status 500"),
+        (503, "busy", ClusterUnreachable, "https://x answered 503: busy; this may be temporary"),
+        (500, "", ClusterUnreachable, "status 500"),
     ],
 )
 def test_each_error_status_has_a_message(status: int, text: str, kind: type[ClusterError], message: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from stagecoach_cli.cluster.api import ClusterApi, ClusterChoice, Forbidden, Unreachable, connect
+from stagecoach_cli.cluster.api import ClusterApi, ClusterChoice, ClusterForbidden, ClusterUnreachable, connect
 from stagecoach_cli.cluster.pod_logs import Follower, PodChoice, pod_info
 from tests.cli.cluster.makers import FakeCluster
 
@@ -48,7 +48,7 @@ class Reader:
             self.error = error
 
     def _is_over(self) -> bool:
-        if isinstance(self.error, Unreachable):
+        if isinstance(self.error, ClusterUnreachable):
             raise self.error
         return self.over
 
@@ -166,7 +166,7 @@ def test_a_forbidden_request_ends_following(cluster: FakeCluster, api: ClusterAp
     cluster.refused["/log"] = (403, "pods/log is forbidden")
     reader = Reader(api, PodChoice(SELECTOR, 1, 1))
     reader.wait_for(lambda: reader.error is not None)
-    assert isinstance(reader.error, Forbidden)
+    assert isinstance(reader.error, ClusterForbidden)
 
 
 def test_a_closed_output_ends_following(cluster: FakeCluster, api: ClusterApi) -> None:
