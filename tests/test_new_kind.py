@@ -28,7 +28,7 @@ from pydantic import Field
 from stagecoach_api.base import Count
 from stagecoach_api.constraints import Constraint, either, given
 from stagecoach_api.draft import Draft, Fault, configs
-from stagecoach_api.references import Artifact, NamedSource, Reference
+from stagecoach_api.references import ArtifactType, NamedSource, Reference
 from stagecoach_api.stage_kind import Ranks, StageConfig, StageKind, reads
 
 
@@ -68,8 +68,8 @@ KIND = StageKind(
     position=45,
     summary="Count heads.",
     config=HeadCountStage,
-    makes=Artifact.REPORT,
-    reads={"vocabulary": reads(Artifact.VOCABULARY)},
+    makes=ArtifactType.REPORT,
+    reads={"vocabulary": reads(ArtifactType.VOCABULARY)},
     ranks=Ranks.ALL,
     heavy=True,
     rules=(limits_are_in_order,),

@@ -16,13 +16,13 @@ from pydantic.alias_generators import to_camel
 Constant: TypeAlias = str | int
 
 
-class Condition(Protocol):
+class Predicate(Protocol):
     """A node of an expression tree."""
 
     def holds(self, model: object) -> bool:
         """Evaluate the tree on a model whose defaults are filled in."""
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         """Return the opposite, with negation only at the leaves."""
 
     def fields(self) -> Iterator[str]:
@@ -51,7 +51,7 @@ class Given:
     def holds(self, model: object) -> bool:
         return (value_at(model, self.field) is not None) is self.expected
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return Given(self.field, not self.expected)
 
     def fields(self) -> Iterator[str]:
@@ -84,7 +84,7 @@ class Compare:
             raise TypeError(f"{self.field} {self.operator} {self.constant}: {value!r} is not numeric")
         return value >= self.constant if self.operator == ">=" else value < self.constant
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return Compare(self.field, _OPPOSITES[self.operator], self.constant)
 
     def fields(self) -> Iterator[str]:
@@ -105,7 +105,7 @@ class Divisible:
             raise TypeError(f"{self.field} % {self.divisor}: {number!r} and {divisor!r} are not whole numbers")
         return (number % divisor == 0) is self.expected
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return Divisible(self.field, self.divisor, not self.expected)
 
     def fields(self) -> Iterator[str]:
@@ -119,12 +119,12 @@ class Divisible:
 class AllOf:
     """Every part holds."""
 
-    parts: tuple[Condition, ...]
+    parts: tuple[Predicate, ...]
 
     def holds(self, model: object) -> bool:
         return all(part.holds(model) for part in self.parts)
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return AnyOf(tuple(part.negated() for part in self.parts))
 
     def fields(self) -> Iterator[str]:
@@ -136,12 +136,12 @@ class AllOf:
 class AnyOf:
     """At least one part holds; later parts are evaluated only if the earlier ones do not."""
 
-    parts: tuple[Condition, ...]
+    parts: tuple[Predicate, ...]
 
     def holds(self, model: object) -> bool:
         return any(part.holds(model) for part in self.parts)
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return AllOf(tuple(part.negated() for part in self.parts))
 
     def fields(self) -> Iterator[str]:
@@ -153,14 +153,14 @@ class AnyOf:
 class Same:
     """Both sides hold, or neither does; the opposite if not `expected`."""
 
-    left: Condition
-    right: Condition
+    left: Predicate
+    right: Predicate
     expected: bool = True
 
     def holds(self, model: object) -> bool:
         return (self.left.holds(model) == self.right.holds(model)) is self.expected
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         return Same(self.left, self.right, not self.expected)
 
     def fields(self) -> Iterator[str]:
@@ -173,7 +173,7 @@ class Each:
     """The condition holds for every item of a list of models."""
 
     field: str
-    condition: Condition
+    condition: Predicate
 
     def holds(self, model: object) -> bool:
         items = value_at(model, self.field)
@@ -181,7 +181,7 @@ class Each:
             raise TypeError(f"{self.field}: {items!r} is not a list")
         return all(self.condition.holds(item) for item in items)
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         raise NotImplementedError(f"`not every item of {self.field}` has no use yet")
 
     def fields(self) -> Iterator[str]:
@@ -197,7 +197,7 @@ class ExactlyOne:
     def holds(self, model: object) -> bool:
         return sum(value_at(model, member) is not None for member in self.members) == 1
 
-    def negated(self) -> Condition:
+    def negated(self) -> Predicate:
         raise NotImplementedError("`not exactly one` has no use yet")
 
     def fields(self) -> Iterator[str]:
@@ -207,53 +207,53 @@ class ExactlyOne:
 # -- ways to write them ------------------------------------------------------------------------------------------------
 
 
-def given(field: str) -> Condition:
+def given(field: str) -> Predicate:
     return Given(field)
 
 
-def missing(field: str) -> Condition:
+def missing(field: str) -> Predicate:
     return Given(field, expected=False)
 
 
-def equals(field: str, constant: Constant) -> Condition:
+def equals(field: str, constant: Constant) -> Predicate:
     return Compare(field, "==", constant)
 
 
-def at_least(field: str, constant: int) -> Condition:
+def at_least(field: str, constant: int) -> Predicate:
     return Compare(field, ">=", constant)
 
 
-def divisible(field: str, divisor: str) -> Condition:
+def divisible(field: str, divisor: str) -> Predicate:
     return Divisible(field, divisor)
 
 
-def either(*parts: Condition) -> Condition:
+def either(*parts: Predicate) -> Predicate:
     return AnyOf(parts)
 
 
-def both(*parts: Condition) -> Condition:
+def both(*parts: Predicate) -> Predicate:
     return AllOf(parts)
 
 
-def implies(condition: Condition, *consequences: Condition) -> Condition:
+def implies(condition: Predicate, *consequences: Predicate) -> Predicate:
     """If `condition` holds, then at least one of `consequences` holds."""
     first = condition.negated()
     return AnyOf((*(first.parts if isinstance(first, AnyOf) else (first,)), *consequences))
 
 
-def same(left: Condition, right: Condition) -> Condition:
+def same(left: Predicate, right: Predicate) -> Predicate:
     return Same(left, right)
 
 
-def different(left: Condition, right: Condition) -> Condition:
+def different(left: Predicate, right: Predicate) -> Predicate:
     return Same(left, right, expected=False)
 
 
-def each(field: str, condition: Condition) -> Condition:
+def each(field: str, condition: Predicate) -> Predicate:
     return Each(field, condition)
 
 
-def at_most_one(*members: str) -> Condition:
+def at_most_one(*members: str) -> Predicate:
     """At most one of several optional fields is set."""
     pairs = [AnyOf((Given(first, False), Given(second, False))) for first, second in combinations(members, 2)]
     return pairs[0] if len(pairs) == 1 else AllOf(tuple(pairs))
@@ -266,7 +266,7 @@ def at_most_one(*members: str) -> Condition:
 class Constraint:
     """A condition every instance of a model meets, with the one message for people and the API server."""
 
-    condition: Condition
+    condition: Predicate
     rule: str
     """What must hold, with the fields in backticks by their names in YAML."""
     remedy: str

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 from stagecoach_api.base import Model
 from stagecoach_api.fields import FieldPath, format_path
 from stagecoach_api.problems import Problem
-from stagecoach_api.references import Artifact
+from stagecoach_api.references import ArtifactType
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Link:
     path: FieldPath
     """Of the mapping `{stage: target}`, or of the entry in `after`."""
     target: str
-    reads: frozenset[Artifact] = frozenset()
+    reads: frozenset[ArtifactType] = frozenset()
     """Artifacts the field accepts; none for an entry in `after`."""
 
     @property
@@ -55,7 +55,7 @@ class DraftStage:
     name: str | None
     kind: str | None
     """None if there is no kind, or more than one."""
-    makes: Artifact | None
+    makes: ArtifactType | None
     """The artifact of stages of this kind; None if the kind is."""
     config: Model | None
     """The kind's configuration; None if the schema rejects it."""
@@ -79,7 +79,7 @@ class Draft:
 
     document: Mapping[str, Any]
     stages: tuple[DraftStage, ...]
-    makers: Mapping[Artifact, tuple[str, ...]] = field(default_factory=dict)
+    makers: Mapping[ArtifactType, tuple[str, ...]] = field(default_factory=dict)
     """Kinds of stage by the artifact they make."""
     uri_fields: frozenset[str] = frozenset()
     """Names of fields that hold a URI."""

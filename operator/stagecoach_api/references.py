@@ -10,7 +10,7 @@ from stagecoach_api.base import Identifier, Model, Name, Uri, Weight
 from stagecoach_api.constraints import exactly_one
 
 
-class Artifact(StrEnum):
+class ArtifactType(StrEnum):
     """The kinds of artifact that stages make and other stages read."""
 
     RECORDS = "records"

@@ -17,7 +17,7 @@ from pydantic.alias_generators import to_camel
 from stagecoach_api.base import Model
 from stagecoach_api.draft import Rule
 from stagecoach_api.fields import Step, fields_of, shape_of
-from stagecoach_api.references import Artifact, RecordSource, Reference
+from stagecoach_api.references import ArtifactType, RecordSource, Reference
 from stagecoach_api.summary_tables import MetricTable, SummaryTable
 
 
@@ -56,7 +56,7 @@ class StageConfig(Model):
         return 0
 
 
-RECORDS_ONLY = frozenset({Artifact.RECORDS})
+RECORDS_ONLY = frozenset({ArtifactType.RECORDS})
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class StageKind:
     summary: str
     """One sentence in the imperative mood: the description of the member of `Stage`."""
     config: type[StageConfig]
-    makes: Artifact
+    makes: ArtifactType
     """What other stages may read from it."""
-    reads: Mapping[str, frozenset[Artifact]] = field(default_factory=dict)
+    reads: Mapping[str, frozenset[ArtifactType]] = field(default_factory=dict)
     """Artifacts that each `Reference` of the configuration accepts, by its path without indexes, such as
     `rewards.model`. Sources of records are not listed: they read records."""
     ranks: Ranks = Ranks.ONE
@@ -98,12 +98,12 @@ class StageKind:
         """Return the name of its modules, such as `reward_model`."""
         return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", self.name).lower()
 
-    def readable_at(self, path: Sequence[Step]) -> frozenset[Artifact]:
+    def readable_at(self, path: Sequence[Step]) -> frozenset[ArtifactType]:
         """Return the artifacts that the reference at a path below the configuration accepts."""
         return self.reads.get(".".join(step for step in path if isinstance(step, str)), RECORDS_ONLY)
 
 
-def reads(*artifacts: Artifact) -> frozenset[Artifact]:
+def reads(*artifacts: ArtifactType) -> frozenset[ArtifactType]:
     return frozenset(artifacts)
 
 

@@ -163,8 +163,10 @@ class Kube(Protocol):
     async def delete(
         self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
     ) -> None:
-        """Delete an object, its dependants first (`foreground`) or afterwards. Raises ObjectNotFound, and Conflict if the
-        object of that name has another UID."""
+        """Delete an object, its dependants first (`foreground`) or afterwards.
+
+        Raises ObjectNotFound, and Conflict if the object of that name has another UID.
+        """
 
     async def read(self, path: str) -> Any:
         """Return the JSON at a path that is not an object of the API, such as the server's signing keys."""

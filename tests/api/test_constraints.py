@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from stagecoach_api.base import Model, constraints_of
 from stagecoach_api.constraints import (
-    Condition,
     Constraint,
+    Predicate,
     at_least,
     at_most_one,
     both,
@@ -69,7 +69,7 @@ def outer(**fields: Any) -> dict[str, Any]:
 
 
 # (condition, its CEL, documents for which it holds, documents for which it does not)
-CASES: list[tuple[Condition, str, list[dict[str, Any]], list[dict[str, Any]]]] = [
+CASES: list[tuple[Predicate, str, list[dict[str, Any]], list[dict[str, Any]]]] = [
     (given("first"), "has(self.first)", [outer(first=1)], [outer(), outer(first=None)]),
     (missing("first"), "!has(self.first)", [outer()], [outer(first=0)]),
     (given("nested.a"), "has(self.nested.a)", [outer(nested={"a": 1})], [outer()]),
@@ -153,7 +153,7 @@ CASES: list[tuple[Condition, str, list[dict[str, Any]], list[dict[str, Any]]]] =
 
 @pytest.mark.parametrize(("condition", "cel", "good", "bad"), CASES, ids=[case[1] for case in CASES])
 def test_a_condition_means_the_same_in_python_and_in_cel(
-    condition: Condition, cel: str, good: list[dict[str, Any]], bad: list[dict[str, Any]]
+    condition: Predicate, cel: str, good: list[dict[str, Any]], bad: list[dict[str, Any]]
 ) -> None:
     assert cel_of(condition, Outer) == cel
     for document in (*good, *bad):
@@ -181,7 +181,7 @@ LEAVES = st.sampled_from(
     ]
 )
 NEGATABLE = LEAVES.filter(lambda leaf: "Each" not in type(leaf).__name__)
-TREES: st.SearchStrategy[Condition] = st.recursive(
+TREES: st.SearchStrategy[Predicate] = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=3).map(lambda parts: either(*parts)),
@@ -211,7 +211,7 @@ DOCUMENTS = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None)
 @random(tree=TREES, document=DOCUMENTS)
-def test_every_tree_agrees_with_its_cel_on_every_document(tree: Condition, document: dict[str, Any]) -> None:
+def test_every_tree_agrees_with_its_cel_on_every_document(tree: Predicate, document: dict[str, Any]) -> None:
     """Python sees defaults filled in and CEL the fields that were written; an independent evaluator reads the CEL."""
     written = {name: value for name, value in document.items() if value is not None}  # the API server drops null
     assert tree.holds(Outer.model_validate(document)) is holds(cel_of(tree, Outer), written)
@@ -219,7 +219,7 @@ def test_every_tree_agrees_with_its_cel_on_every_document(tree: Condition, docum
 
 @settings(max_examples=200, deadline=None)
 @random(leaf=NEGATABLE, document=DOCUMENTS)
-def test_a_negated_condition_is_the_opposite(leaf: Condition, document: dict[str, Any]) -> None:
+def test_a_negated_condition_is_the_opposite(leaf: Predicate, document: dict[str, Any]) -> None:
     model = Outer.model_validate(document)
     assert leaf.negated().holds(model) is not leaf.holds(model)
 
@@ -233,7 +233,7 @@ def test_a_negated_condition_is_the_opposite(leaf: Condition, document: dict[str
         (given("required.a"), "`required` is not a model"),
     ],
 )
-def test_a_condition_that_cel_cannot_express_faithfully_stops_the_generator(condition: Condition, words: str) -> None:
+def test_a_condition_that_cel_cannot_express_faithfully_stops_the_generator(condition: Predicate, words: str) -> None:
     with pytest.raises((ValueError, KeyError), match=words):
         cel_of(condition, Outer)
 

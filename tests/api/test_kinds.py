@@ -14,7 +14,7 @@ from stagecoach_api.fields import fields_of
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.reading.loading import load_run
 from stagecoach_api.reading.validation import RULES
-from stagecoach_api.references import Artifact, RecordSource, Reference
+from stagecoach_api.references import ArtifactType, RecordSource, Reference
 from stagecoach_api.spec import Stage
 from stagecoach_api.stage_kind import Ranks, StageKind, reads, references_of
 from stagecoach_api.summary_tables import ChangeTable, MetricTable
@@ -80,7 +80,7 @@ def test_every_reference_of_a_kind_accepts_artifacts_that_some_kind_makes(kind: 
         accepted = kind.readable_at(tuple(path.split(".")))
         assert accepted, path
         assert accepted <= made, path
-        assert (accepted == {Artifact.RECORDS}) is issubclass(model, RecordSource), path
+        assert (accepted == {ArtifactType.RECORDS}) is issubclass(model, RecordSource), path
 
 
 @KINDS
@@ -141,13 +141,13 @@ def test_a_name_that_is_not_in_camel_case_is_an_error_at_import() -> None:
 def test_a_path_of_reads_that_is_not_a_reference_is_an_error_at_import() -> None:
     sft = STAGE_KINDS["sft"]
     with pytest.raises(TypeError, match=r"has \['modle'\], which are not references"):
-        replace(sft, reads={**sft.reads, "modle": reads(Artifact.MODEL)})
+        replace(sft, reads={**sft.reads, "modle": reads(ArtifactType.MODEL)})
 
 
 def test_sources_of_records_need_no_mention() -> None:
     assert "data" not in STAGE_KINDS["sft"].reads
-    assert STAGE_KINDS["sft"].readable_at(("data", 3)) == {Artifact.RECORDS}
-    assert STAGE_KINDS["ppo"].readable_at(("rewards", 0, "model")) == {Artifact.REWARD_MODEL}
+    assert STAGE_KINDS["sft"].readable_at(("data", 3)) == {ArtifactType.RECORDS}
+    assert STAGE_KINDS["ppo"].readable_at(("rewards", 0, "model")) == {ArtifactType.REWARD_MODEL}
 
 
 @pytest.mark.parametrize("declared", [None, STAGE_KINDS["sft"]], ids=["nothing", "a kind of another name"])

@@ -12,7 +12,7 @@ from stagecoach_api.base import Count, Fraction, Identifier, Model, Pattern, Wei
 from stagecoach_api.character_sets import Script
 from stagecoach_api.constraints import exactly_one
 from stagecoach_api.draft import Draft, Fault, configs
-from stagecoach_api.references import Artifact, RecordSource, Split
+from stagecoach_api.references import ArtifactType, RecordSource, Split
 from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
@@ -186,7 +186,7 @@ def parts_that_are_read_have_records(draft: Draft) -> Iterator[Fault]:
     for stage in draft.stages:
         for link in stage.links:
             data = stages[link.target].config if link.target in stages else None
-            if Artifact.RECORDS not in link.reads or not isinstance(data, DataStage):
+            if ArtifactType.RECORDS not in link.reads or not isinstance(data, DataStage):
                 continue
             share, split = data.held_out_share, stage.raw_at(link.path).get("split", Split.TRAIN)
             if split == Split.HELD_OUT and share == 0.0:
@@ -210,7 +210,7 @@ KIND = StageKind(
     position=10,
     summary="Read, filter, deduplicate and split records.",
     config=DataStage,
-    makes=Artifact.RECORDS,
+    makes=ArtifactType.RECORDS,
     tables=(),
     rules=(length_limits_are_in_order, some_source_is_written, parts_that_are_read_have_records),
 )

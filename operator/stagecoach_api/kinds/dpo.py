@@ -11,7 +11,7 @@ from stagecoach_api.base import Model
 from stagecoach_api.constraints import exactly_one
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs
-from stagecoach_api.references import Artifact, Format, Reference
+from stagecoach_api.references import ArtifactType, Format, Reference
 from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
@@ -106,8 +106,8 @@ KIND = StageKind(
     position=70,
     summary="Train a policy on preferences directly, without a reward model.",
     config=DpoStage,
-    makes=Artifact.MODEL,
-    reads={"model": reads(Artifact.MODEL), "reference": reads(Artifact.MODEL)},
+    makes=ArtifactType.MODEL,
+    reads={"model": reads(ArtifactType.MODEL), "reference": reads(ArtifactType.MODEL)},
     ranks=Ranks.ALL,
     heavy=True,
     tables=HELD_OUT_TABLES,

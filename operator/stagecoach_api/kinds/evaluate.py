@@ -15,7 +15,7 @@ from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.generation import Generation, Samples
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import PREFERENCE_FORMATS, Artifact, Format, NamedSource, Reference
+from stagecoach_api.references import PREFERENCE_FORMATS, ArtifactType, Format, NamedSource, Reference
 from stagecoach_api.rewards import PromptNamedSource, RewardTerms
 from stagecoach_api.stage_kind import StageConfig, StageKind, reads
 from stagecoach_api.summary_tables import MetricTable
@@ -254,11 +254,11 @@ KIND = StageKind(
     position=80,
     summary="Measure a model.",
     config=EvaluateStage,
-    makes=Artifact.REPORT,
+    makes=ArtifactType.REPORT,
     reads={
-        "model": reads(Artifact.MODEL),
-        "rewards.rewards.model": reads(Artifact.REWARD_MODEL),
-        "rewards.rivals.model": reads(Artifact.MODEL),
+        "model": reads(ArtifactType.MODEL),
+        "rewards.rewards.model": reads(ArtifactType.REWARD_MODEL),
+        "rewards.rivals.model": reads(ArtifactType.MODEL),
     },
     heavy=True,
     tables=(MetricTable("Evaluation"),),

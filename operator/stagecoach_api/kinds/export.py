@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stagecoach_api.base import LongText, Model
 from stagecoach_api.generation import Generation, Samples
-from stagecoach_api.references import Artifact, Reference
+from stagecoach_api.references import ArtifactType, Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind, reads
 from stagecoach_api.training import Precision
 
@@ -57,8 +57,8 @@ KIND = StageKind(
     position=90,
     summary="Make a release of a model.",
     config=ExportStage,
-    makes=Artifact.MODEL,
-    reads={"model": reads(Artifact.MODEL)},
+    makes=ArtifactType.MODEL,
+    reads={"model": reads(ArtifactType.MODEL)},
     heavy=True,
     release=True,
     tables=(),

@@ -12,7 +12,7 @@ from stagecoach_api.base import Count, Fraction, Model, NonNegativeCount
 from stagecoach_api.constraints import Constraint, given, missing
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs
-from stagecoach_api.references import PREFERENCE_FORMATS, Artifact, Format, Reference, WeightedSource
+from stagecoach_api.references import PREFERENCE_FORMATS, ArtifactType, Format, Reference, WeightedSource
 from stagecoach_api.rewards import PromptSource, RewardTerms
 from stagecoach_api.rules.formats import numbered, wrong_format
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
@@ -332,12 +332,12 @@ KIND = StageKind(
     position=60,
     summary="Train a policy on a reward by reinforcement learning.",
     config=PpoStage,
-    makes=Artifact.MODEL,
+    makes=ArtifactType.MODEL,
     reads={
-        "model": reads(Artifact.MODEL),
-        "reference": reads(Artifact.MODEL),
-        "rewards.model": reads(Artifact.REWARD_MODEL),
-        "critic.model": reads(Artifact.REWARD_MODEL, Artifact.MODEL),
+        "model": reads(ArtifactType.MODEL),
+        "reference": reads(ArtifactType.MODEL),
+        "rewards.model": reads(ArtifactType.REWARD_MODEL),
+        "critic.model": reads(ArtifactType.REWARD_MODEL, ArtifactType.MODEL),
     },
     ranks=Ranks.ALL,
     heavy=True,

@@ -12,7 +12,7 @@ from stagecoach_api.base import Count, Identifier, Model, Weight
 from stagecoach_api.constraints import Constraint, divisible, exactly_one, given, implies
 from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import Artifact, Reference
+from stagecoach_api.references import ArtifactType, Reference
 from stagecoach_api.rules.training import batch_too_small
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
@@ -259,10 +259,10 @@ KIND = StageKind(
     position=30,
     summary="Train on the next token of text.",
     config=PretrainStage,
-    makes=Artifact.MODEL,
+    makes=ArtifactType.MODEL,
     reads={
-        "model": reads(Artifact.MODEL),
-        "tokenizer": reads(Artifact.VOCABULARY, Artifact.MODEL),
+        "model": reads(ArtifactType.MODEL),
+        "tokenizer": reads(ArtifactType.VOCABULARY, ArtifactType.MODEL),
     },
     ranks=Ranks.ALL,
     heavy=True,

@@ -13,7 +13,7 @@ from stagecoach_api.constraints import exactly_one
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.problems import suggest
-from stagecoach_api.references import Artifact, Format, NamedSource, Reference, WeightedSource
+from stagecoach_api.references import ArtifactType, Format, NamedSource, Reference, WeightedSource
 from stagecoach_api.rewards import Domain
 from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
@@ -161,8 +161,8 @@ KIND = StageKind(
     position=50,
     summary="Train a model that scores answers, on preferences.",
     config=RewardModelStage,
-    makes=Artifact.REWARD_MODEL,
-    reads={"model": reads(Artifact.MODEL)},
+    makes=ArtifactType.REWARD_MODEL,
+    reads={"model": reads(ArtifactType.MODEL)},
     ranks=Ranks.ALL,
     heavy=True,
     tables=HELD_OUT_TABLES,

@@ -11,7 +11,7 @@ from pydantic import Field
 from stagecoach_api.base import Fraction, Model, ShortText
 from stagecoach_api.conversation import Loss, Template, TooLong
 from stagecoach_api.draft import Draft, Fault, configs
-from stagecoach_api.references import PREFERENCE_FORMATS, Artifact, Format, Reference
+from stagecoach_api.references import PREFERENCE_FORMATS, ArtifactType, Format, Reference
 from stagecoach_api.rules.formats import numbered, training_sets, wrong_format
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
@@ -124,10 +124,10 @@ KIND = StageKind(
     position=40,
     summary="Fine-tune a model on instructions and conversations.",
     config=SftStage,
-    makes=Artifact.MODEL,
+    makes=ArtifactType.MODEL,
     reads={
-        "model": reads(Artifact.MODEL),
-        "tokenizer": reads(Artifact.VOCABULARY, Artifact.MODEL),
+        "model": reads(ArtifactType.MODEL),
+        "tokenizer": reads(ArtifactType.VOCABULARY, ArtifactType.MODEL),
     },
     ranks=Ranks.ALL,
     heavy=True,

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from stagecoach_api.base import Fraction, Model, Uri
 from stagecoach_api.constraints import Constraint, both, different, either, given, implies
-from stagecoach_api.references import Artifact, NamedSource, RecordSource, Reference
+from stagecoach_api.references import ArtifactType, NamedSource, RecordSource, Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind, reads
 from stagecoach_api.summary_tables import ChangeTable
 
@@ -153,10 +153,10 @@ KIND = StageKind(
     position=20,
     summary="Make a vocabulary.",
     config=TokenizerStage,
-    makes=Artifact.VOCABULARY,
+    makes=ArtifactType.VOCABULARY,
     reads={
-        "base": reads(Artifact.VOCABULARY, Artifact.MODEL),
-        "merge.vocabulary": reads(Artifact.VOCABULARY),
+        "base": reads(ArtifactType.VOCABULARY, ArtifactType.MODEL),
+        "merge.vocabulary": reads(ArtifactType.VOCABULARY),
     },
     tables=(
         ChangeTable(

@@ -14,7 +14,7 @@ from stagecoach_api.base import Model
 from stagecoach_api.draft import Draft, DraftStage, Link, walk
 from stagecoach_api.fields import FieldPath, walk_models
 from stagecoach_api.kinds import STAGE_KINDS
-from stagecoach_api.references import Artifact
+from stagecoach_api.references import ArtifactType
 
 
 def read_draft(document: Mapping[str, Any]) -> Draft:
@@ -27,8 +27,8 @@ def read_draft(document: Mapping[str, Any]) -> Draft:
 
 
 @cache
-def _makers() -> Mapping[Artifact, tuple[str, ...]]:
-    makers: dict[Artifact, list[str]] = defaultdict(list)
+def _makers() -> Mapping[ArtifactType, tuple[str, ...]]:
+    makers: dict[ArtifactType, list[str]] = defaultdict(list)
     for name, kind in STAGE_KINDS.items():
         makers[kind.makes].append(name)
     return {artifact: tuple(names) for artifact, names in makers.items()}

@@ -17,18 +17,18 @@ from stagecoach_api.constraints import (
     AllOf,
     AnyOf,
     Compare,
-    Condition,
     Divisible,
     Each,
     ExactlyOne,
     Given,
+    Predicate,
     Same,
     value_at,
 )
 from stagecoach_api.fields import shape_of
 
 
-def cel_of(condition: Condition, model: type[Model]) -> str:
+def cel_of(condition: Predicate, model: type[Model]) -> str:
     """Return a condition on `model` as a CEL expression on `self`.
 
     Raises ValueError for a condition that would mean something else in CEL than in Python.
@@ -76,7 +76,7 @@ class _Scope:
     known: frozenset[str] = frozenset()
     """Fields that are set wherever this part of the expression is evaluated."""
 
-    def expression(self, condition: Condition) -> _Expression:  # noqa: PLR0911 - one line for each kind of node
+    def expression(self, condition: Predicate) -> _Expression:  # noqa: PLR0911 - one line for each kind of node
         match condition:
             case Given():
                 return self._given(condition)
@@ -100,7 +100,7 @@ class _Scope:
                 return _Expression(f"[{given}].exists_one(given, given)", _Binding.ATOM)
         raise ValueError(f"{condition} has no form in CEL")
 
-    def _parts(self, parts: Sequence[Condition], set_by: bool) -> list[_Expression]:
+    def _parts(self, parts: Sequence[Predicate], set_by: bool) -> list[_Expression]:
         """Return the operands of && (`set_by` true) or ||. CEL evaluates a later one only if the earlier ones were true
         or, for ||, false; so a field whose `has()` they tested needs no second test."""
         expressions, scope = [], self

@@ -235,8 +235,8 @@ class ClusterApi:
         """Yield the log lines of a pod's trainer, each with its time stamp (RFC 3339).
 
         `follow`: wait for further lines until the container ends; the stream may end earlier. `since`: RFC 3339 time;
-        the API server rounds it down to the second. Raises UnknownObject, ClusterUnreachable, and Unusable if the container
-        has not started.
+        the API server rounds it down to the second. Raises UnknownObject, ClusterUnreachable, and Unusable if the
+        container has not started.
         """
         query = {"container": names.TRAINER_CONTAINER, "timestamps": "true"}
         query |= {"follow": "true"} if follow else {}
