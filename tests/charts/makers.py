@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import yaml
 
 from tests import ROOT
+from tests.cluster.__main__ import Cluster
 from tests.cluster.build import Builder
-from tests.cluster.layout import DEFAULT_CACHE, ENV_CACHE
+from tests.cluster.layout import DEFAULT_CACHE, ENV_CACHE, Kind, find_layout
 from tests.cluster.versions import read_versions
 
 CHART = ROOT / "charts" / "stagecoach"
@@ -25,6 +27,15 @@ WITHOUT_CRD = {"crds": {"install": False}}
 """Rendering and comparing is ten times faster without the CRD."""
 
 Body = dict[str, Any]
+
+
+@contextmanager
+def api_cluster(state: Path, first_port: int) -> Iterator[Cluster]:
+    """Start etcd and an API server; stop and remove them afterwards."""
+    cluster = Cluster(find_layout(Kind.API, state=state, first_port=first_port))
+    cluster.up()
+    yield cluster
+    cluster.down()
 
 
 @cache

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.charts.makers import CHART
+from tests.charts.makers import CHART, api_cluster
 from tests.cluster.__main__ import Cluster
-from tests.cluster.layout import Kind, find_layout
 
 pytestmark = pytest.mark.go
 
@@ -29,11 +28,8 @@ Stagecoach = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    layout = find_layout(Kind.API, state=tmp_path_factory.mktemp("api"), first_port=FIRST_PORT)
-    cluster = Cluster(layout)
-    cluster.up()
-    yield cluster
-    cluster.down()
+    with api_cluster(tmp_path_factory.mktemp("api"), FIRST_PORT) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -18,20 +15,9 @@ from stagecoach_api.version import __version__
 from stagecoach_core.manifests.settings import ManifestSettings
 from tests import ROOT
 from tests.charts.makers import CHART
+from tests.scripts import load_script
 
-
-def load() -> ModuleType:
-    """Import charts/generate.py, which is a script outside of any package."""
-    spec = importlib.util.spec_from_file_location("charts_generate", ROOT / "charts" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module there
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = load()
+generate = load_script("charts/generate.py")
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ import pytest
 
 from stagecoach_api.names import FINALIZER
 from tests import ROOT
-from tests.charts.makers import CHART, RELEASE, helm
+from tests.charts.makers import CHART, RELEASE, api_cluster, helm
 from tests.cluster.__main__ import Cluster
-from tests.cluster.layout import Kind, find_layout
 
 pytestmark = pytest.mark.go
 
@@ -68,11 +67,8 @@ class Api:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    layout = find_layout(Kind.API, state=tmp_path_factory.mktemp("api"), first_port=FIRST_PORT)
-    cluster = Cluster(layout)
-    cluster.up()
-    yield cluster
-    cluster.down()
+    with api_cluster(tmp_path_factory.mktemp("api"), FIRST_PORT) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ CODE = "sha256:code"
 TRAINING: dict[str, Any] = {"batch": {"tokens": 64}, "optimizer": {"learningRate": 1e-3}, "sequenceLength": 16}
 
 
-def data_stage(name: str, *inputs: str, **settings: Any) -> dict[str, Any]:
-    """A `data` stage that reads the stages `inputs`, or a file if there are none."""
-    sources = [{"stage": item} for item in inputs] or [{"uri": f"{name}.jsonl"}]
+def data_stage(name: str, *inputs: str, uri: str | None = None, **settings: Any) -> dict[str, Any]:
+    """A `data` stage that reads the stages `inputs`, or a file if there are none: `uri`, or one named after it."""
+    sources = [{"stage": item} for item in inputs] or [{"uri": uri or f"{name}.jsonl"}]
     return {"name": name, "data": {"sources": sources}, **settings}
 
 

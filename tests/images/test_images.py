@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import stat
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
 
 from stagecoach_api.version import __version__
 from tests import ROOT
+from tests.scripts import load_script
 
 DOCKERFILES = {name: ROOT / "images" / name / "Dockerfile" for name in ("operator", "trainer")}
 
 
-def load() -> ModuleType:
-    """Import images/build.py, which is a script outside of any package."""
-    spec = importlib.util.spec_from_file_location("images_build", ROOT / "images" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module there
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load()
+build = load_script("images/build.py")
 
 
 def pins(lock: Path) -> dict[str, set[str]]:

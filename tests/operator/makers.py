@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from stagecoach_operator.object_views import RunView, jobset_view, pod_view, run
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
+from tests.core import makers as core_makers
 
 _VIEWS: dict[str, Callable[[Body], Child]] = {
     JOBSETS.plural: jobset_view,
@@ -663,7 +665,5 @@ async def drive(world: World, operator: Operator, seconds: float = 3600.0) -> No
         world.now = max(world.now + 0.001, coming)
 
 
-def data_stage(name: str, *inputs: str, uri: str = "a.txt", **settings: Any) -> dict[str, Any]:
-    """A `data` stage that reads the stages `inputs`, or a file if there are none."""
-    sources = [{"stage": item} for item in inputs] or [{"uri": uri}]
-    return {"name": name, "data": {"sources": sources}, **settings}
+data_stage = partial(core_makers.data_stage, uri="a.txt")
+"""A `data` stage that reads the named stages, or the file `a.txt` if there are none."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.outcomes import AttemptResult
 from tests import ROOT
+from tests.trainer.contexts import resolved_stage
 
 DIGEST = "d" * 64
 
@@ -105,17 +105,12 @@ def make_attempt(
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(SITE)
     (folder / "site" / "stand_in.py").write_text(code)
-    stage = ResolvedStage(
-        namespace="default",
-        run="test",
-        stage="stage",
+    stage = resolved_stage(
+        attempt.store,
         kind=kind,
         attempt=number,
-        digest=DIGEST,
         config=config or {"data": DATA_CONFIG, "pretrain": PRETRAIN_CONFIG}[kind],
         seed=0,
-        code="c" * 64,
-        storage_uri=str(attempt.store),
         ranks_per_node=ranks,
     )
     (attempt.work / "stage.json").write_text(json.dumps(stage.model_dump(mode="json")))

@@ -20,23 +20,13 @@ from stagecoach_trainer.run_stage import AttemptSettings, run_stage
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import world_from
 from stagecoach_trainer.runtime.errors import Diverged, GateFailed, Interrupted, UserError
+from tests.trainer.contexts import resolved_stage
 from tests.trainer.makers import DATA_CONFIG, DIGEST
 
 
 def resolved(folder: Path, **changes: Any) -> ResolvedStage:
-    values: dict[str, Any] = {
-        "namespace": "default",
-        "run": "test",
-        "stage": "corpus",
-        "kind": "data",
-        "attempt": 1,
-        "digest": DIGEST,
-        "config": DATA_CONFIG,
-        "seed": 3,
-        "code": "c" * 64,
-        "storage_uri": str(folder / "store"),
-    }
-    return ResolvedStage(**(values | changes))
+    values: dict[str, Any] = {"stage": "corpus", "kind": "data", "config": DATA_CONFIG, "seed": 3}
+    return resolved_stage(folder / "store", **(values | changes))
 
 
 def attempt(folder: Path, world: World | None = None) -> AttemptSettings:

@@ -13,7 +13,7 @@ from stagecoach_trainer.models.reward import RewardModel
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
 from stagecoach_trainer.samples.scoring import AnsweredConversation, encode_answered
-from tests.trainer.evaluation.makers import write_lines
+from tests.trainer.data.makers import write_jsonl
 from tests.trainer.models.makers import make_context, make_tokenizer, save_base
 
 Config = TypeVar("Config")
@@ -65,7 +65,7 @@ def write_pairs(path: Path, count: int, seed: int, good: str = GOOD, bad: str = 
     for _ in range(count):
         prompt, one, two = (some_words(random, 3) for _ in range(3))
         lines.append({"prompt": prompt, "chosen": f"{one} {good}", "rejected": f"{two} {bad}"})
-    return write_lines(path, lines)
+    return write_jsonl(path, lines)
 
 
 def write_labels(path: Path, count: int, seed: int) -> Path:
@@ -76,7 +76,7 @@ def write_labels(path: Path, count: int, seed: int) -> Path:
         prompt, words = (some_words(random, 3) for _ in range(2))
         good = number % 3 != 0
         lines.append({"prompt": prompt, "completion": f"{words} {GOOD if good else BAD}", "label": good})
-    return write_lines(path, lines)
+    return write_jsonl(path, lines)
 
 
 def write_rankings(path: Path, count: int, seed: int) -> Path:
@@ -86,7 +86,7 @@ def write_rankings(path: Path, count: int, seed: int) -> Path:
     for number in range(count):
         answers = [some_words(random, 2 + place) for place in range(2 + number % 3)]
         lines.append({"prompt": some_words(random, 2), "answers": answers})
-    return write_lines(path, lines)
+    return write_jsonl(path, lines)
 
 
 def preference_context(root: Path, kind: str, pairs: tuple[int, int], **inputs: Path) -> StageContext:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.artifacts import ResolvedInput, ResolvedStage
+from stagecoach_api.artifacts import ResolvedInput
 from stagecoach_api.references import Reference
 from stagecoach_api.store import Store, external_digest, list_external, open_store
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.progress import Progress
 from tests import SHARED_DATA as SHARED
+from tests.trainer.contexts import resolved_stage
 
 LLAMA = SHARED / "tokenizers" / "llama_32000.model"
 CHINESE = SHARED / "tokenizers" / "chinese_sp_20000.model"
@@ -44,20 +45,8 @@ def make_context(
     """Return a context that works below `folder`, where its store is, too, unless one is given."""
     work = folder / f"work-{seed}"
     (work / "output").mkdir(parents=True)
-    resolved = ResolvedStage(
-        namespace="default",
-        run="test",
-        stage="stage",
-        kind="data",
-        attempt=1,
-        digest="0" * 64,
-        config={},
-        seed=seed,
-        code="test",
-        storage_uri=str(folder),
-    )
     return FolderContext(
-        resolved=resolved,
+        resolved=resolved_stage(folder, kind="data", digest="0" * 64, seed=seed, code="test"),
         store=store or open_store(str(folder / "store")),
         work=work,
         cache=folder / "cache",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,3 @@ def naive_answer(model: Any, prompt: Sequence[int] | Ids, num_tokens: int, ends:
             break
         tokens.append(following)
     return tokens[len(prompt) :]
-
-
-def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path

@@ -14,7 +14,8 @@ from stagecoach_api.references import NamedSource
 from stagecoach_trainer.evaluation.held_out import HeldOutFigures, measure_held_out
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.encoding import Encoder
-from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, write_lines
+from tests.trainer.data.makers import write_jsonl
+from tests.trainer.evaluation.makers import chat_tokenizer, lively_model
 from tests.trainer.models.makers import make_context, make_tokenizer
 
 TEXTS = ("the quick brown fox", "白日依山尽 黄河入海流", "a model learns what the next word is " * 6, "x")
@@ -33,7 +34,7 @@ def model(tokenizer: Any) -> Any:
 def measured(
     tmp_path: Path, records: list[dict[str, Any]], model: Any, tokenizer: Any, **settings: Any
 ) -> HeldOutFigures:
-    context = make_context(tmp_path, inputs={"set": write_lines(tmp_path / "set.jsonl", records)})
+    context = make_context(tmp_path, inputs={"set": write_jsonl(tmp_path / "set.jsonl", records)})
     source = NamedSource(name="zh", uri="set")
     values = {"model": {"uri": "m"}, "sequenceLength": 256, "batchRows": 2, **settings}
     return measure_held_out(source, EvaluateStage.model_validate(values), model, tokenizer, context)

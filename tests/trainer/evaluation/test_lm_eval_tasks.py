@@ -15,7 +15,8 @@ from stagecoach_api.kinds.evaluate import EvaluateStage, LmEvalTask
 from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_custom_task
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages.evaluate import run
-from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_chat_base, write_lines
+from tests.trainer.data.makers import write_jsonl
+from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_chat_base
 from tests.trainer.models.makers import make_context
 
 CHOICES = ["fox", "dog", "白日"]
@@ -38,7 +39,7 @@ TASK: dict[str, Any] = {
 def task_folder(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "animals.yaml").write_text(yaml.safe_dump(TASK | changes), encoding="utf-8")
-    write_lines(folder / "animals.jsonl", DOCUMENTS)
+    write_jsonl(folder / "animals.jsonl", DOCUMENTS)
     return folder
 
 

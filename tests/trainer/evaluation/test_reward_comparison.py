@@ -21,13 +21,13 @@ from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import GateFailed, UserError
 from stagecoach_trainer.stages.evaluate import run
 from tests.trainer.align.makers import rewards_of
+from tests.trainer.data.makers import write_jsonl
 from tests.trainer.evaluation.makers import (
     QUESTIONS,
     chat_tokenizer,
     naive_answer,
     save_chat_adapter,
     save_chat_base,
-    write_lines,
 )
 from tests.trainer.models.makers import make_context, make_model
 from tests.trainer.rewards.makers import TinyJudge, endpoint_of, evaluate_stage, feedback_term, serve
@@ -46,7 +46,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         {"instruction": question, "input": "", "output": "unused"} for question in QUESTIONS
     ]
     model = save_chat_adapter(root / "making", base, root / "adapter", size=0.8)
-    return {"model": model, "rival": base, "prompts": write_lines(root / "prompts.jsonl", records)}
+    return {"model": model, "rival": base, "prompts": write_jsonl(root / "prompts.jsonl", records)}
 
 
 def evaluate(root: Path, inputs: dict[str, Path], *terms: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_rewards_that_cannot_be_had_are_told_with_their_place(tmp_path: Path, in
 
 def test_a_record_that_is_an_answer_only_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
     talk = {"messages": [{"role": "assistant", "content": "hello"}]}
-    prompts = write_lines(tmp_path / "p.jsonl", [talk])
+    prompts = write_jsonl(tmp_path / "p.jsonl", [talk])
     with pytest.raises(UserError, match=r"prompts:1: rewards help needs prompts"):
         evaluate(tmp_path, inputs | {"prompts": prompts}, *TERMS)
 

@@ -17,7 +17,8 @@ from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import GateFailed, Interrupted, UserError
 from stagecoach_trainer.stages.evaluate import run
-from tests.trainer.evaluation.makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base, write_lines
+from tests.trainer.data.makers import write_jsonl
+from tests.trainer.evaluation.makers import QUESTIONS, naive_answer, save_chat_adapter, save_chat_base
 from tests.trainer.models.makers import make_context, make_tokenizer, report_of, save_base
 
 TEXTS = ({"text": "the quick brown fox"}, {"text": "白日依山尽 | 黄河入海流"})
@@ -59,8 +60,8 @@ def inputs(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         questions.append({"instruction": question, "input": "", "output": f" {answer} \n"})
     return {
         "model": adapter,
-        "text": write_lines(root / "text.jsonl", TEXTS),
-        "questions": write_lines(root / "questions.jsonl", questions),
+        "text": write_jsonl(root / "text.jsonl", TEXTS),
+        "questions": write_jsonl(root / "questions.jsonl", questions),
     }
 
 
@@ -147,7 +148,7 @@ def test_a_model_without_a_chat_template_continues_plain_text_and_says_so(tmp_pa
 
 def test_a_record_without_an_answer_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
     talk = {"messages": [{"role": "user", "content": "?"}]}
-    questions = write_lines(tmp_path / "q.jsonl", [talk])
+    questions = write_jsonl(tmp_path / "q.jsonl", [talk])
     with pytest.raises(UserError, match=r"questions:1: .*verse needs conversations in which the assistant answers"):
         evaluate(tmp_path, inputs | {"questions": questions}, heldOut=[])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,15 +18,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.references import WeightedSource
-from stagecoach_api.store import open_store
 from stagecoach_api.training import Batch, MeasuredTraining, Optimizer, Schedule, ScheduleName
 from stagecoach_trainer.batches.rows import IGNORE, Row
 from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.runtime.checkpoint_paths import complete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, World
-from stagecoach_trainer.runtime.progress import Progress
+from tests import ROOT
+from tests.trainer.contexts import resolved_stage, stage_context
 
 VOCABULARY = 197
 LINEAR = Schedule(name=ScheduleName.LINEAR)
@@ -109,29 +110,16 @@ def complete_steps(home: Path) -> list[int]:
 
 def context(folder: Path, world: World | None = None, seed: int = 7) -> StageContext:
     """A context whose store, work and cache folders are in `folder`."""
-    work = folder / "work"
-    (work / "output").mkdir(parents=True, exist_ok=True)
-    resolved = ResolvedStage(
-        namespace="default",
-        run="test",
-        stage="train",
-        kind="pretrain",
-        attempt=1,
-        digest="d" * 64,
-        config={},
-        seed=seed,
-        code="c" * 64,
-        storage_uri=str(folder / "store"),
-    )
-    return StageContext(
-        resolved=resolved,
-        store=open_store(str(folder / "store")),
-        work=work,
-        cache=folder / "cache",
-        world=world or World(),
-        progress=Progress(work / "progress.jsonl"),
-        stop=threading.Event(),
-    )
+    work, resolved = folder / "work", resolved_stage(folder / "store", stage="train", seed=seed)
+    return stage_context(resolved, work, folder / "cache", world, progress=work / "progress.jsonl")
+
+
+def run_until_killed(module: str, folder: Path, seconds: float) -> None:
+    """Run `be_killed(folder)` of a test module in another process, which must end by SIGKILL."""
+    script = f"from {module} import be_killed; be_killed({str(folder)!r})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    assert worker.wait(seconds) == -signal.SIGKILL
 
 
 @contextmanager

@@ -6,15 +6,12 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stagecoach_api.artifacts import checkpoint_name, checkpoints_prefix
 from stagecoach_trainer.loop.checkpoint import steps_to_delete
@@ -23,7 +20,6 @@ from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
-from tests import ROOT
 from tests.trainer.loop.makers import (
     RandomPlan,
     WatchedSchedule,
@@ -32,13 +28,13 @@ from tests.trainer.loop.makers import (
     disk_full_beyond,
     equal_weights,
     row,
+    run_until_killed,
     tiny_model,
     training,
     weights,
 )
 
 HELD_OUT = (HeldOutSet("zh", (row((10, 9), 1), row((12,), 2)), 40),)
-HERE = Path(__file__).parent
 
 
 def configuration(precision: str = "fp32", **settings: Any) -> Any:
@@ -93,12 +89,7 @@ def test_stopped_twice_a_run_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: 
 def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole, whole_weights = run(context(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    script = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_resume; test_resume.be_killed({str(folder)!r})"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
-    assert worker.wait(120) == -signal.SIGKILL
+    run_until_killed("tests.trainer.loop.test_resume", folder, 120)
     assert max(complete_steps(checkpoints(context(folder)))) == 4
     resumed, resumed_weights = run(context(folder))
     assert equal_weights(resumed_weights, whole_weights)

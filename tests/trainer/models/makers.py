@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from stagecoach_api.artifacts import REPORT, ResolvedInput, ResolvedStage
-from stagecoach_api.store import open_store
+from stagecoach_api.artifacts import REPORT, ResolvedInput
 from stagecoach_trainer.runtime.context import StageContext, World
-from stagecoach_trainer.runtime.progress import Progress
+from tests.trainer.contexts import resolved_stage, stage_context
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog and the dog sleeps",
@@ -152,29 +150,9 @@ def make_context(
     """Return a context below `root` whose inputs are `uri:NAME` for each given NAME."""
     store = root / "store"
     store.mkdir(parents=True, exist_ok=True)
-    resolved = ResolvedStage(
-        namespace="default",
-        run="test",
-        stage=kind,
-        kind=kind,
-        attempt=1,
-        digest="d" * 64,
-        config={},
-        inputs={f"uri:{name}": outside(path) for name, path in (inputs or {}).items()},
-        seed=seed,
-        code="test",
-        storage_uri=str(store),
-    )
-    context = StageContext(
-        resolved=resolved,
-        store=open_store(str(store)),
-        work=root / "work",
-        cache=root / "cache",
-        world=world or World(),
-        progress=Progress(None),
-        stop=threading.Event(),
-    )
-    context.output.mkdir(parents=True, exist_ok=True)
+    found = {f"uri:{name}": outside(path) for name, path in (inputs or {}).items()}
+    resolved = resolved_stage(store, stage=kind, kind=kind, inputs=found, seed=seed, code="test")
+    context = stage_context(resolved, root / "work", root / "cache", world)
     (context.work / "logs").mkdir(exist_ok=True)
     context.cache.mkdir(exist_ok=True)
     return context

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +24,7 @@ from stagecoach_trainer.ppo.mini_batches import own_mini_batches
 from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted
-from tests import ROOT
-from tests.trainer.loop.makers import RandomPlan, complete_steps, context, equal_weights, row, weights
+from tests.trainer.loop.makers import RandomPlan, complete_steps, context, equal_weights, row, run_until_killed, weights
 from tests.trainer.ppo.makers import (
     FunctionTerm,
     configuration,
@@ -39,7 +36,6 @@ from tests.trainer.ppo.makers import (
     with_adapter,
 )
 
-HERE = Path(__file__).parent
 UPDATES, SAMPLES, ROUNDS = 5, 16, 4
 Weights = dict[str, torch.Tensor]
 
@@ -171,12 +167,7 @@ def test_answers_that_cannot_be_kept_are_made_again_and_the_checkpoint_is_saved_
 def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole = run(context(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    script = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_ppo_loop; test_ppo_loop.be_killed({str(folder)!r})"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
-    assert worker.wait(250) == -signal.SIGKILL
+    run_until_killed("tests.trainer.ppo.test_ppo_loop", folder, 250)
     here = context(folder)
     assert complete_steps(checkpoints_folder(here.store, here.cache, here.resolved.digest)) == [2]
     assert_same(run(here), whole)

@@ -20,7 +20,7 @@ from stagecoach_trainer.rewards.term import share_of
 from stagecoach_trainer.runtime import collectives
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import UserError
-from tests.trainer.evaluation.makers import write_lines
+from tests.trainer.data.makers import write_jsonl
 from tests.trainer.models.makers import make_context
 from tests.trainer.rewards.makers import (
     Behaviour,
@@ -275,7 +275,7 @@ RANKED = [
 
 
 def test_weights_are_fitted_on_ranked_answers_and_outlive_a_resume(tmp_path: Path) -> None:
-    inputs = {"ranked": write_lines(tmp_path / "ranked.jsonl", RANKED)}
+    inputs = {"ranked": write_jsonl(tmp_path / "ranked.jsonl", RANKED)}
     fit = {"name": "ranked", "uri": "ranked", "format": "ranked"}
     with serve(truthful) as running:
         term = statements(running.url, None, None, 0.25, fit=fit)
@@ -300,7 +300,7 @@ def test_weights_are_fitted_on_ranked_answers_and_outlive_a_resume(tmp_path: Pat
 
 
 def test_the_rank_that_fits_may_spend_the_budget_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = {"ranked": write_lines(tmp_path / "ranked.jsonl", RANKED)}
+    inputs = {"ranked": write_jsonl(tmp_path / "ranked.jsonl", RANKED)}
     fit = {"name": "ranked", "uri": "ranked", "format": "ranked"}
     monkeypatch.setattr(propositions, "_from_main", lambda context, *fitted: fitted)
     monkeypatch.setattr(collectives, "sum_over_ranks", lambda values, world: values)  # the other has asked nothing
@@ -313,7 +313,7 @@ def test_the_rank_that_fits_may_spend_the_budget_of_all(tmp_path: Path, monkeypa
 
 
 def test_a_judge_that_tells_nothing_apart_is_told(tmp_path: Path) -> None:
-    inputs = {"ranked": write_lines(tmp_path / "ranked.jsonl", RANKED)}
+    inputs = {"ranked": write_jsonl(tmp_path / "ranked.jsonl", RANKED)}
     fit = {"name": "ranked", "uri": "ranked", "format": "ranked"}
     with serve(lambda messages: "yes") as running:
         term = statements(running.url, None, fit=fit)

@@ -20,6 +20,12 @@ SMALL: dict[str, Any] = {
 }
 
 
+def report_in(output: Path) -> dict[str, Any]:
+    """Return the report of a stage's output folder."""
+    report: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return report
+
+
 def write_texts(path: Path, number: int = 40) -> Path:
     lines = (SENTENCES[index % len(SENTENCES)] + f" {index}" for index in range(number))
     path.write_text("".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines))

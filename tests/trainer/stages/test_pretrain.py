@@ -13,19 +13,9 @@ from safetensors.torch import load_file
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.models.makers import make_context, make_tokenizer, outside
-from tests.trainer.stages.makers import Workshop, write_texts
+from tests.trainer.stages.makers import Workshop, report_in, write_texts
 
 SHAPE = {"hiddenSize": 32, "intermediateSize": 48, "numLayers": 1, "numHeads": 4, "maxPositionEmbeddings": 64}
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return found
 
 
 def files_of(output: Path) -> dict[str, bytes]:
@@ -49,7 +39,7 @@ def test_a_new_model_learns_and_equal_runs_write_equal_files(workshop: Workshop)
     assert {"config.json", "model.safetensors", "tokenizer.json", "stagecoach.json", "report.json", "report.md"} <= set(
         files_of(output)
     )
-    report = report_of(output)
+    report = report_in(output)
     assert report["steps"] == 12
     assert report["data"]["texts"]["records"] == report["data"]["texts"]["samples"] == 40
     assert report["metrics"]["packing.usefulShare"] > 0.8
@@ -119,7 +109,7 @@ def test_phases_and_positions_reach_the_saved_model(workshop: Workshop) -> None:
     assert config["max_position_embeddings"] == 512
     assert config["rope_parameters"]["rope_type"] == "linear"
     assert config["rope_parameters"]["rope_theta"] == 50000
-    assert [phase["name"] for phase in report_of(output)["phases"]] == ["short", "long"]
+    assert [phase["name"] for phase in report_in(output)["phases"]] == ["short", "long"]
 
 
 def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
@@ -127,7 +117,7 @@ def test_weights_and_replay_are_reported_by_set(workshop: Workshop) -> None:
     _, output = workshop.pretrain(
         data=[{"uri": "texts", "name": "new", "weight": 9}, {"uri": "more", "name": "replay", "weight": 1}]
     )
-    rows = report_of(output)["phases"][0]["rows"]
+    rows = report_in(output)["phases"][0]["rows"]
     assert rows["replay"] in (2, 3)
     assert rows["new"] + rows["replay"] == 24
 

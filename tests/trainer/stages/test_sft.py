@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_trainer.runtime.errors import UserError
-from tests.trainer.stages.makers import Workshop
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return found
+from tests.trainer.stages.makers import Workshop, report_in
 
 
 def test_the_trained_model_answers_in_plain_transformers_with_its_chat_template(workshop: Workshop) -> None:
@@ -46,7 +35,7 @@ def test_the_trained_model_answers_in_plain_transformers_with_its_chat_template(
     answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(answer).startswith("the")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    counts = report_of(output)["data"]["talks"]
+    counts = report_in(output)["data"]["talks"]
     assert counts["records"] == counts["samples"] == 40
 
 
@@ -62,11 +51,11 @@ def test_chatml_ends_with_its_own_marker_if_the_vocabulary_has_it(workshop: Work
     saved = AutoTokenizer.from_pretrained(output)
     assert saved.eos_token == "<|im_end|>"  # noqa: S105
     assert saved.chat_template is not None
-    assert report_of(output)["warnings"] == []
+    assert report_in(output)["warnings"] == []
     card = json.loads((output / "stagecoach.json").read_text())
     assert card["newRows"] == "mean"
     _, spelled = workshop.sft("spelled", template={"name": "chatml"})
-    assert "specialTokens" in report_of(spelled)["warnings"][0]
+    assert "specialTokens" in report_in(spelled)["warnings"][0]
 
 
 def test_packed_and_unpacked_training_give_equal_results(workshop: Workshop) -> None:
@@ -86,7 +75,7 @@ def test_sets_with_weights_an_adapter_and_its_continuation(workshop: Workshop) -
         ],
         trainable={"lora": {"rank": 4}},
     )
-    rows = report_of(first)["phases"][0]["rows"]
+    rows = report_in(first)["phases"][0]["rows"]
     assert set(rows) == {"talks", "texts"}
     _, second = workshop.sft("second", model={"uri": "first"}, trainable={"lora": {"continueAdapter": True}})
     config = json.loads((second / "adapter_config.json").read_text())
@@ -120,7 +109,7 @@ def test_more_dropped_samples_than_allowed_fail_the_stage(workshop: Workshop) ->
     with pytest.raises(UserError, match=r"7\.5% of the samples.*`maxDroppedShare` 5\.0%.*tooLong 3"):
         workshop.sft()
     _, output = workshop.sft("allowed", maxDroppedShare=0.1)
-    assert report_of(output)["data"]["talks"]["tooLong"] == 3
+    assert report_in(output)["data"]["talks"]["tooLong"] == 3
 
 
 def test_tokenised_shards_are_built_once_and_reused(workshop: Workshop) -> None:
