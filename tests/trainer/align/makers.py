@@ -31,11 +31,11 @@ LEARNS: dict[str, Any] = {
     "optimizer": {"learningRate": 3e-3},
     "precision": "fp32",
 }
-"""What the configurations of these stages have in common."""
+"""Settings that the configurations of these stages have in common."""
 
 
 def some_words(random: np.random.Generator, count: int) -> str:
-    """Return words of no meaning."""
+    """Return random text."""
     return " ".join(random.choice(WORDS, count))
 
 
@@ -59,7 +59,7 @@ def stop_and_resume(
 
 
 def write_pairs(path: Path, count: int, seed: int, good: str = GOOD, bad: str = BAD) -> Path:
-    """Write pairs in which `good` words are preferred; both answers have words of no meaning too."""
+    """Write pairs in which the answer that contains `good` is preferred; both answers also contain random text."""
     random = np.random.default_rng(seed)
     lines = []
     for _ in range(count):

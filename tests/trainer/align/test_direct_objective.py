@@ -296,7 +296,7 @@ def test_scores_are_the_log_probabilities_from_all_logits(batch_size: int) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_the_table_keeps_what_it_was_given_and_knows_an_answer_from_a_prompt(tmp_path: Path) -> None:
+def test_the_table_distinguishes_sequences_by_where_the_answer_begins(tmp_path: Path) -> None:
     context = make_context(tmp_path, "dpo")
     ids = np.arange(5, 11, dtype=np.int32)
     items = [TokenSequence(ids, 2), TokenSequence(ids, 3), TokenSequence(ids, 2)]
@@ -318,7 +318,7 @@ def test_the_table_keeps_what_it_was_given_and_knows_an_answer_from_a_prompt(tmp
     assert len(list((context.cache / "references").iterdir())) == 2
 
 
-def test_a_stopped_reference_pass_keeps_its_finished_windows(tmp_path: Path) -> None:
+def test_a_stopped_reference_pass_leaves_its_finished_windows_in_the_cache(tmp_path: Path) -> None:
     context = make_context(tmp_path, "dpo")
     random = np.random.default_rng(0)
     items = [sequence(random) for _ in range(2100)]

@@ -37,7 +37,7 @@ def save_chat_base(folder: Path, seed: int = 0, tied: bool = False) -> Path:
 
 
 def lively_model(rows: int, seed: int = 0) -> Any:
-    """A model whose next token is no coin toss: its weights are larger than a fresh one's."""
+    """A model whose next token is not uniformly random: its weights are larger than a fresh one's."""
     model = make_model(rows, seed)
     with torch.no_grad():
         for parameter in model.parameters():

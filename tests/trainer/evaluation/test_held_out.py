@@ -49,7 +49,7 @@ def nll_of(model: Any, ids: list[int], scored_from: int = 1) -> float:
     return float(loss) * (len(ids) - scored_from)
 
 
-def test_packed_texts_come_to_what_each_costs_alone(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+def test_the_loss_of_packed_texts_is_that_of_each_alone(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     found = measured(tmp_path, [{"text": text} for text in TEXTS], model, tokenizer)
     ids = [[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in TEXTS]
     nll = sum(nll_of(model, tokens) for tokens in ids)
@@ -82,9 +82,7 @@ def test_measuring_ends_at_the_limit(tmp_path: Path, model: Any, tokenizer: Any)
     assert found.metrics["heldOut.zh.tokensPerCharacter"] == found.counts["tokens"] / found.counts["characters"]
 
 
-def test_a_conversation_is_scored_on_what_the_assistant_says_as_served(
-    tmp_path: Path, model: Any, tokenizer: Any
-) -> None:
+def test_a_conversation_is_scored_on_the_assistants_turns(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     talk = [
         {"role": "user", "content": "what is a fox"},
         {"role": "assistant", "content": "a quick dog"},
@@ -119,7 +117,7 @@ def test_conversations_without_a_chat_template_are_an_error(tmp_path: Path, mode
         measured(tmp_path, [{"instruction": "a", "output": "b"}], model, make_tokenizer())
 
 
-def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_nan_loss_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     broken = lively_model(len(tokenizer))
     broken.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="the loss is NaN or infinite"):

@@ -43,7 +43,7 @@ def task_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_data_files_are_found_beside_the_task_and_cached_apart(tmp_path: Path) -> None:
+def test_data_files_are_relative_to_the_task_and_cached_separately(tmp_path: Path) -> None:
     folder = task_folder(tmp_path / "task")
     task = read_custom_task(folder, tmp_path / "cache", "lmEval[0]")
     assert task["dataset_kwargs"] == {
@@ -74,7 +74,7 @@ def test_a_task_that_cannot_be_run_safely_is_refused(tmp_path: Path, changes: di
 
 
 @pytest.mark.parametrize("text", ["task: a\ndoc_to_text: !function utils.text\n", "task: [", "- a\n", "\x00"])
-def test_a_file_that_is_no_plain_yaml_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_plain_yaml_object_is_rejected(tmp_path: Path, text: str) -> None:
     (tmp_path / "task.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"^lmEval\[0\]: task\.yaml "):
         read_custom_task(tmp_path / "task.yaml", tmp_path, "lmEval[0]")
@@ -96,7 +96,7 @@ def test_the_message_for_an_unknown_task_names_the_nearest(tmp_path: Path) -> No
 
 
 def choice_nll(model: Any, tokenizer: Any, question: str, choice: str) -> float:
-    """Nats of ` choice` behind the question, computed alone; the harness too encodes the question by itself."""
+    """Nats of ` choice` after the question, which is encoded separately, as the harness does."""
     prompt = tokenizer.encode(question)
     answer = tokenizer.encode(f"{question} {choice}")[len(prompt) :]
     with torch.no_grad():

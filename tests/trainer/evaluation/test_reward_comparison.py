@@ -112,7 +112,7 @@ def test_a_model_against_itself_wins_half(tmp_path: Path, inputs: dict[str, Path
     assert report["metrics"]["help.winRate.before"] == 0.5
 
 
-def test_a_judge_behind_an_endpoint_marks_all_models_alike(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_a_judge_at_an_endpoint_marks_all_models_alike(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with serve(TinyJudge().mark) as running:
         report = evaluate(tmp_path, inputs, feedback_term(running.url))
     found = report["rewards"]["help"]
@@ -145,7 +145,7 @@ def save_judge(root: Path) -> tuple[RewardModel, Path]:
 
 
 @pytest.mark.parametrize("domain", [None, "poems"])
-def test_answers_are_judged_behind_the_system_prompt_of_the_tasks_domain(
+def test_answers_are_scored_with_the_system_prompt_of_the_tasks_domain(
     tmp_path: Path, inputs: dict[str, Path], domain: str | None
 ) -> None:
     reward, folder = save_judge(tmp_path)
@@ -159,7 +159,7 @@ def test_answers_are_judged_behind_the_system_prompt_of_the_tasks_domain(
     assert abs(by_hand[None] - by_hand["poems"]) > 1e-4
 
 
-def test_a_domain_that_no_reward_model_knows_is_told_with_its_field(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_an_unknown_domain_is_reported_with_its_field(tmp_path: Path, inputs: dict[str, Path]) -> None:
     judge = inputs | {"judge": save_judge(tmp_path)[1]}
     on = {"name": "prompts", "uri": "prompts", "domain": "songs"}
     with pytest.raises(UserError, match=r"rewards\[0\]\.data\.domain: .* has no domain 'songs', only poems"):
@@ -172,7 +172,7 @@ def test_a_gate_on_a_win_rate_stops_the_run(tmp_path: Path, inputs: dict[str, Pa
         evaluate(tmp_path, inputs, *TERMS, gates=gates)
 
 
-def test_rewards_that_cannot_be_had_are_told_with_their_place(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_invalid_rewards_are_reported_with_their_field(tmp_path: Path, inputs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"rewards\[0\]\.rewards\[0\]\.format\.match: "):
         evaluate(tmp_path, inputs, {"name": "f", "format": {"match": "("}})
 

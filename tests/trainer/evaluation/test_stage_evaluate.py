@@ -72,7 +72,7 @@ def evaluate(
     return run(EvaluateStage.model_validate(config | changes), context), context
 
 
-def test_everything_that_is_asked_for_is_measured_and_reported(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_everything_that_is_configured_is_measured_and_reported(tmp_path: Path, inputs: dict[str, Path]) -> None:
     gates = [{"metric": "verse.exactMatch", "atLeast": 0.5}, {"metric": "heldOut.zh.loss", "atMost": 100}]
     outcome, context = evaluate(tmp_path, inputs, gates=gates)
     report = report_of(context)
@@ -127,7 +127,7 @@ def test_a_gate_that_continues_is_recorded_only(tmp_path: Path, inputs: dict[str
     assert report_of(context)["gates"][0]["passed"] is False
 
 
-def test_a_gate_on_an_unknown_metric_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_gate_on_an_unknown_metric_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     gates = [{"metric": "heldOut.zh.bitsPerCharakter", "atMost": 1}]
     with pytest.raises(UserError, match=r"did you mean `heldOut\.zh\.bitsPerCharacter`\?.* It measures: heldOut"):
         evaluate(tmp_path, {}, gates=gates)
@@ -139,7 +139,7 @@ def test_a_template_of_the_stage_takes_the_place_of_the_models(tmp_path: Path, i
     assert report_of(plain)["samples"] != report_of(other)["samples"]
 
 
-def test_a_model_without_a_chat_template_continues_plain_text_and_says_so(tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_continues_plain_text_with_a_warning(tmp_path: Path) -> None:
     folder = save_base(tmp_path / "base", make_tokenizer())
     _, context = evaluate(tmp_path / "run", {"model": folder}, heldOut=[], exactMatch=[])
     assert "no chat template" in report_of(context)["warnings"][0]
@@ -161,7 +161,7 @@ def test_the_harness_is_not_imported_unless_a_task_asks(
     assert sys.modules["lm_eval"] is None
 
 
-def test_a_stage_asked_to_stop_stops_between_two_measurements(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_a_stop_takes_effect_between_two_measurements(tmp_path: Path, inputs: dict[str, Path]) -> None:
     context = make_context(tmp_path, "evaluate", inputs)
     context.stop.set()
     with pytest.raises(Interrupted):

@@ -58,7 +58,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def test_a_merged_release_in_fp32_says_what_the_adapter_on_its_base_said(tmp_path: Path, adapter: Path) -> None:
+def test_a_merged_release_in_fp32_computes_what_the_adapter_on_its_base_did(tmp_path: Path, adapter: Path) -> None:
     outcome, context = release(tmp_path / "run", adapter, precision="fp32", samples=SAMPLES)
     released, before = load_folder(context.output).eval(), unmerged(tmp_path / "before", adapter)
     ids = [*range(300, 330), 400, 401]  # the last two are new rows
@@ -72,8 +72,8 @@ def test_a_merged_release_in_fp32_says_what_the_adapter_on_its_base_said(tmp_pat
     assert report["proof"]["release"]["sameLikeliest"] > 0.99
     tokenizer = load_tokenizer(context.output)
     for sample, question in zip(report["samples"], QUESTIONS, strict=False):
-        said = naive_answer(before, Prompter(tokenizer).encode_question(question), 5, [tokenizer.eos_token_id])
-        assert sample["answer"] == tokenizer.decode(said, skip_special_tokens=True)
+        generated = naive_answer(before, Prompter(tokenizer).encode_question(question), 5, [tokenizer.eos_token_id])
+        assert sample["answer"] == tokenizer.decode(generated, skip_special_tokens=True)
     assert ModelCard.model_validate_json((context.output / CARD).read_bytes()).adapter is False
     assert not (context.output / "adapter_config.json").exists()
 
@@ -118,7 +118,7 @@ def test_a_large_model_is_cut_into_files_and_opens_again(tmp_path: Path, base: P
     assert outcome.metrics == {"proof.releaseKl": 0.0}
 
 
-def test_generation_settings_are_what_the_stage_says_and_not_what_the_base_shipped(tmp_path: Path) -> None:
+def test_generation_settings_are_those_of_the_stage_not_of_the_base(tmp_path: Path) -> None:
     folder = save_chat_base(tmp_path / "base")
     shipped = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.3}
     (folder / "generation_config.json").write_text(json.dumps(shipped))
@@ -146,7 +146,9 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert report_of(context)["notes"] == []
 
 
-def test_weights_that_are_no_longer_one_are_released_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_no_longer_tied_are_released_separately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_chat_base(tmp_path / "base", tied=True)
     whole = load_model
 
@@ -292,10 +294,10 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 messages = [{"role": "user", "content": question}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-said = model.generate(**prompt)[0, prompt["input_ids"].shape[1]:]
+generated = model.generate(**prompt)[0, prompt["input_ids"].shape[1]:]
 print(json.dumps({
     "text": tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
-    "answer": tokenizer.decode(said, skip_special_tokens=True),
+    "answer": tokenizer.decode(generated, skip_special_tokens=True),
     "stagecoach": [name for name in sys.modules if name.startswith("stagecoach")],
 }))
 """

@@ -41,7 +41,7 @@ def test_answers_in_batches_are_those_of_a_naive_loop(model: Any, tokenizer: Any
     assert [answer.text for answer in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
-def test_an_answer_ends_at_any_of_the_end_tokens_and_says_whether_it_did(model: Any, tokenizer: Any) -> None:
+def test_an_answer_ends_at_any_of_the_end_tokens_and_records_whether_it_did(model: Any, tokenizer: Any) -> None:
     prompts = prompts_of(tokenizer)
     own = [tokenizer.eos_token_id]
     said = [naive_answer(model, prompt, 12, own) for prompt in prompts]
@@ -85,7 +85,7 @@ def test_a_tiny_nucleus_is_greedy(model: Any, tokenizer: Any) -> None:
     assert sampled == generate(model, tokenizer, prompts, Generation(max_new_tokens=8), 4, seed=0)
 
 
-def test_sampling_is_not_cut_at_fifty_tokens_behind_ones_back() -> None:
+def test_sampling_does_not_use_transformers_default_of_fifty_tokens() -> None:
     assert generation_settings(Generation(temperature=0.5))["top_k"] == 0
 
 
@@ -119,7 +119,7 @@ def test_without_a_chat_template_a_prompt_is_continued_as_plain_text() -> None:
     assert plain.decode(ids[1:]) == "the fox </s>"
 
 
-def test_padding_lies_on_the_left_and_is_masked() -> None:
+def test_padding_is_on_the_left_and_masked() -> None:
     tokens, mask = pad_left([np.array([5, 6], dtype=np.int32), np.array([7], dtype=np.int32)], 9)
     assert tokens.tolist() == [[5, 6], [9, 7]]
     assert mask.tolist() == [[1, 1], [0, 1]]

@@ -1,4 +1,4 @@
-"""Decoding: which tokens are drawn, whatever stands beside them in a batch."""
+"""Decoding: which tokens are drawn, independent of the other rows of a batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_at_a_vanishing_temperature_the_answers_are_those_of_greedy_generation(f
     assert [item.ended for item in found] == [ids[-1] == END for ids in expected]
 
 
-def test_an_answer_is_the_same_alone_and_beside_others_of_any_length() -> None:
+def test_an_answer_is_the_same_alone_and_in_a_batch_of_any_lengths() -> None:
     together = said(answers(PROMPTS))
     alone = [said(answers([ids], first=number))[0] for number, ids in enumerate(PROMPTS)]
     assert together == alone
@@ -93,7 +93,7 @@ def test_each_key_has_random_numbers_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_their_probability_says(temperature: float) -> None:
+def test_tokens_are_drawn_in_proportion_to_their_probability(temperature: float) -> None:
     count = 40_000
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.3, -4.0])
     numbers = torch.from_numpy(np.random.default_rng(5).random(count))

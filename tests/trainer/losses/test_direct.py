@@ -51,7 +51,7 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-10)
 
 
-def test_smoothed_dpo_is_least_where_the_policy_doubts_as_much_as_it_is_told_to() -> None:
+def test_smoothed_dpo_is_minimal_where_the_implied_probability_is_one_minus_the_smoothing() -> None:
     """The derivative is 0 where σ(beta · lead) = 1 − smoothing."""
     lead = tensor([math.log(0.8 / 0.2) / 0.1]).requires_grad_()
     (gradient,) = torch.autograd.grad(sigmoid_losses(lead, tensor([0.0]), 0.1, 0.2).sum(), lead)

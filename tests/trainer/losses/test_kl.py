@@ -1,4 +1,4 @@
-"""Estimators of the KL against the KL itself, and the price of it against the paper's rule."""
+"""Estimators of the KL against the KL itself, and its coefficient against the paper's rule."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_the_gradient_of_the_barrier_is_that_of_finite_differences_on_both_sides
     assert torch.autograd.gradcheck(barrier, (points,), eps=1e-7)
 
 
-def test_behind_its_edge_the_barrier_is_a_straight_line_with_the_slope_it_had_there() -> None:
+def test_beyond_its_edge_the_barrier_is_the_tangent_at_the_edge() -> None:
     slope = 1 / 0.001 - 1 / 9.999
     at_edge = -(math.log(9.999) + math.log(0.001))
     found = barrier(tensor([4.999, 5.0, 6.0, -6.0, 1e6]))
@@ -209,8 +209,8 @@ def test_a_tie_is_half_right() -> None:
     assert pair_figures(tensor([1.0, 1.0]), tensor([1.0, 0.0]))["accuracy"] == 0.75
 
 
-def test_a_model_that_is_right_as_often_as_it_says_is_calibrated() -> None:
-    lead = math.log(3.0)  # says 3 of 4
+def test_a_model_that_is_right_as_often_as_it_predicts_is_calibrated() -> None:
+    lead = math.log(3.0)  # predicts 3 of 4
     figures = pair_figures(tensor([lead, lead, lead, 0.0]), tensor([0.0, 0.0, 0.0, lead]))
     assert figures["calibrationError"] == pytest.approx(0.0, abs=1e-12)
 

@@ -59,7 +59,7 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def digit_model(seed: int = 0, layers: int = 1, width: int = 32) -> LlamaForCausalLM:
-    """A LLaMA that knows nothing of digits yet, in fp32."""
+    """An untrained LLaMA with the vocabulary of digits, in fp32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=FIRST_DIGIT + len(DIGITS),
@@ -77,7 +77,7 @@ def digit_model(seed: int = 0, layers: int = 1, width: int = 32) -> LlamaForCaus
 
 @dataclass
 class FunctionTerm(Term):
-    """A term that is a function of prompt and answer; it counts what it was asked, over resumes too."""
+    """A term that is a function of prompt and answer; it counts its answers, across resumes too."""
 
     function: Callable[[str, str], float]
     asked: list[Completion] = field(default_factory=list)
@@ -224,7 +224,7 @@ def uneven_configuration(stage: int, **settings: Any) -> PpoStage:
 
 
 def run_judged(here: StageContext, stage: int) -> list[Mapping[str, float]]:
-    """Train on two ranks by what a reward model says; return the history."""
+    """Train on two ranks with a reward model; return the history."""
     config = uneven_configuration(stage)
     rewards = reward_of(("judge", ModelTerm(digit_judge(), batch_rows=3), 1.0))
     return list(train_policy(ppo_job(config, rewards), here).history)
@@ -272,7 +272,7 @@ def adapter_stage(**changes: Any) -> PpoStage:
 
 
 def save_adapted_reward(root: Path, base: Path) -> Path:
-    """Write a reward model that is an adapter over `base` and says something."""
+    """Write a reward model that is an adapter over `base` and whose rewards differ from the base's."""
     tokenizer = make_tokenizer()
     apply_template(tokenizer, HUMAN_BOT)
     lora = Trainable(lora=LoraTraining(rank=2))

@@ -1,8 +1,8 @@
-"""One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes what came of it as JSON.
+"""One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes the results as JSON.
 
 python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, `judge` for
-what reward models say that the ranks share, `shards` for answers of a policy that they share, or `guards` for going
-back to a checkpoint
+rewards of a sharded reward model, `shards` for answers of a sharded policy, or `guards` for rolling back to a
+checkpoint
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tests.trainer.ppo.makers import (
 CPU = torch.device("cpu")
 PRECISIONS = (Precision.FP32, Precision.BF16)
 ROUNDS = ((7, 2), (0, 4), (1, 0), (0, 0))
-"""Answers that each rank judges, round by round."""
+"""Answers that each rank scores, round by round."""
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def judge(world: World, precision: Precision, shared: bool) -> dict[str, Any]:
-    """Judge random answers in rounds; return the rewards of all ranks, and the bytes that the parameters take here."""
+    """Score random answers in rounds; return the rewards of all ranks, and the bytes of this rank's parameters."""
     term = ModelTerm(digit_judge(DTYPES[precision]), batch_rows=3)
     rewards = reward_of(("judge", term, 1.0))
     if shared:
@@ -112,8 +112,8 @@ def answer(folder: Path, world: World, kind: str, whole: bool) -> dict[str, Any]
 
 
 def go_back(folder: Path, world: World) -> dict[str, Any]:
-    """Train with a guard that nothing but the reference itself passes, once going back; return what each rank was told
-    in the end, and the checkpoints there are."""
+    """Train with a guard that only the reference itself passes, with one rollback; return each rank's error and the
+    checkpoints."""
     config = ranks_configuration(
         "2-fp32",
         budget={"steps": 9},
@@ -131,7 +131,7 @@ def go_back(folder: Path, world: World) -> dict[str, Any]:
 
 
 def interrupt(folder: Path, world: World, config: PpoStage) -> None:
-    """Train until the last rank is asked to stop, in the first round of the second update's answers."""
+    """Train until the last rank is stopped, in the first round of the second update's answers."""
     here = context(folder, world)
     try:
         run_to_end(here, config, stop_after=6 if world.rank == world.size - 1 else None)

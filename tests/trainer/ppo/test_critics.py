@@ -1,4 +1,4 @@
-"""What the critic starts from, what it says at first, and what of it learns."""
+"""The critic's initial weights, its initial values, and which of its weights are trained."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def note_jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PpoJob, dict[str, t
 
 
 def changed(job: PpoJob, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the critic's parameters that learnt something."""
+    """Names of the critic's parameters that changed."""
     return {name for name, tensor in weights(job.critic).items() if not torch.equal(tensor, before[name])}
 
 
-# -- what it says at first ---------------------------------------------------------------------------------------------
+# -- its initial values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_at_the_first_update_the_critic_says_what_its_reward_model_says_bias_and_all(
+def test_the_initial_critic_predicts_its_reward_models_rewards_including_the_bias(
     tmp_path: Path, adapter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
@@ -251,7 +251,7 @@ def test_without_dropout_there_is_nothing_to_tell(tmp_path: Path) -> None:
     assert not any("dropout" in warning for warning in report_of(context)["warnings"])
 
 
-def test_a_model_whose_dropout_is_switched_off_says_in_training_what_it_says_when_asked(tmp_path: Path) -> None:
+def test_without_dropout_training_computes_the_log_probabilities_of_inference(tmp_path: Path) -> None:
     model = load_folder(save_phi(tmp_path))
     tokens = torch.tensor([[5, 6, 7, 8]])
     assert not torch.equal(model.train()(tokens).logits, model.eval()(tokens).logits)

@@ -50,7 +50,7 @@ def test_a_spilled_pool_holds_what_one_in_memory_does(tmp_path: Path) -> None:
             assert_equal(left, right)
 
 
-def test_a_pool_of_more_than_a_hundred_thousand_answers_keeps_within_its_memory(tmp_path: Path) -> None:
+def test_a_pool_of_more_than_a_hundred_thousand_answers_stays_within_its_memory(tmp_path: Path) -> None:
     chunk = experiences(1024, 5)
     size = sum(item.num_bytes for item in chunk)
     pool = Pool(tmp_path / "pool", 3 * size)

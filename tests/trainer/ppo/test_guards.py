@@ -97,7 +97,7 @@ def long_answers(**others: Any) -> dict[str, Any]:
 
 
 def sharper(model: Any) -> Any:
-    """The model, three times as sure of what it says."""
+    """The model with all logits tripled."""
     with torch.no_grad():
         model.lm_head.weight *= 3.0
     return model
@@ -115,7 +115,7 @@ def always(answers: Answers, first: Answers) -> bool:
 
 
 def stopped(tmp_path: Path, settings: dict[str, Any], reward: Any = echoes, sign: Sign = always) -> str:
-    """Train until a guard stops it, within five updates of the failure; return its words."""
+    """Train until a guard stops it, within five updates of the failure; return its message."""
     config = configuration(**({"budget": {"steps": 40}, "checkpoints": {"everySteps": 100}} | settings))
     term = FunctionTerm(reward)
     job = ppo_job(config, reward_of(("only", term, 1.0)))
@@ -344,7 +344,7 @@ def test_a_run_resumed_after_a_rollback_ends_like_an_undisturbed_one(tmp_path: P
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_reward_that_is_no_number_names_the_sample_and_the_run_can_be_resumed(tmp_path: Path, value: float) -> None:
+def test_a_nan_reward_names_the_sample_and_the_run_can_be_resumed(tmp_path: Path, value: float) -> None:
     config = configuration(budget={"steps": 4}, checkpoints={"everySteps": 1})
     whole = ppo_job(config)
     expected = train_policy(whole, context(tmp_path / "whole"))

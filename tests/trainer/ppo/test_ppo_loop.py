@@ -95,14 +95,12 @@ def assert_same(left: tuple[Any, ...], right: tuple[Any, ...]) -> None:
 
 
 def stop_at(here: StageContext, answers: int) -> Callable[[int], None]:
-    """Ask to stop once so many answers were judged."""
+    """Request a stop once this many answers are scored."""
     return lambda judged: here.stop.set() if judged >= answers else None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stopped_while_answering_and_while_learning_a_run_ends_bit_for_bit_like_an_undisturbed_one(
-    tmp_path: Path, precision: str
-) -> None:
+def test_a_run_stopped_while_answering_and_while_training_ends_bit_identical(tmp_path: Path, precision: str) -> None:
     config = small(precision=precision)
     whole = run(context(tmp_path / "whole"), config)
     here = context(tmp_path / "stopped")
@@ -139,7 +137,7 @@ def test_answers_made_before_a_stop_are_not_made_again_even_if_it_is_stopped_the
     assert not any(path.exists() for path in files)
 
 
-def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same(tmp_path: Path) -> None:
+def test_damaged_saved_answers_are_made_again_with_the_same_result(tmp_path: Path) -> None:
     whole = run(context(tmp_path / "whole"))
     here = context(tmp_path / "stopped")
     with pytest.raises(Interrupted):
@@ -149,7 +147,7 @@ def test_a_run_whose_kept_answers_are_damaged_makes_them_again_and_ends_the_same
     assert_same(run(context(tmp_path / "stopped")), whole)
 
 
-def test_answers_that_cannot_be_kept_are_made_again_and_the_checkpoint_is_saved_all_the_same(
+def test_answers_that_cannot_be_saved_are_made_again_and_the_checkpoint_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(path: Path, *others: Any) -> None:
@@ -189,7 +187,7 @@ def be_killed(folder: str) -> None:
 
 @dataclass
 class Forgetful(FunctionTerm):
-    """A term that remembers nothing, like a reward model."""
+    """A term without state, like a reward model."""
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -339,7 +337,7 @@ def test_answers_that_do_not_end_get_the_price_of_that(tmp_path: Path) -> None:
     assert result.history[0]["reward"] == pytest.approx(np.mean(expected))
 
 
-def test_text_beside_the_answers_is_learnt(tmp_path: Path) -> None:
+def test_text_is_learnt_together_with_the_answers(tmp_path: Path) -> None:
     plan = RandomPlan(num_steps=UPDATES * 4, num_rows=2, length=12, masked_share=0.0, packed=False)
 
     class Digits(RandomPlan):
@@ -371,7 +369,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
     assert other[0].history != first[0].history
 
 
-def test_checkpoints_and_kept_answers_of_a_remote_store_are_found_on_a_machine_that_has_none(tmp_path: Path) -> None:
+def test_checkpoints_and_saved_answers_are_downloaded_on_another_machine(tmp_path: Path) -> None:
     from dataclasses import replace
 
     from stagecoach_api.store import FolderStore

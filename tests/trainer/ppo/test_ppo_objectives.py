@@ -46,7 +46,7 @@ def pairs(chunk: list[Experience]) -> list[tuple[Ids, Ids]]:
 
 
 def full_states(model: Any, item: Experience, read: Callable[[Any], Tensor]) -> Tensor:
-    """What `model` says in front of each token of one answer, asked alone and about every position."""
+    """The logits of `model` before each token of one answer, computed alone and at every position."""
     ids = torch.from_numpy(np.concatenate([item.prompt, item.answer])).long()[None]
     return read(model(input_ids=ids))[0, len(item.prompt) - 1 : -1]
 
@@ -152,7 +152,7 @@ def test_a_value_depends_on_the_tokens_in_front_of_its_place_and_on_no_other() -
     assert before[2] != after[2]
 
 
-def test_text_beside_the_answers_adds_its_weight_times_the_gradient_of_its_mean_loss() -> None:
+def test_text_adds_its_weight_times_the_gradient_of_its_mean_loss() -> None:
     model, chunk, weight = digit_model(layers=2), experiences(), 27.8
     objective = PolicyObjective(PolicyLoss(), 1.0)
     policy: Any = objective.module(model)

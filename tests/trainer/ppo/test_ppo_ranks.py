@@ -17,13 +17,13 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks made of all cases."""
+    """The results of two ranks for all cases."""
     return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES, "judge")
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks made of a policy that answers from copies and from its shards."""
+    """The results of two ranks with a policy that answers from copies and from its shards."""
     report = report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("shards"), "shards")
     shards: dict[str, Any] = report["shards"]
     return shards
@@ -55,7 +55,7 @@ def test_zero_3_in_bf16_starts_near_fp32(report: dict[str, Any]) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_reward_model_that_ranks_share_says_the_same_to_the_bit_and_takes_half_the_memory(
+def test_a_sharded_reward_model_gives_bit_identical_rewards_in_half_the_memory(
     report: dict[str, Any], precision: str
 ) -> None:
     whole, shared = report["judge"][precision]
@@ -78,7 +78,7 @@ def test_ppo_learns_from_a_reward_model_that_ranks_share_as_from_a_whole_one(rep
 def test_a_policy_answers_through_its_shards_what_its_copy_answers(answers: dict[str, Any], kind: str) -> None:
     copied, shared = answers[kind]
     assert (copied.pop("copies"), shared.pop("copies")) == (1, 0)
-    assert 0.0 < copied["history"][0]["endedShare"] < 1.0  # some rows go on while others are done
+    assert 0.0 < copied["history"][0]["endedShare"] < 1.0  # some rows continue while others are done
     assert copied["history"][0]["reward"] != copied["history"][-1]["reward"]
     assert shared == copied
 

@@ -1,4 +1,4 @@
-"""What waits in a pool, against plain transformers and sums written out here: nothing of the trainer's computes it."""
+"""The content of a pool, against plain transformers and sums written out here, without the trainer's code."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Made], Any]:
     fill = Rollouts.fill
 
     def note(self: Rollouts, pool: Any, *others: Any) -> Any:
-        harvest = fill(self, pool, *others)
+        rollouts = fill(self, pool, *others)
         found.append(Made(list(pool), copy.deepcopy(job.policy).eval(), copy.deepcopy(job.critic).eval()))
-        return harvest
+        return rollouts
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rollouts, "fill", note)
@@ -88,7 +88,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Made], Any]:
 
 
 def log_probs(model: Any, item: Experience) -> Array:
-    """Of each token of the answer, from the logits of all places and all tokens."""
+    """Log-probability of each token of the answer, from the logits of all positions and all tokens."""
     ids = torch.tensor([[*item.prompt.tolist(), *item.answer.tolist()]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0].double() / TEMPERATURE
@@ -98,7 +98,7 @@ def log_probs(model: Any, item: Experience) -> Array:
 
 
 def values(model: Any, item: Experience) -> Array:
-    """In front of each token of the answer: the head on the last state of what was said so far."""
+    """Value before each token of the answer: the head on the last state of the tokens so far."""
     found = []
     for place in range(len(item.answer)):
         ids = torch.tensor([[*item.prompt.tolist(), *item.answer[:place].tolist()]])

@@ -1,4 +1,4 @@
-"""The adapter to vLLM against a stand-in with vLLM's calls: vLLM itself needs a GPU and is in no test."""
+"""The adapter to vLLM against a fake with vLLM's calls: vLLM itself needs a GPU and is not tested."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass
 class StandIn:
-    """Looks like `vllm.LLM`; it remembers what it was asked and what lay in the model's folder when it read it."""
+    """A fake `vllm.LLM` that records its requests and the content of the model's folder whenever it reads it."""
 
     settings: dict[str, Any]
     heads: list[torch.Tensor] = field(default_factory=list)
@@ -146,7 +146,9 @@ def test_answers_come_back_with_their_end_and_each_has_a_seed_of_its_own(
         ({"trainable": {"embeddings": {}}}, World(), "does not support `trainable.embeddings`"),
     ],
 )
-def test_what_it_cannot_do_is_refused(tmp_path: Path, changes: dict[str, Any], world: World, message: str) -> None:
+def test_unsupported_configurations_are_rejected(
+    tmp_path: Path, changes: dict[str, Any], world: World, message: str
+) -> None:
     with pytest.raises(UserError, match=f"rollout.engine: vllm .*{message}.*use `rollout.engine: transformers`"):
         sampler(tmp_path, digit_model(), configuration(**changes), world)
 

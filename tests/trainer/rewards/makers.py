@@ -21,7 +21,7 @@ def feedback_term(url: str = "http://judge:8000/v1", secret: str | None = None, 
 
 
 def endpoint_of(url: str, secret: str | None = None, **changes: Any) -> dict[str, Any]:
-    """An endpoint; with `secret` one that asks for a key."""
+    """An endpoint; with `secret` one that requires a key."""
     endpoint: dict[str, Any] = {"url": url, "model": "judge", **changes}
     return endpoint if secret is None else endpoint | {"credentials": {"secretName": secret}}
 
@@ -50,11 +50,11 @@ def make_judged(answer: str, prompt: str = "what is a fox", num_tokens: int = 5,
 
 @dataclass
 class Behaviour:
-    """What the endpoint does with one request instead of answering it."""
+    """How the endpoint handles one request instead of answering it."""
 
     status: int = 200
     body: str | None = None
-    """Sent as it is. None: an error in OpenAI's form."""
+    """Sent unchanged; an error in OpenAI's form if None."""
     seconds: float = 0.0
     """Waits first; then the model answers after all where `status` is 200 and there is no body."""
     kind: str = "application/json"
@@ -62,7 +62,7 @@ class Behaviour:
 
 @dataclass
 class Endpoint:
-    """A running endpoint, and what it was asked."""
+    """A running endpoint, and the requests it received."""
 
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Endpoint:
 
 @contextmanager
 def serve(reply: Callable[[Chat], str]) -> Iterator[Endpoint]:
-    """Serve `/v1/chat/completions` on this machine; `reply` gives the words of the model behind it."""
+    """Serve `/v1/chat/completions` on this machine; `reply` returns the model's reply."""
     lock, under_way = threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
@@ -134,7 +134,7 @@ def _completion(text: str) -> dict[str, Any]:
 
 
 class TinyJudge:
-    """A small LLaMA with random weights that picks one of a few words: a judge that has an opinion."""
+    """A small LLaMA with random weights that picks one of a few replies: a judge whose verdicts vary."""
 
     def __init__(self, seed: int = 0) -> None:
         from tests.trainer.evaluation.makers import lively_model
@@ -144,7 +144,8 @@ class TinyJudge:
         self._model = lively_model(len(self._tokenizer), seed)
 
     def choose(self, text: str, words: Sequence[str]) -> str:
-        """Return one of the words, told by a far digit of the model's logits: small changes of `text` change it."""
+        """Return one of the replies, chosen by a late digit of the model's logits: small changes of `text` change
+        it."""
         import torch
 
         ids = self._tokenizer(text).input_ids[-200:]

@@ -1,4 +1,4 @@
-"""Judges behind a real HTTP server: what goes over the wire, what fails in passing, what does not."""
+"""Judges served by a real HTTP server: the requests, transient failures and permanent ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_replies_are_the_models_own_in_order(endpoint: Endpoint, tiny: TinyJudge
     assert all(body["temperature"] == 0 and body["model"] == "judge" for body in endpoint.bodies)
 
 
-def test_equal_questions_are_asked_once(endpoint: Endpoint) -> None:
+def test_equal_requests_are_sent_once(endpoint: Endpoint) -> None:
     judge = judge_of(endpoint.url)
     first = judge.ask([question("a"), question("b"), question("a")])
     assert judge.ask([question("b"), question("a")]) == [first[1], first[0]]
@@ -81,7 +81,7 @@ def test_no_more_requests_are_under_way_than_allowed(endpoint: Endpoint) -> None
         pytest.param(Behaviour(seconds=1.0), id="a request that takes too long"),
     ],
 )
-def test_what_fails_in_passing_is_asked_again(endpoint: Endpoint, tiny: TinyJudge, behaviour: Behaviour) -> None:
+def test_transient_failures_are_retried(endpoint: Endpoint, tiny: TinyJudge, behaviour: Behaviour) -> None:
     endpoint.behaviours = [behaviour]
     judge = judge_of(endpoint.url, timeoutSeconds=0.5, retries=2)
     assert judge.ask([question("a")]) == [tiny.yes_or_no([{"role": "user", "content": "a"}])]
@@ -109,7 +109,7 @@ def test_persistent_failures_are_infrastructure_failures(
     assert endpoint.num_requests == 2
 
 
-def test_nobody_there_is_told() -> None:
+def test_an_unreachable_endpoint_is_reported() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -220,7 +220,7 @@ def test_without_credentials_no_key_is_sent_not_even_the_environments(
     ("text", "expected"),
     [
         ("", "does not contain a key"),
-        ("two words", "does not contain a key"),
+        ("two parts", "does not contain a key"),
         ("a\nb", "does not contain a key"),
         ("密", "does not contain a key"),
         (None, r"judge-key/apiKey cannot be read \(FileNotFoundError\)"),

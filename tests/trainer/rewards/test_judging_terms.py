@@ -1,4 +1,4 @@
-"""Marks and statements judged by a model of ours behind a real HTTP server, and weights fitted on ranked answers."""
+"""Marks and statements judged by a model on a real HTTP server, and weights fitted to ranked answers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_mark_is_the_one_number_of_a_reply(reply: str, mark: float | None) -> 
     assert read_mark(reply, best=10.0) == mark
 
 
-def test_a_reply_without_a_mark_is_asked_for_again(tmp_path: Path, marks: Endpoint) -> None:
+def test_an_unreadable_mark_is_requested_once_more(tmp_path: Path, marks: Endpoint) -> None:
     marks.behaviours = [reply_of("well"), reply_of("6")]
     built = build(tmp_path, feedback_term(marks.url))
     (found,) = built.score([make_judged("a")])
@@ -141,7 +141,7 @@ def test_the_budget_and_the_counts_outlive_a_resume(tmp_path: Path, marks: Endpo
 
 
 def of_two_ranks(monkeypatch: pytest.MonkeyPatch, sums: Sequence[RewardSum]) -> dict[str, Any]:
-    """Return the state that both ranks' sums come to, once they tell each other their counts."""
+    """Return the state of both ranks' sums, once they have exchanged their counts."""
     own = [[float(count) for item in found._terms for count in item.term.counts().values()] for found in sums]
     both = [sum(counts) for counts in zip(*own, strict=True)]
     monkeypatch.setattr(collectives, "sum_over_ranks", lambda values, world: both)
@@ -158,7 +158,7 @@ def ranks(root: Path, term: dict[str, Any], size: int, inputs: dict[str, Path] |
     ]
 
 
-def test_what_two_ranks_have_spent_one_that_goes_on_has_spent(
+def test_one_rank_that_resumes_has_spent_the_requests_of_two(
     tmp_path: Path, marks: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     term = feedback_term(marks.url, endpoint=endpoint_of(marks.url, maxRequests=7))
@@ -211,7 +211,7 @@ def statements(url: str, *weights: float | None, **changes: Any) -> dict[str, An
 
 
 def truthful(messages: Chat) -> str:
-    """What a perfect judge says of the statements above."""
+    """The verdict of a perfect judge on the statements above."""
     text = messages[-1]["content"]
     answer = json.loads(text.split("Answer: ")[1].split("\n")[0])
     if "fox" in text.split("Statement: ")[1]:
@@ -239,7 +239,7 @@ def test_a_model_of_ours_judges_the_same_as_without_the_wire(tmp_path: Path, tin
     assert set(replies.values()) == {"yes", "no"}
 
 
-def test_no_verdict_even_the_second_time_is_no_and_counted(tmp_path: Path) -> None:
+def test_no_verdict_even_the_second_time_counts_as_no(tmp_path: Path) -> None:
     with serve(lambda messages: "perhaps") as running:
         built = build(tmp_path, statements(running.url, 1.0))
         (found,) = built.score([make_judged("a fox")])
@@ -312,7 +312,7 @@ def test_the_rank_that_fits_may_spend_the_budget_of_all(tmp_path: Path, monkeypa
     assert first._terms[0].term.counts()["requests"] == 11
 
 
-def test_a_judge_that_tells_nothing_apart_is_told(tmp_path: Path) -> None:
+def test_a_judge_that_distinguishes_no_answers_is_an_error(tmp_path: Path) -> None:
     inputs = {"ranked": write_jsonl(tmp_path / "ranked.jsonl", RANKED)}
     fit = {"name": "ranked", "uri": "ranked", "format": "ranked"}
     with serve(lambda messages: "yes") as running:

@@ -1,4 +1,4 @@
-"""The sum of the terms: weights, limits, problems told at once, reward models, plug-ins."""
+"""The sum of the terms: weights, limits, problems reported together, reward models, plug-ins."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_no_answers_have_no_judgements(tmp_path: Path) -> None:
     assert build(tmp_path, {"expression": "1"}).score([]) == []
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     terms = (
         {"expression": "__import__('os')"},
         {"format": {"match": "(?<=a)b"}},
@@ -177,7 +177,7 @@ def save_judge(root: Path, domains: dict[str, str]) -> RewardModel:
 DOMAINS = {"poems": "Judge the poem.", "sums": "Are the sums right?"}
 
 
-def test_each_answer_is_scored_behind_the_system_prompt_of_its_prompts_domain(tmp_path: Path) -> None:
+def test_each_answer_is_scored_with_the_system_prompt_of_its_prompts_domain(tmp_path: Path) -> None:
     reward = save_judge(tmp_path / "judge" / "model", DOMAINS)
     asked = ("poems", None, "sums", "poems")
     batch = [replace(make_judged("the dog sleeps", f"say {n}"), domain=domain) for n, domain in enumerate(asked)]
@@ -190,7 +190,7 @@ def test_each_answer_is_scored_behind_the_system_prompt_of_its_prompts_domain(tm
     ]
 
 
-def test_reward_models_without_domains_ignore_them_beside_one_that_has_some(tmp_path: Path) -> None:
+def test_reward_models_without_domains_ignore_them_if_another_one_has_some(tmp_path: Path) -> None:
     plain = save_judge(tmp_path / "plain" / "model", {})
     save_judge(tmp_path / "judge" / "model", DOMAINS)
     inputs = {"plain": tmp_path / "plain" / "model", "judge": tmp_path / "judge" / "model"}
@@ -202,7 +202,7 @@ def test_reward_models_without_domains_ignore_them_beside_one_that_has_some(tmp_
     assert found.terms["t1"] != pytest.approx(found.terms["t0"], abs=1e-5)
 
 
-def test_a_domain_that_a_reward_model_does_not_know_is_told_with_those_it_knows(tmp_path: Path) -> None:
+def test_the_message_for_an_unknown_domain_names_the_known_ones(tmp_path: Path) -> None:
     save_judge(tmp_path / "judge" / "model", DOMAINS)
     built = build(tmp_path, {"model": {"uri": "reward"}}, inputs={"reward": tmp_path / "judge" / "model"})
     with pytest.raises(UserError, match=r"data\[1\]\.domain: .*rewards\[0\] has no domain 'songs', only poems, sums"):
@@ -219,14 +219,14 @@ def test_a_domain_that_no_reward_model_heeds_is_a_mistake(tmp_path: Path, model:
         built.require_domains({"data[0].domain": "poems"})
 
 
-def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
+def test_a_language_model_is_rejected_as_a_reward_model(tmp_path: Path) -> None:
     from tests.trainer.evaluation.makers import save_chat_base
 
     with pytest.raises(UserError, match="not a reward model"):
         build(tmp_path, {"model": {"uri": "m"}}, inputs={"m": save_chat_base(tmp_path / "m")})
 
 
-def test_a_prompt_of_several_turns_is_told_with_its_roles() -> None:
+def test_the_text_of_a_prompt_of_several_turns_has_their_roles() -> None:
     turns = (
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "add", "input": "1 and 2"},

@@ -35,7 +35,7 @@ ASKED = [(({"role": "user", "content": "a quick dog"},), answer) for answer in (
 
 
 def result_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str, float]:
-    """Run the stage on the inputs in `folder`; return its metrics and, on rank 0, what the artifact says."""
+    """Run the stage on the inputs in `folder`; return its metrics and, on rank 0, the artifact's rewards."""
     inputs = {item: folder / item for item in ("base", "train", "test")}
     context = make_context(folder / name / str(world.rank), "rewardModel", inputs, world=world)
     found = dict(run(RewardModelStage.model_validate(CONFIG | {"sharding": {"zero": zero}}), context).metrics)

@@ -114,7 +114,7 @@ def test_an_adapter_shares_its_base_with_the_reference_and_is_what_comes_out(tmp
     assert history[-1]["kl"] != 0.0
 
 
-def test_answers_are_judged_behind_the_system_prompt_of_their_prompts_domain(tmp_path: Path) -> None:
+def test_answers_are_scored_with_the_system_prompt_of_their_prompts_domain(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     reward = save_reward(tmp_path, base, poems="is the answer a poem of the fox")
     points = {}
@@ -123,12 +123,12 @@ def test_answers_are_judged_behind_the_system_prompt_of_their_prompts_domain(tmp
         data, terms = [{"uri": "prompts", "domain": domain}], [{"name": "helpful", "model": {"uri": "reward"}}]
         run(stage(data=data, rewards=terms, budget={"steps": 1}), context)
         points[domain] = report_of(context)["history"][0]
-    same = ("answerTokens", "entropy", "kl")  # the policy is asked the same and says the same
+    same = ("answerTokens", "entropy", "kl")  # the policy's prompts and answers are equal
     assert [points[None][name] for name in same] == [points["poems"][name] for name in same]
     assert abs(points[None]["reward"] - points["poems"]["reward"]) > 1e-4
 
 
-def test_a_domain_that_the_reward_model_does_not_know_is_told(tmp_path: Path) -> None:
+def test_a_domain_that_the_reward_model_lacks_is_reported(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     context = context_for(tmp_path, base=base, reward=save_reward(tmp_path, base, poems="Judge the poem."))
     terms = [{"name": "helpful", "model": {"uri": "reward"}}]
@@ -171,7 +171,7 @@ def write_texts(path: Path, texts: tuple[str, ...]) -> Path:
     return path
 
 
-def test_what_became_of_the_text_beside_the_answers_stands_in_the_report(tmp_path: Path) -> None:
+def test_the_report_has_the_counts_of_the_pretraining_text(tmp_path: Path) -> None:
     long = " ".join(["the quick brown fox"] * 60)
     context = context_for(
         tmp_path,
@@ -196,7 +196,7 @@ def test_what_became_of_the_text_beside_the_answers_stands_in_the_report(tmp_pat
     assert "| talks | 7 | 6 |" in words
 
 
-def test_text_beside_the_answers_is_not_packed_for_a_model_that_sees_through_it(tmp_path: Path) -> None:
+def test_text_is_rejected_for_a_model_whose_packed_samples_see_each_other(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "texts.jsonl", ("the lazy dog", "a fox"))
     inputs = {"base": save_family(tmp_path / "bloom", "bloom", make_tokenizer()), "texts": texts}
     run(stage(budget={"steps": 1}), context_for(tmp_path / "alone", **inputs))
@@ -234,7 +234,7 @@ def fitting_requests(judge: Endpoint) -> int:
 
 @pytest.mark.parametrize("first_update", [1, 2])
 def test_weights_are_fitted_once_however_often_a_stage_is_resumed(tmp_path: Path, first_update: int) -> None:
-    """A stage that dies in its first update has fitted them already, and one that is asked to stop in its second."""
+    """A stage that dies in its first update has fitted them already, and one that is stopped in its second."""
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text("\n".join(map(json.dumps, RANKED)) + "\n", encoding="utf-8")
     context = context_for(tmp_path / "run", ranked=ranked)
@@ -341,7 +341,7 @@ def test_a_reward_expression_that_tries_to_import_is_refused(tmp_path: Path) -> 
         run(stage(rewards=[evil]), context_for(tmp_path))
 
 
-def test_a_constant_reward_stops_the_stage_and_says_so(tmp_path: Path) -> None:
+def test_a_constant_reward_stops_the_stage_with_its_reason(tmp_path: Path) -> None:
     from stagecoach_trainer.runtime.errors import Diverged
 
     with pytest.raises(Diverged, match=r"update 3: constant reward.*guards.minRewardDeviation"):

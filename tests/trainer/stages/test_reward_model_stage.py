@@ -154,7 +154,7 @@ def test_the_length_baseline_prefers_the_answer_with_more_tokens() -> None:
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
-def test_separable_pairs_are_told_apart_and_the_artifact_scores_as_the_report_says(tmp_path: Path) -> None:
+def test_separable_pairs_are_ranked_and_the_artifact_scores_as_reported(tmp_path: Path) -> None:
     context = context_for(tmp_path)
     outcome = run(stage(), context)
     assert outcome.metrics["heldOut.toy.accuracy"] == 1.0

@@ -1,6 +1,6 @@
 """Answers by vLLM (arXiv 2309.06180) instead of our own decoding, if the image has vLLM installed.
 
-This module is tested only against a fake with vLLM's calls (a stand-in); it has not been run with vLLM itself.
+This module is tested only against a fake of vLLM's interface; it has not been run with vLLM itself.
 
 Once per update the policy (for LoRA, only the adapter) is written to a folder, which the engine reloads. vLLM samples
 with its own random numbers, seeded per answer, and its kernels may round differently from run to run. Old

@@ -72,10 +72,10 @@ def _compare(left: Sequence[_Token], right: Sequence[_Token]) -> bool | None:
 
 
 def _segments(text: str) -> Iterator[list[_Token]]:
-    """Yield runs of tokens that may form equations, separated by words, line ends and other characters.
+    """Yield runs of tokens that may form equations, separated by identifiers, line ends and other characters.
 
-    A word adjacent to an operator or an expression is a variable (`x-3`, `2 + 3x`), so the token it touches is marked
-    as unsupported.
+    An identifier adjacent to an operator or an expression is a variable (`x-3`, `2 + 3x`), so the token it touches is
+    marked as unsupported.
     """
     run: list[_Token] = []
     before, spaced = "", False
