@@ -146,7 +146,7 @@ def test_a_reward_model_of_another_vocabulary_judges_while_a_language_model_beco
 
 def test_a_reward_model_that_cannot_become_the_critic_is_refused_with_the_way_out(tmp_path: Path) -> None:
     reward = save_reward(tmp_path, make_tokenizer(extra=("piece",)))
-    found = r"rewards: the reward model has another vocabulary: .*such as 'piece'.*name as `critic\.model` a model of"
+    found = r"rewards: the reward model has another vocabulary: .*such as 'piece'.*set `critic\.model` to a model with"
     with pytest.raises(UserError, match=found):
         run(stage(), here(tmp_path / "first", reward=reward))
     with pytest.raises(UserError, match=r"critic\.model: the reward model has another vocabulary"):

@@ -55,6 +55,7 @@ class DirectPreferenceSet:
         for window in windows(self.sequences):
             policy.put(window, score_answers(module, window, size, device, world, report))
         ratios = self._ratios(policy, self._answers)
+        # A set has its own z₀, from its own prompts: figures then do not depend on the training batch.
         point = reference_point(self._ratios(policy, self._mismatched)) if self._mismatched else ratios.new_zeros(())
         return direct_figures(self._loss, self.groups, ratios, point)
 

@@ -208,6 +208,7 @@ class DirectObjective(UnpackedObjective):
         sequences = sequences_of(groups)
         better, worse = pair_rows(groups)
         liked = [group.liked for group in groups if group.liked is not None]
+        # All units of a step have the same mismatched sequences, so any of them will do.
         pointed = next((unit for unit in units if isinstance(unit, PointedUnit)), None)
         return DirectBatch(
             collate_sequences(sequences),

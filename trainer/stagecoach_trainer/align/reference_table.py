@@ -95,6 +95,7 @@ def fill_table(
     """
     done = 0
     for window in windows(sequences):
+        # Between windows: every finished one is in the cache, so a resumed attempt loses less than one.
         _stop_together(context)
         content = hashlib.sha256(b"".join(map(key_of, window))).hexdigest()
         path = context.cache / "references" / f"{digest_of({'version': VERSION, **key, 'sequences': content})}.npy"

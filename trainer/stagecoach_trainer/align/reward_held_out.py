@@ -48,6 +48,7 @@ def measure_rewards(
     `module`: a `RewardLoss`, evaluated without dropout. Each rank scores its share of the groups.
     """
     sizes = [len(group.sequences) for group in groups]
+    # Rows of the whole set: ranks then write disjoint parts of one tensor, which all_reduce adds up.
     firsts = np.cumsum([0, *sizes])
     numbered = [_NumberedGroup(group, int(first)) for group, first in zip(groups, firsts[:-1], strict=True)]
     share = shard_batch(numbered, micro_batch_groups, world.rank, world.size)

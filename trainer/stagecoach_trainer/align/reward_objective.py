@@ -98,6 +98,7 @@ class RewardLoss(DecoderLoss):
 
     def forward(self, batch: PairBatch, scale: float) -> Tensor:
         """Return `scale` · the weighted sum of the pairs' losses, an fp32 scalar."""
+        # Each answer is computed once, however many pairs it is in.
         rewards = self.rewards(batch)
         losses = preference_losses(self._loss, rewards[batch.better], rewards[batch.worse])
         total = scale * (losses * batch.weights).sum()

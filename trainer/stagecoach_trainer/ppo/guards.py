@@ -48,6 +48,7 @@ class Watch:
 
     def after(self, figures: UpdateFigures, limits: Guards) -> Watch:
         """Return the watch after one more update."""
+        # Length limits are relative to the first update, because typical lengths differ between tasks.
         first = figures.length if self.first_length is None else self.first_length
         violations = violated_guards(figures, limits, first)
         return Watch(first, {name: self.lasting.get(name, 0) + 1 for name in violations})
@@ -91,6 +92,7 @@ def violated_guards(figures: UpdateFigures, limits: Guards, first_length: float)
     for name, limit, value, is_floor, description in checks:
         if limit is not None and (value < limit if is_floor else value > limit):
             violations[name] = f"{description}: {value:.4g} is {'below' if is_floor else 'above'} {limit:g}"
+    # Not strictly below: the default limit is 0, and a deviation of 0 violates it.
     floor = limits.min_reward_deviation
     if floor is not None and figures.reward_deviation <= floor:
         violations["minRewardDeviation"] = (

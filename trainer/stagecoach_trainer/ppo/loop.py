@@ -98,6 +98,7 @@ class PpoLoop:
         reference = self._reference()
         if shards_frozen_models(config, self._world):
             job.rewards.shard_models(self._shard, self._device, self._world)
+        # The adapter-free reference is the policy's own module, which is accelerated already.
         separate = (reference.module,) if isinstance(reference, SeparateReference) else ()
         for module in (self._policy.loss, self._critic.loss, *separate):
             stack.enter_context(accelerate(module, self._device, self._policy.dtype))
@@ -118,6 +119,7 @@ class PpoLoop:
     def _reference(self) -> ReferenceModel:
         if self._job.reference is None:
             return PolicyWithoutAdapter(self._policy.loss)
+        # In the engine's own number formats, so that the KL to an equal policy is exactly 0.
         if isinstance(self._policy, PlainEngine):
             model = freeze(self._job.reference, self._config.precision, self._device)
         else:
@@ -328,6 +330,7 @@ class PpoLoop:
             collate_experiences([pool[int(index)] for index in micro], whitening)
             for micro in [*micro_batches, *([np.empty(0, np.int64)] * (most - len(micro_batches)))]
         ]
+        # Each loss is divided by the tokens of the mini-batch over all ranks: every token has equal weight.
         for index, batch in enumerate(batches):
             self._critic.accumulate(batch, 1.0 / total, last=index + 1 == len(batches))
         report = self._critic.step(self._job.critic_rate(number) * self._ppo_progress.rate_factor)
@@ -356,11 +359,13 @@ class PpoLoop:
             return []
         rows = self._job.text.rows(step)
         self._objective.prove(self._policy.loss, rows, self._device, self._policy.dtype)
+        # Divided by the text's own targets: its weight does not depend on the lengths of answers and text.
         share = shard_batch(rows, self._micro_rows, self._world.rank, self._world.size)
         scale = mix.weight / max(1, share.num_targets)
         return [(self._objective.collate(rows), scale) for rows in share.micro_batches]
 
     def _require_finite_gradient(self, side: str, report: StepReport, number: int) -> None:
+        # A skipped step is an fp16 overflow, after which the loss scale is lowered.
         if math.isfinite(report.gradient_norm) or report.skipped:
             return
         good = self._checkpoints.newest_step
@@ -390,6 +395,7 @@ class PpoLoop:
     def _record(self, tally: Tally, learnt: Mapping[str, float], answered_seconds: float) -> None:
         trained = tally.tokens * self._config.policy.inner_epochs
         self._progress.tokens += tally.model_tokens * self._config.policy.inner_epochs
+        # Metrics are means over the tokens trained on; gradients' norms are already averaged over steps.
         per_token = {name: value / max(1, trained) for name, value in learnt.items() if name != "gradNorm"}
         figures = tally.report() | {
             **per_token,

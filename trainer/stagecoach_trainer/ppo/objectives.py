@@ -133,7 +133,7 @@ class PolicyModule(AnswerModel):
         )
         if bonus:
             losses = losses - config.entropy_weight * entropies
-        return scale * losses.sum()
+        return scale * losses.sum()  # the engine divides: `scale` is 1 over the tokens of all ranks
 
 
 class CriticModule(DecoderLoss):

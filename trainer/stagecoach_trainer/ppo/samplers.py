@@ -112,6 +112,7 @@ class ShardedSampler(OwnSampler):
 
     def answer(self, prompts: Sequence[Ids], keys: Sequence[Sequence[int]]) -> list[Sampled]:
         inputs = prompts or [np.array([PADDING_TOKEN], np.int32)]
+        # The draws of a padding row are never used, so any key will do.
         draws = [uniforms(key, self._decoding.max_new_tokens) for key in keys or [(0,)]]
         calls = _CollectiveCalls(self._owner, self._world)  # type: ignore[arg-type]
         answers = sample_answers(self._model, inputs, draws, self._decoding, self._device, calls)

@@ -67,6 +67,7 @@ class SavedRollouts:
         found = StoredObject(path=path.name, size=path.stat().st_size, sha256=sha256_of_file(path))
         about = canonical_json({"object": found.model_dump(mode="json"), "done": done, "sums": dict(sums)})
         replace_file(about_path, about)
+        # The same order in the store: the .json completes the pair.
         if not self._is_in_store:
             self._store.upload(path, f"{self._prefix}/{path.name}")
             self._store.write(f"{self._prefix}/{about_path.name}", about)

@@ -71,6 +71,7 @@ class Tally:
             ended_share=self.ended / self.answers,
             length=self.tokens / self.answers,
             max_abs_reward=self.max_abs_reward,
+            # Rounding can make the difference of the moments slightly negative.
             reward_deviation=max(0.0, self.reward_squares / self.answers - mean**2) ** 0.5,
             value_loss=self.value_error / self.tokens,
         )
@@ -95,6 +96,7 @@ def sum_over_world(tally: Tally, world: World) -> Tally:
     """Return the sums over all ranks, on every rank."""
     if world.size == 1:
         return tally
+    # One reduction for all sums: each one waits for the slowest rank.
     counts = ("answers", "tokens", "model_tokens", "ended", "empty")
     sums = ("reward", "reward_squares", "kl", "entropy", "value_error", "advantage", "advantage_squares")
     totals = sum_over_ranks([float(getattr(tally, name)) for name in (*counts, *sums)] + list(tally.terms), world)

@@ -21,6 +21,7 @@ MAX_DEPTH = 32
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９．＋－−–＊／＝（）％", "0123456789.+---*/=()%")
 _SIGNS = str.maketrans("×·÷", "**/")
 _TOKEN = re.compile(
+    # A comma is part of a number only as a thousands separator, so lists like "1,2" are two numbers.
     r"(?P<number>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?%?)"
     r"|(?P<operator>[-+*/])|(?P<open>\()|(?P<close>\))|(?P<equals>=)"
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_]*)"
@@ -90,7 +91,7 @@ def _segments(text: str) -> Iterator[list[_Token]]:
             touches = kind == "operator" and before == "word" and not spaced
             run.append(_Token("unsupported" if touches else kind, match.group(), spaced))
         spaced = kind == "blank"
-        before = before if spaced else kind
+        before = before if spaced else kind  # the last token that is not white space
     yield run
 
 

@@ -84,6 +84,7 @@ class Judge:
             EndpointUnavailable: The endpoint does not answer.
         """
         keys = [_digest(self._endpoint.model, chat) for chat in chats]
+        # Equal chats of a batch share one key, so they become one request.
         new = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._known}
         self._require_budget(len(new))
         with ThreadPoolExecutor(self._concurrency) as pool:

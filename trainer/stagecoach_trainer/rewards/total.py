@@ -222,6 +222,7 @@ class RewardSum:
             return own
         from stagecoach_trainer.runtime.collectives import sum_over_ranks
 
+        # One collective call for all counters; they are integers below 2**53, which fp64 holds exactly.
         totals = iter(sum_over_ranks([float(n) for counts in own.values() for n in counts.values()], self._world))
         return {name: {what: int(next(totals)) for what in counts} for name, counts in own.items()}
 
