@@ -1,4 +1,4 @@
-# One command per job; `make` alone lists them.
+# One target per task; `make` alone lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -10,19 +10,23 @@ INSTALLED := .venv/.installed
 
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# DeepSpeed compiles the operators a run needs at first use, and keeps them here.
+# DeepSpeed compiles the operators that a run needs at first use, and caches them here.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
-# Nothing here needs a model hub.
+# No target needs a model hub.
 export HF_HUB_OFFLINE := 1
 
-# How the end-to-end suite builds its images: without a registry, and for machines without a GPU.
+# Options of the end-to-end suite's images: built without a registry, for machines without a GPU.
 WHEELS := $(wildcard ../shared/wheels)
 E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if $(SSL_CERT_FILE),--ca-file $(SSL_CERT_FILE))
 
-.PHONY: help install demo test explore lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
+# The tests of `make fast`: those that take milliseconds, of the packages without torch and of the trainer's parts that
+# train nothing. In these folders, `pytest.mark.slow` leaves out modules that take seconds.
+FAST := $(addprefix tests/,api core operator cli $(addprefix trainer/,batches data kernels losses rewards runtime samples text))
+
+.PHONY: help install demo fast test explore fmt lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up .venv from the lock (Python 3.11+, a C++ compiler)
 
@@ -44,11 +48,18 @@ $(INSTALLED): pyproject.toml requirements.lock | $(UV)
 demo: install ## train a small Chinese LLaMA from raw text to a released model (about 6 minutes on 2 cores)
 	$(BIN)/stagecoach run examples/chinese-alpaca-tiny.yaml
 
+fast: install ## the quick tests, for while you work (under a minute on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow and not go and not cluster" $(FAST)
+
 test: install ## the whole suite, without cluster or GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not go and not cluster"
 
 explore: install ## run the property tests with fresh random examples, instead of the same ones in every run
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m "hypothesis and not go and not cluster" --hypothesis-profile=explore
+
+fmt: install ## format the code and fix what the linter can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: install ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -57,31 +68,31 @@ lint: install ## style, types, import contracts
 	$(BIN)/lint-imports
 
 generate: install ## write the generated files: CRD, JSON schema, field reference, the chart's schema and README
-	$(BIN)/python -m stagecoach_api.generate
+	$(BIN)/python -m stagecoach_api.schema.generate
 	STAGECOACH_GOLDEN=write $(BIN)/python -m pytest -q tests/core/manifests/test_manifests_golden.py
 	$(BIN)/python charts/generate.py
 
 verify: install ## check that the generated files are up to date
-	$(BIN)/python -m stagecoach_api.generate --check
+	$(BIN)/python -m stagecoach_api.schema.generate --check
 	$(BIN)/python -m pytest -q tests/core/manifests/test_manifests_golden.py
 	$(BIN)/python charts/generate.py --check
 
-bench: install $(UV) ## measure ours against transformers' Trainer and TRL, side by side; writes bench/results/*.json
+bench: install $(UV) ## compare ours with transformers' Trainer and TRL; writes bench/results/*.json
 	$(BIN)/python -m bench
 
-bench-alignment: install $(UV) ## the part of it on alignment: speed and memory beside TRL, and what small tasks must learn
+bench-alignment: install $(UV) ## only the benches of alignment: speed and memory against TRL, learning on small tasks
 	$(BIN)/python -m bench alignment
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@$(BIN)/python -m bench.handover
 
-e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is brought up for it
+e2e: install ## the end-to-end suite on the cluster of KUBECONFIG, or on one that is started for it
 	STAGECOACH_TEST_IMAGES="$(E2E_IMAGES)" $(BIN)/python -m pytest -q -m cluster --timeout 1800 --durations 5 tests/e2e_cluster
 
-cluster: install ## bring up a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
+cluster: install ## start a real Kubernetes on this machine, for tests (root, Go 1.26; builds for 40 minutes once)
 	@$(BIN)/python -m tests.cluster up
 
-cluster-down: install ## stop that Kubernetes and remove all of it but the built programs
+cluster-down: install ## stop that Kubernetes and remove everything except the built programs
 	@$(BIN)/python -m tests.cluster down
 
 images: ## build both images; options in IMAGES="--torch cpu", see python images/build.py --help
@@ -103,5 +114,5 @@ lock: $(UV) ## resolve pyproject.toml into the locks
 		--constraint requirements.lock --no-annotate \
 		--output-file images/operator/requirements.lock pyproject.toml
 
-clean: ## remove what the commands above made, artifacts of runs apart
+clean: ## remove what the commands above made, except artifacts of runs
 	rm -rf .venv .uv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

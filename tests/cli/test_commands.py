@@ -14,6 +14,8 @@ from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_core.values import RunState, StageState
 from tests.cli.makers import Bench, Cli, chain, data_stage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Bench:

@@ -11,6 +11,8 @@ import pytest
 from stagecoach_cli.main import COMMANDS
 from tests.cli.makers import Bench, chain
 
+pytestmark = pytest.mark.slow
+
 HEAVY = (
     *("torch", "transformers", "pydantic", "boto3", "botocore", "rich", "yaml", "psutil", "kubernetes", "urllib3"),
     "stagecoach_api.spec",

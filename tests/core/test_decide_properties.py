@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,8 @@ from stagecoach_core.values import (
     Stop,
 )
 from tests.core.makers import data_stage, digests_of, found, plan_of, run_of
+
+pytestmark = pytest.mark.slow
 
 TERMINAL = {RunState.COMPLETE, RunState.FAILED, RunState.CANCELLED}
 ENDED = {StageState.SUCCEEDED, StageState.CACHED, StageState.FAILED, StageState.CANCELLED, StageState.SKIPPED}

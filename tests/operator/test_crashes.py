@@ -12,6 +12,8 @@ from stagecoach_api.status import StageState
 from stagecoach_operator.kube import Conflict, Invalid, Unavailable
 from tests.operator.makers import START, Ends, Killed, Operator, World, data_stage, drive
 
+pytestmark = pytest.mark.slow
+
 STAGES = (data_stage("a"), data_stage("b", "a"), data_stage("c", "b", resources={"nodes": 2}))
 
 

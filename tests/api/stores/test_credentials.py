@@ -14,6 +14,8 @@ from stagecoach_api.stores.credentials import KeyPair, read_key_pair
 from stagecoach_api.stores.s3 import _session
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, make_bucket
 
+pytestmark = pytest.mark.slow
+
 
 def mount(folder: Path, access_key: str, secret_key: str) -> None:
     """Write credentials as the kubelet mounts a Secret: links to links to files, replaced atomically."""

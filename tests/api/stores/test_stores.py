@@ -35,6 +35,8 @@ from stagecoach_api.stores.base import S3Location, parse_location
 from stagecoach_api.stores.retry import Retrier, RetryPolicy
 from tests.s3 import ACCESS_KEY, SECRET_KEY, Fault, FaultyFront, S3Server, make_bucket, make_server
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 BUCKETS = itertools.count()
 ODD_KEY = "runs/a b+c%20/汉字 é.json"

@@ -41,6 +41,8 @@ from stagecoach_cli.display.numbers import size
 from tests.cli.cluster.makers import NAMESPACE, FakeCluster, stage_status
 from tests.cli.makers import Bench, Cli, chain
 
+pytestmark = pytest.mark.slow
+
 NOW = 1_800_000_000.0
 DAY = 86_400.0
 KEPT, PARENT, OLD, YOUNG, HALF = (letter * 64 for letter in "abcde")

@@ -13,6 +13,8 @@ import stagecoach_cli.cluster
 from stagecoach_cli.cluster.api import ClusterChoice, NotConfigured, connect
 from tests.cli.cluster.makers import FakeCluster
 
+pytestmark = pytest.mark.slow
+
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(stagecoach_cli.cluster.__path__, "stagecoach_cli.cluster.")
 )

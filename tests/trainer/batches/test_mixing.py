@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from stagecoach_trainer.batches.mixing import Mix, Stream, apportion, make_key, permute, splitmix
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_a_shuffle_is_a_permutation(size: int, key: int) -> None:

@@ -6,7 +6,11 @@ import gc
 import subprocess
 import sys
 
+import pytest
+
 from stagecoach_trainer.runtime.startup import fast_imports, frozen_heap, postpone_garbage_collection
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_collector_resumes_after_the_imports_and_skips_what_they_made() -> None:

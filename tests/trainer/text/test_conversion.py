@@ -33,6 +33,8 @@ from stagecoach_trainer.text.vocabulary import encode_batch, load_tokenizer
 from tests import SHARED_DATA as SHARED
 from tests.trainer.data.makers import CHINESE, LLAMA
 
+pytestmark = pytest.mark.slow
+
 NASTY = (
     "",
     " ",

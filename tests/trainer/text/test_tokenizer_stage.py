@@ -14,6 +14,8 @@ from stagecoach_trainer.text.pieces import load_vocabulary, sentences, train_voc
 from tests import SHARED_DATA as SHARED
 from tests.trainer.data.makers import CHINESE, LLAMA, FolderContext, make_context, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 BASE = {"uri": str(LLAMA)}
 POEMS = {"uri": str(SHARED / "corpus" / "chinese_classics.jsonl"), "maxSamples": 400}
 MEASURED = [
