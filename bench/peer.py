@@ -72,7 +72,7 @@ def train_peer(
     pad_to: int | None = None,
 ) -> Run:
     """Train one epoch over `batches`, `micro_batch` samples at a time; return times and losses."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
     clock = _Clock()
     trainer = Trainer(
         model=model,

@@ -99,7 +99,7 @@ def prepare(stack: ExitStack) -> BenchCluster:
     audit_log = kubeconfig.with_name("audit.log")
     return BenchCluster(
         kubectl=kubectl,
-        api=config.new_client_from_config(str(kubeconfig)),  # type: ignore[no-untyped-call]
+        api=config.new_client_from_config(str(kubeconfig)),
         namespace=namespace,
         product=product,
         storage=storage,

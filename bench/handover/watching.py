@@ -24,7 +24,7 @@ def events(response: Any) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield a watch's events, each with the time (monotonic) at which it arrived, before it is parsed."""
     if response.status != 200:
         raise RuntimeError(f"the API server rejected a watch: {response.status}: {response.data.decode()}")
-    for line in iter_resp_lines(response):  # type: ignore[no-untyped-call]
+    for line in iter_resp_lines(response):
         at = time.monotonic()
         if line:
             yield at, json.loads(line)

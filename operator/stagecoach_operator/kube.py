@@ -224,10 +224,10 @@ class ApiServer:
 
         configuration = Configuration()
         try:
-            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            config.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
             try:
-                await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                await config.load_kube_config(client_configuration=configuration)
             except config.ConfigException as error:
                 raise Unavailable(f"no credentials for the API server: {error}; run in a pod, or set KUBECONFIG") from (
                     error

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 import stagecoach_api
 from stagecoach_api.fields import fields_of, model_at, shape_of, walk_models
 from stagecoach_api.kinds import STAGE_KINDS
+from stagecoach_api.kinds.sft import SftStage
 from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, TrainingRun
 from tests.api.makers import document, edited
@@ -88,8 +89,9 @@ def test_a_second_weight_of_zero_leaves_a_set_out() -> None:
             ("stages.sft.sft.data", [{"uri": "a.json", "weight": 1}, {"uri": "b.json", "weight": 0}]),
         )
     )
-    assert run.spec.stages[3].sft is not None
-    assert [source.weight for source in run.spec.stages[3].sft.data] == [1.0, 0.0]
+    config = run.spec.stages[3].config
+    assert isinstance(config, SftStage)
+    assert [source.weight for source in config.data] == [1.0, 0.0]
 
 
 def test_the_contract_imports_no_client_and_no_tensor_library() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.spec import TrainingRun
 from stagecoach_core.digest import input_digests
 from stagecoach_core.values import Found
@@ -103,7 +104,8 @@ def phased(source: dict[str, Any], name: str) -> TrainingRun:
 
 
 def pretrain_digest(run: TrainingRun) -> str:
-    contents = {stage.data.sources[0].uri or "": "same" for stage in run.spec.stages if stage.data is not None}
+    data_stages = [stage.config for stage in run.spec.stages if isinstance(stage.config, DataStage)]
+    contents = {config.sources[0].uri or "": "same" for config in data_stages}
     return digests_of(plan_of(run, contents))["pretrain"]
 
 

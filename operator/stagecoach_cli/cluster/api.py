@@ -149,11 +149,11 @@ def connect(choice: ClusterChoice) -> ClusterApi:
             merged = os.pathsep.join(files)
             load = config.load_kube_config
             load(merged, choice.context, configuration, persist_config=False)  # type: ignore[no-untyped-call]
-            contexts, current = config.list_kube_config_contexts(merged)  # type: ignore[no-untyped-call]
+            contexts, current = config.list_kube_config_contexts(merged)
             chosen = next((item for item in contexts if item["name"] == choice.context), current)
             namespace = chosen["context"].get("namespace")
         else:
-            config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+            config.load_incluster_config(configuration)
             namespace = IN_CLUSTER_NAMESPACE.read_text(encoding="utf-8").strip()
     except (config.ConfigException, OSError, KeyError, TypeError, ValueError) as error:
         raise NotConfigured(_not_configured(files, error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stagecoach_api.kinds.sft import SftStage
 from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.reading.loading import load_run, parse_run
 from stagecoach_api.reading.yaml_reader import MAX_BYTES, MAX_DEPTH, MAX_NODES, parse_scalar
@@ -170,8 +171,10 @@ def test_a_missing_field_is_reported_on_the_line_of_its_parent() -> None:
 # -- overrides ---------------------------------------------------------------------------------------------------------
 
 
-def sft(run: TrainingRun) -> Any:
-    return run.spec.stages[3].sft
+def sft(run: TrainingRun) -> SftStage:
+    config = run.spec.stages[3].config
+    assert isinstance(config, SftStage)
+    return config
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,12 @@ class PlainEngine:
             self._touched.add(id(master))
             parameter.grad = None
 
-        copy.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+        copy.register_post_accumulate_grad_hook(move)
 
     def accumulate(self, batch: MicroBatch, scale: float, last: bool) -> Tensor:
         del last
         loss: Tensor = self.loss(batch.to(self.device), scale * self._scale.value)  # the loss scale of fp16, else 1
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach() / self._scale.value if self._scale.enabled else loss.detach()
 
     def step(self, learning_rate: float) -> StepReport:
