@@ -61,11 +61,12 @@ fmt: install ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lint: install ## style, types, import contracts
+lint: install ## style, types, import contracts, wording
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/wording.py
 
 generate: install ## write the generated files: CRD, JSON schema, field reference, the chart's schema and README
 	$(BIN)/python -m stagecoach_api.schema.generate

@@ -15,42 +15,67 @@ import sys
 import tokenize
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = re.compile(
-    r"(^|/)(requirements[^/]*\.(lock|txt)|LICENSE|.*\.json|.*/golden/.*|\.ci/wording\..*)$|^examples/data/"
+    r"(^|/)(requirements[^/]*\.(lock|txt)|LICENSE|.*\.json|.*/golden/.*|\.ci/wording\..*|test_wording\.py)$|^examples/data/"
 )
-"""Locks, licence, data and golden files, and the list itself."""
-PAGES = (".md", ".yaml", ".yml", ".toml", ".tpl", ".txt", ".j2", "Dockerfile", "Makefile", "run")
+"""Locks, licence, data and golden files, the list itself and its tests."""
+PAGES = (".md", ".yaml", ".yml", ".toml", ".tpl", ".txt", "Dockerfile", "Makefile", "run")
+CODE = re.compile(r"`[^`]*`")
+"""Identifiers and literals in backticks are not prose."""
 
 
 @dataclass(frozen=True)
 class Word:
     """A word to avoid."""
 
+    text: str
+    """Its pattern, as it is in the list."""
     pattern: re.Pattern[str]
     instead: str
     allow: re.Pattern[str] | None
     """Phrases in which it is right."""
 
+    def occurrences(self, line: str) -> list[str]:
+        """Return every occurrence in a line of text."""
+        prose = CODE.sub("``", line)
+        if self.allow is not None:
+            prose = self.allow.sub("", prose)
+        return self.pattern.findall(prose)
 
-def read_words() -> list[Word]:
-    entries = tomllib.loads(Path(__file__).with_name("wording.toml").read_text(encoding="utf-8"))["word"]
+
+@dataclass(frozen=True)
+class Finding:
+    """One occurrence of a word to avoid."""
+
+    path: Path
+    line: int
+    found: str
+    word: Word
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: `{self.found}`: write {self.word.instead}"
+
+
+def read_words(file: Path) -> list[Word]:
+    """Read the list. A pattern matches whole words, in any case, but no part of a path or an identifier."""
     return [
         Word(
-            re.compile(rf"(?<![\w`./-])(?:{entry['pattern']})(?!\w)", re.IGNORECASE),
-            entry["instead"],
-            re.compile("|".join(map(re.escape, entry["allow"])), re.IGNORECASE) if "allow" in entry else None,
+            text=entry["pattern"],
+            pattern=re.compile(rf"(?<![\w`./-])(?:{entry['pattern']})(?!\w)", re.IGNORECASE),
+            instead=entry["instead"],
+            allow=re.compile("|".join(map(re.escape, entry["allow"])), re.IGNORECASE) if "allow" in entry else None,
         )
-        for entry in entries
+        for entry in tomllib.loads(file.read_text(encoding="utf-8"))["word"]
     ]
 
 
-def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of everything in a file that people read."""
+def prose_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of what people read: whole pages; in Python, comments and strings with spaces."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield from enumerate(source.splitlines(), 1)
@@ -64,42 +89,42 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno + offset, line
 
 
-def faults(path: Path, words: list[Word]) -> Iterator[tuple[int, str, Word]]:
-    for number, line in texts(path):
+def findings(path: Path, words: Sequence[Word]) -> Iterator[Finding]:
+    for number, line in prose_of(path):
         for word in words:
-            text = word.allow.sub("", line) if word.allow else line
-            yield from ((number, found[0], word) for found in word.pattern.finditer(re.sub(r"`[^`]*`", "``", text)))
+            yield from (Finding(path, number, found, word) for found in word.occurrences(line))
 
 
-def files(given: list[str]) -> list[Path]:
-    """Return the files to check: those given, or all that git tracks."""
-    arguments = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *given]
-    listed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    named = [name for name in listed if name.endswith((".py", *PAGES)) and not SKIPPED.search(name)]
-    return [ROOT / name for name in named if (ROOT / name).is_file()]
+def tracked_files(given: Sequence[str]) -> list[Path]:
+    """Return the files to check, relative to the root: those below the given paths, or all, unless git ignores them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *given]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [name for name in listed if name.endswith((".py", *PAGES)) and not SKIPPED.search(name)]
+    return [Path(name) for name in names if (ROOT / name).is_file()]
 
 
-def main(arguments: list[str]) -> int:
+def print_counts(found: Sequence[Finding], paths: Sequence[Path], words: Sequence[Word]) -> None:
+    total = sum(len(text.split()) for path in paths for _, text in prose_of(path))
+    counts = Counter(finding.word.text for finding in found)
+    for word in words:
+        number = counts[word.text]
+        print(f"{word.text:50} {number:5}  {number / max(total, 1) * 1e4:6.1f} per 10,000 words")
+
+
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", action="store_true", help="count instead of reporting")
     parser.add_argument("paths", nargs="*")
     chosen = parser.parse_args(arguments)
-    words = read_words()
-    counts: Counter[str] = Counter()
-    total = 0
-    for path in files(chosen.paths):
-        if chosen.count:
-            total += sum(len(text.split()) for _, text in texts(path))
-        for number, found, word in faults(path, words):
-            counts[word.pattern.pattern] += 1
-            if not chosen.count:
-                print(f"{path.relative_to(ROOT)}:{number}: `{found}`: write {word.instead}")
+    words = read_words(ROOT / ".ci" / "wording.toml")
+    paths = [ROOT / path for path in tracked_files(chosen.paths)]
+    found = [finding for path in paths for finding in findings(path, words)]
     if chosen.count:
-        for word in words:
-            number = counts[word.pattern.pattern]
-            print(f"{word.pattern.pattern[13:-6]:50} {number:5}  {number / max(total, 1) * 1e4:6.1f} per 10,000 words")
+        print_counts(found, paths, words)
         return 0
-    return 1 if counts else 0
+    for finding in found:
+        print(finding)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

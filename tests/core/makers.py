@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {"batch": {"tokens": 64}, "optimizer": {"learningRate
 
 
 def data_stage(name: str, *inputs: str, uri: str | None = None, **settings: Any) -> dict[str, Any]:
-    """A `data` stage that reads the stages `inputs`, or a file if there are none: `uri`, or one named after it."""
+    """A `data` stage that reads the stages `inputs`, or else a file: `uri`, or one named after the stage."""
     sources = [{"stage": item} for item in inputs] or [{"uri": uri or f"{name}.jsonl"}]
     return {"name": name, "data": {"sources": sources}, **settings}
 
