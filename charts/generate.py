@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from stagecoach_api.schema.generated_files import write_or_check
 from stagecoach_api.version import __version__
 
 CHART = Path(__file__).resolve().parent / "stagecoach"
@@ -193,15 +194,6 @@ def wanted(chart: Path) -> dict[str, str]:
     }
 
 
-def outdated(chart: Path) -> dict[str, str]:
-    """Return the names of missing and outdated files with their expected contents."""
-    return {name: text for name, text in wanted(chart).items() if _read(chart / name) != text}
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 1 if `--check` found an outdated file, or a file cannot be generated."""
     parser = argparse.ArgumentParser(prog="python charts/generate.py", description=__doc__)
@@ -209,17 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, default=CHART, help="folder of the chart (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        files = outdated(options.chart)
+        texts = wanted(options.chart)
     except ChartError as error:
         print(error, file=sys.stderr)
         return 1
-    for name, text in files.items():
-        if options.check:
-            print(f"{options.chart / name} is outdated: run `make generate`", file=sys.stderr)
-        else:
-            (options.chart / name).write_text(text, encoding="utf-8")
-            print(f"wrote {options.chart / name}")
-    return 1 if options.check and files else 0
+    chart = options.chart.resolve()
+    return write_or_check(chart.parent, {f"{chart.name}/{name}": text for name, text in texts.items()}, options.check)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import yaml
 
 from stagecoach_api.schema.crd import custom_resource_definition
 from stagecoach_api.schema.editor_schema import editor_schema
+from stagecoach_api.schema.generated_files import write_or_check
 from stagecoach_api.schema.reference import reference_page
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,23 +42,9 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 """Generated files, below the root of the checkout."""
 
 
-def generate(root: Path) -> list[str]:
-    """Write every generated file below `root`; return the names of those that changed."""
-    changed = outdated(root)
-    for name in changed:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(GENERATED[name](), encoding="utf-8")
-    return changed
-
-
-def outdated(root: Path) -> list[str]:
-    """Return the names of the generated files that are missing below `root` or out of date."""
-    return [name for name, text in GENERATED.items() if _read(root / name) != text()]
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def generated_texts() -> dict[str, str]:
+    """Return the text of every generated file by name."""
+    return {name: text() for name, text in GENERATED.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,14 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a file is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help="root of the checkout")
     options = parser.parse_args(arguments)
-    if options.check:
-        names = outdated(options.root)
-        for name in names:
-            print(f"{name} is outdated: run `make generate`", file=sys.stderr)
-        return 1 if names else 0
-    for name in generate(options.root):
-        print(f"wrote {name}")
-    return 0
+    return write_or_check(options.root, generated_texts(), options.check)
 
 
 if __name__ == "__main__":
