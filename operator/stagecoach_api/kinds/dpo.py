@@ -12,7 +12,7 @@ from stagecoach_api.constraints import exactly_one
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs
 from stagecoach_api.references import ArtifactType, Format, Reference
-from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
+from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_formats
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
 from stagecoach_api.training import MeasuredTraining
@@ -90,15 +90,13 @@ def dpo_learns_from_preferences(draft: Draft) -> Iterator[Fault]:
 
 def labels_need_kto(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, DpoStage):
-        for path, source in training_sets(config) if config.loss.kto is None else ():
-            if source.format is Format.LABELS:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "this loss compares two answers to one prompt, and labels judge one answer each",
-                    "set `loss: {kto: {}}`, or give pairs, comparison or ranked",
-                )
+        yield from wrong_formats(
+            stage,
+            training_sets(config) if config.loss.kto is None else (),
+            {Format.LABELS},
+            "this loss compares two answers to one prompt, and labels judge one answer each",
+            "set `loss: {kto: {}}`, or give pairs, comparison or ranked",
+        )
 
 
 KIND = StageKind(

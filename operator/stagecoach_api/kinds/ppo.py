@@ -14,7 +14,7 @@ from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs
 from stagecoach_api.references import PREFERENCE_FORMATS, ArtifactType, Format, Reference, WeightedSource
 from stagecoach_api.rewards import PromptSource, RewardTerms
-from stagecoach_api.rules.formats import numbered, wrong_format
+from stagecoach_api.rules.formats import numbered, wrong_formats
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES, MetricTable
 from stagecoach_api.training import Optimizer, Training
@@ -254,25 +254,21 @@ PARAMETERS_SHARDED = 3
 
 def prompts_are_not_plain_text(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, PpoStage):
-        for path, source in numbered(("data",), config.data):
-            if source.format is Format.TEXT:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "plain text asks nothing a policy could answer",
-                    "give conversations or preferences, or move it to `pretraining.data`",
-                )
+        yield from wrong_formats(
+            stage,
+            numbered(("data",), config.data),
+            {Format.TEXT},
+            "plain text asks nothing a policy could answer",
+            "give conversations or preferences, or move it to `pretraining.data`",
+        )
         mixed = config.pretraining.data if config.pretraining is not None else ()
-        for path, source in numbered(("pretraining", "data"), mixed):
-            if source.format in PREFERENCE_FORMATS:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "preferences are not text to predict: each has several answers",
-                    "give text or conversations",
-                )
+        yield from wrong_formats(
+            stage,
+            numbered(("pretraining", "data"), mixed),
+            PREFERENCE_FORMATS,
+            "preferences are not text to predict: each has several answers",
+            "give text or conversations",
+        )
 
 
 def an_answer_leaves_room_for_its_prompt(draft: Draft) -> Iterator[Fault]:

@@ -15,7 +15,7 @@ from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.problems import suggest
 from stagecoach_api.references import ArtifactType, Format, NamedSource, Reference, WeightedSource
 from stagecoach_api.rewards import Domain
-from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_format
+from stagecoach_api.rules.formats import only_preferences, training_sets, wrong_formats
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
 from stagecoach_api.training import HeldOut, MeasuredTraining
@@ -130,15 +130,13 @@ def reward_models_learn_from_preferences(draft: Draft) -> Iterator[Fault]:
 
 def reward_models_do_not_learn_from_labels(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, RewardModelStage):
-        for path, source in training_sets(config):
-            if source.format is Format.LABELS:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "a reward model compares answers to one prompt, and labels judge one answer each",
-                    "give pairs, comparison or ranked, or train on the labels in a `dpo` stage with `loss: {kto: {}}`",
-                )
+        yield from wrong_formats(
+            stage,
+            training_sets(config),
+            {Format.LABELS},
+            "a reward model compares answers to one prompt, and labels judge one answer each",
+            "give pairs, comparison or ranked, or train on the labels in a `dpo` stage with `loss: {kto: {}}`",
+        )
 
 
 def domain_names_are_unique(draft: Draft) -> Iterator[Fault]:

@@ -12,7 +12,7 @@ from stagecoach_api.base import Fraction, Model, ShortText
 from stagecoach_api.conversation import Loss, Template, TooLong
 from stagecoach_api.draft import Draft, Fault, configs
 from stagecoach_api.references import PREFERENCE_FORMATS, ArtifactType, Format, Reference
-from stagecoach_api.rules.formats import numbered, training_sets, wrong_format
+from stagecoach_api.rules.formats import numbered, training_sets, wrong_formats
 from stagecoach_api.stage_kind import Ranks, StageKind, reads
 from stagecoach_api.summary_tables import HELD_OUT_TABLES
 from stagecoach_api.training import TextTraining
@@ -87,36 +87,32 @@ class SftStage(TextTraining):
 
 def fine_tuning_reads_conversations(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, SftStage):
-        for path, source in numbered(("data",), config.data):
-            if source.format is Format.TEXT:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "plain text has no turns to learn from",
-                    "give conversations (alpaca, sharegpt, messages), or train on the text in a `pretrain` stage",
-                )
+        yield from wrong_formats(
+            stage,
+            numbered(("data",), config.data),
+            {Format.TEXT},
+            "plain text has no turns to learn from",
+            "give conversations (alpaca, sharegpt, messages), or train on the text in a `pretrain` stage",
+        )
 
 
 def preferences_need_hindsight(draft: Draft) -> Iterator[Fault]:
     for stage, config in configs(draft, SftStage):
-        for path, source in training_sets(config):
-            if source.format is Format.LABELS:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "labels judge single answers, and `hindsight` needs ranked ones",
-                    "train on them in a `dpo` stage with `loss: {kto: {}}`",
-                )
-            elif source.format in PREFERENCE_FORMATS and config.hindsight is None:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "preferences are not conversations: each has several answers",
-                    "add `hindsight: {}`, or train on them in a `rewardModel` or `dpo` stage",
-                )
+        yield from wrong_formats(
+            stage,
+            training_sets(config),
+            {Format.LABELS},
+            "labels judge single answers, and `hindsight` needs ranked ones",
+            "train on them in a `dpo` stage with `loss: {kto: {}}`",
+        )
+        if config.hindsight is None:
+            yield from wrong_formats(
+                stage,
+                training_sets(config),
+                PREFERENCE_FORMATS - {Format.LABELS},
+                "preferences are not conversations: each has several answers",
+                "add `hindsight: {}`, or train on them in a `rewardModel` or `dpo` stage",
+            )
 
 
 KIND = StageKind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from stagecoach_api.draft import Draft, DraftStage, Fault, configs
 from stagecoach_api.fields import FieldPath
@@ -21,19 +21,26 @@ def numbered(path: FieldPath, sources: Sequence[RecordSource]) -> Iterator[tuple
         yield (*path, index), source
 
 
-def wrong_format(stage: DraftStage, path: FieldPath, source: RecordSource, rule: str, remedy: str) -> Fault:
-    return Fault(stage.at(*path, "format"), str(source.format), rule, remedy)
+def wrong_formats(
+    stage: DraftStage,
+    sources: Iterable[tuple[FieldPath, RecordSource]],
+    formats: Collection[Format],
+    rule: str,
+    remedy: str,
+) -> Iterator[Fault]:
+    """Yield a fault for every source whose records have one of `formats`."""
+    for path, source in sources:
+        if source.format in formats:
+            yield Fault(stage.at(*path, "format"), str(source.format), rule, remedy)
 
 
 def only_preferences(draft: Draft, kind: type[MeasuredTraining]) -> Iterator[Fault]:
     """Yield a fault for every data set of the stages of a kind that is known not to be preferences."""
     for stage, config in configs(draft, kind):
-        for path, source in training_sets(config):
-            if source.format is not Format.AUTO and source.format not in PREFERENCE_FORMATS:
-                yield wrong_format(
-                    stage,
-                    path,
-                    source,
-                    "these records do not state which answer is preferred",
-                    "give preferences (pairs, comparison, ranked), or train on these in an `sft` stage",
-                )
+        yield from wrong_formats(
+            stage,
+            training_sets(config),
+            set(Format) - {Format.AUTO, *PREFERENCE_FORMATS},
+            "these records do not state which answer is preferred",
+            "give preferences (pairs, comparison, ranked), or train on these in an `sft` stage",
+        )
