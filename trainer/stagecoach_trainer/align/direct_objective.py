@@ -81,6 +81,7 @@ class DirectBatch:
     def to(self, device: torch.device) -> DirectBatch:
         if device.type == "cpu":
             return self
+        # Copies from page-locked memory (`pinned`) do not block, so they overlap with the CPU's work.
         return self._each(lambda tensor: tensor.to(device, non_blocking=True), lambda answers: answers.to(device))
 
     def pinned(self) -> DirectBatch:
@@ -134,6 +135,7 @@ class AnswerLoss(AnswerModel):
         # fp64: log-ratios are small differences of two sums over hundreds of tokens.
         each = found.double()
         parts = torch.split(each, list(answers.lengths)) if answers.lengths else ()
+        # `stack` rejects an empty list; `each`, empty too, connects the loss to the parameters for the backward pass.
         return torch.stack([part.sum() for part in parts]) if parts else each
 
     def forward(self, batch: DirectBatch | AnswerBatch, scale: float = 1.0) -> Tensor:  # type: ignore[override]
@@ -154,10 +156,12 @@ class AnswerLoss(AnswerModel):
         """Return z₀ of a step, computed in the step's first micro-batch: weights change only between steps."""
         if self._point is None or self._point[0] != point.step:
             was_training = self.training
+            # Without dropout, whose random numbers differ between ranks: all ranks must compute the same z₀.
             self.eval()
             with torch.no_grad():
                 found = [self.log_probs(part) for part in point.parts]
             self.train(was_training)
+            # Without mismatched sequences z₀ is 0; the mean of none would be NaN.
             ratios = log_ratios(torch.cat(found), point.reference) if found else point.reference.new_zeros(1)
             self._point = point.step, reference_point(ratios)
         return self._point[1]
@@ -215,6 +219,7 @@ class DirectObjective(UnpackedObjective):
             self._references.of(sequences),
             better,
             worse,
+            # The empty array is for pairs, which have no `liked`: `concatenate` rejects an empty list.
             torch.from_numpy(np.concatenate([np.empty(0, np.bool_), *liked])),
             sum(group.num_targets for group in groups),
             None if pointed is None else self._collate_point(pointed),

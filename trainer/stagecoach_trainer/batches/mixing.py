@@ -16,6 +16,7 @@ Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
 
 ROUNDS = 6
+# SplitMix64's increment: 2^64 divided by the golden ratio, as an odd number.
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 
@@ -30,6 +31,7 @@ def splitmix(values: UInt64) -> UInt64:
 
 def make_key(*parts: int) -> int:
     """Return a 64-bit key derived from several numbers in their order."""
+    # An array, not a scalar: NumPy's arrays wrap around at 2^64 silently, its scalars warn of an overflow.
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = splitmix(key ^ splitmix(np.array([part & MASK], np.uint64)))
@@ -145,6 +147,7 @@ class Mix:
         # Before the shuffle, an epoch is a block for each set: the shuffled position gives the set and the draw in it.
         ends = np.cumsum(parts)
         sets = np.searchsorted(ends, shuffled, side="right").astype(np.int64)
+        # All epochs before this one were full, so each of them drew `_parts`, also if this one is the rest.
         draws = shuffled - (ends - parts)[sets] + self._first[sets] + epoch * self._parts[sets]
         units = np.empty_like(draws)
         for index in np.unique(sets):

@@ -81,11 +81,14 @@ class PlainEngine:
         del last
         loss: Tensor = self.loss(batch.to(self.device), scale * self._scale.value)  # the loss scale of fp16, else 1
         loss.backward()
+        # A tensor, not a float: reading its value would wait for the GPU after every micro-batch.
         return loss.detach() / self._scale.value if self._scale.enabled else loss.detach()
 
     def step(self, learning_rate: float) -> StepReport:
         gradients = self._gradients()
         if self._world.size > 1:
+            # Before the norm is computed, so that all ranks clip by the same factor and skip the same steps. The sum is
+            # not divided by the number of ranks: losses are already divided by the targets of the global batch.
             sum_over_ranks(gradients)
         if self._scale.enabled:
             torch._foreach_mul_(gradients, 1.0 / self._scale.value)
@@ -129,6 +132,7 @@ class PlainEngine:
             moments = self._optimizer.state.get(master, {})
             yield MASTER + name, _copy(master)
             for prefix, key in ((MOMENT_1, EXP_AVG), (MOMENT_2, EXP_AVG_SQ)):
+                # PyTorch's AdamW creates moments in its first step; until then they are 0.
                 yield prefix + name, _copy(moments[key]) if moments else torch.zeros(master.shape)
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
@@ -151,6 +155,7 @@ class PlainEngine:
 
 
 def _copy(tensor: Tensor) -> Tensor:
+    # `copy`: on a CPU, `to` would return the master itself, which the next steps change while a checkpoint is written.
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 

@@ -106,6 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             p.scatter_add_(1, targets[part, None], room.minus_one[: len(p)])  # d loss / d logits = p − one_hot(target)
             if d_bias is not None:
                 d_bias += p.sum(0)
+            # Written straight into the block from which the weight's gradient is computed, which saves a copy.
             small = d_weight.room(part) if d_weight is not None else room.small[: len(p)]
             small.copy_(p)  # to the compute dtype, in which the products below are computed
             if d_selected is not None:
@@ -127,6 +128,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         factor = d_output * ctx.scale
         d_hidden = None
         if d_selected is not None:
+            # In place, which saves a copy: nothing else holds these tensors, and a loss is backpropagated once.
             d_selected.mul_(factor)
             d_hidden = d_selected
             if not ctx.everywhere:
@@ -191,6 +193,7 @@ class HeadGradient:
         start = part.start - part.start % self._block_rows
         term = torch.mm(self._block[: part.stop - start].T, self._selected[start : part.stop], out=self._term)
         if self._sum is None:
+            # A copy even in the same dtype: `term` is scratch memory, which the next block overwrites.
             self._sum = term.to(self._dtype, copy=True)
         else:
             self._sum += term

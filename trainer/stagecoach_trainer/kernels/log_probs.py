@@ -65,6 +65,7 @@ class _TokenLogProbs(torch.autograd.Function):
             p, logits, normaliser = chunks.softmax(part)
             torch.sub(logits.gather(1, targets[part, None])[:, 0], normaliser, out=log_probs[part])
             if want_entropy:  # −Σ p (logit − normaliser), where Σ p = 1
+                # Overwrites the logits, so the targets' are gathered first.
                 torch.sub(normaliser, logits.mul_(p).sum(-1), out=entropies[part])
         # The weight itself, not its copy in another dtype: ZeRO-3 frees it after forward and gathers it for backward.
         ctx.save_for_backward(hidden, weight, bias, at, targets, entropies)
@@ -99,6 +100,7 @@ class _TokenLogProbs(torch.autograd.Function):
             small = d_weight.room(part) if d_weight is not None else chunks.small(part)
             small.copy_(d_logits)
             if d_hidden is not None:
+                # Positions are distinct, so every row is written once, without an addition in the states' dtype.
                 d_hidden.index_copy_(0, at[part], torch.mm(small, chunks.head))
             if d_weight is not None:
                 d_weight.collect(part)

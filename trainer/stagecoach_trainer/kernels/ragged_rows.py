@@ -36,12 +36,14 @@ class RaggedRows:
     def spread(self, x: Tensor) -> Tensor:
         """Return `x` [1, H, N, C] as padded rows [H · B, T, C]; padding holds finite numbers."""
         spread: Tensor = _Spread.apply(x[0], self.places, self.tokens)  # type: ignore[no-untyped-call]
+        # Heads come first in memory, so a view makes every row of every head one item of a batched product.
         return spread.view(-1, self.shape[1], x.shape[-1])
 
     def collect(self, x: Tensor) -> Tensor:
         """Return `x` [H · B, T, C] without padding: [1, N, H, C]."""
         flat = x.reshape(-1, len(self.tokens), x.shape[-1])
         collected: Tensor = _Collect.apply(flat, self.places)  # type: ignore[no-untyped-call]
+        # The layout that transformers' attention functions return: heads after tokens, contiguous.
         return collected.transpose(0, 1).contiguous()[None]
 
 
@@ -76,4 +78,5 @@ class _Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
+        # Places are distinct, so gradients are copied, not added; padding was left out, so its gradient is 0.
         return d_out.new_zeros(ctx.size).index_copy_(1, places, d_out), None

@@ -65,6 +65,7 @@ class RankLogs:
             )
             for pipe in pipes
         ]
+        # A daemon, because a child process that holds a pipe open must not keep the launcher from exiting.
         self._copier = threading.Thread(target=self._copy, name="logs", daemon=True)
         self._copier.start()
         self._uploads = LogUploads(stage, [sink.log for sink in self._sinks], self.say)
@@ -151,6 +152,7 @@ class LogFile:
                 file = self._opened()
                 if self._size + len(data) > self._max_bytes:
                     self._cut_front(file)
+                # The count is reset only after the note is written: on a disk that is still full, it keeps growing.
                 if self._missing:
                     self._write(file, memoryview(self._gap()))
                     self._missing = 0
@@ -169,6 +171,7 @@ class LogFile:
     def _opened(self) -> FileIO:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: `pread` and `pwrite` bypass a buffer, and `write` returns how much the disk has accepted.
             self._file = self.path.open("w+b", buffering=0)
         return self._file
 
@@ -185,6 +188,7 @@ class LogFile:
         handle = file.fileno()
         source = max(self._size - int(self._max_bytes * KEPT_PART), len(self._first_line))
         source += os.pread(handle, MAX_LINE_BYTES, source).find(b"\n") + 1  # to the start of a line, if it is near
+        # Only the ranks' output counts, not the earlier first line, with which the file begins.
         self._cut += source - len(self._first_line)
         most = f"{self._max_bytes >> 20} MiB" if self._max_bytes >= 1 << 20 else f"{self._max_bytes} bytes"
         self._first_line = f"[{self._cut} bytes are cut off here: a log keeps its last {most} at most]\n".encode()
@@ -217,6 +221,7 @@ class Lines:
         if len(self._begun) > MAX_LINE_BYTES:
             pieces.append(self._begun + b"\n")
             self._begun = b""
+        # A line end alone gets no prefix: it is an empty line, or the `\n` of a `\r\n`.
         return b"".join(piece if piece in (b"\r", b"\n") else self._prefix + piece for piece in pieces)
 
     def rest(self) -> bytes:
@@ -273,6 +278,7 @@ class Output:
                 if not self._waiting:
                     return
                 data = self._waiting.popleft()
+            # Without the lock, so that `put` never waits for the reader. Bytes count as waiting until written.
             self._write(data)
             with self._changed:
                 self._num_bytes -= len(data)

@@ -213,6 +213,7 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until the last save is complete and uploaded. Raises its error."""
+        # Cleared before the result is read, so that the error of a failed save is raised only once.
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -228,6 +229,7 @@ class CheckpointManager:
         if not self._is_in_store:
             self._upload(folder)
         self.newest = checkpoint
+        # Last: older checkpoints are needed until the new one is complete, in the store too.
         self._delete_old(healthy)
 
     def _next(self, step: int) -> CheckpointId:

@@ -123,6 +123,7 @@ class Loop:
         with frozen_heap():
             self._make_steps()
         after = self._after()
+        # Raises the error of a failed save, which closing the checkpoints would ignore.
         self._checkpoints.wait()
         self._engine.finish()
         metrics = {"loss": self._progress.loss} | self._progress.before | after
@@ -136,6 +137,7 @@ class Loop:
         seed_everything(self._context.seed, self._world.rank)
         if checkpoint is None:
             return
+        # One rank of each node downloads; the others wait, and then find the files on the node's disk.
         if self._world.local_rank == 0:
             self._checkpoints.fetch(checkpoint)
         wait_for_all(self._world)
@@ -177,6 +179,7 @@ class Loop:
         report = self._engine.step(learning_rate)
         # One collective call for both: all ranks see the same loss, and stop after the same step.
         loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
+        # Before the step is recorded or saved, so that no checkpoint contains a diverged step.
         self._check_finite(item.step, loss, report)
         self._progress.step = item.step + 1
         self._progress.tokens += item.num_tokens
@@ -193,11 +196,14 @@ class Loop:
         parts = [
             self._engine.accumulate(batch, scale, last=index + 1 == len(batches)) for index, batch in enumerate(batches)
         ]
+        # Read once for all micro-batches, because reading waits for the GPU.
         return float(torch.stack(parts).double().sum())
 
     def _check_finite(self, step: int, loss: float, report: StepReport) -> None:
+        # With fp16, a gradient that overflows only skips the step and lowers the loss scale (arXiv 1710.03740).
         if math.isfinite(loss) and (math.isfinite(report.gradient_norm) or report.skipped):
             return
+        # A save in progress may become the last good checkpoint; if it fails, that must not hide the divergence.
         with contextlib.suppress(Exception):
             self._checkpoints.wait()
         good = self._checkpoints.newest_step
@@ -213,6 +219,7 @@ class Loop:
     ) -> None:
         figures = {"loss": loss, "learningRate": learning_rate, "gradNorm": report.gradient_norm}
         if not math.isfinite(report.gradient_norm):
+            # A checkpoint's JSON contains the history, and rejects NaN and infinity.
             del figures["gradNorm"]
         every = max(1, self._plan.num_steps // HISTORY_POINTS)
         if self._progress.step % every == 0 or self._progress.step in (1, self._plan.num_steps):
@@ -226,6 +233,8 @@ class Loop:
         step, last = self._progress.step, self._progress.step == self._plan.num_steps
         every = self._config.held_out.every_steps
         measured = every is not None and step % every == 0 and not last
+        # Before saving: the checkpoint then contains the measurement and the state of early stopping, and a resumed run
+        # does not measure this step again.
         if measured:
             self._measure_during()
         saved = self._checkpoints.is_due(step) and not last
@@ -238,6 +247,7 @@ class Loop:
             self._metrics.pause()
 
     def _save(self) -> None:
+        # Both are collective calls, so every rank makes them although only rank 0 writes.
         engine_state = self._engine.state()
         random_states = gather_random_states(self._world)
         if self._world.is_main:

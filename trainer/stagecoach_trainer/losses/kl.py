@@ -31,6 +31,7 @@ def k3(policy: Tensor, reference: Tensor) -> Tensor:
 
 def answer_sums(per_token: Tensor, mask: Tensor) -> Tensor:
     """Return the sum over each answer's tokens [B]."""
+    # Not a product with the mask: values at padding may be inf or NaN, and 0 * NaN is NaN.
     return per_token.masked_fill(~mask, 0.0).sum(-1)
 
 

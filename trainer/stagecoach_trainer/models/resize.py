@@ -115,6 +115,7 @@ def _new_rows(
     if how is NewRows.ZERO:
         return torch.zeros(count, width, dtype=matrix.dtype)
     if how is NewRows.RANDOM:
+        # Drawn in the default dtype and then cast, so that a seed gives the same numbers whatever the model's dtype.
         return (torch.randn(count, width, generator=generator) * deviation).to(matrix.dtype)
     old = matrix.detach()
     # In fp32, because a mean of many bf16 rows loses digits; `overall` is for tokens without known sub-tokens.
@@ -131,6 +132,7 @@ def _sub_tokens(old_tokenizer: Any, new_tokenizer: Any, old: int, new: int) -> l
     texts = [_text_of(new_tokenizer, index, piece) for index, piece in zip(range(old, new), pieces, strict=True)]
     unknown = old_tokenizer.unk_token_id
     encoded = Encoder(old_tokenizer).continuations(texts, parse_special=False)
+    # The old vocabulary may be larger than the model: ids from `old` on have no row to average.
     return [[int(token) for token in ids if token != unknown and token < old] for ids in encoded]
 
 

@@ -75,6 +75,7 @@ class Pool:
         return self._size
 
     def __getitem__(self, index: int) -> Experience:
+        # The last chunk that begins at or before `index`; `right` skips empty chunks, which begin where the next does.
         chunk = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._chunks[chunk][index - self._first[chunk]]
 
@@ -92,6 +93,7 @@ class Pool:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"chunk-{len(self._chunks):06d}.safetensors"
         write_chunk(path, chunk)
+        # Counted only once the file is complete, so that an error leaves the pool unchanged.
         self.add_stored(StoredChunk(path))
 
     def add_stored(self, chunk: StoredChunk) -> None:
@@ -106,6 +108,7 @@ class Pool:
 
     def discard(self) -> None:
         """Delete the files on disk. The pool must not be used afterwards."""
+        # First, because a deleted file occupies the disk for as long as it is mapped.
         self._chunks.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -142,6 +145,7 @@ class StoredChunk(Sequence[Experience]):
     def __getitem__(self, index: int) -> Experience:  # type: ignore[override]  # no slices
         prompt = slice(int(self._prompts[index]), int(self._prompts[index + 1]))
         answer = slice(int(self._answers[index]), int(self._answers[index + 1]))
+        # `get_slice` reads one answer's numbers; `get_tensor` would read those of the whole file.
         return Experience(
             prompt=self._file.get_slice("prompt")[prompt],
             answer=self._file.get_slice("answer")[answer],

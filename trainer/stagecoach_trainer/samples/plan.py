@@ -24,6 +24,7 @@ from stagecoach_trainer.samples.token_cache import TokenShard
 WHOLE = "main"
 """Name of the only phase of a stage without phases."""
 
+# They separate the orders derived from one seed; other numbers would change the order of all training data.
 KEY_PACK, KEY_STREAM, KEY_MIX = 1, 2, 3
 
 
@@ -113,8 +114,10 @@ def _cut(shard: TokenShard, size: int) -> tuple[Int64, npt.NDArray[np.int32], np
     lengths = np.diff(shard.offsets)
     numbers = np.maximum(1, -(-(lengths - 1) // size))  # a last piece of one token is left out
     sample = np.repeat(np.arange(len(lengths)), numbers)
+    # Each piece's number in its document: its number among all pieces, less the pieces of the documents before.
     index = np.arange(len(sample)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
     length = np.minimum(size, lengths[sample] - index * size)
+    # Also true before a last piece that is left out: its one token is still a target.
     continues = (index + 1) * size < lengths[sample]
     return shard.offsets[sample] + index * size, length.astype(np.int32), continues
 
@@ -204,10 +207,12 @@ class PlannedPhase:
         """Return the global batch of step `step`, counted from the phase's first step."""
         draws = self.mix.draws(step * self.per_step, (step + 1) * self.per_step)
         rows: list[Any] = [None] * len(draws.sets)
+        # Rows are read set by set, in one read each, but keep the order of the mix.
         for index in np.unique(draws.sets):
             places = np.flatnonzero(draws.sets == index)
             for place, row in zip(places, self.units[int(index)].rows(draws.units[places]), strict=True):
                 rows[int(place)] = row
+        # The first stream suffices: the phase's batch decides for all of them whether rows or samples are drawn.
         if self.packing and isinstance(self.units[0], SampleUnits):
             return pack_rows(rows, self.settings.sequence_length)
         return rows
@@ -348,6 +353,7 @@ class Planner:
         keys = self._keys(settings)
         units = tuple(self._units_of(key) for key in keys)
         streams = [
+            # Without the phase's number, unlike the mix's key: a later phase continues the passes over the same units.
             Stream(len(item), make_key(self._seed, KEY_STREAM, *key.numbers()))
             for item, key in zip(units, keys, strict=True)
         ]

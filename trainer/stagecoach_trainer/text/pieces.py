@@ -246,7 +246,8 @@ def add_special_tokens(base: Vocabulary, tokens: Sequence[str], pad_token: str |
             )
     grown = _append(base, [token for token in wanted if token not in types], CONTROL, zero=True)
     if pad_token:
-        # SentencePiece finds the padding piece by these two fields.
+        # SentencePiece finds the padding piece by these two fields. They are set in place, which is safe because
+        # `_append` has just made this copy.
         grown.model.trainer_spec.pad_piece = pad_token
         grown.model.trainer_spec.pad_id = grown.pieces.index(pad_token)
     return grown
@@ -256,6 +257,7 @@ def append_tokens(base: Vocabulary, tokens: Sequence[tuple[str, bool]]) -> Vocab
     """Append (token, is special) in order, such as the tokens that a Hugging Face folder adds to the model's pieces."""
     grown = base
     for token, special in tokens:
+        # One by one: ids follow the order of the tokens, in which special and ordinary ones may alternate.
         grown = _append(grown, [token], CONTROL if special else USER_DEFINED, zero=True)
     return grown
 
