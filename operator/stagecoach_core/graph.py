@@ -25,6 +25,8 @@ def topological_order(upstream: Mapping[str, Collection[str]]) -> tuple[str, ...
     order: dict[str, None] = {}
     remaining = list(upstream)
     while remaining:
+        # Searched from the start each time, so that ties keep the order of `upstream`, that of the run's file. That is
+        # quadratic, which the few stages of a run allow.
         ready = next((name for name in remaining if all(needed in order for needed in upstream[name])), None)
         if ready is None:
             raise GraphError([_cycle_message(find_cycle(remaining, upstream))])
@@ -50,6 +52,7 @@ def find_cycle(names: Collection[str], upstream: Mapping[str, Collection[str]]) 
     while True:
         following = next(needed for needed in sorted(upstream[path[-1]]) if needed in names)
         if following in path:
+            # Without the names that only led into the cycle.
             return tuple(path[path.index(following) :])
         path.append(following)
 

@@ -22,6 +22,7 @@ def resolved_inputs(planned: PlannedStage, artifacts: Mapping[str, Found]) -> di
             external = planned.externals[reference.key]
             inputs[reference.key] = ResolvedInput(uri=external.uri, digest=external.digest)
         else:
+            # Present: a `Start` is only decided once every input of the stage is finished.
             found = artifacts[reference.stage]
             inputs[reference.key] = ResolvedInput(
                 uri=found.uri, digest=found.content_digest, stage_digest=found.stage_digest
@@ -53,6 +54,7 @@ def resolved_stage(
         config=stage.config.model_dump(mode="json", by_alias=True),
         inputs=resolved_inputs(planned, artifacts),
         seed=stage.seed or 0,
+        # As in the stage digest: an image given by digest replaces the trainer's code.
         code=stage_code(stage, plan.code),
         storage_uri=storage_uri,
         storage_endpoint=storage_endpoint,

@@ -116,9 +116,11 @@ class Driver:
         now = self.clock()
         decision = decide(self.job.plan, self._observed(), now)
         views = dict(decision.stages)
+        # Every action is tried, even after one failed: a full machine must not delay a look-up.
         done = [action for action in decision.actions if self._carry_out(action, views)]
         self._recorder.write_pointers(views, now)
         records = [*self._ended, *(attempt.record for attempt in self._live.values())]
+        # After the actions. Processes of a driver killed in between are not recorded, but stop when its pipe closes.
         self._recorder.save(decision, views, self._manifests, records, now)
         snapshot = self._snapshot(decision, views, now)
         # After a look-up the stage's state is not known before the next turn, which follows at once.

@@ -68,6 +68,7 @@ class AttemptProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         if self.is_alive:
+            # It may end between the check and the signal; `_notify_end` then reaps it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
@@ -85,6 +86,7 @@ def start(
     """
     with log.open("ab") as output:
         child = _spawn(command, {**os.environ, **environment, ENV_STAGE_FILE: str(stage_file)}, output)
+    # A daemon thread, so that a launcher that does not end cannot keep the driver alive.
     threading.Thread(target=_notify_end, args=(child, on_end), daemon=True).start()
     try:
         created = psutil.Process(child.pid).create_time()
@@ -117,7 +119,9 @@ def _notify_end(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> N
 def _is_alive(pid: int, created: float) -> bool:
     try:
         process = psutil.Process(pid)
+        # Process ids are reused: only the start time shows that it is still the same process.
         same = abs(process.create_time() - created) < CREATED_TOLERANCE_SECONDS
+        # Orphans of a dead driver stay zombies where process 1 does not reap them, as in many containers.
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
@@ -133,6 +137,8 @@ def kill_all(stage_file: Path) -> None:
 def _started_for(stage_file: Path) -> list[psutil.Process]:
     """Return every running process that was started for `stage_file`."""
     found = []
+    # Not by process group: workers may have sessions of their own. The environment of another user's process cannot be
+    # read, and a process may end meanwhile: neither is ours.
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(ENV_STAGE_FILE) == str(stage_file):

@@ -144,6 +144,7 @@ class AttemptFolder:
 
         Finished output is in the store, and partial output is of no use.
         """
+        # Best effort: the attempt has ended, and a leftover folder costs only disk space.
         with contextlib.suppress(OSError):
             for path in self.path.iterdir():
                 if path.is_dir() and path.name not in KEPT_FOLDERS:
@@ -178,6 +179,7 @@ class RunFolder:
             return RunRecord.model_validate_json(self.state_file.read_bytes())
         except FileNotFoundError:
             return None
+        # Not ignored: the record may list live processes, so starting without it is left to the user.
         except ValidationError as error:
             raise WorkspaceError(
                 f"{self.state_file}: this version cannot read the record ({error.error_count()} problems, first: "
@@ -201,6 +203,7 @@ class RunFolder:
     @property
     def driver(self) -> int | None:
         """Process id of the run's driver; None if there is none, or if it has not written its id yet."""
+        # The lock first: a driver that was killed leaves its id in the file, and the id may be reused.
         if not self.is_locked:
             return None
         try:
@@ -217,6 +220,7 @@ class RunFolder:
                 return False  # closing the file releases the lock
         except BlockingIOError:
             return True
+        # Without the run's folder the file cannot be opened: the run has never had a driver.
         except OSError:
             return False
 
@@ -229,6 +233,7 @@ def _take(file: IO[str], path: Path) -> None:
         file.seek(0)
         holder = _holder(file.read())
         raise RunLocked(f"another driver is working on this run: {holder} ({path}); wait for it, or stop it") from error
+    # Opened in append mode: the text is written at the end of the file, wherever its position is.
     file.truncate(0)
     json.dump({"pid": os.getpid(), "since": time.time()}, file)
     file.flush()
@@ -304,6 +309,7 @@ class Workspace:
         """Create the folder with a `.gitignore`. Raises OSError if it cannot be written."""
         self.cache.mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
+        # A user's own file stays. Without any, gigabytes of checkpoints could end up in a commit.
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
 
@@ -317,6 +323,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see either the old content or the new. Raises OSError with the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is atomic only within a file system.
+    # The process id keeps two commands that write the same file from renaming each other's unfinished one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

@@ -113,6 +113,7 @@ class AttemptClient:
             existing = await self.kube.get(CONFIG_MAPS, metadata["namespace"], metadata["name"])
             if existing.get("data") == body["data"] and not existing["metadata"].get("deletionTimestamp"):
                 return
+            # It is immutable, so other content needs another object; the UID protects one that was created meanwhile.
             await self._delete_if_exists(existing)
             await self.kube.create(CONFIG_MAPS, body)
 
@@ -133,6 +134,7 @@ class AttemptClient:
             jobset = await self.kube.create(JOBSETS, body)
         except AlreadyExists:
             jobset = await self.kube.get(JOBSETS, metadata["namespace"], metadata["name"])
+            # Names contain a hash over the run's UID, so another owner means a foreign object, which is not touched.
             if jobset_view(jobset).owner_uid != run.meta.uid:
                 text = f"a JobSet named {metadata['name']} exists that this run does not own; delete it"
                 return Blocker(Reason.CREATION_REFUSED, text)
@@ -151,6 +153,7 @@ class AttemptClient:
         except (ObjectNotFound, Conflict):  # the one with this UID does not exist any more
             self.cache.remove(meta.uid)
         else:
+            # The watch reports it later; until then each reconciliation would delete it again.
             self.cache.mark_deleting(meta.uid)
 
     # -- diagnosing ----------------------------------------------------------------------------------------------------
@@ -174,6 +177,7 @@ class AttemptClient:
         """Return the newest warning event about an object. Empty if there is none, or events may not be read."""
         try:
             listing = await self.kube.list(EVENTS, namespace, fields=f"{selector},type=Warning")
+        # A diagnosis is optional: a Role that does not grant access to events must not stop the run.
         except (RequestForbidden, ObjectNotFound):
             return ""
         newest = max(listing.items, key=lambda item: str(item.get("lastTimestamp") or ""), default=None)

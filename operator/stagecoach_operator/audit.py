@@ -104,11 +104,13 @@ class Audit:
             watch = self.watches[resource]
             try:
                 listing = await self._list(resource, metadata_only=False)
+            # 404 on the list: the CRD is not installed. Runs are accepted without JobSet; their status reports it.
             except NotServed:
                 if resource not in OPTIONAL:
                     raise
                 watch.served = False
                 continue
+            # Set before the first audit, so that a watch that never delivers anything becomes stale, too.
             watch.healthy_at = self.clock()
             for body in listing.items:
                 store(self.cache, resource, body)
@@ -124,9 +126,11 @@ class Audit:
             listing = await self._list(resource, metadata_only=True)
         except NotServed:
             return
+        # A watch is authorised when it is opened: only a list shows that the permission has been revoked since.
         except RequestForbidden as error:
             watch.error = f"{resource.plural} may not be listed: {error}"
             return
+        # An outage does not count as a miss. It does not count as healthy either, so a long one becomes a problem.
         except KubeError as error:
             log.warning("audit of %s: %s", resource.plural, error)
             return
@@ -156,6 +160,7 @@ class Audit:
         missed = [uid for uid, version in newer.items() if watch.missed.get(uid) == version]
         for uid in missed:
             await self._repair(resource, listed[uid])
+        # A kind without changes is silent for hours, so the age of the last event cannot show whether a watch is alive.
         if not missed:
             watch.healthy_at = self.clock()
         watch.missed = newer
@@ -170,12 +175,14 @@ class Audit:
         """Return whether the cache would store an object: Workloads only if they belong to our JobSets."""
         if resource != WORKLOADS or metadata["uid"] in known:
             return True
+        # Workloads of other controllers are never stored, and would look like missed changes at every audit.
         owners = {item.get("uid") for item in metadata.get("ownerReferences") or ()}
         return any(uid in self.cache.children for uid in owners)
 
     async def _repair(self, resource: Resource, metadata: Body) -> None:
         log.warning("the watch of %s missed a change of %s; reading it", resource.plural, metadata["name"])
         try:
+            # A list instead of a get: an object that was deleted meanwhile is an empty result, not a 404.
             listing = await self.kube.list(
                 resource, metadata.get("namespace") or self.namespace, fields=f"metadata.name={metadata['name']}"
             )

@@ -65,6 +65,7 @@ class Lease:
         pause = self.pause_seconds
         while self.held:
             await self.sleep(pause)
+            # After a failure: after another third of the duration, the second try would come later than GIVE_UP_AFTER.
             pause = 1.0
             try:
                 await asyncio.wait_for(self._renew(), self.pause_seconds)
@@ -83,6 +84,7 @@ class Lease:
         if not self.held or self._body is None:
             return
         self.held = False
+        # As client-go does: no holder, and the shortest valid duration, so that no replica waits for the expiry.
         body = {**self._body, "spec": {**self._body["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}}
         try:
             await self.kube.replace(LEASES, body)
@@ -122,12 +124,14 @@ class Lease:
         }
         try:
             self._body = await self.kube.create(LEASES, body)
+        # Another replica was faster; the next try reads its Lease.
         except AlreadyExists:
             return
         self.answered_at = self.clock()
         self.held = True
 
     async def _renew(self) -> None:
+        # With the resource version of our last write: if another replica took the Lease since, the response is 409.
         body = self._body or await self.kube.get(LEASES, self.namespace, self.name)
         self._body = await self.kube.replace(LEASES, {**body, "spec": self._spec(body["spec"], self.identity)})
         self.answered_at = self.clock()

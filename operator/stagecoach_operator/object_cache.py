@@ -55,6 +55,7 @@ class Cache:
         self._run_of[view.meta.uid] = run_uid
         if isinstance(view, JobSetView):
             self._run_of_jobset[view.meta.uid] = run_uid
+            # Its Workload may have been delivered before it, and is not delivered again until it changes.
             early = self._early.pop(view.meta.uid, None)
             if early is not None:
                 self.put(early)
@@ -67,11 +68,13 @@ class Cache:
         known = self._early.get(view.jobset_uid)
         if known is None or self._is_new(view.meta, known):
             self._early[view.jobset_uid] = view
+        # Dictionaries keep insertion order, so the first is the oldest. If it was ours, the audit reads it again.
         while len(self._early) > MAX_EARLY:
             del self._early[next(iter(self._early))]
 
     def remove(self, uid: str) -> str | None:
         """Drop a deleted object; return the UID of the run it belonged to (or was), or None if it was not known."""
+        # Also if the UID is unknown: the response to our own create may arrive after the watch's deletion event.
         self._gone[uid] = None
         while len(self._gone) > TOMBSTONES:
             del self._gone[next(iter(self._gone))]
@@ -92,6 +95,7 @@ class Cache:
         """Mark an object as being deleted after our own request, before the watch reports it."""
         child = self.children.get(uid)
         if child is not None:
+            # The resource version stays: the watch's event about the deletion is newer, and must still be stored.
             self.children[uid] = replace(child, meta=replace(child.meta, deleting=True))
 
     def run_of(self, view: Child) -> str | None:
@@ -102,6 +106,7 @@ class Cache:
 
     def of_run(self, run_uid: str) -> Children:
         """Return the objects that belong to a run."""
+        # Sorted: the order of a set of strings differs between processes.
         members = [self.children[uid] for uid in sorted(self._of_run.get(run_uid, ()))]
         return Children(
             jobsets=tuple(item for item in members if isinstance(item, JobSetView)),

@@ -96,6 +96,7 @@ def observe(
     # Labels can be copied; only the controller reference proves that a JobSet is this run's.
     jobsets = {(item.stage, item.number): item for item in children.jobsets if item.owner_uid == run_uid}
     attempts: dict[AttemptKey, ObservedAttempt] = {}
+    # The union: a JobSet without a record was created just before a kill; a record without a JobSet has lost it.
     for key in sorted({*records, *jobsets}):
         record = records.get(key) or _record_of(jobsets[key])
         attempts[key] = observe_attempt(key[0], record, jobsets.get(key), children, signals, now)
@@ -129,8 +130,10 @@ def observe_attempt(
         return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED)
     outcome = outcome_of(pods, jobset, now)
     record = _updated(record, outcome.report, pods)
+    # Success takes precedence over a pending stop or deletion: the artifact is published.
     if outcome.report is not None and outcome.report.result.cause is None:
         return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED, jobset, pods)
+    # A failed attempt is stopping, not ended, until its JobSet is gone: the next must not run together with its pods.
     reason = record.stopping or (f"it failed: {record.message}" if record.cause is not None else "")
     if jobset.meta.deleting or reason:
         return ObservedAttempt(
@@ -161,9 +164,11 @@ def _live_attempt(
     deletion_reason = ""
     if waiting is not None and give_up_at is not None and now >= give_up_at:
         deletion_reason = waiting.message
+        # Uncharged: the attempt has not run, and a missing Secret or image is not a failure of its code.
         record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
     moments = [item for item in (outcome.look_again_at, give_up_at) if item is not None and item > now]
     running = waiting is None
+    # Set once: after a preemption, the pods that Kueue re-creates continue the same attempt.
     if running and record.running_since is None:
         started = max((pod.running_since or 0.0 for pod in pods), default=0.0)
         record = record.model_copy(update={"running_since": moment(started or now)})
@@ -197,6 +202,7 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
     if report is None:
         return record
     result = report.result
+    # The step may still advance: what counts is the newest complete checkpoint of any rank.
     if record.exit_code is not None and result.cause is not None:
         return record.model_copy(update={"last_step": newest_step((record.last_step, result.last_step))})
     return record.model_copy(
@@ -215,6 +221,8 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
 def _incarnations(record: AttemptStatus, pods: tuple[PodView, ...]) -> tuple[Incarnation, ...]:
     """Return the pods with index 0 that the attempt has had: Kueue re-creates them after a preemption."""
     known = {item.pod_uid: item for item in record.incarnations}
+    # By UID: after a resume by Kueue, the Job is the same and JobSet's restart-attempt label is still 0. Reversed,
+    # since `pods_of` returns the newest first, and the oldest incarnations are the ones to drop.
     for pod in reversed([pod for pod in pods if pod.index == 0]):
         before = known.get(pod.meta.uid)
         started = None if before is None else before.started
@@ -227,6 +235,7 @@ def _incarnations(record: AttemptStatus, pods: tuple[PodView, ...]) -> tuple[Inc
 def ended(record: AttemptStatus, now: float) -> AttemptStatus:
     """Return the record of an attempt that has ended: its objects do not exist any more, or its result is known."""
     has_result = record.exit_code is not None
+    # Without an exit code there is no result: a record whose `cause` is None must then not count as a success.
     result = AttemptResult(exit_code=record.exit_code or 0, cause=record.cause) if has_result else None
     cause = cause_of_end(record.stop_cause, result)
     message = record.message

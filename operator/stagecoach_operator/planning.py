@@ -96,11 +96,13 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
     except InvalidRun as error:
         return rejected(Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
+    # All problems at once, and before the first request: a wrong spec does not wait for S3.
     problems = [*storage_problems(spec, storage, settings), *image_problems(spec, settings)]
     if problems:
         only_images = all(problem.path.endswith("image") for problem in problems)
         reason = Reason.IMAGE_NOT_ALLOWED if only_images else Reason.INVALID_SPEC
         return rejected(reason, str(InvalidRun(problems)))
+    # Before the inputs, which use the same endpoint: each of them would otherwise use up its own retries.
     unusable = storage_error(storage)
     if unusable:
         return rejected(Reason.STORAGE_UNREACHABLE, unusable, retry=True)
@@ -113,12 +115,15 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
     externals = {
         key: External(item.uri, item.digest) for key, item in inputs.items() if isinstance(item, ResolvedInput)
     }
+    # An edited run keeps the code it began with: that of a newer operator would change the digest of every stage, and
+    # finished ones would run again.
     code, image = (settings.code, settings.trainer_image) if before is None else (before.plan.code, before.image)
     try:
         plan = make_plan(spec, externals, code)
     except PlanError as error:
         return rejected(Reason.INVALID_SPEC, str(error))
     frozen = FrozenPlan(plan, storage, image, spec_digest(run))
+    # Checked here, where the user gets a reason: the API server would reject the ConfigMap at every try.
     if len(json.dumps(to_json(frozen))) > MAX_PLAN_BYTES:
         return rejected(Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
     return frozen
@@ -180,6 +185,7 @@ def image_problems(run: TrainingRun, settings: Settings) -> list[Problem]:
 def storage_error(storage: Storage) -> str:
     """Return why the storage is unusable. Empty if it responds, even by denying access: stages may have it."""
     try:
+        # A listing, not a write: the operator's credentials may be narrower than those of the stages.
         next(iter(open_storage(storage).list(PROBE_KEY)), None)
     except AccessDenied:
         return ""
@@ -204,6 +210,7 @@ def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | Sto
 
 def plan_name(run: RunView) -> str:
     """Return the name of the ConfigMap that stores a run's plan. The UID distinguishes runs of the same name."""
+    # Deterministic: a restarted operator must find the plan, which `generateName` would prevent.
     suffix = hashlib.sha256(f"{run.meta.uid}/plan".encode()).hexdigest()[:6]
     return f"p-{run.meta.name[:40].rstrip('-.')}-{suffix}"
 
@@ -241,6 +248,7 @@ def to_json(frozen: FrozenPlan) -> dict[str, Any]:
         "namespace": plan.namespace,
         "run": plan.run,
         "code": plan.code,
+        # JSON objects are unordered (RFC 8259), and the plan's digest sorts their keys: a list keeps the order.
         "order": list(plan.stages),
         "stages": stages,
         "storage": frozen.storage.model_dump(mode="json", exclude_none=True),
@@ -251,6 +259,7 @@ def to_json(frozen: FrozenPlan) -> dict[str, Any]:
 
 def from_config_map(body: Raw, run: RunView) -> FrozenPlan | None:
     """Return the stored plan of a run. None if it belongs to another run or is damaged: a new one must be made."""
+    # The name contains six digits of a hash only: the owner's UID is what proves that the plan is this run's.
     owners = [item.get("uid") for item in body["metadata"].get("ownerReferences") or ()]
     try:
         return from_json(json.loads(body["data"][PLAN_KEY])) if run.meta.uid in owners else None

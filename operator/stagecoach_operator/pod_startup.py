@@ -48,6 +48,7 @@ def waiting_for(
 
     `warnings`: newest warning event of stuck pods, and of JobSets without pods, by UID.
     """
+    # Running pods prove the admission: two watches have no common order, so the Workload's event may arrive later.
     if jobset.queue and (workload is None or not workload.reserved) and not _any_runs(pods):
         return _quota(jobset, workload)
     creation_warning = warnings.get(jobset.meta.uid, "")
@@ -56,6 +57,7 @@ def waiting_for(
     waits = [wait for pod in pods if (wait := _pod_waiting(pod, warnings.get(pod.meta.uid, ""))) is not None]
     if waits:
         return min(waits, key=lambda wait: _RANK.index(wait.reason))
+    # A pod that has ended did run: an attempt must not appear to wait while its last pods end.
     running = sum(pod.running_since is not None or pod.has_ended for pod in pods)
     if running >= max(1, jobset.num_pods):
         return None
@@ -89,6 +91,7 @@ def _quota(jobset: JobSetView, workload: WorkloadView | None) -> Waiting:
     if workload is None:
         return Waiting(Reason.WAITING_FOR_QUOTA, f"queue `{jobset.queue}`: Kueue has not created a Workload yet")
     reason = Reason.PREEMPTED if workload.evicted else Reason.WAITING_FOR_QUOTA
+    # Kueue's own message is passed on: it names the resource and the ClusterQueue that prevent the admission.
     return Waiting(reason, workload.message or f"queue `{jobset.queue}`: waiting for quota")
 
 
@@ -97,6 +100,7 @@ def _pod_waiting(pod: PodView, warning: str) -> Waiting | None:
     name = pod.meta.name
     if pod.waiting_reason in IMAGE_REASONS:
         message = f"pod {name}: {pod.waiting_reason}: {pod.waiting_message}"
+        # From the pod's creation: a waiting state has no time, and ErrImagePull and ImagePullBackOff alternate.
         return Waiting(Reason.IMAGE_UNAVAILABLE, message, pod.meta.created + IMAGE_PATIENCE_SECONDS)
     if pod.waiting_reason in CONFIG_REASONS or _names_missing_secret(warning):
         message = f"pod {name}: {pod.waiting_message or warning}"

@@ -24,6 +24,7 @@ from stagecoach_operator.object_views import JobSetView, PodView
 from stagecoach_operator.progress_reports import ProgressReport, ProgressReports, ReportKey
 from stagecoach_operator.token_review import InvalidToken, TokenVerifier
 
+# 64 KiB and 256 metrics are the limits of KEP-2779.
 MAX_BODY_BYTES = 64 * 1024
 MAX_METRICS = 256
 MAX_METRIC_CHARACTERS = 256
@@ -74,12 +75,15 @@ class ProgressServer:
             bearer = await self.verifier.verify(token, progress_audience(namespace, attempt))
         except InvalidToken as error:
             return _failure(401, f"token: {error}")
+        # Verified offline, a token is valid until it expires, even if its pod is gone: the pod must still be live.
         key = self._attempt_of(bearer.pod_uid, namespace, attempt)
         if key is None or bearer.namespace != namespace:
             return _failure(403, "the pod does not belong to a live attempt of this name")
+        # After the authentication, so that no one else can use up the attempt's allowance.
         if not self._may_report(attempt):
             return _failure(429, "too many reports", {"Retry-After": "5"})
         try:
+            # By our own clock: the heartbeat is compared with it, and a node's clock may be wrong.
             report = report_of(await request.read(), bearer.pod_uid, self.clock())
         except BadReport as error:
             return _failure(400, str(error))
@@ -100,8 +104,10 @@ class ProgressServer:
         now = self.clock()
         before = self._allowances.get(attempt, Allowance(BURST, now))
         left = min(BURST, before.left + (now - before.at) / SECONDS_PER_REPORT)
+        # A rejected report is free: a client that retries too early does not prolong its own exclusion.
         self._allowances[attempt] = Allowance(max(0.0, left - 1.0) if left >= 1.0 else left, now)
         if len(self._allowances) > 10_000:
+            # A bucket is full again after 5 s (BURST at one per second), so an idle one need not be stored.
             self._allowances = {name: item for name, item in self._allowances.items() if now - item.at < 60.0}
         return left >= 1.0
 
@@ -133,6 +139,7 @@ def report_of(body: bytes, pod_uid: str, now: float) -> ProgressReport:
             remaining_seconds=None if remaining is None else max(0, min(10**9, int(remaining))),
             metrics=metrics,
         )
+    # OverflowError: `int` of Infinity, which `json` accepts. RecursionError: deeply nested JSON.
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadReport(f"`trainerStatus` as in KEP-2779 is expected: {type(error).__name__}") from error
 
@@ -145,4 +152,5 @@ def _metrics(items: Any) -> dict[str, str]:
 
 def _float(text: str | None) -> float | None:
     number = None if text is None else float(text)
+    # Also drops NaN, for which every comparison is false.
     return number if number is None or 0.0 <= number <= 1e15 else None

@@ -125,6 +125,7 @@ class Reconciler:
         """Observe, decide, act, report."""
         context = self._observe(run, plan, memory)
         to_delete = context.to_delete()
+        # Nothing is started in the same turn: the decision was made while these attempts were live.
         if to_delete:
             return await self._end(context, to_delete, memory)
         lookups_due = self._look_up(context)
@@ -188,6 +189,7 @@ class Reconciler:
 
     async def _new_plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection:
         settings, before = self.client.settings, memory.plan
+        # S3 takes seconds: on the event loop it would hold up every run and the renewal of the Lease.
         planned = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
         if isinstance(planned, FrozenPlan):
             # Stored before anything is created from it: after a restart the same plan gives the same digests.
@@ -218,6 +220,7 @@ class Reconciler:
         await self._save(replace(context, attempts=attempts), memory)
         for attempt in ending:
             await self.client.delete(attempt)
+        # At once: the cache contains the deletions already, so the next reconciliation does not repeat them.
         return context.now
 
     def _look_up(self, context: ReconcileContext) -> float | None:
@@ -256,10 +259,12 @@ class Reconciler:
         warnings = await self.client.diagnose(context.living(), context.now)
         if warnings or memory.warnings:
             memory.warnings, memory.diagnosed_at = warnings, context.now
+            # Again, because the warnings are an input of the observation, which has been made.
             self.enqueue(context.run.meta.uid)
 
     async def _remove_finalizer(self, context: ReconcileContext) -> None:
         """Remove our finalizer from a run that has no live attempts and will start none without a user's action."""
+        # From the cache: after the write of the status, the resource version in the context is outdated.
         run = self.client.cache.runs.get(context.run.meta.uid)
         if run is not None and context.decision.state is not RunState.PROGRESSING and not context.living():
             await self.client.remove_finalizer(run)
@@ -390,6 +395,7 @@ def known_artifacts(
         artifact = stage.artifact
         if artifact is not None:
             known[artifact.stage_digest] = Found(artifact.stage_digest, artifact.content_digest, artifact.uri)
+    # Results last: they are newer than the status, and than a `Missing` looked up while the attempt was running.
     for attempt in attempts.values():
         record = attempt.record
         if record.ended is not None and record.cause is None and record.content_digest is not None:
@@ -401,6 +407,7 @@ def known_artifacts(
 def stopped(attempt: ObservedAttempt, stop: Stop) -> ObservedAttempt:
     """Return an attempt marked for stopping, with the reason and the cause its end is charged to."""
     record = attempt.record
+    # The first reason is kept, after a restart of the operator as well: it is what began the end.
     if not record.stopping:
         record = record.model_copy(update={"stopping": stop.reason[:512], "stop_cause": stop.cause})
     return replace(attempt, record=record, state=AttemptState.STOPPING, deletion_reason=stop.reason)

@@ -58,6 +58,7 @@ class TokenVerifier:
     async def _key(self, key_id: str) -> Mapping[str, Any]:
         now = self.clock()
         age = now - self._fetched_at
+        # An unknown key ID may be the first token after the API server's signing key was rotated.
         if age > REFRESH_SECONDS or (key_id not in self._keys and age > SHORTEST_REFRESH_SECONDS):
             await self._fetch(now)
         try:
@@ -66,11 +67,13 @@ class TokenVerifier:
             raise InvalidToken("it is not signed with a key of the API server") from None
 
     async def _fetch(self, now: float) -> None:
+        # Set before the requests: failing ones are limited, too, and concurrent reports do not fetch the keys again.
         self._fetched_at = now
         try:
             configuration = await self.kube.read(CONFIGURATION_PATH)
             keys = await self.kube.read(KEYS_PATH)
         except KubeError as error:
+            # During an outage known keys are used: reports are heartbeats, and rejected ones would look like a hang.
             if not self._keys:
                 raise InvalidToken(f"the API server's keys cannot be read: {error}") from error
             return
@@ -99,9 +102,11 @@ def _decoded(part: str) -> bytes:
 
 def bearer(claims: Mapping[str, Any], audience: str, issuer: str, now: float) -> Bearer:
     """Return the pod in the claims. Raises InvalidToken unless they are valid for this audience now."""
+    # A string or a list of strings (RFC 7519, section 4.1.3).
     audiences = claims.get("aud")
     if audience not in (audiences if isinstance(audiences, list) else [audiences]):
         raise InvalidToken("it is for another audience")
+    # An empty issuer matches nothing: the configuration that was fetched may lack it.
     if not issuer or claims.get("iss") != issuer:
         raise InvalidToken("it has another issuer")
     expires, begins = claims.get("exp"), claims.get("nbf", 0)
@@ -123,12 +128,14 @@ def has_signed(key: Mapping[str, Any], algorithm: str, signed: bytes, signature:
     from cryptography.hazmat.primitives.hashes import SHA256
 
     try:
+        # The key determines the algorithm, so that a header cannot choose how a key is used (RFC 8725, section 3.1).
         if algorithm == "RS256" and key.get("kty") == "RSA":
             numbers = rsa.RSAPublicNumbers(_number(key["e"]), _number(key["n"]))
             numbers.public_key().verify(signature, signed, padding.PKCS1v15(), SHA256())
             return True
         if algorithm == "ES256" and key.get("kty") == "EC" and key.get("crv") == "P-256" and len(signature) == 64:
             point = ec.EllipticCurvePublicNumbers(_number(key["x"]), _number(key["y"]), ec.SECP256R1())
+            # JWS concatenates r and s, 32 bytes each (RFC 7518, section 3.4); `cryptography` expects them in DER.
             halves = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")
             point.public_key().verify(utils.encode_dss_signature(*halves), signed, ec.ECDSA(SHA256()))
             return True

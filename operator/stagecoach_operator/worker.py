@@ -54,6 +54,7 @@ class Workers:
         if self._closing:
             return
         slot = self.slots.setdefault(uid, Slot())
+        # A flag instead of a count: reconciliation is level-triggered, so one more covers any number of events.
         slot.again = True
         if slot.task is None:
             if slot.timer is not None:
@@ -81,6 +82,7 @@ class Workers:
     async def _work(self, uid: str, slot: Slot) -> None:
         due: float | None = None
         while slot.again and not self._closing:
+            # Cleared before the observation: an event that arrives during it must lead to another reconciliation.
             slot.again = False
             async with self._limit:
                 slot.busy_since = time.monotonic()
@@ -92,6 +94,7 @@ class Workers:
             elif due is not None and due <= self.clock():
                 slot.again = True
                 await asyncio.sleep(0)  # let other runs proceed
+        # No `await` between the last check of `again` and this line, so no request is lost between them.
         slot.task = None
         if self._closing:
             return

@@ -36,7 +36,9 @@ TEMPORARY_SUFFIX = ".tmp"
 """Names of files being written. Listings skip them, because a crash may leave some."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# A key below a file (ENOTDIR) and that of a folder (EISDIR) do not exist, as on S3, which has no folders.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# EPERM: the file system does not support hard links (link(2)).
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -108,6 +110,7 @@ class FolderStore:
     def delete(self, prefix: str) -> None:
         prefix = checked_key(prefix.rstrip("/"))
         with translated(prefix):
+            # Manifests first, an order that `rmtree` alone does not keep. It then removes folders and temporary files.
             for key in deletion_order([entry.key for entry in self.list(prefix)]):
                 (self._root / key).unlink(missing_ok=True)
             if (self._root / prefix).is_dir():
@@ -124,6 +127,7 @@ class FolderStore:
 def temporary_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Open a new file in `target`'s folder, created if needed. It is deleted at the end unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since neither a rename nor a hard link crosses file systems.
     temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
     try:
         with temporary.open("xb") as file:
@@ -204,6 +208,7 @@ def _store_error(error: OSError, key: str, path: Path | None) -> StoreError:
         return StoreError(key, f"no space left ({error.strerror}) for {path}; free some, then run again")
     if isinstance(error, PermissionError):
         return AccessDenied(key, f"permission denied for {where}; check its owner and mode")
+    # While writing, ENOENT is about the target's folder, and does not mean that an object is missing.
     if error.errno in _ABSENT and path is None:
         return NotFound(key, f"the file {where} does not exist")
     return StoreError(key, f"{error.strerror or error} ({where})")

@@ -53,11 +53,13 @@ def find_inputs(
     def find(uri: str) -> ResolvedInput | StoreError:
         try:
             _, entries = list_external(uri, endpoint, region, hash_file)
+        # Returned, not raised: all unreadable inputs of a run are reported together.
         except StoreError as error:
             return error
         return ResolvedInput(uri=uri, digest=external_digest(entries))
 
     with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="inputs") as pool:
+        # `map` keeps the order of its arguments, whichever look-up ends first.
         return dict(zip(uris, pool.map(find, uris.values()), strict=True))
 
 

@@ -18,6 +18,7 @@ OUTAGE_PAUSE_SECONDS = 15.0
 class RetryPolicy:
     """How often, and for how long, a call is retried."""
 
+    # Nine waits, 0.5 + 1 + 2 + 4 + 8 + 16 + 3 × 20 s, of which the jitter leaves three quarters on average.
     max_attempts: int = 10
     """Calls in total. With the waits below, a store may be unavailable for about 70 seconds."""
 
@@ -48,6 +49,7 @@ class Retrier:
 
     policy: RetryPolicy = RetryPolicy()
     sleep: Callable[[float], None] = time.sleep
+    # Monotonic: a correction of the system's clock neither ends the retries nor prolongs them.
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = random.random
 

@@ -40,10 +40,12 @@ class KueueGang:
         self._queue = queue
 
     def object_labels(self) -> dict[str, str]:
+        # The manifest does not set `suspend`: Kueue's webhook does, for a JobSet that has this label.
         labels = {names.LABEL_QUEUE: self._queue.name, names.LABEL_QUEUE_PRIORITY: self._queue.priority_class}
         return {label: value for label, value in labels.items() if value is not None}
 
     def pod_annotations(self) -> dict[str, str]:
+        # Kueue reads topology requests from the pod template, the queue from the JobSet.
         annotations = {
             names.ANNOTATION_REQUIRED_TOPOLOGY: self._queue.required_topology,
             names.ANNOTATION_PREFERRED_TOPOLOGY: self._queue.preferred_topology,

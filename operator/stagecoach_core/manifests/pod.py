@@ -58,6 +58,7 @@ def container(attempt: StageAttempt, settings: ManifestSettings) -> dict[str, An
             "capabilities": {"drop": ["ALL"]},
         },
         "terminationMessagePath": names.TERMINATION_LOG,
+        # A launcher that was killed (out of memory) writes no result: the end of its log is then the only explanation.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": volume_mounts(attempt, settings),
     }
