@@ -236,7 +236,7 @@ def test_the_generators_write_it(tree: Tree) -> None:
     assert "HeadCountStage" in (tree.root / "docs/schema/trainingrun.schema.json").read_text(encoding="utf-8")
 
 
-def test_a_trainer_without_its_module_says_so(tree: Tree, tmp_path: Path) -> None:
+def test_a_missing_trainer_module_is_named(tree: Tree, tmp_path: Path) -> None:
     script = "from stagecoach_trainer.stages import load_stage; load_stage('headCount')"
     other = Tree(tmp_path)
     other.work.mkdir()

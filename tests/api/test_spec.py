@@ -64,7 +64,7 @@ def test_names_of_fields_are_camel_case_and_no_word_that_yaml_reads_otherwise() 
             assert name.lower() not in {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}, name
 
 
-def test_models_have_different_names_so_that_schemas_can_tell_them_apart() -> None:
+def test_models_have_different_names_as_schemas_need() -> None:
     names = [model.__name__ for model in walk_models(TrainingRun)]
     assert len(names) == len(set(names))
 

@@ -343,7 +343,7 @@ def test_only_the_part_that_failed_is_sent_again(front: FaultyFront, bucket: str
     assert stored.sha256 == expected.sha256
 
 
-def test_an_upload_that_fails_leaves_no_parts_behind(front: FaultyFront, bucket: str, tmp_path: Path) -> None:
+def test_an_upload_that_fails_leaves_no_parts(front: FaultyFront, bucket: str, tmp_path: Path) -> None:
     store, _ = s3_store(bucket, front.endpoint)
     file_of(tmp_path / "source", 20 * MIB)
     front.faults.append(Fault("PUT", "answer", "partNumber=2", status=400, code="InvalidPart"))

@@ -39,7 +39,7 @@ def test_a_metric_is_held_against_its_limits(values: dict[str, Any], passed: boo
     assert result.stops is not passed
 
 
-def test_a_missed_gate_may_let_the_run_go_on() -> None:
+def test_a_missed_gate_may_let_the_run_continue() -> None:
     (result,) = check_gates([gate(metric="verse.exactMatch", atLeast=0.9, onFailure="continue")], METRICS)
     assert not result.passed
     assert not result.stops

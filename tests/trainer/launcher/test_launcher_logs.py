@@ -282,7 +282,7 @@ def test_logs_that_cannot_be_stored_do_not_hide_how_the_stage_ended(tmp_path: Pa
     assert attempt.log.count("[launcher] the logs of this node could not be stored: ") == 1
 
 
-def test_a_process_that_a_worker_left_behind_does_not_hold_up_the_end(tmp_path: Path) -> None:
+def test_an_orphaned_process_of_a_worker_does_not_delay_the_end(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, LEAVES_ONE_BEHIND)
     launcher = attempt.start()
     wait_for(attempt.work / "left")

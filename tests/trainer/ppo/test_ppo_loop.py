@@ -114,7 +114,7 @@ def test_a_run_stopped_while_answering_and_while_training_ends_bit_identical(tmp
     assert resumed[3].state() == whole[3].state() == {"asked": UPDATES * SAMPLES}
 
 
-def test_a_run_stopped_before_its_first_answer_can_go_on(tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_answer_can_resume(tmp_path: Path) -> None:
     whole = run(context(tmp_path / "whole"))
     here = context(tmp_path / "stopped")
     here.stop.set()

@@ -31,7 +31,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_stopped_while_they_answer_go_on_and_end_bit_for_bit_like_undisturbed_ones(
+def test_ranks_stopped_during_generation_resume_and_end_bit_for_bit_like_undisturbed_ones(
     report: dict[str, Any], case: str
 ) -> None:
     assert report[case]["resumed"]["policy"]

@@ -175,7 +175,7 @@ def test_one_rank_that_resumes_has_spent_the_requests_of_two(
         alone.score([make_judged("h")])
 
 
-def test_what_one_rank_has_spent_two_that_go_on_have_spent_together(
+def test_a_budget_spent_by_one_rank_counts_when_two_ranks_resume(
     tmp_path: Path, marks: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     term = feedback_term(marks.url, endpoint=endpoint_of(marks.url, maxRequests=7))

@@ -77,7 +77,7 @@ def context_for(root: Path, **inputs: Path) -> StageContext:
     return make_context(root, "ppo", found | inputs)
 
 
-def test_the_output_opens_in_transformers_and_the_report_tells_of_the_updates(tmp_path: Path) -> None:
+def test_the_output_opens_in_transformers_and_the_report_lists_the_updates(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     reward = save_reward(tmp_path, base)
     context = context_for(tmp_path, base=base, reward=reward)
