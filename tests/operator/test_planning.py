@@ -20,6 +20,8 @@ from stagecoach_operator.planning import (
 )
 from tests.operator.makers import World, data_stage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:

@@ -23,6 +23,8 @@ from stagecoach_cli.artifacts.logs import stored_logs
 from tests.cli.cluster.makers import FakeCluster, failed_status, stage_status, status_of
 from tests.cli.makers import Cli
 
+pytestmark = pytest.mark.slow
+
 DIGEST = "a" * 64
 T0 = 1_795_341_600.0
 

@@ -13,6 +13,8 @@ from stagecoach_cli.cluster.api import ClusterApi, ClusterChoice, ClusterForbidd
 from stagecoach_cli.cluster.pod_logs import Follower, PodChoice, pod_info
 from tests.cli.cluster.makers import FakeCluster
 
+pytestmark = pytest.mark.slow
+
 SELECTOR = "stagecoach.dev/stage=sft,stagecoach.dev/attempt=1"
 
 

@@ -18,6 +18,8 @@ from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.rewards.makers import Behaviour, Endpoint, TinyJudge, endpoint_of, serve
 
+pytestmark = pytest.mark.slow
+
 SECRET = "sk-very-secret"  # noqa: S105
 
 

@@ -33,6 +33,8 @@ from tests.trainer.rewards.makers import (
     serve,
 )
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = ("a fox is an animal", "白日依山尽", "the dog sleeps", "x", "举头望明月 低头思故乡")
 
 
