@@ -189,20 +189,15 @@ def parts_that_are_read_have_records(draft: Draft) -> Iterator[Fault]:
             if ArtifactType.RECORDS not in link.reads or not isinstance(data, DataStage):
                 continue
             share, split = data.held_out_share, stage.raw_at(link.path).get("split", Split.TRAIN)
-            if split == Split.HELD_OUT and share == 0.0:
-                yield Fault(
-                    (*link.path, "split"),
-                    split,
-                    f"`{link.target}` holds out no records",
-                    f"give `{link.target}` a `heldOutShare` above 0, or read its `train` part",
-                )
-            if split == Split.TRAIN and share == 1.0:
-                yield Fault(
-                    (*link.path, "split"),
-                    split,
-                    f"`{link.target}` holds out all records",
-                    f"give `{link.target}` a `heldOutShare` below 1, or read its `heldout` part",
-                )
+            if (split, share) not in ((Split.HELD_OUT, 0.0), (Split.TRAIN, 1.0)):
+                continue
+            held, bound, other = ("no", "above 0", "train") if share == 0.0 else ("all", "below 1", "heldout")
+            yield Fault(
+                (*link.path, "split"),
+                split,
+                f"`{link.target}` holds out {held} records",
+                f"give `{link.target}` a `heldOutShare` {bound}, or read its `{other}` part",
+            )
 
 
 KIND = StageKind(
