@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from stagecoach_api.names import FINALIZER
+from stagecoach_api.spec import TrainingRun
 from tests import ROOT
 from tests.charts.makers import CHART, RELEASE, api_cluster, helm
 from tests.cluster.__main__ import Cluster
@@ -94,6 +95,10 @@ def api(cluster: Cluster) -> Iterator[Api]:
     )
 
 
+DESCRIPTION = " ".join((TrainingRun.__doc__ or "").split())
+"""The CRD's description of the resource."""
+
+
 def description(api: Api) -> str:
     return api.value("crd", DEFINITION, ".spec.versions[0].schema.openAPIV3Schema.description")
 
@@ -102,7 +107,9 @@ def changed_chart(folder: Path) -> Path:
     """Return a copy of the chart with a changed CRD."""
     copy = Path(shutil.copytree(CHART, folder / "chart"))
     file = copy / "files" / "trainingruns.yaml"
-    file.write_text(file.read_text().replace("A whole training pipeline.", "A newer description.", 1))
+    text = file.read_text()
+    assert DESCRIPTION in text
+    file.write_text(text.replace(DESCRIPTION, "A newer description.", 1))
     return copy
 
 
@@ -114,7 +121,7 @@ def test_an_upgrade_updates_the_crd_and_keeps_the_certificate(api: Api, tmp_path
     assert api.value("secret", f"{RELEASE}-progress", ".data.tls\\.crt") == certificate
     assert f"clusterrole.rbac.authorization.k8s.io/{NAMESPACE}-{RELEASE}" in api.remaining()
     api.helm("rollback", RELEASE, "1", "--no-hooks")
-    assert description(api) == "A whole training pipeline."
+    assert description(api) == DESCRIPTION
     assert not any("clusterrole" in name for name in api.remaining())
 
 
