@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from tests import ROOT
-from tests.ci.makers import load_script
+from tests.scripts import load_script
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yaml"))
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-release = load_script("release")
+release = load_script(".ci/release.py")
 
 
 def steps(workflow: Path) -> list[dict[str, Any]]:

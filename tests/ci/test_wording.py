@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.ci.makers import load_script
+from tests.scripts import load_script
 
-wording = load_script("wording")
+wording = load_script(".ci/wording.py")
 WORDS = wording.read_words(ROOT / ".ci" / "wording.toml")
 
 
