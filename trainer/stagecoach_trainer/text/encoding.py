@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -59,14 +58,18 @@ class Encoder:
 
 def _copy_without_prefix(step: Any) -> Any:
     """Return a copy of a normaliser or pre-tokenizer that prepends no space; None if nothing remains of it."""
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
+
     if step is None:
         return None
     state = without_prefix(json.loads(step.__getstate__()))
     if state is None:
         return None
-    changed = copy.deepcopy(step)
-    changed.__setstate__(json.dumps(state).encode())
-    return changed
+    # Read as part of an empty tokenizer: most steps cannot be copied, because their classes require arguments.
+    part = "normalizer" if isinstance(step, Normalizer) else "pre_tokenizer"
+    nothing = {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    return getattr(Tokenizer.from_str(json.dumps({**nothing, part: state})), part)
 
 
 def without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
