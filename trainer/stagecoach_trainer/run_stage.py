@@ -10,11 +10,12 @@ from pathlib import Path
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.kinds import STAGE_KINDS
+from stagecoach_api.model_folders import CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.stage_kind import Ranks, StageConfig
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
-from stagecoach_trainer.models.safety import CONFIG, check_model_folder
+from stagecoach_trainer.models.safety import check_model_folder
 from stagecoach_trainer.runtime.attempt_files import logs_folder
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.distributed import process_group

@@ -12,11 +12,11 @@ import torch
 from pydantic import ValidationError
 
 from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix
+from stagecoach_api.model_folders import ADAPTER_CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.models.resize import check_sizes, grow, num_rows
 from stagecoach_trainer.models.safety import (
-    ADAPTER_CONFIG,
     check_adapter_folder,
     check_model_folder,
     read_json,
@@ -117,16 +117,13 @@ def load_folder(
 ) -> Any:
     """Load whole weights from a folder in Hugging Face layout: safetensors only, none missing, none unexpected.
 
-    Raises UserError for anything else.
+    Weights in FP8 are dequantised, and the model is from then on one of plain weights. Raises UserError for anything
+    else.
     """
     import transformers
-    from transformers import AutoConfig
 
     check_model_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path}: transformers cannot read the configuration: {error}") from error
+    config, quantized = _read_config(path)
     if change_config is not None:
         change_config(config)
     try:
@@ -143,7 +140,42 @@ def load_folder(
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: transformers cannot load the model: {error}") from error
     _check_loaded(path, report)
+    if quantized:
+        _forget_quantization(path, model, dtype)
     return model
+
+
+def _read_config(path: Path) -> tuple[Any, bool]:
+    """Return the configuration, and whether the weights are quantised; then it asks for dequantised ones."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path}: transformers cannot read the configuration: {error}") from error
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        # On a GPU transformers would keep FP8, which has no gradient and cannot be merged into.
+        config.quantization_config = {**settings, "dequantize": True}
+    return config, settings is not None
+
+
+def _forget_quantization(path: Path, model: Any, dtype: torch.dtype) -> None:
+    """Make a dequantised model an ordinary one in `dtype`, which is saved with plain weights.
+
+    Raises UserError if some weights are still quantised.
+    """
+    left = sorted(name for name, weight in model.named_parameters() if weight.dtype.itemsize < 2)
+    if left or getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{path}: {len(left)} weights are still quantised after loading ({', '.join(left[:3])}); give the model "
+            "they were made from"
+        )
+    for weight in model.parameters():  # those that were not quantised come in the number format of the file
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
+    # Its conversions read scales, and there is no way back; those of the architecture apply when it is saved.
+    model._weight_conversions = None
 
 
 def _check_loaded(path: Path, report: dict[str, Any]) -> None:

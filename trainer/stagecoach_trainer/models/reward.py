@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
+from stagecoach_api.model_folders import ADAPTER_CONFIG, CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_trainer.kernels.causal import causal_model
 from stagecoach_trainer.kernels.unpadded import states_at
@@ -35,7 +36,7 @@ from stagecoach_trainer.models.load import (
 )
 from stagecoach_trainer.models.placement import place
 from stagecoach_trainer.models.resize import check_sizes, num_rows
-from stagecoach_trainer.models.safety import ADAPTER_CONFIG, CONFIG, check_adapter_folder, read_json, require_folder
+from stagecoach_trainer.models.safety import check_adapter_folder, read_json, require_folder
 from stagecoach_trainer.runtime.collectives import max_over_ranks
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import UserError

@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stagecoach_api.model_folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    REMOTE_CODE,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    missing_weights,
+    needs_code,
+    not_a_folder,
+    unsupported_base,
+)
 from stagecoach_trainer.runtime.errors import UserError
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 CONFIGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json", ADAPTER_CONFIG)
 
 MAX_HEADER_BYTES = 100_000_000
@@ -31,11 +36,14 @@ DTYPE_BITS = {
 def check_model_folder(path: Path) -> list[Path]:
     """Return the weight files of a whole model.
 
-    Raises UserError unless `path` is a folder with a `config.json` and intact safetensors weights, and without code.
+    Raises UserError unless `path` is a folder with a `config.json` and intact safetensors weights, not quantised to
+    integers, and without code.
     """
     require_folder(path)
     refuse_code(path)
-    read_json(path / CONFIG)
+    problem = unsupported_base(read_json(path / CONFIG))
+    if problem is not None:
+        raise UserError(f"{path / CONFIG}: {problem}")
     if (path / WEIGHTS_INDEX).is_file():
         files = _indexed_files(path)
     elif (path / WEIGHTS).is_file():
@@ -60,8 +68,7 @@ def check_adapter_folder(path: Path) -> Path:
 
 def require_folder(path: Path) -> None:
     if not path.is_dir():
-        suggestion = " (pickled weights are never loaded)" if path.suffix in PICKLED else ""
-        raise UserError(f"{path}: a model is a folder in Hugging Face layout, this is a file{suggestion}")
+        raise UserError(f"{path}: {not_a_folder(path)}")
 
 
 def refuse_code(path: Path) -> None:
@@ -69,12 +76,9 @@ def refuse_code(path: Path) -> None:
     for name in CONFIGS:
         if (path / name).is_file():
             config = read_json(path / name)
-            keys = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
+            keys = [key for key in REMOTE_CODE if config.get(key)]
             if keys:
-                raise UserError(
-                    f"{path / name}: `{keys[0]}` requires code from the model's folder (trust_remote_code), which is "
-                    "never run; use an architecture of transformers, and remove the entry if this is one"
-                )
+                raise UserError(f"{path / name}: {needs_code(keys[0])}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,13 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(path: Path, wanted: str) -> str:
-    pickled = sorted(item.name for item in path.iterdir() if item.suffix in PICKLED)
-    if not pickled:
-        return f"{path}: {wanted} is missing"
-    return (
-        f"{path}: pickled weights ({', '.join(pickled[:3])}), which can execute any code and are never loaded; "
-        f"convert them to {wanted} in a disposable environment (transformers: `save_pretrained`)"
-    )
+    return f"{path}: {missing_weights([item.name for item in path.iterdir()], wanted)}"
 
 
 def _indexed_files(path: Path) -> list[Path]:

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stagecoach_api.artifacts import CARD, ModelCard
+from stagecoach_api.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
 from stagecoach_trainer.models.safety import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    WEIGHTS_INDEX,
     check_adapter_folder,
     check_model_folder,
 )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from stagecoach_api.kinds.ppo import PpoStage
+from stagecoach_api.model_folders import CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import Rows
 from stagecoach_trainer.models.load import load_model, read_card
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
-from stagecoach_trainer.models.safety import CONFIG, read_json, require_folder
+from stagecoach_trainer.models.safety import read_json, require_folder
 from stagecoach_trainer.models.starting_point import StartingPoint
 from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
 from stagecoach_trainer.models.vocabularies import require_same_vocabulary
