@@ -186,12 +186,12 @@ BAD = """
     headCont: {atLeast: 1}
 """
 PROBLEMS = (
-    "spec.stages[2].headCount.atLest: `atLest` is not a field of HeadCountStage",
-    "spec.stages[3].headCount: `headCount` needs a limit (got {}); give `atLeast` or `atMost`",
-    "spec.stages[4].headCount.atLeast: must not be above `atMost`",
-    "spec.stages[5].headCount.sets[1]: must have a name of its own in this list",
-    "spec.stages[6].headCount.vocabulary.stage: must be a stage of kind tokenizer, and `corpus` is a data stage",
-    "spec.stages[7].headCount.sets[0].stage: must be a stage of kind data, and `count` is a headCount stage",
+    "stages.a.headCount.atLest: `atLest` is not a field of HeadCountStage",
+    "stages.b.headCount: `headCount` needs a limit (got {}); give `atLeast` or `atMost`",
+    "stages.c.headCount.atLeast: must not be above `atMost`",
+    "stages.d.headCount.sets[1]: must have a name of its own in this list",
+    "stages.e.headCount.vocabulary.stage: must be a stage of kind tokenizer, and `corpus` is a data stage",
+    "stages.f.headCount.sets[0].stage: must be a stage of kind data, and `count` is a headCount stage",
     "did you mean `headCount`?",
 )
 

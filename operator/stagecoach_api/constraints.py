@@ -189,6 +189,29 @@ class Each:
 
 
 @dataclass(frozen=True)
+class Distinct:
+    """No two items of a list of models have the same value of a field. Holds for a list that is unset."""
+
+    field: str
+    key: str
+
+    def holds(self, model: object) -> bool:
+        items = value_at(model, self.field)
+        if items is None:
+            return True
+        if not isinstance(items, tuple):
+            raise TypeError(f"{self.field}: {items!r} is not a list")
+        keys = [value_at(item, self.key) for item in items]
+        return len(set(keys)) == len(keys)
+
+    def negated(self) -> Predicate:
+        raise NotImplementedError(f"`two items of {self.field} are alike` has no use yet")
+
+    def fields(self) -> Iterator[str]:
+        yield self.field
+
+
+@dataclass(frozen=True)
 class ExactlyOne:
     """Exactly one of several optional fields is set."""
 
@@ -217,6 +240,10 @@ def missing(field: str) -> Predicate:
 
 def equals(field: str, constant: Constant) -> Predicate:
     return Compare(field, "==", constant)
+
+
+def differs(field: str, constant: Constant) -> Predicate:
+    return Compare(field, "!=", constant)
 
 
 def at_least(field: str, constant: int) -> Predicate:
@@ -251,6 +278,11 @@ def different(left: Predicate, right: Predicate) -> Predicate:
 
 def each(field: str, condition: Predicate) -> Predicate:
     return Each(field, condition)
+
+
+def distinct(field: str, key: str) -> Predicate:
+    """Every item of a list has another value of its field `key`."""
+    return Distinct(field, key)
 
 
 def at_most_one(*members: str) -> Predicate:

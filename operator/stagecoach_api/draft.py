@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -102,6 +103,8 @@ class Draft:
         return stages
 
 
+_PLAIN_NAME = re.compile(r"[a-z0-9][-a-z0-9]*")
+
 Rule: TypeAlias = Callable[[Draft], Iterator[Fault]]
 C = TypeVar("C", bound=Model)
 
@@ -123,6 +126,16 @@ def walk(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:
             waiting += [((*place, name), item) for name, item in reversed(list(here.items()))]
         elif isinstance(here, list | tuple):
             waiting += [((*place, index), here[index]) for index in reversed(range(len(here)))]
+
+
+def stage_names(document: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Return the names of a document's stages, in its order; None for one that does not identify its stage."""
+    stages = _mapping(document.get("spec")).get("stages")
+    names = [_mapping(stage).get("name") for stage in stages] if isinstance(stages, list | tuple) else []
+    return tuple(
+        name if isinstance(name, str) and _PLAIN_NAME.fullmatch(name) and names.count(name) == 1 else None
+        for name in names
+    )
 
 
 def repeated_names(path: FieldPath, names: list[str]) -> Iterator[Fault]:

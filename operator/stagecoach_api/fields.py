@@ -128,9 +128,16 @@ def one_of_members(model: type[Model]) -> tuple[str, ...]:
     return ()
 
 
-def format_path(path: Sequence[Step]) -> str:
-    """Format a path as in `spec.stages[2].sft.data[0].weight`."""
+def format_path(path: Sequence[Step], stage_names: Sequence[str | None] = ()) -> str:
+    """Format a path as in `stages.tune.sft.data[0].weight`, which `--set` takes as well.
+
+    `stage_names`: of a run's stages, in the file's order. A stage without a name there keeps its index:
+    `spec.stages[2].sft`.
+    """
     text = ""
+    match path:
+        case ("spec", "stages", int(index), *rest) if index < len(stage_names) and stage_names[index] is not None:
+            text, path = f"stages.{stage_names[index]}", rest
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
     return text

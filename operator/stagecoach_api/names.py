@@ -70,6 +70,12 @@ ENDPOINT_KEY_FILE = "apiKey"
 """Key in the Secret of an endpoint, and therefore the name of the file."""
 TOKEN_MOUNT = "/var/run/secrets/stagecoach/progress"  # noqa: S105  # a path
 TOKEN_FILE = "token"  # noqa: S105  # the name of a file
+TEMPORARY_MOUNT = "/tmp"  # noqa: S108  # of the container
+SHARED_MEMORY_MOUNT = "/dev/shm"  # noqa: S108
+POD_MOUNTS = (
+    STAGE_MOUNT, DATA_MOUNT, TEMPORARY_MOUNT, SHARED_MEMORY_MOUNT, CREDENTIALS_MOUNT, ENDPOINT_KEYS_MOUNT, TOKEN_MOUNT
+)  # fmt: skip
+"""Where the operator itself mounts something: a run's volumes go elsewhere."""
 TERMINATION_LOG = "/dev/termination-log"
 """Kubernetes' termination message, to which the launcher writes the attempt's result."""
 

@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from stagecoach_api.base import Model, Name
-from stagecoach_api.constraints import Constraint, either, equals, exactly_one, given, implies, missing
+from stagecoach_api.constraints import (
+    Constraint,
+    both,
+    differs,
+    distinct,
+    either,
+    equals,
+    exactly_one,
+    given,
+    implies,
+    missing,
+)
+from stagecoach_api.names import POD_MOUNTS
+
+MIN_BYTES = 10**6
+"""The least amount of memory without a unit. A smaller number was meant as GiB: no process starts in 64 bytes."""
+
+_ABOVE_ZERO = r"([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)"
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
+CPU_PATTERN = rf"^{_ABOVE_ZERO}m?$"
+MEMORY_PATTERN = rf"^([1-9][0-9]{{6,}}|{_ABOVE_ZERO}(k|Ki|M|Mi|G|Gi|T|Ti|P|Pi))$"
+
+
+def _as_text(value: Any) -> Any:
+    """Return a whole number as text, the one form in which a quantity is kept and compared."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _schema(pattern: str, minimum: int) -> dict[str, Any]:
+    """Return the JSON schema of a quantity: text that matches `pattern`, or a whole number of at least `minimum`.
+
+    Manifests of Kubernetes have both forms, `cpu: 4` and `cpu: 500m` (`x-kubernetes-int-or-string`).
+    """
+    return {"type": ["integer", "string"], "minimum": minimum, "minLength": 1, "maxLength": 32, "pattern": pattern}
+
 
 Quantity = Annotated[
-    str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$")
+    str,
+    Field(min_length=1, max_length=32, pattern=QUANTITY_PATTERN),
+    BeforeValidator(_as_text),
+    WithJsonSchema(_schema(QUANTITY_PATTERN, 0)),
 ]
 """A Kubernetes quantity, such as `96`, `500m` or `1000Gi`."""
+
+Cpus = Annotated[
+    str,
+    Field(min_length=1, max_length=32, pattern=CPU_PATTERN),
+    BeforeValidator(_as_text),
+    WithJsonSchema(_schema(CPU_PATTERN, 1)),
+]
+"""A number of CPUs above 0, such as `4`, `0.5` or `500m`."""
+
+Memory = Annotated[
+    str,
+    Field(min_length=1, max_length=32, pattern=MEMORY_PATTERN),
+    BeforeValidator(_as_text),
+    WithJsonSchema(_schema(MEMORY_PATTERN, MIN_BYTES)),
+]
+"""An amount of memory, such as `64Gi`; `64m` would be a fraction of a byte."""
 
 LabelValue = Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?$")]
 LabelKey = Annotated[
@@ -23,7 +76,8 @@ LabelKey = Annotated[
         pattern=r"^([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$",
     ),
 ]
-MountPath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^/[^:\\]+$")]
+MountPath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^(/\.{0,2}[^/:\\.][^/:\\]*)+$")]
+"""An absolute path in one spelling only: no doubled or trailing `/`, no part that is `.` or `..`."""
 
 
 class Toleration(Model):
@@ -61,7 +115,14 @@ class Toleration(Model):
 class Volume(Model):
     """A volume mounted into the pods. Exactly one of `claimName`, `configMapName` and `secretName` must be set."""
 
-    constraints = (exactly_one("claim_name", "config_map_name", "secret_name"),)
+    constraints = (
+        exactly_one("claim_name", "config_map_name", "secret_name"),
+        Constraint(
+            both(*(differs("mount_path", path) for path in POD_MOUNTS)),
+            f"`mountPath` must not be one that the operator uses ({', '.join(POD_MOUNTS)})",
+            "mount it elsewhere",
+        ),
+    )
 
     name: Name
     """Name of the volume, unique in the stage."""
@@ -98,6 +159,14 @@ class FabricVariable(Model):
 class Pods(Model):
     """Placement and environment of a stage's pods. May be set in `defaults` and in a stage; fields that a stage leaves
     unset are taken from `defaults`."""
+
+    constraints = (
+        Constraint(
+            distinct("volumes", "mount_path"),
+            "`mountPath` must be different for each of the `volumes`",
+            "mount one of the two elsewhere",
+        ),
+    )
 
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
     """Labels a node must have, in addition to `resources.gpuProduct`. If unset: none."""

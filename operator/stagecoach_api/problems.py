@@ -18,7 +18,7 @@ class Problem:
     """One problem."""
 
     path: str
-    """Field path, such as `spec.stages[2].sft.optimizer.learningRate`. Empty for the whole document."""
+    """Field path, such as `stages.tune.sft.optimizer.learningRate`. Empty for the whole document."""
 
     value: Any
     """Value found there; `MISSING` if there was none."""

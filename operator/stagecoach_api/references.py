@@ -10,6 +10,17 @@ from stagecoach_api.base import Identifier, Model, Name, Uri, Weight
 from stagecoach_api.constraints import exactly_one
 
 
+def hub_advice(name: str, kind: str) -> str:
+    """Return how to use a `model` or `dataset` of the Hugging Face Hub, which no run fetches: what it reads has a
+    digest before the first stage starts."""
+    repository = " --repo-type dataset" if kind == "dataset" else ""
+    folder = f"{kind}s/{name.rsplit('/', 1)[-1]}"
+    return (
+        f"check the path; a {kind} of the Hugging Face Hub is fetched before the run: "
+        f"`hf download {name}{repository} --local-dir {folder}`, then give that folder, or its copy on S3"
+    )
+
+
 class ArtifactType(StrEnum):
     """The kinds of artifact that stages make and other stages read."""
 

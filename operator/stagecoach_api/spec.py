@@ -9,8 +9,9 @@ from pydantic import Field, create_model
 
 from stagecoach_api.base import Model, Name, ShortText, Uri
 from stagecoach_api.constraints import Constraint, at_most_one, exactly_one
+from stagecoach_api.fields import FieldPath
 from stagecoach_api.kinds import STAGE_KINDS
-from stagecoach_api.pods import LabelKey, Pods, Quantity
+from stagecoach_api.pods import Cpus, LabelKey, Memory, Pods, Quantity
 from stagecoach_api.references import Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind
 
@@ -61,14 +62,14 @@ class Resources(Model):
     ranks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
     """Ranks of each pod without GPUs. If unset: 1."""
 
-    cpu: Quantity | None = None
-    """CPUs of each pod, which its ranks share as threads. If unset: no request and one thread per rank; all cores on a
-    laptop."""
+    cpu: Cpus | None = None
+    """CPUs of each pod, such as `4` or `500m`, which its ranks share as threads. If unset: no request and one thread
+    per rank; all cores on a laptop."""
 
-    memory: Quantity | None = None
-    """Memory of each pod. If unset: no request."""
+    memory: Memory | None = None
+    """Memory of each pod, such as `64Gi`. If unset: no request."""
 
-    shared_memory: Quantity | None = None
+    shared_memory: Memory | None = None
     """Size of `/dev/shm`, which counts as memory. If unset: 64Mi."""
 
     extended: Annotated[dict[str, Quantity], Field(max_length=8)] | None = None
@@ -187,9 +188,9 @@ class Stage(_StageOfAnyKind):
         config: StageConfig = getattr(self, STAGE_KINDS[self.kind].module)
         return config
 
-    def references(self) -> Iterator[tuple[str, Reference]]:
-        """Yield every input of the stage with its field path, such as `sft.data[0]`."""
-        yield from _references(self.config, self.kind)
+    def references(self) -> Iterator[tuple[FieldPath, Reference]]:
+        """Yield every input of the stage with its path below the stage, such as `("sft", "data", 0)`."""
+        yield from _references(self.config, (self.kind,))
 
     def upstream(self) -> frozenset[str]:
         """Return the names of the stages that must finish before this one."""
@@ -197,7 +198,7 @@ class Stage(_StageOfAnyKind):
         return frozenset(inputs | set(self.after))
 
 
-def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
+def _references(value: object, path: FieldPath) -> Iterator[tuple[FieldPath, Reference]]:
     if isinstance(value, Reference):
         yield path, value
     elif isinstance(value, Model):
@@ -205,10 +206,10 @@ def _references(value: object, path: str) -> Iterator[tuple[str, Reference]]:
             item = getattr(value, name)
             if name == value.input_file and item is not None:
                 item = Reference(uri=item)
-            yield from _references(item, f"{path}.{field.alias or name}")
+            yield from _references(item, (*path, field.alias or name))
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _references(item, f"{path}[{index}]")
+            yield from _references(item, (*path, index))
 
 
 class RunSpec(Model):

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from stagecoach_api.version import __version__
 from stagecoach_cli.exit_codes import EXIT_INTERRUPTED
 
 COMMANDS = {
@@ -43,6 +44,7 @@ class LazyGroup(click.Group):
         return command
 
 
+@click.version_option(__version__, "--version", "-V", message="stagecoach %(version)s")
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Train language models stage by stage from one file, on this machine (`run`) or on a cluster (`submit`).

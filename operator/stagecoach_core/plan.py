@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from stagecoach_api.fields import format_path
 from stagecoach_api.pods import Pods
 from stagecoach_api.spec import Resources, Retries, Stage, StageSettings, TrainingRun
 from stagecoach_core.graph import GraphError, topological_order
@@ -93,7 +94,7 @@ def _duplicate_names(run: TrainingRun) -> list[str]:
 
 def _unknown_externals(run: TrainingRun, externals: Mapping[str, External]) -> list[str]:
     return [
-        f"spec.stages[{stage.name}].{path}: {reference.uri} was not found; check that it exists and is readable"
+        f"{format_path(('stages', stage.name, *path))}: {reference.uri} was not found; check that it is readable"
         for stage in run.spec.stages
         for path, reference in stage.references()
         if reference.uri is not None and reference.key not in externals

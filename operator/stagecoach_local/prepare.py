@@ -11,7 +11,7 @@ from pathlib import Path
 from stagecoach_api.artifacts import Manifest
 from stagecoach_api.code import code_identity
 from stagecoach_api.problems import InvalidRun, Problem
-from stagecoach_api.reading.loading import LoadedRun, load_run
+from stagecoach_api.reading.loading import LoadedRun, in_order, load_run
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.store import AccessDenied, Store, StoreError, Unreachable, open_store
 from stagecoach_api.stores.lookup import absolute, find_manifest, input_problems
@@ -117,7 +117,8 @@ def open_run_store(loaded: LoadedRun, workspace: Workspace, storage: str | None)
 def missing_inputs(loaded: LoadedRun, failures: Mapping[str, StoreError]) -> list[Problem]:
     """Return a problem for every field of the run that names an input that was not found."""
     root = input_root(loaded.run, loaded.folder)
-    return input_problems(loaded.run, failures, f"relative inputs are looked for in {root}", str(loaded.source or ""))
+    found = input_problems(loaded.run, failures, f"relative inputs are looked for in {root}")
+    return in_order(loaded.located(path, problem) for path, problem in found)
 
 
 def check_cache(

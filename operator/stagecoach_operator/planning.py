@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import ResolvedInput, digest_of
+from stagecoach_api.fields import format_path
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
 from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, Storage, TrainingRun
@@ -111,7 +112,8 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
     if failures:
         missing = all(isinstance(failure, NotFound) for failure in failures.values())
         reason = Reason.INPUT_NOT_FOUND if missing else Reason.STORAGE_UNREACHABLE
-        return rejected(reason, str(InvalidRun(input_problems(spec, failures, INPUT_REMEDY))), retry=True)
+        problems = [problem for _, problem in input_problems(spec, failures, INPUT_REMEDY)]
+        return rejected(reason, str(InvalidRun(problems)), retry=True)
     externals = {
         key: External(item.uri, item.digest) for key, item in inputs.items() if isinstance(item, ResolvedInput)
     }
@@ -143,9 +145,9 @@ def storage_problems(run: TrainingRun, storage: Storage, settings: Settings) -> 
         problems.append(Problem("spec.storage.uri", MISSING, "required on a cluster", "write `s3://bucket/prefix`"))
     elif is_folder(storage.uri) and not has_folders:
         problems.append(_folder_problem("spec.storage.uri", storage.uri))
-    for index, stage in enumerate(run.spec.stages):
+    for stage in run.spec.stages:
         for path, reference in stage.references():
-            uri, where = reference.uri, f"spec.stages[{index}].{path}.uri"
+            uri, where = reference.uri, format_path(("stages", stage.name, *path, "uri"))
             if uri is None:
                 continue
             if "://" not in uri and not uri.startswith(("/", "~")) and storage.inputs is None:
@@ -168,7 +170,7 @@ def _folder_problem(path: str, uri: str) -> Problem:
 def image_problems(run: TrainingRun, settings: Settings) -> list[Problem]:
     """Return a problem for each image that the operator's settings do not allow."""
     images = [("spec.defaults.image", run.spec.defaults.image)]
-    images += [(f"spec.stages[{index}].image", stage.image) for index, stage in enumerate(run.spec.stages)]
+    images += [(f"stages.{stage.name}.image", stage.image) for stage in run.spec.stages]
     allowed = ", ".join(settings.allowed_images or ()) or "only the operator's own"
     return [
         Problem(

@@ -37,9 +37,9 @@ def test_models_are_frozen() -> None:
 def test_a_stage_lists_its_inputs_with_their_paths() -> None:
     found = {path: reference.key for path, reference in stage("pretrain").references()}
     assert found == {
-        "pretrain.tokenizer": "stage:vocabulary",
-        "pretrain.data[0]": "stage:corpus",
-        "pretrain.heldOut.sets[0]": "stage:corpus",
+        ("pretrain", "tokenizer"): "stage:vocabulary",
+        ("pretrain", "data", 0): "stage:corpus",
+        ("pretrain", "heldOut", "sets", 0): "stage:corpus",
     }
     assert {reference.key for _, reference in stage("score").references()} == {
         "stage:sft", "stage:corpus", "uri:verse.json",
@@ -135,3 +135,10 @@ def test_the_face_of_the_package_is_pinned() -> None:
 def test_a_name_the_package_does_not_have_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = stagecoach_api.nothing
+
+
+@pytest.mark.parametrize(("written", "kept"), [(4, "4"), ("4", "4"), ("500m", "500m")])
+def test_a_quantity_is_kept_as_text_however_it_is_written(written: object, kept: str) -> None:
+    run = validate(edited(("defaults.resources", {"cpu": written})))
+    assert run.spec.defaults.resources.cpu == kept
+    assert validate(run.model_dump(mode="json", by_alias=True, exclude_none=True)) == run

@@ -100,7 +100,7 @@ def test_validate_reports_every_problem_with_exit_code_2(own_bench: Bench, cli: 
     own_bench.write(stages)
     code, output = cli("validate", "run.yaml")
     assert code == 2
-    assert "spec.stages[1].data.sources[0].uri" in output
+    assert "run.yaml:1: stages.two.data.sources[0].uri" in output
     assert "gone.txt" in output
     stages[0]["data"]["sorces"] = stages[0]["data"].pop("sources")
     own_bench.write(stages)

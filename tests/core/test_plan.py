@@ -70,7 +70,7 @@ def test_all_problems_are_reported_at_once() -> None:
         make_plan(run, {}, "code")
     first, second, third, fourth = caught.value.problems
     assert first == "spec.stages: the name `corpus` occurs 2 times; rename all but one"
-    assert second.startswith("spec.stages[corpus].data.sources[0]: corpus.jsonl was not found")
+    assert second.startswith("stages.corpus.data.sources[0]: corpus.jsonl was not found")
     assert third == second
     assert fourth == "stage `b` needs stage `corpsu`, which does not exist; did you mean `corpus`?"
 

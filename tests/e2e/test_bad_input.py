@@ -51,7 +51,7 @@ def test_a_missing_file_exits_with_2_before_anything_starts(bench: Bench) -> Non
     bench.write([data_stage("good", "data/good.jsonl"), data_stage("gone", "data/gone.jsonl")])
     ended = bench.run()
     assert ended.code == 2
-    for text in ("spec.stages[1].data.sources[0].uri", "gone.jsonl", "relative inputs are looked for in"):
+    for text in ("stages.gone.data.sources[0].uri", "gone.jsonl", "relative inputs are looked for in"):
         assert text in ended.output
     assert not (bench.folder / ".stagecoach" / "runs" / "default" / "tiny" / "good").exists()
 

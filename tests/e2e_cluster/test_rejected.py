@@ -136,12 +136,12 @@ REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a cycle": (
         put("stages.0.after", ["train"]),
         "InvalidSpec",
-        ("spec.stages[0].after[0]", "in a cycle: corpus -> vocabulary -> train -> corpus"),
+        ("stages.corpus.after[0]", "in a cycle: corpus -> vocabulary -> train -> corpus"),
     ),
     "a stage that does not exist": (
         put("stages.2.pretrain.tokenizer", {"stage": "vocabluary"}),
         "InvalidSpec",
-        ("spec.stages[2].pretrain.tokenizer.stage", "vocabluary", "vocabulary"),
+        ("stages.train.pretrain.tokenizer.stage", "vocabluary", "vocabulary"),
     ),
     "several mistakes at once": (
         lambda spec: [
@@ -149,7 +149,7 @@ REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
             put("stages.2.pretrain.tokenizer", {"stage": "no"})(spec),
         ],
         "InvalidSpec",
-        ("spec.stages[0].after", "absent", "spec.stages[2].pretrain.tokenizer.stage", "2 problems"),
+        ("stages.corpus.after", "absent", "stages.train.pretrain.tokenizer.stage", "2 problems"),
     ),
     "a bucket that does not exist": (
         put("storage.uri", "s3://no-such-bucket/x"),
@@ -164,22 +164,22 @@ REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "an input that is not there": (
         put("stages.0.data.sources.0.uri", "data/gone.jsonl.gz"),
         "InputNotFound",
-        ("spec.stages[0].data.sources[0].uri", "data/gone.jsonl.gz"),
+        ("stages.corpus.data.sources[0].uri", "data/gone.jsonl.gz"),
     ),
     "a folder of the user's laptop": (
         put("stages.0.data.sources.0.uri", "/home/me/data.jsonl"),
         "InvalidSpec",
-        ("spec.stages[0].data.sources[0].uri", "pods cannot access a folder of your machine"),
+        ("stages.corpus.data.sources[0].uri", "pods cannot access a folder of your machine"),
     ),
     "an image without a digest": (
         put("stages.2.image", "registry.example.com/trainer:latest"),
         "InvalidSpec",
-        ("spec.stages[2].image", "name@sha256:"),
+        ("stages.train.image", "name@sha256:"),
     ),
     "an image that is not allowed": (
         put("stages.2.image", "elsewhere.example.com/trainer@sha256:" + "2" * 64),
         "ImageNotAllowed",
-        ("spec.stages[2].image", "elsewhere.example.com", "must be an allowed image"),
+        ("stages.train.image", "elsewhere.example.com", "must be an allowed image"),
     ),
 }
 

@@ -130,7 +130,7 @@ def test_a_missing_input_is_reported_with_its_field(world: World) -> None:
     rejection = rejected(world, data_stage("a"), data_stage("b", uri="gone.txt"))
     assert rejection.reason is Reason.INPUT_NOT_FOUND
     assert rejection.retry
-    assert "spec.stages[1].data.sources[0].uri: cannot be read" in rejection.message
+    assert "stages.b.data.sources[0].uri: cannot be read" in rejection.message
 
 
 def test_all_problems_are_reported_at_once(world: World) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.fields import FieldPath
+from stagecoach_api.draft import stage_names
+from stagecoach_api.fields import FieldPath, format_path
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
 from stagecoach_api.reading.overrides import apply_overrides
 from stagecoach_api.reading.validation import validate_with_paths
@@ -29,6 +30,21 @@ class LoadedRun:
 
     document: Mapping[str, Any]
     """The run as written, overrides applied: plain JSON values without defaults."""
+
+    lines: Mapping[FieldPath, int] = field(default_factory=dict)
+    """Line of every field's name and every list item of the file."""
+
+    origins: Mapping[FieldPath, str] = field(default_factory=dict)
+    """The overrides, by the path of the field each has set."""
+
+    def located(self, path: FieldPath, problem: Problem) -> Problem:
+        """Return a problem of the field at `path` with its place: the line of the file, or the override."""
+        return _locate(path, problem, self.lines, self.origins, str(self.source) if self.source is not None else "")
+
+    def problem(self, path: FieldPath, value: Any, rule: str, remedy: str) -> Problem:
+        """Return a problem of the field at `path`, with its place."""
+        name = format_path(path, stage_names(self.document))
+        return self.located(path, Problem(name, value, rule, remedy))
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -68,11 +84,13 @@ def _load(text: str, source: Path | None, overrides: Sequence[str]) -> LoadedRun
     document, origins = apply_overrides(read.value, overrides)
     run, found = validate_with_paths(document)
     located = [(path, _locate(path, problem, read.lines, origins, label)) for path, problem in found]
-    problems = _merge(read.problems, located)
+    names = stage_names(document)
+    unreadable = [(path, replace(problem, path=format_path(path, names))) for path, problem in read.problems]
+    problems = _merge(unreadable, located)
     if run is None or problems:
         raise InvalidRun(problems)
     folder = (source.parent if source is not None else Path()).resolve()
-    return LoadedRun(run, source, folder, document)
+    return LoadedRun(run, source, folder, document, read.lines, origins)
 
 
 def _locate(
@@ -93,5 +111,9 @@ def _merge(
 ) -> list[Problem]:
     """Sort by line, problems without one last. The schema's problems of unreadable values are left out."""
     paths = {path for path, _ in unreadable}
-    problems = [problem for _, problem in unreadable] + [problem for path, problem in found if path not in paths]
+    return in_order([problem for _, problem in unreadable] + [problem for path, problem in found if path not in paths])
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Return problems by their line, those without one last."""
     return sorted(problems, key=lambda problem: (problem.line is None, problem.line or 0))

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from stagecoach_api.base import Model
 from stagecoach_api.constraints import ConstraintError, ExactlyOne
 from stagecoach_api.fields import FieldPath, fields_of, format_path, model_at, shape_of
+from stagecoach_api.pods import CPU_PATTERN, MEMORY_PATTERN, MIN_BYTES, QUANTITY_PATTERN
 from stagecoach_api.problems import MISSING, Problem, suggest
 from stagecoach_api.references import Reference
 
@@ -132,7 +133,10 @@ def _length(words: str, key: str, unit: str) -> Wording:
 _PATTERNS = {
     r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$": "lower-case letters, digits and `-`, with a letter or digit at both ends",
     r"^[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$": "letters, digits, `-`, `_` and `.`, a letter or digit at both ends",
-    r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$": "a Kubernetes quantity, such as `96`, `500m` or `1000Gi`",
+    QUANTITY_PATTERN: "a Kubernetes quantity, such as `96`, `500m` or `1000Gi`",
+    CPU_PATTERN: "a number of CPUs above 0, such as `4` or `500m`",
+    MEMORY_PATTERN: "an amount of memory with its unit, such as `64Gi` (`m` is a thousandth; a number without a unit "
+    f"means bytes, at least {MIN_BYTES:,})",
 }
 
 

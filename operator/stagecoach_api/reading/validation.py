@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from stagecoach_api.draft import Rule
-from stagecoach_api.fields import FieldPath
+from stagecoach_api.draft import Rule, stage_names
+from stagecoach_api.fields import FieldPath, format_path
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.problems import MISSING, InvalidRun, Problem
 from stagecoach_api.reading.read_draft import read_draft
@@ -64,7 +65,8 @@ def validate_with_paths(document: Mapping[str, Any]) -> tuple[TrainingRun | None
     draft = read_draft(document)
     for rule in RULES:
         found += [(fault.path, fault.as_problem()) for fault in rule(draft)]
-    return run, found
+    names = stage_names(document)
+    return run, [(path, replace(problem, path=format_path(path, names))) for path, problem in found]
 
 
 def _parse(text: str) -> tuple[TrainingRun | None, list[tuple[FieldPath, Problem]]]:

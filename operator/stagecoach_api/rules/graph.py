@@ -7,6 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
 from stagecoach_api.draft import Draft, DraftStage, Fault, Rule
+from stagecoach_api.fields import format_path
 from stagecoach_api.problems import suggest
 
 MAX_CYCLES = 16
@@ -19,11 +20,11 @@ def stage_names_are_unique(draft: Draft) -> Iterator[Fault]:
         if stage.name is None:
             continue
         if stage.name in first:
-            index = first[stage.name].path[-1]
+            before = format_path(first[stage.name].path)
             yield Fault(
                 (*stage.path, "name"),
                 stage.name,
-                f"must be unique, and spec.stages[{index}] has the same name",
+                f"must be unique, and {before} has the same name",
                 "rename one of the two",
             )
         first.setdefault(stage.name, stage)

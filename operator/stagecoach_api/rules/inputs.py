@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 from stagecoach_api.draft import Draft, Fault, Rule, walk
 from stagecoach_api.fields import FieldPath, walk_values
-from stagecoach_api.references import RecordSource
+from stagecoach_api.references import RecordSource, hub_advice
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_HUB_URL = re.compile(r"^(?:hf://|https?://(?:www\.)?huggingface\.co/)(?P<datasets>datasets/)?(?P<name>[^/]+/[^/?#]+)")
 _IMAGE_DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 
 
@@ -39,7 +40,11 @@ def _check_uri(uri: str) -> tuple[str, str] | None:
         case "file":
             absolute = rest.startswith("/")
             return None if absolute else ("must be an absolute path", "write `file:///folder`, with three slashes")
-    return "must be `s3://…`, `file:///…` or a path", f"copy it there: `{scheme[1]}://` cannot be read"
+    rule = "must be `s3://…`, `file:///…` or a path"
+    hub = _HUB_URL.match(uri)
+    if hub is not None:
+        return rule, hub_advice(hub["name"], "dataset" if hub["datasets"] else "model")
+    return rule, f"copy it there: `{scheme[1]}://` cannot be read"
 
 
 def the_endpoint_is_an_http_url(draft: Draft) -> Iterator[Fault]:

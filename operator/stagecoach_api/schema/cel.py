@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 
 from stagecoach_api.base import Model
@@ -17,6 +18,7 @@ from stagecoach_api.constraints import (
     AllOf,
     AnyOf,
     Compare,
+    Distinct,
     Divisible,
     Each,
     ExactlyOne,
@@ -95,6 +97,10 @@ class _Scope:
             case Each(field=field, condition=inner):
                 item = self._item(field).expression(inner).text
                 return _Expression(f"{self._path(field)}.all(item, {item})", _Binding.ATOM)
+            case Distinct(field=field, key=key):
+                items = self._path(field)
+                alone = f"{items}.all(one, {items}.exists_one(other, other.{to_camel(key)} == one.{to_camel(key)}))"
+                return _any([_tests([self._has(field)], expected=False), _Expression(alone, _Binding.ATOM)])
             case ExactlyOne(members=members):
                 given = ", ".join(self._has(member) for member in members)
                 return _Expression(f"[{given}].exists_one(given, given)", _Binding.ATOM)

@@ -85,6 +85,9 @@ class _Converter:
                 found["additionalProperties"] = self._node(value)
             elif keyword not in _DROPPED and keyword != "description":
                 raise ValueError(f"keyword `{keyword}` is not allowed in a structural schema: {node}")
+        if found.get("type") == ["integer", "string"]:
+            del found["type"]
+            found["x-kubernetes-int-or-string"] = True
         if found.get("type") == "array":
             found["x-kubernetes-list-type"] = "atomic"
         if found.get("type") in _FORMATS:

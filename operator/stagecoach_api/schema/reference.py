@@ -144,6 +144,8 @@ def _type(node: Schema, definitions: dict[str, Schema]) -> str:
 
 def _scalar(node: Schema) -> str:
     match node.get("type"):
+        case ["integer", "string"]:
+            return "quantity"
         case "string":
             if node.get("format") == "date-time":
                 return "time (RFC 3339)"

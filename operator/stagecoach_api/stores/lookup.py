@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from stagecoach_api.artifacts import Manifest, ResolvedInput, manifest_key
+from stagecoach_api.fields import FieldPath, format_path
 from stagecoach_api.problems import Problem
+from stagecoach_api.references import RecordSource, Reference, hub_advice
 from stagecoach_api.spec import TrainingRun
 from stagecoach_api.stores.base import (
     Corrupt,
@@ -25,6 +28,9 @@ from stagecoach_api.stores.base import (
 from stagecoach_api.stores.external import external_digest, list_external
 
 LOOKUP_THREADS = 8
+
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+"""`owner/name`, or the name alone for the oldest models."""
 
 # -- inputs from outside -----------------------------------------------------------------------------------------------
 
@@ -64,24 +70,34 @@ def find_inputs(
 
 
 def input_problems(
-    run: TrainingRun, failures: Mapping[str, StoreError], remedy: str, source: str = ""
-) -> list[Problem]:
-    """Return a problem for every field of a run that refers to an input in `failures`.
+    run: TrainingRun, failures: Mapping[str, StoreError], remedy: str
+) -> list[tuple[FieldPath, Problem]]:
+    """Return a problem, with its path, for every field of a run that refers to an input in `failures`.
 
-    `failures`: by `Reference.key`. `source`: the run's file; empty if it has none.
+    `failures`: by `Reference.key`.
     """
     return [
-        Problem(
-            path=f"spec.stages[{index}].{path}.uri",
-            value=reference.uri,
-            rule=f"cannot be read: {failures[reference.key].message}",
-            remedy=remedy,
-            source=source,
+        (
+            ("spec", "stages", index, *path, "uri"),
+            Problem(
+                path=format_path(("stages", stage.name, *path, "uri")),
+                value=reference.uri,
+                rule=f"cannot be read: {failures[reference.key].message}",
+                remedy=_hub_remedy(reference) or remedy,
+            ),
         )
         for index, stage in enumerate(run.spec.stages)
         for path, reference in stage.references()
         if reference.uri is not None and reference.key in failures
     ]
+
+
+def _hub_remedy(reference: Reference) -> str:
+    """Return what to do about a URI that looks like a name on the Hugging Face Hub; empty if it does not."""
+    uri = str(reference.uri)
+    if not _HUB_NAME.fullmatch(uri) or (isinstance(reference, RecordSource) and PurePosixPath(uri).suffix):
+        return ""
+    return hub_advice(uri, "dataset" if isinstance(reference, RecordSource) else "model")
 
 
 # -- artifacts ---------------------------------------------------------------------------------------------------------

@@ -58,9 +58,9 @@ def mounts(attempt: StageAttempt, settings: ManifestSettings) -> list[Mount]:
         Mount("stage", names.STAGE_MOUNT, {"configMap": {"name": attempt.name}}, read_only=True),
         # One volume for work and cache: files are moved between them, and rename does not cross volumes.
         Mount("data", names.DATA_MOUNT, {"emptyDir": limit}),
-        Mount("tmp", "/tmp", {"emptyDir": {}}),  # noqa: S108  # of the container
+        Mount("tmp", names.TEMPORARY_MOUNT, {"emptyDir": {}}),
         # NCCL and data loaders use it; the container runtime's default is 64 MiB.
-        Mount("shared-memory", "/dev/shm", {"emptyDir": shared}),  # noqa: S108
+        Mount("shared-memory", names.SHARED_MEMORY_MOUNT, {"emptyDir": shared}),
     ]
     if attempt.credentials is not None:
         all_mounts.append(_credentials(attempt.credentials))

@@ -11,7 +11,7 @@ from stagecoach_api.reading.validation import validate
 from tests.trainer.rewards.makers import evaluate_stage, feedback_term
 
 KEY = {"secret": "judge-key"}
-AT = "spec.stages[0].evaluate.rewards[0].rewards"
+AT = "stages.compare.evaluate.rewards[0].rewards"
 
 
 def problems_of(*stages: dict[str, Any]) -> tuple[Problem, ...]:
@@ -95,7 +95,7 @@ def test_each_fault_is_reported_with_its_path(terms: list[dict[str, Any]], path:
 def test_rivals_of_one_name_are_reported() -> None:
     rival = {"name": "before", "model": {"uri": "rival"}}
     (problem,) = problems_of(evaluate_stage({"name": "a", "expression": "1"}, rivals=[rival, rival]))
-    assert problem.path == "spec.stages[0].evaluate.rewards[0].rivals[1].name"
+    assert problem.path == "stages.compare.evaluate.rewards[0].rivals[1].name"
 
 
 def test_a_gate_may_watch_a_reward() -> None:
@@ -128,7 +128,7 @@ def run_of(domain: str | None, *terms: dict[str, Any], domains: tuple[str, ...] 
 
 JUDGE = {"name": "judge", "model": {"stage": "reward"}}
 FORMULA = {"name": "formula", "expression": "1"}
-DOMAIN_FIELDS = ["spec.stages[1].ppo.data[1].domain", "spec.stages[2].evaluate.rewards[0].data.domain"]
+DOMAIN_FIELDS = ["stages.ppo.ppo.data[1].domain", "stages.compare.evaluate.rewards[0].data.domain"]
 
 
 @pytest.mark.parametrize(

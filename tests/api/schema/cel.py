@@ -41,6 +41,9 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:  # noqa: PLR0911
             return sum(bool(_evaluate(part, names)) for part in parts) == 1
         case ast.Call(func=ast.Attribute(value=items, attr="all"), args=[ast.Name(id=item), condition]):
             return all(_evaluate(condition, {**names, item: value}) for value in _evaluate(items, names))
+        case ast.Call(func=ast.Attribute(value=items, attr="exists_one"), args=[ast.Name(id=item), condition]):
+            found = [_evaluate(condition, {**names, item: value}) for value in _evaluate(items, names)]
+            return sum(map(bool, found)) == 1
         case ast.Attribute(value=owner, attr=name):
             return _evaluate(owner, names)[name]
         case ast.Name(id=name):

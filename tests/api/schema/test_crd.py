@@ -53,14 +53,22 @@ NODES = list(nodes(SCHEMA))
 ALLOWED = {
     "description", "type", "format", "enum", "required", "properties", "items", "additionalProperties", "nullable",
     "minimum", "maximum", "minLength", "maxLength", "pattern", "minItems", "maxItems", "maxProperties",
-    "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
+    "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-int-or-string",
 }  # fmt: skip
-TYPES = {"object", "array", "string", "integer", "number", "boolean"}
+TYPES = {"object", "array", "string", "integer", "number", "boolean", "quantity"}
+
+
+def type_of(node: dict[str, Any]) -> str:
+    """Return the node's type; one that is text or a whole number has no `type` in a structural schema."""
+    if node.get("x-kubernetes-int-or-string"):
+        assert "type" not in node
+        return "quantity"
+    return str(node["type"])
 
 
 def test_every_node_has_a_type_and_only_keywords_a_structural_schema_knows() -> None:
     for path, node in NODES:
-        assert node.get("type") in TYPES, format_path(path)
+        assert type_of(node) in TYPES, format_path(path)
         assert set(node) <= ALLOWED, format_path(path)
 
 
@@ -69,7 +77,8 @@ def test_keywords_are_used_only_with_their_type() -> None:
     owners |= {"maxItems": "array", "minItems": "array", "maxLength": "string", "pattern": "string"}
     for path, node in NODES:
         for keyword, kind in owners.items():
-            assert keyword not in node or node["type"] == kind, (format_path(path), keyword)
+            known = {kind} | ({"quantity"} if kind == "string" else set())
+            assert keyword not in node or type_of(node) in known, (format_path(path), keyword)
         assert not ("properties" in node and "additionalProperties" in node), format_path(path)
         assert set(node.get("required", ())) <= set(node.get("properties", ())), format_path(path)
 
@@ -86,7 +95,7 @@ STAGE_SETTINGS = ("spec.defaults", "spec.stages[0]")
 def test_lists_with_keys_have_items_with_these_keys_required() -> None:
     keyed = {}
     for path, node in NODES:
-        if node["type"] == "array":
+        if type_of(node) == "array":
             assert node["x-kubernetes-list-type"] in {"atomic", "map"}, format_path(path)
         if node.get("x-kubernetes-list-type") == "map":
             (key,) = node["x-kubernetes-list-map-keys"]
@@ -101,9 +110,9 @@ def test_everything_is_bounded_so_that_cel_rules_stay_within_the_cost_limit() ->
     for path, node in NODES:
         if path in {("apiVersion",), ("kind",)}:
             continue
-        if node["type"] == "string":
+        if type_of(node) in {"string", "quantity"}:
             assert "maxLength" in node or "enum" in node or node.get("format") == "date-time", format_path(path)
-        if node["type"] == "array":
+        if type_of(node) == "array":
             assert node["maxItems"] <= 1024, format_path(path)
         if "additionalProperties" in node:
             assert "maxProperties" in node, format_path(path)
@@ -227,7 +236,18 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
     "a number that is too small": [("seed", -1)],
     "a fraction for a whole number": [(f"{SFT}.batch.samples", 1.5)],
     "text for a number": [(f"{SFT}.batch.samples", "8")],
-    "a number for text": [("defaults.resources", {"cpu": 96})],
+    "a number for text": [("defaults.image", 96)],
+    "a fraction of a CPU without quotes": [("defaults.resources", {"cpu": 0.5})],
+    "true for a quantity": [("defaults.resources", {"cpu": True})],
+    "no CPU": [("defaults.resources", {"cpu": "0"})],
+    "no CPU, as a number": [("defaults.resources", {"cpu": 0})],
+    "no CPU, as a fraction": [("defaults.resources", {"cpu": "0.00"})],
+    "billions of CPUs": [("defaults.resources", {"cpu": "4Gi"})],
+    "a fraction of a byte": [("defaults.resources", {"memory": "64m"})],
+    "no memory": [("defaults.resources", {"memory": "0Gi"})],
+    "some bytes of memory": [("defaults.resources", {"memory": "64"})],
+    "some bytes of memory, as a number": [("defaults.resources", {"memory": 64})],
+    "a fraction of a byte of shared memory": [("stages.sft.resources", {"sharedMemory": "64m"})],
     "text for true or false": [("suspend", "yes")],
     "a malformed quantity": [("defaults.resources", {"memory": "64 GB"})],
     "a mapping for a list": [(f"{SFT}.data", {"uri": "x"})],
@@ -270,6 +290,10 @@ BROKEN: dict[str, list[tuple[str, Any]]] = {
     ],
     "a toleration of nothing": [(PODS, {"tolerations": [{"value": "b"}]})],
     "a volume of two kinds": [(PODS, {"volumes": [{**VOLUME, "secretName": "s"}]})],
+    "two volumes at one path": [(PODS, {"volumes": [VOLUME, {**VOLUME, "name": "b"}]})],
+    "a volume over the operator's own": [(PODS, {"volumes": [{**VOLUME, "mountPath": "/dev/shm"}]})],  # noqa: S108
+    "a mount in a second spelling": [(PODS, {"volumes": [VOLUME, {**VOLUME, "name": "b", "mountPath": "/a/"}]})],
+    "a mount through a parent": [(PODS, {"volumes": [VOLUME, {**VOLUME, "name": "b", "mountPath": "/b/../a"}]})],
     "a volume of no kind": [(PODS, {"volumes": [{"name": "a", "mountPath": "/a"}]})],
     "a mount at no absolute path": [(PODS, {"volumes": [{**VOLUME, "mountPath": "a"}]})],
     "a variable that is no setting of a fabric": [(PODS, {"fabric": [{"name": "LD_PRELOAD", "value": "x"}]})],
@@ -285,6 +309,11 @@ GOOD: dict[str, list[tuple[str, Any]]] = {
     "a merge of what is trained": [(f"{VOCABULARY}.base", {"uri": "x"}), (f"{VOCABULARY}.merge", {})],
     "a merge of what there is": [(VOCABULARY, {"base": {"uri": "x"}, "merge": {"vocabulary": {"uri": "y"}}})],
     "a volume": [(PODS, {"volumes": [VOLUME]})],
+    "two volumes": [(PODS, {"volumes": [VOLUME, {**VOLUME, "name": "b", "mountPath": "/a/.hidden/..b"}]})],
+    "whole numbers, as in every manifest": [
+        ("defaults.resources", {"cpu": 4, "memory": 64_000_000_000, "extended": {"rdma/hca": 1, "example.com/x": 0}})
+    ],
+    "quantities as text": [("defaults.resources", {"cpu": "500m", "memory": "1.5Gi", "sharedMemory": "64Mi"})],
     "every taint tolerated": [(PODS, {"tolerations": [{"operator": "Exists"}]})],
     "a taint by key and value": [(PODS, {"tolerations": [{"key": "a.example.com/b", "value": "c"}]})],
     "a node by its labels": [(PODS, {"nodeSelector": {"pool": "a", "topology.kubernetes.io/zone": "b"}})],
@@ -301,7 +330,9 @@ def as_the_server_reads_it(node: dict[str, Any]) -> dict[str, Any]:
         read["properties"] = {name: as_the_server_reads_it(child) for name, child in node["properties"].items()}
     if "items" in node:
         read["items"] = as_the_server_reads_it(node["items"])
-    if node["type"] == "object":
+    if type_of(node) == "quantity":
+        read["type"] = ["integer", "string"]
+    if read["type"] == "object":
         read.setdefault("additionalProperties", False)
     if node.get("nullable"):
         read["type"] = [node["type"], "null"]
@@ -360,6 +391,8 @@ BEYOND_JSON_SCHEMA = {
     "two topologies",
     "a toleration of a value that need only exist",
     "a toleration of nothing",
+    "two volumes at one path",
+    "a volume over the operator's own",
 }
 
 
