@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +32,54 @@ class ProgressEvent(Model):
 
     metrics: dict[str, float] = Field(default_factory=dict)
     """Further figures to display, such as `loss` and `tokensPerSecond`."""
+
+    warning: str = ""
+    """A warning that has just arisen. Empty for other events."""
+
+
+STEPS = "steps"
+"""Unit of training steps. Other activities of a training loop, such as measuring, report the step they follow too."""
+TRAIN = "train"
+PACE_SECONDS = 60.0
+PACE_POINTS = 5
+MAX_PACE_POINTS = 256
+
+
+@dataclass
+class Pace:
+    """The time that an activity still needs, from its pace in about the last minute.
+
+    Training steps keep their pace while others of their loop's activities come in between, whose time counts.
+    """
+
+    _key: str = ""
+    _points: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_PACE_POINTS))
+    """Time and amount done, the oldest first."""
+    _total: float | None = None
+
+    def add(self, event: ProgressEvent) -> None:
+        """Take the next event."""
+        key = STEPS if event.unit == STEPS else event.activity
+        if key != self._key or event.total != self._total:
+            self._key, self._total = key, event.total
+            self._points.clear()
+        if key == STEPS and event.activity != TRAIN:
+            return
+        if self._points and event.done < self._points[-1][1]:  # rolled back
+            self._points.clear()
+        if not self._points or event.done > self._points[-1][1]:
+            self._points.append((event.time, event.done))
+        while len(self._points) > PACE_POINTS and event.time - self._points[0][0] > PACE_SECONDS:
+            self._points.popleft()
+
+    def end(self) -> float | None:
+        """Return when the activity will have ended, in seconds since the epoch; None if that is not known yet."""
+        if self._total is None or len(self._points) < 2:
+            return None
+        (began, first), (now, done) = self._points[0], self._points[-1]
+        if now <= began:
+            return None
+        return now + max(0.0, self._total - done) * (now - began) / (done - first)
 
 
 # Fields of an event that Kubeflow Trainer's protocol (KEP-2779) does not have are sent as metrics with these names.

@@ -45,6 +45,7 @@ from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 log = logging.getLogger("stagecoach")
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+QUIET_LIBRARIES = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left, the user's quota used up, or the limit of a file's size reached."""
 
@@ -110,10 +111,19 @@ def start_logging(rank: int) -> None:
     faulthandler.enable()
     name = "" if rank == 0 else f" rank {rank}"
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s{name} %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
+        level=logging.WARNING, format=f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    for own in ("stagecoach", "stagecoach_trainer"):
+        logging.getLogger(own).setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' progress bars and advice to their callers out of the log; what a user has set stays."""
+    for variable, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(variable, value)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
 
 
 def read_stage(path: Path) -> tuple[ResolvedStage, StageConfig]:

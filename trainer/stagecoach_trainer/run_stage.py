@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
+from stagecoach_api.artifacts import REPORT, ResolvedStage, attempt_prefix
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.model_folders import CONFIG
+from stagecoach_api.names import ENV_THREADS
 from stagecoach_api.references import Reference
 from stagecoach_api.stage_kind import Ranks, StageConfig
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_trainer.models.safety import check_model_folder
 from stagecoach_trainer.runtime.attempt_files import logs_folder
-from stagecoach_trainer.runtime.context import StageContext, World
+from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import process_group
 from stagecoach_trainer.runtime.errors import GateFailed
 from stagecoach_trainer.runtime.progress import Progress, Reporter
+from stagecoach_trainer.runtime.progress_log import figures_text
 from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.runtime.run_store import open_run_store
 from stagecoach_trainer.runtime.startup import fast_imports
@@ -56,6 +60,8 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     if not spread and not attempt.world.is_main:
         return None  # the stage runs on rank 0 alone
     refuse_early(attempt.config, context)
+    _log_start(attempt)
+    context.progress.report("load libraries")
     with fast_imports(training=attempt.config.trains):
         run = load_stage(kind.name)
     try:
@@ -68,7 +74,37 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
         _keep_logs(context, attempt.started)
     if not attempt.world.is_main:
         return None
+    _report_result(context, outcome)
     return publish(context, outcome, attempt.started)
+
+
+def _log_start(attempt: AttemptSettings) -> None:
+    resolved, threads = attempt.resolved, os.environ.get(ENV_THREADS, "?")
+    if attempt.world.is_main:
+        ranks = resolved.num_nodes * resolved.ranks_per_node
+        log.info(
+            "%s stage `%s`, attempt %d: %d rank%s, threads of each: %s, artifact %s",
+            resolved.kind,
+            resolved.stage,
+            resolved.attempt,
+            ranks,
+            "s" * (ranks != 1),
+            threads,
+            resolved.digest[:12],
+        )
+
+
+def _report_result(context: StageContext, outcome: StageOutcome) -> None:
+    """Log the result's figures, and report the warnings of the stage's own report, as far as that is still to do."""
+    if outcome.metrics:
+        log.info("result: %s", figures_text(outcome.metrics))
+    path = context.output / REPORT
+    try:
+        report = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        return
+    for warning in report.get("warnings", ()) if isinstance(report, dict) else ():
+        context.progress.warn(str(warning))
 
 
 def refuse_early(config: StageConfig, context: StageContext) -> None:

@@ -23,7 +23,7 @@ def make_flops() -> StepFlops:
 
 def test_metrics_are_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> None:
     with StepMetrics(tmp_path, Progress(None), num_steps=300, flops=make_flops()) as meter:
-        meter.write(0, {"heldOut.zh.loss": 7.5})
+        meter.write(0, {"heldOut.zh.before.loss": 7.5, "heldOut.before.before.loss": 1.0})
         meter.step(1, {"loss": 2.5, "learningRate": 1e-3}, tokens=64, length=16, waited=0.0, padding_share=0.25)
     (events,) = (tmp_path / "tensorboard").iterdir()
     shown = {
@@ -32,7 +32,9 @@ def test_metrics_are_in_tensorboard_and_in_the_json_lines(tmp_path: Path) -> Non
         for value in event.summary.value
     }
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert shown[0, "heldOut.zh.loss"] == lines[0]["heldOut.zh.loss"] == 7.5
+    # One chart: the value before training is its first point.
+    assert shown[0, "heldOut.zh.loss"] == lines[0]["heldOut.zh.before.loss"] == 7.5
+    assert shown[0, "heldOut.before.loss"] == 1.0
     assert shown[1, "loss"] == lines[1]["loss"] == 2.5
     assert shown[1, "learningRate"] == pytest.approx(lines[1]["learningRate"])
     assert lines[1]["paddingShare"] == 0.25

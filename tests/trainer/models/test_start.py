@@ -113,6 +113,17 @@ def test_a_context_that_is_too_short_is_extended_if_positions_are_rotary() -> No
     assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (500, 1e6)
 
 
+def test_rows_beyond_the_context_are_a_warning_unless_the_stage_prepares_the_model() -> None:
+    said: list[str] = []
+    position_change(500, warn=said.append)(LlamaConfig(max_position_embeddings=128))
+    assert [text.split(" (")[0] for text in said] == ["rows of 500 tokens are longer than the model's context of 128"]
+    position_change(128, warn=said.append)(LlamaConfig(max_position_embeddings=128))
+    position_change(500, theta=1e6, warn=said.append)(LlamaConfig(max_position_embeddings=128))
+    scaling = RopeScaling(name=RopeScalingName.LINEAR, factor=4.0)
+    position_change(500, scaling=scaling, warn=said.append)(LlamaConfig(max_position_embeddings=128))
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_too_few_learned_positions_are_reported_with_their_number(family: str) -> None:
     config = make_config(family)

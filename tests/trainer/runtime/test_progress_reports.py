@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from stagecoach_api.names import ENV_PROGRESS_TOKEN, ENV_PROGRESS_URL
-from stagecoach_api.progress import ProgressEvent, trainer_status
+from stagecoach_api.progress import ProgressEvent
 from stagecoach_trainer.runtime import progress
-from stagecoach_trainer.runtime.progress import Progress, Reporter, remaining_seconds
+from stagecoach_trainer.runtime.progress import Progress, Reporter
 
 
 class Operator(http.server.ThreadingHTTPServer):
@@ -104,12 +104,3 @@ def test_a_missing_operator_does_not_delay_training(
 def test_without_an_operator_nothing_is_reported() -> None:
     assert Reporter.from_environment({}) is None
     assert Reporter.from_environment({ENV_PROGRESS_URL: "ftp://x", ENV_PROGRESS_TOKEN: "t"}) is None
-
-
-def test_remaining_time_follows_from_the_pace_so_far() -> None:
-    first = ProgressEvent(time=0.0, activity="train", done=10.0, total=100.0)
-    now = ProgressEvent(time=30.0, activity="train", done=40.0, total=100.0)
-    assert remaining_seconds(first, now) == pytest.approx(60.0)
-    assert remaining_seconds(None, now) is None
-    assert remaining_seconds(now, now) is None
-    assert "estimatedRemainingSeconds" not in trainer_status(now, None)["trainerStatus"]

@@ -229,6 +229,7 @@ class CheckpointManager:
         if not self._is_in_store:
             self._upload(folder)
         self.newest = checkpoint
+        log.info("checkpoint saved: step %d", checkpoint.step)
         # Last: older checkpoints are needed until the new one is complete, in the store too.
         self._delete_old(healthy)
 

@@ -20,6 +20,7 @@ from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.kernels.causal import causal_model, set_rope_theta
 from stagecoach_trainer.kernels.dropout import set_attention_dropout
 from stagecoach_trainer.loop.checkpoint import CheckpointManager, agree_on_checkpoint, read_checkpoint
+from stagecoach_trainer.loop.health import concerns, exploding
 from stagecoach_trainer.loop.job import HeldOutSet, Measurable, TrainingJob, TrainingResult
 from stagecoach_trainer.loop.metrics import StepFlops, StepMetrics
 from stagecoach_trainer.loop.prefetch import Prefetcher, StepInput
@@ -33,6 +34,7 @@ from stagecoach_trainer.loop.state import (
 from stagecoach_trainer.runtime.collectives import sum_over_ranks, wait_for_all
 from stagecoach_trainer.runtime.context import StageContext, World
 from stagecoach_trainer.runtime.errors import Diverged, Interrupted, UserError
+from stagecoach_trainer.runtime.progress_log import figures_text
 from stagecoach_trainer.runtime.startup import frozen_heap
 
 log = logging.getLogger(__name__)
@@ -117,11 +119,14 @@ class Loop:
         self._restore()
         # Before measuring, which takes long: a model that cannot be trained fails at once.
         if self._progress.step < self._plan.num_steps:
+            self._metrics.between("check the first batch")
             self._prove(self._plan.rows(self._progress.step))
         if self._progress.step == 0:
             self._progress.before = self._before()
         with frozen_heap():
             self._make_steps()
+        for text in concerns(self._progress.history):
+            self._context.progress.warn(text)
         after = self._after()
         # Raises the error of a failed save, which closing the checkpoints would ignore.
         self._checkpoints.wait()
@@ -148,6 +153,7 @@ class Loop:
         seed_everything(self._context.seed + checkpoint.step, self._world.rank)
         if state.random_states:
             set_random_state(state.random_states[0])
+        self._metrics.resume(checkpoint.step)
         if self._world.is_main:
             log.info("resuming after step %d of %d", checkpoint.step, self._plan.num_steps)
 
@@ -161,6 +167,7 @@ class Loop:
         prefetcher = Prefetcher(self._plan, self._objective, self._progress.step, self._micro_rows, self._world, pin)
         with contextlib.closing(prefetcher):
             self._metrics.pause()
+            self._metrics.between("compute the next step")
             for item in prefetcher:
                 self._make_step(item, prefetcher)
                 if self._progress.stopped_early:
@@ -224,9 +231,15 @@ class Loop:
         every = max(1, self._plan.num_steps // HISTORY_POINTS)
         if self._progress.step % every == 0 or self._progress.step in (1, self._plan.num_steps):
             self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **figures})
+            self._warn_early()
         length = max(batch.tokens.shape[1] for batch in item.batches)
         padding = 1.0 - item.num_own_tokens / item.num_slots
         self._metrics.step(self._progress.step, figures, item.num_tokens, length, waited_seconds, padding)
+
+    def _warn_early(self) -> None:
+        text = exploding(self._progress.history)
+        if text is not None:
+            self._context.progress.warn(text)
 
     def _between_steps(self, stop: bool) -> None:
         """Measure, save or stop, as is due after a step."""
@@ -270,7 +283,7 @@ class Loop:
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def _measurements(self, sets: Sequence[Measurable]) -> Iterator[tuple[Measurable, Mapping[str, float]]]:
-        engine, progress = self._engine, self._context.progress
+        engine = self._engine
         for held_out in sets:
             yield (
                 held_out,
@@ -279,7 +292,7 @@ class Loop:
                     self._micro_rows,
                     engine.device,
                     self._world,
-                    lambda done, total: progress.report("measure", done, total, "batches"),
+                    lambda done, total: self._metrics.between("measure", {"batch": done, "batches": total}),
                 ),
             )
 
@@ -297,15 +310,20 @@ class Loop:
         ]
         named += [(item.name, found) for item, found in self._measurements(others)]
         figures = {f"{name}.{figure}": value for name, found in named for figure, value in found.items()}
-        self._metrics.write(self._progress.step, figures)
+        self._write_measured(figures)
         return figures
+
+    def _write_measured(self, figures: Mapping[str, float]) -> None:
+        self._metrics.write(self._progress.step, figures)
+        if self._world.is_main and figures:
+            log.info("measured after step %d: %s", self._progress.step, figures_text(figures))
 
     def _measure_during(self) -> None:
         found = {held_out.name: figures for held_out, figures in self._measurements(self._job.held_out)}
         figures = {
             f"heldOut.{name}.{figure}": value for name, all_of in found.items() for figure, value in all_of.items()
         }
-        self._metrics.write(self._progress.step, figures)
+        self._write_measured(figures)
         losses = {f"heldOut.{name}.loss": all_of["loss"] for name, all_of in found.items()}
         self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **losses})
         stop = self._config.early_stop

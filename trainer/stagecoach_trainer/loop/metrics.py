@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from stagecoach_api.progress import STEPS, TRAIN
 from stagecoach_trainer.kernels.causal import causal_model, output_layer
 from stagecoach_trainer.runtime.progress import Progress
 
@@ -30,6 +32,14 @@ PEAK_FLOPS = {
 
 SHOWN = ("loss", "reward", "kl", "learningRate", "tokensPerSecond", "gradNorm")
 
+_BEFORE = re.compile(r"^(heldOut\..+)\.before(\.[^.]+)$")
+"""Names of figures measured before the first step."""
+
+
+def tag_of(name: str) -> str:
+    """Return a metric's tag in TensorBoard: a figure before training is the first point of the same chart."""
+    return _BEFORE.sub(r"\1\2", name)
+
 
 class StepMetrics:
     """Computes the metrics of each step and writes them. Only rank 0 has files."""
@@ -46,6 +56,9 @@ class StepMetrics:
             self._folder = logs / "tensorboard"
         self._mark = time.perf_counter()
         self._waited = 0.0
+        self._step = 0
+        self._shown: Mapping[str, float] = {}
+        """Figures of the newest step."""
 
     def __enter__(self) -> StepMetrics:
         return self
@@ -81,9 +94,19 @@ class StepMetrics:
         mfu = self._flops.utilisation(tokens, length, seconds)
         if mfu is not None:
             row["mfu"] = mfu
-        shown = {name: row[name] for name in SHOWN if name in row}
-        self._progress.report("train", step, self._num_steps, "steps", shown)
+        self._shown = {name: row[name] for name in SHOWN if name in row}
+        self._step = step
+        self._progress.report(TRAIN, step, self._num_steps, STEPS, self._shown)
         self.write(step, row)
+
+    def between(self, activity: str, figures: Mapping[str, float] | None = None) -> None:
+        """Report an activity before, between or after steps, such as measuring; the step stays visible."""
+        self._progress.report(activity, self._step, self._num_steps, STEPS, {**self._shown, **(figures or {})})
+
+    def resume(self, step: int) -> None:
+        """Report that training continues after a step that an earlier attempt made."""
+        self._step = step
+        self._progress.report("resume", step, self._num_steps, STEPS)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Record metrics at a step."""
@@ -96,7 +119,7 @@ class StepMetrics:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        values = [Summary.Value(tag=tag_of(name), simple_value=value) for name, value in row.items()]
         self._events.add_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
 
     def _open_events(self) -> EventFileWriter:

@@ -82,6 +82,7 @@ def load_model(
     """
     resolved = context.input(source) if isinstance(source, Reference) else source
     path = context.fetch_resolved(resolved)
+    context.progress.report("load model")
     require_folder(path)
     card = read_card(path)
     if card.reward is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Re
     """Return a new model with random weights for the vocabulary that `tokenizer` names."""
     path = context.fetch(tokenizer)
     vocabulary = load_tokenizer(path)
+    context.progress.report("build model")
     model = build_model(shape, vocabulary, context.seed)
     return StartingPoint(model, vocabulary, path, range(0), None, None, context.seed)
 
@@ -101,13 +103,18 @@ def _start(
 
 
 def position_change(
-    longest: int, theta: float | None = None, scaling: RopeScaling | None = None, must_rotate: bool = False
+    longest: int,
+    theta: float | None = None,
+    scaling: RopeScaling | None = None,
+    must_rotate: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> ConfigChange:
     """Return a function that edits a configuration's positions: base, scaling, and a context of at least `longest`.
 
     Positions that are not rotary do not change: the number of learned ones (GPT-2, OPT) is fixed, and ALiBi (BLOOM) has
     no limit. The function raises UserError if they cannot fulfil what is required; `must_rotate`: whether a later phase
-    changes the base.
+    changes the base. It calls `warn` if rows are longer than the model's context
+    and nothing prepares the model for that.
     """
 
     def change(config: PreTrainedConfig) -> None:
@@ -129,6 +136,11 @@ def position_change(
                 stated = int(stated * scaling.factor)
         config.rope_parameters = rope
         dynamic = rope.get("rope_type") == RopeScalingName.DYNAMIC.value  # scales beyond this context at run time
+        if longest > stated and theta is None:
+            warn(
+                f"rows of {longest:,} tokens are longer than the model's context of {stated:,} (`sequenceLength`); "
+                "positions beyond it are new to the model: lower `sequenceLength`, or set `ropeScaling` in `pretrain`"
+            )
         config.max_position_embeddings = stated if dynamic else max(stated, longest)
 
     return change

@@ -162,6 +162,7 @@ class PpoLoop:
             self._load(checkpoint)
             # Not in `_load`: after a rollback the requests spent since the checkpoint still count.
             self._job.rewards.load_state(self._ppo_progress.rewards)
+            self._metrics.resume(checkpoint.step)
             if self._world.is_main:
                 log.info("resuming after update %d of %d", checkpoint.step, self._job.prompts.num_updates)
 

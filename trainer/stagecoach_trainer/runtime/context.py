@@ -74,6 +74,8 @@ class StageContext:
     def fetch_resolved(self, found: ResolvedInput) -> Path:
         """Like `fetch`, for an input that is already resolved, such as the base in a model card."""
         self.progress.report("fetch")
+        if self.world.is_main:
+            self.progress.note(f"input: {found.uri}")
         path = fetch_input(found, self.store, self.cache, self.resolved.storage_endpoint, self.resolved.storage_region)
         self.progress.report("prepare")  # the caller's next work: reading, loading, importing
         return path

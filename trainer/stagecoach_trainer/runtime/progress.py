@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from stagecoach_api.names import ENV_PROGRESS_CA, ENV_PROGRESS_TOKEN, ENV_PROGRESS_URL
-from stagecoach_api.progress import ProgressEvent, trainer_status
+from stagecoach_api.progress import Pace, ProgressEvent, trainer_status
+from stagecoach_trainer.runtime.progress_log import ProgressLog
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ PAUSE_SECONDS = 0.2
 
 class Progress:
     """Appends `ProgressEvent`s to a file, at most one per half second and activity; the newest line is the heartbeat.
+    Some of them become lines of the log.
 
     Only rank 0 gets a path; other ranks write nothing.
     """
@@ -38,8 +40,11 @@ class Progress:
         self._path = path
         self._clock = clock
         self._reporter = reporter
-        self._last_time = float("-inf")
-        self._last_activity = ""
+        self._last = ProgressEvent(time=0.0, activity="start")
+        self._log = ProgressLog()
+        self._notes: set[str] = set()
+        self.warnings: list[str] = []
+        """Warnings that arose while the stage was running, each once."""
 
     def report(
         self,
@@ -50,20 +55,44 @@ class Progress:
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Report the current activity and its progress; cheap enough to call in every step."""
-        now = self._clock()
-        finished = total is not None and done >= total
-        recent = now - self._last_time < MIN_SECONDS_BETWEEN_EVENTS
-        if self._path is None or (recent and activity == self._last_activity and not finished):
+        if self._path is None:
             return
+        now, last = self._clock(), self._last
         event = ProgressEvent(
             time=now, activity=activity, done=done, total=total, unit=unit, metrics=dict(metrics or {})
         )
+        for line in self._log.lines(event):
+            log.info("%s", line)
+        finished = total is not None and done >= total > 0 and done != last.done
+        recent = now - last.time < MIN_SECONDS_BETWEEN_EVENTS
+        if recent and activity == last.activity and not finished:
+            return
+        self._write(event)
+
+    def note(self, text: str) -> None:
+        """Log a line, unless it has been logged already."""
+        if text not in self._notes:
+            self._notes.add(text)
+            log.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        """Report what users have to know although the stage continues: in the log, to the driver, and in the report."""
+        if text in self.warnings:
+            return
+        self.warnings.append(text)
+        log.info("warning: %s", text)  # not at the level WARNING, at which every rank would print it
+        if self._path is not None:
+            activity = self._last.activity
+            self._write(self._last.model_copy(update={"time": self._clock(), "activity": activity, "warning": text}))
+
+    def _write(self, event: ProgressEvent) -> None:
+        if self._path is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(event.model_dump_json() + "\n")
+            file.write(event.model_dump_json(exclude_defaults=True) + "\n")
         if self._reporter is not None:
             self._reporter.offer(event)
-        self._last_time = now
-        self._last_activity = activity
+        self._last = event.model_copy(update={"warning": ""})
 
 
 class Reporter:
@@ -77,7 +106,9 @@ class Reporter:
         self._token_file = token_file
         self._ca_file = ca_file
         self._newest: ProgressEvent | None = None
-        self._first: ProgressEvent | None = None
+        self._end: float | None = None
+        """When its activity will have ended."""
+        self._pace = Pace()
         self._news = threading.Event()
         self._complained = False
         threading.Thread(target=self._work, name="progress", daemon=True).start()
@@ -93,20 +124,18 @@ class Reporter:
 
     def offer(self, event: ProgressEvent) -> None:
         """Set the newest event, which replaces one that has not been sent yet."""
-        first = self._first
-        if first is None or (first.activity, first.total) != (event.activity, event.total):
-            self._first = event
-        self._newest = event
+        self._pace.add(event)
+        self._newest, self._end = event, self._pace.end()
         self._news.set()
 
     def _work(self) -> None:
         while True:
             self._news.wait()
             self._news.clear()
-            event, first = self._newest, self._first
+            event, end = self._newest, self._end
             try:
                 if event is not None:
-                    self._send(json.dumps(trainer_status(event, remaining_seconds(first, event))).encode())
+                    self._send(json.dumps(trainer_status(event, None if end is None else end - event.time)).encode())
             except Exception as error:  # a failed report must not stop training
                 self._complain(error)
             time.sleep(SECONDS_BETWEEN_REPORTS)
@@ -136,10 +165,3 @@ class Reporter:
             log.warning(
                 "progress cannot be reported to the operator (%s: %s); the stage continues", type(error).__name__, error
             )
-
-
-def remaining_seconds(first: ProgressEvent | None, now: ProgressEvent) -> float | None:
-    """Return how long an activity will take at its pace since `first`; None if there is no progress to measure yet."""
-    if first is None or now.total is None or now.done <= first.done or now.time <= first.time:
-        return None
-    return (now.total - now.done) * (now.time - first.time) / (now.done - first.done)

@@ -58,6 +58,8 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> str
         seconds = time.time() - started + _seconds_of_earlier_attempts(context)
         manifest = _manifest(context, outcome, objects, seconds)
         if store.commit(key, canonical_json(manifest.model_dump(mode="json"))):
+            size = sum(item.size for item in objects)
+            log.info("published: %d files, %s bytes, %s, in %.0f s", len(objects), f"{size:,}", key, seconds)
             delete_checkpoints(store, context.cache, resolved.digest)
             return manifest.content_digest
         _warn_if_different(context, manifest)

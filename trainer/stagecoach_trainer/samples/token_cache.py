@@ -26,6 +26,8 @@ from stagecoach_trainer.runtime.errors import Interrupted, UserError
 VERSION = 1
 """Version of the shards; increase it when the code encodes the same input differently."""
 
+SAMPLES_PER_REPORT = 128
+
 TOKENS, TRAINED, OFFSETS, INDEX = "tokens.bin", "trained.bin", "offsets.bin", "index.json"
 
 Tokens = npt.NDArray[np.int32]
@@ -73,7 +75,7 @@ class TokenShardWriter:
         if trained is not None:
             self._file(TRAINED).write(np.ascontiguousarray(trained, np.bool_).tobytes())
         self._offsets.append(self._offsets[-1] + len(tokens))
-        if len(self._offsets) % 1024 == 0:
+        if len(self._offsets) % SAMPLES_PER_REPORT == 0:
             self.report()
 
     def report(self) -> None:

@@ -11,7 +11,11 @@ from stagecoach_trainer.runtime.context import StageContext
 
 
 def write_report(context: StageContext, report: Mapping[str, Any], text: str) -> None:
-    """Write `report` as JSON and `text` as Markdown to the output."""
+    """Write `report` as JSON and `text` as Markdown to the output, with the warnings that arose meanwhile."""
+    known = list(report.get("warnings", ()))
+    new = [warning for warning in context.progress.warnings if warning not in known]
+    report = {**report, "warnings": [*known, *new]}
+    text += "".join(f"\nWarning: {warning}\n" for warning in new)
     written = json.dumps(report, indent=2, ensure_ascii=False, sort_keys=True)
     (context.output / REPORT).write_text(written + "\n", encoding="utf-8")
     (context.output / REPORT_TEXT).write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,15 @@ from stagecoach_trainer.models.starting_point import StartingPoint, position_cha
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.runtime.progress_log import figures_text
 from stagecoach_trainer.samples.datasets import LOST_SAMPLES
 from stagecoach_trainer.samples.hindsight import COUNTS
 from stagecoach_trainer.samples.plan import MixedPlan, PlannedPhase, RowUnits
 from stagecoach_trainer.samples.token_cache import TokenShard
 from stagecoach_trainer.stage_parts.reports import training_text, write_report
 from stagecoach_trainer.text.templates import apply_template
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,13 @@ def start_with_template(
 
     `merge`: merge an adapter into the weights. Raises UserError if there is no template.
     """
-    start = start_unchanged(context, model, position_change(sequence_length), merge=merge)
+    change = position_change(sequence_length, warn=context.progress.warn)
+    start = start_unchanged(context, model, change, merge=merge)
     if template is not None:
-        return start, apply_template(start.tokenizer, template)
+        warnings = apply_template(start.tokenizer, template)
+        for warning in warnings:
+            context.progress.warn(warning)
+        return start, warnings
     if start.tokenizer.chat_template is None:
         raise UserError("template: the model's tokenizer has no chat template; name one")
     return start, []
@@ -77,6 +85,7 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
     start = prepared.start
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
+    announce(context, prepared, parameters)
     job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out, schedule=prepared.schedule)
     result = train(job, context)
     metrics = dict(result.metrics) | {"packing.usefulShare": useful_share(prepared.plan)} | dict(prepared.figures)
@@ -88,6 +97,20 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
         text = training_text(context.resolved.kind, report, columns, _ranked_lines(report["data"]))
         write_report(context, report, text)
     return StageOutcome(tokens=result.tokens, metrics=metrics)
+
+
+def announce(context: StageContext, prepared: Prepared, parameters: Mapping[str, int]) -> None:
+    """Log what is about to be trained, on which data; report the warnings known by now."""
+    if not context.world.is_main:
+        return
+    for name, shard in prepared.shards.items():
+        log.info("data %s: %s", name, figures_text(shard.counts))
+    log.info("%s of %s parameters are trained", f"{parameters['trained']:,}", f"{parameters['all']:,}")
+    for phase in prepared.plan.phases:
+        settings = phase.settings
+        log.info("%s: %d steps of %s tokens a row", settings.name, phase.num_steps, f"{settings.sequence_length:,}")
+    for warning in prepared.warnings:
+        context.progress.warn(warning)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

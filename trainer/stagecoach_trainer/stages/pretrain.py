@@ -60,5 +60,5 @@ def _start(config: PretrainStage, context: StageContext, longest: int) -> Starti
     if config.model is None:
         raise UserError("pretrain: set `model`, or `architecture` and `tokenizer`")
     rotated_later = any(phase.rope_theta is not None for phase in config.phases)
-    change = position_change(longest, config.rope_theta, config.rope_scaling, rotated_later)
+    change = position_change(longest, config.rope_theta, config.rope_scaling, rotated_later, context.progress.warn)
     return start_from_model(context, config, config.model, change)

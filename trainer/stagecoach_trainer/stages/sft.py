@@ -34,7 +34,8 @@ def run(config: SftStage, context: StageContext) -> StageOutcome:
     """
     check_before_loading(config, from_nothing=False)
     settings = phase_settings(config, [source.label for source in config.data])
-    start = start_from_model(context, config, config.model, position_change(config.sequence_length))
+    change = position_change(config.sequence_length, warn=context.progress.warn)
+    start = start_from_model(context, config, config.model, change)
     warnings = apply_template(start.tokenizer, config.template)
     shards = {
         source.label: conversation_shard(
