@@ -17,7 +17,8 @@ from stagecoach_api.stage_kind import StageConfig, StageKind
 
 
 class DataSource(RecordSource):
-    """Files to read: JSONL, JSON, plain text or Parquet, plain or compressed (.gz, .zst). The URI may be a glob."""
+    """Files to read: JSONL, JSON, plain text, Parquet, CSV or TSV, plain or compressed (.gz, .zst). The URI may be a
+    glob."""
 
     name: Identifier | None = None
     """Name of the source in reports and in each record's `source` field. If unset: the file's or the stage's name."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from stagecoach_api.artifacts import digest_of
 from stagecoach_api.stores.base import (
@@ -32,6 +34,7 @@ def list_external(
 ) -> tuple[str, list[StoreEntry]]:
     """List the files at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
 
+    A URI is looked for as a name first, so that a file called `what?.jsonl` is that file and no pattern.
     Returns the root's URI and the files with keys relative to it, sorted. The root of a single file is its folder, that
     of a glob the last folder without a wildcard. Hidden files are skipped unless a pattern names them. The checksum
     of a local file is its SHA-256, computed by `hash_file` (a caller may cache hashes); that of an S3 object its ETag.
@@ -39,10 +42,13 @@ def list_external(
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):
-        root, entries = _list_local(location.path, hash_file)
-        found = file_uri(root), entries
+        with translated(str(location.path)):
+            root, entries = _found(_LocalTree(hash_file), PurePosixPath(location.path.as_posix()).parts)
+        found = file_uri(Path(*root)), entries
     else:
-        found = _list_s3(location, endpoint, region)
+        parts = tuple(location.prefix.split("/")) if location.prefix else ()
+        root, entries = _found(_Bucket(location.bucket, endpoint, region), parts)
+        found = S3Location(location.bucket, "/".join(root)).uri, entries
     if not found[1]:
         raise NotFound(
             uri, "there is no such file, non-empty folder, or match; check the path (hidden files are skipped)"
@@ -50,32 +56,87 @@ def list_external(
     return found
 
 
+def local_files(path: Path) -> tuple[Path, list[str]]:
+    """Return the folder and the keys that `list_external` finds for a local path, without reading any file.
+
+    The list is empty if there is nothing.
+    """
+    with translated(str(path)):
+        root, keys = _matching(_LocalTree(sha256_of_file), PurePosixPath(path.as_posix()).parts)
+    return Path(*root), keys
+
+
 def external_digest(entries: Iterable[StoreEntry]) -> str:
     """Return the digest of an external input: keys below its root, sizes and checksums, in any order."""
     return digest_of(sorted([entry.key, entry.size, entry.checksum] for entry in entries))
 
 
+# -- a file, a folder, a glob ------------------------------------------------------------------------------------------
+
+Parts = tuple[str, ...]
+"""A path, split at its slashes."""
+
+
+class _Tree(Protocol):
+    """Files below a root, on this machine or in a bucket."""
+
+    def at(self, parts: Parts) -> tuple[Parts, list[str]]:
+        """Return the file at a path, as its folder and its name, or the folder and all keys below it."""
+
+    def below(self, root: Parts, pattern: Parts) -> Iterable[str]:
+        """Return at least the keys below a folder that match a pattern."""
+
+    def entries(self, root: Parts, keys: Sequence[str]) -> list[StoreEntry]:
+        """Return the entries of the files with these keys."""
+
+
+def _found(tree: _Tree, parts: Parts) -> tuple[Parts, list[StoreEntry]]:
+    root, keys = _matching(tree, parts)
+    return root, tree.entries(root, keys)
+
+
+def _matching(tree: _Tree, parts: Parts) -> tuple[Parts, list[str]]:
+    """Return the root and the sorted keys of the files at a path, which is read as a pattern only if it is no name."""
+    root, keys = tree.at(parts)
+    if keys:
+        return root, sorted(keys)
+    root, pattern = _split_glob(parts)
+    if not pattern:
+        return root, []
+    return root, sorted(key for key in tree.below(root, pattern) if _matches(tuple(key.split("/")), pattern))
+
+
 # -- this machine ------------------------------------------------------------------------------------------------------
 
 
-def _list_local(path: Path, hash_file: Callable[[Path], str]) -> tuple[Path, list[StoreEntry]]:
-    with translated(str(path)):
+@dataclass(frozen=True)
+class _LocalTree:
+    hash_file: Callable[[Path], str]
+
+    def at(self, parts: Parts) -> tuple[Parts, list[str]]:
+        path = Path(*parts)
         if path.is_file():
-            return path.parent, _hashed(path.parent, [path.name], hash_file)
-        if path.is_dir():
-            return path, _hashed(path, [key for key in _walk(path) if not _is_hidden(key)], hash_file)
-        root, pattern = _split_glob(PurePosixPath(path.as_posix()).parts)
+            return parts[:-1], [path.name]
+        return parts, [key for key in walk(path) if not _is_hidden(key)] if path.is_dir() else []
+
+    def below(self, root: Parts, pattern: Parts) -> Iterable[str]:
         folder = Path(*root)
-        if not pattern or not folder.is_dir():
-            return folder, []
         # Without `**` no file deeper than the pattern can match, so large trees below are not walked.
-        deep = "**" in pattern
-        keys = _walk(folder, None if deep else len(pattern))
-        matching = [key for key in keys if _matches(tuple(key.split("/")), pattern)]
-        return folder, _hashed(folder, matching, hash_file)
+        return walk(folder, None if "**" in pattern else len(pattern)) if folder.is_dir() else ()
+
+    def entries(self, root: Parts, keys: Sequence[str]) -> list[StoreEntry]:
+        """Hash the files, several at a time (hashing releases the GIL)."""
+        folder = Path(*root)
+
+        def entry(key: str) -> StoreEntry:
+            path = folder / key
+            return StoreEntry(key, path.stat().st_size, "sha256:" + self.hash_file(path))
+
+        with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="hash") as pool:
+            return list(pool.map(entry, keys))
 
 
-def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
+def walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
     """Yield the files below `folder`, at most `depth` levels down. Follows links to folders, but no cycle of them."""
     real = folder.resolve()
     if real in seen or depth == 0:
@@ -83,41 +144,43 @@ def _walk(folder: Path, depth: int | None = None, seen: frozenset[Path] = frozen
     below = None if depth is None else depth - 1
     for path in folder.iterdir():
         if path.is_dir():
-            yield from (f"{path.name}/{key}" for key in _walk(path, below, seen | {real}))
+            yield from (f"{path.name}/{key}" for key in walk(path, below, seen | {real}))
         else:
             yield path.name
-
-
-def _hashed(root: Path, keys: list[str], hash_file: Callable[[Path], str]) -> list[StoreEntry]:
-    """Hash the files, several at a time (hashing releases the GIL)."""
-
-    def entry(key: str) -> StoreEntry:
-        path = root / key
-        return StoreEntry(key, path.stat().st_size, "sha256:" + hash_file(path))
-
-    with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="hash") as pool:
-        return list(pool.map(entry, sorted(keys)))
 
 
 # -- S3 ----------------------------------------------------------------------------------------------------------------
 
 
-def _list_s3(location: S3Location, endpoint: str | None, region: str | None) -> tuple[str, list[StoreEntry]]:
-    parts = tuple(location.prefix.split("/")) if location.prefix else ()
-    root, pattern = _split_glob(parts)
-    if pattern:
-        folder = S3Location(location.bucket, "/".join(root))
+@dataclass
+class _Bucket:
+    bucket: str
+    endpoint: str | None
+    region: str | None
+    _listed: dict[str, StoreEntry] = field(default_factory=dict)
+    """Entries of the latest listing by key: S3 gives size and checksum with the keys."""
+
+    def at(self, parts: Parts) -> tuple[Parts, list[str]]:
+        # S3 has no folders: the URI is a prefix of keys, or else the key of a single object.
+        below = [key for key in self._keys(self._store(parts).list()) if not _is_hidden(key)]
+        if below or not parts:
+            return parts, below
+        return parts[:-1], [key for key in self._keys(self._store(parts[:-1]).list(parts[-1])) if key == parts[-1]]
+
+    def below(self, root: Parts, pattern: Parts) -> Iterable[str]:
         # List only keys that start as the pattern does: a bucket may have millions of others.
         literal = pattern[0][: next(index for index, letter in enumerate(pattern[0]) if letter in _WILDCARDS)]
-        store = S3Store(folder, endpoint, region)
-        found = [entry for entry in store.list_raw(literal) if _matches(tuple(entry.key.split("/")), pattern)]
-        return folder.uri, sorted(found, key=lambda entry: entry.key)
-    # S3 has no folders: the URI is a prefix of keys, or else the key of a single object.
-    below = [entry for entry in S3Store(location, endpoint, region).list() if not _is_hidden(entry.key)]
-    if below or not parts:
-        return location.uri, below
-    folder = S3Location(location.bucket, "/".join(parts[:-1]))
-    return folder.uri, [entry for entry in S3Store(folder, endpoint, region).list(parts[-1]) if entry.key == parts[-1]]
+        return self._keys(self._store(root).list_raw(literal))
+
+    def entries(self, root: Parts, keys: Sequence[str]) -> list[StoreEntry]:
+        return [self._listed[key] for key in keys]
+
+    def _store(self, parts: Parts) -> S3Store:
+        return S3Store(S3Location(self.bucket, "/".join(parts)), self.endpoint, self.region)
+
+    def _keys(self, entries: Iterable[StoreEntry]) -> list[str]:
+        self._listed = {entry.key: entry for entry in entries}
+        return list(self._listed)
 
 
 # -- globs -------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,15 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stagecoach_api.artifacts import StoredObject
 from stagecoach_api.store import (
@@ -32,6 +35,7 @@ from stagecoach_api.store import (
 )
 from stagecoach_api.stores import folder as folder_module
 from stagecoach_api.stores.base import S3Location, parse_location
+from stagecoach_api.stores.external import local_files
 from stagecoach_api.stores.retry import Retrier, RetryPolicy
 from tests.s3 import ACCESS_KEY, SECRET_KEY, Fault, FaultyFront, S3Server, make_bucket, make_server
 
@@ -589,6 +593,31 @@ def test_a_file_a_folder_or_a_glob_is_found(
     assert [entry.key for entry in entries] == keys
     kind = "sha256:" if endpoint is None else "etag:"
     assert all(entry.checksum.startswith(kind) for entry in entries)
+
+
+@pytest.mark.parametrize("name", ["what?.jsonl", "a*.jsonl", "[ab].jsonl", "**", "set[1]/part?.jsonl"])
+def test_a_name_is_looked_for_before_it_is_read_as_a_pattern(outside: tuple[str, str | None], name: str) -> None:
+    """s3contents#165, s3fs#565: a key with `?` and one that the pattern would match, too."""
+    uri, endpoint = outside
+    store = open_store(uri, endpoint=endpoint)
+    for other in (name, name.replace("?", "X").replace("*", "Y").replace("[ab]", "a").replace("[1]", "1")):
+        store.write(other, other.encode())
+    folder, _, key = name.rpartition("/")
+    root, entries = list_external(f"{uri}/{name}", endpoint)
+    assert [(entry.key, entry.size) for entry in entries] == [(key, len(name))]
+    assert root == parse_location(f"{uri}/{folder}").uri
+    if folder:  # a folder whose name is a pattern, too
+        assert [entry.key for entry in list_external(f"{uri}/{folder}", endpoint)[1]] == [key]
+
+
+@given(names=st.sets(st.text(alphabet="a?*[]b", min_size=1, max_size=4), min_size=1, max_size=6), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_file_is_found_by_its_own_name(names: set[str], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            (Path(folder) / name).write_bytes(name.encode())
+        name = data.draw(st.sampled_from(sorted(names)))
+        assert local_files(Path(folder) / name) == (Path(folder), [name])
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/nothing/*.txt", "/*.parquet", "/sub/a.txt"])

@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from stagecoach_trainer.data import files
-from stagecoach_trainer.data.files import Raw, read_values
+from stagecoach_trainer.data.files import read_values
+from stagecoach_trainer.data.raw import Raw
 from stagecoach_trainer.runtime.errors import UserError
 
 VALUES = [{"text": "白日依山尽"}, {"text": 'quote " brace } and \\ "'}, {"text": "", "n": [1, {"a": None}]}]

@@ -147,6 +147,23 @@ def test_an_external_glob_is_a_folder_of_its_matches(tmp_path: Path, corpus: Pat
     assert contents(folder) == {"a.jsonl": b"a.jsonl", "b.jsonl": b"b.jsonl"}
 
 
+def test_a_folder_and_a_file_are_read_by_names_that_are_patterns_too(tmp_path: Path) -> None:
+    for name in ("set[1]/what?.jsonl", "set[1]/whatX.jsonl", "set1/whatX.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    store, folder = make_store(tmp_path / "store"), tmp_path / "in" / "set[1]"
+    assert fetch_input(external(str(folder)), store, tmp_path / "cache") == folder
+    assert fetch_input(external(f"{folder}/what?.jsonl"), store, tmp_path / "cache") == folder / "what?.jsonl"
+
+
+def test_files_in_linked_folders_are_those_that_the_digest_covers(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(corpus)
+    keys = [entry.key for entry in list_external(str(tmp_path / "in"))[1]]
+    assert [path.relative_to(tmp_path / "in").as_posix() for path in input_files(tmp_path / "in")] == keys
+    assert "link/deep/c.jsonl" in keys
+
+
 def test_an_external_input_that_changed_since_planning_is_an_error(tmp_path: Path, corpus: Path) -> None:
     resolved = external(str(corpus))
     (corpus / "b.jsonl").write_text("B.jsonl")

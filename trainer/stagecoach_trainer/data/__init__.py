@@ -1,6 +1,9 @@
 """Records: read from files of any layout, cleaned by an ordered list of steps, written as shards. Imports `runtime`.
 
 records      `Record`, its parts, and its canonical JSON
+raw          raw values, the layouts of files by name, streams
+signatures   files whose bytes do not match their name
+tables       rows of Parquet, CSV and TSV
 files        a file → raw values with their line numbers; an unreadable value is yielded as an error
 turns        parts of a raw value → turns, tools, strings
 formats      a raw value → a `Record`, by the layout of its source

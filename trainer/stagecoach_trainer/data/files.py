@@ -1,4 +1,4 @@
-"""Read the raw values of a file: JSON lines, JSON arrays, plain text and Parquet, each plain or compressed (.gz, .zst).
+"""Read the raw values of a file: JSON lines, JSON arrays, plain text, Parquet, CSV; plain or compressed (.gz, .zst).
 
 Every reader streams: memory is bounded by `MAX_RECORD_BYTES`, whatever the file contains. A value that cannot be read
 becomes a `Raw` with an error and its line, so that the caller decides whether to count it or to stop.
@@ -9,68 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
+from stagecoach_trainer.data.raw import (
+    BYTE_ORDER_MARK,
+    MAX_RECORD_BYTES,
+    Layout,
+    Raw,
+    Readable,
+    known_suffixes,
+    layout_of,
+    open_bytes,
+)
+from stagecoach_trainer.data.signatures import refuse_other_formats
+from stagecoach_trainer.data.tables import read_csv, read_parquet
 from stagecoach_trainer.runtime.errors import UserError
 
-MAX_RECORD_BYTES = 64 * 1024 * 1024
-"""Size limit of a line or JSON value; a longer one is malformed."""
-
 CHUNK_BYTES = 1 << 20
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-PARQUET_ROWS_PER_BATCH = 512
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class Readable(Protocol):
-    """A binary stream that is read sequentially."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-
-
-class Layout(Enum):
-    """How a file's bytes are split into values."""
-
-    LINES = "JSON lines"
-    JSON = "JSON"
-    TEXT = "text"
-    PARQUET = "Parquet"
-
-
-LAYOUTS = {
-    ".jsonl": Layout.LINES,
-    ".ndjson": Layout.LINES,
-    ".json": Layout.JSON,
-    ".txt": Layout.TEXT,
-    ".text": Layout.TEXT,
-    ".md": Layout.TEXT,
-    ".parquet": Layout.PARQUET,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A value of a file, or the reason why it could not be read."""
-
-    line: int
-    """Line on which it begins, from 1; in Parquet, its row."""
-
-    value: Any = None
-    error: str | None = None
-
-
-def layout_of(path: Path) -> Layout | None:
-    """Return the layout by a file's suffix, ignoring `.gz` and `.zst`. None if the suffix is unknown."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return LAYOUTS.get(suffixes[-1]) if suffixes else None
 
 
 def read_values(path: Path, name: str, layout: Layout | None = None) -> Iterator[Raw]:
@@ -82,45 +39,22 @@ def read_values(path: Path, name: str, layout: Layout | None = None) -> Iterator
         layout: Its layout. Detected from the file's name, then from its first bytes, if it is None.
 
     Raises:
-        UserError: The whole file is unreadable (a truncated archive, damaged Parquet, an unknown layout).
+        UserError: The whole file is unreadable (a truncated archive, damaged Parquet, another format or encoding
+            than its name's, an unknown layout).
     """
     layout = layout or layout_of(path) or _sniffed_layout(path, name)
-    if layout is Layout.PARQUET:
-        yield from _read_parquet(path, name)
-    elif layout is Layout.TEXT:
-        yield from _read_text(path, name)
-    elif layout is Layout.LINES or _first_line_is_json(path, name):
-        yield from _read_json_lines(path, name)
-    else:
-        yield from _read_json_values(path, name)
-
-
-@contextmanager
-def open_bytes(path: Path, name: str) -> Iterator[Readable]:
-    """Open a file, decompressing it according to its suffix. Raises UserError for a damaged or truncated archive."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        with path.open("rb") as plain:
-            yield plain
-        return
-    import pyarrow  # its streams detect a truncated archive; zstandard's reader does not
-
-    with pyarrow.input_stream(str(path), compression=compression) as stream:
-        yield _CheckedStream(stream, name)
-
-
-class _CheckedStream:
-    """A decompressed stream whose errors name the file."""
-
-    def __init__(self, stream: Any, name: str) -> None:
-        self._stream = stream
-        self._name = name
-
-    def read(self, size: int = -1, /) -> bytes:
-        try:
-            return bytes(self._stream.read(size))
-        except OSError as error:
-            raise UserError(f"{self._name}: the archive is damaged: {error}; fetch or compress it again") from error
+    refuse_other_formats(path, name, layout)
+    match layout:
+        case Layout.PARQUET:
+            yield from read_parquet(path, name)
+        case Layout.CSV | Layout.TSV:
+            yield from read_csv(path, name, layout)
+        case Layout.TEXT:
+            yield from _read_text(path, name)
+        case Layout.JSON if not _first_line_is_json(path, name):
+            yield from _read_json_values(path, name)
+        case _:
+            yield from _read_json_lines(path, name)
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -358,45 +292,6 @@ def _text_document(lines: list[bytes], start: int, size: int) -> Raw:
         return Raw(line, error=f"bad UTF-8 at byte {error.start} of the document")
 
 
-# -- Parquet -----------------------------------------------------------------------------------------------------------
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[Raw]:
-    import pyarrow
-    from pyarrow import parquet
-
-    with tempfile.TemporaryFile() as spool:
-        source: Any = str(path)
-        if path.suffix.lower() in COMPRESSIONS:  # Parquet is read from its end, so it is decompressed first
-            with open_bytes(path, name) as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    spool.write(chunk)
-            source = spool
-        row = 0
-        try:
-            for batch in parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS_PER_BATCH):
-                for value in _parquet_rows(batch):
-                    row += 1
-                    yield Raw(row, value) if isinstance(value, dict) else Raw(row, error=str(value))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{name}: row {row + 1}: the Parquet file cannot be read: {error}") from error
-
-
-def _parquet_rows(batch: Any) -> list[dict[str, Any] | str]:
-    """Return a batch's rows; a row with a string that is not valid UTF-8 becomes an error message."""
-    try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        return [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-
-
-def _parquet_row(row: Any) -> dict[str, Any] | str:
-    try:
-        return dict(row.to_pylist()[0])
-    except UnicodeDecodeError as error:
-        return f"bad UTF-8 at byte {error.start}"
-
-
 # -- files with an unknown suffix --------------------------------------------------------------------------------------
 
 
@@ -407,8 +302,8 @@ def _sniffed_layout(path: Path, name: str) -> Layout:
         return Layout.PARQUET
     if head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"["):
         return Layout.JSON
-    allowed = ", ".join(sorted(LAYOUTS))
+    refuse_other_formats(path, name, Layout.TEXT)
     raise UserError(
-        f"{name}: neither the suffix nor the first bytes identify the file's layout; "
-        f"allowed are {allowed}, each also with .gz or .zst"
+        f"{name}: neither the suffix nor the first bytes identify the file's layout; allowed are {known_suffixes()}: "
+        "end its name in .txt if it is plain text"
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
-from stagecoach_trainer.data.files import Layout, layout_of, read_values
+from stagecoach_trainer.data.files import read_values
 from stagecoach_trainer.data.formats import detect_format, parser_for
 from stagecoach_trainer.data.preferences import canonical_preferences
+from stagecoach_trainer.data.raw import Layout, layout_of
 from stagecoach_trainer.data.records import PREFERENCES, Record, RecordError
 from stagecoach_trainer.data.turns import Parse
 from stagecoach_trainer.runtime.errors import UserError
@@ -104,8 +105,6 @@ def _read_files(path: Path, source: RecordSource) -> Iterator[Record | Malformed
     detected: Format | None = None if source.format is Format.AUTO else source.format
     for file, name in _data_files(path, source):
         layout = layout_of(file)
-        if layout is None and source.format is Format.TEXT:
-            layout = Layout.TEXT
         if layout is Layout.TEXT:
             detected = _text_format(detected, name)
             parse: Parse | None = parser_for(Format.TEXT, FieldMapping(), {})

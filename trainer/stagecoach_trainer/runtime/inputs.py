@@ -12,9 +12,9 @@ from pathlib import Path
 from stagecoach_api.artifacts import Manifest, ResolvedInput, StoredObject, content_digest, manifest_key, output_prefix
 from stagecoach_api.store import Corrupt, Store, StoreEntry, external_digest, list_external, open_store
 from stagecoach_api.stores.base import FolderLocation, check_expected, parse_location, sha256_of_file
+from stagecoach_api.stores.external import local_files
 from stagecoach_trainer.runtime.errors import UserError
 
-GLOB_CHARACTERS = frozenset("*?[")
 PARALLEL_TRANSFERS = 8
 
 
@@ -39,11 +39,8 @@ def input_files(path: Path) -> list[Path]:
     """Return `path` itself if it is a file, else all files below it, sorted, except hidden ones."""
     if path.is_file():
         return [path]
-    return sorted(item for item in path.rglob("*") if item.is_file() and not _is_hidden(item.relative_to(path)))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    root, keys = local_files(path)
+    return [root / key for key in keys]
 
 
 # -- artifacts ---------------------------------------------------------------------------------------------------------
@@ -119,18 +116,14 @@ def _fetch_external(found: ResolvedInput, cache: Path, endpoint: str | None, reg
             f"{found.digest[:12]}…); run it again, which plans it again"
         )
     location = parse_location(found.uri)
-    if isinstance(location, FolderLocation) and not _is_glob(found.uri):
+    if isinstance(location, FolderLocation) and location.path.exists():
         return location.path
     folder = cache / "inputs" / found.digest
     with _locked(cache, found.digest):
         _gather(entries, folder, open_store(root, endpoint, region))
-    if _is_glob(found.uri) or found.uri.rstrip("/") != f"{root.rstrip('/')}/{entries[0].key}":
-        return folder
-    return folder / entries[0].key
-
-
-def _is_glob(uri: str) -> bool:
-    return bool(GLOB_CHARACTERS & set(uri))
+    # The URI is the name of a single object, or else that of a folder, or a pattern.
+    is_file = found.uri.rstrip("/") == f"{root.rstrip('/')}/{entries[0].key}"
+    return folder / entries[0].key if is_file else folder
 
 
 def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
