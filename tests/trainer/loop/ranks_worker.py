@@ -1,13 +1,11 @@
-"""One rank of `test_ranks.py`: trains the tiny model with each way of sharding and writes the results as JSON.
+"""The cases of `test_ranks.py`: the tiny model trained with each way of sharding.
 
-python ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, such as 2-fp32
+A case is ZeRO stage and precision, such as 2-fp32.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from stagecoach_api.training import MeasuredTraining, Sharding
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.runtime.errors import Interrupted
 from tests.trainer.loop.makers import RandomPlan, WatchedSchedule, context, tiny_model, training
 
@@ -23,17 +20,14 @@ NUM_ROWS = 5
 """Odd: one of two ranks has a row less."""
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
-    world = world_from(os.environ)
-    report = {}
-    with process_group(world):
-        for case in cases:
-            config = configuration(case)
-            interrupt(folder / case / "resumed", world, config)
-            report[case] = {name: run(folder / case / name, world, config) for name in ("whole", "resumed")}
-    if world.is_main:
-        (folder / "report.json").write_text(json.dumps(report))
+def report(folder: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
+    """Return the losses and weights of each case, undisturbed and resumed."""
+    results = {}
+    for case in cases:
+        config = configuration(case)
+        interrupt(folder / case / "resumed", world, config)
+        results[case] = {name: run(folder / case / name, world, config) for name in ("whole", "resumed")}
+    return results
 
 
 def configuration(case: str) -> MeasuredTraining:
@@ -71,7 +65,3 @@ def run(folder: Path, world: World, config: MeasuredTraining) -> dict[str, Any]:
     named = model.named_parameters() if world.is_main else ()  # the others' weights are of no use any more
     weights = {name: item.detach().numpy().tobytes().hex() for name, item in named}
     return {"losses": [point["loss"] for point in result.history], "weights": weights}
-
-
-if __name__ == "__main__":
-    main()

@@ -13,13 +13,13 @@ from tests.trainer.loop.makers import RandomPlan, context, tiny_model, training
 from tests.trainer.ranks import report_of_two_ranks
 
 CASES = ("0-fp32", "2-fp32", "3-bf16")
-HERE = Path(__file__).parent
+MODULE = "tests.trainer.loop.ranks_worker"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of two ranks for all cases."""
-    return report_of_two_ranks(HERE / "ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES)
+    return report_of_two_ranks(MODULE, tmp_path_factory.mktemp("ranks"), *CASES)
 
 
 @pytest.mark.timeout(300)

@@ -1,15 +1,12 @@
-"""One rank of `test_ppo_ranks.py`: trains the toy with each way of sharding and writes the results as JSON.
+"""The cases of `test_ppo_ranks.py`: the toy trained with each way of sharding.
 
-python ppo_ranks_worker.py FOLDER CASE…   with torchrun's variables set; a CASE is ZeRO stage and precision, `judge` for
-rewards of a sharded reward model, `shards` for answers of a sharded policy, or `guards` for rolling back to a
-checkpoint
+A case is ZeRO stage and precision, `judge` for rewards of a sharded reward model, `shards` for answers of a sharded
+policy, or `guards` for rolling back to a checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +25,6 @@ from stagecoach_trainer.rewards.model import ModelTerm
 from stagecoach_trainer.rewards.term import Completion
 from stagecoach_trainer.runtime.checkpoint_paths import checkpoints_folder, complete_checkpoints
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.runtime.errors import Diverged, Interrupted
 from tests.trainer.loop.makers import context, training
 from tests.trainer.ppo.makers import (
@@ -48,32 +44,28 @@ ROUNDS = ((7, 2), (0, 4), (1, 0), (0, 0))
 """Answers that each rank scores, round by round."""
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
-    world = world_from(os.environ)
-    report: dict[str, Any] = {}
-    with process_group(world):
-        if "judge" in cases:
-            cases.remove("judge")
-            report["judge"] = {
-                "history": {stage: run_judged(context(folder / f"judge{stage}", world), stage) for stage in (0, 3)},
-                **{item: [judge(world, item, shared) for shared in (False, True)] for item in PRECISIONS},
-            }
-        if "shards" in cases:
-            cases.remove("shards")
-            report["shards"] = {
+def report(folder: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
+    """Return the results of each case."""
+    return {case: _result(folder, case, world) for case in cases}
+
+
+def _result(folder: Path, case: str, world: World) -> dict[Any, Any]:
+    match case:
+        case "judge":
+            history = {stage: run_judged(context(folder / f"judge{stage}", world), stage) for stage in (0, 3)}
+            scores = {item: [judge(world, item, shared) for shared in (False, True)] for item in PRECISIONS}
+            return {"history": history, **scores}
+        case "shards":
+            return {
                 kind: [answer(folder / f"{kind}{whole}", world, kind, whole) for whole in (True, False)]
                 for kind in ("full", "lora")
             }
-        if "guards" in cases:
-            cases.remove("guards")
-            report["guards"] = go_back(folder / "guards", world)
-        for case in cases:
-            interrupt(folder / case / "resumed", world, ranks_configuration(case))
-            report[case] = {name: run_to_end(context(folder / case / name, world), ranks_configuration(case))
-                            for name in ("whole", "resumed")}  # fmt: skip
-    if world.is_main:
-        (folder / "report.json").write_text(json.dumps(report))
+        case "guards":
+            return go_back(folder / "guards", world)
+        case _:
+            config = ranks_configuration(case)
+            interrupt(folder / case / "resumed", world, config)
+            return {name: run_to_end(context(folder / case / name, world), config) for name in ("whole", "resumed")}
 
 
 def judge(world: World, precision: Precision, shared: bool) -> dict[str, Any]:
@@ -140,7 +132,3 @@ def interrupt(folder: Path, world: World, config: PpoStage) -> None:
             raise
     else:
         raise RuntimeError("the stop flag was not seen")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,19 +12,19 @@ from tests.trainer.ppo.makers import ranks_configuration, run_to_end
 from tests.trainer.ranks import report_of_two_ranks
 
 CASES = ("0-fp32", "2-fp32", "3-fp32", "3-bf16")
-HERE = Path(__file__).parent
+MODULE = "tests.trainer.ppo.ppo_ranks_worker"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of two ranks for all cases."""
-    return report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("ranks"), *CASES, "judge")
+    return report_of_two_ranks(MODULE, tmp_path_factory.mktemp("ranks"), *CASES, "judge")
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of two ranks with a policy that answers from copies and from its shards."""
-    report = report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path_factory.mktemp("shards"), "shards")
+    report = report_of_two_ranks(MODULE, tmp_path_factory.mktemp("shards"), "shards")
     shards: dict[str, Any] = report["shards"]
     return shards
 
@@ -84,7 +84,7 @@ def test_a_policy_answers_through_its_shards_what_its_copy_answers(answers: dict
 
 
 def test_ranks_go_back_together_to_a_checkpoint_from_before_the_sign(tmp_path: Path) -> None:
-    found = report_of_two_ranks(HERE / "ppo_ranks_worker.py", tmp_path, "guards")["guards"]
+    found = report_of_two_ranks(MODULE, tmp_path, "guards")["guards"]
     first, second = found["told"]
     assert first == second
     assert "update 4: KL explosion" in first  # since update 3, whose answers are the first of a policy that has learnt

@@ -1,19 +1,13 @@
-"""One rank of `test_dpo_ranks.py`: runs a `dpo` stage with each way of sharding and writes its metrics as JSON.
-
-python dpo_ranks_worker.py FOLDER STAGE…   with torchrun's variables set; a STAGE is a ZeRO stage
-"""
+"""The cases of `test_dpo_ranks.py`: a `dpo` stage with each ZeRO stage."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stagecoach_api.kinds.dpo import DpoStage
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.dpo import run
 from tests.trainer.align.makers import LEARNS
 from tests.trainer.models.makers import make_context
@@ -35,15 +29,6 @@ def metrics_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str
     return dict(run(DpoStage.model_validate(CONFIG | {"sharding": {"zero": zero}}), context).metrics)
 
 
-def main() -> None:
-    folder, stages = Path(sys.argv[1]), sys.argv[2:]
-    world = world_from(os.environ)
-    with process_group(world):
-        report = {stage: metrics_of(folder, f"zero{stage}", world, int(stage)) for stage in stages}
-    if world.is_main:
-        report["alone"] = metrics_of(folder, "alone", World())
-        (folder / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
+def report(folder: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
+    """Return the metrics by ZeRO stage."""
+    return {stage: metrics_of(folder, f"zero{stage}", world, int(stage)) for stage in cases}

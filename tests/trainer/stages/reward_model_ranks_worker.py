@@ -1,14 +1,8 @@
-"""One rank of `test_reward_model_ranks.py`: runs a `rewardModel` stage with each way of sharding and writes what came
-of it as JSON.
-
-python reward_model_ranks_worker.py FOLDER STAGE…   with torchrun's variables set; a STAGE is a ZeRO stage
-"""
+"""The cases of `test_reward_model_ranks.py`: a `rewardModel` stage with each ZeRO stage."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +12,6 @@ from stagecoach_api.kinds.reward_model import RewardModelStage
 from stagecoach_api.references import Reference
 from stagecoach_trainer.models.reward import load_reward_model
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.runtime.distributed import process_group, world_from
 from stagecoach_trainer.stages.reward_model import run
 from tests.trainer.align.makers import LEARNS, rewards_of
 from tests.trainer.models.makers import make_context, report_of
@@ -47,15 +40,6 @@ def result_of(folder: Path, name: str, world: World, zero: int = 0) -> dict[str,
     return found
 
 
-def main() -> None:
-    folder, stages = Path(sys.argv[1]), sys.argv[2:]
-    world = world_from(os.environ)
-    with process_group(world):
-        report = {stage: result_of(folder, f"zero{stage}", world, int(stage)) for stage in stages}
-    if world.is_main:
-        report["alone"] = result_of(folder, "alone", World())
-        (folder / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
+def report(folder: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
+    """Return the results by ZeRO stage."""
+    return {stage: result_of(folder, f"zero{stage}", world, int(stage)) for stage in cases}

@@ -20,7 +20,6 @@ from tests.trainer.models.makers import make_context, make_tokenizer, save_base
 from tests.trainer.ppo.makers import adapter_stage, parameter_bytes, save_adapted_reward
 from tests.trainer.ranks import report_of_two_ranks
 
-HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 CHAT = [(({"role": "user", "content": "a fox"},), "the dog sleeps"), (({"role": "user", "content": "next"},), "")]
 
@@ -79,7 +78,7 @@ def test_two_ranks_learn_the_same_with_sharded_models_as_with_whole_copies(tmp_p
     base = save_base(tmp_path / "base", make_tokenizer())
     write_prompts(tmp_path / "prompts")
     save_adapted_reward(tmp_path, base)
-    report = report_of_two_ranks(HERE / "ppo_adapter_ranks_worker.py", tmp_path, "0", "3")
+    report = report_of_two_ranks("tests.trainer.stages.ppo_adapter_ranks_worker", tmp_path, "0", "3")
     whole, shared = report["0"], report["3"]
     assert shared[0]["reward"] == pytest.approx(whole[0]["reward"], abs=1e-6)
     for found, expected in zip(shared, whole, strict=True):
