@@ -315,7 +315,14 @@ def test_the_table_distinguishes_sequences_by_where_the_answer_begins(tmp_path: 
         assert table.of(items).tolist() == pytest.approx([-0.2, -0.3, -0.2])
         assert len(table) == 2
     assert asked == [2, 2]  # the second table was read, the third is of another model
-    assert len(list((context.cache / "references").iterdir())) == 2
+    files = list((context.cache / "references").iterdir())
+    assert len(files) == 2
+    for file in files:  # a damaged window is scored again, not trained on
+        file.write_bytes(file.read_bytes()[:-8] + np.float64(-9.0).tobytes())
+    table = ReferenceTable()
+    fill_table(table, context, {"model": "a"}, iter(items), scorer)
+    assert table.of(items).tolist() == pytest.approx([-0.2, -0.3, -0.2])
+    assert asked == [2, 2, 2]
 
 
 def test_a_stopped_reference_pass_leaves_its_finished_windows_in_the_cache(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from stagecoach_api.artifacts import (
 from stagecoach_api.store import Corrupt, FolderStore, NotFound, Store, external_digest, list_external, open_store
 from stagecoach_api.stores.base import parse_location
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.runtime.inputs import fetch_input, input_files
+from stagecoach_trainer.runtime.inputs import _gather, fetch_input, input_files
 
 DIGEST = "a" * 64
 FILES = {"model.safetensors": b"weights", "sub/config.json": b"{}"}
@@ -86,6 +86,26 @@ def test_a_damaged_download_is_fetched_again(tmp_path: Path) -> None:
     folder = fetch_input(resolved, store, tmp_path / "cache")
     (folder / "model.safetensors").write_bytes(b"wEights")
     assert contents(fetch_input(resolved, store, tmp_path / "cache")) == FILES
+
+
+def test_a_changed_download_of_an_external_input_is_fetched_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The size alone does not show that a file of the cache was changed."""
+
+    source = RemoteStore(parse_location(str(tmp_path / "bucket")))  # type: ignore[arg-type]
+    source.uri = "s3://bucket/texts"
+    source.write("a.txt", b"four")
+    entries = list(source.list())
+    folder = tmp_path / "cache"
+    _gather(entries, folder, source)
+    before = (folder / "a.txt").stat().st_mtime_ns
+    _gather(entries, folder, source)
+    assert (folder / "a.txt").stat().st_mtime_ns == before
+    (folder / "a.txt").write_bytes(b"five")
+    _gather(entries, folder, source)
+    assert contents(folder) == {"a.txt": b"four"}
+    assert "made again" in caplog.text
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "remote"])

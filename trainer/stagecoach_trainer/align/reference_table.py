@@ -1,13 +1,13 @@
 """Log-probabilities of answers under the reference, computed once and cached on disk.
 
-Sequences are scored in windows. The result of a window is a file `cache/references/<digest>.npy`, named by a digest of
-everything it depends on, so a resumed attempt uses exactly the same numbers.
+Sequences are scored in windows. The result of a window is a file `cache/references/<digest>.scores`, named by a digest
+of everything it depends on, so a resumed attempt uses exactly the same numbers: the SHA-256 of the numbers, then the
+numbers (fp64, little-endian). A window whose SHA-256 is wrong is scored again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from stagecoach_api.artifacts import digest_of
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.sealed import read_sealed, write_sealed
 from stagecoach_trainer.samples.groups import TokenSequence
 
 VERSION = 2
@@ -27,6 +28,9 @@ VERSION = 2
 
 WINDOW = 1024
 """Sequences per cache file."""
+
+NUMBER = np.dtype("<f8")
+"""Number format of cache files."""
 
 Scorer = Callable[[Sequence[TokenSequence]], Tensor]
 """Returns the log-probability of each sequence's answer, in nats, fp64 [N], the same on every rank."""
@@ -98,13 +102,13 @@ def fill_table(
         # Between windows: every finished one is in the cache, so a resumed attempt loses less than one.
         _stop_together(context)
         content = hashlib.sha256(b"".join(map(key_of, window))).hexdigest()
-        path = context.cache / "references" / f"{digest_of({'version': VERSION, **key, 'sequences': content})}.npy"
+        path = context.cache / "references" / f"{digest_of({'version': VERSION, **key, 'sequences': content})}.scores"
         log_probs = _cached(context, path, len(window))
         if log_probs is None:
             log_probs = scorer()(window)
             _require_finite(log_probs)
             if context.world.local_rank == 0:
-                _write(path, log_probs)
+                write_sealed(path, log_probs.numpy().astype(NUMBER).tobytes())
         table.put(window, log_probs)
         done += len(window)
         context.progress.report("score with the reference", done, unit="answers")
@@ -131,17 +135,9 @@ def _cached(context: StageContext, path: Path, length: int) -> Tensor | None:
     """Return the content of rank 0's cache file on every rank; None if there is no file."""
     # Scores are finite, so NaN in the broadcast means that there is no file.
     values = torch.full((length,), torch.nan, dtype=torch.float64)
-    if context.world.is_main and path.is_file():
-        values = torch.from_numpy(np.load(path, allow_pickle=False))
+    content = read_sealed(path) if context.world.is_main else None
+    if content is not None:
+        values = torch.from_numpy(np.frombuffer(content, NUMBER).astype(np.float64))
     if context.world.size > 1:
         dist.broadcast(values, 0)
     return None if bool(values.isnan().all()) else values
-
-
-def _write(path: Path, values: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under another name first: a process that is killed must not leave half a file.
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    with unfinished.open("wb") as file:
-        np.save(file, values.numpy(), allow_pickle=False)
-    unfinished.replace(path)

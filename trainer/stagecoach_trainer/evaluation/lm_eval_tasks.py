@@ -110,7 +110,8 @@ class Harness:
 
     def _custom_task(self, uri: str, field: str) -> dict[str, Any]:
         path = self._context.fetch(Reference(uri=uri))
-        return read_custom_task(path, self._context.cache / "datasets", f"{field} ({uri})")
+        # Below the attempt's folder: `datasets` would open files of an earlier attempt without a checksum.
+        return read_custom_task(path, self._context.work / "datasets", f"{field} ({uri})")
 
 
 def read_custom_task(path: Path, datasets_cache: Path, field: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from stagecoach_api.store import Corrupt, Store, StoreEntry, external_digest, li
 from stagecoach_api.stores.base import FolderLocation, check_expected, parse_location, sha256_of_file
 from stagecoach_api.stores.external import local_files
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.runtime.sealed import Damaged, read_sealed, require_sha256, warn_of_damage, write_sealed
 
 PARALLEL_TRANSFERS = 8
 
@@ -136,11 +137,32 @@ def _gather(entries: Sequence[StoreEntry], folder: Path, source: Store) -> None:
         if isinstance(location, FolderLocation):
             path.unlink(missing_ok=True)
             path.symlink_to(location.path / entry.key)
-        elif not (path.is_file() and path.stat().st_size == entry.size):
+        elif not _is_intact(path, entry.size):
             source.download(entry.key, path)
+            write_sealed(_seal_of(path), sha256_of_file(path).encode())
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
         list(pool.map(fetch, entries))
+
+
+def _seal_of(path: Path) -> Path:
+    """Return the hidden file, next to a downloaded one, with its SHA-256: S3's own checksum may be of another kind."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+def _is_intact(path: Path, size: int) -> bool:
+    """Return whether an earlier download is complete and unchanged. A changed one is logged."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    written = read_sealed(_seal_of(path))
+    if written is None:
+        return False
+    try:
+        require_sha256(path, written.decode())
+    except Damaged as error:
+        warn_of_damage(path, error)
+        return False
+    return True
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Token shards: data sets tokenised once, cached on disk by a digest of their inputs, and read by memory map.
 
 A shard is a folder `cache/tokens/<digest>`: `tokens.bin` (int32), `trained.bin` (bool, one per token; absent if every
-token carries loss), `offsets.bin` (int64, the start of each sample, and the end), `index.json`, written last.
+token carries loss), `offsets.bin` (int64, the start of each sample, and the end), `index.json`, written last, with the
+SHA-256 of each of them and of itself. Opening a shard verifies them all; a wrong one is built again, never trained on.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,8 +24,9 @@ import numpy.typing as npt
 from stagecoach_api.artifacts import digest_of
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.sealed import Damaged, require_sha256, warn_of_damage
 
-VERSION = 1
+VERSION = 2
 """Version of the shards; increase it when the code encodes the same input differently."""
 
 SAMPLES_PER_REPORT = 128
@@ -67,13 +70,14 @@ class TokenShardWriter:
         self._context = context
         self._activity = activity
         self._files: dict[str, IO[bytes]] = {}
+        self._hashes: dict[str, Any] = {}
         self._offsets = [0]
 
     def add(self, tokens: Tokens, trained: Trained | None = None) -> None:
         """Append a sample: its token ids [T] and whether each of them carries loss [T]."""
-        self._file(TOKENS).write(np.ascontiguousarray(tokens, np.int32).tobytes())
+        self._write(TOKENS, np.ascontiguousarray(tokens, np.int32).tobytes())
         if trained is not None:
-            self._file(TRAINED).write(np.ascontiguousarray(trained, np.bool_).tobytes())
+            self._write(TRAINED, np.ascontiguousarray(trained, np.bool_).tobytes())
         self._offsets.append(self._offsets[-1] + len(tokens))
         if len(self._offsets) % SAMPLES_PER_REPORT == 0:
             self.report()
@@ -86,17 +90,21 @@ class TokenShardWriter:
 
     def close(self, counts: Mapping[str, int]) -> None:
         """Finish the shard; `counts` are those of the encoding."""
-        self._file(TOKENS)  # creates the file also for a shard without samples
+        masked = TRAINED in self._files
+        self._write(TOKENS, b"")  # creates the file also for a shard without samples
+        self._write(OFFSETS, np.asarray(self._offsets, np.int64).tobytes())
         for file in self._files.values():
             file.close()
-        np.asarray(self._offsets, np.int64).tofile(self._folder / OFFSETS)
-        index = {"version": VERSION, "counts": dict(sorted(counts.items())), "masked": TRAINED in self._files}
-        (self._folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        sums = {name: found.hexdigest() for name, found in sorted(self._hashes.items())}
+        index = {"version": VERSION, "counts": dict(sorted(counts.items())), "masked": masked, "sha256": sums}
+        (self._folder / INDEX).write_text(json.dumps(index | {"digest": digest_of(index)}), encoding="utf-8")
 
-    def _file(self, name: str) -> IO[bytes]:
+    def _write(self, name: str, data: bytes) -> None:
         if name not in self._files:
             self._files[name] = (self._folder / name).open("wb")
-        return self._files[name]
+            self._hashes[name] = hashlib.sha256()
+        self._files[name].write(data)
+        self._hashes[name].update(data)
 
 
 def token_shard(
@@ -112,7 +120,31 @@ def token_shard(
     with _locked(folder.with_suffix(".lock")):
         if not (folder / INDEX).is_file():
             _make(context, folder, activity, build)
-    return read_shard(folder)
+    try:
+        return read_shard(folder)  # outside the lock, so that the processes of a machine verify it side by side
+    except Damaged as error:
+        return _made_again(context, folder, error, activity, build)
+
+
+def _made_again(
+    context: StageContext,
+    folder: Path,
+    error: Damaged,
+    activity: str,
+    build: Callable[[TokenShardWriter], Mapping[str, int]],
+) -> TokenShard:
+    with _locked(folder.with_suffix(".lock")):
+        try:
+            return read_shard(folder)  # another process may have built it again
+        except Damaged:
+            warn_of_damage(folder, error)
+            _make(context, folder, activity, build)
+    try:
+        return read_shard(folder)
+    except Damaged as again:
+        raise UserError(
+            f"{again}; it was built again and is damaged again: replace the disk of the cache {context.cache}"
+        ) from again
 
 
 def _make(
@@ -132,19 +164,30 @@ def _make(
 
 
 def read_shard(folder: Path) -> TokenShard:
-    """Open a finished shard. Raises UserError if the sizes of its files are inconsistent."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    """Verify and open a finished shard. Raises Damaged unless every byte is as it was written."""
+    index = _read_index(folder / INDEX)
+    for name, expected in index["sha256"].items():
+        require_sha256(folder / name, expected)
     offsets = np.fromfile(folder / OFFSETS, np.int64)
-    tokens = _map(folder / TOKENS, np.int32, int(offsets[-1]))
-    trained = _map(folder / TRAINED, np.bool_, int(offsets[-1])) if index["masked"] else None
+    tokens = _map(folder / TOKENS, np.int32)
+    trained = _map(folder / TRAINED, np.bool_) if index["masked"] else None
     return TokenShard(tokens, trained, offsets, index["counts"])
 
 
-def _map(path: Path, dtype: Any, length: int) -> Any:
-    if path.stat().st_size != length * np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: {path.stat().st_size} bytes for {length} tokens; delete this cache folder")
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        expected = index.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} cannot be read ({error!r})") from error
+    if digest_of(index) != expected:
+        raise Damaged(f"{path}: its content differs from what was written")
+    return index
+
+
+def _map(path: Path, dtype: Any) -> Any:
     # An empty file cannot be mapped.
-    return np.asarray(np.memmap(path, dtype, "r")) if length else np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 @contextmanager
