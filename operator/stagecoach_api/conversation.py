@@ -35,8 +35,8 @@ class Template(Model):
 
     name: TemplateName
     """Template. `alpaca` joins instruction and input with a newline (as in Chinese-Alpaca). `alpacaWithInput` has a
-    separate section for the input. `chatml` has tool and environment roles. `humanBot` is Ziya's `<human>:`/`<bot>:`.
-    `custom` uses `jinja`."""
+    separate section for the input. `chatml` has tools, their calls and results. `humanBot` is Ziya's `<human>:` and
+    `<bot>:`. `custom` uses `jinja`."""
 
     jinja: LongText | None = None
     """For `custom` only: a Jinja chat template as in transformers, with `messages`, `add_generation_prompt`,
@@ -48,13 +48,12 @@ class Template(Model):
 
 
 class Role(StrEnum):
-    """Author of a turn."""
+    """Author of a turn, as in OpenAI's messages: the assistant's calls are part of its turn, `tool` has a result."""
 
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
-    TOOL_CALL = "toolCall"
-    ENVIRONMENT = "environment"
+    TOOL = "tool"
 
 
 class Turns(StrEnum):
@@ -67,8 +66,8 @@ class Turns(StrEnum):
 class Loss(Model):
     """Which tokens carry loss."""
 
-    roles: Annotated[tuple[Role, ...], Field(min_length=1, max_length=8)] = (Role.ASSISTANT, Role.TOOL_CALL)
-    """Roles whose turns are trained on."""
+    roles: Annotated[tuple[Role, ...], Field(min_length=1, max_length=8)] = (Role.ASSISTANT,)
+    """Roles whose turns are trained on. The assistant's turns are trained with their reasoning and tool calls."""
 
     turns: Turns = Turns.ALL
     """`all` turns of these roles, or only the `last` one of a conversation."""

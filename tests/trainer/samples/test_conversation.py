@@ -11,18 +11,17 @@ import pytest
 from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong, Turns
 from stagecoach_api.references import Format, RecordSource
 from stagecoach_trainer.data.reading import read_path
-from stagecoach_trainer.data.records import Record, Turn
+from stagecoach_trainer.data.records import Record, Turn, as_message
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, document
 from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Renderer, apply_template, message_of, parse_tools
+from stagecoach_trainer.text.templates import Renderer, apply_template, parse_tools
 from stagecoach_trainer.text.vocabulary import load_tokenizer
 from tests import SHARED_DATA as DATA
 from tests.trainer.models.makers import make_tokenizer
 
 NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]
 FILES = ["alpaca_zh.json", "alpaca_en.json", "huangdi_tcm_sample.json", "toolcall_sharegpt_zh.json"]
-TOOL_ROLES = {Role.TOOL_CALL, Role.ENVIRONMENT}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def real_records(file: str, name: TemplateName) -> list[Record]:
     records = [record for record in read_path(DATA / "sft" / file, source) if isinstance(record, Record)]
     if name is TemplateName.CHATML:
         return records
-    return [record for record in records if not any(turn.role in TOOL_ROLES for turn in record.messages)]
+    return [record for record in records if record.tools is None]
 
 
 def make_encoder(
@@ -54,13 +53,13 @@ def make_encoder(
 
 def served_prompts(tokenizer: Any, record: Record) -> list[list[int]]:
     """Return, using only transformers, the ids that a model receives before each of its turns."""
-    messages = [message_of(turn.role, turn.content, turn.input) for turn in record.messages]
+    messages = [as_message(turn) for turn in record.messages]
     return [
         tokenizer.apply_chat_template(
             messages[:index], tools=parse_tools(record.tools), add_generation_prompt=True, return_dict=False
         )
         for index, turn in enumerate(record.messages)
-        if turn.role in (Role.ASSISTANT, Role.TOOL_CALL)
+        if turn.role is Role.ASSISTANT
     ]
 
 
@@ -77,7 +76,7 @@ def test_the_ids_before_every_trained_turn_are_the_served_ids(llama: Any, name: 
     turns = 0
     for record in records:
         prompts = served_prompts(llama, record)
-        said = [turn.content for turn in record.messages if turn.role in (Role.ASSISTANT, Role.TOOL_CALL)]
+        said = [turn.content for turn in record.messages if turn.role is Role.ASSISTANT]
         found = 0
         for sample in encoder.encode([record]):
             ids = sample.ids.tolist()
@@ -264,8 +263,8 @@ def test_records_keep_their_order_and_counts_add_up() -> None:
             "x.json:3: `tools`",
         ),
         (
-            Record(messages=(Turn(Role.ENVIRONMENT, "e"), Turn(Role.ASSISTANT, "a")), where="x.json:4"),
-            "x.json:4.*environment",
+            Record(messages=(Turn(Role.TOOL, "e"), Turn(Role.ASSISTANT, "a")), where="x.json:4"),
+            "x.json:4.*tool",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from stagecoach_api.references import FieldMapping, Format
 from stagecoach_trainer.data.records import Answer, Record, RecordError, Turn
 from stagecoach_trainer.data.turns import (
     MESSAGES_TURNS,
+    REASONING_FIELDS,
     Parse,
     describe,
     list_of_turns,
@@ -21,7 +22,7 @@ from stagecoach_trainer.data.turns import (
     string_of,
     tools_of,
     turn_keys_of,
-    turns_of,
+    turn_of,
 )
 
 PROMPT_FIELDS = ("prompt", "conversations", "messages", "question", "instruction")
@@ -78,7 +79,8 @@ def canonical_preferences(value: Mapping[str, Any]) -> Record:
         rank, liked = item.get("rank"), item.get("liked")
         if not ((isinstance(rank, int) and liked is None) or (isinstance(liked, bool) and rank is None)):
             raise RecordError(f"`answers[{index}]` must have a `rank`, a whole number, or `liked`, true or false")
-        answers.append(Answer(string_of(item, "content"), rank, liked))
+        said = turn_of({**item, "role": "assistant"}, MESSAGES_TURNS)
+        answers.append(Answer(said.content, rank, liked, said.reasoning, said.calls))
     return Record(messages=tuple(turns), tools=tools_of(value), answers=tuple(answers))
 
 
@@ -92,12 +94,12 @@ def _pair(value: Mapping[str, Any], fields: FieldMapping) -> Record:
         prompt, answers = _pair_without_prompt(value, names, fields)
     else:
         answers = [_answer(value, name, prompt) for name in names]
-    return _record(value, prompt, [Answer(answers[0], rank=1), Answer(answers[1], rank=2)])
+    return _record(value, prompt, [_judged(answers[0], rank=1), _judged(answers[1], rank=2)])
 
 
 def _pair_without_prompt(
     value: Mapping[str, Any], names: tuple[str, str], fields: FieldMapping
-) -> tuple[list[Turn], list[str]]:
+) -> tuple[list[Turn], list[Turn]]:
     """Return the common first turns of two conversations and their last turns, as in data sets of the HH kind."""
     if not all(isinstance(value.get(name), list) for name in names):
         _required_prompt(value, fields.prompt)
@@ -115,8 +117,8 @@ def _comparison(value: Mapping[str, Any], fields: FieldMapping) -> Record:
     names = (fields.chosen or "completion_a", fields.rejected or "completion_b")
     prompt = _required_prompt(value, fields.prompt or "user_input")
     better, other = (_answer(value, name, prompt) for name in names)
-    is_tie = _is_tie(value, names, (better, other), fields.label)
-    return _record(value, prompt, [Answer(better, rank=1), Answer(other, rank=1 if is_tie else 2)])
+    is_tie = _is_tie(value, names, (better.content, other.content), fields.label)
+    return _record(value, prompt, [_judged(better, rank=1), _judged(other, rank=1 if is_tie else 2)])
 
 
 def _ranked(value: Mapping[str, Any], fields: FieldMapping) -> Record:
@@ -145,9 +147,9 @@ def _ranked_objects(items: Sequence[Any], name: str) -> list[Answer]:
                 f"`{name}[{index}]`: every answer of a record needs one of {allowed}, got {item.get(key)!r}"
             )
         marks.append(mark if key == "rank" else -mark)  # so that lower is better for both
-    contents = [_content(item, f"{name}[{index}]") for index, item in enumerate(items)]
+    said = [_said(item, f"{name}[{index}]") for index, item in enumerate(items)]
     ranks = {mark: rank for rank, mark in enumerate(sorted(set(marks)), 1)}
-    ranked = [Answer(content, rank=ranks[mark]) for content, mark in zip(contents, marks, strict=True)]
+    ranked = [_judged(turn, rank=ranks[mark]) for turn, mark in zip(said, marks, strict=True)]
     return sorted(ranked, key=lambda answer: answer.rank or 0)
 
 
@@ -161,7 +163,11 @@ def _label(value: Mapping[str, Any], fields: FieldMapping) -> Record:
         got = repr(label) if name in value else describe(value, name)
         raise RecordError(f'`{name}` must be true or false, 1 or 0, "good" or "bad", got {got}')
     prompt = _required_prompt(value, fields.prompt)
-    return _record(value, prompt, [Answer(_answer(value, fields.completion or "completion", prompt), liked=liked)])
+    return _record(value, prompt, [_judged(_answer(value, fields.completion or "completion", prompt), liked=liked)])
+
+
+def _judged(said: Turn, rank: int | None = None, liked: bool | None = None) -> Answer:
+    return Answer(said.content, rank, liked, said.reasoning, said.calls)
 
 
 def _record(value: Mapping[str, Any], prompt: Sequence[Turn], answers: Sequence[Answer]) -> Record:
@@ -251,14 +257,14 @@ def _turns(value: Mapping[str, Any], name: str) -> list[Turn]:
     return list_of_turns(items, name, turn_keys_of(items[0] if items else None))
 
 
-def _answer(value: Mapping[str, Any], name: str, prompt: Sequence[Turn]) -> str:
-    """Return the text of an answer: a string, a turn, or turns that may repeat the prompt before it."""
+def _answer(value: Mapping[str, Any], name: str, prompt: Sequence[Turn]) -> Turn:
+    """Return the assistant's turn of an answer: a string, a turn, or turns that may repeat the prompt before it."""
     answer = value.get(name)
     if isinstance(answer, str):
-        return string_of(value, name)
+        return Turn(Role.ASSISTANT, string_of(value, name))
     if isinstance(answer, Mapping):
         try:
-            return _only_answer(turns_of(answer, turn_keys_of(answer)), name)
+            return _only_answer([turn_of(answer, turn_keys_of(answer))], name)
         except RecordError as error:
             raise RecordError(f"`{name}`: {error}") from error
     if not isinstance(answer, list):
@@ -271,18 +277,20 @@ def _answer(value: Mapping[str, Any], name: str, prompt: Sequence[Turn]) -> str:
     return _only_answer(turns, name)
 
 
-def _only_answer(turns: Sequence[Turn], name: str) -> str:
-    """Return the content of the only turn, which must be the assistant's."""
+def _only_answer(turns: Sequence[Turn], name: str) -> Turn:
+    """Return the only turn, which must be the assistant's."""
     if len(turns) != 1 or turns[0].role is not Role.ASSISTANT:
         roles = ", ".join(turn.role.value for turn in turns) or "none"
         raise RecordError(f"`{name}` must end in one turn of the assistant behind the prompt, got turns of: {roles}")
-    return turns[0].content
+    return turns[0]
 
 
-def _content(item: Mapping[str, Any], where: str) -> str:
+def _said(item: Mapping[str, Any], where: str) -> Turn:
+    """Return the turn of the assistant in an answer with a judgement."""
     name = next((field for field in ("content", "text", "answer", "value") if field in item), "content")
+    more = {field: item[field] for field in (*REASONING_FIELDS, "tool_calls") if field in item}
     try:
-        return string_of(item, name)
+        return turn_of({"role": "assistant", "content": item.get(name), **more}, MESSAGES_TURNS)
     except RecordError as error:
         raise RecordError(f"`{where}`: {error}") from error
 

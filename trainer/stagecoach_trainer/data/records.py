@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,39 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, one of OpenAI's `tool_calls`."""
+
+    name: str
+    arguments: str
+    """JSON text as written. If it is an object, templates read it as one, as they do when a model is served."""
+
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation."""
+    """One turn of a conversation: a message of OpenAI's form."""
 
     role: Role
     content: str
     input: str = ""
     """Alpaca's `input`, kept separate so that each template can join it in its own way."""
+
+    reasoning: str = ""
+    """What the assistant thinks before it answers (`reasoning_content`)."""
+
+    calls: tuple[ToolCall, ...] = ()
+    """Tools that the assistant calls, in the same turn as its content."""
+
+    name: str | None = None
+    """Name of a participant or a tool."""
+
+    call_id: str | None = None
+    """Call that a tool's turn is the result of (`tool_call_id`)."""
+
+    trained: bool | None = None
+    """Whether the turn carries loss, if the record specifies it; None if the stage's `loss` decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +67,19 @@ class Answer:
     liked: bool | None = None
     """Whether it is a good answer. None if `rank` is given."""
 
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has no text and no calls."""
+        return not (self.content.strip() or self.reasoning.strip() or self.calls)
+
+    @property
+    def turn(self) -> Turn:
+        """The assistant's turn that gives this answer."""
+        return Turn(Role.ASSISTANT, self.content, reasoning=self.reasoning, calls=self.calls)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -52,7 +92,8 @@ class Record:
     """The turns of a conversation, or of the prompt that `answers` reply to; empty for a document."""
 
     tools: str | None = None
-    """JSON list of the tools a conversation may call. None if there are none."""
+    """JSON list of the tools a conversation may call, each as OpenAI writes it, `{"type": "function", "function": …}`.
+    None if there are none."""
 
     source: str = ""
     """Label of its source."""
@@ -69,31 +110,68 @@ class Record:
 
     @property
     def content(self) -> str:
-        """All text of the record: the document, or the text of the turns and of the answers line by line."""
+        """All text of the record: the document, or that of turns and answers, with reasoning and calls, by line."""
         if self.text is not None:
             return self.text
-        parts = [part for turn in self.messages for part in (turn.content, turn.input) if part]
-        return "\n".join([*parts, *(answer.content for answer in self.answers if answer.content)])
+        turns = [part for turn in self.messages for part in (turn.reasoning, turn.content, turn.input, *_said(turn))]
+        answers = [part for answer in self.answers for part in (answer.reasoning, answer.content, *_said(answer))]
+        return "\n".join(part for part in (*turns, *answers) if part)
+
+
+def _said(turn: Turn | Answer) -> list[str]:
+    return [f"{call.name} {call.arguments}" for call in turn.calls]
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """Return the canonical form in which shards store a record."""
+    """Return the canonical form in which shards store a record: OpenAI's messages."""
     if record.text is not None:
         return {"text": record.text, "source": record.source}
-    messages = []
-    for turn in record.messages:
-        message = {"role": turn.role.value, "content": turn.content}
-        if turn.input:
-            message["input"] = turn.input
-        messages.append(message)
     tools = {} if record.tools is None else {"tools": record.tools}
     answers = {"answers": [_answer_to_json(answer) for answer in record.answers]} if record.answers else {}
-    return {"messages": messages, **answers, **tools, "source": record.source}
+    return {"messages": [_turn_to_json(turn) for turn in record.messages], **answers, **tools, "source": record.source}
+
+
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
+    flag = {} if turn.trained is None else {"trained": turn.trained}
+    calls = [_call_to_json(call, call.arguments) for call in turn.calls]
+    return {**_message(turn, calls), **flag}
 
 
 def _answer_to_json(answer: Answer) -> dict[str, Any]:
     verdict: dict[str, Any] = {"rank": answer.rank} if answer.rank is not None else {"liked": answer.liked}
-    return {"content": answer.content, **verdict}
+    message = _turn_to_json(answer.turn)
+    del message["role"]
+    return {**message, **verdict}
+
+
+def as_message(turn: Turn) -> dict[str, Any]:
+    """Return a turn as the message that a server passes to a chat template: the arguments of calls are objects."""
+    return _message(turn, [_call_to_json(call, arguments_of(call)) for call in turn.calls])
+
+
+def arguments_of(call: ToolCall) -> Any:
+    """Return a call's arguments as an object, or as the text they are if that is not JSON of an object."""
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:  # a model may have written malformed arguments
+        return call.arguments
+    return arguments if isinstance(arguments, dict) else call.arguments
+
+
+def _message(turn: Turn, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    more = {
+        "input": turn.input,
+        "reasoning_content": turn.reasoning,
+        "tool_calls": calls,
+        "name": turn.name,
+        "tool_call_id": turn.call_id,
+    }
+    return {"role": turn.role.value, "content": turn.content, **{key: value for key, value in more.items() if value}}
+
+
+def _call_to_json(call: ToolCall, arguments: Any) -> dict[str, Any]:
+    name = {} if call.id is None else {"id": call.id}
+    return {**name, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def kind_of(record: Record) -> str:

@@ -25,7 +25,7 @@ from stagecoach_api.kinds.data import (
     Repetition,
     UnicodeForm,
 )
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Answer, Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 
 HASH_BYTES = 16
@@ -81,12 +81,22 @@ def content_hash(record: Record, key: bytes = b"") -> bytes:
         return hasher.digest()
     for turn in record.messages:
         # \x1c and \x1d (file and group separator) make "a" + "bc" hash differently from "ab" + "c".
-        hasher.update(f"{turn.role.value}\x1d{turn.content.strip()}\x1d{turn.input.strip()}\x1c".encode())
+        more = f"{turn.name or ''}\x1d{turn.call_id or ''}\x1e" if turn.name or turn.call_id else ""
+        hasher.update(f"{turn.role.value}\x1d{turn.content.strip()}\x1d{turn.input.strip()}\x1c{more}".encode())
+        hasher.update(_more_of(turn))
     hasher.update((record.tools or "").encode())
     for answer in record.answers:
         verdict = answer.rank if answer.rank is not None else answer.liked
         hasher.update(f"\x1c{verdict}\x1d{answer.content.strip()}".encode())
+        hasher.update(_more_of(answer))
     return hasher.digest()
+
+
+def _more_of(turn: Turn | Answer) -> bytes:
+    """Return the reasoning and the calls of a turn, for a hash; nothing if it has neither."""
+    reasoning = f"\x1e{turn.reasoning.strip()}" if turn.reasoning.strip() else ""
+    calls = "".join(f"\x1f{call.name}\x1d{call.arguments}\x1d{call.id or ''}" for call in turn.calls)
+    return (reasoning + calls).encode()
 
 
 def prompt_hash(record: Record, key: bytes = b"") -> bytes:
@@ -110,9 +120,18 @@ class NormalizeStep:
             text = self.clean(record.text)
             return record if text == record.text else replace(record, text=text)
         turns = tuple(
-            replace(turn, content=self.clean(turn.content), input=self.clean(turn.input)) for turn in record.messages
+            replace(
+                turn,
+                content=self.clean(turn.content),
+                input=self.clean(turn.input),
+                reasoning=self.clean(turn.reasoning),
+            )
+            for turn in record.messages
         )
-        answers = tuple(replace(answer, content=self.clean(answer.content)) for answer in record.answers)
+        answers = tuple(
+            replace(answer, content=self.clean(answer.content), reasoning=self.clean(answer.reasoning))
+            for answer in record.answers
+        )
         if (turns, answers) == (record.messages, record.answers):
             return record
         return replace(record, messages=turns, answers=answers)

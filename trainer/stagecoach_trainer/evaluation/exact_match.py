@@ -11,10 +11,10 @@ from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import ExactMatch
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.reading import Fetches, read_records
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Record, Turn, as_message
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import message_of, parse_tools
+from stagecoach_trainer.text.templates import parse_tools
 
 SHOWN = 8
 """Number of right and of wrong cases that the report shows."""
@@ -88,7 +88,7 @@ def _first(right: list[bool], wanted: bool) -> list[int]:
 
 def _questions(task: ExactMatch, prompter: Prompter, context: Fetches) -> Iterator[Question]:
     for record in read_records(context, task.on):
-        last = max((index for index, turn in enumerate(record.messages) if turn.role is Role.ASSISTANT), default=0)
+        last = max((index for index, turn in enumerate(record.messages) if _is_answer(turn)), default=0)
         if last == 0:
             raise UserError(
                 f"{record.where}: exactMatch {task.name} needs conversations in which the assistant answers; "
@@ -97,9 +97,13 @@ def _questions(task: ExactMatch, prompter: Prompter, context: Fetches) -> Iterat
         yield _question(record, last, prompter)
 
 
+def _is_answer(turn: Turn) -> bool:
+    return turn.role is Role.ASSISTANT and not turn.calls
+
+
 def _question(record: Record, last: int, prompter: Prompter) -> Question:
     turns = record.messages[:last]
-    messages = [message_of(turn.role, turn.content, turn.input) for turn in turns]
+    messages = [as_message(turn) for turn in turns]
     asked = "\n".join(part for part in (turns[-1].content, turns[-1].input) if part)
     return Question(
         prompt=prompter.encode(messages, parse_tools(record.tools)),

@@ -10,7 +10,7 @@ from typing import Any
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import RewardTask
 from stagecoach_trainer.data.reading import Fetches, read_records
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Record, as_message
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.rewards import Completion, RewardSum, Score
 from stagecoach_trainer.rewards.term import prompt_text
@@ -166,4 +166,4 @@ def prompt_of(record: Record, what: str) -> tuple[Message, ...]:
         turns = turns[:-1]
     if not turns:
         raise UserError(f"{record.where}: {what} needs prompts; this record has no turn before the answer")
-    return tuple(message_of(turn.role, turn.content, turn.input) for turn in turns)
+    return tuple(map(as_message, turns))

@@ -15,7 +15,7 @@ import numpy as np
 from stagecoach_api.references import NamedSource
 from stagecoach_api.rewards import PropositionReward
 from stagecoach_trainer.data.reading import read_records
-from stagecoach_trainer.data.records import Record
+from stagecoach_trainer.data.records import Record, as_message
 from stagecoach_trainer.rewards.endpoint import Chat, Judge
 from stagecoach_trainer.rewards.hinge import Fitted, Matrix, fit_weights
 from stagecoach_trainer.rewards.judge_prompts import (
@@ -29,7 +29,6 @@ from stagecoach_trainer.rewards.judge_prompts import (
 from stagecoach_trainer.rewards.term import Completion, Term, prompt_text
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import message_of
 
 SYSTEM = f"You judge whether a statement on an answer of a language model is true. {QUOTED} Reply with yes or no only."
 AGAIN = "Reply with the one word yes or the one word no."
@@ -152,8 +151,8 @@ def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Com
     return answers, pairs
 
 
-def _prompt_of(record: Record) -> tuple[dict[str, str], ...]:
-    return tuple(message_of(turn.role, turn.content, turn.input) for turn in record.messages)
+def _prompt_of(record: Record) -> tuple[dict[str, Any], ...]:
+    return tuple(map(as_message, record.messages))
 
 
 def _from_main(context: StageContext, weights: Matrix, ordered: float | None) -> tuple[Matrix, float | None]:

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from stagecoach_api.conversation import Loss, Role, TooLong, Turns
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.data.records import Record, require_no_answers
+from stagecoach_trainer.data.records import Record, as_message, require_no_answers
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Renderer, TrainedTurn, message_of, parse_tools
+from stagecoach_trainer.text.templates import Renderer, TrainedTurn, parse_tools
 
 BATCH_RECORDS = 256
 
@@ -289,8 +289,7 @@ def conversation_of(record: Record) -> Conversation:
         tools = parse_tools(record.tools) or []
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from error
-    messages = tuple(message_of(Role(turn.role.value), turn.content, turn.input) for turn in record.messages)
-    return Conversation(messages, tuple(tools), record.where)
+    return Conversation(tuple(map(as_message, record.messages)), tuple(tools), record.where)
 
 
 def document(encoder: Encoder, ids: Ids) -> Ids:

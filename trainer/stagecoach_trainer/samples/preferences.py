@@ -136,7 +136,7 @@ class GroupEncoder:
                 "`labels` in a `dpo` stage with `loss: {kto: {}}`"
             )
         ranked = sorted(record.answers, key=lambda answer: answer.rank or 0)
-        answers = tuple(answer for answer in ranked if answer.content.strip())
+        answers = tuple(answer for answer in ranked if not answer.is_blank)
         self.counts["records"] += 1
         self.counts["answersRead"] += len(record.answers)
         self.counts["emptyAnswers"] += len(record.answers) - len(answers)
@@ -149,7 +149,7 @@ class GroupEncoder:
         return (self._system, *(messages[1:] if has_own else messages))
 
     def _answered(self, record: Record, answer: Answer) -> Record:
-        return replace(record, messages=(*record.messages, Turn(Role.ASSISTANT, answer.content)), answers=())
+        return replace(record, messages=(*record.messages, answer.turn), answers=())
 
     # -- groups --------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 CHATML_START = "<|im_start|>"
 CHATML_END = "<|im_end|>"
 
-GENERATED = frozenset({Role.ASSISTANT, Role.TOOL_CALL})
+GENERATED = frozenset({Role.ASSISTANT})
 """Roles whose turns the model generates: they follow the generation prompt and end with the end token."""
 
 Message = Mapping[str, Any]
