@@ -16,7 +16,7 @@ def hub_advice(name: str, kind: str) -> str:
     repository = " --repo-type dataset" if kind == "dataset" else ""
     folder = f"{kind}s/{name.rsplit('/', 1)[-1]}"
     return (
-        f"check the path; a {kind} of the Hugging Face Hub is fetched before the run: "
+        f"a {kind} of the Hugging Face Hub is fetched before the run: "
         f"`hf download {name}{repository} --local-dir {folder}`, then give that folder, or its copy on S3"
     )
 

@@ -93,10 +93,9 @@ def find_external_inputs(
     failures: dict[str, StoreError] = {}
     uris: dict[str, str] = {}
     for key, uri in external_uris(run).items():
-        if not wanted(uri):
-            continue
         try:
-            uris[key] = absolute(uri, root)
+            if wanted(uri):
+                uris[key] = absolute(uri, root)
         except StoreError as error:
             failures[key] = error
     results = find_inputs(uris, storage.endpoint, storage.region, hash_file)

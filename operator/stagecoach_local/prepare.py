@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stagecoach_api.artifacts import Manifest
@@ -20,6 +20,7 @@ from stagecoach_core.decide import decide
 from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import Decision, Found, LookUp, Missing, Observed, Plan
 from stagecoach_local.inputs import HashCache, find_external_inputs, input_root, unknown_external
+from stagecoach_local.look import Look, look_at_storage, look_into_inputs
 from stagecoach_local.workspace import Workspace
 
 HASHES_FILE = "hashes.json"
@@ -58,8 +59,10 @@ def prepare(
     lookup = find_external_inputs(loaded.run, loaded.folder, hashes.sha256)
     unreachable = {key: error for key, error in lookup.failures.items() if tolerant and _may_exist(error)}
     missing = {key: error for key, error in lookup.failures.items() if key not in unreachable}
-    if missing:
-        raise InvalidRun(missing_inputs(loaded, missing))
+    # A folder that cannot be written would otherwise be found at the end of the first stage.
+    storage_problems = () if tolerant else check_storage(loaded, workspace, storage).problems
+    if missing or storage_problems:
+        raise InvalidRun([*storage_problems, *missing_inputs(loaded, missing)])
     with contextlib.suppress(OSError):  # `plan` also works in a read-only folder
         workspace.prepare()
         hashes.save()
@@ -74,27 +77,53 @@ def _may_exist(error: StoreError) -> bool:
     return isinstance(error, AccessDenied | Unreachable)
 
 
-def check(file: Path, overrides: Sequence[str] = (), inputs: bool = True) -> LoadedRun:
-    """Load a run, check that its graph is valid and that its local inputs exist; the inputs are not read.
+def check(file: Path, overrides: Sequence[str] = ()) -> LoadedRun:
+    """Load a run and check that its graph is valid; inputs are not looked at. Raises InvalidRun with all problems."""
+    loaded = load_run(file, overrides)
+    problems = graph_problems(loaded)
+    if problems:
+        raise InvalidRun(problems)
+    return loaded
 
-    `inputs`: whether to look for inputs on this machine. Raises InvalidRun with all problems.
+
+def check_on_this_machine(
+    file: Path, workspace: Workspace, overrides: Sequence[str] = (), storage: str | None = None
+) -> tuple[LoadedRun, Look]:
+    """Load a run, check it, and look into its local inputs and at its storage.
+
+    Returns the run and everything that was found, its problems in the order of the file. `storage`: as for `prepare`.
+    Raises InvalidRun if the file itself is not valid.
     """
     loaded = load_run(file, overrides)
     root = input_root(loaded.run, loaded.folder)
 
     def is_local(uri: str) -> bool:
-        return inputs and not absolute(uri, root).startswith("s3:")
+        return not absolute(uri, root).startswith("s3:")
 
     lookup = find_external_inputs(loaded.run, loaded.folder, hash_file=lambda path: "", wanted=is_local)
-    problems = missing_inputs(loaded, lookup.failures)
+    look = look_around(loaded, workspace, storage, frozenset(lookup.failures))
+    problems = [*missing_inputs(loaded, lookup.failures), *graph_problems(loaded), *look.problems]
+    return loaded, replace(look, problems=tuple(in_order(problems)))
+
+
+def look_around(loaded: LoadedRun, workspace: Workspace, storage: str | None, missing: frozenset[str]) -> Look:
+    """Look into a run's local inputs and at its storage. `missing`: inputs that cannot be read, by `Reference.key`."""
+    return look_into_inputs(loaded, missing) + check_storage(loaded, workspace, storage)
+
+
+def check_storage(loaded: LoadedRun, workspace: Workspace, storage: str | None) -> Look:
+    """Look whether artifacts can be stored where the run is set to."""
+    return look_at_storage(loaded, open_run_store(loaded, workspace, storage).uri, storage)
+
+
+def graph_problems(loaded: LoadedRun) -> list[Problem]:
+    """Return what is wrong with the graph of stages."""
     # Only the graph is checked, so placeholders for the digests of inputs and code are enough.
     try:
         make_plan(loaded.run, {key: unknown_external(uri) for key, uri in external_uris(loaded.run).items()}, code="")
     except PlanError as error:
-        problems += [Problem("", loaded.run.metadata.name, text, "correct the stages") for text in error.problems]
-    if problems:
-        raise InvalidRun(problems)
-    return loaded
+        return [Problem("", loaded.run.metadata.name, text, "correct the stages") for text in error.problems]
+    return []
 
 
 def without_images(run: TrainingRun) -> TrainingRun:

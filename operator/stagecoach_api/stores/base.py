@@ -145,7 +145,7 @@ def file_uri(path: Path) -> str:
 def parse_location(uri: str) -> S3Location | FolderLocation:
     """Parse `s3://bucket/prefix`, `file:///path` (percent-escapes allowed) or a plain path.
 
-    Raises StoreError for any other scheme.
+    `~` is the user's home folder. Raises StoreError for any other scheme, and for an unknown user.
     """
     if uri.startswith("s3://"):
         return _parse_s3(uri)
@@ -156,7 +156,10 @@ def parse_location(uri: str) -> S3Location | FolderLocation:
         raise StoreError(
             f"{scheme}://…", "the scheme is not supported; use `s3://bucket/prefix`, `file:///path` or a path"
         )
-    return FolderLocation(Path(uri).expanduser().absolute())
+    try:
+        return FolderLocation(Path(uri).expanduser().absolute())
+    except RuntimeError as error:
+        raise StoreError(uri, "its user has no home folder here; write the whole path") from error
 
 
 def _parse_s3(uri: str) -> S3Location:

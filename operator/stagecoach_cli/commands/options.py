@@ -36,6 +36,10 @@ storage_option = click.option(
     help="Artifact storage: s3://… or a folder. Default: the run's spec.storage, else .stagecoach/store.",
 )
 
+output_option = click.option(
+    "--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Format."
+)
+
 endpoint_option = click.option(
     "--endpoint", metavar="URL", help="S3 endpoint. Default: the run's, else that of the AWS SDK."
 )

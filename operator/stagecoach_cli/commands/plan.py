@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stagecoach_cli.commands.look import print_look
 from stagecoach_cli.commands.options import console, file_argument, report_errors, set_option, storage_option
 
 if TYPE_CHECKING:
@@ -29,11 +30,16 @@ def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None
     Lists the stages in order with their dependencies, cache hits, and estimates of training tokens and time.
     """
     with report_errors():
+        from stagecoach_api.problems import InvalidRun
         from stagecoach_api.store import AccessDenied, Unreachable
-        from stagecoach_local.prepare import check_cache, decide_without_store, prepare
+        from stagecoach_local.prepare import check_cache, decide_without_store, look_around, prepare
         from stagecoach_local.workspace import current_workspace
 
-        prepared = prepare(file, current_workspace(), overrides, storage, tolerant=True)
+        workspace = current_workspace()
+        prepared = prepare(file, workspace, overrides, storage, tolerant=True)
+        look = look_around(prepared.loaded, workspace, storage, frozenset(prepared.unreachable))
+        if look.problems:
+            raise InvalidRun(look.problems)
         problems = [str(error) for error in prepared.unreachable.values()]
         last: dict[str, Manifest] = {}
         try:
@@ -46,6 +52,7 @@ def command(file: Path, overrides: tuple[str, ...], storage: str | None) -> None
         if problems:
             reason = "inputs or storage are not reachable, so cache hits cannot be determined"
             click.echo(f"{reason}: {problems[0]}", err=True)
+        print_look(look)
 
 
 def last_manifests(prepared: PreparedRun, found: Mapping[str, Manifest]) -> dict[str, Manifest]:

@@ -55,7 +55,7 @@ def command(
         from stagecoach_local.prepare import check
 
         all_overrides = [*overrides, *([f"storage.uri={storage}"] if storage is not None else [])]
-        loaded = check(file, all_overrides, inputs=False)
+        loaded = check(file, all_overrides)
         api = connect(ClusterChoice(context, namespace))
         document = document_of(loaded, namespace, api.namespace)
         api = api.at(document["metadata"]["namespace"])

@@ -1,0 +1,1 @@
+"""A look into a run's local inputs before anything runs. No torch."""
