@@ -26,6 +26,19 @@ class Generation(Model):
     as the `good` text of `hindsight`. If unset: answers begin freely."""
 
 
+class ReleasedGeneration(Model):
+    """Settings of `generation_config.json` that replace the base's own. Programs that serve the model read them."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    """Longest answer, in tokens; vLLM takes it as a limit of the server. If unset: that of the base, if it has one."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
+    """Sampling temperature; 0 selects the most likely token. If unset: that of the base."""
+
+    top_p: Fraction | None = None
+    """Share of the probability mass to sample from. If unset: that of the base."""
+
+
 Prompt = Annotated[str, Field(min_length=1, max_length=65536)]
 
 

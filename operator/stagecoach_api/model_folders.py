@@ -17,6 +17,10 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FOLDER = "base"
+"""Folder in an adapter's folder with the base that it was trained on."""
+UNNAMED_BASE = f"./{BASE_FOLDER}"
+"""`base_model_name_or_path` of an adapter whose base has no public name. It cannot be taken for a name on a hub."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 """A folder with one of these files has a vocabulary."""
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stagecoach_api.base import LongText, Model
-from stagecoach_api.generation import Generation, Samples
+from stagecoach_api.base import LongText, Model, ShortText
+from stagecoach_api.generation import ReleasedGeneration, Samples
 from stagecoach_api.references import ArtifactType, Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind, reads
 from stagecoach_api.training import Precision
@@ -31,7 +31,12 @@ class ExportStage(StageConfig):
     """Model or adapter to release."""
 
     merge_adapters: bool = True
-    """Merge adapters into the weights. False releases the adapter as it is."""
+    """Merge adapters into the weights. False releases an adapter that plain PEFT opens: adapters over adapters become
+    one if all are plain LoRA, otherwise the lower ones are merged into the base."""
+
+    base_model: ShortText | None = None
+    """Name or path by which others find the base of an adapter, such as `Qwen/Qwen2.5-7B`; written as it is given.
+    If unset: the base is released with the adapter, in its folder `base`."""
 
     precision: Precision = Precision.BF16
     """Number format of the released weights."""
@@ -42,8 +47,8 @@ class ExportStage(StageConfig):
     chat_template: LongText | None = None
     """Jinja chat template of the release. If unset: the tokenizer's own."""
 
-    generation: Generation = Generation()
-    """Settings written to `generation_config.json`."""
+    generation: ReleasedGeneration = ReleasedGeneration()
+    """Settings of `generation_config.json` that replace the base's own, which are kept otherwise."""
 
     samples: Samples | None = None
     """Prompts that the reloaded release answers in the report. If unset: none."""

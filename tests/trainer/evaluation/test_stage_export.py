@@ -118,21 +118,52 @@ def test_a_large_model_is_cut_into_files_and_opens_again(tmp_path: Path, base: P
     assert outcome.metrics == {"proof.releaseKl": 0.0}
 
 
-def test_generation_settings_are_those_of_the_stage_not_of_the_base(tmp_path: Path) -> None:
+def settings_of(context: StageContext) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((context.output / "generation_config.json").read_text())
+    return {key: value for key, value in settings.items() if key != "transformers_version"}
+
+
+def test_the_generation_settings_of_the_base_are_released_and_none_of_ours(tmp_path: Path) -> None:
+    """vLLM takes `max_new_tokens` as a limit of the server; transformers generates with the settings of the base."""
     folder = save_chat_base(tmp_path / "base")
-    shipped = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.3}
-    (folder / "generation_config.json").write_text(json.dumps(shipped))
-    _, context = release(tmp_path / "greedy", folder, generation={"maxNewTokens": 9})
-    settings = json.loads((context.output / "generation_config.json").read_text())
-    assert {key: settings.get(key) for key in ("do_sample", "max_new_tokens", "eos_token_id")} == {
-        "do_sample": False,
-        "max_new_tokens": 9,
-        "eos_token_id": [2, 7],
+    shipped = {
+        "bos_token_id": 1,
+        "eos_token_id": [7, 9],
+        "pad_token_id": 3,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "do_sample": True,
+        "repetition_penalty": 1.3,
     }
-    assert "repetition_penalty" not in settings
-    _, context = release(tmp_path / "sampled", folder, generation={"temperature": 0.2, "topP": 0.9})
-    settings = json.loads((context.output / "generation_config.json").read_text())
-    assert [settings[key] for key in ("do_sample", "temperature", "top_p", "top_k")] == [True, 0.2, 0.9, 0]
+    (folder / "generation_config.json").write_text(json.dumps(shipped))
+    _, context = release(tmp_path / "as it is", folder)
+    assert settings_of(context) == {**shipped, "eos_token_id": [7, 9, 2]}
+    _, context = release(tmp_path / "greedy", folder, generation={"temperature": 0, "maxNewTokens": 9})
+    assert settings_of(context) == {
+        "bos_token_id": 1,
+        "do_sample": False,
+        "eos_token_id": [7, 9, 2],
+        "max_new_tokens": 9,
+        "pad_token_id": 3,
+        "repetition_penalty": 1.3,
+    }
+    _, context = release(tmp_path / "sampled", folder, generation={"temperature": 0.2})
+    assert settings_of(context) == {**shipped, "eos_token_id": [7, 9, 2], "temperature": 0.2, "top_k": 0}
+
+
+def test_a_base_without_generation_settings_gets_its_special_tokens_alone(tmp_path: Path, base: Path) -> None:
+    _, context = release(tmp_path, base)
+    assert set(settings_of(context)) <= {"_from_model_config", "bos_token_id", "eos_token_id", "use_cache"}
+    assert settings_of(context)["eos_token_id"] == 2
+
+
+def test_the_licence_of_the_base_goes_with_the_release(tmp_path: Path) -> None:
+    folder = save_chat_base(tmp_path / "base")
+    (folder / "LICENSE.txt").write_text("do as you like")
+    (folder / "README.md").write_text("the base")
+    _, context = release(tmp_path, folder)
+    assert (context.output / "LICENSE.txt").read_text() == "do as you like"
+    assert not (context.output / "README.md").exists()
 
 
 # -- tied weights ------------------------------------------------------------------------------------------------------
@@ -166,22 +197,94 @@ def test_weights_that_are_no_longer_tied_are_released_separately(
     assert outcome.metrics["proof.releaseKl"] < 1e-9
 
 
-# -- adapters as they are ----------------------------------------------------------------------------------------------
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_released_as_it_is_with_its_base_named(tmp_path: Path, base: Path, adapter: Path) -> None:
-    outcome, context = release(tmp_path, adapter, mergeAdapters=False, samples=SAMPLES)
-    files = {path.name for path in context.output.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= files
-    assert "model.safetensors" not in files
-    card = ModelCard.model_validate_json((context.output / CARD).read_bytes())
-    assert card.adapter
-    assert card.base is not None
-    assert card.base.uri == str(base)
-    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        assert torch.equal(load_file(context.output / "adapter_model.safetensors")[name], tensor)
-    assert outcome.metrics == {"proof.releaseKl": 0.0}
-    assert str(base) in report_of(context)["notes"][0]
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA over the base as it is."""
+    root = tmp_path_factory.mktemp("plain")
+    return save_chat_adapter(root, base, root / "output", grown=False, size=0.2)
+
+
+@pytest.fixture(scope="module")
+def over_plain(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA over a plain LoRA."""
+    root = tmp_path_factory.mktemp("over")
+    return save_chat_adapter(root, plain, root / "output", grown=False, size=0.15)
+
+
+@pytest.fixture(scope="module")
+def over_grown(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA over one with trained rows."""
+    root = tmp_path_factory.mktemp("over-grown")
+    return save_chat_adapter(root, adapter, root / "output", grown=False, size=0.15)
+
+
+def opened_by_peft(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Open an adapter as its folder prescribes, without this program."""
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.chdir(folder)
+    return AutoPeftModelForCausalLM.from_pretrained(".").eval()
+
+
+IDS = [*range(300, 330), 1, 2]
+
+
+@pytest.mark.parametrize("name", ["plain", "over_plain", "adapter", "over_grown"])
+def test_an_adapter_is_released_so_that_plain_peft_computes_what_it_computed_here(
+    tmp_path: Path, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter over an adapter was released without the lower one: plain PEFT opened it and answered wrongly."""
+    made: Path = request.getfixturevalue(name)
+    outcome, context = release(tmp_path / "run", made, mergeAdapters=False, precision="fp32", samples=SAMPLES)
+    assert outcome.metrics["proof.releaseKl"] < 1e-7
+    expected = logits_of(unmerged(tmp_path / "before", made), IDS)
+    torch.testing.assert_close(logits_of(opened_by_peft(context.output, monkeypatch), IDS), expected, atol=2e-5, rtol=0)
+    (tmp_path / "alone").mkdir()
+    again = load_model(make_context(tmp_path / "alone", inputs={"model": context.output}), Reference(uri="model"))
+    torch.testing.assert_close(logits_of(again.model, IDS), expected, atol=2e-5, rtol=0)
+    for file in context.output.rglob("*"):
+        assert not file.is_file() or str(tmp_path.parent).encode() not in file.read_bytes(), file
+
+
+def test_an_adapter_names_the_base_that_the_user_names(
+    tmp_path: Path, base: Path, over_plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(base)
+    _, context = release(tmp_path, over_plain, mergeAdapters=False, baseModel="models/tiny")
+    config = json.loads((context.output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "models/tiny"
+    assert config["r"] == 16
+    assert not (context.output / "base").exists()
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    opened = AutoPeftModelForCausalLM.from_pretrained(context.output).eval()
+    expected = logits_of(unmerged(tmp_path / "before", over_plain), IDS)
+    torch.testing.assert_close(logits_of(opened, IDS), expected, atol=2e-5, rtol=0)
+    assert "2 adapters as one; its base is models/tiny" in report_of(context)["notes"][0]
+
+
+def test_a_base_that_exists_nowhere_has_no_name(tmp_path: Path, adapter: Path) -> None:
+    with pytest.raises(UserError, match=r"baseModel: the adapter was not trained on org/model .* rows were added"):
+        release(tmp_path, adapter, mergeAdapters=False, baseModel="org/model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"baseModel": "org/model"}, "baseModel: a merged release has no base"),
+        ({"mergeAdapters": False, "generation": {"temperature": 1}}, "generation: an adapter has no generation"),
+    ],
+)
+def test_settings_that_the_release_cannot_contain_are_refused(
+    tmp_path: Path, plain: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        release(tmp_path, plain, **settings)
 
 
 def test_a_whole_model_cannot_be_released_as_an_adapter(tmp_path: Path, base: Path) -> None:

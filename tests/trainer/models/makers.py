@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -111,10 +112,12 @@ def family_config(family: str, rows: int) -> PreTrainedConfig:
 
 def save_family(folder: Path, family: str, tokenizer: Any) -> Path:
     """Write a model of the family with its vocabulary in Hugging Face layout; return the folder."""
+    tokenizer.save_pretrained(folder)
+    family_config(family, len(tokenizer)).save_pretrained(folder)
+    rows = len(AutoTokenizer.from_pretrained(folder))  # Qwen2's class adds a token for padding
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(family_config(family, len(tokenizer))).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        AutoModelForCausalLM.from_config(family_config(family, rows)).save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
 from stagecoach_api.kinds.pretrain import RopeScaling, RopeScalingName
 from stagecoach_trainer.loop.loop import prepare_network
@@ -66,10 +66,12 @@ def test_held_out_texts_are_measured_independently_of_each_other(workshop: Works
     held_out = {"sets": [{"uri": "texts", "name": "en"}]}
     outcome, _ = workshop.sft(packing=False, sequenceLength=CONTEXT, budget={"steps": 1}, heldOut=held_out)
     model = AutoModelForCausalLM.from_pretrained(workshop.inputs["base"]).eval()
-    tokenizer = make_tokenizer()
+    tokenizer: Any = AutoTokenizer.from_pretrained(workshop.inputs["base"])
     total, tokens = 0.0, 0
     for line in workshop.inputs["texts"].read_text(encoding="utf-8").splitlines():
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(json.loads(line)["text"])]])
+        ids = torch.tensor(
+            [[tokenizer.bos_token_id, *tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)]]
+        )
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1

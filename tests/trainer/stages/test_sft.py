@@ -80,7 +80,7 @@ def test_sets_with_weights_an_adapter_and_its_continuation(workshop: Workshop) -
     _, second = workshop.sft("second", model={"uri": "first"}, trainable={"lora": {"continueAdapter": True}})
     config = json.loads((second / "adapter_config.json").read_text())
     assert config["r"] == 4
-    assert config["base_model_name_or_path"] == str(workshop.root / "base")
+    assert config["base_model_name_or_path"] == "./base"  # no path of this machine
     _, third = workshop.sft("third", model={"uri": "second"})
     assert (third / "model.safetensors").is_file()
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(third).lm_head.weight).all()

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix
-from stagecoach_api.model_folders import ADAPTER_CONFIG
+from stagecoach_api.model_folders import ADAPTER_CONFIG, BASE_FOLDER, CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.models.resize import check_sizes, grow, num_rows
@@ -216,10 +216,7 @@ def _load_adapter(
     change_config: ConfigChange | None,
 ) -> LoadedModel:
     weights = check_adapter_folder(path)
-    if card.base is None:
-        raise UserError(f"{path / CARD}: an adapter without `base`; the file is corrupt")
-    base_input = locate_base(card.base, source, context.resolved.storage_uri)
-    base = load_model(context, base_input, dtype, merge=True, change_config=change_config)
+    base = load_base(context, source, path, card, dtype, change_config)
     tokenizer = load_tokenizer(path)
     # The adapter's stage grew the base before it trained; the same seed gives the same rows again.
     if card.new_rows is not None and len(tokenizer) > num_rows(base.model):
@@ -227,6 +224,31 @@ def _load_adapter(
     check_sizes(base.model, tokenizer, str(path))
     model = apply_adapter(base.model, path, weights, trainable=not merge)
     return LoadedModel(model.merge_and_unload(safe_merge=True) if merge else model, tokenizer, card, path, source)
+
+
+def load_base(
+    context: StageContext,
+    source: ResolvedInput,
+    path: Path,
+    card: ModelCard,
+    dtype: torch.dtype = torch.float32,
+    change_config: ConfigChange | None = None,
+) -> LoadedModel:
+    """Load the base of the adapter in `path`: the folder `base` in it, or else what its card names."""
+    inside = shipped_base(path)
+    if inside is not None:
+        return LoadedModel(
+            load_folder(inside, dtype, change_config), own_tokenizer(inside), read_card(inside), inside, source
+        )
+    if card.base is None:
+        raise UserError(f"{path / CARD}: an adapter without `base`; the file is corrupt")
+    base = locate_base(card.base, source, context.resolved.storage_uri)
+    return load_model(context, base, dtype, merge=True, change_config=change_config)
+
+
+def shipped_base(path: Path) -> Path | None:
+    """Return the folder with the base in an adapter's folder; None if the base is elsewhere."""
+    return path / BASE_FOLDER if (path / BASE_FOLDER / CONFIG).is_file() else None
 
 
 def locate_base(base: ResolvedInput, adapter: ResolvedInput, storage_uri: str) -> ResolvedInput:

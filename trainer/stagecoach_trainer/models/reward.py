@@ -28,9 +28,8 @@ from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.load import (
     Head,
     apply_adapter,
+    load_base,
     load_folder,
-    load_model,
-    locate_base,
     own_tokenizer,
     read_card,
 )
@@ -276,8 +275,8 @@ def _load_whole(path: Path) -> Any:
 def _load_adapter(context: StageContext, source: ResolvedInput, path: Path, card: ModelCard, merge: bool) -> Any:
     """Return the base with a new head and the adapter applied, which replaces the head with the trained one."""
     weights = check_adapter_folder(path)
-    if card.reward is None or card.base is None:
+    if card.reward is None:
         raise UserError(f"{path}: an adapter of a language model is not a reward model; use a `rewardModel` stage")
-    base = load_model(context, locate_base(card.base, source, context.resolved.storage_uri))
+    base = load_base(context, source, path, card)
     model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
     return model.merge_and_unload(safe_merge=True) if merge else model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,29 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stagecoach_api.artifacts import CARD, ModelCard
-from stagecoach_api.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX
+from stagecoach_api.model_folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, UNNAMED_BASE, WEIGHTS_INDEX
 from stagecoach_trainer.models.safety import (
     check_adapter_folder,
     check_model_folder,
 )
+from stagecoach_trainer.models.save_vocabulary import save_vocabulary
+from stagecoach_trainer.models.token_ids import set_token_ids
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.vocabulary import CONFIG_FILE, SPECIAL_TOKENS_FILE, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-CHAT_TEMPLATE = "chat_template.jinja"
-VOCABULARY_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    CONFIG_FILE,
-    SPECIAL_TOKENS_FILE,
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    CHAT_TEMPLATE,
-)
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+"""Files that go with a model wherever it goes. A README describes the base, not what was made of it, and is left."""
 
 
 def save_model(
@@ -48,34 +41,68 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     generation: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> None:
     """Save whole weights in Hugging Face layout, with the vocabulary from the folder `vocabulary`.
 
     `dtype`: number format of the files, that of the weights by default; the model in memory does not change.
-    `generation`: settings for `generation_config.json`, in addition to the special tokens' ids.
+    `generation`: settings for `generation_config.json`, in addition to the model's own and the special tokens' ids.
+    `base`: folder of the model it was made from, whose licence files are copied.
     Raises UserError for a value that is NaN or infinite, a matrix that is all zero, and files whose names, shapes or
     values differ from the model's when they are read back.
     """
-    _set_token_ids(model, tokenizer, generation or {})
+    set_token_ids(model, tokenizer, generation or {})
     state = _state_to_write(model, dtype)
     _require_sound(state, "the trained model")
     files = _write_weights(state, output, max_shard_bytes)
     _write_configs(model, dtype or model.dtype, output)
     save_vocabulary(tokenizer, vocabulary, output)
+    copy_licences(base, output)
     write_card(card, output)
     check_model_folder(output)
     _compare(files, state)
 
 
-def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard) -> None:
+def rehearse_saving(model: PreTrainedModel, tokenizer: Any, vocabulary: Path) -> None:
+    """Write configurations and vocabulary to a temporary folder, as `save_model` does after the work.
+
+    Raises UserError if they cannot be written, or open as something else than what is used here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        set_token_ids(model, tokenizer, {})
+        _write_configs(model, model.dtype, Path(folder))
+        save_vocabulary(tokenizer, vocabulary, Path(folder))
+
+
+def copy_licences(base: Path | None, output: Path) -> None:
+    """Copy the licence files of the model in `base`."""
+    for pattern in LICENCES if base is not None else ():
+        for path in sorted(base.glob(pattern)):  # type: ignore[union-attr]
+            if path.is_file():
+                shutil.copyfile(path, output / path.name)
+
+
+def save_adapter(
+    model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard, base_name: str | None = None
+) -> None:
     """Save a PEFT adapter (`adapter_model.safetensors`, `adapter_config.json`), with its vocabulary.
 
+    `base_name`: the base's public name or path; None if it has none, which is written as `./base`.
     Raises UserError for an adapter that is empty, all zero or not finite, or differs when it is read back.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     parts = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config = adapter_config(model, base_name or UNNAMED_BASE)
+    write_adapter(parts, config, output)
+    save_vocabulary(tokenizer, vocabulary, output)
+    write_card(card, output)
+
+
+def write_adapter(parts: Mapping[str, torch.Tensor], config: Mapping[str, Any], output: Path) -> None:
+    """Write the two files of a PEFT adapter, weights and configuration, and compare the weights when read back."""
+    from safetensors.torch import save_file
+
     # Clones, because safetensors rejects tensors that share memory.
     state = {name: parts[name].detach().cpu().contiguous().clone() for name in sorted(parts)}
     if not state:
@@ -87,14 +114,11 @@ def save_adapter(model: Any, tokenizer: Any, vocabulary: Path, output: Path, car
         raise UserError("the adapter learnt nothing: all its second matrices are zero; is the learning rate 0?")
     _require_finite(state, "the adapter")
     save_file(state, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = adapter_config(model, base=card.base.uri if card.base else None)
-    _write_json(config, output / ADAPTER_CONFIG)
-    save_vocabulary(tokenizer, vocabulary, output)
-    write_card(card, output)
+    write_json(config, output / ADAPTER_CONFIG)
     _compare([check_adapter_folder(output)], state)
 
 
-def adapter_config(model: Any, base: str | None) -> dict[str, Any]:
+def adapter_config(model: Any, base: str) -> dict[str, Any]:
     """Return the content of `adapter_config.json`: PEFT's, with sets as sorted lists so that equal ones are equal."""
     config: dict[str, Any] = model.peft_config[model.active_adapter].to_dict()
     config["base_model_name_or_path"] = base
@@ -103,78 +127,16 @@ def adapter_config(model: Any, base: str | None) -> dict[str, Any]:
 
 
 def write_card(card: ModelCard, output: Path) -> None:
-    _write_json(card.model_dump(mode="json", exclude_none=True), output / CARD)
+    write_json(card.model_dump(mode="json", exclude_none=True), output / CARD)
 
 
-def _write_json(value: Any, path: Path) -> None:
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-# -- vocabulary --------------------------------------------------------------------------------------------------------
-
-
-def save_vocabulary(tokenizer: Any, source: Path, output: Path) -> None:
-    """Copy the vocabulary's files from `source`, with the current chat template and end token of `tokenizer`.
-
-    Raises UserError if the copy, opened again, differs in size, BOS or EOS token or chat template.
-    """
-    for name in VOCABULARY_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
-    if not (output / "tokenizer.json").is_file():
-        tokenizer.save_pretrained(str(output))
-    _change_json(output / CONFIG_FILE, {"eos_token": tokenizer.eos_token}, drop=("chat_template",))
-    if (output / SPECIAL_TOKENS_FILE).is_file():
-        _change_json(output / SPECIAL_TOKENS_FILE, {"eos_token": tokenizer.eos_token})
-    if tokenizer.chat_template is not None:
-        (output / CHAT_TEMPLATE).write_text(str(tokenizer.chat_template), encoding="utf-8")
-    reloaded = load_tokenizer(output)
-    for name in ("eos_token_id", "bos_token_id", "chat_template"):
-        if getattr(reloaded, name) != getattr(tokenizer, name):
-            raise UserError(f"{output}: the saved vocabulary has a different {name} from the one in use")
-    if len(reloaded) != len(tokenizer):
-        raise UserError(f"{output}: the saved vocabulary has {len(reloaded)} tokens instead of {len(tokenizer)}")
-
-
-def _change_json(path: Path, changes: Mapping[str, Any], drop: tuple[str, ...] = ()) -> None:
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = {key: item for key, item in {**value, **changes}.items() if key not in drop}
-    if changed != value:  # an unchanged file keeps its bytes
-        path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def _set_token_ids(model: PreTrainedModel, tokenizer: Any, generation: Mapping[str, Any]) -> None:
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if not model.can_generate():  # a classifier has no generation settings
-        for name, value in (ids | {"pad_token_id": _padding_of(tokenizer)}).items():
-            setattr(model.config, name, value)
-        return
-    for config in (model.config, model.generation_config):
-        for name, value in ids.items():
-            setattr(config, name, value)
-    for name, value in generation.items():
-        setattr(model.generation_config, name, value)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # transformers refuses to save a temperature without sampling, which some published models have
-        model.generation_config.do_sample = True
-
-
-def _padding_of(tokenizer: Any) -> int | None:
-    """Return the padding token of a sequence classifier.
-
-    transformers takes the reward at the last token that is not padding, so it must differ from the end token.
-    """
-    choices = (tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return next((token for token in choices if token is not None and token != tokenizer.eos_token_id), None)
 
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -204,7 +166,7 @@ def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes
         save_file({name: state[name] for name in names}, output / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(index, output / WEIGHTS_INDEX)
+        write_json(index, output / WEIGHTS_INDEX)
     return [output / filename for filename in split.filename_to_tensors]
 
 

@@ -6,25 +6,27 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard, ResolvedInput
+from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard
+from stagecoach_api.generation import ReleasedGeneration
 from stagecoach_api.kinds.export import ExportStage
-from stagecoach_api.store import external_digest, list_external
-from stagecoach_api.stores.base import file_uri
 from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.proof import Divergence, StoredLogProbs, proof_rows
 from stagecoach_trainer.evaluation.report import figure, samples_text, table, write_json
-from stagecoach_trainer.generation.generation import answer_samples, end_ids, generation_settings
-from stagecoach_trainer.models.load import LoadedModel, load_folder, load_model, locate_base, name_base, positions_of
+from stagecoach_trainer.generation.generation import answer_samples
+from stagecoach_trainer.models.load import LoadedModel, apply_adapter, load_folder, load_model, positions_of
 from stagecoach_trainer.models.placement import compute_device, place
-from stagecoach_trainer.models.save import save_adapter, save_model
+from stagecoach_trainer.models.release_adapter import release_adapter
+from stagecoach_trainer.models.safety import check_adapter_folder
+from stagecoach_trainer.models.save import rehearse_saving, save_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import Renderer
-from stagecoach_trainer.text.vocabulary import load_tokenizer
+from stagecoach_trainer.text.vocabulary import open_publicly
 
 MERGE_KL = 1e-3
 """Limit of the mean KL, in nats per token, between the models before and after merging adapters in fp32. It does not
@@ -58,23 +60,33 @@ class ExportReport:
 def run(config: ExportStage, context: StageContext) -> StageOutcome:
     """Write the release and prove it. Raises UserError if the proof fails, so that nothing is published."""
     report = ExportReport(model=config.model.key, adapter=not config.merge_adapters, precision=config.precision.value)
+    _check(config)
     source = _load(config, context)
     tokenizer = source.require_tokenizer()
     _set_chat_template(tokenizer, config)
     before = _store_log_probs(source, config, context)
+    base: Path | None = None
     if config.merge_adapters:
         _release_model(source, config, context, before, report)
     else:
-        _release_adapter(source, context, report)
+        base = _release_adapter(source, config, context, report)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     del source  # its memory is needed for the reloaded release
     gc.collect()
-    _prove(config, context, before, vocabulary, report)
+    _prove(config, context, before, vocabulary, report, base)
     _write(report, context)
     return StageOutcome(metrics=report.metrics)
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
+
+
+def _check(config: ExportStage) -> None:
+    """Raise UserError for settings that the release could not contain."""
+    if config.merge_adapters and config.base_model is not None:
+        raise UserError("baseModel: a merged release has no base; remove the field, or set `mergeAdapters: false`")
+    if not config.merge_adapters and config.generation != ReleasedGeneration():
+        raise UserError("generation: an adapter has no generation settings, its base's are used; remove the field")
 
 
 def _load(config: ExportStage, context: StageContext) -> LoadedModel:
@@ -114,7 +126,9 @@ def _release_model(
 ) -> None:
     """Merge in fp32, compare, cast and save."""
     model = source.model
-    if source.card.adapter:
+    if not source.card.adapter:
+        rehearse_saving(model, source.tokenizer, source.path)
+    else:
         context.progress.report("merge adapters")
         model = model.merge_and_unload(safe_merge=True)
         report.proof["merge"] = before.compare(model)
@@ -124,8 +138,6 @@ def _release_model(
             "input embedding and head differ, so they are released apart (`tie_word_embeddings: false`)"
         )
     report.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    ends = end_ids(model, source.tokenizer)
-    model.generation_config = type(model.generation_config)()  # drops the base's settings; the stage's replace them
     context.progress.report("save model")
     save_model(
         model,
@@ -135,8 +147,24 @@ def _release_model(
         ModelCard(adapter=False),
         dtype=DTYPES[config.precision],
         max_shard_bytes=config.max_shard_bytes,
-        generation=generation_settings(config.generation) | ({"eos_token_id": ends} if len(ends) > 1 else {}),
+        generation=released_settings(config.generation, model.generation_config),
+        base=source.path,
     )
+
+
+def released_settings(chosen: ReleasedGeneration, base: Any) -> dict[str, Any]:
+    """Return the fields of `generation_config.json` that replace those of `base`."""
+    settings: dict[str, Any] = {}
+    if chosen.temperature == 0:
+        settings = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    elif chosen.temperature is not None:
+        # transformers samples from the 50 likeliest tokens if `top_k` is not set; 0 is off.
+        settings = {"do_sample": True, "temperature": chosen.temperature, "top_k": base.top_k or 0}
+    if chosen.top_p is not None:
+        settings["top_p"] = chosen.top_p
+    if chosen.max_new_tokens is not None:
+        settings["max_new_tokens"] = chosen.max_new_tokens
+    return settings
 
 
 def untie(model: Any) -> bool:
@@ -151,50 +179,55 @@ def untie(model: Any) -> bool:
     return True
 
 
-def _release_adapter(source: LoadedModel, context: StageContext, report: ExportReport) -> None:
-    """Save the adapter unchanged; its card names the base by its key in this run's store."""
-    if source.card.base is None:
-        raise UserError(f"{source.path}: the adapter's card names no base; the file is corrupt")
-    storage = context.resolved.storage_uri
-    base = name_base(locate_base(source.card.base, source.source, storage), storage)
-    card = source.card.model_copy(update={"base": base})
+def _release_adapter(source: LoadedModel, config: ExportStage, context: StageContext, report: ExportReport) -> Path:
+    """Save the adapter so that plain PEFT opens it; return the folder of its base."""
     report.precision = "as trained"
     report.num_parameters = sum(
         parameter.numel() for name, parameter in source.model.named_parameters() if "lora_" in name
     )
-    report.notes.append(f"an adapter: it needs its base, {base.uri} (content {base.digest[:12]}…)")
     context.progress.report("save adapter")
-    save_adapter(source.model, source.tokenizer, source.path, context.output, card)
+    base, note = release_adapter(context, source, config.base_model, DTYPES[config.precision], config.max_shard_bytes)
+    report.notes.append(note)
+    return base
 
 
 # -- proof -------------------------------------------------------------------------------------------------------------
 
 
 def _prove(
-    config: ExportStage, context: StageContext, before: StoredLogProbs, vocabulary: dict[str, int], report: ExportReport
+    config: ExportStage,
+    context: StageContext,
+    before: StoredLogProbs,
+    vocabulary: dict[str, int],
+    report: ExportReport,
+    base: Path | None,
 ) -> None:
-    """Reload the written files, compare them with the model before, and generate the samples."""
+    """Open the written files as other programs do, compare them with the model before, and generate the samples.
+
+    `base`: folder of the base of a released adapter.
+    """
     context.progress.report("proof: reload")
-    tokenizer = load_tokenizer(context.output)
+    tokenizer = open_publicly(context.output)
     if tokenizer.get_vocab() != vocabulary:
         raise UserError("proof: the released vocabulary differs from the model's; nothing is published")
-    model = place(_reload(config, context), torch.float32, compute_device())
+    model = place(_reload(context.output, base), torch.float32, compute_device())
     if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise UserError("proof: the released model has fewer rows than its vocabulary has pieces; nothing is published")
     report.proof["release"] = before.compare(model)
     _require(report.proof["release"], config.proof.max_kl, f"the release in {report.precision}")
-    report.weights = {path.name: path.stat().st_size for path in sorted(context.output.glob("*.safetensors"))}
+    report.weights = {
+        path.relative_to(context.output).as_posix(): path.stat().st_size
+        for path in sorted(context.output.rglob("*.safetensors"))
+    }
     if config.samples is not None:
         report_progress = partial(context.progress.report, "samples", unit="answers")
         report.samples = answer_samples(config.samples, model, tokenizer, SAMPLE_ROWS, context.seed, report_progress)
 
 
-def _reload(config: ExportStage, context: StageContext) -> Any:
-    if config.merge_adapters:
-        return load_folder(context.output)
-    uri = file_uri(context.output)
-    written = ResolvedInput(uri=uri, digest=external_digest(list_external(uri)[1]))
-    return load_model(context, written, merge=False).model
+def _reload(output: Path, base: Path | None) -> Any:
+    if base is None:
+        return load_folder(output)
+    return apply_adapter(load_folder(base), output, check_adapter_folder(output), trainable=False)
 
 
 def _require(found: Divergence, limit: float, what: str) -> None:

@@ -19,6 +19,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+MODEL_CONFIG_FILE = "config.json"
 TOKENIZER_FILES = (SENTENCEPIECE_FILE, TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 """Files of a `tokenizer` artifact's vocabulary; a model's folder has copies of them."""
 
@@ -27,7 +28,7 @@ META_SPACE = "\u2581"
 
 PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Classes that load `tokenizer.json` unchanged. AutoTokenizer would return the same class, but importing it needs
-torch."""
+torch. In a model's folder it may return another one: some families prescribe theirs."""
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -37,15 +38,22 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         UserError: It is not a folder with a vocabulary, or it needs its own code (`trust_remote_code`).
     """
     config = read_tokenizer_config(path)
-    loader: Any
-    if config.get("tokenizer_class") in PLAIN_CLASSES and (path / TOKENIZER_FILE).is_file():
+    is_plain = config.get("tokenizer_class") in PLAIN_CLASSES and (path / TOKENIZER_FILE).is_file()
+    if is_plain and not (path / MODEL_CONFIG_FILE).is_file():
         from transformers import PreTrainedTokenizerFast
 
-        loader = PreTrainedTokenizerFast
-    else:
-        from transformers import AutoTokenizer
+        return _open(PreTrainedTokenizerFast, path)
+    return open_publicly(path)
 
-        loader = AutoTokenizer
+
+def open_publicly(path: Path) -> PreTrainedTokenizerFast:
+    """Open the vocabulary in `path` by AutoTokenizer, as programs do that do not know this one. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    return _open(AutoTokenizer, path)
+
+
+def _open(loader: Any, path: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = loader.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the exception type depends on which file is broken, and how
