@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.alignment import ppo_task as task
+from bench.llama import VOCABULARY
 from bench.ours import NEVER, resolve
 from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_trainer.batches.mixing import Mix, Stream
@@ -47,6 +48,9 @@ class IdTokenizer:
     """A tokenizer that writes token ids as decimal numbers."""
 
     eos_token_id = None
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(index): index for index in range(VOCABULARY + 1)}
 
     def decode(self, ids: Sequence[int], **settings: Any) -> str:
         return " ".join(map(str, ids))

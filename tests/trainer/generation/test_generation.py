@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,20 @@ def test_answers_in_batches_are_those_of_a_naive_loop(model: Any, tokenizer: Any
     expected = [naive_answer(model, prompt, 12, [tokenizer.eos_token_id]) for prompt in prompts]
     assert [answer.num_tokens for answer in answers] == [len(ids) for ids in expected]
     assert [answer.text for answer in answers] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_surplus_rows_are_never_generated(model: Any, tokenizer: Any, temperature: float) -> None:
+    """axolotl#577: published models have more rows than tokens, and nothing trains the surplus ones."""
+    padded = copy.deepcopy(model)
+    padded.resize_token_embeddings(len(tokenizer) + 30, mean_resizing=False)
+    with torch.no_grad():
+        padded.lm_head.weight[-30:] = 3 * padded.lm_head.weight[:30]  # else they would be the likeliest
+    settings = Generation(max_new_tokens=12, temperature=temperature)
+    found, expected = (generate(it, tokenizer, prompts_of(tokenizer), settings, 4, seed=0) for it in (padded, model))
+    assert [answer.num_tokens for answer in found] == [answer.num_tokens for answer in expected]
+    if temperature == 0:
+        assert found == expected
 
 
 def test_an_answer_ends_at_any_of_the_end_tokens_and_records_whether_it_did(model: Any, tokenizer: Any) -> None:

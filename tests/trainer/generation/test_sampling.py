@@ -56,6 +56,15 @@ def test_at_a_vanishing_temperature_the_answers_are_those_of_greedy_generation(f
     assert [item.ended for item in found] == [ids[-1] == END for ids in expected]
 
 
+def test_ids_without_a_token_are_never_drawn() -> None:
+    likely = sorted({token for found in answers(PROMPTS) for token in found.ids.tolist()} - {END})[:4]
+    found = answers(PROMPTS, replace(PLAIN, missing=tuple(likely)))
+    assert not {token for item in found for token in item.ids.tolist()} & set(likely)
+    logits = torch.zeros(1, 4).index_fill(-1, torch.tensor([0, 3]), -torch.inf)
+    numbers = torch.tensor([0.0, 0.25, 0.75, LARGEST_UNIFORM])
+    assert draw(logits.expand(4, 4), numbers, PLAIN).tolist() == [1, 1, 2, 2]
+
+
 def test_an_answer_is_the_same_alone_and_in_a_batch_of_any_lengths() -> None:
     together = said(answers(PROMPTS))
     alone = [said(answers([ids], first=number))[0] for number, ids in enumerate(PROMPTS)]

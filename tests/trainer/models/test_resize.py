@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stagecoach_api.kinds.pretrain import Architecture
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.models.new_model import build_model
-from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow
+from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow, ids_without_token, num_ids
 from stagecoach_trainer.runtime.errors import UserError
 from tests.trainer.models.makers import make_model, make_tokenizer
 
@@ -91,21 +93,48 @@ def test_changed_ids_are_rejected() -> None:
     check_old_ids(make_tokenizer(), old, "new")
 
 
-@pytest.mark.parametrize(("rows", "fits"), [(400, True), (399, False), (401, False), (448, False)])
-def test_different_sizes_are_rejected(rows: int, fits: bool) -> None:
-    tokenizer = make_tokenizer()
-    if fits:
-        check_sizes(make_model(rows), tokenizer, "model")
-        return
-    with pytest.raises(UserError, match=f"400 tokens and the model {rows} rows"):
-        check_sizes(make_model(rows), tokenizer, "model")
+@pytest.mark.parametrize("rows", [400, 401, 448, 1000])
+def test_any_number_of_surplus_rows_is_accepted(rows: int) -> None:
+    """axolotl#577, peft#2415: phi-2 has 50,295 tokens and 51,200 rows."""
+    check_sizes(make_model(rows, hidden=8), make_tokenizer(), "model")
 
 
-def test_a_matrix_padded_to_a_round_number_is_accepted() -> None:
-    tokenizer = make_tokenizer(extra=tuple(chr(0x20000 + number) for number in range(7000)))
-    padded = -(-len(tokenizer) // 64) * 64
-    assert padded > len(tokenizer)
-    check_sizes(make_model(padded, hidden=8), tokenizer, "model")
+def test_a_token_without_a_row_is_named() -> None:
+    with pytest.raises(UserError, match=r"model: the vocabulary has 403 ids and the model 401 rows, so 2 tokens have"):
+        check_sizes(make_model(401, hidden=8), grown_tokenizer(), "model")
+
+
+@pytest.mark.parametrize("how", list(NewRows))
+@pytest.mark.parametrize("rows", [401, 403, 500])
+def test_new_tokens_take_surplus_rows_first(rows: int, how: NewRows) -> None:
+    old_tokenizer, new_tokenizer = make_tokenizer(), grown_tokenizer()
+    padded, before = (make_model(rows, seed=2, hidden=8) for _ in range(2))
+    exact = make_model(400, hidden=8)
+    with torch.no_grad():
+        embeddings(exact).copy_(embeddings(padded)[:400])
+        exact.lm_head.weight.copy_(padded.lm_head.weight[:400])
+    new = grow(padded, old_tokenizer, new_tokenizer, how, seed=11)
+    assert new == grow(exact, old_tokenizer, new_tokenizer, how, seed=11) == range(400, 403)
+    assert padded.config.vocab_size == max(rows, 403)
+    for matrix, expected, original in (
+        (embeddings(padded), embeddings(exact), embeddings(before)),
+        (padded.lm_head.weight, exact.lm_head.weight, before.lm_head.weight),
+    ):
+        assert torch.equal(matrix[:403], expected)
+        assert torch.equal(matrix[403:], original[403:])
+
+
+def test_a_vocabulary_with_gaps_needs_rows_up_to_its_highest_id() -> None:
+    tokenizer = make_tokenizer(extra=("龘",))
+    assert num_ids(tokenizer) == len(tokenizer) == 401
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {piece: index for piece, index in state["model"]["vocab"].items() if index != 300}
+    state["model"]["merges"] = []
+    gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    assert (len(gapped), num_ids(gapped)) == (400, 401)
+    assert ids_without_token(make_model(403, hidden=8), gapped) == [300, 401, 402]
+    with pytest.raises(UserError, match="401 ids and the model 400 rows, so 1 tokens"):
+        check_sizes(make_model(400, hidden=8), gapped, "model")
 
 
 def test_a_new_model_is_a_function_of_shape_and_seed() -> None:

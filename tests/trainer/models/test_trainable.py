@@ -51,6 +51,20 @@ def test_only_new_rows_change_even_under_weight_decay(tied: bool) -> None:
         assert bool((matrix[90:] != original[90:]).any(dim=1).all())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_surplus_rows_behind_the_new_ones_keep_their_bits(tied: bool) -> None:
+    model, before = (make_model(100, tied=tied) for _ in range(2))
+    new = range(85, 95)
+    choose_trainable(model, Trainable(embeddings=EmbeddingTraining(rows=Rows.NEW)), new, seed=1)
+    ids = torch.arange(80, 100)[None]
+    assert torch.allclose(model(ids).logits, before(ids).logits, atol=1e-6)
+    step(model)
+    join_rows(model)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        same = (model.state_dict()[name] == before.state_dict()[name]).all(dim=1)
+        assert [index for index, unchanged in enumerate(same) if not unchanged] == list(new)
+
+
 def test_split_rows_give_the_chunked_loss_the_same_gradients_as_whole_matrices() -> None:
     from stagecoach_trainer.batches.collate import RowBatch
 

@@ -314,7 +314,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_tokenizer())
     make_tokenizer(extra=tuple(f"piece{number}" for number in range(9))).save_pretrained(base)
-    with pytest.raises(UserError, match=r"the vocabulary has .* tokens and the model .* rows"):
+    with pytest.raises(UserError, match=r"the vocabulary has .* ids and the model .* rows"):
         run(stage(), context_for(tmp_path, base=base))
 
 

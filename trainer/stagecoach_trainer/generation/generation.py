@@ -17,6 +17,7 @@ from stagecoach_api.conversation import Role
 from stagecoach_api.generation import Generation, Samples
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.models.load import positions_of
+from stagecoach_trainer.models.resize import ids_without_token
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.hindsight import lead_in
 from stagecoach_trainer.text.encoding import Encoder
@@ -83,12 +84,13 @@ def generate(
     limits = [token_limit(model, ids, settings.max_new_tokens) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
     answers: dict[int, GeneratedAnswer] = {}
+    missing = ids_without_token(model, tokenizer)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for batch in _batches(order, limits, batch_rows):
             generated = _generate_batch(
-                model, tokenizer, [prompts[index] for index in batch], settings, limits[batch[0]]
+                model, tokenizer, [prompts[index] for index in batch], settings, limits[batch[0]], missing
             )
             answers.update(zip(batch, generated, strict=True))
             report(len(answers), len(prompts))
@@ -138,7 +140,12 @@ def _batches(order: Sequence[int], limits: Sequence[int], batch_rows: int) -> li
 
 
 def _generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[Ids], settings: Generation, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Ids],
+    settings: Generation,
+    max_new_tokens: int,
+    missing: Sequence[int],
 ) -> list[GeneratedAnswer]:
     ends = end_ids(model, tokenizer)
     padding = ends[0] if ends else 0
@@ -146,7 +153,7 @@ def _generate_batch(
     output = model.generate(
         input_ids=tokens.to(model.device),
         attention_mask=mask.to(model.device),
-        generation_config=generation_config(settings, max_new_tokens, ends, padding),
+        generation_config=generation_config(settings, max_new_tokens, ends, padding, missing),
     )
     generated = output[:, tokens.shape[1] :].tolist()
     return [_answer(tokenizer, ids, set(ends)) for ids in generated]
@@ -190,8 +197,13 @@ def generation_settings(settings: Generation) -> dict[str, Any]:
     }
 
 
-def generation_config(settings: Generation, max_new_tokens: int, ends: list[int], padding: int) -> Any:
-    """Return transformers' generation config. Of the model's own config only the end tokens are used."""
+def generation_config(
+    settings: Generation, max_new_tokens: int, ends: list[int], padding: int, missing: Sequence[int]
+) -> Any:
+    """Return transformers' generation config. Of the model's own config only the end tokens are used.
+
+    `missing`: ids that are never generated, because the vocabulary has no token for them.
+    """
     import transformers
 
     make: Any = transformers.GenerationConfig
@@ -199,6 +211,7 @@ def generation_config(settings: Generation, max_new_tokens: int, ends: list[int]
     return make(
         **chosen,
         eos_token_id=ends or None,
+        suppress_tokens=list(missing) or None,
         pad_token_id=padding,
         num_beams=1,
         repetition_penalty=1.0,

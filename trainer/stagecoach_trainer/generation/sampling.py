@@ -36,6 +36,8 @@ class Decoding:
     top_p: float
     ends: tuple[int, ...]
     """Token ids that end an answer."""
+    missing: tuple[int, ...] = ()
+    """Ids that are never drawn, because the vocabulary has no token for them."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Decoder:
         self._cache: Any = DynamicCache()
         self._draws = torch.from_numpy(np.stack([row[: decoding.max_new_tokens] for row in draws])).to(device)
         self._ends = torch.tensor(decoding.ends, dtype=torch.int64, device=device)
+        self._missing = torch.tensor(decoding.missing, dtype=torch.int64, device=device)
         self._rows = torch.arange(len(prompts), device=device)
         self._finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self._tokens: list[list[int]] = [[] for _ in prompts]
@@ -147,7 +150,7 @@ class _Decoder:
             use_cache=True,
         )
         logits: Tensor = self._head(output.last_hidden_state[:, -1])
-        return logits
+        return logits.index_fill(-1, self._missing, -torch.inf) if len(self._missing) else logits
 
     def _append(self, chosen: Tensor) -> None:
         ended = torch.isin(chosen, self._ends)

@@ -15,7 +15,8 @@ from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_pref
 from stagecoach_api.model_folders import ADAPTER_CONFIG, BASE_FOLDER, CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
-from stagecoach_trainer.models.resize import check_sizes, grow, num_rows
+from stagecoach_trainer.models.merging import merge_adapter
+from stagecoach_trainer.models.resize import check_sizes, grow
 from stagecoach_trainer.models.safety import (
     check_adapter_folder,
     check_model_folder,
@@ -71,14 +72,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     merge: bool = True,
     change_config: ConfigChange | None = None,
+    grows: bool = False,
 ) -> LoadedModel:
     """Load the model that `source` names, on the CPU.
 
     An adapter is applied to its base, which is loaded the same way and grown as the adapter's card specifies. `merge`
     merges it into the weights; otherwise the newest adapter stays separate, ready for more training.
-    `change_config` may edit the configuration before weights are loaded (positions, dropout).
-    Raises UserError for pickles, code in the folder, corrupt files, missing or unexpected weights, and a vocabulary
-    whose size differs from the model's.
+    `change_config` may edit the configuration before weights are loaded (positions, dropout). `grows`: the caller adds
+    the rows that the model lacks for its vocabulary.
+    Raises UserError for pickles, code in the folder, corrupt files, missing or unexpected weights, a vocabulary larger
+    than the model unless it `grows`, and an adapter that cannot be merged exactly.
     """
     resolved = context.input(source) if isinstance(source, Reference) else source
     path = context.fetch_resolved(resolved)
@@ -95,7 +98,7 @@ def load_model(
         )
     model = load_folder(path, dtype, change_config)
     tokenizer = own_tokenizer(path)
-    if tokenizer is not None:
+    if tokenizer is not None and not grows:
         check_sizes(model, tokenizer, str(path))
     return LoadedModel(model, tokenizer, card, path, resolved)
 
@@ -141,9 +144,26 @@ def load_folder(
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: transformers cannot load the model: {error}") from error
     _check_loaded(path, report)
+    untie_differing(model)
     if quantized:
         _forget_quantization(path, model, dtype)
     return model
+
+
+def untie_differing(model: Any) -> bool:
+    """Mark a model as untied if its head and its input embedding differ; return whether its configuration changed.
+
+    transformers does not tie such matrices of a folder, whatever its configuration states, but would replace the head
+    with the embedding once the folder is written again (transformers#45127).
+    """
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    if head is None or head.weight is embedding or not model.config.tie_word_embeddings:
+        return False
+    if head.weight.shape == embedding.shape and bool((embedding == head.weight).all()):
+        return False
+    model.config.tie_word_embeddings = False
+    return True
 
 
 def _read_config(path: Path) -> tuple[Any, bool]:
@@ -219,11 +239,13 @@ def _load_adapter(
     base = load_base(context, source, path, card, dtype, change_config)
     tokenizer = load_tokenizer(path)
     # The adapter's stage grew the base before it trained; the same seed gives the same rows again.
-    if card.new_rows is not None and len(tokenizer) > num_rows(base.model):
-        grow(base.model, base.tokenizer, tokenizer, NewRows(card.new_rows), card.resize_seed)
+    if card.new_rows is not None:
+        grow(base.model, base.tokenizer, tokenizer, NewRows(card.new_rows), card.resize_seed, card.old_rows)
     check_sizes(base.model, tokenizer, str(path))
     model = apply_adapter(base.model, path, weights, trainable=not merge)
-    return LoadedModel(model.merge_and_unload(safe_merge=True) if merge else model, tokenizer, card, path, source)
+    if merge:
+        model = merge_adapter(model, str(path), context.world)
+    return LoadedModel(model, tokenizer, card, path, source)
 
 
 def load_base(
@@ -243,7 +265,7 @@ def load_base(
     if card.base is None:
         raise UserError(f"{path / CARD}: an adapter without `base`; the file is corrupt")
     base = locate_base(card.base, source, context.resolved.storage_uri)
-    return load_model(context, base, dtype, merge=True, change_config=change_config)
+    return load_model(context, base, dtype, merge=True, change_config=change_config, grows=True)
 
 
 def shipped_base(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stagecoach_api.kinds.pretrain import Architecture
+from stagecoach_trainer.models.resize import num_ids
 
 
 def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -17,7 +18,7 @@ def build_model(shape: Architecture, tokenizer: Any, seed: int, dtype: torch.dty
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=num_ids(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,

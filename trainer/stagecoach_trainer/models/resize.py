@@ -1,4 +1,7 @@
-"""Grow the embedding and the head to a larger vocabulary: old rows keep their bits, new rows are appended.
+"""Rows of the embedding and the head: which ids have one, and how they grow with a vocabulary.
+
+A model may have more rows than its vocabulary has tokens; published models are padded by any number (phi-2 by 905).
+Such surplus rows are kept, a growing vocabulary takes them first, and they are never sampled.
 
 V rows before, N new rows, D width.
 """
@@ -13,9 +16,6 @@ from stagecoach_api.training import NewRows
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.vocabulary import META_SPACE
 
-MAX_PADDING_SHARE = 0.01
-PADDING_MULTIPLE = 64
-
 
 def num_rows(model: Any) -> int:
     """Return the number of rows of the model's input embedding, also if ZeRO-3 has sharded it."""
@@ -23,24 +23,27 @@ def num_rows(model: Any) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def check_sizes(model: Any, tokenizer: Any, where: str) -> None:
-    """Raise UserError unless the model has one row for each token of the vocabulary.
+def num_ids(tokenizer: Any) -> int:
+    """Return how many rows a vocabulary needs: one more than its highest id, which may leave gaps below it."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
-    More rows are accepted if the matrix was evidently padded: the excess is at most 1 % of the rows, and the number of
-    rows is a multiple of 64.
-    """
-    rows, tokens = num_rows(model), len(tokenizer)
-    if rows == tokens:
+
+def ids_without_token(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids for which the model has a row and the vocabulary no token: surplus rows, and gaps."""
+    return sorted(set(range(num_rows(model))).difference(tokenizer.get_vocab().values()))
+
+
+def check_sizes(model: Any, tokenizer: Any, where: str) -> None:
+    """Raise UserError unless the model has a row for each token of the vocabulary; it may have any number more."""
+    rows, ids = num_rows(model), num_ids(tokenizer)
+    if ids <= rows:
         return
-    padding = rows - tokens
-    if 0 < padding <= MAX_PADDING_SHARE * rows and rows % PADDING_MULTIPLE == 0:
-        return
-    advice = (
-        "set the larger vocabulary as the stage's `tokenizer`, and the model is grown as `resize` sets"
-        if tokens > rows
-        else "models are never shrunk: give the vocabulary it was trained with"
+    without = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    raise UserError(
+        f"{where}: the vocabulary has {ids} ids and the model {rows} rows, so {len(without)} tokens have none, such as "
+        f"{min(without)!r}; train the model in a `pretrain` or `sft` stage first, which adds rows as `resize` sets, or "
+        "remove these tokens from the vocabulary"
     )
-    raise UserError(f"{where}: the vocabulary has {tokens} tokens and the model {rows} rows; {advice}")
 
 
 def check_old_ids(old_tokenizer: Any, new_tokenizer: Any, where: str) -> None:
@@ -58,48 +61,58 @@ def check_old_ids(old_tokenizer: Any, new_tokenizer: Any, where: str) -> None:
         )
 
 
-def grow(model: Any, old_tokenizer: Any | None, new_tokenizer: Any, how: NewRows, seed: int | None = None) -> range:
-    """Append rows for new tokens to the embedding and the head; return the new rows' ids.
+def first_new_id(model: Any, old_tokenizer: Any | None) -> int:
+    """Return the first id that is new in a larger vocabulary; without the old vocabulary, that of the first new row."""
+    return num_rows(model) if old_tokenizer is None else min(num_rows(model), num_ids(old_tokenizer))
 
-    `mean` needs the vocabulary the model was trained with; `random` needs the seed. Tied matrices stay tied.
-    Raises UserError if the vocabulary is not larger than the model, or `mean` has no old vocabulary.
+
+def grow(
+    model: Any,
+    old_tokenizer: Any | None,
+    new_tokenizer: Any,
+    how: NewRows,
+    seed: int | None = None,
+    first: int | None = None,
+) -> range:
+    """Initialise the rows of new tokens in the embedding and the head; return their ids.
+
+    New tokens take surplus rows first, whose content is replaced, and then appended ones. `first`: the first new id, by
+    default as `first_new_id`. `mean` needs the vocabulary the model was trained with; `random` needs the seed. Tied
+    matrices stay tied.
+    Raises UserError if no id is new, or `mean` has no old vocabulary.
     """
-    old, new = num_rows(model), len(new_tokenizer)
+    rows, new = num_rows(model), num_ids(new_tokenizer)
+    old = first_new_id(model, old_tokenizer) if first is None else first
     if new <= old:
-        raise UserError(f"the vocabulary has {new} tokens and the model {old} rows; give a larger vocabulary")
+        raise UserError(f"the vocabulary has {new} tokens and the model's own {old}; give a larger vocabulary")
     if how is NewRows.MEAN and old_tokenizer is None:
         raise UserError(
             "resize.newRows: `mean` splits each new token by the model's own vocabulary, but the model's folder has "
             "none; add it there, or choose `random` or `zero`"
         )
-    embedding, head = _matrices(model)
-    tied = head is None
     sub_tokens = _sub_tokens(old_tokenizer, new_tokenizer, old, new) if how is NewRows.MEAN else []
     # One generator for both matrices, so that the head's random rows differ from the embedding's.
     generator = torch.Generator().manual_seed(seed or 0)
     deviation = float(getattr(model.config, "initializer_range", 0.02))
-    added = [
-        _new_rows(matrix, new - old, how, sub_tokens, deviation, generator)
-        for matrix in ([embedding] if tied or head is None else [embedding, head])
-    ]
     # Rows are computed from the old matrices before resizing, which replaces them. `mean_resizing` would draw new rows
     # from a normal distribution fitted to the old ones; they are overwritten here, so the fit is skipped.
-    model.resize_token_embeddings(new, mean_resizing=False)
-    grown_embedding, grown_head = _matrices(model)
+    added = [_new_rows(matrix[:old], new - old, how, sub_tokens, deviation, generator) for matrix in _matrices(model)]
+    if new > rows:
+        model.resize_token_embeddings(new, mean_resizing=False)
     with torch.no_grad():
-        grown_embedding[old:] = added[0]
-        if grown_head is not None:
-            grown_head[old:] = added[1]
+        for matrix, its_rows in zip(_matrices(model), added, strict=True):
+            matrix[old:new] = its_rows
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            bias[old:new] = 0.0
     return range(old, new)
 
 
-def _matrices(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the embedding [V, D] and the head [V, D], or None for the head if it is the same matrix."""
+def _matrices(model: Any) -> list[torch.Tensor]:
+    """Return the embedding [V, D] and, unless it is the same matrix, the head [V, D]."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    if head is None or head.weight is embedding or model.config.tie_word_embeddings:
-        return embedding, None
-    return embedding, head.weight
+    return [embedding] if head is None or head.weight is embedding else [embedding, head.weight]
 
 
 def _new_rows(
@@ -110,7 +123,7 @@ def _new_rows(
     deviation: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Return the rows [N, D] to append to `matrix` [V, D]."""
+    """Return the rows [N, D] for N new tokens, from the rows `matrix` [V, D] of the old ones."""
     width = matrix.shape[1]
     if how is NewRows.ZERO:
         return torch.zeros(count, width, dtype=matrix.dtype)
@@ -132,7 +145,7 @@ def _sub_tokens(old_tokenizer: Any, new_tokenizer: Any, old: int, new: int) -> l
     texts = [_text_of(new_tokenizer, index, piece) for index, piece in zip(range(old, new), pieces, strict=True)]
     unknown = old_tokenizer.unk_token_id
     encoded = Encoder(old_tokenizer).continuations(texts, parse_special=False)
-    # The old vocabulary may be larger than the model: ids from `old` on have no row to average.
+    # The old vocabulary may know the new tokens, if it was larger than the model: they have no row to average.
     return [[int(token) for token in ids if token != unknown and token < old] for ids in encoded]
 
 

@@ -33,6 +33,7 @@ from stagecoach_trainer.models.load import (
     own_tokenizer,
     read_card,
 )
+from stagecoach_trainer.models.merging import merge_adapter
 from stagecoach_trainer.models.placement import place
 from stagecoach_trainer.models.resize import check_sizes, num_rows
 from stagecoach_trainer.models.safety import check_adapter_folder, read_json, require_folder
@@ -279,4 +280,4 @@ def _load_adapter(context: StageContext, source: ResolvedInput, path: Path, card
         raise UserError(f"{path}: an adapter of a language model is not a reward model; use a `rewardModel` stage")
     base = load_base(context, source, path, card)
     model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
-    return model.merge_and_unload(safe_merge=True) if merge else model
+    return merge_adapter(model, str(path), context.world) if merge else model

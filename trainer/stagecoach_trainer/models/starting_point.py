@@ -13,7 +13,7 @@ from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows, TextTraining
 from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base, positions_of
 from stagecoach_trainer.models.new_model import build_model
-from stagecoach_trainer.models.resize import check_old_ids, check_sizes, grow, num_rows
+from stagecoach_trainer.models.resize import check_old_ids, first_new_id, grow, num_ids, num_rows
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.trainable import TrainableModel, join_rows
 from stagecoach_trainer.runtime.context import StageContext
@@ -44,6 +44,20 @@ class StartingPoint:
 
     seed: int
 
+    num_rows: int
+    """Rows of the embedding, of which the vocabulary may use fewer."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings for the report that concern the vocabulary."""
+        tokens = num_ids(self.tokenizer)
+        if tokens >= self.num_rows:
+            return []
+        return [
+            f"the model has {self.num_rows:,} rows for the {tokens:,} ids of its vocabulary: the surplus rows are kept "
+            "and never sampled"
+        ]
+
 
 def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Reference) -> StartingPoint:
     """Return a new model with random weights for the vocabulary that `tokenizer` names."""
@@ -51,36 +65,38 @@ def start_from_scratch(context: StageContext, shape: Architecture, tokenizer: Re
     vocabulary = load_tokenizer(path)
     context.progress.report("build model")
     model = build_model(shape, vocabulary, context.seed)
-    return StartingPoint(model, vocabulary, path, range(0), None, None, context.seed)
+    return StartingPoint(model, vocabulary, path, range(0), None, None, context.seed, num_rows(model))
 
 
 def start_from_model(
     context: StageContext, config: TextTraining, model: Reference, change_config: ConfigChange | None = None
 ) -> StartingPoint:
-    """Return the model that `model` names, grown if the stage's `tokenizer` is larger.
+    """Return the model that `model` names, grown if the stage's `tokenizer`, or else its own, is larger.
 
     Raises UserError for a vocabulary that is smaller or changes old ids, and for growing a model whose adapter is
     continued.
     """
     continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
-    loaded = load_model(context, model, merge=not continued, change_config=change_config)
+    loaded = load_model(context, model, merge=not continued, change_config=change_config, grows=True)
     if config.tokenizer is None:
-        return _start(context, loaded, loaded.require_tokenizer(), loaded.path, None)
-    path = context.fetch(config.tokenizer)
-    tokenizer = load_tokenizer(path)
-    if loaded.tokenizer is not None:
-        check_old_ids(loaded.tokenizer, tokenizer, str(path))
-    if len(tokenizer) <= num_rows(loaded.model):
-        check_sizes(loaded.model, tokenizer, str(path))
+        path, tokenizer = loaded.path, loaded.require_tokenizer()
+        first = num_rows(loaded.model)  # only rows that are missing are new
+    else:
+        path = context.fetch(config.tokenizer)
+        tokenizer = load_tokenizer(path)
+        if loaded.tokenizer is not None:
+            check_old_ids(loaded.tokenizer, tokenizer, str(path))
+        first = first_new_id(loaded.model, loaded.tokenizer)
+    if num_ids(tokenizer) <= first:
         return _start(context, loaded, tokenizer, path, None)
     if continued and loaded.card.adapter:
         raise UserError(
-            f"tokenizer: it has {len(tokenizer)} tokens and the model {num_rows(loaded.model)} rows; the base of "
-            "a continued adapter (`continueAdapter`) cannot grow; start a new adapter, or merge this one first"
+            f"tokenizer: it has {num_ids(tokenizer)} tokens, {num_ids(tokenizer) - first} of them new; the base of a "
+            "continued adapter (`continueAdapter`) cannot grow; start a new adapter, or merge this one first"
         )
     how = config.resize.new_rows
-    rows = grow(loaded.model, loaded.tokenizer, tokenizer, how, context.seed)
-    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, how, context.seed)
+    rows = grow(loaded.model, loaded.tokenizer, tokenizer, how, context.seed, first)
+    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, how, context.seed, num_rows(loaded.model))
 
 
 def start_unchanged(
@@ -95,8 +111,8 @@ def _start(
     context: StageContext, loaded: LoadedModel, tokenizer: Any, path: Path, grown: NewRows | None
 ) -> StartingPoint:
     old = loaded.card.old_rows
-    rows = range(0) if old is None else range(old, num_rows(loaded.model))
-    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, grown, context.seed)
+    rows = range(0) if old is None else range(old, num_ids(tokenizer))
+    return StartingPoint(loaded.model, tokenizer, path, rows, loaded, grown, context.seed, num_rows(loaded.model))
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def _embeddings_only(model: Any, rows: Rows, new_rows: range) -> TrainableModel:
             matrix.weight.requires_grad_(True)
         return TrainableModel(model, False, ("all rows of the embedding and the head are trained",))
     _require_new_rows(new_rows, "trainable.embeddings.rows: new", "`rows: all`")
-    split_rows(model, new_rows.start)
+    split_rows(model, new_rows)
     note = f"{len(new_rows)} new rows of the embedding and the head are trained; old rows are no parameter"
     return TrainableModel(model, False, (note,))
 
@@ -91,30 +91,38 @@ def _row_modules(model: Any) -> list[Any]:
 
 
 class SplitRows(nn.Module):
-    """A matrix [V, D] in two parts: old rows [V0, D], a frozen parameter, and new rows [N, D], a trained one.
+    """A matrix [V, D] in two parts: the other rows [V - N, D], a frozen parameter, and new rows [N, D], a trained one.
 
-    As a separate parameter, old rows are out of reach of weight decay and optimiser state. The attribute names are
-    those of PEFT's layer for trained rows (`trainable_tokens_delta`, `get_merged_weights`), so that the training loop
-    handles both alike; new rows may be in fp32 while old ones are in bf16.
+    New rows come after V0 old ones, and before surplus rows, if the model has any. As a separate parameter, the other
+    rows are out of reach of weight decay and optimiser state. The attribute names are those of PEFT's layer for trained
+    rows (`trainable_tokens_delta`, `get_merged_weights`), so that the training loop handles both alike; new rows may be
+    in fp32 while the others are in bf16.
     """
 
     disable_adapters = False
     active_adapters = (ADAPTER,)
 
-    def __init__(self, old_rows: nn.Parameter, new_rows: nn.Parameter) -> None:
+    def __init__(self, old_rows: nn.Parameter, new_rows: nn.Parameter, first_new: int) -> None:
         super().__init__()
         self.old_rows = old_rows
         self.trainable_tokens_delta = new_rows
+        self._first_new = first_new
 
     @property
     def new_rows(self) -> torch.Tensor:
-        """The new rows [N, D], in the number format of the old ones; gradients flow to them."""
+        """The new rows [N, D], in the number format of the others; gradients flow to them."""
         return self.trainable_tokens_delta.to(self.old_rows.dtype)
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The rows in order: old ones [V0, D], new ones [N, D], and surplus ones, if any."""
+        before, behind = self.old_rows[: self._first_new], self.old_rows[self._first_new :]
+        return [before, self.new_rows, behind] if len(behind) else [before, self.new_rows]
 
     @property
     def weight(self) -> torch.Tensor:
         """The whole matrix [V, D]; gradients flow to the new rows."""
-        return torch.cat([self.old_rows, self.new_rows])
+        return torch.cat(self.parts)
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> torch.Tensor:
         """Return `weight`."""
@@ -129,10 +137,11 @@ class SplitEmbedding(SplitRows):
         """ids [B, T] -> [B, T, D]."""
         # Each id is looked up in both parts, clamped to a valid row, and the right result is selected: the shapes do
         # not depend on the ids.
-        first = len(self.old_rows)
-        old = F.embedding(ids.clamp(max=first - 1), self.old_rows)
-        new = F.embedding((ids - first).clamp(min=0), self.trainable_tokens_delta)
-        return torch.where((ids >= first).unsqueeze(-1), new.to(old.dtype), old)
+        first, count = self._first_new, len(self.trainable_tokens_delta)
+        other = F.embedding(torch.where(ids < first, ids, ids - count).clamp(min=0), self.old_rows)
+        new = F.embedding((ids - first).clamp(0, count - 1), self.trainable_tokens_delta)
+        is_new = (ids >= first) & (ids < first + count)
+        return torch.where(is_new.unsqueeze(-1), new.to(other.dtype), other)
 
 
 class SplitHead(SplitRows):
@@ -140,27 +149,28 @@ class SplitHead(SplitRows):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., D] -> logits [..., V]."""
-        return torch.cat([F.linear(hidden, self.old_rows), F.linear(hidden, self.new_rows)], dim=-1)
+        return torch.cat([F.linear(hidden, rows) for rows in self.parts], dim=-1)
 
 
-def split_rows(model: Any, first_new: int) -> None:
+def split_rows(model: Any, new_rows: range) -> None:
     """Replace embedding and head with split matrices, which share their parts if tied; `join_rows` undoes it."""
     tied = is_tied(model)
-    old, new = _split(model.get_input_embeddings().weight, first_new)
+    old, new = _split(model.get_input_embeddings().weight, new_rows)
     head = model.get_output_embeddings()
-    model.set_input_embeddings(SplitEmbedding(old, new))
+    model.set_input_embeddings(SplitEmbedding(old, new, new_rows.start))
     if tied:
-        model.set_output_embeddings(SplitHead(old, new))
+        model.set_output_embeddings(SplitHead(old, new, new_rows.start))
     elif head is not None:
         if getattr(head, "bias", None) is not None:
             raise UserError("trainable.embeddings.rows: new: the model's head has a bias; train `rows: all`")
-        model.set_output_embeddings(SplitHead(*_split(head.weight, first_new)))
+        model.set_output_embeddings(SplitHead(*_split(head.weight, new_rows), new_rows.start))
 
 
-def _split(weight: torch.Tensor, first_new: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _split(weight: torch.Tensor, new_rows: range) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the other rows and the new rows of a matrix."""
     whole = weight.detach()
-    old = nn.Parameter(whole[:first_new].clone(), requires_grad=False)
-    return old, nn.Parameter(whole[first_new:].clone())
+    others = torch.cat([whole[: new_rows.start], whole[new_rows.stop :]])
+    return nn.Parameter(others, requires_grad=False), nn.Parameter(whole[new_rows.start : new_rows.stop].clone())
 
 
 def join_rows(model: Any) -> None:

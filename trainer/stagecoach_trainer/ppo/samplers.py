@@ -19,6 +19,7 @@ from stagecoach_trainer.generation.generation import end_ids
 from stagecoach_trainer.generation.sampling import Decoding, ModelCalls, Sampled, sample_answers, uniforms
 from stagecoach_trainer.kernels.causal import CausalLoss, causal_model
 from stagecoach_trainer.models.placement import place
+from stagecoach_trainer.models.resize import ids_without_token
 from stagecoach_trainer.ppo.job import PpoJob
 from stagecoach_trainer.runtime.collectives import max_over_ranks
 from stagecoach_trainer.runtime.context import StageContext, World
@@ -43,7 +44,9 @@ def make_sampler(job: PpoJob, context: StageContext, device: torch.device, dtype
     By default the policy itself answers, or, if ZeRO-3 shards its parameters, a copy of it: decoding through ZeRO-3's
     hooks is about six times slower (docs/ppo.md).
     """
-    decoding = _decoding_of(job.config.rollout, end_ids(causal_model(job.policy), job.tokenizer))
+    policy = causal_model(job.policy)
+    missing = ids_without_token(policy, job.tokenizer)
+    decoding = _decoding_of(job.config.rollout, end_ids(policy, job.tokenizer), missing)
     if job.config.rollout.engine is RolloutEngine.VLLM:
         from stagecoach_trainer.ppo.vllm_sampler import VllmSampler
 
@@ -55,8 +58,8 @@ def make_sampler(job: PpoJob, context: StageContext, device: torch.device, dtype
     return OwnSampler(decoding, device)
 
 
-def _decoding_of(rollout: Rollout, ends: Sequence[int]) -> Decoding:
-    return Decoding(rollout.max_new_tokens, rollout.temperature, rollout.top_p, tuple(ends))
+def _decoding_of(rollout: Rollout, ends: Sequence[int], missing: Sequence[int]) -> Decoding:
+    return Decoding(rollout.max_new_tokens, rollout.temperature, rollout.top_p, tuple(ends), tuple(missing))
 
 
 class OwnSampler:

@@ -41,6 +41,8 @@ class VllmSampler:
         self._vllm = _import_vllm()
         _check(config, world)
         self._decoding = decoding
+        # vLLM draws from all rows of the head, surplus ones too, unless it is restricted.
+        self._allowed = sorted(tokenizer.get_vocab().values()) if decoding.missing else None
         self._folder = folder
         self._dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.precision.value]
         self._longest = config.sequence_length
@@ -98,6 +100,7 @@ class VllmSampler:
             top_p=self._decoding.top_p,
             max_tokens=self._decoding.max_new_tokens,
             stop_token_ids=list(self._decoding.ends),
+            allowed_token_ids=self._allowed,
             seed=int(np.random.SeedSequence(list(key)).generate_state(1)[0]),
         )
 

@@ -145,8 +145,12 @@ def make_report(
         "stoppedEarly": result.steps < prepared.plan.num_steps,
         "tokens": result.tokens,
         "trained": list(notes),
-        "vocabulary": {"newRows": len(prepared.start.new_rows), "tokens": len(prepared.start.tokenizer)},
-        "warnings": list(prepared.warnings),
+        "vocabulary": {
+            "newRows": len(prepared.start.new_rows),
+            "rows": prepared.start.num_rows,
+            "tokens": len(prepared.start.tokenizer),
+        },
+        "warnings": [*prepared.warnings, *prepared.start.warnings],
     }
 
 

@@ -63,7 +63,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     share_frozen([start.model, *reward_models, critic.model])
     reference = _reference(config, context, start)
     policy = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
-    warnings += _without_dropout(policy.model, critic.model)
+    warnings += [*start.warnings, *_without_dropout(policy.model, critic.model)]
     parameters = count_parameters(policy.model)
     plan = _prompt_plan(config, context, prompts)
     job = PpoJob(
