@@ -40,6 +40,8 @@ class ProgressEvent(Model):
 STEPS = "steps"
 """Unit of training steps. Other activities of a training loop, such as measuring, report the step they follow too."""
 TRAIN = "train"
+RESUME = "resume"
+"""Activities: making steps, and going back to the step of a checkpoint."""
 PACE_SECONDS = 60.0
 PACE_POINTS = 5
 MAX_PACE_POINTS = 256

@@ -26,7 +26,11 @@ class StageRow:
     ranks: int = 1
     log: Path | None = None
     eta: float | None = None
-    """Estimated time of completion, in seconds since the epoch. None if not known."""
+    """Estimated end of the current activity, in seconds since the epoch. None if not known."""
+    expected: float | None = None
+    """Estimated duration of the whole stage in seconds, from an earlier run or from its size. None if not known."""
+    resumed_from: int | None = None
+    """Step after which the newest attempt resumed. None if it started at the first one, or if that is not known."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Snapshot:
     now: float
     rows: tuple[StageRow, ...]
     message: str = ""
+    started: float | None = None
+    """Start of the driver, in seconds since the epoch. None if not known."""
 
 
 class View(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from stagecoach_api.outcomes import AttemptResult, cause_of_exit
-from stagecoach_api.progress import ProgressEvent
+from stagecoach_api.progress import RESUME, Pace, ProgressEvent
 from stagecoach_core.policies.ending import cause_of_end
 from stagecoach_core.values import Attempt, AttemptState
 from stagecoach_local.processes import AttemptProcess
@@ -32,19 +32,23 @@ class LiveAttempt:
     process: AttemptProcess
     tail: ProgressTail = field(init=False)
     progress: ProgressEvent | None = None
+    pace: Pace = field(default_factory=Pace)
     longest_silence: float = 0.0
 
     def __post_init__(self) -> None:
         self.tail = ProgressTail(self.folder.progress)
 
-    def refresh(self) -> None:
-        """Read the progress that the trainer has reported since the last call."""
-        event = self.tail.newest()
-        if event is None or event is self.progress:
-            return
-        before = self.record.started if self.progress is None else self.progress.time
-        self.longest_silence = max(self.longest_silence, event.time - before)
-        self.progress = event
+    def refresh(self) -> list[str]:
+        """Read the progress that the trainer has reported since the last call; return new warnings."""
+        events = self.tail.added()
+        for event in events:
+            before = self.record.started if self.progress is None else self.progress.time
+            self.longest_silence = max(self.longest_silence, event.time - before)
+            self.progress = event
+            self.pace.add(event)
+            if event.activity == RESUME:
+                self.record = self.record.model_copy(update={"resumed_from": int(event.done)})
+        return [event.warning for event in events if event.warning]
 
     def observed(self) -> Attempt:
         """Return the attempt as the core sees it."""

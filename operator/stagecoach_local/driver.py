@@ -130,7 +130,7 @@ class Driver:
 
     def _observed(self) -> Observed:
         for attempt in self._live.values():
-            attempt.refresh()
+            self._refresh(attempt)
         return Observed(
             attempts=tuple(
                 [observed_end(record) for record in self._ended]
@@ -153,7 +153,12 @@ class Driver:
             now=now,
             rows=tuple(self._row(name, view) for name, view in views.items()),
             message=decision.message,
+            started=self._since,
         )
+
+    def _refresh(self, attempt: LiveAttempt) -> None:
+        for warning in attempt.refresh():
+            self.view.notify(f"{attempt.record.stage}: warning: {warning}")
 
     def _row(self, name: str, view: StageView) -> StageRow:
         live = next((item for key, item in self._live.items() if key[0] == name), None)
@@ -167,7 +172,15 @@ class Driver:
             seconds=None if manifest is None else manifest.seconds,
             ranks=self.job.ranks(name),
             log=self.job.folder.attempt(name, view.attempt).log if view.attempt else None,
+            eta=None if live is None else live.pace.end(),
+            expected=self.job.expected.get(name),
+            resumed_from=self._resumed_from(name, view),
         )
+
+    def _resumed_from(self, name: str, view: StageView) -> int | None:
+        records = [*self._ended, *(attempt.record for attempt in self._live.values())]
+        newest = [item for item in records if (item.stage, item.number) == (name, view.attempt)]
+        return newest[-1].resumed_from if newest else None
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
@@ -248,7 +261,7 @@ class Driver:
                     attempt.process.kill()
                 continue
             attempt.process.sweep()  # no worker may survive into the next attempt
-            attempt.refresh()
+            self._refresh(attempt)
             record = ended_record(attempt, now)
             self._ended.append(record)
             del self._live[key]

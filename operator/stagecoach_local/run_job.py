@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,8 @@ class Job:
     """Stages to work on; None for all."""
     forced: frozenset[str] = frozenset()
     """Stages to run again even if they are finished."""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    """Estimated durations of stages in seconds, by name, as far as they are known."""
     invocation: Invocation = field(default_factory=Invocation)
     launcher: tuple[str, ...] = LAUNCHER
     poll_seconds: float = POLL_SECONDS

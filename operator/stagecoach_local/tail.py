@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from stagecoach_api.progress import ProgressEvent
 
 LAST_BYTES = 16 * 1024
+MOST_EVENTS = 512
+"""Events of a long file that are read at once, the newest ones; at two a second, the last minutes."""
 
 
 class ProgressTail:
@@ -18,24 +20,18 @@ class ProgressTail:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
-        self._newest: ProgressEvent | None = None
 
-    def newest(self) -> ProgressEvent | None:
-        """Return the last complete event, None before the first. Lines that do not parse are skipped."""
+    def added(self) -> list[ProgressEvent]:
+        """Return the complete events since the last call, at most 512, the newest. Other lines are skipped."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 added = file.read()
         except FileNotFoundError:
-            return self._newest
+            return []
         whole = added[: added.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in reversed(whole.splitlines()):
-            event = _event(line)
-            if event is not None:
-                self._newest = event
-                break
-        return self._newest
+        return [event for line in whole.splitlines()[-MOST_EVENTS:] if (event := _event(line)) is not None]
 
 
 def _event(line: bytes) -> ProgressEvent | None:

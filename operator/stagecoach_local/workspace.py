@@ -71,6 +71,8 @@ class AttemptRecord(Model):
     content_digest: str | None = None
     """Content digest of the artifact it published; None if it published none."""
     last_step: int | None = None
+    resumed_from: int | None = None
+    """Step after which it resumed. None if it started at the first one."""
 
 
 class StageRecord(Model):

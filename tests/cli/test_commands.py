@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_cli.display.advice import run_command
 from stagecoach_core.values import RunState, StageState
+from stagecoach_local.workspace import Invocation
 from tests.cli.makers import Bench, Cli, chain, data_stage
 
 pytestmark = pytest.mark.slow
@@ -224,8 +226,18 @@ def test_status_of_a_run_without_a_driver_shows_how_to_resume(own_bench: Bench, 
     running = record.stages["one"].model_copy(update={"state": StageState.RUNNING})
     folder.save(record.model_copy(update={"state": RunState.PROGRESSING, "stages": {"one": running}}))
     _, output = cli("status", "tiny")
-    assert f"interrupted (no driver is running; resume with `stagecoach run {own_bench.file}`)" in output
+    assert "interrupted (no driver is running; resume with `stagecoach run run.yaml`)" in output
     assert "waiting for the run to be resumed" in output
+
+
+def test_the_advised_command_has_the_options_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice after `kill -9` left out `--set` and `--until`: following it trained something else."""
+    monkeypatch.chdir(tmp_path)
+    chosen = Invocation(overrides=("a=b c", "d=1"), storage="s3://x/y", until="one", nproc=2)
+    assert run_command(tmp_path / "sub" / "run.yaml", chosen) == (
+        "stagecoach run sub/run.yaml --set 'a=b c' --set d=1 --storage s3://x/y --until one --nproc 2"
+    )
+    assert run_command(Path("/else/run.yaml"), Invocation()) == "stagecoach run /else/run.yaml"
 
 
 def test_logs_prints_the_newest_or_the_named_attempt(own_bench: Bench, cli: Cli) -> None:

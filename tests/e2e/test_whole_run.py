@@ -199,7 +199,7 @@ def held_out(ended: Ended) -> list[float]:
 def test_ctrl_c_exits_with_130_and_leaves_a_checkpoint(story: Story) -> None:
     assert story.interrupted.code == 130
     assert "stopping base at a checkpoint" in story.interrupted.output
-    assert "run the same command to resume" in story.interrupted.output
+    assert "is interrupted; resume with `stagecoach run " in story.interrupted.output
     assert story.checkpoints
 
 

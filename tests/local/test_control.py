@@ -39,7 +39,10 @@ def test_a_suspended_run_stops_at_a_checkpoint_and_resumes_with_the_same_options
         "default/other: stopped; resume with `stagecoach resume default/other`\n",
     )
     code, output = finish(driver)
-    assert (code, "interrupted; run the same command to resume" in output) == (130, True)
+    assert (
+        code,
+        "resume with `stagecoach run run.yaml --set metadata.name=other --storage kept --until one`" in output,
+    ) == (130, True)
     record = bench.workspace.run("default", "other").load()
     assert record is not None
     assert (record.state, record.attempts[0].cause) == (RunState.SUSPENDED, Cause.PREEMPTION)
@@ -115,7 +118,7 @@ def test_a_run_without_its_file_cannot_be_resumed(bench: Bench, cli: Cli) -> Non
 def test_a_run_whose_file_sets_cancel_starts_nothing(bench: Bench) -> None:
     bench.write([data_stage("one")], cancel=True)
     code, output = finish(bench.stagecoach("run", "run.yaml"))
-    assert (code, output.splitlines()[-1]) == (130, "cancelled; `spec.cancel` is true")
+    assert (code, output.splitlines()[-1]) == (130, "run `tiny` is cancelled; `spec.cancel` is true")
     assert bench.started() == []
     assert bench.record().state is RunState.CANCELLED
 

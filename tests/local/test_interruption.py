@@ -41,7 +41,7 @@ def test_ctrl_c_stops_at_a_checkpoint_with_130_and_the_same_command_resumes(benc
     code, output = finish(driver)
     assert (code, bench.record().attempts[0].cause) == (130, Cause.PREEMPTION)
     assert "stopping one at a checkpoint; press Ctrl-C again to kill" in output
-    assert "interrupted; run the same command to resume" in output
+    assert "run `tiny` is interrupted; resume with `stagecoach run run.yaml" in output
     wait_until_gone(start["pid"])
     code, output = finish(bench.stagecoach("run", "run.yaml"))
     assert code == 0, output

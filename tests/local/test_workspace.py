@@ -94,20 +94,16 @@ def line(number: int) -> str:
     return ProgressEvent(time=float(number), activity="train", done=number).model_dump_json()
 
 
-def test_progress_is_the_last_complete_event_and_only_new_bytes_are_read(tmp_path: Path) -> None:
+def test_progress_is_read_as_complete_events_and_each_once(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     tail = ProgressTail(path)
-    assert tail.newest() is None
+    assert tail.added() == []
     path.write_text(f"{line(1)}\n{line(2)}\nnonsense\n{line(3)[:10]}", encoding="utf-8")
-    newest = tail.newest()
-    assert newest is not None
-    assert newest.done == 2
-    assert tail.newest() is newest
+    assert [event.done for event in tail.added()] == [1, 2]
+    assert tail.added() == []
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{line(3)[10:]}\n")
-    newest = tail.newest()
-    assert newest is not None
-    assert newest.done == 3
+    assert [event.done for event in tail.added()] == [3]
 
 
 def test_the_last_lines_of_a_log_omit_overwritten_states_of_progress_bars(tmp_path: Path) -> None:

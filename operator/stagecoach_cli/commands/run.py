@@ -105,22 +105,30 @@ def work(job: Job) -> int:
 
 def report(out: Console, job: Job, outcome: Outcome) -> int:
     """Print the outcome of a run; return the exit code."""
-    from stagecoach_cli.display.summary import print_failures, print_summary
+    from stagecoach_cli.display.advice import run_command
+    from stagecoach_cli.display.summary import completion, next_command, print_failures, print_stages, print_summary
     from stagecoach_core.values import RunState
 
-    state = outcome.decision.state
-    if state is RunState.SUSPENDED:
-        why = "`spec.suspend` is true; set it to false to resume" if job.suspend else "run the same command to resume"
-        out.print(f"interrupted; {why}", highlight=False)
-        return EXIT_INTERRUPTED
-    if state is RunState.CANCELLED:
-        out.print("cancelled" + ("; `spec.cancel` is true" if job.cancel else ""), highlight=False)
+    state, again = outcome.decision.state, run_command(job.file, job.invocation)
+    if state in (RunState.SUSPENDED, RunState.CANCELLED):
+        print_stages(out, outcome.snapshot)
+        resume = f"resume with `{again}`"
+        if state is RunState.SUSPENDED:
+            why = "`spec.suspend` is true; set it to false to resume" if job.suspend else resume
+            text = f"run `{job.plan.run}` is interrupted; {why}"
+        else:
+            text = f"run `{job.plan.run}` is cancelled; {'`spec.cancel` is true' if job.cancel else resume}"
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     print_summary(out, outcome.snapshot, outcome.manifests, job.store)
     if state is RunState.COMPLETE:
+        text = completion(outcome.snapshot, outcome.manifests)
+        out.print(text, style="bold green", highlight=False, markup=False, soft_wrap=True)
+        out.print(next_command(outcome.snapshot), highlight=False, markup=False, soft_wrap=True)
         return 0
     print_failures(out, outcome.snapshot)
-    out.print(f"\nrun `{job.plan.run}` failed", style="bold red", highlight=False)
+    text = f"\nrun `{job.plan.run}` failed; when the cause is removed, continue with `{again}`"
+    out.print(text, style="bold red", highlight=False, markup=False, soft_wrap=True)
     return EXIT_FAILED
 
 

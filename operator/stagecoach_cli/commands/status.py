@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from stagecoach_cli.cluster.api import Body, ClusterChoice
     from stagecoach_cli.cluster.runs import ClusterRun
+    from stagecoach_cli.display.reports import StageReport
     from stagecoach_core.snapshot import Snapshot
     from stagecoach_local.workspace import RunFolder, RunRecord
 
@@ -57,16 +59,30 @@ def command(run: str | None, context: str | None, namespace: str | None, watch: 
 
 
 def show_local(out: Console, folder: RunFolder) -> None:
-    from stagecoach_cli.display.live import render_rows
-    from stagecoach_cli.display.summary import print_failures
+    from stagecoach_cli.display.summary import print_failures, print_stages, print_warnings
 
     record = folder.load()
     if record is None:
         return
     snapshot = snapshot_of(folder, record)
     out.print(headline(folder, record), highlight=False, markup=False, soft_wrap=True)
-    out.print(render_rows(snapshot, out.width, out.options.ascii_only))
+    print_stages(out, snapshot)
+    print_warnings(out, reports_of(record))
     print_failures(out, snapshot)
+
+
+def reports_of(record: RunRecord) -> dict[str, StageReport]:
+    """Return the reports of a local run's finished stages; none if its store cannot be read."""
+    from stagecoach_api.status import FINISHED
+    from stagecoach_api.store import StoreError, open_store
+    from stagecoach_cli.display.reports import find_reports
+
+    digests = {name: stage.digest for name, stage in record.stages.items() if stage.state in FINISHED and stage.digest}
+    try:
+        store = open_store(record.storage_uri, record.storage_endpoint, record.storage_region)
+        return find_reports(store, digests)
+    except StoreError:
+        return {}
 
 
 def watch_local(out: Console, folder: RunFolder) -> None:
@@ -97,7 +113,10 @@ def state_text(folder: RunFolder, record: RunRecord) -> str:
     from stagecoach_core.values import RunState
 
     if record.state is RunState.PROGRESSING and not folder.is_locked:
-        return f"interrupted (no driver is running; resume with `stagecoach run {record.file}`)"
+        from stagecoach_cli.display.advice import run_command
+
+        again = run_command(Path(record.file), record.invocation)
+        return f"interrupted (no driver is running; resume with `{again}`)"
     return record.state.value.lower()
 
 
@@ -105,12 +124,13 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
     """Return the run's snapshot from its record and progress files."""
     import time
 
+    from stagecoach_api.progress import Pace
     from stagecoach_api.status import LIVING
     from stagecoach_core.snapshot import Snapshot, StageRow
     from stagecoach_core.values import Found, StageState, StageView
     from stagecoach_local.tail import ProgressTail
 
-    started = {(item.stage, item.number): item.started for item in record.attempts}
+    attempts = {(item.stage, item.number): item for item in record.attempts}
     locked = folder.is_locked
     rows = []
     for name, stage in record.stages.items():
@@ -128,13 +148,20 @@ def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
             waiting_for=stage.waiting_for if locked or not is_live else "the run to be resumed",
             message=stage.message,
         )
+        newest = attempts.get((name, stage.attempt))
+        events = ProgressTail(attempt.progress).added() if is_live and stage.attempt else []
+        pace = Pace()
+        for event in events:
+            pace.add(event)
         rows.append(
             StageRow(
                 name=name,
                 kind=stage.kind,
                 view=view,
-                progress=ProgressTail(attempt.progress).newest() if is_live and stage.attempt else None,
-                started=started.get((name, stage.attempt)),
+                progress=events[-1] if events else None,
+                started=None if newest is None else newest.started,
+                eta=pace.end(),
+                resumed_from=None if newest is None else newest.resumed_from,
                 seconds=stage.seconds,
                 ranks=stage.ranks,
                 log=attempt.log if stage.attempt else None,
@@ -174,13 +201,12 @@ def print_cluster(out: Console, run: ClusterRun) -> None:
     import time
 
     from stagecoach_cli.cluster.runs import snapshot_of, warnings_of
-    from stagecoach_cli.display.live import render_rows
-    from stagecoach_cli.display.summary import print_failures
+    from stagecoach_cli.display.summary import print_failures, print_stages
 
     snapshot = snapshot_of(run, time.time())
     state = cluster_state_text(run)
     out.print(f"{run.title}: {state}  {snapshot.storage}".rstrip(), highlight=False, markup=False, soft_wrap=True)
-    out.print(render_rows(snapshot, out.width, out.options.ascii_only))
+    print_stages(out, snapshot)
     warnings = warnings_of(run)
     waits = [(row.name, row.view.waiting_for) for row in snapshot.rows]
     long_waits = [item for item in waits if len(item[1]) > LONG_WAIT and not any(item[1] in line for line in warnings)]

@@ -86,7 +86,7 @@ def follow(api: ClusterApi, name: str) -> int:
     from stagecoach_cli.cluster.runs import snapshot_of, warnings_of
     from stagecoach_cli.cluster.watch import watch
     from stagecoach_cli.display.live import open_view
-    from stagecoach_cli.display.summary import print_failures
+    from stagecoach_cli.display.summary import print_failures, print_stages
 
     out = console()
     view = open_view(out)
@@ -94,6 +94,7 @@ def follow(api: ClusterApi, name: str) -> int:
         run = watch(api, name, lambda item: exit_code(item) is not None, view)
     finally:
         view.close()
+    print_stages(out, snapshot_of(run, time.time()))
     for line in warnings_of(run):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     print_failures(out, snapshot_of(run, time.time()))

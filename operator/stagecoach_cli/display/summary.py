@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,11 @@ from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.stage_kind import StageKind
 from stagecoach_api.status import FINISHED
-from stagecoach_api.store import Store, StoreError
+from stagecoach_api.store import Store
 from stagecoach_api.summary_tables import ChangeTable, MetricTable
-from stagecoach_cli.display.live import causes
-from stagecoach_cli.display.numbers import duration, metric, quantity, short
+from stagecoach_cli.display.numbers import HOUR, duration, metric, quantity, short
+from stagecoach_cli.display.reports import StageReport, read_report_file, read_reports
+from stagecoach_cli.display.rows import causes, render_lines
 from stagecoach_core.snapshot import Snapshot, StageRow
 from stagecoach_core.values import StageState
 from stagecoach_local.tail import last_lines
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILURE_LINES = 15
+FEW_SAMPLES = 3
+"""Samples shown of a stage whose artifact is not for use outside the run; its report has all of them."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,24 @@ def shown(metrics: Mapping[str, float], table: MetricTable) -> dict[str, float]:
 
 
 def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> Table:
-    """Return a table of every stage's kind, time, training tokens and artifact."""
-    table = empty_table("Stage", "Kind", ">Time", ">Tokens", "Artifact")
-    for row in rows:
+    """Return a table of every stage's kind, time, training tokens and artifact, and what was unusual about it."""
+    found = list(rows)
+    notes = {row.name: ", ".join(_notes(row)) for row in found}
+    table = empty_table("Stage", "Kind", ">Time", ">Tokens", "Artifact", *(["Notes"] if any(notes.values()) else []))
+    for row in found:
         manifest = manifests.get(row.view.digest or "") if row.view.state in FINISHED else None
         tokens = quantity(manifest.tokens) if manifest is not None and manifest.tokens else ""
         artifact = short(row.view.digest or "") if manifest is not None else ""
-        table.add_row(row.name, row.kind, _time(row), tokens, artifact)
+        last = [notes[row.name]] if any(notes.values()) else []
+        table.add_row(row.name, row.kind, _time(row), tokens, artifact, *last)
     return table
+
+
+def _notes(row: StageRow) -> Iterator[str]:
+    if row.resumed_from is not None:
+        yield f"resumed from step {row.resumed_from:,}"
+    if why := causes(row):
+        yield f"restarted: {why}"
 
 
 def _time(row: StageRow) -> str:
@@ -132,23 +144,97 @@ def print_titled(console: Console, title: str, table: Table) -> None:
 
 
 def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, Manifest], store: Store) -> None:
-    """Print the tables and samples of a run's finished stages, and where their artifacts are."""
+    """Print what a run's finished stages made: tables, gates, samples, warnings, and where the artifacts are."""
     finished = {
         row.name: manifests[row.view.digest or ""]
         for row in snapshot.rows
         if row.view.state in FINISHED and row.view.digest in manifests
     }
+    reports = read_reports(store, finished) | reports_of_failed(snapshot)
     print_titled(console, "Stages", stage_table(snapshot.rows, manifests))
     for title, table in measured_tables(finished):
         print_titled(console, title, table)
+    print_gates(console, reports)
     releases = {name: item for name, item in finished.items() if item.kind in STAGE_KINDS and _kind(item).release}
-    for name, manifest in releases.items():
-        _print_samples(console, name, samples(store, manifest))
+    for name, report in reports.items():
+        _print_samples(console, name, report.samples[: None if name in releases else FEW_SAMPLES])
+    print_warnings(console, reports)
     root = f"{store.uri.rstrip('/')}/artifacts"
     console.print(f"Artifacts: {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
     for name, manifest in releases.items():
         uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
         console.print(f"Output of {name}: {uri}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_stages(console: Console, snapshot: Snapshot) -> None:
+    """Print a line for each stage."""
+    width = console.width - 1 if console.is_terminal else console.width
+    for line in render_lines(snapshot, width, console.options.ascii_only):
+        console.print(line, soft_wrap=True, end="\n")
+
+
+def reports_of_failed(snapshot: Snapshot) -> dict[str, StageReport]:
+    """Return the reports that failed stages have left: those whose gate was missed."""
+    return {
+        row.name: read_report_file(row.log.parent / "logs" / REPORT)
+        for row in snapshot.rows
+        if row.view.state is StageState.FAILED and row.log is not None
+    }
+
+
+def print_gates(console: Console, reports: Mapping[str, StageReport]) -> None:
+    """Print the gates of all stages: the value measured, the bound, and the verdict."""
+    table = empty_table("Stage", "Metric", ">Value", "Bound", "Verdict")
+    for name, report in reports.items():
+        for gate in report.gates:
+            value = "NaN" if gate.value is None else metric(gate.value)
+            table.add_row(name, gate.metric, value, gate.limits, gate.verdict)
+    if table.row_count:
+        print_titled(console, "Gates", table)
+
+
+def print_warnings(console: Console, reports: Mapping[str, StageReport]) -> None:
+    """Print the warnings of all stages, those from the cache too."""
+    from rich.text import Text
+
+    lines = [f"{name}: {warning}" for name, report in reports.items() for warning in report.warnings]
+    if lines:
+        console.print(Text("Warnings", style="bold yellow"))
+    for line in lines:
+        console.print(Text(f"  {_indented(line, '  ')}", style="yellow"), soft_wrap=True)
+    if lines:
+        console.print()
+
+
+def completion(snapshot: Snapshot, manifests: Mapping[str, Manifest]) -> str:
+    """Return the line that ends a complete run: stages, time, tokens and GPU-hours of what was done now."""
+    rows = [row for row in snapshot.rows if row.view.state in FINISHED]
+    cached = sum(row.view.state is StageState.CACHED for row in rows)
+    made = [
+        manifests[row.view.digest or ""]
+        for row in rows
+        if row.view.state is StageState.SUCCEEDED and row.view.digest in manifests
+    ]
+    count = f"{len(rows)} stage{'s' * (len(rows) != 1)} done"
+    if len(rows) < len(snapshot.rows):
+        count = f"{len(rows)} of {len(snapshot.rows)} stages done"
+    parts = [f"{count}, {cached} from the cache" if cached else count]
+    if snapshot.started is not None:
+        parts.append(f"in {duration(snapshot.now - snapshot.started)}")
+    tokens, gpu_seconds = sum(item.tokens for item in made), sum(item.gpu_seconds for item in made)
+    parts += [f"{quantity(tokens)} training tokens"] if tokens else []
+    parts += [f"{gpu_seconds / HOUR:.3g} GPU-hours"] if gpu_seconds else []
+    return f"run `{snapshot.run}` is complete: {', '.join(parts)}".replace(", in ", " in ", 1)
+
+
+def next_command(snapshot: Snapshot) -> str:
+    """Return a hint on how to get at the result: the released model, or else the last artifact."""
+    finished = [row for row in snapshot.rows if row.view.state in FINISHED]
+    if not finished:
+        return ""
+    releases = [row for row in finished if row.kind in STAGE_KINDS and STAGE_KINDS[row.kind].release]
+    name = (releases or finished)[-1].name
+    return f"copy {name} with `stagecoach artifacts get {snapshot.run}/{name} FOLDER`"
 
 
 def measured_tables(manifests: Mapping[str, Manifest]) -> list[tuple[str, Table]]:
@@ -173,23 +259,7 @@ def _kind(manifest: Manifest) -> StageKind:
     return STAGE_KINDS[manifest.kind]
 
 
-def samples(store: Store, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the prompts and answers in a stage's report; empty if it has no report with samples."""
-    if REPORT not in {item.path for item in manifest.objects}:
-        return []
-    try:
-        report = json.loads(store.read(f"{output_prefix(manifest.stage_digest)}/{REPORT}"))
-    except (StoreError, ValueError):
-        return []
-    found = report.get("samples") if isinstance(report, dict) else None
-    return [
-        (str(item.get("prompt", "")), str(item.get("answer", "")))
-        for item in (found if isinstance(found, list) else [])
-        if isinstance(item, dict)
-    ]
-
-
-def _print_samples(console: Console, stage: str, answers: list[tuple[str, str]]) -> None:
+def _print_samples(console: Console, stage: str, answers: Sequence[tuple[str, str]]) -> None:
     from rich.text import Text
 
     if answers:

@@ -10,7 +10,7 @@ from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionType, Reason, StageState
 from stagecoach_cli.cluster.api import ClusterError
 from stagecoach_cli.cluster.runs import ClusterRun, cluster_run, digests_in_use, snapshot_of, warnings_of
-from stagecoach_cli.display.live import describe
+from stagecoach_cli.display.rows import describe
 from stagecoach_core.values import RunState
 from tests.cli.cluster.makers import FakeCluster, condition, failed_status, stage_status, status_of, suspended_status
 
@@ -50,7 +50,7 @@ def test_a_stage_is_shown_with_everything_in_its_status() -> None:
     (row,) = snapshot.rows
     assert (row.kind, row.ranks, row.view.state, row.view.attempt) == ("sft", 16, StageState.RUNNING, 3)
     assert row.view.restarts == {Cause.INFRASTRUCTURE: 1, Cause.PREEMPTION: 1}
-    assert describe(row) == ("train  1.2k/4k tokens  5 m 00 s left  restarted: infrastructure × 1, preemption × 1")
+    assert describe(row, NOW) == ("train 1.2k/4k tokens  5 m 00 s left  restarted: infrastructure × 1, preemption × 1")
 
 
 def test_finished_stages_have_their_time_and_show_the_storage() -> None:
@@ -59,7 +59,7 @@ def test_finished_stages_have_their_time_and_show_the_storage() -> None:
     done = stage_status(state=StageState.SUCCEEDED, digest=DIGEST, artifact=artifact, **times)
     cached = stage_status("data", StageState.CACHED, digest=OTHER, cached=True)
     snapshot = snapshot_of(run_of(done, cached, spec={"stages": []}), NOW)
-    assert [describe(row) for row in snapshot.rows] == ["1 m 15 s  aaaaaaaaaaaa", "cached  bbbbbbbbbbbb"]
+    assert [describe(row, NOW) for row in snapshot.rows] == ["1 m 15 s  aaaaaaaaaaaa", "cached  bbbbbbbbbbbb"]
     assert snapshot.storage == "s3://kept/here"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from stagecoach_api.progress import STEPS, TRAIN
+from stagecoach_api.progress import RESUME, STEPS, TRAIN
 from stagecoach_trainer.kernels.causal import causal_model, output_layer
 from stagecoach_trainer.runtime.progress import Progress
 
@@ -106,7 +106,7 @@ class StepMetrics:
     def resume(self, step: int) -> None:
         """Report that training continues after a step that an earlier attempt made."""
         self._step = step
-        self._progress.report("resume", step, self._num_steps, STEPS)
+        self._progress.report(RESUME, step, self._num_steps, STEPS)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Record metrics at a step."""
