@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
-from stagecoach_api.base import Identifier, Model, Name, Uri, Weight
-from stagecoach_api.constraints import exactly_one
+from stagecoach_api.base import Identifier, Model, Name, ShortText, Uri, Weight
+from stagecoach_api.constraints import Constraint, exactly_one, given, implies
 
 
 def hub_advice(name: str, kind: str) -> str:
@@ -74,55 +75,86 @@ class Reference(Model):
         return f"stage:{self.stage}" if self.stage is not None else f"uri:{self.uri}"
 
 
+FieldName = Annotated[str, Field(min_length=1, max_length=128)]
+"""The name of a field of a record, or of a column of a table."""
+
+
 class FieldMapping(Model):
     """Names of the source's fields, where they differ from the format's own."""
 
-    text: Identifier | None = None
+    text: FieldName | None = None
     """Field with the text of a `text` record. If unset: `text`."""
 
-    instruction: Identifier | None = None
+    instruction: FieldName | None = None
     """Field with the instruction of an `alpaca` record. If unset: `instruction`."""
 
-    input: Identifier | None = None
-    """Field with the input of an `alpaca` record. If unset: `input`."""
+    input: FieldName | None = None
+    """Field with the input of an `alpaca` record or of a prompt. If unset: `input`."""
 
-    output: Identifier | None = None
+    output: FieldName | None = None
     """Field with the output of an `alpaca` record. If unset: `output`."""
 
-    messages: Identifier | None = None
+    history: FieldName | None = None
+    """Field with the earlier turns of an `alpaca` record, as pairs of question and answer. If unset: `history`."""
+
+    system: FieldName | None = None
+    """Field with the system prompt of a conversation. If unset: `system`, `system_prompt` or `system_message`."""
+
+    tools: FieldName | None = None
+    """Field with the tools of a conversation, as a list or its JSON. If unset: `tools`, or `functions`."""
+
+    messages: FieldName | None = None
     """Field with the turns of a conversation. If unset: `conversations` for `sharegpt`, `messages` for `messages`."""
 
-    prompt: Identifier | None = None
+    prompt: FieldName | None = None
     """Field with the prompt of a preference record, as text or turns. If unset: the first of `prompt`, `conversations`,
     `messages`, `question` and `instruction` that the record has; `user_input` for `comparison`."""
 
-    chosen: Identifier | None = None
+    chosen: FieldName | None = None
     """Field with the preferred answer of a preference record. If unset: `chosen`; `completion_a` for `comparison`."""
 
-    rejected: Identifier | None = None
+    rejected: FieldName | None = None
     """Field with the other answer of a preference record. If unset: `rejected`; `completion_b` for `comparison`."""
 
-    answers: Identifier | None = None
+    answers: FieldName | None = None
     """Field with the list of answers of a `ranked` record. If unset: `answers`."""
 
-    completion: Identifier | None = None
-    """Field with the answer of a `labels` record. If unset: `completion`."""
+    completion: FieldName | None = None
+    """Field with the answer of a `labels` record. If unset: `completion`, or the last turn of `messages` or
+    `conversations`, or `output`."""
 
-    label: Identifier | None = None
-    """Field that states whether the answer of a `labels` record is good. If unset: `label`."""
+    label: FieldName | None = None
+    """Field that states whether the answer of a `labels` record is good. If unset: `label` or `kto_tag`."""
+
+    ignore: Annotated[tuple[FieldName, ...], Field(max_length=64)] = ()
+    """Fields left out knowingly. A field that would change what is learnt (media, weights, verdicts) is refused unless
+    it is listed here; other fields that the format does not read are counted and named in the report."""
 
 
 class RecordSource(Reference):
     """Records to read: one part of a `data` artifact, or files at a URI, which may be a glob."""
 
+    constraints = (
+        Constraint(
+            implies(given("dataset"), given("uri")),
+            "`dataset` names a set of the folder at `uri`",
+            "give the folder's `uri`, or leave `dataset` out",
+        ),
+    )
+
     split: Split = Split.TRAIN
     """Part of a `data` artifact. Ignored for files."""
 
     format: Format = Format.AUTO
-    """Layout of the records. `auto` detects it from the first record. A `data` artifact states its own."""
+    """Layout of the records. `auto` detects it from the first record, and refuses one that fits two layouts. A `data`
+    artifact states its own."""
 
     fields: FieldMapping = FieldMapping()
     """Names of the source's fields, where they differ from the format's own."""
+
+    dataset: ShortText | None = None
+    """Name of a set in LLaMA-Factory's `dataset_info.json` in the folder at `uri`, which states the file, layout and
+    fields. If unset: all data files at `uri` are read."""
 
     max_samples: int | None = Field(default=None, ge=1)
     """Number of records to read, starting with the first. If unset: all."""
@@ -130,7 +162,7 @@ class RecordSource(Reference):
     @property
     def label(self) -> str:
         """Return the name of this source in reports if it has no `name`."""
-        return self.stage or (self.uri or "").rsplit("/", 1)[-1]
+        return self.stage or self.dataset or (self.uri or "").rstrip("/").rsplit("/", 1)[-1]
 
 
 class WeightedSource(RecordSource):

@@ -41,17 +41,20 @@ class UnicodeForm(StrEnum):
 
 
 class Normalize(Model):
-    """Change the text of every record."""
+    """Change the text of every record: of documents, of the turns of conversations, of answers. Calls of tools stay as
+    they are."""
 
     unicode: UnicodeForm = UnicodeForm.NFC
     """Unicode normalisation form."""
 
-    collapse_whitespace: bool = True
-    """Replace runs of spaces with one space and runs of empty lines with one, and strip both ends."""
+    collapse_whitespace: bool = False
+    """Replace runs of spaces with one space and runs of empty lines with one, and strip both ends. It flattens the
+    indentation of code and the columns of tables, so set it for prose only."""
 
 
 class Length(Model):
-    """Drop records whose text is too short or too long. The text of a conversation is that of all its turns."""
+    """Drop records whose text is too short or too long, without blanks at both ends. The text of a conversation is that
+    of all its turns."""
 
     min_characters: Count = 1
     """Smallest number of characters."""
@@ -139,8 +142,8 @@ class DataStage(StageConfig):
         DataStep(length=Length()),
         DataStep(deduplicate=Deduplicate()),
     )
-    """Steps of the pipeline, run in this order. The default normalises the text, drops empty records and removes
-    duplicates."""
+    """Steps of the pipeline, run in this order. The default writes equal characters in one way (Unicode's NFC), drops
+    empty records and removes duplicates; blanks and line ends stay as they are."""
 
     held_out_share: Fraction = 0.0
     """Share of the records held out for measurement, selected by the hash of their content so that no duplicate is in

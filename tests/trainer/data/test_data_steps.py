@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stagecoach_api.character_sets import Script
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.data import (
     CharacterShare,
+    DataSource,
+    DataStage,
     DataStep,
     Deduplicate,
     Length,
@@ -17,7 +22,7 @@ from stagecoach_api.kinds.data import (
     Repetition,
     UnicodeForm,
 )
-from stagecoach_trainer.data.records import Record, Turn
+from stagecoach_trainer.data.records import Answer, Record, ToolCall, Turn
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -27,8 +32,11 @@ def one(step: DataStep) -> StepCounter:
     return counter
 
 
+COLLAPSE = Normalize(collapse_whitespace=True)
+
+
 def clean(text: str, config: Normalize | None = None) -> str | None:
-    result = one(DataStep(normalize=config or Normalize())).apply(Record(text=text))
+    result = one(DataStep(normalize=config or COLLAPSE)).apply(Record(text=text))
     assert isinstance(result, Record)
     return result.text
 
@@ -57,12 +65,35 @@ def test_normalize_cleans(text: str, expected: str) -> None:
 
 def test_normalize_does_only_what_is_configured() -> None:
     assert clean("１２ Ａ", Normalize(unicode=UnicodeForm.NFKC)) == "12 A"
-    untouched = Normalize(unicode=UnicodeForm.NONE, collapse_whitespace=False)
-    assert clean(" e\u0301  \r\n", untouched) == " e\u0301  \r\n"
+    assert clean(" e\u0301  \r\n", Normalize(unicode=UnicodeForm.NONE)) == " e\u0301  \r\n"
+
+
+@given(text=st.text(st.sampled_from("ab|- \t\n\r\u00a0\u3000\u200b\\'\"{}汉e\u0301"), max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_the_default_steps_change_no_word_and_no_blank(text: str) -> None:
+    """open_llama#43, sentencepiece#650: indentation, tables and blanks in answers are what a model learns to write."""
+    turns = (Turn(Role.USER, "q" + text), Turn(Role.ASSISTANT, text, reasoning=text, calls=(ToolCall("f", text),)))
+    for record in (
+        Record(text="d" + text),
+        Record(messages=turns, tools=text),
+        Record(messages=turns[:1], answers=(Answer(text, rank=1), Answer("b" + text, rank=2))),
+    ):
+        result: Record | Dropped = record
+        for step in build_steps(DataStage(sources=(DataSource(uri="a"),)).steps):
+            assert isinstance(result, Record)
+            result = step.apply(result)
+        assert isinstance(result, Record)
+        assert as_nfc(result) == as_nfc(record)
+        assert [turn.calls for turn in result.messages] == [turn.calls for turn in record.messages]
+
+
+def as_nfc(record: Record) -> list[str]:
+    texts = [record.text or "", *(text for turn in record.messages for text in (turn.content, turn.reasoning))]
+    return [unicodedata.normalize("NFC", text) for text in (*texts, *(answer.content for answer in record.answers))]
 
 
 def test_normalize_cleans_every_turn_and_counts_changed_records() -> None:
-    step = one(DataStep(normalize=Normalize()))
+    step = one(DataStep(normalize=COLLAPSE))
     dirty = Record(messages=(Turn(Role.USER, " a ", "b  c"), Turn(Role.ASSISTANT, "d")))
     result = step.apply(dirty)
     assert isinstance(result, Record)
@@ -79,6 +110,12 @@ def test_normalize_cleans_every_turn_and_counts_changed_records() -> None:
             ["一", "一二", "一二三", "一二三四"],
             ["length.tooShort", None, None, "length.tooLong"],
             id="length counts characters",
+        ),
+        pytest.param(
+            DataStep(length=Length(max_characters=2)),
+            [" \n", " ab\n", "a b"],
+            ["length.tooShort", None, "length.tooLong"],
+            id="length without blanks at both ends",
         ),
         pytest.param(
             DataStep(match=Match(drop="(?i)error [0-9]+")),

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach_trainer.data.reading import Malformed
+from stagecoach_api.references import Format
+from stagecoach_trainer.data.notes import Notes, warnings_of
+from stagecoach_trainer.data.reading import Malformed, proposal
 from stagecoach_trainer.data.steps import StepCounter
 
 MAX_LISTED = 20
 """Malformed records that a report lists, at most."""
+
+MAX_REASONS = 4
+"""Reasons that a message gives, at most."""
+
+MAX_COUNTED = 100
+"""Distinct reasons that are counted, at most."""
 
 
 @dataclass
@@ -33,6 +41,9 @@ class Funnel:
     characters: int = 0
     """Characters of `train` and `held_out`, each record once."""
 
+    notes: Notes = field(default_factory=Counter)
+    """What is not read, or may not be meant."""
+
     @property
     def kept(self) -> int:
         return self.train + self.held_out
@@ -52,6 +63,7 @@ class Funnel:
             "trainWritten": self.copies,
             "heldOut": self.held_out,
             "characters": self.characters,
+            **({"notes": dict(sorted(self.notes.items()))} if self.notes else {}),
         }
 
 
@@ -66,13 +78,15 @@ def total(funnels: Iterable[Funnel]) -> Funnel:
         result.copies += funnel.copies
         result.held_out += funnel.held_out
         result.characters += funnel.characters
+        result.notes += funnel.notes
     return result
 
 
 def report_json(
     funnels: dict[str, Funnel], pipeline: Sequence[StepCounter], malformed: Sequence[Malformed]
 ) -> dict[str, Any]:
-    """Return `report.json`: the funnel in total and per source, each step's counters, malformed records."""
+    """Return `report.json`: the funnel in total and per source, each step's counters, malformed records, warnings."""
+    warnings = [text for label, funnel in funnels.items() for text in warnings_of(funnel.notes, label)]
     return {
         "total": total(funnels.values()).as_json(),
         "sources": {label: funnel.as_json() for label, funnel in funnels.items()},
@@ -86,7 +100,31 @@ def report_json(
             for step in pipeline
         ],
         "malformed": [{"where": item.where, "reason": item.reason} for item in malformed],
+        **({"warnings": warnings} if warnings else {}),
     }
+
+
+def describe_malformed(
+    malformed: Sequence[Malformed], reasons: Mapping[str, int], formats: Mapping[str, Format]
+) -> str:
+    """Return a sentence for each reason why records are malformed, and what to do if they fit another layout.
+
+    Args:
+        malformed: The first malformed records.
+        reasons: Number of records by reason.
+        formats: Layout of each source by its label.
+    """
+    first = {item.reason: item.where for item in reversed(malformed)}
+    most = sorted(reasons, key=lambda reason: -reasons[reason])[:MAX_REASONS]
+    named = [
+        f"{first[reason]}{f' and {reasons[reason] - 1:,} more' if reasons[reason] > 1 else ''}: {reason}"
+        for reason in most
+        if reason in first
+    ]
+    other = len(reasons) - len(named)
+    more = [f"and {other:,} other reasons"] if other else []
+    advice = {proposal(item.looks_like, formats.get(item.source, Format.AUTO)): None for item in malformed}
+    return "; ".join([*named, *more, *[text for text in advice if text][:1]])
 
 
 def report_markdown(report: dict[str, Any]) -> str:
@@ -112,4 +150,6 @@ def report_markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Malformed", "", *(f"- `{item['where']}`: {item['reason']}" for item in report["malformed"])]
         unlisted = report["total"]["malformed"] - len(report["malformed"])
         lines += [f"- and {unlisted:,} more"] if unlisted else []
+    for warning in report.get("warnings", ()):
+        lines += ["", f"Warning: {warning}"]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any, Protocol
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
 from stagecoach_trainer.data.files import read_values
 from stagecoach_trainer.data.formats import detect_format, parser_for
+from stagecoach_trainer.data.messages import shortened
+from stagecoach_trainer.data.notes import Notes, note_files, note_record
 from stagecoach_trainer.data.preferences import canonical_preferences
-from stagecoach_trainer.data.raw import Layout, layout_of
+from stagecoach_trainer.data.raw import Layout, Raw, layout_of
 from stagecoach_trainer.data.records import PREFERENCES, Record, RecordError
+from stagecoach_trainer.data.source_files import SourceFiles, source_files
 from stagecoach_trainer.data.turns import Parse
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -35,32 +39,54 @@ class Malformed:
     """`file:line`."""
 
     reason: str
+    looks_like: Format | None = None
+    """Another layout that the value fits. None if there is none."""
+
+    source: str = ""
+    """Label of its source."""
 
 
-def read_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
-    """Yield the records of `source`, in order.
+def read_records(context: Fetches, source: RecordSource, notes: Notes | None = None) -> Iterator[Record]:
+    """Yield the records of `source`, in order. `notes` counts what is not read, or may not be meant.
 
     Raises:
         UserError: A record is malformed (the message names file and line), or the split or the files are missing.
     """
-    for item in read_raw_records(context, source):
+    for item in read_path(context.fetch(source), source, notes):
         if isinstance(item, Malformed):
-            raise UserError(f"{item.where}: {item.reason}; a `data` stage can count and leave out malformed records")
+            advice = proposal(item.looks_like, source.format)
+            raise UserError(
+                f"{item.where}: {item.reason}; {advice or 'a `data` stage can count and leave out malformed records'}"
+            )
         yield item
 
 
-def read_raw_records(context: Fetches, source: RecordSource) -> Iterator[Record | Malformed]:
-    """Like `read_records`, but yield malformed records instead of raising. They count against `maxSamples` too."""
-    return read_path(context.fetch(source), source)
+def proposal(looks_like: Format | None, format_: Format) -> str:
+    """Return what to do about records that fit another layout; empty if they fit none."""
+    if looks_like is None:
+        return ""
+    if format_ is Format.AUTO:
+        return f"it looks like `{looks_like}`, unlike the first record: make one source for each layout"
+    return f"it looks like `{looks_like}`: set `format: {looks_like}`"
 
 
-def read_path(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
-    """Like `read_raw_records`, for a source that is already fetched to `path`."""
-    is_artifact = path.is_dir() and (path / INDEX).is_file()
-    records = _read_artifact(path, source) if is_artifact else _read_files(path, source)
+def read_path(path: Path, source: RecordSource, notes: Notes | None = None) -> Iterator[Record | Malformed]:
+    """Yield the records of a source that is fetched to `path`, and malformed ones, which count against `maxSamples`.
+
+    `notes` counts what is not read, or may not be meant.
+    """
+    notes = Counter() if notes is None else notes
+    if path.is_dir() and (path / INDEX).is_file():
+        records, most = _read_artifact(path, source), source.max_samples
+    else:
+        found = source_files(path, source)
+        note_files(notes, found.not_read)
+        records, most = _read_files(found), found.source.max_samples
     for number, record in enumerate(records):
-        if source.max_samples is not None and number >= source.max_samples:
+        if most is not None and number >= most:
             return
+        if isinstance(record, Record):
+            note_record(notes, record)
         yield record
 
 
@@ -86,9 +112,9 @@ def _read_artifact(folder: Path, source: RecordSource) -> Iterator[Record | Malf
     for shard in split["shards"]:
         name = shard["path"]
         for raw in read_values(folder / name, f"{source.label}/{name}", Layout.LINES):
-            record = _parsed(raw.value, raw.error, parse, f"{source.label}/{name}:{raw.line}")
-            if isinstance(record, Record):
-                record = replace(record, source=str(raw.value.get("source", source.label)))
+            record = _parsed(raw, parse, f"{source.label}/{name}:{raw.line}")
+            if isinstance(record, Record):  # whose fields are all ours
+                record = replace(record, source=str(raw.value.get("source", source.label)), unread=())
             yield record
 
 
@@ -101,38 +127,26 @@ def _artifact_parser(kind: str) -> Parse:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(path: Path, source: RecordSource) -> Iterator[Record | Malformed]:
+def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
+    source = found.source
     detected: Format | None = None if source.format is Format.AUTO else source.format
-    for file, name in _data_files(path, source):
+    for file, name in found.files:
         layout = layout_of(file)
+        parse: Parse | None = None
         if layout is Layout.TEXT:
             detected = _text_format(detected, name)
-            parse: Parse | None = parser_for(Format.TEXT, FieldMapping(), {})
-        else:
-            parse = None
+            parse = parser_for(Format.TEXT, FieldMapping(), {})
         for raw in read_values(file, name, layout):
             where = f"{name}:{raw.line}"
             if parse is None and raw.error is None and isinstance(raw.value, Mapping):
                 detected = detected or _detected(raw.value, source.fields, where)
-                parse = parser_for(detected, source.fields, raw.value)
-            record = _parsed(raw.value, raw.error, parse, where)
-            yield replace(record, source=source.label) if isinstance(record, Record) else record
-
-
-def _data_files(path: Path, source: RecordSource) -> list[tuple[Path, str]]:
-    """Return (file, name in messages) of a source's files, sorted by name."""
-    if path.is_file():
-        return [(path, (source.uri or path.name).rsplit("/", 1)[-1])]
-    files = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-    )
-    if len(files) > 1:  # a folder may contain a README or a licence next to the data
-        files = [(name, file) for name, file in files if layout_of(file) and not name.lower().endswith(".md")] or files
-    if not files:
-        raise UserError(f"{source.key}: no files found; give a file, a glob or a folder with data in it")
-    return [(file, name) for name, file in files]
+                parse = parser_for(detected, source.fields, raw.value, found.keys)
+            record = _parsed(raw, parse, where)
+            if isinstance(record, Record):
+                yield replace(record, source=source.label)
+            else:
+                other = _other_layout(raw, source.fields, detected)
+                yield replace(record, looks_like=other, source=source.label)
 
 
 def _text_format(detected: Format | None, name: str) -> Format:
@@ -148,12 +162,23 @@ def _detected(value: Mapping[str, Any], fields: FieldMapping, where: str) -> For
         raise UserError(f"{where}: {error}") from error
 
 
-def _parsed(value: Any, error: str | None, parse: Parse | None, where: str) -> Record | Malformed:
-    if error is not None:
-        return Malformed(where, error)
-    if not isinstance(value, Mapping) or parse is None:
-        return Malformed(where, f"a record must be an object, got {type(value).__name__}")
+def _other_layout(raw: Raw, fields: FieldMapping, format_: Format | None) -> Format | None:
+    """Return the layout of a value that is malformed in `format_`. None if it fits no other one."""
+    if not isinstance(raw.value, Mapping):
+        return None
     try:
-        return replace(parse(value), where=where)
+        found = detect_format(raw.value, fields)
+    except RecordError:
+        return None
+    return None if found is format_ else found
+
+
+def _parsed(raw: Raw, parse: Parse | None, where: str) -> Record | Malformed:
+    if raw.error is not None:
+        return Malformed(where, raw.error)
+    if not isinstance(raw.value, Mapping) or parse is None:
+        return Malformed(where, f"a record must be an object, got {type(raw.value).__name__}")
+    try:
+        return replace(parse(raw.value), where=where)
     except RecordError as problem:
-        return Malformed(where, str(problem))
+        return Malformed(where, shortened(str(problem)))

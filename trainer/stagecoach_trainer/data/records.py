@@ -104,6 +104,12 @@ class Record:
     answers: tuple[Answer, ...] = ()
     """A preference record's answers, best first if they are ranked; empty for other records."""
 
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Names of fields of the value it was read from that mean nothing to its layout, each once."""
+
+    scores_disagree: bool = field(default=False, compare=False)
+    """Whether scores in the value contradict the order of its answers."""
+
     @property
     def is_text(self) -> bool:
         return self.text is not None

@@ -156,7 +156,7 @@ class LengthStep:
         self._max = config.max_characters
 
     def apply(self, record: Record) -> Record | Dropped:
-        length = len(record.content)
+        length = len(record.content.strip())
         if length < self._min:
             return Dropped("tooShort")
         if self._max is not None and length > self._max:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stagecoach_api.conversation import Role
+from stagecoach_trainer.data.contract import TURN_MEANINGS, is_unread
+from stagecoach_trainer.data.messages import listed
 from stagecoach_trainer.data.records import Record, RecordError, ToolCall, Turn
 
 Parse = Callable[[Mapping[str, Any]], Record]
@@ -45,6 +47,12 @@ ASSISTANT_FLAGS = frozenset({"weight", "loss"})
 """Flags defined for the assistant's turns alone: 1 on another turn changes nothing."""
 
 
+TURN_FIELDS = frozenset(
+    {"input", "name", "tool_calls", "function_call", "tool_call_id", *REASONING_FIELDS, *FLAG_FIELDS}
+)
+"""Fields that turns are read from, except role and content."""
+
+
 @dataclass(frozen=True, slots=True)
 class TurnKeys:
     """Field names and role names with which a layout writes a turn."""
@@ -53,6 +61,9 @@ class TurnKeys:
     content: str
     roles: Mapping[str, Role]
     """Role by the name that the layout uses."""
+
+    calls: frozenset[str] = CALL_ROLES
+    """Names of roles whose content is the JSON of calls."""
 
 
 SHAREGPT_TURNS = TurnKeys("from", "value", SHAREGPT_ROLES)
@@ -75,7 +86,7 @@ def list_of_turns(items: Any, name: str, keys: TurnKeys) -> list[Turn]:
             turn = turn_of(item, keys)
         except RecordError as error:
             raise RecordError(f"`{name}[{index}]`: {error}") from error
-        if turns and item[keys.role] in CALL_ROLES and _is_one_turn(turns[-1], turn):
+        if turns and item[keys.role] in keys.calls and _is_one_turn(turns[-1], turn):
             turns[-1] = replace(turns[-1], calls=turns[-1].calls + turn.calls)
         else:
             turns.append(turn)
@@ -100,8 +111,8 @@ def turn_of(item: Any, keys: TurnKeys) -> Turn:
     if role is None:
         raise RecordError(f"unknown `{keys.role}` {name!r}; allowed are {', '.join(sorted(keys.roles))}")
     calls = _calls_of(item)
-    reasoning = _reasoning_of(item)
-    if name in CALL_ROLES:
+    reasoning = reasoning_of(item)
+    if name in keys.calls:
         if calls:
             raise RecordError(f"a turn of `{name}` has its calls in `{keys.content}`, not in `tool_calls` as well")
         content, calls = "", _calls_in(string_of(item, keys.content), keys.content)
@@ -121,6 +132,24 @@ def turn_of(item: Any, keys: TurnKeys) -> Turn:
         call_id=(optional_string_of(item, "tool_call_id") or None) if role is Role.TOOL else None,
         trained=_flag_of(item, role),
     )
+
+
+def unread_in_turns(items: Any, name: str, keys: TurnKeys) -> set[str]:
+    """Return the fields of turns that are not read, as `name[].field`.
+
+    Raises RecordError for one that would change what is learnt.
+    """
+    found: set[str] = set()
+    for index, item in enumerate(items if isinstance(items, list) else [items]):
+        for field in item if isinstance(item, Mapping) else ():
+            if field in TURN_FIELDS or field in (keys.role, keys.content):
+                continue
+            try:
+                if is_unread(field, item[field], TURN_MEANINGS):
+                    found.add(f"{name}[].{field}")
+            except RecordError as error:
+                raise RecordError(f"`{name}[{index}]`: {error}") from error
+    return found
 
 
 # -- content -----------------------------------------------------------------------------------------------------------
@@ -152,7 +181,8 @@ def _content_of(item: Mapping[str, Any], name: str, may_be_null: bool) -> tuple[
     return "".join(texts), "".join(thoughts)
 
 
-def _reasoning_of(item: Mapping[str, Any]) -> str:
+def reasoning_of(item: Mapping[str, Any]) -> str:
+    """Return what the assistant thinks before it answers. Raises RecordError if two fields differ."""
     found = {name: text for name in REASONING_FIELDS if (text := optional_string_of(item, name))}
     if len(set(found.values())) > 1:
         raise RecordError(f"{', '.join(f'`{name}`' for name in found)} differ; keep the one that the model must think")
@@ -286,5 +316,5 @@ def _valid_unicode(text: str, name: str) -> str:
 def describe(value: Mapping[str, Any], name: str) -> str:
     """Describe the content of a field for an error message."""
     if name not in value:
-        return f"no such field (there are: {', '.join(sorted(map(str, value))) or 'none'})"
+        return f"no such field (there are: {listed(sorted(map(str, value))) or 'none'})"
     return type(value[name]).__name__ if value[name] != [] else "an empty list"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +11,22 @@ from pathlib import Path
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.kinds.data import DataSource, DataStage, Order
 from stagecoach_api.references import Split
-from stagecoach_trainer.data.funnel import MAX_LISTED, Funnel, report_json, report_markdown, total
+from stagecoach_trainer.data.funnel import (
+    MAX_COUNTED,
+    MAX_LISTED,
+    Funnel,
+    describe_malformed,
+    report_json,
+    report_markdown,
+    total,
+)
 from stagecoach_trainer.data.reading import INDEX, Malformed, read_path
 from stagecoach_trainer.data.records import Record, kind_of
 from stagecoach_trainer.data.shards import RecordSink, ShardWriter, ShufflingWriter, split_index
 from stagecoach_trainer.data.steps import Dropped, StepCounter, build_steps, content_hash, prompt_hash
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.inputs import input_files
 
 RECORDS_PER_HEARTBEAT = 512
 EXPANSION = 4
@@ -71,8 +81,7 @@ def _open_sinks(config: DataStage, context: StageContext, paths: list[Path]) -> 
 
 
 def _bytes_below(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in input_files(path))
 
 
 @dataclass
@@ -89,6 +98,9 @@ class _Progress:
     malformed: list[Malformed] = field(default_factory=list)
     """The first `MAX_LISTED` malformed records."""
 
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Malformed records by reason; of reasons, the first `MAX_COUNTED`."""
+
     format: str = ""
     """`text`, `conversation` or `preferences`."""
 
@@ -96,11 +108,13 @@ class _Progress:
 
     def read_source(self, source: DataSource, label: str, path: Path) -> None:
         """Process all records of a source."""
-        for item in self._watched(read_path(path, source)):
-            funnel = self.funnels[label]
+        funnel = self.funnels[label]
+        for item in self._watched(read_path(path, source, funnel.notes)):
             funnel.read += 1
             if isinstance(item, Malformed):
                 funnel.malformed += 1
+                if item.reason in self.reasons or len(self.reasons) < MAX_COUNTED:
+                    self.reasons[item.reason] += 1
                 if len(self.malformed) < MAX_LISTED:
                     self.malformed.append(item)
                 continue
@@ -155,13 +169,13 @@ class _Progress:
             funnel.check(label)
         whole = total(self.funnels.values())
         if whole.read and whole.malformed / whole.read > self.config.max_malformed_share:
-            listed = "; ".join(f"{item.where}: {item.reason}" for item in self.malformed)
-            more = whole.malformed - len(self.malformed)
+            formats = {source.label: source.format for source in self.config.sources}
+            problems = describe_malformed(self.malformed, self.reasons, formats)
             raise UserError(
                 f"{whole.malformed:,} of {whole.read:,} records are malformed "
                 f"({whole.malformed / whole.read:.2%}; maxMalformedShare allows "
-                f"{self.config.max_malformed_share:.2%}): {listed}{f'; and {more:,} more' if more else ''}. Fix "
-                "them, or raise maxMalformedShare to leave them out"
+                f"{self.config.max_malformed_share:.2%}): {problems}. Fix them, or raise "
+                "maxMalformedShare to leave them out"
             )
         if not whole.kept:
             raise UserError(_why_empty(whole, list(self.funnels)))

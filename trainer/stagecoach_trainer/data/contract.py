@@ -1,0 +1,136 @@
+"""A record as a closed contract: a field that means something is honoured or refused, and every other one is named.
+
+A layout reads certain fields. Of the rest, those that would change what is learnt (media, weights, verdicts, earlier
+turns) are refused, unless the source lists them in `fields.ignore`. Fields without a known meaning are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from stagecoach_trainer.data.records import RecordError
+
+LIKED_VALUES = {"good": True, "bad": False}
+LABEL_FIELDS = ("label", "kto_tag")
+"""Fields that state whether an answer is good, in TRL's and in LLaMA-Factory's data sets."""
+
+MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio")
+WEIGHT_FIELDS = ("weight", "weights", "sample_weight", "loss_weight")
+FLAG_FIELDS = ("train", "trained", "loss")
+TURN_TOOLS = ("tools", "functions")
+
+
+class Content(Enum):
+    """What a layout makes of a record."""
+
+    TEXT = auto()
+    CONVERSATION = auto()
+    PREFERENCES = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The fields that a layout reads, and those that a source leaves out knowingly."""
+
+    content: Content
+    reads: frozenset[str]
+    ignores: frozenset[str] = frozenset()
+
+    def unread(self, value: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the fields of a record that have content and are not read.
+
+        Raises RecordError for a field that would change what is learnt.
+        """
+        rest = [name for name in value if name not in self.reads and name not in self.ignores]
+        return tuple(name for name in rest if is_unread(name, value[name], _meanings_of(self.content)))
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a field has no content: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
+
+
+def verdict_of(label: Any) -> bool | None:
+    """Return whether a label calls an answer good; None if it is no such label."""
+    if isinstance(label, str):
+        return LIKED_VALUES.get(label.strip().lower())
+    if isinstance(label, int | float) and label in (0, 1):  # True and False are instances of int
+        return bool(label)
+    return None
+
+
+# -- meanings ----------------------------------------------------------------------------------------------------------
+
+Meaning = Callable[[Any], str | None]
+"""Returns why a field that is not read is refused: empty if it changes nothing, None if it has no such meaning."""
+
+
+def is_unread(name: str, value: Any, meanings: Mapping[str, Meaning]) -> bool:
+    """Return whether a field outside a contract has content. Raises RecordError if it changes what is learnt."""
+    if is_empty(value):
+        return False
+    meaning = meanings.get(name)
+    reason = None if meaning is None else meaning(value)
+    if reason:
+        raise RecordError(f"`{name}` {reason}; to leave it out knowingly, list it in `fields.ignore`")
+    return reason is None
+
+
+def _always(reason: str) -> Meaning:
+    return lambda value: reason
+
+
+def _weight(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | list):
+        return None
+    return (
+        "" if value == 1 else f"is {value!r:.40}, and records have no weight: give a source a `weight`, or a turn one"
+    )
+
+
+def _flag(value: Any) -> str | None:
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        return None
+    return "" if value else "is false: a record that is not trained on is left out of the file"
+
+
+def _label(value: Any) -> str | None:
+    if verdict_of(value) is None:
+        return None
+    return f"is {value!r:.40}, a verdict on the answer that this layout does not read: set `format: labels`"
+
+
+def _each(names: Iterable[str], meaning: Meaning) -> dict[str, Meaning]:
+    return dict.fromkeys(names, meaning)
+
+
+_MEDIA = _each(MEDIA_FIELDS, _always("is a medium, and only text is read"))
+_ANY = _MEDIA | _each(WEIGHT_FIELDS, _weight) | _each(FLAG_FIELDS, _flag)
+_PREFERENCES = _ANY | {
+    "history": _always("has earlier turns that this layout does not read: write them as turns of the prompt"),
+    "documents": _always("is read by chat templates, but not passed to them: write the documents into a turn"),
+    "chat_template_kwargs": _always("sets the chat template, which a stage's `template` does"),
+}
+_CONVERSATION = (
+    _PREFERENCES
+    | _each(LABEL_FIELDS, _label)
+    | _each(
+        ("rejected_response", "rejected_messages"),
+        _always("is a rejected answer that this layout does not read: write `chosen` and `rejected`"),
+    )
+)
+TURN_MEANINGS = _MEDIA | _each(TURN_TOOLS, _always("is in a turn: write it at the record, for the whole conversation"))
+"""Meanings of fields of a turn, except those that turns are read from."""
+
+
+def _meanings_of(content: Content) -> Mapping[str, Meaning]:
+    match content:
+        case Content.TEXT:
+            return _ANY
+        case Content.CONVERSATION:
+            return _CONVERSATION
+        case Content.PREFERENCES:
+            return _PREFERENCES

@@ -1,0 +1,79 @@
+"""What a source has that is not read, or that its user may not have meant: counted while reading, reported once.
+
+Notes are counters by name. They are among the counts of a data set in reports, and `warnings_of` makes sentences of
+them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from stagecoach_api.conversation import Role
+from stagecoach_trainer.data.messages import listed
+from stagecoach_trainer.data.records import Record
+
+FIELD = "fieldNotRead."
+"""Beginning of the counts of records with a field that is not read; its name follows."""
+
+FILE = "fileNotRead."
+MAX_NAMES = 200
+"""Distinct names that are counted; others are counted together."""
+
+OTHERS = "(others)"
+BLANK_ANSWERS = "blankAnswers"
+SCORES_DISAGREE = "scoresDisagree"
+SPECIAL_TEXT = "specialTokenText"
+LIKED, DISLIKED = "liked", "disliked"
+
+Notes = Counter[str]
+
+
+def note_record(notes: Notes, record: Record) -> None:
+    """Count what a record has that is not read or may not be meant."""
+    for name in record.unread:
+        notes[_bounded(notes, FIELD + name, FIELD)] += 1
+    if record.scores_disagree:
+        notes[SCORES_DISAGREE] += 1
+    blank = sum(turn.role is Role.ASSISTANT and not turn.content.strip() and not turn.calls for turn in record.messages)
+    if blank:
+        notes[BLANK_ANSWERS] += blank
+    for answer in record.answers:
+        if answer.liked is not None:
+            notes[LIKED if answer.liked else DISLIKED] += 1
+
+
+def note_files(notes: Notes, names: Iterable[str]) -> None:
+    """Count files of a source that are not read."""
+    for name in names:
+        notes[_bounded(notes, FILE + name, FILE)] += 1
+
+
+def _bounded(notes: Notes, key: str, prefix: str) -> str:
+    return key if key in notes or len(notes) < MAX_NAMES else prefix + OTHERS
+
+
+def warnings_of(counts: Mapping[str, int], name: str) -> list[str]:
+    """Return a sentence for each thing that was noted about the data set `name`."""
+    return [f"{name}: {sentence}" for sentence in _sentences(counts)]
+
+
+def _sentences(counts: Mapping[str, int]) -> Iterator[str]:
+    fields = [f"{key.removeprefix(FIELD)} ({counts[key]:,} records)" for key in counts if key.startswith(FIELD)]
+    files = [key.removeprefix(FILE) for key in counts if key.startswith(FILE)]
+    if fields:
+        yield f"fields not read: {listed(sorted(fields))}"
+    if files:
+        yield f"files not read: {listed(sorted(files))}"
+    if count := counts.get(BLANK_ANSWERS):
+        yield f"{count:,} answers of the assistant are blank: a model that learns them answers nothing"
+    if count := counts.get(SCORES_DISAGREE):
+        yield f"in {count:,} records the preferred answer has a lower score than the other; `fields` may be swapped"
+    if count := counts.get(SPECIAL_TEXT):
+        yield (
+            f"{count:,} texts spell a special token, such as an end of text; it is read as plain characters, so clean "
+            "the text if it was meant as a token"
+        )
+    if (liked := counts.get(LIKED, 0)) != (disliked := counts.get(DISLIKED, 0)) and not (liked and disliked):
+        only = "liked" if liked else "disliked"
+        yield f"all {liked + disliked:,} answers are {only}: a model learns from the contrast of good and bad ones"
