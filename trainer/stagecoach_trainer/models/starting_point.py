@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagecoach_api.artifacts import ModelCard, ResolvedInput, RewardCard
 from stagecoach_api.kinds.pretrain import Architecture, RopeScaling, RopeScalingName
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows, TextTraining
-from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, locate_base, name_base, positions_of
+from stagecoach_trainer.models.load import ConfigChange, LoadedModel, load_model, positions_of
 from stagecoach_trainer.models.new_model import build_model
 from stagecoach_trainer.models.resize import check_old_ids, first_new_id, grow, num_ids, num_rows
-from stagecoach_trainer.models.save import save_adapter, save_model
-from stagecoach_trainer.models.trainable import TrainableModel, join_rows
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.vocabulary import load_tokenizer
@@ -171,43 +168,3 @@ def _require_no_change(config: PreTrainedConfig, longest: int, must_rotate: bool
             f"sequenceLength: {longest} tokens, but the {config.model_type} has learned positions for {learned}; "
             f"set at most {learned}"
         )
-
-
-# -- the result --------------------------------------------------------------------------------------------------------
-
-
-def save_result(
-    context: StageContext, start: StartingPoint, trained: TrainableModel, reward: RewardCard | None = None
-) -> None:
-    """Write the trained model or adapter with vocabulary and card to the stage's output, and verify it.
-
-    `reward`: entry of a reward model in the card.
-    """
-    old_rows = start.new_rows.start if start.new_rows else None
-    if not trained.adapter:
-        join_rows(trained.model)
-        card = ModelCard(adapter=False, old_rows=old_rows, reward=reward)
-        save_model(trained.model, start.tokenizer, start.vocabulary, context.output, card)
-        return
-    card = _adapter_card(context, start).model_copy(update={"old_rows": old_rows, "reward": reward})
-    save_adapter(trained.model, start.tokenizer, start.vocabulary, context.output, card)
-
-
-def _adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
-    loaded, storage = start.loaded, context.resolved.storage_uri
-    if loaded is None:
-        raise UserError("trainable.lora: an adapter needs a `model` as its base; a new `architecture` is not stored")
-    if _is_continued(trained_on=start.model):
-        # A continued adapter keeps its base and its record of grown rows.
-        old_base = loaded.card.base
-        base = None if old_base is None else name_base(locate_base(old_base, loaded.source, storage), storage)
-        return loaded.card.model_copy(update={"base": base})
-    base_source: ResolvedInput = name_base(loaded.source, storage)
-    seed = start.seed if start.grown is NewRows.RANDOM else None
-    return ModelCard(adapter=True, base=base_source, new_rows=start.grown and start.grown.value, resize_seed=seed)
-
-
-def _is_continued(trained_on: Any) -> bool:
-    from peft import PeftModel
-
-    return isinstance(trained_on, PeftModel)

@@ -12,7 +12,8 @@ from stagecoach_api.references import Reference
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
-from stagecoach_trainer.models.starting_point import StartingPoint, position_change, save_result, start_unchanged
+from stagecoach_trainer.models.shipping import rehearse, save_result
+from stagecoach_trainer.models.starting_point import StartingPoint, position_change, start_unchanged
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
@@ -83,6 +84,7 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
     from stagecoach_trainer.loop.loop import train
 
     start = prepared.start
+    rehearse(context, start, config.trainable.lora is not None)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
     announce(context, prepared, parameters)

@@ -20,7 +20,8 @@ from stagecoach_trainer.batches.rows import StepPlan
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.load import load_model, own_tokenizer
-from stagecoach_trainer.models.starting_point import StartingPoint, position_change, save_result
+from stagecoach_trainer.models.shipping import rehearse, save_result
+from stagecoach_trainer.models.starting_point import StartingPoint, position_change
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -50,6 +51,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     check_before_loading(config, from_nothing=False)
     continued = config.trainable.lora is not None and config.trainable.lora.continue_adapter
     start, warnings = start_with_template(context, config.model, config.template, config.sequence_length, not continued)
+    rehearse(context, start, config.trainable.lora is not None)
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)

@@ -12,7 +12,8 @@ from stagecoach_api.training import Batch, Budget
 from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
-from stagecoach_trainer.models.starting_point import StartingPoint, save_result
+from stagecoach_trainer.models.shipping import rehearse, save_result
+from stagecoach_trainer.models.starting_point import StartingPoint
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.models.vocabularies import require_vocabulary_of_reference
 from stagecoach_trainer.ppo.critics import make_critic
@@ -59,6 +60,7 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     rewards.require_domains({f"data[{index}].domain": source.domain for index, source in enumerate(config.data)})
     reward_models = [term.model for term in rewards.reward_models().values()]
     share_frozen([start.model, *reward_models])
+    rehearse(context, start, config.trainable.lora is not None)
     critic = make_critic(config, context, start)
     share_frozen([start.model, *reward_models, critic.model])
     reference = _reference(config, context, start)

@@ -13,7 +13,7 @@ from stagecoach_trainer.align.reward_held_out import PreferenceSet, TrainingSamp
 from stagecoach_trainer.align.reward_objective import RewardObjective, counting_of
 from stagecoach_trainer.loop.job import TrainingJob, TrainingResult
 from stagecoach_trainer.models.reward import make_reward_model
-from stagecoach_trainer.models.starting_point import save_result
+from stagecoach_trainer.models.shipping import rehearse, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import Diverged, UserError
@@ -52,6 +52,7 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
     _check(config)
     language_model, warnings = start_with_template(context, config.model, config.template, config.sequence_length)
     start = replace(language_model, model=make_reward_model(language_model.model, context.seed))
+    rehearse(context, start, config.trainable.lora is not None)
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
