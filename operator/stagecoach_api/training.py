@@ -40,19 +40,30 @@ class EmbeddingTraining(Model):
 ModuleName = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class LoraTraining(Model):
-    """Train low-rank adapters (arXiv 2106.09685) on the named linear layers."""
+ALL_LINEAR = "all-linear"
+"""PEFT's name for all linear layers but the head."""
 
-    targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Names of the linear layers that get an adapter. The default is all seven linear layers of a LLaMA block."""
+
+class Experts(StrEnum):
+    """What happens to experts whose weights are one parameter for all of them, so that no layer can be named."""
+
+    ADAPT = "adapt"
+    FREEZE = "freeze"
+
+
+class LoraTraining(Model):
+    """Train low-rank adapters (arXiv 2106.09685) on linear layers."""
+
+    targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = (ALL_LINEAR,)
+    """Names of the linear layers that get an adapter, such as `q_proj`. `all-linear` (PEFT's term): all linear layers
+    of the model's blocks, whatever their names, and not the head. The report states which share of the blocks'
+    parameters the adapters reach."""
+
+    experts: Experts | None = None
+    """Experts of a mixture whose weights are one parameter for all of them, such as Mixtral's. `adapt`: they get
+    adapters too (PEFT's `target_parameters`), which needs a `dropout` of 0. `freeze`: they stay as they are. If unset:
+    they stay as they are if `targets` names layers, and are refused with `all-linear`, because they are most of the
+    model."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank of each adapter."""

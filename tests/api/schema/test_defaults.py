@@ -30,7 +30,7 @@ from tests.api.schema.test_crd import SCHEMA
         (Training, "schedule", "{}"),
         (HeldOut, "everySteps", ""),
         (HeldOut, "maxTokens", "65536"),
-        (LoraTraining, "targets", "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"),
+        (LoraTraining, "targets", "[all-linear]"),
         (DataStage, "steps", "[{normalize: {}}, {length: {}}, {deduplicate: {}}]"),
     ],
 )

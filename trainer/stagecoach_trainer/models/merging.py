@@ -6,6 +6,7 @@ or PEFT cannot express the adapter as a change of it, the merged model is anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from stagecoach_trainer.runtime.errors import UserError
 ROWS = 4
 ROW_TOKENS = 4
 """A few tokens are enough, since every layer takes part in each; the first and the last id are among them."""
+
+REHEARSED_RANK = 2
+REHEARSED_SIZE = 0.05
 
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest change of an output, as a share of the largest output, that is rounding. Measured over the families of the
@@ -40,6 +44,46 @@ def merge_adapter(model: Any, where: str, world: World) -> Any:
     return merged
 
 
+def rehearse_merge(model: Any, layers: Sequence[str], experts: Sequence[str]) -> str | None:
+    """Merge random adapters into these layers and fused experts, and take them out again; return what went wrong.
+
+    None if the outputs before and after the merge are the same. Afterwards the model has the bits that it had.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not layers and not experts:
+        return None
+    names = [*(f"{layer}.weight" for layer in layers), *experts]
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = LoraConfig(r=REHEARSED_RANK, target_modules=list(layers), target_parameters=list(experts) or None)
+    adapted: Any = None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+            _randomize(adapted)
+        probe = Probe(adapted)
+        return probe.change(adapted.merge_and_unload(safe_merge=True))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # a layer that is called in another way
+        if adapted is not None:
+            adapted.unload()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                model.get_parameter(name).copy_(weight)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def _randomize(adapted: Any) -> None:
+    """Fill the second matrices, which begin as zeros, with numbers that make the product as large as the weights."""
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=REHEARSED_SIZE)
+
+
 class Probe:
     """A model's outputs on a few rows, to be compared with those of the same model after a change of its form."""
 
@@ -49,6 +93,16 @@ class Probe:
 
     def require_same(self, model: Any, what: str) -> None:
         """Raise UserError if the outputs of `model` differ by more than rounding. `what` is the message's subject."""
+        change = self.change(model)
+        if change is not None:
+            raise UserError(
+                f"{what} changed the model: {change}. Layers that share a matrix, such as a head tied to the "
+                "embedding, cannot be merged one by one: train an adapter without them, or all rows by "
+                "`trainable.embeddings`"
+            )
+
+    def change(self, model: Any) -> str | None:
+        """Return by how much the outputs of `model` differ; None if that is rounding."""
         after = _outputs(model, self._ids)
         largest = float(self._before.abs().max())
         # Rounding may send a token of a mixture to another expert, which moves one row; a wrong merge moves all.
@@ -56,12 +110,9 @@ class Probe:
         moved = torch.stack([(after[half] - self._before[half]).abs().max() for half in halves])
         change = float(moved.min()) / max(largest, 1e-6)
         allowed = TOLERANCES[model.dtype]
-        if not change <= allowed:  # not `>`: NaN is a change
-            raise UserError(
-                f"{what} changed the model: outputs of up to {largest:.3g} moved by {change:.2g} of that, allowed is "
-                f"{allowed:g}. Layers that share a matrix, such as a head tied to the embedding, cannot be merged one "
-                "by one: train an adapter without them, or all rows by `trainable.embeddings`"
-            )
+        if change <= allowed:  # not true for NaN, which is a change
+            return None
+        return f"outputs of up to {largest:.3g} moved by {change:.2g} of that, allowed is {allowed:g}"
 
 
 def _probe_ids(vocabulary: int) -> Tensor:
@@ -75,8 +126,9 @@ def _outputs(model: Any, ids: Tensor) -> Tensor:
     model.eval()
     try:
         with torch.no_grad():
-            # Row by row, because a classifier without a padding token refuses several.
-            found = [model(input_ids=row[None].to(model.device), use_cache=False).logits for row in ids]
+            # A classifier without a padding token refuses several rows.
+            batches = ids.split(1) if model.get_output_embeddings() is None else (ids,)
+            found = [model(input_ids=batch.to(model.device), use_cache=False).logits for batch in batches]
     finally:
         model.train(was_training)
     return torch.cat(found).float()

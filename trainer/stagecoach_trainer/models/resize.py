@@ -23,6 +23,29 @@ def num_rows(model: Any) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
+def is_tied(model: Any) -> bool:
+    """Return whether embedding and head are the same matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def row_modules(model: Any) -> list[Any]:
+    """Return the embedding and, unless it is tied to it, the head."""
+    modules: list[Any] = [model.get_input_embeddings()]
+    if model.get_output_embeddings() is not None and not is_tied(model):
+        modules.append(model.get_output_embeddings())
+    return modules
+
+
+def require_new_rows(new_rows: range, where: str, instead: str) -> None:
+    """Raise UserError if a stage trains new rows and the model has none. `instead`: what else could be trained."""
+    if not new_rows:
+        raise UserError(
+            f"{where}: the model has no new rows, neither from this stage nor from an earlier one; give a larger "
+            f"`tokenizer`, or train {instead}"
+        )
+
+
 def num_ids(tokenizer: Any) -> int:
     """Return how many rows a vocabulary needs: one more than its highest id, which may leave gaps below it."""
     return int(max(tokenizer.get_vocab().values())) + 1
@@ -110,9 +133,7 @@ def grow(
 
 def _matrices(model: Any) -> list[torch.Tensor]:
     """Return the embedding [V, D] and, unless it is the same matrix, the head [V, D]."""
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    return [embedding] if head is None or head.weight is embedding else [embedding, head.weight]
+    return [module.weight for module in row_modules(model)]
 
 
 def _new_rows(

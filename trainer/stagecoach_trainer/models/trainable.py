@@ -5,7 +5,7 @@ V rows in all, V0 old ones, N = V - V0 new ones, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stagecoach_api.training import LoraTraining, Rows, Trainable
+from stagecoach_trainer.models.lora import ADAPTER, add_adapter
+from stagecoach_trainer.models.resize import is_tied, require_new_rows, row_modules
 from stagecoach_trainer.runtime.errors import UserError
-
-ADAPTER = "default"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def choose_trainable(model: Any, trainable: Trainable, new_rows: range, seed: in
     lora = trainable.lora or LoraTraining()
     if lora.continue_adapter:
         return _continue_adapter(model)
-    return _with_adapter(model, lora, new_rows, seed)
+    adapted, notes = add_adapter(model, lora, new_rows, seed)
+    return TrainableModel(adapted, True, notes)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -59,35 +60,13 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def _embeddings_only(model: Any, rows: Rows, new_rows: range) -> TrainableModel:
     model.requires_grad_(False)
     if rows is Rows.ALL:
-        for matrix in _row_modules(model):
+        for matrix in row_modules(model):
             matrix.weight.requires_grad_(True)
         return TrainableModel(model, False, ("all rows of the embedding and the head are trained",))
-    _require_new_rows(new_rows, "trainable.embeddings.rows: new", "`rows: all`")
+    require_new_rows(new_rows, "trainable.embeddings.rows: new", "`rows: all`")
     split_rows(model, new_rows)
     note = f"{len(new_rows)} new rows of the embedding and the head are trained; old rows are no parameter"
     return TrainableModel(model, False, (note,))
-
-
-def _require_new_rows(new_rows: range, where: str, instead: str) -> None:
-    if not new_rows:
-        raise UserError(
-            f"{where}: the model has no new rows, neither from this stage nor from an earlier one; give a larger "
-            f"`tokenizer`, or train {instead}"
-        )
-
-
-def is_tied(model: Any) -> bool:
-    """Return whether embedding and head are the same matrix."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _row_modules(model: Any) -> list[Any]:
-    """Return the embedding and, unless it is tied to it, the head."""
-    modules: list[Any] = [model.get_input_embeddings()]
-    if model.get_output_embeddings() is not None and not is_tied(model):
-        modules.append(model.get_output_embeddings())
-    return modules
 
 
 class SplitRows(nn.Module):
@@ -202,78 +181,3 @@ def _continue_adapter(model: Any) -> TrainableModel:
             "is to be continued, or remove `continueAdapter` to start a new one"
         )
     return TrainableModel(model, True, ("the adapter of `model` is trained on; its targets, rank and alpha are kept",))
-
-
-def _with_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) -> TrainableModel:
-    from peft import LoraConfig, get_peft_model
-
-    _check_targets(model, lora)
-    notes = [f"adapters of rank {lora.rank} on {', '.join(lora.targets)}"]
-    rows: dict[str, list[int]] | None = None
-    if lora.new_rows:
-        _require_new_rows(new_rows, "trainable.lora.newRows", "all rows by `modulesToSave`")
-        rows = {name: list(new_rows) for name in _row_module_names(model)}
-        notes.append(f"{len(new_rows)} new rows of {', '.join(rows)}")
-    if lora.modules_to_save:
-        notes.append(f"{', '.join(lora.modules_to_save)} in full: every row is trained, old ones too")
-    classifies = model.get_output_embeddings() is None
-    if classifies:
-        notes.append("the reward head in full")
-    config = LoraConfig(
-        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",  # for classifiers, PEFT also trains and saves the head
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        modules_to_save=list(lora.modules_to_save) or None,
-        trainable_token_indices=rows,
-        bias="none",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
-    return TrainableModel(adapted, True, tuple(notes))
-
-
-def _row_module_names(model: Any) -> list[str]:
-    """Return the names of the embedding and, unless it is tied to it, the head; PEFT handles tied heads."""
-    return _names_of(model, _row_modules(model))
-
-
-def _names_of(model: Any, modules: Sequence[Any]) -> list[str]:
-    wanted = {id(module) for module in modules}
-    return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if id(module) in wanted]
-
-
-def _check_targets(model: Any, lora: LoraTraining) -> None:
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
-
-    kinds = (nn.Linear, Conv1D)
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, kinds)}
-    _require_known("trainable.lora.targets", lora.targets, linear, "linear layers")
-    embeddings = set(_names_of(model, [model.get_input_embeddings(), model.get_output_embeddings()]))
-    layers = linear | embeddings | {name.rsplit(".", 1)[-1] for name, _ in _norms(model)}
-    _require_known("trainable.lora.modulesToSave", lora.modules_to_save, layers, "layers")
-    twice = set(lora.targets) & set(lora.modules_to_save)
-    if twice:
-        raise UserError(f"trainable.lora: {sorted(twice)} are in both `targets` and `modulesToSave`; choose one")
-    rows = set(lora.modules_to_save) & embeddings
-    if lora.new_rows and rows:
-        raise UserError(
-            f"trainable.lora: `newRows` trains only new rows, `modulesToSave` all rows of {sorted(rows)}; choose one"
-        )
-    if rows and is_tied(model):
-        raise UserError(
-            f"trainable.lora.modulesToSave: the model's head shares the embedding's matrix, and an adapter with a "
-            f"trained copy of {sorted(rows)} would untie them; use `newRows: true`, or `trainable.embeddings`"
-        )
-
-
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if "norm" in type(module).__name__.lower())
-
-
-def _require_known(where: str, names: Sequence[str], known: set[str], kind: str) -> None:
-    unknown = [name for name in names if name.rsplit(".", 1)[-1] not in known]
-    if unknown:
-        raise UserError(f"{where}: the model has no {', '.join(unknown)}; its {kind} are {', '.join(sorted(known))}")

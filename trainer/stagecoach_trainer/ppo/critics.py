@@ -13,10 +13,11 @@ from stagecoach_api.model_folders import CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import Rows
 from stagecoach_trainer.models.load import load_model, read_card
+from stagecoach_trainer.models.lora import ADAPTER
 from stagecoach_trainer.models.reward import load_reward_model, make_reward_model
 from stagecoach_trainer.models.safety import read_json, require_folder
 from stagecoach_trainer.models.starting_point import StartingPoint
-from stagecoach_trainer.models.trainable import ADAPTER, choose_trainable
+from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.models.vocabularies import require_same_vocabulary
 from stagecoach_trainer.runtime.context import StageContext
 
