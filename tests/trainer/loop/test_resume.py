@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from stagecoach_api.artifacts import checkpoint_name, checkpoints_prefix
+from stagecoach_api.training import EarlyStop
 from stagecoach_trainer.loop.checkpoint import steps_to_delete
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
 from stagecoach_trainer.loop.loop import train
@@ -135,6 +136,28 @@ def test_a_partial_checkpoint_is_ignored(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level("INFO"):
         run(context(tmp_path))
     assert "resuming after step 3" in caplog.text
+
+
+def test_resumed_from_the_step_that_stopped_it_early_a_run_makes_no_further_step(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"held_out": {"every_steps": 1}}
+    settings["early_stop"] = EarlyStop(set="zh", patience=1, min_delta=50.0)
+
+    def run_early(here: StageContext, on_step: Callable[[int], None] = lambda step: None) -> Any:
+        model = tiny_model()
+        config = training(checkpoints={"every_steps": 2}, **settings)
+        schedule = WatchedSchedule(num_steps=6, on_step=on_step)
+        return train(TrainingJob(model, config, RandomPlan(num_steps=6), HELD_OUT, schedule=schedule), here), weights(
+            model
+        )
+
+    whole, whole_weights = run_early(context(tmp_path / "whole"))
+    assert whole.steps == 2
+    here = context(tmp_path / "stopped")
+    with pytest.raises(Interrupted, match="after step 2"):
+        run_early(here, stop_in(1, here))
+    resumed, resumed_weights = run_early(context(tmp_path / "stopped"))
+    assert resumed.steps == 2
+    assert equal_weights(resumed_weights, whole_weights)
 
 
 def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:

@@ -169,9 +169,10 @@ class Loop:
             self._metrics.pause()
             self._metrics.between("compute the next step")
             for item in prefetcher:
-                self._make_step(item, prefetcher)
+                # Before the step: a checkpoint that is saved right after the last one says so too.
                 if self._progress.stopped_early:
                     return
+                self._make_step(item, prefetcher)
 
     def _make_step(self, item: StepInput, prefetcher: Prefetcher) -> None:
         self._set_rope(item.step)
