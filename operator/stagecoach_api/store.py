@@ -11,7 +11,9 @@ from stagecoach_api.stores.base import (
     AccessDenied,
     Corrupt,
     FolderLocation,
+    InvalidLocation,
     NotFound,
+    Replaced,
     Store,
     StoreEntry,
     StoreError,
@@ -26,7 +28,9 @@ __all__ = [
     "AccessDenied",
     "Corrupt",
     "FolderStore",
+    "InvalidLocation",
     "NotFound",
+    "Replaced",
     "S3Store",
     "Store",
     "StoreEntry",
@@ -41,7 +45,8 @@ __all__ = [
 def open_store(uri: str, endpoint: str | None = None, region: str | None = None) -> Store:
     """Open the store at `s3://bucket/prefix`, `file:///folder` or a plain path. Nothing is read or created yet.
 
-    `endpoint`, `region`: of S3; if None, those of the AWS SDK's configuration. Raises StoreError for any other scheme.
+    `endpoint`, `region`: of S3; if None, those of the AWS SDK's configuration. Raises InvalidLocation for any
+    other scheme.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):

@@ -4,7 +4,9 @@ StoreError          an operation failed; has the key
 ├── NotFound        there is no such object (or bucket, or folder)
 ├── AccessDenied    credentials are missing, wrong or lack a permission
 ├── Unreachable     the store did not answer, or kept failing, after all retries
+├── InvalidLocation the URI, the endpoint or what is at that place cannot be a store
 └── Corrupt         the bytes differ from the expected ones
+    └── Replaced    another process wrote the object while it was read
 """
 
 from __future__ import annotations
@@ -46,8 +48,16 @@ class Unreachable(StoreError):
     """The store did not answer, or answered with server errors, until the retries were used up."""
 
 
+class InvalidLocation(StoreError):
+    """The URI, the endpoint or what is at that place cannot be a store, so no retry can help."""
+
+
 class Corrupt(StoreError):
     """The bytes differ from the expected ones, or a manifest is invalid."""
+
+
+class Replaced(Corrupt):
+    """Another process wrote the object while it was read; neither version is known to be damaged."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def file_uri(path: Path) -> str:
 def parse_location(uri: str) -> S3Location | FolderLocation:
     """Parse `s3://bucket/prefix`, `file:///path` (percent-escapes allowed) or a plain path.
 
-    `~` is the user's home folder. Raises StoreError for any other scheme, and for an unknown user.
+    `~` is the user's home folder. Raises InvalidLocation for any other scheme, and for an unknown user.
     """
     if uri.startswith("s3://"):
         return _parse_s3(uri)
@@ -153,28 +163,28 @@ def parse_location(uri: str) -> S3Location | FolderLocation:
         return _parse_file(uri)
     if "://" in uri:
         scheme = uri.split("://", 1)[0]
-        raise StoreError(
+        raise InvalidLocation(
             f"{scheme}://…", "the scheme is not supported; use `s3://bucket/prefix`, `file:///path` or a path"
         )
     try:
         return FolderLocation(Path(uri).expanduser().absolute())
     except RuntimeError as error:
-        raise StoreError(uri, "its user has no home folder here; write the whole path") from error
+        raise InvalidLocation(uri, "its user has no home folder here; write the whole path") from error
 
 
 def _parse_s3(uri: str) -> S3Location:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if "@" in bucket or ":" in bucket:  # not repeated in the message: it may be a secret
-        raise StoreError("s3://…", "credentials in the URI are not accepted; use the AWS SDK's own configuration")
+        raise InvalidLocation("s3://…", "credentials in the URI are not accepted; use the AWS SDK's own configuration")
     if not bucket:
-        raise StoreError(uri, "has no bucket; write `s3://bucket/prefix`")
+        raise InvalidLocation(uri, "has no bucket; write `s3://bucket/prefix`")
     return S3Location(bucket, prefix.strip("/"))
 
 
 def _parse_file(uri: str) -> FolderLocation:
     host, slash, path = uri.removeprefix("file://").partition("/")
     if host not in ("", "localhost") or not slash:
-        raise StoreError(uri, "is not a local path; write `file:///absolute/path`")
+        raise InvalidLocation(uri, "is not a local path; write `file:///absolute/path`")
     return FolderLocation(Path(unquote("/" + path)))
 
 

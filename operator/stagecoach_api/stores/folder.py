@@ -22,6 +22,7 @@ from stagecoach_api.stores.base import (
     CHUNK_BYTES,
     AccessDenied,
     FolderLocation,
+    InvalidLocation,
     NotFound,
     StoreEntry,
     StoreError,
@@ -38,6 +39,9 @@ TEMPORARY_SUFFIX = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A key below a file (ENOTDIR) and that of a folder (EISDIR) do not exist, as on S3, which has no folders.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# While writing: a file where a folder is needed, or the other way round, and names that no folder can have.
+_IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # EPERM: the file system does not support hard links (link(2)).
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -184,7 +188,7 @@ def _link(temporary: Path, path: Path, key: str) -> bool:
             message = (
                 f"the file system of {path.parent} has no hard links, which a store needs to commit; use another one"
             )
-            raise StoreError(key, message) from error
+            raise InvalidLocation(key, message) from error
         raise
     _synchronise_folder(path.parent)
     return True
@@ -206,8 +210,12 @@ def _store_error(error: OSError, key: str, path: Path | None) -> StoreError:
     where = error.filename or path
     if error.errno in _FULL:
         return StoreError(key, f"no space left ({error.strerror}) for {path}; free some, then run again")
-    if isinstance(error, PermissionError):
-        return AccessDenied(key, f"permission denied for {where}; check its owner and mode")
+    if error.errno in _DENIED:
+        return AccessDenied(key, f"permission denied for {where} ({error.strerror}); check its owner and mode")
+    if error.errno in _IN_THE_WAY and path is not None:
+        return InvalidLocation(
+            key, f"{where} cannot be a folder of the storage ({error.strerror}); move it away, or use another `storage`"
+        )
     # While writing, ENOENT is about the target's folder, and does not mean that an object is missing.
     if error.errno in _ABSENT and path is None:
         return NotFound(key, f"the file {where} does not exist")

@@ -1,8 +1,8 @@
 """A store in an S3 bucket, of AWS or of any compatible server. boto3 is imported at the first call.
 
-Integrity: every upload has a Content-MD5 that the server checks, and its SHA-256 as metadata. botocore's own default
-checksums are off (`when_required`), because many compatible servers reject them (boto3#4392); what the trainer reads is
-compared with the SHA-256 in a manifest anyway.
+Integrity: every upload has a Content-MD5 that the server checks, and its SHA-256 as metadata, which `read` compares.
+botocore's own default checksums are off (`when_required`), because many compatible servers reject them (boto3#4392);
+what the trainer downloads is compared with the SHA-256 in a manifest anyway.
 
 Commits use conditional writes (`If-None-Match: *`), which AWS has offered since August 2024. Servers without them get a
 check followed by a plain write.
@@ -60,6 +60,8 @@ CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
 MAX_CORRUPT_DOWNLOADS = 2
 """A download with wrong bytes is repeated once: the network may have been at fault."""
+SHA256 = "stagecoach-sha256"
+"""Key of the metadata with the SHA-256 (hex) of an object's bytes."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,18 @@ class S3Store:
         return self._head(checked_key(key)) is not None
 
     def read(self, key: str) -> bytes:
-        def get(_: int) -> bytes:
-            return self._client.get_object(**self._at(key))["Body"].read()
+        return _again_if_corrupt(lambda: self._read_once(checked_key(key)))
 
-        return self._call(checked_key(key), get)
+    def _read_once(self, key: str) -> bytes:
+        def get(_: int) -> bytes:
+            answer = self._client.get_object(**self._at(key))
+            body = answer["Body"].read()
+            stated = answer.get("Metadata", {}).get(SHA256, "")
+            if stated and stated != hashlib.sha256(body).hexdigest():
+                raise Corrupt(key, f"the bytes differ from what was written to {self.uri}; the object is damaged")
+            return body
+
+        return self._call(key, get)
 
     def write(self, key: str, data: bytes) -> None:
         checked_key(key)
@@ -176,14 +186,7 @@ class S3Store:
         return stored
 
     def download(self, key: str, path: Path, expected: StoredObject | None = None) -> None:
-        checked_key(key)
-        for attempt in range(1, MAX_CORRUPT_DOWNLOADS + 1):
-            try:
-                return self._download_once(key, path, expected)
-            except Corrupt:
-                if attempt == MAX_CORRUPT_DOWNLOADS:
-                    raise
-        raise AssertionError("unreachable")
+        _again_if_corrupt(lambda: self._download_once(checked_key(key), path, expected))
 
     def _download_once(self, key: str, path: Path, expected: StoredObject | None) -> None:
         head = self._head(key)
@@ -261,7 +264,7 @@ class S3Store:
             if attempt == 1 or not is_absent(error):
                 raise
             head = self._head(stored.path)
-            if head is None or head.metadata.get("stagecoach-sha256") != stored.sha256:
+            if head is None or head.metadata.get(SHA256) != stored.sha256:
                 raise
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -387,7 +390,15 @@ def _session() -> Session:
 
 
 def _metadata(sha256: str) -> dict[str, str]:
-    return {"stagecoach-sha256": sha256}
+    return {SHA256: sha256}
+
+
+def _again_if_corrupt(read: Callable[[], T]) -> T:
+    """Return `read()`; repeated if the bytes are wrong, because the network may have been at fault."""
+    for _ in range(MAX_CORRUPT_DOWNLOADS - 1):
+        with suppress(Corrupt):
+            return read()
+    return read()
 
 
 def _md5(data: bytes) -> str:

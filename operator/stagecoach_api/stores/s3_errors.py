@@ -6,7 +6,15 @@ Messages contain error codes only: a server's text may repeat request headers, a
 from __future__ import annotations
 
 from stagecoach_api.names import ENV_CREDENTIALS_DIR
-from stagecoach_api.stores.base import AccessDenied, Corrupt, NotFound, StoreError, Unreachable, public_endpoint
+from stagecoach_api.stores.base import (
+    AccessDenied,
+    InvalidLocation,
+    NotFound,
+    Replaced,
+    StoreError,
+    Unreachable,
+    public_endpoint,
+)
 
 # 408 request time-out, 429 too many requests, 5xx server errors except 501 (not implemented).
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
@@ -45,6 +53,13 @@ _NO_CREDENTIALS = {
     "ProfileNotFound",
     "RefreshWithMFAUnsupportedError",
 }
+# A redirect to another region, and a service that is not S3 or lacks the operation.
+_WRONG_PLACE_STATUS = {301, 307, 308, 405, 501}
+# `400` is the code of a HEAD, whose answer has no body: botocore asks for the region of a bucket with one.
+_WRONG_PLACE_CODES = {"AuthorizationHeaderMalformed", "InvalidBucketName", "PermanentRedirect", "400"}
+_KMS = "KMS."
+"""Beginning of the codes of a disabled, deleted or foreign key that S3 decrypts an object with."""
+_WRONG_SETTINGS = {"ParamValidationError", "InvalidRegionError", "NoRegionError", "UnknownEndpointError", "ValueError"}
 _WRONG_CREDENTIALS = {
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -97,22 +112,34 @@ def store_error(error: Exception, key: str, uri: str, endpoint: str | None) -> S
     # A TLS error is not retried, because certificates do not change in seconds, but means the same: not reachable.
     if is_transient(error) or "SSL" in name:
         return Unreachable(key, f"{uri} cannot be reached ({where}: {name}); check endpoint and network")
+    if name in _WRONG_SETTINGS:
+        return InvalidLocation(key, f"{uri} cannot be used ({where}: {name}); check bucket, `endpoint` and `region`")
     return StoreError(key, f"the request failed ({where}: {name})")
 
 
 def _response_error(error: Exception, key: str, uri: str, answer: str) -> StoreError:
+    denied = _denial(error_code(error), error_status(error), uri, answer)
+    if denied:
+        return AccessDenied(key, denied)
     code, status = error_code(error), error_status(error)
-    if code in _WRONG_CREDENTIALS:
-        return AccessDenied(key, f"wrong credentials for {uri} ({answer}); {_WHERE}")
-    if status in (401, 403):
-        return AccessDenied(
-            key, f"access to {uri} is denied ({answer}): wrong credentials, or a missing permission; {_WHERE}"
-        )
     if status == 404:
         what = "the bucket does not exist" if code == "NoSuchBucket" else "there is no such object"
         return NotFound(key, f"{what} in {uri} ({answer})")
     if status == 412:
-        return Corrupt(key, f"the object was replaced while it was read ({answer})")
+        return Replaced(key, f"the object was replaced while it was read ({answer})")
     if is_transient(error):
         return Unreachable(key, f"{uri} kept failing ({answer}); the server is overloaded or broken, try again later")
+    if status in _WRONG_PLACE_STATUS or code in _WRONG_PLACE_CODES:
+        return InvalidLocation(key, f"{uri} cannot be used ({answer}); check bucket, `endpoint` and `region`")
     return StoreError(key, f"the request failed ({answer})")
+
+
+def _denial(code: str, status: int, uri: str, answer: str) -> str:
+    """Return the message for an answer that denies access; empty if it does not."""
+    if code in _WRONG_CREDENTIALS:
+        return f"wrong credentials for {uri} ({answer}); {_WHERE}"
+    if code.startswith(_KMS):
+        return f"{uri} cannot decrypt the object ({answer}); check the key and its policy"
+    if status in (401, 403):
+        return f"access to {uri} is denied ({answer}): wrong credentials, or a missing permission; {_WHERE}"
+    return ""

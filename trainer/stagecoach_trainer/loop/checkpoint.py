@@ -7,7 +7,8 @@
 
 A background thread writes, reads back and uploads them. Nothing is ever pickled, and no checkpoint is overwritten: a
 second one of the same step is another version, `step-00001200-0001` (`CheckpointId`), and deletes what it supersedes
-once it is complete.
+once it is complete. Nothing else deletes a checkpoint. One whose bytes were read and are wrong is passed over, and
+superseded later; one that cannot be read (access denied, no answer, unknown format) ends the attempt and stays.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stagecoach_api.artifacts import MANIFEST, StoredObject, canonical_json, checkpoints_prefix
-from stagecoach_api.store import StoreError
+from stagecoach_api.outcomes import ExitCode
+from stagecoach_api.store import Corrupt, NotFound, Replaced, StoreError
 from stagecoach_api.stores.base import sha256_of_file
 from stagecoach_api.training import Checkpoints
 from stagecoach_trainer.engine.engine import MASTER, MOMENT_1, MOMENT_2, EngineState
@@ -38,6 +40,7 @@ from stagecoach_trainer.runtime.attempt_files import replace_file
 from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId, checkpoints_folder, complete_checkpoints
 from stagecoach_trainer.runtime.collectives import agree
 from stagecoach_trainer.runtime.context import StageContext, World
+from stagecoach_trainer.runtime.errors import StageError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,14 @@ DEFAULT_CHECKPOINTS = 10
 """Checkpoints per stage if `everySteps` is unset."""
 
 
-class BrokenCheckpoint(Exception):
-    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+class BrokenCheckpoint(StageError):
+    """Bytes of a checkpoint were read, and are wrong; the message names the file and what is wrong with it."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class IncompleteCheckpoint(BrokenCheckpoint):
+    """A file that a checkpoint's manifest names does not exist."""
 
 
 # -- one checkpoint ----------------------------------------------------------------------------------------------------
@@ -130,41 +139,68 @@ def _described(path: Path) -> StoredObject:
 def read_checkpoint(folder: Path, rank: int) -> TrainingState:
     """Read a checkpoint after checking its bytes; of the random states, only this rank's is read, if it exists.
 
-    Tensors are read from the disk when they are used. Raises BrokenCheckpoint.
+    Tensors are read from the disk when they are used. Raises BrokenCheckpoint; UserError for the format of another
+    version; OSError for a file that cannot be read.
     """
-    objects = read_manifest(folder)
-    for item in objects:
-        _check(folder, item)
-    about = json.loads((folder / STATE_FILE).read_bytes())
-    tensors: dict[str, Tensor] = {}
-    for prefix in PREFIXES:
-        found = _read_tensors(folder / f"{prefix.rstrip('/')}.safetensors")
-        tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    check_checkpoint(folder)
     own_states = folder / f"rng-{rank:05d}.safetensors"
-    return TrainingState(
-        progression=Progression.from_json(about["progression"]),
-        engine=EngineState(tensors, about["numSteps"], about["lossScale"], about["goodSteps"]),
-        random_states=(_read_tensors(own_states),) if own_states.is_file() else (),
-    )
+    try:
+        about = json.loads((folder / STATE_FILE).read_bytes())
+        tensors: dict[str, Tensor] = {}
+        for prefix in PREFIXES:
+            found = _read_tensors(folder / f"{prefix.rstrip('/')}.safetensors")
+            tensors |= {prefix + name: tensor for name, tensor in found.items()}
+        return TrainingState(
+            progression=Progression.from_json(about["progression"]),
+            engine=EngineState(tensors, about["numSteps"], about["lossScale"], about["goodSteps"]),
+            random_states=(_read_tensors(own_states),) if own_states.is_file() else (),
+        )
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:  # its bytes are those that were written
+        raise UserError(f"{folder}: {_OTHER_VERSION} ({type(error).__name__}: {error})") from error
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare every byte with the manifest. Raises what `read_manifest` raises."""
+    for item in read_manifest(folder):
+        _check(folder, item)
 
 
 def read_manifest(folder: Path) -> tuple[StoredObject, ...]:
-    """Return the files of a complete checkpoint, except the manifest. Raises BrokenCheckpoint."""
+    """Return the files of a complete checkpoint, except the manifest.
+
+    Raises BrokenCheckpoint; UserError for the format of another version; OSError if the manifest cannot be read.
+    """
     path = folder / MANIFEST
     try:
-        about: dict[str, Any] = json.loads(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise IncompleteCheckpoint(f"{path}: the file is missing") from error
+
+
+def parse_manifest(data: bytes, place: str) -> tuple[StoredObject, ...]:
+    """Return the files that a manifest names. `place`: where it is stored. Raises BrokenCheckpoint and UserError."""
+    try:
+        about: dict[str, Any] = json.loads(data)
         if about["format"] != FORMAT:
-            raise BrokenCheckpoint(f"{path}: format {about['format']}; this version reads format {FORMAT} only")
+            raise UserError(f"{place}: format {about['format']}, this version reads format {FORMAT}; {_OTHER_VERSION}")
         return tuple(StoredObject.model_validate(item) for item in about["objects"])
-    except (OSError, ValueError, KeyError) as error:
-        raise BrokenCheckpoint(f"{path}: cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(f"{place}: this is not the manifest of a checkpoint ({error})") from error
+
+
+_OTHER_VERSION = (
+    "the checkpoint was written by another version of the trainer, which can continue it; to begin again with this "
+    "version, delete the checkpoint"
+)
 
 
 def _check(folder: Path, item: StoredObject) -> None:
     path = folder / item.path
-    if not path.is_file():
-        raise BrokenCheckpoint(f"{path}: the file is missing")
-    if path.stat().st_size != item.size or sha256_of_file(path) != item.sha256:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise IncompleteCheckpoint(f"{path}: the file is missing") from error
+    if size != item.size or sha256_of_file(path) != item.sha256:
         raise BrokenCheckpoint(f"{path}: the content differs from what was saved")
 
 
@@ -184,12 +220,17 @@ class CheckpointManager:
         self._prefix = checkpoints_prefix(context.resolved.digest)
         self._home = checkpoints_folder(context.store, context.cache, context.resolved.digest)
         self._is_in_store = context.store.local_path(self._prefix) is not None
+        self._downloads = context.world.local_rank == 0
         self._config = config
         self._every = config.every_steps or max(1, -(-num_steps // DEFAULT_CHECKPOINTS))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._last: CheckpointId | None = None
+        """The greatest id in use, also that of a checkpoint that cannot be used."""
+        self._intact: set[CheckpointId] = set()
+        """Checkpoints whose local files this process has compared with their manifest."""
         self.newest: CheckpointId | None = None
-        """The newest checkpoint known to be complete."""
+        """The newest checkpoint known to be usable."""
 
     @property
     def newest_step(self) -> int | None:
@@ -228,17 +269,19 @@ class CheckpointManager:
         write_checkpoint(folder, state)
         if not self._is_in_store:
             self._upload(folder)
-        self.newest = checkpoint
+        self.newest = self._last = checkpoint
+        self._intact.add(checkpoint)
         log.info("checkpoint saved: step %d", checkpoint.step)
         # Last: older checkpoints are needed until the new one is complete, in the store too.
         self._delete_old(healthy)
 
     def _next(self, step: int) -> CheckpointId:
         """Return the id of the next checkpoint, which sorts after all others."""
-        if self.newest is None:
+        if self._last is None:
             return CheckpointId(0, step)
-        # After a rollback the step is not above the newest: a higher version keeps the order of ids that of time.
-        return CheckpointId(self.newest.version + (step <= self.newest.step), step)
+        # After a rollback, or behind a broken checkpoint, the step is not above the last one: a higher version keeps
+        # the order of ids that of time.
+        return CheckpointId(self._last.version + (step <= self._last.step), step)
 
     def _upload(self, folder: Path) -> None:
         # The manifest is uploaded last: until then the checkpoint does not exist for a reader.
@@ -255,8 +298,18 @@ class CheckpointManager:
             old.discard(max((step for step in steps if step <= healthy), default=steps[0]))
         for checkpoint in ids:
             if checkpoint not in kept or checkpoint.step in old:
-                self._store.delete(f"{self._prefix}/{checkpoint.name}")
-                shutil.rmtree(self._home / checkpoint.name, ignore_errors=True)
+                self._delete(checkpoint)
+
+    def _delete(self, checkpoint: CheckpointId) -> None:
+        try:
+            self._store.delete(f"{self._prefix}/{checkpoint.name}")
+        except StoreError as error:  # it only takes up space: an account without the permission may still train
+            log.warning("the superseded checkpoint of step %d stays in the store: %s", checkpoint.step, error)
+            return
+        folder = self._home / checkpoint.name
+        # The manifest first: killed in between, half a checkpoint must not count as complete.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _complete(self) -> list[CheckpointId]:
         """Return the complete checkpoints on this machine and in the store, the oldest first."""
@@ -267,40 +320,62 @@ class CheckpointManager:
     def find_newest(self) -> CheckpointId | None:
         """Return the newest checkpoint whose bytes match its manifest, downloaded if necessary; None if there is none.
 
-        A broken one is logged and deleted, and the one before it is tried.
+        One whose bytes are wrong is logged and passed over. Raises StoreError and OSError if a checkpoint cannot be
+        read, UserError for one of another version, and if files are missing of every checkpoint that is not broken:
+        training begins at step 0 only if there is nothing to continue.
         """
-        self.newest = next((item for item in reversed(self._complete()) if self._make_usable(item)), None)
+        ids = self._complete()
+        self._last = max(ids, default=None)
+        self.newest = self._first_usable(ids[::-1])
         return self.newest
 
     def find_before(self, step: int) -> CheckpointId | None:
-        """Return the newest intact checkpoint of at most `step` steps, or else the oldest one; None without any."""
+        """Return the newest intact checkpoint of at most `step` steps, or else the oldest one; None without any.
+
+        Raises what `find_newest` raises.
+        """
         ids = not_superseded(self._complete())
         before = [item for item in ids if item.step <= step]
-        return next((item for item in [*reversed(before), *ids[len(before) :]] if self._make_usable(item)), None)
+        return self._first_usable([*reversed(before), *ids[len(before) :]])
 
     def fetch(self, checkpoint: CheckpointId) -> Path:
-        """Return the local folder of a checkpoint, downloaded if necessary. Raises BrokenCheckpoint."""
-        folder = self._home / checkpoint.name
-        if not (folder / MANIFEST).is_file():
-            self._download(folder)
-        return folder
+        """Return the local folder of a checkpoint. The first rank of a node downloads what is missing or damaged.
 
-    def _make_usable(self, checkpoint: CheckpointId) -> bool:
-        folder = self._home / checkpoint.name
-        for _ in range(1 if self._is_in_store else 2):  # the store may have an intact copy
+        Raises BrokenCheckpoint, StoreError and OSError.
+        """
+        if self._downloads and not self._is_in_store and checkpoint not in self._intact:
+            self._make_usable(checkpoint)
+        return self._home / checkpoint.name
+
+    def _first_usable(self, ids: Iterable[CheckpointId]) -> CheckpointId | None:
+        incomplete: list[IncompleteCheckpoint] = []
+        for checkpoint in ids:
             try:
-                self.fetch(checkpoint)
-                for item in read_manifest(folder):
-                    _check(folder, item)
+                self._make_usable(checkpoint)
             except BrokenCheckpoint as error:
-                log.warning("the checkpoint of step %d is broken: %s", checkpoint.step, error)
-                shutil.rmtree(folder, ignore_errors=True)
+                log.warning("the checkpoint of step %d cannot be used and is passed over: %s", checkpoint.step, error)
+                incomplete += [error] if isinstance(error, IncompleteCheckpoint) else []
             else:
-                return True
-        log.warning("the checkpoint of step %d cannot be used; trying the one before it", checkpoint.step)
-        with contextlib.suppress(StoreError):
-            self._store.delete(f"{self._prefix}/{checkpoint.name}")
-        return False
+                return checkpoint
+        if incomplete:
+            raise UserError(
+                f"no checkpoint of this stage is complete: {incomplete[0]}; restore what is missing, or delete "
+                f"{self._store.uri}/{self._prefix} to begin again at step 0"
+            )
+        return None
+
+    def _make_usable(self, checkpoint: CheckpointId) -> None:
+        """Check the local files, and download those that are missing or damaged. Raises what `fetch` raises."""
+        folder = self._home / checkpoint.name
+        try:
+            check_checkpoint(folder)
+        except BrokenCheckpoint as error:
+            if self._is_in_store:
+                raise
+            if not isinstance(error, IncompleteCheckpoint):
+                log.warning("%s; it is downloaded again", error)
+            self._download(folder)
+        self._intact.add(checkpoint)
 
     def _list_store(self) -> list[CheckpointId]:
         if self._is_in_store:
@@ -314,16 +389,41 @@ class CheckpointManager:
         return ids
 
     def _download(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        """Make a folder equal to the checkpoint in the store; intact files are kept."""
         prefix = f"{self._prefix}/{folder.name}"
+        manifest, objects = self._stored_manifest(f"{prefix}/{MANIFEST}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for item in objects:
+            with contextlib.suppress(BrokenCheckpoint):
+                _check(folder, item)
+                continue
+            self._download_file(prefix, item, folder)
+        replace_file(folder / MANIFEST, manifest)  # last: an interrupted download is not a checkpoint
+
+    def _stored_manifest(self, key: str) -> tuple[bytes, tuple[StoredObject, ...]]:
         try:
-            manifest = self._store.read(f"{prefix}/{MANIFEST}")
-            for about in json.loads(manifest)["objects"]:
-                item = StoredObject.model_validate(about)
-                self._store.download(f"{prefix}/{item.path}", folder / item.path, item)
-            replace_file(folder / MANIFEST, manifest)  # last: an interrupted download is not a checkpoint
-        except (StoreError, ValueError, KeyError) as error:
+            manifest = self._store.read(key)
+            with contextlib.suppress(BrokenCheckpoint):
+                return manifest, parse_manifest(manifest, key)
+            manifest = self._store.read(key)  # the transfer may have damaged it
+            return manifest, parse_manifest(manifest, key)
+        except NotFound as error:
+            raise BrokenCheckpoint(f"{key}: the store has no copy of this checkpoint") from error
+        except Replaced:
+            raise
+        except Corrupt as error:
+            raise BrokenCheckpoint(str(error)) from error
+
+    def _download_file(self, prefix: str, item: StoredObject, folder: Path) -> None:
+        try:
+            self._store.download(f"{prefix}/{item.path}", folder / item.path, item)
+        except NotFound as error:
+            if self._store.exists(f"{prefix}/{MANIFEST}"):
+                raise IncompleteCheckpoint(str(error)) from error
+            raise BrokenCheckpoint(f"{prefix}: another process has just deleted this checkpoint") from error
+        except Replaced:
+            raise
+        except Corrupt as error:
             raise BrokenCheckpoint(str(error)) from error
 
 

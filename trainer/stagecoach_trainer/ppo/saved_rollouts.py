@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecoach_api.artifacts import StoredObject, canonical_json, checkpoints_prefix
-from stagecoach_api.store import NotFound, StoreError
+from stagecoach_api.store import Corrupt, NotFound, Replaced
 from stagecoach_api.stores.base import sha256_of_file
 from stagecoach_trainer.ppo.experience import Experience, StoredChunk, write_chunk
 from stagecoach_trainer.runtime.attempt_files import replace_file
@@ -73,7 +73,10 @@ class SavedRollouts:
             self._store.write(f"{self._prefix}/{about_path.name}", about)
 
     def load(self, name: str) -> SavedRollout | None:
-        """Return the answers saved under a name, downloaded if needed; None if there are none or they are damaged."""
+        """Return the answers saved under a name, downloaded if needed; None if there are none or they are damaged.
+
+        Raises StoreError and OSError if they cannot be read: made again, they would replace what may be intact.
+        """
         path, about_path = self._paths(name)
         try:
             if not about_path.is_file():
@@ -82,7 +85,9 @@ class SavedRollouts:
             _check(path, StoredObject.model_validate(about["object"]))
         except (NotFound, FileNotFoundError):
             return None
-        except (StoreError, OSError, ValueError, KeyError) as error:
+        except Replaced:
+            raise
+        except (Corrupt, ValueError, KeyError) as error:
             log.warning("the answers saved in %s cannot be used (%s); they are made again", path.name, error)
             return None
         self._loaded = name

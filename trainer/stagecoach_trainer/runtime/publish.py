@@ -29,6 +29,7 @@ from stagecoach_api.artifacts import (
     parse_rank_log_name,
 )
 from stagecoach_api.names import ENV_THREADS
+from stagecoach_api.store import StoreError
 from stagecoach_trainer.runtime.attempt_files import logs_folder
 from stagecoach_trainer.runtime.checkpoint_paths import delete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -60,10 +61,18 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> str
         if store.commit(key, canonical_json(manifest.model_dump(mode="json"))):
             size = sum(item.size for item in objects)
             log.info("published: %d files, %s bytes, %s, in %.0f s", len(objects), f"{size:,}", key, seconds)
-            delete_checkpoints(store, context.cache, resolved.digest)
+            _delete_checkpoints(context)
             return manifest.content_digest
         _warn_if_different(context, manifest)
     return Manifest.model_validate_json(store.read(key)).content_digest
+
+
+def _delete_checkpoints(context: StageContext) -> None:
+    """Delete the checkpoints of the published stage; they only take up space, so a failure does not end the stage."""
+    try:
+        delete_checkpoints(context.store, context.cache, context.resolved.digest)
+    except StoreError as error:
+        log.warning("the checkpoints of the finished stage stay in the store: %s", error)
 
 
 def upload_folder(context: StageContext, folder: Path, prefix: str) -> list[StoredObject]:
