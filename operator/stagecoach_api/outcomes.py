@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum, StrEnum
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from stagecoach_api.base import Model
 
@@ -25,6 +25,9 @@ class ExitCode(IntEnum):
     """The worker was asked to stop, and saved a checkpoint."""
     HANG = 79
     """The worker made no progress for too long."""
+
+
+FAULT_CHARACTERS = 256
 
 
 class Cause(StrEnum):
@@ -53,7 +56,12 @@ def cause_of_exit(code: int) -> Cause:
 
 
 class AttemptResult(Model):
-    """Result of an attempt, written by the launcher: at most 4,000 bytes of JSON (a pod's termination message)."""
+    """Result of an attempt, written by the launcher: at most 4,000 bytes of JSON (a pod's termination message).
+
+    Unknown fields are ignored: a newer trainer's result must not read as that of a killed process.
+    """
+
+    model_config = ConfigDict(extra="ignore")
 
     exit_code: int
     """Exit code of the worker that ended first; negative for a signal."""
@@ -69,3 +77,7 @@ class AttemptResult(Model):
 
     last_step: int | None = None
     """Last optimiser step with a complete checkpoint. None if there is no checkpoint or the stage does not train."""
+
+    fault: str | None = Field(default=None, max_length=FAULT_CHARACTERS)
+    """Type and place of the error, if it is one that is expected to recur at the same place unless the user changes
+    something (`stagecoach_api.faults`). None for all others, such as a lost connection or the end of another rank."""

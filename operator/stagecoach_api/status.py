@@ -187,7 +187,7 @@ class Restarts(Model):
     """Attempts stopped because they made no progress."""
 
     user: NonNegativeCount = 0
-    """Attempts ended by an error in the run itself, such as invalid data."""
+    """Attempts ended by an error in the run itself, such as invalid data, or by one that recurred."""
 
     preemption: NonNegativeCount = 0
     """Attempts that were asked to stop. They do not count against the retry budgets."""
@@ -264,6 +264,10 @@ class AttemptStatus(Model):
 
     last_step: Annotated[int, Field(ge=0, le=10**15)] | None = None
     """Last optimiser step with a complete checkpoint. If unset: not known, or the stage does not train."""
+
+    fault: Annotated[str, Field(max_length=256)] = ""
+    """Type and place of an unexpected error. If the next attempt ends with the same one, without a new
+    checkpoint, its cause is `user`. Empty if there is none."""
 
     message: Annotated[str, Field(max_length=1024)] = ""
     """How the attempt ended. If it left no result, the last lines of its log."""

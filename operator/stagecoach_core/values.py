@@ -54,6 +54,10 @@ class Attempt:
     """Time of the newest heartbeat. None before the first."""
     longest_silence: float = 0.0
     """Longest time between two heartbeats so far, in seconds; the limit for a hang adapts to it."""
+    fault: str = ""
+    """If ended: type and place of an error that may recur (`AttemptResult.fault`). Empty if there is none."""
+    last_step: int | None = None
+    """If ended: last step with a complete checkpoint, if it reported one."""
 
     @property
     def is_live(self) -> bool:

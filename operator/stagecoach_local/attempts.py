@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from stagecoach_api.faults import result_of_log
 from stagecoach_api.outcomes import AttemptResult, cause_of_exit
 from stagecoach_api.progress import RESUME, Pace, ProgressEvent
-from stagecoach_core.policies.ending import cause_of_end
+from stagecoach_core.policies.ending import end_of_attempt
 from stagecoach_core.values import Attempt, AttemptState
 from stagecoach_local.processes import AttemptProcess
 from stagecoach_local.tail import ProgressTail, last_lines
@@ -18,7 +20,8 @@ from stagecoach_local.workspace import AttemptFolder, AttemptRecord
 
 MESSAGE_LINES = 15
 """Lines of the log that are used as the message of an attempt that left none."""
-
+TRACEBACK_LINES = 400
+"""Lines of the log that are searched for the traceback of such an attempt."""
 
 MESSAGE_CHARACTERS = 2400
 
@@ -79,29 +82,40 @@ def observed_end(record: AttemptRecord) -> Attempt:
         ended=record.ended,
         cause=record.cause,
         message=record.message,
+        fault=record.fault,
+        last_step=record.last_step,
     )
 
 
-def ended_record(attempt: LiveAttempt, now: float) -> AttemptRecord:
-    """Return the record of an attempt whose process has ended, from its result file or else from its exit code."""
+def ended_record(attempt: LiveAttempt, now: float, earlier: Iterable[Attempt] = ()) -> AttemptRecord:
+    """Return the record of an attempt whose process has ended, from its result file or else from its exit code.
+
+    `earlier`: see `end_of_attempt`.
+    """
     code = attempt.process.exit_code
-    result = read_result(attempt.folder)
-    # A launcher that died before it wrote a result: its exit code still determines the cause. Negative: a signal.
-    if result is None and code is not None and code > 0:
-        result = AttemptResult(exit_code=code, cause=cause_of_exit(code))
-    cause = cause_of_end(attempt.record.stop_cause, result)
-    message = result.message if result is not None else ""
-    if cause is not None and not message:
+    result = read_result(attempt.folder) or _result_of_process(attempt, code)
+    end = end_of_attempt(attempt.record.stop_cause, result, earlier, attempt.record.number)
+    message = end.message
+    if end.cause is not None and not message:
         message = _message(attempt, code)
     return attempt.record.model_copy(
         update={
             "ended": _end_time(attempt, now),
-            "cause": cause,
+            "cause": end.cause,
             "message": message,
             "content_digest": None if result is None else result.content_digest,
             "last_step": None if result is None else result.last_step,
+            "fault": "" if result is None else result.fault or "",
         }
     )
+
+
+def _result_of_process(attempt: LiveAttempt, code: int | None) -> AttemptResult | None:
+    """Return what follows from the exit code and the log of a launcher that died before it wrote a result."""
+    if code is None or code < 0:  # a signal
+        return None
+    log = "\n".join(last_lines(attempt.folder.log, TRACEBACK_LINES))
+    return result_of_log(code, log) or AttemptResult(exit_code=code, cause=cause_of_exit(code))
 
 
 def read_result(folder: AttemptFolder) -> AttemptResult | None:

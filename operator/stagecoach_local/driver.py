@@ -24,6 +24,7 @@ from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.snapshot import Snapshot, StageRow, View
 from stagecoach_core.values import (
     Action,
+    Attempt,
     Decision,
     Found,
     LookUp,
@@ -262,11 +263,19 @@ class Driver:
                 continue
             attempt.process.sweep()  # no worker may survive into the next attempt
             self._refresh(attempt)
-            record = ended_record(attempt, now)
+            record = ended_record(attempt, now, self._ended_at(attempt.record.stage, attempt.record.digest))
             self._ended.append(record)
             del self._live[key]
             self._artifacts.pop(record.digest, None)  # the attempt may have published: look the artifact up again
             attempt.folder.drop_scratch()
+
+    def _ended_at(self, stage: str, digest: str) -> list[Attempt]:
+        """Return the ended attempts of this invocation at a stage and digest."""
+        return [
+            observed_end(record)
+            for record in self._ended
+            if (record.stage, record.digest) == (stage, digest) and (record.ended or 0.0) >= self._since
+        ]
 
     def _handle_interrupts(self) -> None:
         """After the first interrupt, show what it does (the core stops the attempts); after the second, kill them."""

@@ -73,6 +73,8 @@ class AttemptRecord(Model):
     last_step: int | None = None
     resumed_from: int | None = None
     """Step after which it resumed. None if it started at the first one."""
+    fault: str = ""
+    """Type and place of an error that may recur; empty if there is none."""
 
 
 class StageRecord(Model):

@@ -6,13 +6,14 @@ its objects are gone; as long as they exist, they take precedence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from stagecoach_api.faults import shortened
 from stagecoach_api.outcomes import AttemptResult, Cause
 from stagecoach_api.status import AttemptStatus, Incarnation
-from stagecoach_core.policies.ending import cause_of_end
+from stagecoach_core.policies.ending import end_of_attempt
 from stagecoach_core.values import Attempt, AttemptState
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
@@ -24,6 +25,7 @@ AttemptKey = tuple[str, int]
 """Stage and number."""
 
 MAX_INCARNATIONS = 4
+MESSAGE_CHARACTERS = 1024
 LOST = "its JobSet does not exist: it was deleted by another client, or its creation failed"
 
 
@@ -69,6 +71,8 @@ class ObservedAttempt:
             message=record.message if self.state is AttemptState.ENDED else record.stopping,
             heartbeat=now if self.latest_report is None else max(self.latest_report.report.time, self._pods_started()),
             longest_silence=0.0 if self.latest_report is None else self.latest_report.longest_silence,
+            fault=record.fault,
+            last_step=record.last_step,
         )
 
     def _pods_started(self) -> float:
@@ -91,16 +95,28 @@ def observe(
     children: Children,
     signals: Signals,
     now: float,
+    since: float = 0.0,
 ) -> dict[AttemptKey, ObservedAttempt]:
-    """Return every known attempt, by stage and number. `now`: seconds since the epoch."""
+    """Return every known attempt, by stage and number.
+
+    `now`, `since`: the present, and when the user requested this run or a retry of it, in seconds since the epoch.
+    """
     # Labels can be copied; only the controller reference proves that a JobSet is this run's.
     jobsets = {(item.stage, item.number): item for item in children.jobsets if item.owner_uid == run_uid}
     attempts: dict[AttemptKey, ObservedAttempt] = {}
     # The union: a JobSet without a record was created just before a kill; a record without a JobSet has lost it.
     for key in sorted({*records, *jobsets}):
         record = records.get(key) or _record_of(jobsets[key])
-        attempts[key] = observe_attempt(key[0], record, jobsets.get(key), children, signals, now)
+        earlier = [item.as_core_attempt(now) for item in attempts.values() if _precedes(item, key[0], record, since)]
+        attempts[key] = observe_attempt(key[0], record, jobsets.get(key), children, signals, now, earlier)
     return attempts
+
+
+def _precedes(attempt: ObservedAttempt, stage: str, record: AttemptStatus, since: float) -> bool:
+    """Return whether an attempt ended at the same work, since the user requested it."""
+    before = attempt.record
+    alike = (attempt.stage, before.digest) == (stage, record.digest)
+    return alike and before.ended is not None and before.ended.timestamp() >= since
 
 
 def _record_of(jobset: JobSetView) -> AttemptStatus:
@@ -117,8 +133,9 @@ def observe_attempt(
     children: Children,
     signals: Signals,
     now: float,
+    earlier: Sequence[Attempt] = (),
 ) -> ObservedAttempt:
-    """Return one attempt as observed now."""
+    """Return one attempt as observed now. `earlier`: see `end_of_attempt`."""
     if record.ended is not None:
         # The JobSet of a successful attempt is kept for its logs; that of a failed one is deleted.
         leftover = "" if jobset is None or record.cause is None else "the attempt has ended"
@@ -127,12 +144,12 @@ def observe_attempt(
         )
     pods = children.pods_of(stage, record.number)
     if jobset is None:
-        return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED)
+        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED)
     outcome = outcome_of(pods, jobset, now)
     record = _updated(record, outcome.report, pods)
     # Success takes precedence over a pending stop or deletion: the artifact is published.
     if outcome.report is not None and outcome.report.result.cause is None:
-        return ObservedAttempt(stage, ended(record, now), AttemptState.ENDED, jobset, pods)
+        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED, jobset, pods)
     # A failed attempt is stopping, not ended, until its JobSet is gone: the next must not run together with its pods.
     reason = record.stopping or (f"it failed: {record.message}" if record.cause is not None else "")
     if jobset.meta.deleting or reason:
@@ -214,6 +231,7 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
             "pod": report.pod,
             "node": report.node,
             "message": result.message,
+            "fault": result.fault or "",
         }
     )
 
@@ -232,18 +250,32 @@ def _incarnations(record: AttemptStatus, pods: tuple[PodView, ...]) -> tuple[Inc
     return tuple(known.values())[-MAX_INCARNATIONS:]
 
 
-def ended(record: AttemptStatus, now: float) -> AttemptStatus:
-    """Return the record of an attempt that has ended: its objects do not exist any more, or its result is known."""
-    has_result = record.exit_code is not None
+def ended(record: AttemptStatus, now: float, earlier: Sequence[Attempt] = ()) -> AttemptStatus:
+    """Return the record of an attempt that has ended: its objects do not exist any more, or its result is known.
+
+    `earlier`: see `end_of_attempt`.
+    """
     # Without an exit code there is no result: a record whose `cause` is None must then not count as a success.
-    result = AttemptResult(exit_code=record.exit_code or 0, cause=record.cause) if has_result else None
-    cause = cause_of_end(record.stop_cause, result)
-    message = record.message
-    if cause is not None and record.stop_cause is not None and cause is record.stop_cause:
+    result = None if record.exit_code is None else _result_of(record)
+    end = end_of_attempt(record.stop_cause, result, earlier, record.number)
+    message = end.message if result is not None else record.message
+    if end.cause is not None and record.stop_cause is not None and end.cause is record.stop_cause:
         message = "; ".join(part for part in (record.stopping, record.message) if part)
-    elif cause is not None and not message:
+    elif end.cause is not None and not message:
         message = LOST
-    return record.model_copy(update={"ended": moment(now), "cause": cause, "message": message[:1024]})
+    return record.model_copy(
+        update={"ended": moment(now), "cause": end.cause, "message": shortened(message, MESSAGE_CHARACTERS)}
+    )
+
+
+def _result_of(record: AttemptStatus) -> AttemptResult:
+    return AttemptResult(
+        exit_code=record.exit_code or 0,
+        cause=record.cause,
+        message=record.message,
+        last_step=record.last_step,
+        fault=record.fault or None,
+    )
 
 
 def moment(seconds: float) -> datetime:

@@ -159,14 +159,15 @@ class Reconciler:
         latest = {key: self.reports.latest((run.meta.uid, *key)) for key in memory.records}
         reports = {key: report for key, report in latest.items() if report is not None}
         children = self.client.cache.of_run(run.meta.uid)
-        attempts = observe(run.meta.uid, memory.records, children, Signals(reports, memory.warnings), now)
+        signals, since = Signals(reports, memory.warnings), requested_at(run)
+        attempts = observe(run.meta.uid, memory.records, children, signals, now, since)
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
         answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
             attempts=tuple(attempt.as_core_attempt(now) for attempt in attempts.values()),
             artifacts=known_artifacts(run.status, attempts, frozen, answers),
             forgotten=forgotten_of(run.status),
-            since=requested_at(run),
+            since=since,
             suspend=bool(run.spec.get("suspend")),
             cancel=bool(run.spec.get("cancel")),
         )

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from stagecoach_api.faults import result_of_log, shortened
 from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, cause_of_exit
 from stagecoach_operator.object_views import ContainerEnd, JobSetView, PodView
 
@@ -33,6 +34,8 @@ node. All others count as infrastructure."""
 OOM_KILLED = "OOMKilled"
 MESSAGE_CHARACTERS = 1000
 DIGEST_LENGTH = 64
+MAX_STEP = 10**15
+"""The last step that a status can hold."""
 SIGNAL_BASE = 128
 """Kubernetes, like a shell, reports a container killed by signal N with exit code 128 + N."""
 
@@ -57,10 +60,11 @@ class TerminationReport:
             message = f"{OOM_KILLED}: the container ran out of memory; {message}"
         sanitised = result.model_copy(
             update={
-                "message": message[:MESSAGE_CHARACTERS],
+                "message": shortened(message, MESSAGE_CHARACTERS),
                 "exit_code": max(-256, min(256, result.exit_code)),
                 "content_digest": result.content_digest if _is_digest(result.content_digest) else None,
-                "last_step": None if result.last_step is None or result.last_step < 0 else result.last_step,
+                "fault": None if end.reason == OOM_KILLED else result.fault,
+                "last_step": result.last_step if 0 <= (result.last_step or 0) <= MAX_STEP else None,
             }
         )
         return cls(sanitised, pod.meta.name, pod.node, end.finished)
@@ -73,6 +77,9 @@ class TerminationReport:
             cause: Cause | None = Cause.INFRASTRUCTURE
             remedy = "raise `resources.memory` or reduce the stage's memory use"
             message = f"{OOM_KILLED}: the container needed more memory than its limit; {remedy}"
+        elif (died := result_of_log(code, end.message)) is not None:
+            shown = died.model_copy(update={"message": shortened(died.message, MESSAGE_CHARACTERS)})
+            return cls(shown, pod.meta.name, pod.node, end.finished)
         else:
             cause = None if code == 0 else cause_of_exit(code)
             message = f"ended with exit code {code} and wrote no result"
@@ -159,11 +166,11 @@ def newest_step(steps: Iterable[int | None]) -> int | None:
 def _rank(result: AttemptResult) -> int:
     """Rank a result by how well it explains the attempt's end.
 
-    0: it names the error; 1: a sudden death; 2: it may be a consequence of another pod's end.
+    0: it names the error; 1: a sudden death, or an error of its own; 2: it may be a consequence of another pod's end.
     """
     if result.exit_code in CAUSE_OF_EXIT and result.exit_code != ExitCode.INTERRUPTED:
         return 0
-    if OOM_KILLED in result.message or result.exit_code < 0:
+    if OOM_KILLED in result.message or result.exit_code < 0 or result.fault:
         return 1
     return 1 if result.cause is Cause.PREEMPTION else 2
 

@@ -3,9 +3,9 @@
     python fake_launcher.py FOLDER
 
 FOLDER/script.json: by stage, a list with an entry for each attempt (the last one is used for all later attempts):
-`seconds` to work, `exit` code, `message`, `kill` (dies by SIGKILL), `silent` (leaves no result), `stubborn` (ignores
-SIGTERM), `child` (starts a process in its own session that outlives it), `waitFor` (a stage that must have started),
-`tokens`, `metrics`, `report`, `random` (its output differs every time).
+`seconds` to work, `exit` code, `message`, `fault` and `lastStep` of its result, `kill` (dies by SIGKILL), `silent`
+(leaves no result), `stubborn` (ignores SIGTERM), `child` (starts a process in its own session that outlives it),
+`waitFor` (a stage that must have started), `tokens`, `metrics`, `report`, `random` (its output differs every time).
 FOLDER/events.jsonl: events, one line each.
 
 Imports only the standard library, because a test starts it a dozen times.
@@ -148,7 +148,8 @@ def main() -> None:
     code = script.get("exit", 0)
     if code:
         cause = {64: "user", 65: "user", 66: "user", 79: "hang"}.get(code, "infrastructure")
-        leave(code, cause, message=script.get("message", "it broke"))
+        more = {name: script[name] for name in ("fault", "lastStep") if name in script}
+        leave(code, cause, message=script.get("message", "it broke"), **more)
     leave(0, None, contentDigest=publish(script))
 
 

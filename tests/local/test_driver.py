@@ -188,6 +188,25 @@ def test_a_user_error_is_not_retried_and_stages_that_depend_on_it_are_skipped(be
     assert "working on vocabulary" in row.log.read_text(encoding="utf-8")
 
 
+def test_an_error_that_recurs_is_tried_twice_and_one_that_advances_is_tried_again(bench: Bench) -> None:
+    bug = {"exit": 1, "fault": "RuntimeError at loop.py:180 in step", "message": "RuntimeError: shapes differ"}
+    bench.write([data_stage("one")], {"one": [bug | {"lastStep": 10}, bug | {"lastStep": 20}, bug | {"lastStep": 20}]})
+    view = bench.drive().decision.stages["one"]
+    assert view.state is StageState.FAILED
+    assert view.restarts == {Cause.INFRASTRUCTURE: 2, Cause.USER: 1}
+    assert view.message.startswith("attempts 2 and 3 ended with the same error at the same place")
+    assert view.message.endswith("RuntimeError: shapes differ")
+
+
+def test_a_request_to_run_again_gives_an_error_that_recurred_a_second_chance(bench: Bench) -> None:
+    bug = {"exit": 1, "fault": "RuntimeError at loop.py:180 in step"}
+    bench.write([data_stage("one")], {"one": bug})
+    bench.drive()
+    assert len(bench.started()) == 2
+    bench.follow({"one": [bug, bug, bug, {}]})
+    assert bench.drive().decision.state is RunState.COMPLETE
+
+
 def test_a_failed_run_resumes_where_it_failed_once_the_cause_is_fixed(bench: Bench) -> None:
     bench.write(chain(), {"vocabulary": {"exit": 64}})
     bench.drive()

@@ -15,11 +15,12 @@ from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.outcomes import Cause, ExitCode
 from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
-from stagecoach_trainer.__main__ import outcome_of, pin_threads, read_stage
+from stagecoach_trainer.__main__ import pin_threads, read_stage
 from stagecoach_trainer.run_stage import AttemptSettings, run_stage
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import world_from
 from stagecoach_trainer.runtime.errors import Diverged, GateFailed, Interrupted, UserError
+from stagecoach_trainer.runtime.failures import outcome_of
 from tests.trainer.contexts import resolved_stage
 from tests.trainer.makers import DATA_CONFIG, DIGEST
 

@@ -7,7 +7,6 @@ cores, runs the stage, and exits with a code of the contract.
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import json
 import logging
@@ -17,8 +16,7 @@ import stat
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -30,24 +28,22 @@ from stagecoach_api.names import (
     ENV_CACHE_DIR,
     ENV_PROGRESS_FILE,
     ENV_STAGE_FILE,
-    ENV_THREADS,
     ENV_WORK_DIR,
 )
-from stagecoach_api.outcomes import AttemptResult, ExitCode
+from stagecoach_api.outcomes import AttemptResult
 from stagecoach_api.stage_kind import StageConfig
-from stagecoach_api.store import AccessDenied, Corrupt, NotFound, StoreError
+from stagecoach_api.store import StoreError
 from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe
 from stagecoach_trainer.runtime.attempt_files import announce
-from stagecoach_trainer.runtime.errors import Interrupted, StageError, UserError
-from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, RankOutcome, failure, write_outcome
+from stagecoach_trainer.runtime.errors import Interrupted, UserError
+from stagecoach_trainer.runtime.failures import outcome_of
+from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, RankOutcome, write_outcome
 from stagecoach_trainer.runtime.startup import postpone_garbage_collection
+from stagecoach_trainer.runtime.threads import thread_environment
 
 log = logging.getLogger("stagecoach")
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 QUIET_LIBRARIES = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space left, the user's quota used up, or the limit of a file's size reached."""
 
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
@@ -100,11 +96,9 @@ def _run(
 
 
 def pin_threads(environment: Mapping[str, str]) -> None:
-    """Pin the number of CPU threads of this rank, on which the last digits of every sum depend."""
+    """Set the number of threads of this rank and how they wait, unless the user has (`runtime.threads`)."""
     local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", "1")))
-    threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // local_size))
-    for name in (ENV_THREADS, *THREAD_VARIABLES):
-        os.environ[name] = threads
+    os.environ.update(thread_environment(environment, local_size))
 
 
 def start_logging(rank: int) -> None:
@@ -181,52 +175,7 @@ def _stop_at_end_of_stdin(on_orphaned: Callable[[], None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# -- after the stage ---------------------------------------------------------------------------------------------------
-
-
-def outcome_of(error: BaseException, last_step: int | None = None, work: Path | None = None) -> RankOutcome:
-    """Return the outcome that the contract assigns to an error; prints the traceback of an unexpected one.
-
-    `work`: the attempt's folder, named if the error of a full disk does not name the file.
-    """
-    for cause in _chain(error):
-        named = _named(cause, work)
-        if named is not None:
-            code, message = named
-            return RankOutcome(failure(code, message, last_step), True, time.time())
-    traceback.print_exception(error)
-    message = f"{type(error).__name__}: {error}\n{_place(error)}"
-    return RankOutcome(failure(GENERIC_FAILURE, message, last_step), False, time.time())
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _named(error: BaseException, work: Path | None) -> tuple[int, str] | None:  # noqa: PLR0911 - one line per name
-    """Return exit code and message of an error for which the contract has a code; None for others."""
-    if isinstance(error, StageError):
-        return error.exit_code, str(error)
-    if isinstance(error, AccessDenied | Corrupt | NotFound):
-        return ExitCode.USER_ERROR, str(error)  # the next attempt would fail likewise
-    if isinstance(error, StoreError):
-        return ExitCode.STORAGE, str(error)
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        place = error.filename or ("a file being written" if work is None else f"a file in {work}")
-        return ExitCode.STORAGE, f"disk full: {place}: {error.strerror}; free space there or move the run's storage"
-    if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED, "stopped by SIGINT"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        advice = "lower `batch.microBatchRows`, set `gradientCheckpointing: true`, or shard with `sharding.zero`"
-        return ExitCode.USER_ERROR, f"out of memory: {error}; {advice}"
-    return None
-
-
-def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    return "\n".join(f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames)
+# -- after the stage --------------------------------------------------------------------------------------------------
 
 
 def _last_step(resolved: ResolvedStage | None, environment: Mapping[str, str]) -> int | None:

@@ -25,7 +25,7 @@ from stagecoach_trainer.runtime.distributed import process_group
 from stagecoach_trainer.runtime.errors import GateFailed
 from stagecoach_trainer.runtime.progress import Progress, Reporter
 from stagecoach_trainer.runtime.progress_log import figures_text
-from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
+from stagecoach_trainer.runtime.publish import announce_attempt, publish, upload_attempt, upload_folder
 from stagecoach_trainer.runtime.run_store import open_run_store
 from stagecoach_trainer.runtime.startup import fast_imports
 from stagecoach_trainer.stages import load_stage
@@ -59,6 +59,8 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     spread = kind.ranks is Ranks.ALL
     if not spread and not attempt.world.is_main:
         return None  # the stage runs on rank 0 alone
+    if attempt.world.is_main:
+        announce_attempt(context)
     refuse_early(attempt.config, context)
     _log_start(attempt)
     context.progress.report("load libraries")

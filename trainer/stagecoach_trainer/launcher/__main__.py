@@ -28,12 +28,12 @@ from stagecoach_api.names import (
     ENV_NODE_RANK,
     ENV_RESULT_FILE,
     ENV_STAGE_FILE,
-    ENV_THREADS,
     ENV_WORK_DIR,
     MASTER_PORT,
 )
 from stagecoach_trainer.launcher.rank_pipes import RankPipe, open_pipes
 from stagecoach_trainer.runtime.attempt_files import announced_pids, clear_outcomes, replace_file
+from stagecoach_trainer.runtime.threads import thread_environment
 
 if TYPE_CHECKING:
     from stagecoach_api.outcomes import AttemptResult
@@ -63,16 +63,19 @@ class Launcher:
         """Run the attempt to its end."""
         started = time.time()
         self._handle_stop_requests()  # first: as PID 1 in a container, it ignores SIGTERM until a handler is installed
-        clear_outcomes(self._work)
         try:
+            clear_outcomes(self._work)
             stage = Path(self._environment[ENV_STAGE_FILE]).read_bytes()
             nodes, ranks = gang_size(stage)
             command = worker_command(nodes, ranks, self._grace_seconds, self._environment)
             first = ranks * int(self._environment[ENV_NODE_RANK]) if nodes > 1 else 0
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            variables = worker_environment(self._environment, ranks)
+        except OSError as error:
+            return _unreadable(error)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             return _unusable(error)
         pipes = open_pipes(self._work, range(first, first + ranks))
-        child = self._start(command, ranks, pipes[0])
+        child = self._start(command, variables, pipes[0])
         # The imports of this and the next line overlap with those of the workers (`runtime.startup`).
         self._keep_logs(pipes, ranks, stage, started)
         from stagecoach_trainer.runtime.outcomes import combine, read_outcomes
@@ -83,7 +86,7 @@ class Launcher:
         outcomes, own = read_outcomes(self._work), range(first, first + ranks)
         if nodes * ranks > 1 and code > 0:
             code = self._death_of([rank for rank in own if rank not in outcomes]) or code
-        result = combine(outcomes, own, code)
+        result = combine(outcomes, own, code, lambda rank: self._end_of_log(max(0, rank - first)))
         return result if self._stop_at is None else _as_stopped(result)
 
     def finish(self) -> None:
@@ -102,10 +105,10 @@ class Launcher:
         if self._stop_at is None:
             self._stop_at = time.monotonic()
 
-    def _start(self, command: Sequence[str], ranks: int, output: RankPipe) -> subprocess.Popen[bytes]:
+    def _start(self, command: Sequence[str], variables: Mapping[str, str], output: RankPipe) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command,
-            env=worker_environment(self._environment, ranks),
+            env=variables,
             stdin=subprocess.PIPE,  # its end signals to the workers that this process has died, even by SIGKILL
             stdout=output.writer,
             stderr=subprocess.STDOUT,
@@ -127,6 +130,10 @@ class Launcher:
             return 0
         deaths, pids = torchrun_deaths(self._logs.drain()), announced_pids(self._work)
         return next((deaths[pids[rank]] for rank in ranks if pids.get(rank) in deaths), 0)
+
+    def _end_of_log(self, index: int) -> str:
+        """Return the end of the output of one of this node's workers."""
+        return "" if self._logs is None else self._logs.end_of(index).decode(errors="replace")
 
     def _handle_stop_requests(self) -> None:
         """Stop on SIGTERM, SIGINT and, if standard input is a pipe, at its end, when the driver has died."""
@@ -173,7 +180,18 @@ def _unusable(error: Exception) -> AttemptResult:
     from stagecoach_api.outcomes import ExitCode
     from stagecoach_trainer.runtime.outcomes import failure
 
-    return failure(ExitCode.USER_ERROR, f"the stage file cannot be used: {type(error).__name__}: {error}")
+    return failure(
+        ExitCode.USER_ERROR,
+        f"the attempt cannot start: {type(error).__name__}: {error}; check {ENV_STAGE_FILE} and the variables",
+    )
+
+
+def _unreadable(error: OSError) -> AttemptResult:
+    """Return the result of an attempt whose stage file or work folder cannot be accessed."""
+    from stagecoach_trainer.runtime.failures import outcome_of
+
+    result = outcome_of(error).result
+    return result if result.fault is None else _unusable(error)
 
 
 def _as_stopped(result: AttemptResult) -> AttemptResult:
@@ -234,9 +252,8 @@ def worker_command(nodes: int, ranks: int, grace_seconds: float, environment: Ma
 
 
 def worker_environment(environment: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """Return the workers' environment, which pins each worker's number of threads."""
-    threads = environment.get(ENV_THREADS) or str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    return {**environment, ENV_THREADS: threads, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    """Return the workers' environment: this one, the threads of each worker, unbuffered output."""
+    return {**environment, **thread_environment(environment, ranks), "PYTHONUNBUFFERED": "1"}
 
 
 def write_result(result: AttemptResult, path: Path) -> None:

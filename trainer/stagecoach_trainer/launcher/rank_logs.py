@@ -74,6 +74,11 @@ class RankLogs:
         """Print a line of the launcher itself."""
         self._output.put(f"[launcher] {message}\n".encode())
 
+    def end_of(self, index: int) -> bytes:
+        """Read the remaining output of the ended workers; return the end of the log of one of this node's ranks."""
+        self.drain()
+        return self._sinks[min(index, len(self._sinks) - 1)].log.content()[1][-LAST_BYTES:]
+
     def drain(self) -> bytes:
         """Read the remaining output of the ended workers; return the end of the first rank's log."""
         if not self._drained:

@@ -279,7 +279,7 @@ class CheckpointManager:
         """Return the id of the next checkpoint, which sorts after all others."""
         if self._last is None:
             return CheckpointId(0, step)
-        # After a rollback, or behind a broken checkpoint, the step is not above the last one: a higher version keeps
+        # After a rollback, or following a broken checkpoint, the step is not above the last one: a higher version keeps
         # the order of ids that of time.
         return CheckpointId(self._last.version + (step <= self._last.step), step)
 

@@ -169,7 +169,7 @@ class Loop:
             self._metrics.pause()
             self._metrics.between("compute the next step")
             for item in prefetcher:
-                # Before the step: a checkpoint that is saved right after the last one says so too.
+                # Before the step: a checkpoint that is saved right after the last one contains it too.
                 if self._progress.stopped_early:
                     return
                 self._make_step(item, prefetcher)

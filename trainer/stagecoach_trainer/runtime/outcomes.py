@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from stagecoach_api.faults import result_of_log, shortened
 from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode, cause_of_exit
 from stagecoach_trainer.runtime.attempt_files import outcomes_folder, replace_file
 
 MAX_RESULT_BYTES = 4000
 """Kubernetes truncates a Pod's termination message at 4,096 bytes; truncated JSON cannot be parsed."""
 
+MESSAGE_CHARACTERS = 2500
 GENERIC_FAILURE = 1
 """Exit code of a worker that ended for an unknown reason."""
 
@@ -48,23 +50,35 @@ def read_outcomes(work: Path) -> dict[int, RankOutcome]:
     return outcomes
 
 
-def combine(outcomes: dict[int, RankOutcome], ranks: Collection[int], exit_code: int) -> AttemptResult:
+def combine(
+    outcomes: dict[int, RankOutcome],
+    ranks: Collection[int],
+    exit_code: int,
+    end_of_log: Callable[[int], str] = lambda rank: "",
+) -> AttemptResult:
     """Return the attempt's result from the outcomes of the workers of `ranks` and their parent process's exit code.
 
-    One rank's failure makes the others fail, so the earliest named failure is the reason. A rank without an outcome was
-    killed by a signal, which explains the unnamed failures of others.
+    `end_of_log`: returns the end of a rank's log, which explains a worker that ended before it could report.
+
+    One rank's failure makes the others fail, so the earliest named failure is the reason, else the earliest error of a
+    rank's own. A rank without an outcome was killed by a signal, which explains the other failures; that a rank was
+    asked to stop explains none, because torchrun asks the others once one has failed.
     """
-    failures = [outcome for outcome in outcomes.values() if outcome.result.exit_code != ExitCode.DONE]
-    named = [outcome for outcome in failures if outcome.named]
-    if named:
-        return min(named, key=lambda outcome: outcome.time).result
+    failures = sorted(
+        (outcome for outcome in outcomes.values() if outcome.result.exit_code != ExitCode.DONE),
+        key=lambda outcome: outcome.time,
+    )
+    explaining = [item for item in failures if item.named and item.result.exit_code != ExitCode.INTERRUPTED]
+    explaining = explaining or [item for item in failures if item.result.fault]
+    if explaining:
+        return explaining[0].result
     silent = sorted(set(ranks) - set(outcomes))
     if exit_code != ExitCode.DONE and (silent or not failures):
-        return _without_outcome(silent, exit_code)
+        return _without_outcome(silent, exit_code, end_of_log)
     if failures:
-        return min(failures, key=lambda outcome: outcome.time).result
+        return min(failures, key=lambda item: item.named).result
     if silent or not outcomes:
-        return _without_outcome(silent, GENERIC_FAILURE)
+        return _without_outcome(silent, GENERIC_FAILURE, end_of_log)
     return outcomes[min(outcomes)].result
 
 
@@ -77,7 +91,10 @@ def torchrun_deaths(text: bytes) -> dict[int, int]:
 _DEATH = re.compile(rb"^\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 
 
-def _without_outcome(silent: list[int], exit_code: int) -> AttemptResult:
+def _without_outcome(silent: list[int], exit_code: int, end_of_log: Callable[[int], str]) -> AttemptResult:
+    died = result_of_log(exit_code, end_of_log(silent[0] if silent else 0))
+    if died is not None:
+        return fitting(died)
     who = "the worker" if silent in ([], [0]) else f"rank {', '.join(map(str, silent))}"
     message = f"{who} ended without reporting a reason, exit code {exit_code}; see the last lines of its log"
     if exit_code < 0:
@@ -88,10 +105,11 @@ def _without_outcome(silent: list[int], exit_code: int) -> AttemptResult:
     return AttemptResult(exit_code=exit_code, cause=cause_of_exit(exit_code), message=message)
 
 
-def failure(exit_code: int, message: str, last_step: int | None = None) -> AttemptResult:
+def failure(exit_code: int, message: str, last_step: int | None = None, fault: str | None = None) -> AttemptResult:
     """Return the result of a failed attempt, its message shortened to what the contract allows."""
     cause = cause_of_exit(exit_code)
-    return fitting(AttemptResult(exit_code=exit_code, cause=cause, message=message[:2500], last_step=last_step))
+    text = shortened(message, MESSAGE_CHARACTERS)
+    return fitting(AttemptResult(exit_code=exit_code, cause=cause, message=text, last_step=last_step, fault=fault))
 
 
 def interrupted(message: str) -> AttemptResult:

@@ -99,6 +99,14 @@ def _upload_files(context: StageContext, folder: Path, files: list[Path], prefix
     return objects
 
 
+def announce_attempt(context: StageContext) -> None:
+    """Store that the attempt has begun: a storage that cannot be written must end the attempt before its work.
+
+    Raises StoreError.
+    """
+    _write_attempt(context, 0.0)
+
+
 def upload_attempt(context: StageContext, started: float) -> None:
     """Upload the metrics of this attempt and its duration, which are not part of the artifact.
 
@@ -107,7 +115,12 @@ def upload_attempt(context: StageContext, started: float) -> None:
     digest, attempt, logs = context.resolved.digest, context.resolved.attempt, logs_folder(context.work)
     files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
     _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
-    about = {"attempt": attempt, "seconds": round(time.time() - started, 3)}
+    _write_attempt(context, time.time() - started)
+
+
+def _write_attempt(context: StageContext, seconds: float) -> None:
+    digest, attempt = context.resolved.digest, context.resolved.attempt
+    about = {"attempt": attempt, "seconds": round(seconds, 3)}
     context.store.write(f"{attempt_prefix(digest, attempt)}/{ATTEMPT_FILE}", canonical_json(about))
 
 
