@@ -38,6 +38,7 @@ from stagecoach_core.values import (
 )
 from stagecoach_local import processes
 from stagecoach_local.attempts import LiveAttempt, ended_record, observed_end
+from stagecoach_local.claims import Claims
 from stagecoach_local.launch import launch
 from stagecoach_local.machine import Machine, admits
 from stagecoach_local.records import RunRecorder
@@ -83,6 +84,7 @@ class Driver:
     def __post_init__(self) -> None:
         self._outages = StoreOutages(self.job.store_pause_seconds, self.view.notify, self.clock)
         self._recorder = RunRecorder(self.job, self._outages)
+        self._claims = Claims(self.job.store)
 
     def run(self) -> Outcome:
         """Work on the run. Raises StoreError and OSError, after live attempts have been stopped."""
@@ -114,6 +116,7 @@ class Driver:
         """
         self._reap()  # first, so that the decision is based on the newest ends
         self._handle_interrupts()
+        self._stop_superseded()
         now = self.clock()
         decision = decide(self.job.plan, self._observed(), now)
         views = dict(decision.stages)
@@ -212,11 +215,38 @@ class Driver:
             return False
         # Only the first attempt of this invocation starts from scratch; its retries resume from its checkpoints.
         rerun = action.stage in self.job.forced and not self._tried_since(action)
+        if not self._claim(action, views, rerun):
+            return False
         if rerun and not self._outages.call(lambda: self._delete_artifact(action.digest)):
             return False
-        attempt = launch(self.job, action, artifacts_of(views), self.clock(), self._ended_event.set)
+        attempt = launch(
+            self.job,
+            action,
+            artifacts_of(views),
+            self.clock(),
+            self._ended_event.set,
+            self._claims.inherited(action.digest),
+        )
         self._live[action.stage, action.number] = attempt
         return True
+
+    def _claim(self, action: Start, views: dict[str, StageView], rerun: bool) -> bool:
+        """Claim the stage's digest; return whether it may start. If not, `views` shows what it waits for."""
+        if self._claims.holds(action.digest) and not self._claims.is_lost(action.digest):
+            return True
+        holders: list[str | None] = []
+        if not self._outages.call(lambda: holders.append(self._claims.take(action.digest))):
+            return False
+        if holders[0] is not None:
+            waiting = f"{holders[0]}, which makes the same artifact in this storage"
+            views[action.stage] = replace(views[action.stage], state=StageState.PENDING, waiting_for=waiting)
+            return False
+        # Its last holder may have finished the artifact after this driver had looked for it.
+        looked = self._outages.call(lambda: self._look_up(LookUp(action.stage, action.digest)))
+        if looked and (rerun or isinstance(self._artifacts[action.digest], Missing)):
+            return True
+        self._claims.release(action.digest)
+        return False
 
     def _delete_artifact(self, digest: str) -> None:
         """Delete an artifact and its checkpoints: a new attempt would resume from them, and artifacts are immutable."""
@@ -268,6 +298,7 @@ class Driver:
             del self._live[key]
             self._artifacts.pop(record.digest, None)  # the attempt may have published: look the artifact up again
             attempt.folder.drop_scratch()
+            self._claims.release(record.digest)
 
     def _ended_at(self, stage: str, digest: str) -> list[Attempt]:
         """Return the ended attempts of this invocation at a stage and digest."""
@@ -299,6 +330,13 @@ class Driver:
             time.sleep(self.job.poll_seconds)
         for attempt in self._live.values():
             attempt.process.kill()
+        self._claims.release_all()
+
+    def _stop_superseded(self) -> None:
+        """Stop attempts whose claim another driver has taken over, after this one was unreachable for long."""
+        for attempt in self._live.values():
+            if self._claims.is_lost(attempt.record.digest) and not attempt.record.stopping:
+                self._ask_to_stop(attempt, "another driver has taken over its work", Cause.PREEMPTION)
 
     def _tried_since(self, action: Start) -> bool:
         """Whether this invocation has already tried the stage at this digest."""

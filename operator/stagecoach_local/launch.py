@@ -17,11 +17,17 @@ from stagecoach_local.workspace import AttemptFolder, AttemptRecord, write_atomi
 
 
 def launch(
-    job: Job, action: Start, artifacts: Mapping[str, Found], now: float, on_end: Callable[[], None]
+    job: Job,
+    action: Start,
+    artifacts: Mapping[str, Found],
+    now: float,
+    on_end: Callable[[], None],
+    inherited: tuple[int, ...] = (),
 ) -> LiveAttempt:
     """Start an attempt.
 
     `artifacts`: of the finished stages, by name. `on_end`: called from another thread when the process has ended.
+    `inherited`: file descriptors that its process keeps open.
     An unrecorded attempt of the same number (the record was lost, or the driver was killed while starting it) is
     killed and its folder deleted.
     """
@@ -33,7 +39,7 @@ def launch(
     resolved = _resolved(job, action, artifacts, ranks)
     write_atomically(folder.stage_file, resolved.model_dump_json(indent=1).encode())
     process = processes.start(
-        job.launcher, _environment(job, action.stage, folder, ranks), folder.stage_file, folder.log, on_end
+        job.launcher, _environment(job, action.stage, folder, ranks), folder.stage_file, folder.log, on_end, inherited
     )
     record = AttemptRecord(
         stage=action.stage,

@@ -41,7 +41,7 @@ class AttemptProcess:
     def is_alive(self) -> bool:
         if self._child is not None:
             return self._child.poll() is None
-        return _is_alive(self.pid, self.created)
+        return is_running(self.pid, self.created)
 
     @property
     def exit_code(self) -> int | None:
@@ -79,13 +79,15 @@ def start(
     stage_file: Path,
     log: Path,
     on_end: Callable[[], None] = lambda: None,
+    inherited: tuple[int, ...] = (),
 ) -> AttemptProcess:
     """Start a launcher in its own session, so that the terminal's Ctrl-C reaches only the driver.
 
-    `on_end`: called from another thread when the launcher has ended.
+    `on_end`: called from another thread when the launcher has ended. `inherited`: file descriptors that stay open in
+    the launcher, for the locks on them; its workers do not get them.
     """
     with log.open("ab") as output:
-        child = _spawn(command, {**os.environ, **environment, ENV_STAGE_FILE: str(stage_file)}, output)
+        child = _spawn(command, {**os.environ, **environment, ENV_STAGE_FILE: str(stage_file)}, output, inherited)
     # A daemon thread, so that a launcher that does not end cannot keep the driver alive.
     threading.Thread(target=_notify_end, args=(child, on_end), daemon=True).start()
     try:
@@ -100,7 +102,9 @@ def adopt(pid: int, created: float, stage_file: Path) -> AttemptProcess:
     return AttemptProcess(pid, created, stage_file, None)
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: Sequence[str], environment: Mapping[str, str], output: IO[bytes], inherited: tuple[int, ...]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         list(command),
         env=dict(environment),
@@ -108,6 +112,7 @@ def _spawn(command: Sequence[str], environment: Mapping[str, str], output: IO[by
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=inherited,
     )
 
 
@@ -116,7 +121,8 @@ def _notify_end(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> N
     on_end()
 
 
-def _is_alive(pid: int, created: float) -> bool:
+def is_running(pid: int, created: float) -> bool:
+    """Whether the process with this id that started at `created` is running."""
     try:
         process = psutil.Process(pid)
         # Process ids are reused: only the start time shows that it is still the same process.
