@@ -70,12 +70,14 @@ def list_artifacts(
 @command.command("get")
 @click.argument("artifact")
 @click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--as-stored", is_flag=True, help="Download an adapter without its base and leave its files unchanged.")
 @storage_option
 @endpoint_option
 @cluster_options
 def get(
     artifact: str,
     destination: Path,
+    as_stored: bool,
     storage: str | None,
     endpoint: str | None,
     context: str | None,
@@ -83,9 +85,12 @@ def get(
 ) -> None:
     """Download and verify an artifact's files.
 
-    DESTINATION must be a new or empty folder. Every file is checked against the artifact's manifest.
+    DESTINATION must be a new or empty folder. Every file is checked against the artifact's manifest. The base of an
+    adapter is downloaded to DESTINATION/base, and its path written to the copy's adapter_config.json, where PEFT looks
+    for it.
     """
     with report_errors():
+        from stagecoach_cli.artifacts.adapter_base import add_base
         from stagecoach_cli.artifacts.store import fetch, find
         from stagecoach_cli.display.numbers import quantity
 
@@ -95,6 +100,9 @@ def get(
             count, size = count + 1, size + item.size
             click.echo(f"{path}  {quantity(item.size)}B", err=True)
         click.echo(f"{count} file{'s' * (count != 1)}, {quantity(size)}B, verified: {destination}")
+        about_base = None if as_stored else add_base(location.store, destination, location.endpoint, location.region)
+        if about_base is not None:
+            click.echo(about_base)
 
 
 @command.command("verify")
