@@ -346,7 +346,8 @@ class Training(StageConfig):
     """When the training state is saved."""
 
     max_dropped_share: Fraction = 0.05
-    """Largest share of samples that may be dropped, truncated or left without any loss. Above it the stage fails."""
+    """Largest share of samples that may be dropped, truncated or left without any loss, of the training sets together
+    and of each held-out set. Above it the stage fails."""
 
     attention_dropout: Fraction = 0.0
     """Dropout probability of the attention weights during training."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stagecoach_api.base import Count, Identifier, Model, Uri
+from stagecoach_api.base import Count, Fraction, Identifier, Model, Uri
 from stagecoach_api.constraints import Constraint, either, exactly_one, given
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs, repeated_names
@@ -135,6 +135,10 @@ class EvaluateStage(StageConfig):
 
     sequence_length: Annotated[int, Field(ge=8, le=1 << 24)] = 1024
     """Tokens of one row in measurements."""
+
+    max_dropped_share: Fraction = 0.05
+    """Largest share of a held-out set's conversations that may be left out because they are longer than
+    `sequenceLength` or carry no loss. Above it the stage fails, since the figures would not be the set's."""
 
     samples: Samples | None = None
     """Prompts whose answers are shown in the report. If unset: none."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecoach_api.references import Format
-from stagecoach_trainer.data.notes import Notes, warnings_of
+from stagecoach_trainer.data.notes import Notes, one_class_warnings, warnings_of
 from stagecoach_trainer.data.reading import Malformed, proposal
 from stagecoach_trainer.data.steps import StepCounter
 
@@ -87,6 +87,7 @@ def report_json(
 ) -> dict[str, Any]:
     """Return `report.json`: the funnel in total and per source, each step's counters, malformed records, warnings."""
     warnings = [text for label, funnel in funnels.items() for text in warnings_of(funnel.notes, label)]
+    warnings += one_class_warnings([funnel.notes for funnel in funnels.values()])
     return {
         "total": total(funnels.values()).as_json(),
         "sources": {label: funnel.as_json() for label, funnel in funnels.items()},

@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from stagecoach_api.conversation import Role
 from stagecoach_trainer.data.messages import listed
@@ -23,7 +23,10 @@ MAX_NAMES = 200
 OTHERS = "(others)"
 BLANK_ANSWERS = "blankAnswers"
 SCORES_DISAGREE = "scoresDisagree"
-SPECIAL_TEXT = "specialTokenText"
+SPELLED_TOKENS = "spelledTokens"
+UNREAD_NAMES = "unreadNames"
+"""Counts of encoders: records that spell a special token, and those with a name that the template does not render."""
+
 LIKED, DISLIKED = "liked", "disliked"
 
 Notes = Counter[str]
@@ -58,6 +61,12 @@ def warnings_of(counts: Mapping[str, int], name: str) -> list[str]:
     return [f"{name}: {sentence}" for sentence in _sentences(counts)]
 
 
+def warn_of_notes(warn: Callable[[str], None], counts: Mapping[str, int], name: str) -> None:
+    """Call `warn` with each sentence about the data set `name`."""
+    for sentence in warnings_of(counts, name):
+        warn(sentence)
+
+
 def _sentences(counts: Mapping[str, int]) -> Iterator[str]:
     fields = [f"{key.removeprefix(FIELD)} ({counts[key]:,} records)" for key in counts if key.startswith(FIELD)]
     files = [key.removeprefix(FILE) for key in counts if key.startswith(FILE)]
@@ -69,11 +78,19 @@ def _sentences(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"{count:,} answers of the assistant are blank: a model that learns them answers nothing"
     if count := counts.get(SCORES_DISAGREE):
         yield f"in {count:,} records the preferred answer has a lower score than the other; `fields` may be swapped"
-    if count := counts.get(SPECIAL_TEXT):
+    if count := counts.get(SPELLED_TOKENS):
         yield (
-            f"{count:,} texts spell a special token, such as an end of text; it is read as plain characters, so clean "
-            "the text if it was meant as a token"
+            f"{count:,} records spell a special token, such as an end of text, which is read as plain text; clean "
+            "them if it was meant as a token"
         )
-    if (liked := counts.get(LIKED, 0)) != (disliked := counts.get(DISLIKED, 0)) and not (liked and disliked):
-        only = "liked" if liked else "disliked"
-        yield f"all {liked + disliked:,} answers are {only}: a model learns from the contrast of good and bad ones"
+    if count := counts.get(UNREAD_NAMES):
+        yield f"in {count:,} records a turn has a `name` that the template does not render"
+
+
+def one_class_warnings(counts: Collection[Mapping[str, int]]) -> list[str]:
+    """Return a warning if all judged answers of all data sets together are good, or all are bad."""
+    liked, disliked = (sum(each.get(name, 0) for each in counts) for name in (LIKED, DISLIKED))
+    if bool(liked) == bool(disliked):
+        return []
+    only = "liked" if liked else "disliked"
+    return [f"all {liked + disliked:,} answers are {only}: a model learns from the contrast of good and bad ones"]

@@ -19,7 +19,7 @@ from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.loop.measure import LossSum, measure
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.datasets import conversation_held_out, is_conversation, text_held_out
+from stagecoach_trainer.samples.datasets import LOST_SAMPLES, conversation_held_out, is_conversation, text_held_out
 
 SLICE_BATCHES = 8
 """Micro-batches between two progress reports."""
@@ -33,7 +33,7 @@ class HeldOutFigures:
     """`heldOut.<name>.<metric>`."""
 
     counts: dict[str, int]
-    """Numbers of tokens and characters over which they are computed."""
+    """Numbers of tokens and characters over which they are computed, and of samples left out."""
 
 
 def measure_held_out(
@@ -52,7 +52,8 @@ def measure_held_out(
             f"heldOut {source.name}: the loss is NaN or infinite; try `precision: fp32`; if that fails, the model's "
             "weights are damaged"
         )
-    counts = {"tokens": found.tokens, "characters": held_out.characters}
+    left_out = {name: held_out.counts[name] for name in LOST_SAMPLES if held_out.counts.get(name)}
+    counts = {"tokens": found.tokens, "characters": held_out.characters, **left_out}
     return HeldOutFigures(figures(source.name, found, held_out.characters), counts)
 
 
@@ -62,7 +63,7 @@ def _read(source: NamedSource, config: EvaluateStage, tokenizer: Any, context: S
         return text_held_out(context, source, tokenizer, length, most)
     if tokenizer.chat_template is None:
         raise UserError(f"heldOut {source.name}: conversations need a chat template; set the stage's `template`")
-    return conversation_held_out(context, source, tokenizer, Loss(), length, most)
+    return conversation_held_out(context, source, tokenizer, Loss(), length, most, config.max_dropped_share)
 
 
 def figures(name: str, found: LossSum, characters: int) -> dict[str, float]:

@@ -46,6 +46,9 @@ class HeldOutSet:
     characters: int
     """Characters of the text that the labels encode: the divisor of bits per character."""
 
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Counts of the encoding, those of samples left out among them."""
+
     def measure(
         self, module: Any, micro_batch_rows: int, device: torch.device, world: World, report: Report
     ) -> Mapping[str, float]:

@@ -14,12 +14,13 @@ from stagecoach_api.conversation import Loss, TooLong
 from stagecoach_api.kinds.sft import Hindsight, HindsightMode
 from stagecoach_api.references import NamedSource, RecordSource
 from stagecoach_trainer.batches.rows import IGNORE, Ids, Row
+from stagecoach_trainer.data.notes import warn_of_notes
 from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import ConversationEncoder, document
+from stagecoach_trainer.samples.conversation import BATCH_RECORDS, ConversationEncoder, document
 from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, HindsightEncoder
 from stagecoach_trainer.samples.rows import pack_rows, row_of
 from stagecoach_trainer.samples.token_cache import TokenShard, TokenShardWriter, token_shard
@@ -41,7 +42,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def source_key(context: StageContext, source: RecordSource) -> dict[str, Any]:
     """Return the cache key of a source's records: its content and reading options, not its location or name."""
-    chosen = source.model_dump(mode="json", include={"split", "format", "fields", "max_samples"})
+    chosen = source.model_dump(mode="json", include={"split", "format", "fields", "dataset", "max_samples"})
     return {"input": context.input(source).digest, "source": chosen}
 
 
@@ -56,9 +57,17 @@ def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> T
     key = {"kind": "text", **source_key(context, source), "tokenizer": tokenizer_digest(tokenizer)}
 
     def build(writer: TokenShardWriter) -> Mapping[str, int]:
-        return _write_documents(read_records(context, source), Encoder(tokenizer), writer)
+        notes: Counter[str] = Counter()
+        counts = _write_documents(read_records(context, source, notes), Encoder(tokenizer), writer)
+        return {**counts, **notes}
 
-    return token_shard(context, key, f"tokenise {source.label}", build)
+    return _noted(context, source, token_shard(context, key, f"tokenise {source.label}", build))
+
+
+def _noted(context: StageContext, source: RecordSource, shard: TokenShard) -> TokenShard:
+    """Report what was noted about a set when it was encoded, perhaps by an earlier attempt."""
+    warn_of_notes(context.progress.warn, shard.counts, source.label)
+    return shard
 
 
 def _write_documents(records: Iterable[Record], encoder: Encoder, writer: TokenShardWriter) -> Mapping[str, int]:
@@ -103,11 +112,11 @@ def conversation_shard(
 
     def build(writer: TokenShardWriter) -> Mapping[str, int]:
         encoder = _encoder_of(tokenizer, loss, too_long, sequence_length, hindsight, context.seed)
-        for sample in encoder.encode(read_records(context, source)):
+        for sample in encoder.encode(read_records(context, source, encoder.counts)):
             writer.add(sample.ids, sample.trained)
         return encoder.counts
 
-    return token_shard(context, key, f"tokenise {source.label}", build)
+    return _noted(context, source, token_shard(context, key, f"tokenise {source.label}", build))
 
 
 def _hindsight_key(hindsight: Hindsight | None, seed: int) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def check_lost_samples(
 
     `counts`: by data set; `where`: path of the sets' field; `remedy`: end of the message.
     """
-    lost = sum(each.get(name, 0) for each in counts.values() for name in (*LOST_SAMPLES, SAME_ANSWERS))
+    lost = sum(map(lost_samples, counts.values()))
     kept = sum(each.get("samples", 0) for each in counts.values())
     cut = sum(each.get("cut", 0) for each in counts.values())
     reasons = "; ".join(f"{name}: {describe_samples(each)}" for name, each in counts.items())
@@ -149,6 +158,11 @@ def check_lost_samples(
             f"{where}: {share:.1%} of the samples were dropped, cut or carry no loss, more than `maxDroppedShare` "
             f"{largest_share:.1%} ({reasons}); {remedy}"
         )
+
+
+def lost_samples(counts: Mapping[str, int]) -> int:
+    """Return the number of samples that were dropped, shortened or left without loss."""
+    return sum(counts.get(name, 0) for name in (*LOST_SAMPLES, SAME_ANSWERS))
 
 
 def describe_samples(counts: Mapping[str, int]) -> str:
@@ -164,7 +178,11 @@ def text_held_out(
     context: StageContext, source: NamedSource, tokenizer: Any, sequence_length: int, max_tokens: int
 ) -> HeldOutSet:
     """Return a text set to measure on: documents with BOS tokens, `max_tokens` in all."""
-    return measured_text(source.name, texts_of(read_records(context, source)), tokenizer, sequence_length, max_tokens)
+    notes: Counter[str] = Counter()
+    texts = texts_of(read_records(context, source, notes))
+    found = measured_text(source.name, texts, tokenizer, sequence_length, max_tokens)
+    warn_of_notes(context.progress.warn, notes, f"heldOut {source.name}")
+    return found
 
 
 def measured_text(name: str, texts: Iterable[str], tokenizer: Any, sequence_length: int, max_tokens: int) -> HeldOutSet:
@@ -222,26 +240,46 @@ def conversation_held_out(
     loss: Loss,
     sequence_length: int,
     max_tokens: int,
+    max_dropped_share: float,
     hindsight: Hindsight | None = None,
 ) -> HeldOutSet:
     """Return a conversation set to measure on, `max_tokens` with loss in all; samples that are too long are left out.
 
-    Preference records are encoded as `hindsight` trains on them, without masked tokens.
-    Raises UserError if there is nothing to measure.
+    Preference records are encoded as `hindsight` trains on them, without masked tokens. What is left out is counted
+    over the records that were read, in whole batches.
+    Raises UserError if there is nothing to measure, or more than `max_dropped_share` of the samples are left out.
     """
     encoder = _encoder_of(tokenizer, loss, TooLong.DROP, sequence_length, hindsight, context.seed)
     rows: list[Row] = []
     left, characters = max_tokens, 0
-    for sample in encoder.encode(read_records(context, source)):
-        row = row_of(sample)
-        if rows and row.num_targets > left:
-            break
-        rows.append(row)
-        left -= row.num_targets
-        characters += sample.characters
+    records, is_full = read_records(context, source, encoder.counts), False
+    while not is_full and (batch := list(islice(records, BATCH_RECORDS))):
+        for sample in encoder.encode(batch):
+            row = row_of(sample)
+            is_full = is_full or (bool(rows) and row.num_targets > left)
+            if not is_full:
+                rows.append(row)
+                left -= row.num_targets
+                characters += sample.characters
     if not rows:
-        raise UserError(f"heldOut.sets: {source.name} has no conversation to measure ({encoder.counts})")
-    return HeldOutSet(source.name, pack_rows(rows, sequence_length), characters)
+        raise UserError(
+            f"heldOut.sets: {source.name} has no conversation to measure ({describe_samples(encoder.counts)})"
+        )
+    check_left_out(context, source.name, encoder.counts, max_dropped_share)
+    return HeldOutSet(source.name, pack_rows(rows, sequence_length), characters, encoder.counts)
+
+
+def check_left_out(context: StageContext, name: str, counts: Mapping[str, int], largest_share: float) -> None:
+    """Report what a held-out set leaves out. Raises UserError if that is more than `largest_share` of the samples."""
+    where, remedy = "heldOut.sets", "raise `sequenceLength`, or allow more"
+    check_lost_samples({name: counts}, largest_share, where, remedy)
+    warn_of_notes(context.progress.warn, counts, f"heldOut {name}")
+    lost = lost_samples(counts)
+    if lost:
+        context.progress.warn(
+            f"heldOut {name}: {lost:,} of {counts['samples'] + lost:,} samples are left out "
+            f"({describe_samples(counts)}), and the figures are those of the others"
+        )
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ the concatenated ids of the answers]. A mark is a rank (from 1), `LIKED` or `DIS
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -145,18 +145,39 @@ class GroupShard:
         return (self.group(index, counting) for index in range(len(self)))
 
 
-def check_lost_answers(counts: Mapping[str, Mapping[str, int]], largest_share: float) -> None:
-    """Raise UserError if no answer is trained on, or more than `largest_share` are not. `counts`: by set."""
-    lost = sum(each.get(name, 0) for each in counts.values() for name in LOST_ANSWERS)
+def check_lost_answers(
+    counts: Mapping[str, Mapping[str, int]], largest_share: float, where: str = "data", use: str = "trained on"
+) -> None:
+    """Raise UserError if no answer is used, or more than `largest_share` are not.
+
+    `counts`: by set; `where`: path of the sets' field; `use`: what the answers are for.
+    """
+    lost = sum(map(lost_answers, counts.values()))
     kept = sum(each.get("answers", 0) for each in counts.values())
     reasons = "; ".join(f"{name}: {describe_groups(each)}" for name, each in counts.items())
     if kept == 0:
-        raise UserError(f"data: no preference to learn from is left ({reasons})")
+        raise UserError(f"{where}: no preference to learn from is left ({reasons})")
     share = lost / (kept + lost)
     if share > largest_share:
         raise UserError(
-            f"data: {share:.1%} of the answers cannot be trained on, more than `maxDroppedShare` {largest_share:.1%} "
+            f"{where}: {share:.1%} of the answers cannot be {use}, more than `maxDroppedShare` {largest_share:.1%} "
             f"({reasons}); raise `sequenceLength`, fix the data, or allow more"
+        )
+
+
+def lost_answers(counts: Mapping[str, int]) -> int:
+    """Return the number of answers that are not used."""
+    return sum(counts.get(name, 0) for name in LOST_ANSWERS)
+
+
+def check_left_out(name: str, counts: Mapping[str, int], largest_share: float, warn: Callable[[str], None]) -> None:
+    """Call `warn` if a held-out set leaves answers out. Raises UserError if they are more than `largest_share`."""
+    check_lost_answers({name: counts}, largest_share, "heldOut.sets", "measured")
+    lost = lost_answers(counts)
+    if lost:
+        warn(
+            f"heldOut {name}: {lost:,} of {counts['answersRead']:,} answers are left out ({describe_groups(counts)}), "
+            "and the figures are those of the others"
         )
 
 

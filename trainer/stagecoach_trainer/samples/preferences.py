@@ -18,6 +18,7 @@ import numpy as np
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import RecordSource
 from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.data.notes import warn_of_notes
 from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Answer, Record, Turn
 from stagecoach_trainer.runtime.context import StageContext
@@ -79,11 +80,13 @@ def group_shard(
 
     def build(writer: TokenShardWriter) -> Mapping[str, int]:
         encoder = GroupEncoder(tokenizer, sequence_length, grouping, system)
-        for ids in encoder.encode(read_records(context, source)):
+        for ids in encoder.encode(read_records(context, source, encoder.counts)):
             writer.add(ids)
         return encoder.counts
 
-    return GroupShard(token_shard(context, key, f"tokenise {source.label}", build), domain, number)
+    shard = token_shard(context, key, f"tokenise {source.label}", build)
+    warn_of_notes(context.progress.warn, shard.counts, source.label)
+    return GroupShard(shard, domain, number)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import RecordSource
 from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.data.notes import Notes
 from stagecoach_trainer.data.reading import Fetches, read_records
 from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.runtime.errors import UserError
@@ -44,12 +45,12 @@ class PromptSet:
     """`records`, `prompts`, and the records left out: `tooLong`, `empty`."""
 
 
-def prompt_records(context: Fetches, source: RecordSource) -> Iterator[Record]:
+def prompt_records(context: Fetches, source: RecordSource, notes: Notes | None = None) -> Iterator[Record]:
     """Yield conversations and preference records without answers, removing generated turns at the end.
 
     Raises UserError for a text, which has no prompt.
     """
-    for record in read_records(context, source):
+    for record in read_records(context, source, notes):
         if record.is_text:
             raise UserError(
                 f"{record.where}: a text where prompts are expected; give conversations or preferences, whose answers "
@@ -72,7 +73,7 @@ def read_prompts(
     counts = Counter(records=0, prompts=0, tooLong=0, empty=0)
     encoder, renderer = Encoder(tokenizer), Renderer(tokenizer)
     prompts: list[Prompt] = []
-    remaining = prompt_records(context, source)
+    remaining = prompt_records(context, source, counts)
     while batch := list(islice(remaining, BATCH_RECORDS)):
         conversations = [conversation_of(record) for record in batch if _has_prompt(record)]
         counts.update(records=len(batch), empty=len(batch) - len(conversations))

@@ -139,6 +139,7 @@ def make_report(
     """Return the content of `report.json`. It must not depend on when or where the stage ran."""
     return {
         "data": {name: dict(shard.counts) for name, shard in prepared.shards.items()},
+        "heldOutData": {item.name: dict(item.counts) for item in prepared.held_out if item.counts},
         "history": [dict(point) for point in result.history],
         "metrics": dict(sorted(metrics.items())),
         "parameters": dict(parameters),

@@ -17,6 +17,7 @@ from stagecoach_trainer.align.groups import sequences_of
 from stagecoach_trainer.align.mismatched import PointedPlan, PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable, Scorer, fill_table
 from stagecoach_trainer.batches.rows import StepPlan
+from stagecoach_trainer.data.notes import one_class_warnings
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.load import load_model, own_tokenizer
@@ -30,6 +31,7 @@ from stagecoach_trainer.samples.groups import (
     LOST_ANSWERS,
     GroupShard,
     TokenSequence,
+    check_left_out,
     check_lost_answers,
     measured_groups,
     plan_groups,
@@ -54,6 +56,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     rehearse(context, start, config.trainable.lora is not None)
     shards = {source.label: _shard(config, context, source, start.tokenizer) for source in config.data}
     check_lost_answers({name: shard.counts for name, shard in shards.items()}, config.max_dropped_share)
+    warnings += one_class_warnings([shard.counts for shard in shards.values()])
     plan = plan_groups(shards, config, counting_of(config.loss), context.seed)
     warnings += _reference_point_warnings(config, plan)
     steps: StepPlan = plan if config.loss.kto is None else PointedPlan(plan, config.sequence_length, context.world.size)
@@ -86,6 +89,7 @@ def _held_out(
 ) -> DirectPreferenceSet:
     """Return a held-out set: its first pairs or answers, up to `maxTokens` tokens."""
     shard = _shard(config, context, source, tokenizer)
+    check_left_out(source.name, shard.counts, config.max_dropped_share, context.progress.warn)
     groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
     return DirectPreferenceSet(source.name, groups, config.loss, config.sequence_length, table)
 

@@ -10,6 +10,7 @@ from stagecoach_api.conversation import Loss, TooLong
 from stagecoach_api.kinds.ppo import PpoStage, PretrainingMix
 from stagecoach_api.training import Batch, Budget
 from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
+from stagecoach_trainer.data.notes import warn_of_notes
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
 from stagecoach_trainer.models.shipping import rehearse, save_result
@@ -163,6 +164,7 @@ def _prompts(config: PpoStage, context: StageContext, tokenizer: Any) -> dict[st
         )
     found = {source.label: read_prompts(context, source, tokenizer, longest, source.domain) for source in config.data}
     for label, prompts in found.items():
+        warn_of_notes(context.progress.warn, prompts.counts, label)
         lost = sum(prompts.counts[name] for name in DROPPED)
         why = ", ".join(f"{name} {prompts.counts[name]}" for name in DROPPED)
         if not prompts.prompts:

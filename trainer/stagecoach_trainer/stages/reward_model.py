@@ -21,6 +21,7 @@ from stagecoach_trainer.samples.groups import (
     LOST_ANSWERS,
     Group,
     GroupShard,
+    check_left_out,
     check_lost_answers,
     measured_groups,
     plan_groups,
@@ -123,6 +124,7 @@ def _held_out(
 ) -> PreferenceSet:
     """Return a held-out set: its first prompts, up to `maxTokens` tokens."""
     shard = _shard(config, context, source, tokenizer)
+    check_left_out(source.name, shard.counts, config.max_dropped_share, context.progress.warn)
     groups = measured_groups(shard, counting_of(config.loss), config.held_out.max_tokens, source.name)
     return PreferenceSet(source.name, groups, config.loss, source.domain)
 

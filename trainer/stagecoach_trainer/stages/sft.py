@@ -73,5 +73,6 @@ def _held_out(config: SftStage, context: StageContext, source: NamedSource, toke
     """Return a set to measure on: all tokens of text, or the tokens of conversations that carry loss."""
     length, most = config.sequence_length, config.held_out.max_tokens
     if is_conversation(context, source):
-        return conversation_held_out(context, source, tokenizer, config.loss, length, most, config.hindsight)
+        share = config.max_dropped_share
+        return conversation_held_out(context, source, tokenizer, config.loss, length, most, share, config.hindsight)
     return text_held_out(context, source, tokenizer, length, most)

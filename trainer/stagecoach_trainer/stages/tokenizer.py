@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT
 from stagecoach_api.kinds.tokenizer import AddTokens, MergedScore, MergeVocabulary, TokenizerStage, TrainVocabulary
 from stagecoach_api.references import RecordSource, Reference
+from stagecoach_trainer.data.notes import Notes, warn_of_notes
 from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.models.safety import read_json
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -196,12 +198,14 @@ def _characters_from(config: AddTokens, context: StageContext) -> str:
 
 def _texts(context: StageContext, source: RecordSource, activity: str) -> Iterator[str]:
     """Yield each record's text, reporting progress and honouring the stop flag."""
-    for number, record in enumerate(read_records(context, source)):
+    notes: Notes = Counter()
+    for number, record in enumerate(read_records(context, source, notes)):
         if number % RECORDS_PER_HEARTBEAT == 0:
             context.progress.report(activity, number, source.max_samples, "records")
             if context.stop.is_set():
                 raise Interrupted("stopped while reading text; the next attempt starts from scratch")
         yield record.content
+    warn_of_notes(context.progress.warn, notes, source.label)
 
 
 def _first(lines: Iterable[str]) -> Iterator[str]:
