@@ -18,7 +18,7 @@ from stagecoach_trainer.align.groups import pair_rows, sequences_of
 from stagecoach_trainer.align.mismatched import PointedUnit
 from stagecoach_trainer.align.reference_table import ReferenceTable
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.engine.objective import UnpackedObjective
+from stagecoach_trainer.engine.objective import NUM_PROVED, UnpackedObjective
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
 from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.losses.direct import ipo_losses, kto_losses, log_ratios, reference_point, sigmoid_losses
@@ -138,12 +138,16 @@ class AnswerLoss(AnswerModel):
         # `stack` rejects an empty list; `each`, empty too, connects the loss to the parameters for the backward pass.
         return torch.stack([part.sum() for part in parts]) if parts else each
 
-    def forward(self, batch: DirectBatch | AnswerBatch, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, batch: DirectBatch | AnswerBatch | Callable[[], Tensor], scale: float = 1.0
+    ) -> Tensor:
         """Return `scale` · the summed loss of the pairs, or of the answers for KTO, an fp32 scalar.
 
-        For an `AnswerBatch` return the log-probabilities instead, fp64 [B]: ZeRO-3 gathers the head's weights only in a
-        forward pass of the module.
+        For an `AnswerBatch` return the log-probabilities instead, fp64 [B]; for a function, its result. ZeRO-3 gathers
+        the head's weights only in a forward pass of the module.
         """
+        if callable(batch):
+            return batch()
         if isinstance(batch, AnswerBatch):
             return self.log_probs(batch)
         point = self._point_of(batch.point) if batch.point is not None else batch.reference.new_zeros(())
@@ -224,6 +228,10 @@ class DirectObjective(UnpackedObjective):
             sum(group.num_targets for group in groups),
             None if pointed is None else self._collate_point(pointed),
         )
+
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        groups = [group for unit in units for group in (unit.groups if isinstance(unit, PointedUnit) else (unit,))]
+        return [sequence.ids for sequence in sequences_of(groups[:NUM_PROVED])]
 
     def _collate_point(self, unit: PointedUnit) -> ReferencePointBatch:
         sequences, size = unit.sequences, self._point_rows

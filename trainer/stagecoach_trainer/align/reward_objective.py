@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from stagecoach_api.kinds.reward_model import PreferenceLoss
 from stagecoach_trainer.align.groups import pair_rows, sequences_of
-from stagecoach_trainer.engine.objective import UnpackedObjective
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.engine.objective import NUM_PROVED, UnpackedObjective
 from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.losses.ranking import barrier, focal_losses, pair_losses, pair_weights
-from stagecoach_trainer.models.reward import decoder_of, last_rewards, pad_right
+from stagecoach_trainer.models.reward import RewardModule, last_rewards, pad_right
 from stagecoach_trainer.samples.groups import Counting, Group
 
 
@@ -81,16 +82,12 @@ def collate_pairs(groups: Sequence[Group], by_prompt: bool) -> PairBatch:
     return PairBatch(tokens, last, better, worse, weights, len(groups) if by_prompt else len(better))
 
 
-class RewardLoss(DecoderLoss):
+class RewardLoss(RewardModule):
     """Owns a reward model; its forward pass is the loss of a micro-batch of preferences."""
 
     def __init__(self, model: nn.Module, loss: PreferenceLoss) -> None:
         super().__init__(model)
         self._loss = loss
-
-    @property
-    def decoder(self) -> nn.Module:
-        return decoder_of(self.model)
 
     def rewards(self, batch: PairBatch) -> Tensor:
         """Return the reward of each sequence, fp32 [B]."""
@@ -128,6 +125,9 @@ class RewardObjective(UnpackedObjective):
 
     def module(self, model: nn.Module) -> DecoderLoss:
         return RewardLoss(model, self._loss)
+
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        return [sequence.ids for sequence in sequences_of(units[:NUM_PROVED])]
 
     def collate(self, units: Sequence[Any]) -> PairBatch:
         return collate_pairs(units, by_prompt=self._loss.ranked is not None)

@@ -5,7 +5,7 @@ B rows, T positions of the longest row, M positions with loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,25 +34,25 @@ class RowBatch:
     targets: Tensor
     """Ids to predict at those positions [M]."""
 
+    filled: Tensor | None = None
+    """Positions that hold a token, not padding, as `loss_at`, ascending [N]; None if there is no padding."""
+
     @property
     def num_targets(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> RowBatch:
         """Copy to a device, asynchronously from pinned memory."""
-        if device.type == "cpu":
-            return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        positions = None if self.positions is None else move(self.positions)
-        return RowBatch(move(self.tokens), positions, move(self.loss_at), move(self.targets))
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> RowBatch:
         """Copy to page-locked memory, from which a GPU copies while it computes."""
-        positions = None if self.positions is None else self.positions.pin_memory()
-        return RowBatch(self.tokens.pin_memory(), positions, self.loss_at.pin_memory(), self.targets.pin_memory())
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RowBatch:
+        positions = None if self.positions is None else change(self.positions)
+        filled = None if self.filled is None else change(self.filled)
+        return RowBatch(change(self.tokens), positions, change(self.loss_at), change(self.targets), filled)
 
 
 def collate(rows: Sequence[Row]) -> RowBatch:
@@ -76,7 +76,15 @@ def collate(rows: Sequence[Row]) -> RowBatch:
         positions=torch.from_numpy(_positions(rows, length)) if packed else None,
         loss_at=torch.from_numpy(loss_at),
         targets=torch.from_numpy(flat[loss_at]),
+        filled=_filled(rows, length),
     )
+
+
+def _filled(rows: Sequence[Row], length: int) -> Tensor | None:
+    """Return the indices of places with a token; None if there is no padding."""
+    places = [index * length + np.arange(row.num_tokens) for index, row in enumerate(rows)]
+    padded = any(row.num_tokens < length for row in rows)
+    return torch.from_numpy(np.concatenate(places)) if padded else None
 
 
 def _positions(rows: Sequence[Row], length: int) -> np.ndarray:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stagecoach_trainer.batches.collate import collate
-from stagecoach_trainer.batches.rows import Unit
+from stagecoach_trainer.batches.rows import Ids, Unit
 from stagecoach_trainer.engine.packing_check import check_packing
 from stagecoach_trainer.kernels.causal import CausalLoss, DecoderLoss
+
+NUM_PROVED = 8
+"""Units from whose samples those are chosen on which a model is proved."""
 
 
 class MicroBatch(Protocol):
@@ -48,6 +51,9 @@ class Objective(Protocol):
         """Return units as one micro-batch. Without units it is one token without loss, so that a rank without work
         still takes part in collective calls."""
 
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        """Return the token ids of some of the units' samples: the model is proved on them (`kernels.proof`)."""
+
     def prove(self, module: Any, units: Sequence[Unit], device: torch.device, dtype: torch.dtype) -> None:
         """Raise UserError if the model cannot be trained on the units of a step.
 
@@ -64,12 +70,20 @@ class LanguageModelling:
     def collate(self, units: Sequence[Any]) -> MicroBatch:
         return collate(units)
 
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        return [sample.tokens for row in units[:NUM_PROVED] for sample in row.samples()]
+
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
         check_packing(module, units, device, dtype)
 
 
 class UnpackedObjective:
-    """Base of objectives without packed rows: there is nothing to prove."""
+    """Base of objectives without packed rows: there is nothing to prove of a step."""
+
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        """Return nothing: the model is proved on ids of its vocabulary."""
+        del units
+        return ()
 
     def prove(self, module: Any, units: Sequence[Unit], device: torch.device, dtype: torch.dtype) -> None:
         del module, units, device, dtype

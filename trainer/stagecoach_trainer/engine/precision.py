@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stagecoach_api.training import Precision
-from stagecoach_trainer.kernels.causal import causal_model, output_layer
+from stagecoach_trainer.kernels.causal import causal_model, decoder_in, output_layer
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16, Precision.FP32: torch.float32}
 
@@ -41,6 +41,8 @@ class MixedPrecision:
         self._copies: dict[str, nn.Parameter] = {}
         self._frozen = FrozenOriginals()
         self._hooks: list[RemovableHandle] = []
+        self._autocast: Any = None
+        """The decoder, if it computes under autocast."""
 
     def cast(self, device: torch.device) -> None:
         """Move the model to `device` and cast it to its compute dtype. Parameters must be in fp32."""
@@ -62,6 +64,7 @@ class MixedPrecision:
             buffer.data = buffer.data.to(device)  # never cast: rotary frequencies need fp32
         if self._is_low():
             self._hook_casts()
+            self._let_parts_meet(device)
 
     def copies(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield each parameter that is a copy, with its master."""
@@ -78,6 +81,8 @@ class MixedPrecision:
         """Put the masters and the original frozen weights into the model, in fp32 on the CPU."""
         for hook in self._hooks:
             hook.remove()
+        if self._autocast is not None:
+            del self._autocast.forward
         for name, parameter in self.model.named_parameters():
             if name in self.masters:
                 parameter.data = self.masters[name].detach().to("cpu", torch.float32)
@@ -112,6 +117,39 @@ class MixedPrecision:
         for module in causal.modules():
             if is_norm(module) or hasattr(module, "inv_freq"):  # transformers' rotary embeddings hold their frequencies
                 self._hooks.append(module.register_forward_hook(_casting_to(self.dtype)))
+
+    def _let_parts_meet(self, device: torch.device) -> None:
+        """Compute below the head under autocast if parts in fp32 and parts in the compute dtype do not fit together.
+
+        In most models the casts above are all that is needed. Where a layer reads states that no norm has cast (OLMo 2
+        has its norms after the layers), a product of two dtypes fails; a forward pass over a few tokens shows it.
+        Autocast chooses the dtype at each operation, at some cost.
+        """
+        decoder: Any = decoder_in(causal_model(self.model))
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        was_training = self.model.training
+        self.model.eval()  # without dropout, no random number is drawn
+        try:
+            with torch.no_grad():
+                decoder(input_ids=tokens, attention_mask=None, use_cache=False)
+        except RuntimeError:
+            decoder.forward = _Autocast(decoder.forward, device, self.dtype)
+            self._autocast = decoder
+        finally:
+            self.model.train(was_training)
+
+
+class _Autocast:
+    """A forward pass under autocast."""
+
+    def __init__(self, forward: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> None:
+        self._forward = forward
+        self._device = device.type
+        self._dtype = dtype
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(self._device, self._dtype):
+            return self._forward(*arguments, **keywords)
 
 
 def is_norm(module: nn.Module) -> bool:

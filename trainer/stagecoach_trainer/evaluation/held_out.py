@@ -7,22 +7,18 @@ turns, end tokens included, are scored given everything before them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from stagecoach_api.conversation import Loss
 from stagecoach_api.kinds.evaluate import EvaluateStage
 from stagecoach_api.references import NamedSource
-from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.loop.job import HeldOutSet
 from stagecoach_trainer.loop.measure import LossSum, measure
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.datasets import LOST_SAMPLES, conversation_held_out, is_conversation, text_held_out
-
-SLICE_BATCHES = 8
-"""Micro-batches between two progress reports."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,10 @@ def measure_held_out(
 ) -> HeldOutFigures:
     """Measure one set. Raises UserError if it has nothing to measure, or the loss is NaN or infinite."""
     held_out = _read(source, config, tokenizer, context)
-    found = _measure_in_slices(model, held_out.rows, config.batch_rows, report)
+    rows = len(held_out.rows)
+    found = measure(
+        model, held_out.rows, config.batch_rows, report=lambda done, total: report(rows * done // total, rows)
+    )
     if not math.isfinite(found.nll):
         raise UserError(
             f"heldOut {source.name}: the loss is NaN or infinite; try `precision: fp32`; if that fails, the model's "
@@ -76,13 +75,3 @@ def figures(name: str, found: LossSum, characters: int) -> dict[str, float]:
         f"heldOut.{name}.perplexityPerCharacter": per_character.perplexity,
         f"heldOut.{name}.tokensPerCharacter": found.tokens / characters,
     }
-
-
-def _measure_in_slices(model: Any, rows: Sequence[Row], batch_rows: int, report: Callable[[int, int], None]) -> LossSum:
-    nll, tokens = 0.0, 0
-    step = SLICE_BATCHES * batch_rows
-    for start in range(0, len(rows), step):
-        found = measure(model, rows[start : start + step], batch_rows)
-        nll, tokens = nll + found.nll, tokens + found.tokens
-        report(min(start + step, len(rows)), len(rows))
-    return LossSum(nll, tokens)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stagecoach_trainer.batches.collate import PADDING_TOKEN
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.kernels.causal import CausalLoss, causal_model, head_weight
+from stagecoach_trainer.kernels.causal import CausalLoss, causal_model
 from stagecoach_trainer.kernels.log_probs import token_log_probs, token_log_probs_through
+from stagecoach_trainer.kernels.proof_rows import ProofRows
 from stagecoach_trainer.kernels.unpadded import states_at
 
 
@@ -88,11 +89,35 @@ class AnswerModel(CausalLoss):
         [M] at the same positions (else [0]), in nats, fp32."""
         states = states_at(self.decoder, batch.tokens, batch.at, batch.last, self.positions_keyword)
         at = torch.arange(len(states), device=states.device)
-        weight = None if self.through_module else head_weight(self.head)
+        weight = self.head_weight
         if weight is None:
-            vocabulary = int(causal_model(self.model).config.vocab_size)
-            return token_log_probs_through(self.head, states, at, batch.targets, vocabulary, temperature, want_entropy)
+            head, vocabulary = self.head_function, self.vocabulary
+            return token_log_probs_through(head, states, at, batch.targets, vocabulary, temperature, want_entropy)
         bias = getattr(self.head, "bias", None)
         return token_log_probs(
             states, weight, at, batch.targets, temperature, bias, want_entropy, scratch=self._scratch
         )
+
+    def computed(self, rows: ProofRows) -> Tensor:
+        """Return the log-probability of each predicted token [K], computed in a forward pass of the module."""
+        answers = _answers_of(rows).to(next(self.parameters()).device)
+        found: Tensor = self(lambda: self.token_log_probs(answers)[0])
+        return found
+
+    def expected(self, rows: ProofRows) -> Tensor:
+        """Return the log-probabilities [K] by transformers' own logits."""
+        device = next(self.parameters()).device
+        answers = _answers_of(rows).to(device)
+        logits = causal_model(self.model)(
+            input_ids=rows.tokens.to(device), attention_mask=rows.mask.to(device), use_cache=False
+        ).logits
+        at = logits.flatten(0, 1).index_select(0, answers.at).float()
+        return torch.log_softmax(at, -1).gather(1, answers.targets[:, None])[:, 0]
+
+
+def _answers_of(rows: ProofRows) -> AnswerBatch:
+    """Return the rows as answers, each to its own first third."""
+    prompts = [max(1, len(ids) // 3) for ids in rows.rows]
+    return collate_answers(
+        [(ids[:first], ids[first:]) for ids, first in zip(rows.rows, prompts, strict=True)], whole=True
+    )

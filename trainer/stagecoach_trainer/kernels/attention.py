@@ -65,8 +65,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the attention's output [B, T, H, C]. The signature is that of transformers' attention functions.
 
-    `query` [B, H, T, C]; `key`, `value` [B, a divisor of H, S, C]; `attention_mask` [B, 1, T, S], true where a position
-    is visible, or None for plain causal attention. S equals T, or exceeds it if one new token follows a cache.
+    `query` [B, H, T, C]; `key`, `value` [B, a divisor of H, S, C], values of any width; `attention_mask` [B, 1, T, S],
+    true where a position is visible, or None for plain causal attention. S equals T, or exceeds it if one new token
+    follows a cache.
     `stagecoach_rows`: the single row consists of these rows, each with its own causal attention; the mask is ignored.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -85,9 +86,10 @@ def attend(
         return output
     groups = heads // key.shape[1]  # grouped-query attention (arXiv 2305.13245): several heads share keys and values
     q = query.reshape(rows * heads, length, width)
-    k, v = (repeat_kv(item, groups).reshape(rows * heads, seen, width) for item in (key, value))
+    # Values may be narrower than keys (multi-head latent attention, arXiv 2405.04434).
+    k, v = (repeat_kv(item, groups).reshape(rows * heads, seen, item.shape[-1]) for item in (key, value))
     result = _weighted_values(q, k, v, hidden_positions(attention_mask, q, seen), scale, dropout, module.training)
-    return result.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+    return result.view(rows, heads, length, v.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def _attend_rows(

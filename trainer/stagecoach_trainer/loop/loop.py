@@ -59,8 +59,16 @@ def train(job: TrainingJob, context: StageContext) -> TrainingResult:
     logs = context.work / "logs" if context.world.is_main else None
     flops = StepFlops(job.model, device, context.world.size)
     metrics = StepMetrics(logs, context.progress, job.steps.num_steps, flops)
-    with metrics, contextlib.closing(checkpoints), accelerate(engine.loss, device, engine.dtype):
+    with metrics, contextlib.closing(checkpoints), _accelerated(job, engine, objective, context.world):
         return Loop(job, context, engine, objective, checkpoints, metrics).run()
+
+
+def _accelerated(
+    job: TrainingJob, engine: Engine, objective: Objective, world: World
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the model is proved on the first step's data and computes as that allows."""
+    units = job.steps.rows(0) if job.steps.num_steps else ()
+    return accelerate(engine.loss, engine.device, engine.dtype, objective.samples(units), world)
 
 
 def prepare_network(model: nn.Module, config: Training) -> None:
@@ -186,13 +194,18 @@ class Loop:
         loss_part = self._accumulate(item)
         report = self._engine.step(learning_rate)
         # One collective call for both: all ranks see the same loss, and stop after the same step.
-        loss, stops = sum_over_ranks([loss_part, float(self._context.stop.is_set())], self._world)
+        added = self._engine.loss.take_added()
+        parts = [loss_part, float(self._context.stop.is_set()), added or 0.0]
+        loss, stops, added_by_all = sum_over_ranks(parts, self._world)
         # Before the step is recorded or saved, so that no checkpoint contains a diverged step.
         self._check_finite(item.step, loss, report)
         self._progress.step = item.step + 1
         self._progress.tokens += item.num_tokens
         self._progress.loss = loss
-        self._record(item, loss, learning_rate, report, prefetcher.waited_seconds)
+        figures = {"loss": loss, "learningRate": learning_rate, "gradNorm": report.gradient_norm}
+        if added is not None:
+            figures["routerLoss"] = added_by_all
+        self._record(item, figures, prefetcher.waited_seconds)
         self._between_steps(stops > 0)
 
     def _accumulate(self, item: StepInput) -> float:
@@ -222,11 +235,8 @@ class Loop:
             "lower `optimizer.clip`, or check the data of this step"
         )
 
-    def _record(
-        self, item: StepInput, loss: float, learning_rate: float, report: StepReport, waited_seconds: float
-    ) -> None:
-        figures = {"loss": loss, "learningRate": learning_rate, "gradNorm": report.gradient_norm}
-        if not math.isfinite(report.gradient_norm):
+    def _record(self, item: StepInput, figures: dict[str, float], waited_seconds: float) -> None:
+        if not math.isfinite(figures["gradNorm"]):
             # A checkpoint's JSON contains the history, and rejects NaN and infinity.
             del figures["gradNorm"]
         every = max(1, self._plan.num_steps // HISTORY_POINTS)

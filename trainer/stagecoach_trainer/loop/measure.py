@@ -14,7 +14,9 @@ from torch import nn
 from stagecoach_trainer.batches.collate import collate
 from stagecoach_trainer.batches.rows import Row
 from stagecoach_trainer.batches.shard import shard_batch
-from stagecoach_trainer.engine.packing_check import samples_apart
+from stagecoach_trainer.engine.objective import NUM_PROVED
+from stagecoach_trainer.engine.packing_check import computed_in, samples_apart
+from stagecoach_trainer.kernels.accelerate import prove_head
 from stagecoach_trainer.kernels.causal import CausalLoss
 from stagecoach_trainer.runtime.context import World
 
@@ -48,16 +50,23 @@ class LossSum:
 
 
 def measure(
-    model: nn.Module, rows: Sequence[Row], batch_rows: int = DEFAULT_MEASURE_ROWS, dtype: torch.dtype | None = None
+    model: nn.Module,
+    rows: Sequence[Row],
+    batch_rows: int = DEFAULT_MEASURE_ROWS,
+    dtype: torch.dtype | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> LossSum:
-    """Measure a model on rows, on one rank, without dropout.
+    """Measure a model on rows, on one rank, without dropout, after it was proved on some of them.
 
-    `dtype`: the dtype of autocast; None or fp32 for no autocast.
+    `dtype`: the dtype of autocast; None or fp32 for no autocast. `report(done, total)` is called after each
+    micro-batch. Raises UserError for a model whose loss is not that of transformers.
     """
     device = next(model.parameters()).device
     autocast = nullcontext() if dtype in (None, torch.float32) else torch.autocast(device.type, dtype)
     with autocast:
-        return measure_with(CausalLoss(model), rows, batch_rows, device, World())
+        loss = CausalLoss(model)
+        prove_head(loss, device, computed_in(loss, device), [row.tokens for row in rows[:NUM_PROVED]])
+        return measure_with(loss, rows, batch_rows, device, World(), report)
 
 
 def measure_with(

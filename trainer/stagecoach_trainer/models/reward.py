@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from stagecoach_api.artifacts import ModelCard, ResolvedInput
 from stagecoach_api.model_folders import ADAPTER_CONFIG, CONFIG
 from stagecoach_api.references import Reference
-from stagecoach_trainer.kernels.causal import causal_model
+from stagecoach_trainer.kernels.causal import DecoderLoss, causal_model
+from stagecoach_trainer.kernels.proof_rows import ProofRows
 from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.models.load import (
     Head,
@@ -121,6 +122,32 @@ def pad_right(sequences: Sequence[npt.NDArray[np.int32]]) -> tuple[Tensor, Tenso
         tokens[index, : len(ids)] = ids
     last = np.array([len(ids) - 1 for ids in sequences], np.int64)
     return torch.from_numpy(tokens), torch.from_numpy(last)
+
+
+class RewardModule(DecoderLoss):
+    """Base of the loss modules around a reward model."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        return decoder_of(self.model)
+
+    def computed(self, rows: ProofRows) -> Tensor:
+        """Return the reward of each row [B]."""
+        tokens, last = pad_right(self._ended(rows))
+        device = next(self.parameters()).device
+        return last_rewards(self.model, tokens.to(device), last.to(device), self.positions_keyword)
+
+    def expected(self, rows: ProofRows) -> Tensor:
+        """Return the rewards [B] of transformers' sequence classifier."""
+        classifier, device = causal_model(self.model), next(self.parameters()).device
+        # One row at a time: the classifier finds the last token of padded rows by an id, which it may not have.
+        each = (torch.from_numpy(ids.astype(np.int64))[None].to(device) for ids in self._ended(rows))
+        return torch.cat([classifier(input_ids=row, use_cache=False).logits[0] for row in each])
+
+    def _ended(self, rows: ProofRows) -> list[npt.NDArray[np.int32]]:
+        """Return the rows without padding ids at the end, at which the classifier would not look."""
+        padding = causal_model(self.model).config.get_text_config().pad_token_id
+        return [ids[: max(1, 1 + np.flatnonzero(ids != padding).max(initial=0))] for ids in rows.rows]
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------

@@ -100,8 +100,9 @@ class PpoLoop:
             job.rewards.shard_models(self._shard, self._device, self._world)
         # The adapter-free reference is the policy's own module, which is accelerated already.
         separate = (reference.module,) if isinstance(reference, SeparateReference) else ()
+        samples = policy_objective.samples(job.prompts.prompts(0))
         for module in (self._policy.loss, self._critic.loss, *separate):
-            stack.enter_context(accelerate(module, self._device, self._policy.dtype))
+            stack.enter_context(accelerate(module, self._device, self._policy.dtype, samples, self._world))
         self._checkpoints = stack.enter_context(
             contextlib.closing(CheckpointManager(context, config.checkpoints, job.prompts.num_updates))
         )

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from stagecoach_api.kinds.ppo import PolicyLoss
 from stagecoach_trainer.batches.collate import RowBatch, collate
-from stagecoach_trainer.engine.objective import MicroBatch, UnpackedObjective
+from stagecoach_trainer.batches.rows import Ids
+from stagecoach_trainer.engine.objective import NUM_PROVED, MicroBatch, UnpackedObjective
 from stagecoach_trainer.engine.packing_check import check_packing
 from stagecoach_trainer.kernels.answer_log_probs import AnswerBatch, AnswerModel, collate_answers
 from stagecoach_trainer.kernels.causal import DecoderLoss
 from stagecoach_trainer.kernels.unpadded import states_at
 from stagecoach_trainer.losses.advantages import Whitening
 from stagecoach_trainer.losses.policy import clipped, policy_losses, update_kl, value_losses
-from stagecoach_trainer.models.reward import decoder_of, score_states
+from stagecoach_trainer.models.reward import RewardModule, score_states
 from stagecoach_trainer.ppo.experience import Experience, Floats
 
 
@@ -104,7 +105,7 @@ class PolicyModule(AnswerModel):
         entropies [M], in nats, fp32."""
         return self.token_log_probs(batch, self._temperature, want_entropy)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         batch: RowBatch | ExperienceBatch | AnswerBatch | Callable[[], Tensor],
         scale: float = 1.0,
@@ -136,7 +137,7 @@ class PolicyModule(AnswerModel):
         return scale * losses.sum()  # the engine divides: `scale` is 1 over the tokens of all ranks
 
 
-class CriticModule(DecoderLoss):
+class CriticModule(RewardModule):
     """A reward model that predicts the return at every token of an answer."""
 
     def __init__(self, model: nn.Module, clip: float | None, bias: float = 0.0) -> None:
@@ -144,10 +145,6 @@ class CriticModule(DecoderLoss):
         self._clip = clip
         self._bias = bias
         self.figures = TokenSums()
-
-    @property
-    def decoder(self) -> nn.Module:
-        return decoder_of(self.model)
 
     def values(self, batch: AnswerBatch) -> Tensor:
         """Return the predicted return before each token of the answers, fp32 [M]."""
@@ -176,6 +173,10 @@ class PolicyObjective(UnpackedObjective):
 
     def collate(self, units: Sequence[Any]) -> MicroBatch:
         return collate(units)  # of text; experiences are collated by `collate_experiences`
+
+    def samples(self, units: Sequence[Any]) -> Sequence[Ids]:
+        """Return the ids of some prompts: of a policy's samples, only those are known before the first update."""
+        return [prompt.ids for prompt in units[:NUM_PROVED]]
 
     def prove(self, module: Any, units: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
         check_packing(module, units, device, dtype)  # only text is packed, answers are not
