@@ -46,11 +46,6 @@ class StageConfig(Model):
         """Return the tokens a stage is to train on; None if it does not train or that depends on its data."""
         return None
 
-    def new_model_parameters(self, vocabulary_size: int) -> float | None:
-        """Return the parameters of the model a stage creates from scratch; None if it creates none."""
-        del vocabulary_size
-        return None
-
     def new_vocabulary_size(self) -> int:
         """Return the most pieces a stage adds to its base vocabulary."""
         return 0

@@ -58,6 +58,17 @@ def num_ranks(stage: Stage, machine: Machine, nproc: int | None) -> int:
     return max(1, min(wanted, machine.cores))
 
 
+def missing_gpus(stage: Stage, machine: Machine) -> str | None:
+    """Return a sentence on the GPUs that a stage requests and this machine lacks; None if it lacks none."""
+    wanted = stage.resources.num_nodes * (stage.resources.gpus_per_node or 0)
+    if wanted <= machine.gpus:
+        return None
+    ranks = num_ranks(stage, machine, None)
+    where = f"{ranks} rank{'s' * (ranks != 1)} on {'GPUs' if machine.gpus else 'the CPU'}"
+    has = machine.gpus or "none"
+    return f"{stage.name} requests {wanted} GPU{'s' * (wanted != 1)}, this machine has {has}, so it runs as {where}"
+
+
 def num_threads(stage: Stage, machine: Machine, ranks: int) -> int:
     """Return the CPU threads of each rank: its share of the cores, or its pod's CPU request if that is smaller.
 

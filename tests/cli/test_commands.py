@@ -81,6 +81,31 @@ def test_a_plan_shows_cache_hits_and_the_stages_that_an_edit_would_run(bench: Be
     assert "3 of 6 stages to run: 6.4k training tokens, time ~38 s" in output
 
 
+def test_a_plan_is_also_json(bench: Bench, cli: Cli) -> None:
+    code, output = cli("plan", "run.yaml", "-o", "json", "--set", "stages.base.optimizer.learningRate=0.002")
+    found = json.loads(output[: output.rindex("}") + 1])
+    assert (code, found["run"], [stage["cached"] for stage in found["stages"]]) == (0, "tiny", [True] * 3 + [False] * 3)
+    base = next(stage for stage in found["stages"] if stage["name"] == "base")
+    assert (base["after"], base["tokens"], base["gpuHours"]) == (["corpus", "vocabulary"], 6400, 0.0)
+    assert base["seconds"] == pytest.approx(12.5)
+
+
+def test_a_plan_names_the_store_and_what_it_has(own_bench: Bench, cli: Cli) -> None:
+    """The same file in another folder would train everything again, which nothing showed."""
+    own_bench.write(chain())
+    _, output = cli("plan", "run.yaml")
+    store = own_bench.folder / ".stagecoach" / "store"
+    assert f"Storage: file://{store} (0 of 6 stages found here); artifacts of runs started in another folder" in output
+
+
+def test_gpus_that_this_machine_lacks_are_named_before_a_stage_starts(own_bench: Bench, cli: Cli) -> None:
+    """A stage with `gpusPerNode: 8` ran on a laptop's cores without a word."""
+    own_bench.write([data_stage("one") | {"resources": {"gpusPerNode": 8}}], {})
+    output = own_bench.stagecoach("run", "run.yaml").communicate()[0]
+    assert "warning: one requests 8 GPUs, this machine has none, so it runs as 1 rank on the CPU" in output
+    assert "1 stage requests GPUs that this machine lacks" in cli("plan", "run.yaml", "--set", "spec.seed=2")[1]
+
+
 def test_a_plan_is_shown_even_if_inputs_cannot_be_reached(
     own_bench: Bench, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +117,7 @@ def test_a_plan_is_shown_even_if_inputs_cannot_be_reached(
     own_bench.write(chain(), storage={"uri": "s3://models/x", "inputs": "s3://models/inputs"})
     code, output = cli("plan", "run.yaml")
     assert code == 0
-    assert output.count("unknown") == 6
+    assert output.split("6 of 6 stages to run")[0].count(" unknown ") == 6
     assert "are not reachable, so cache hits cannot be determined: " in output
 
 

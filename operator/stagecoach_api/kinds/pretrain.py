@@ -162,17 +162,6 @@ class PretrainStage(TextTraining):
         )
         return phases or super().spans()
 
-    def new_model_parameters(self, vocabulary_size: int) -> float | None:
-        """Return the size of the matrices of a LLaMA: attention, feed-forward, embedding and head."""
-        shape = self.architecture
-        if shape is None:
-            return None
-        kv_share = (shape.num_key_value_heads or shape.num_heads) / shape.num_heads
-        attention = shape.hidden_size**2 * (2 + 2 * kv_share)
-        feed_forward = 3 * shape.hidden_size * shape.intermediate_size
-        embeddings = vocabulary_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-        return shape.num_layers * (attention + feed_forward) + embeddings
-
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 

@@ -58,9 +58,35 @@ def command(
         # The lock is taken before the first look at the record, which another driver may be writing.
         with workspace.run(prepared.plan.namespace, prepared.plan.run).lock():
             job = make_job(prepared, file, until, start, nproc)
-            return work(
-                replace(job, invocation=Invocation(overrides=overrides, storage=storage, until=until, nproc=nproc))
-            )
+            invocation = Invocation(overrides=overrides, storage=storage, until=until, nproc=nproc)
+            job = replace(job, invocation=invocation, expected=announce(console(), prepared, job))
+            return work(job)
+
+
+def announce(out: Console, prepared: PreparedRun, job: Job) -> dict[str, float]:
+    """Print where artifacts are stored, how many are there already, and which GPUs are missing.
+
+    Return the estimated durations of the stages to run, by name; empty if the store cannot be read.
+    """
+    from stagecoach_api.store import StoreError
+    from stagecoach_cli.commands.plan import last_manifests, plan_lines, store_text
+    from stagecoach_local.machine import missing_gpus
+    from stagecoach_local.prepare import check_cache
+
+    try:
+        decision, manifests = check_cache(prepared, job.selected, job.forced)
+        lines = plan_lines(prepared, decision, last_manifests(prepared, manifests), known=True)
+    except StoreError:
+        return {}  # the driver reports it
+    lines = [line for line in lines if job.selected is None or line.name in job.selected]
+    to_run = [line for line in lines if not line.hit]
+    lacking = [missing_gpus(job.plan.stages[line.name].stage, job.machine) for line in to_run]
+    if to_run:
+        out.print(store_text(job.store.uri, lines), highlight=False, markup=False, soft_wrap=True)
+    for text in lacking:
+        if text is not None:
+            out.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return {line.name: line.cost.seconds for line in to_run if line.cost.seconds is not None}
 
 
 def make_job(prepared: PreparedRun, file: Path, until: str | None, start: str | None, nproc: int | None) -> Job:
