@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from stagecoach_api.conversation import Role
-from stagecoach_api.references import Format, RecordSource, Split
+from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
 from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
@@ -65,6 +66,75 @@ def test_a_folder_is_read_recursively_without_its_readme(tmp_path: Path) -> None
     (tmp_path / "in" / "_SUCCESS").write_bytes(b"")
     found = list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "in"))))
     assert [(record.text, record.where) for record in found] == [("two", "b.txt:1"), ("one", "deep/a.jsonl:1")]
+
+
+def test_a_folder_reads_every_layout_and_names_the_files_it_does_not(tmp_path: Path) -> None:
+    """A CSV file next to JSON lines was skipped without a word."""
+    folder, other = tmp_path / "in", tmp_path / "other"
+    write_jsonl(folder / "a.jsonl", [{"instruction": "one", "output": "1"}])
+    (folder / "b.csv").write_text("instruction,output\ntwo,2\n", encoding="utf-8")
+    (folder / "c.tsv").write_text("instruction\toutput\nthree\t3\n", encoding="utf-8")
+    write_jsonl(other / "d.jsonl", [{"instruction": "four", "output": "4"}])
+    (folder / "linked").symlink_to(other)
+    unread = ("LICENSE", "README.md", "_SUCCESS", "chart.png", "license.txt", "notes.docx")
+    for name in (*unread, ".hidden"):
+        (folder / name).write_bytes(b"x")
+    notes: Counter[str] = Counter()
+    records = read_records(make_context(tmp_path), RecordSource(uri=str(folder)), notes)
+    assert [record.messages[0].content for record in records] == ["one", "two", "three", "four"]
+    assert notes == {f"fileNotRead.{name}": 1 for name in unread}
+
+
+@pytest.mark.parametrize("name", ["a.docx", "a.html", "a", "a.log"])
+@pytest.mark.parametrize("format_", [Format.TEXT, Format.AUTO])
+def test_a_file_that_cannot_be_read_is_not_text(tmp_path: Path, name: str, format_: Format) -> None:
+    """`format: text` made fragments of any file."""
+    (tmp_path / name).write_bytes(b"words\n\nmore words\n")
+    with pytest.raises(UserError, match=rf"^{name}: .*end its name in \.txt if it is plain text"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / name), format=format_)))
+
+
+def test_csv_is_read_with_field_mapping(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('Frage,"Meine Antwort",n\n"a\nb",c,1\n', encoding="utf-8")
+    fields = FieldMapping(instruction="Frage", output="Meine Antwort")
+    (record,) = read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "a.csv"), fields=fields))
+    assert record.messages == (Turn(Role.USER, "a\nb"), Turn(Role.ASSISTANT, "c"))
+    assert (record.where, record.unread) == ("a.csv:2", ("n",))
+    with pytest.raises(UserError, match=r"a\.csv:2: `text` must be a string, got no such field"):
+        list(read_records(make_context(tmp_path, 2), RecordSource(uri=str(tmp_path / "a.csv"), format=Format.TEXT)))
+
+
+def test_a_folder_of_documents_alone_is_read(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md", "README.md"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(f"about {name}\n", encoding="utf-8")
+    found = list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "in"))))
+    assert [record.text for record in found] == ["about a.md", "about b.md"]
+
+
+def test_a_folder_without_data_is_refused_with_what_is_there(tmp_path: Path) -> None:
+    """What `datasets` writes with `save_to_disk`."""
+    for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"no data files found \(there are: data-00000-of-00001\.arrow"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "in"))))
+
+
+def test_a_record_of_another_format_is_refused_with_the_format_that_fits(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
+    with pytest.raises(UserError, match="it looks like `alpaca`: set `format: alpaca`"):
+        list(read_records(make_context(tmp_path), RecordSource(uri=str(path), format=Format.SHAREGPT)))
+
+
+def test_a_message_is_never_long(tmp_path: Path) -> None:
+    many = {f"a field with a long name {n}" * 9: n for n in range(500)}
+    path = write_jsonl(tmp_path / "a.jsonl", [many])
+    for number, format_ in enumerate((Format.AUTO, Format.MESSAGES, Format.PAIRS), start=3):
+        with pytest.raises(UserError) as caught:
+            list(read_records(make_context(tmp_path, number), RecordSource(uri=str(path), format=format_)))
+        assert len(str(caught.value)) < 1500
+        assert "488 more" in str(caught.value) or "…" in str(caught.value)
 
 
 def test_a_malformed_record_stops_with_file_and_line(tmp_path: Path) -> None:

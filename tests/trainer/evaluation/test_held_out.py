@@ -108,7 +108,7 @@ def test_a_conversation_longer_than_a_row_is_left_out(tmp_path: Path, model: Any
     short = {"instruction": "fox", "output": "dog"}
     long = {"instruction": "fox " * 300, "output": "dog"}
     found = measured(tmp_path, [long, short], model, tokenizer, maxDroppedShare=0.5)
-    assert found.counts == {"tokens": 2, "characters": 3, "tooLong": 1}
+    assert found.counts == {"tokens": 3, "characters": 3, "tooLong": 1}
     with pytest.raises(UserError, match=r"50\.0% of the samples .*`maxDroppedShare` 5\.0%.*tooLong 1"):
         measured(tmp_path, [long, short], model, tokenizer)
     with pytest.raises(UserError, match="zh has no conversation to measure"):

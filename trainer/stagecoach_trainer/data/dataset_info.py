@@ -87,7 +87,7 @@ class _NamedEntry:
             )
         formatting = self._one_of("formatting", ("alpaca", "sharegpt", "openai"), "alpaca")
         format_ = self._format(formatting, columns)
-        given = {"format": format_, "fields": self._fields(formatting, columns, source.fields), "dataset": None}
+        given = {"format": format_, "fields": self._fields(formatting, columns, source.fields)}
         chosen = source.model_copy(update=given | self._num_samples(source))
         return NamedSet(self._file(), chosen, None if formatting == "alpaca" else self._keys(formatting))
 

@@ -15,7 +15,7 @@ from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.stage_kind import StageConfig
 from stagecoach_api.store import StoreEntry, StoreError, list_external
 from stagecoach_api.stores.base import FolderLocation, parse_location
-from stagecoach_trainer.data.reading import Malformed, read_path
+from stagecoach_trainer.data.reading import Malformed, proposal, read_path
 from stagecoach_trainer.data.records import PREFERENCES, Record, kind_of
 from stagecoach_trainer.look.finding import Finding
 from stagecoach_trainer.runtime.errors import UserError
@@ -127,7 +127,8 @@ def _unreadable(path: FieldPath, source: RecordSource, malformed: Sequence[Malfo
         remedy = "correct them; a `data` stage can count and leave out malformed records (`maxMalformedShare`)"
         return Finding((*path, "uri"), source.uri, text, remedy)
     field, value = ("uri", source.uri) if source.format is Format.AUTO else ("format", str(source.format))
-    return Finding((*path, field), value, text, "set the `format` they have, and `fields` where names differ")
+    remedy = proposal(first.looks_like, source.format) or "set the `format` they have, and `fields` where names differ"
+    return Finding((*path, field), value, text, remedy)
 
 
 def _unusable(path: FieldPath, source: RecordSource, kinds: Counter[str], config: StageConfig) -> Iterator[Finding]:
