@@ -19,6 +19,7 @@ class TemplateName(StrEnum):
     VICUNA = "vicuna"
     CHATML = "chatml"
     HUMAN_BOT = "humanBot"
+    MODEL = "model"
     CUSTOM = "custom"
 
 
@@ -35,13 +36,14 @@ class Template(Model):
 
     name: TemplateName
     """Template. `alpaca` joins instruction and input with a newline (as in Chinese-Alpaca). `alpacaWithInput` has a
-    separate section for the input. `chatml` has tools, their calls and results. `humanBot` is Ziya's `<human>:` and
-    `<bot>:`. `custom` uses `jinja`."""
+    separate section for the input. `chatml` has tools, their calls and results, and reasoning. `humanBot` is Ziya's
+    `<human>:` and `<bot>:`. `model` is that of the model's tokenizer; if it has several, `default`, or `tool_use` for
+    records with tools. `custom` uses `jinja`."""
 
     jinja: LongText | None = None
-    """For `custom` only: a Jinja chat template as in transformers, with `messages`, `add_generation_prompt`,
-    `bos_token`, `eos_token` and `tools`. The rendering of the first turns must be a prefix of the rendering of the
-    whole conversation. If unset: a named template is used."""
+    """For `custom` only: a Jinja chat template as in transformers, with `messages` in OpenAI's form,
+    `add_generation_prompt`, `bos_token`, `eos_token` and `tools`. A turn of the assistant must begin with the
+    generation prompt and end with a special token. If unset: a named template is used."""
 
     system: LongText | None = None
     """System prompt of conversations that have none. If unset: that of the template, if it has one."""

@@ -62,8 +62,8 @@ class SftStage(TextTraining):
     model: Reference
     """Model to fine-tune: a stage's artifact or a Hugging Face folder (safetensors only)."""
 
-    template: Template
-    """How conversations are rendered as text."""
+    template: Template | None = None
+    """How conversations are rendered as text. If unset: the chat template of the model's tokenizer."""
 
     loss: Loss = Loss()
     """Which tokens carry loss."""

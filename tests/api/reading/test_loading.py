@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stagecoach_api.conversation import Template
 from stagecoach_api.kinds.sft import SftStage
 from stagecoach_api.problems import InvalidRun, Problem
 from stagecoach_api.reading.loading import load_run, parse_run
@@ -177,6 +178,12 @@ def sft(run: TrainingRun) -> SftStage:
     return config
 
 
+def _template(run: TrainingRun) -> Template:
+    template = sft(run).template
+    assert template is not None
+    return template
+
+
 @pytest.mark.parametrize(
     ("override", "read", "expected"),
     [
@@ -199,7 +206,7 @@ def sft(run: TrainingRun) -> SftStage:
         ("stages.release.after=[]", lambda run: run.spec.stages[5].after, ()),
         ("stages.release.after[1]=corpus", lambda run: run.spec.stages[5].after, ("score", "corpus")),
         ("stages.sft.optimizer.clip=", lambda run: sft(run).optimizer.clip, None),
-        ("stages.sft.template.system=a=b", lambda run: sft(run).template.system, "a=b"),
+        ("stages.sft.template.system=a=b", lambda run: _template(run).system, "a=b"),
     ],
 )
 def test_an_override_changes_one_field(override: str, read: Any, expected: Any) -> None:

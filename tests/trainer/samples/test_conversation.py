@@ -20,7 +20,7 @@ from stagecoach_trainer.text.vocabulary import load_tokenizer
 from tests import SHARED_DATA as DATA
 from tests.trainer.models.makers import make_tokenizer
 
-NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]
+NAMED = [name for name in TemplateName if name not in (TemplateName.MODEL, TemplateName.CUSTOM)]
 FILES = ["alpaca_zh.json", "alpaca_en.json", "huangdi_tcm_sample.json", "toolcall_sharegpt_zh.json"]
 
 

@@ -352,7 +352,7 @@ def test_a_template_that_omits_the_assistants_content_is_rejected_with_the_recor
     jinja = "{{ messages[0]['content'] }}{% if messages|length > 1 or add_generation_prompt %}:{% endif %}"
     jinja += "{% if messages|length > 1 %}{{ eos_token }}{% endif %}"
     encoder = make_encoder(make_tokenizer(), template=Template(name=TemplateName.CUSTOM, jinja=jinja))
-    with pytest.raises(UserError, match=r"x\.json:1: the chat template does not render the assistant's content"):
+    with pytest.raises(UserError, match=r"x\.json:1: turn 1 .assistant.: the chat template leaves out its content"):
         list(encoder.encode([compared("a", "b")]))
 
 

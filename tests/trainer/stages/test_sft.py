@@ -91,8 +91,11 @@ def test_sets_with_weights_an_adapter_and_its_continuation(workshop: Workshop) -
     [
         ({"sequenceLength": 32, "batch": {"tokens": 64}}, r"no sample to train on is left .*tooLong 40"),
         ({"sequenceLength": 32, "batch": {"tokens": 64}, "tooLong": "fail"}, r"talks:1: \d+ tokens do not fit"),
-        ({"loss": {"roles": ["environment"]}}, "noLoss 40"),
-        ({"template": {"name": "custom", "jinja": "{{ messages[0]['content'] }}"}}, r"talks:1: .*end token"),
+        ({"loss": {"roles": ["tool"]}}, "noLoss 40"),
+        (
+            {"template": {"name": "custom", "jinja": "{{ messages[0]['content'] }}"}},
+            r"talks:1: turn 1 .* leaves out",
+        ),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_rejected(workshop: Workshop, changes: dict[str, Any], message: str) -> None:

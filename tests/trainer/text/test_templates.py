@@ -16,7 +16,7 @@ from stagecoach_trainer.text.templates import CHATML_END, Renderer, apply_templa
 from tests import SHARED_DATA as DATA
 from tests.trainer.models.makers import make_tokenizer
 
-NAMED = [name for name in TemplateName if name is not TemplateName.CUSTOM]
+NAMED = [name for name in TemplateName if name not in (TemplateName.MODEL, TemplateName.CUSTOM)]
 FILES = ["alpaca_zh.json", "alpaca_en.json", "huangdi_tcm_sample.json", "toolcall_sharegpt_zh.json"]
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "add", "arguments": {"甲": 1}}}
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."

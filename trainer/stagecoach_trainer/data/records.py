@@ -151,8 +151,12 @@ def _answer_to_json(answer: Answer) -> dict[str, Any]:
 
 
 def as_message(turn: Turn) -> dict[str, Any]:
-    """Return a turn as the message that a server passes to a chat template: the arguments of calls are objects."""
-    return _message(turn, [_call_to_json(call, arguments_of(call)) for call in turn.calls])
+    """Return a turn as the message that a server passes to a chat template: the arguments of calls are objects.
+
+    `input` and `trained` are for the renderer, which passes neither on as it is.
+    """
+    message = _message(turn, [_call_to_json(call, arguments_of(call)) for call in turn.calls])
+    return message if turn.trained is None else {**message, "trained": turn.trained}
 
 
 def arguments_of(call: ToolCall) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -11,10 +11,10 @@ from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import ExactMatch
 from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.reading import Fetches, read_records
-from stagecoach_trainer.data.records import Record, Turn, as_message
+from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import parse_tools
+from stagecoach_trainer.samples.conversation import conversation_of
 
 SHOWN = 8
 """Number of right and of wrong cases that the report shows."""
@@ -103,10 +103,10 @@ def _is_answer(turn: Turn) -> bool:
 
 def _question(record: Record, last: int, prompter: Prompter) -> Question:
     turns = record.messages[:last]
-    messages = [as_message(turn) for turn in turns]
+    conversation = conversation_of(replace(record, messages=turns))
     asked = "\n".join(part for part in (turns[-1].content, turns[-1].input) if part)
     return Question(
-        prompt=prompter.encode(messages, parse_tools(record.tools)),
+        prompt=prompter.encode(conversation.messages, conversation.tools),
         asked=asked,
         reference=record.messages[last].content.strip(),
     )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.kinds.evaluate import RewardTask
 from stagecoach_trainer.data.reading import Fetches, read_records
-from stagecoach_trainer.data.records import Record, as_message
+from stagecoach_trainer.data.records import Record
 from stagecoach_trainer.generation.generation import Prompter, Report, generate
 from stagecoach_trainer.rewards import Completion, RewardSum, Score
 from stagecoach_trainer.rewards.term import prompt_text
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import Message, message_of
+from stagecoach_trainer.samples.conversation import Conversation, conversation_of
+from stagecoach_trainer.text.templates import message_of
 
 SHOWN = 6
 """Number of prompts for which the report shows all models' answers."""
@@ -134,36 +135,36 @@ def compare_by_reward(
 def _answers(
     task: RewardTask,
     opened: ModelAndTokenizer,
-    prompts: Sequence[tuple[Message, ...]],
+    prompts: Sequence[Conversation],
     batch_rows: int,
     seed: int,
     report: Report,
 ) -> tuple[Completion, ...]:
     model, tokenizer = opened
     prompter = Prompter(tokenizer, task.generation)
-    ids = [prompter.encode(prompt) for prompt in prompts]
+    ids = [prompter.encode(prompt.messages, prompt.tools) for prompt in prompts]
     generated = generate(model, tokenizer, ids, task.generation, batch_rows, seed, report)
     return tuple(
-        Completion(prompt, answer.text, answer.num_tokens, answer.ended, task.on.domain)
+        Completion(prompt.messages, answer.text, answer.num_tokens, answer.ended, task.on.domain, tools=prompt.tools)
         for prompt, answer in zip(prompts, generated, strict=True)
     )
 
 
-def _prompts(task: RewardTask, context: Fetches) -> Iterator[tuple[Message, ...]]:
+def _prompts(task: RewardTask, context: Fetches) -> Iterator[Conversation]:
     for record in read_records(context, task.on):
         yield prompt_of(record, f"rewards {task.name}")
 
 
-def prompt_of(record: Record, what: str) -> tuple[Message, ...]:
+def prompt_of(record: Record, what: str) -> Conversation:
     """Return the turns of a record that a model replies to: all but a final answer. A document is one user turn.
 
     Raises UserError if no turn is left.
     """
     if record.text is not None:
-        return (message_of(Role.USER, record.text),)
+        return Conversation((message_of(Role.USER, record.text),), (), record.where)
     turns = record.messages
     if turns and turns[-1].role is Role.ASSISTANT:
         turns = turns[:-1]
     if not turns:
         raise UserError(f"{record.where}: {what} needs prompts; this record has no turn before the answer")
-    return tuple(map(as_message, turns))
+    return conversation_of(replace(record, messages=turns, answers=()))

@@ -21,7 +21,8 @@ from stagecoach_trainer.models.resize import ids_without_token
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.hindsight import lead_in
 from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Message, Renderer, message_of
+from stagecoach_trainer.text.messages import text_of
+from stagecoach_trainer.text.templates import Message, Renderer, message_of, stop_token_ids
 
 Report = Callable[[int, int], None]
 
@@ -48,6 +49,7 @@ class Prompter:
         beginning = None if settings is None else settings.answer_begins_with
         self._lead_in = "" if beginning is None else lead_in(beginning)
         self._encoder = Encoder(tokenizer)
+        self._renderer = Renderer(tokenizer)
         self.has_template = tokenizer.chat_template is not None
         """Without a chat template the last message is continued as plain text."""
 
@@ -55,9 +57,9 @@ class Prompter:
         """Return the prompt's ids [T]: the conversation, the generation prompt and the forced beginning of the answer.
         Special tokens in the template are encoded as such."""
         if self.has_template:
-            text = Renderer(self._tokenizer).render(messages, tools, add_generation_prompt=True)
+            text = self._renderer.prompt(messages, tools)
             return self._encoder.prompts([text + self._lead_in])[0]
-        ids = self._encoder.documents([str(messages[-1]["content"]) + self._lead_in])[0]
+        ids = self._encoder.documents([text_of(messages[-1]) + self._lead_in])[0]
         start = [] if self._encoder.bos is None else [self._encoder.bos]
         return np.concatenate([np.asarray(start, dtype=np.int32), ids])
 
@@ -177,10 +179,11 @@ def pad_left(prompts: Sequence[Ids], padding: int) -> tuple[Tensor, Tensor]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: the tokenizer's end token and those of the model's generation config."""
+    """Return the ids that end an answer: those of the tokenizer and its chat template, and of the model's generation
+    config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     own = named if isinstance(named, list) else [named]
-    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *own] if token is not None))
+    return list(dict.fromkeys(token for token in [*stop_token_ids(tokenizer), *own] if token is not None))
 
 
 def generation_settings(settings: Generation) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Rollouts:
     def _completion(self, prompt: Prompt, answer: Sampled) -> Completion:
         ids = answer.ids[:-1] if answer.ended else answer.ids
         text = self._job.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(prompt.messages, text, len(ids), answer.ended, prompt.domain)
+        return Completion(prompt.messages, text, len(ids), answer.ended, prompt.domain, prompt.tools)
 
     def _final_scores(self, completions: Sequence[Completion], scores: Sequence[Score]) -> list[Score]:
         """Return the scores, with `missingEndReward` in place of the total of truncated answers."""

@@ -45,6 +45,7 @@ class ModelTerm(Term):
         found: dict[int, npt.NDArray[np.int32]] = {}
         for domain, indices in by_domain.items():
             answered = [(batch[index].prompt, batch[index].answer) for index in indices]
-            ids = encode_answered(self.model.tokenizer, answered, self.model.system_prompt(domain))
+            tools = [batch[index].tools for index in indices]
+            ids = encode_answered(self.model.tokenizer, answered, self.model.system_prompt(domain), tools)
             found.update(zip(indices, ids, strict=True))
         return [found[index] for index in range(len(batch))]

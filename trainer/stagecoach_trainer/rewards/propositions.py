@@ -29,6 +29,7 @@ from stagecoach_trainer.rewards.judge_prompts import (
 from stagecoach_trainer.rewards.term import Completion, Term, prompt_text
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.text.messages import described
 
 SYSTEM = f"You judge whether a statement on an answer of a language model is true. {QUOTED} Reply with yes or no only."
 AGAIN = "Reply with the one word yes or the one word no."
@@ -143,7 +144,8 @@ def ranked_answers(source: NamedSource, context: StageContext) -> tuple[list[Com
             raise UserError(f"{record.where}: no ranked answers; give `ranked`, `pairs` or `comparison` records")
         first = len(answers)
         answers += [
-            Completion(_prompt_of(record), answer.content, num_tokens=0, ended=True) for answer in record.answers
+            Completion(_prompt_of(record), described(as_message(answer.turn)), num_tokens=0, ended=True)
+            for answer in record.answers
         ]
         for (left, one), (right, other) in combinations(enumerate(record.answers, first), 2):
             if one.rank is not None and other.rank is not None and one.rank != other.rank:

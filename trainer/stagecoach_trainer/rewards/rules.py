@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from stagecoach_api.expressions import ExpressionError, Figures, parse_expression
 from stagecoach_api.rewards import FormatReward, LanguageReward, LengthReward, RepetitionReward
 from stagecoach_trainer.data.steps import SCRIPTS, count_characters
-from stagecoach_trainer.rewards.term import Completion, Term, describe, message_text
+from stagecoach_trainer.rewards.term import Completion, Term, describe
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.text.messages import text_of
 
 
 class TextTerm(Term):
@@ -89,7 +90,7 @@ class ExpressionTerm(Term):
         return [self._value(completion, index) for index, completion in enumerate(batch)]
 
     def _value(self, completion: Completion, index: int) -> float:
-        prompt_characters = sum(len(message_text(message)) for message in completion.prompt)
+        prompt_characters = sum(len(text_of(message)) for message in completion.prompt)
         figures = Figures(completion.answer, completion.num_tokens, completion.ended, prompt_characters)
         try:
             return self._expression.value(figures)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_trainer.runtime.context import World
-from stagecoach_trainer.text.templates import Message
+from stagecoach_trainer.text.messages import Message, described
 
 SHOWN_CHARACTERS = 60
 """Maximum characters of a prompt or an answer that a message quotes."""
@@ -32,6 +32,9 @@ class Completion:
 
     domain: str | None = None
     """Domain of the prompt: selects the system prompt of reward models that have domains. None for no domain."""
+
+    tools: tuple[Message, ...] = ()
+    """Tools that the answer may call."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,11 @@ def share_of(total: int, world: World) -> int:
     return total // world.size + (world.rank < total % world.size)
 
 
-def message_text(message: Message) -> str:
-    """Return the text of one turn, with Alpaca's `input` on a separate line."""
-    return "\n".join(part for part in (str(message["content"]), str(message.get("input", ""))) if part)
-
-
 def prompt_text(prompt: Sequence[Message]) -> str:
     """Return a prompt as plain text: a single user turn as it is, several turns each prefixed by its role."""
     if len(prompt) == 1 and prompt[0]["role"] == Role.USER.value:
-        return message_text(prompt[0])
-    return "\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
+        return described(prompt[0])
+    return "\n".join(f"{message['role']}: {described(message)}" for message in prompt)
 
 
 def describe(completion: Completion, index: int) -> str:

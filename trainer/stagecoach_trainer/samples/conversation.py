@@ -8,8 +8,8 @@ surrounds it; in that case the sample ends, and the turn begins a new sample wit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from stagecoach_trainer.batches.rows import Ids
 from stagecoach_trainer.data.records import Record, as_message, require_no_answers
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Renderer, TrainedTurn, parse_tools
+from stagecoach_trainer.text.templates import Message, Renderer, TrainedTurn, parse_tools
 
 BATCH_RECORDS = 256
 
@@ -56,8 +56,8 @@ class Sample:
 class Conversation:
     """A record in the form that chat templates read."""
 
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...]
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...]
     where: str
 
 
@@ -66,7 +66,8 @@ class ConversationEncoder:
 
     Counts: `records`, `samples`, `tokens`, `trainedTokens`; `extraSamples` (turns that had to begin a new sample so
     that their prompt is encoded as served), `splitRecords`; dropped or shortened samples: `tooLong` (dropped), `cut`,
-    `noLoss` (no token carries loss).
+    `noLoss` (no token carries loss); `spelledTokens` (records whose text spells a special token, such as `</s>`) and
+    `unreadNames` (records with a participant's name that the template does not render).
     """
 
     def __init__(
@@ -94,9 +95,26 @@ class ConversationEncoder:
     def _encode_batch(self, batch: Sequence[Record]) -> list[list[Sample]]:
         """Return the samples of each record; none for a record that is dropped."""
         conversations = [conversation_of(require_no_answers(record)) for record in batch if record.text is None]
+        self._count_oddities(batch, conversations)
         chains = iter(self._chains(conversations))
         texts = iter(self._encoder.documents([record.text for record in batch if record.text is not None]))
         return [self._text(record, next(texts)) if record.text is not None else next(chains) for record in batch]
+
+    def _count_oddities(self, batch: Sequence[Record], conversations: Sequence[Conversation]) -> None:
+        """Count what is trained in a way that its author may not expect."""
+        spelled = sum(any(map(self._renderer.spells_special, each.messages)) for each in conversations)
+        spelled += sum(record.text is not None and self._renderer.spells_special(record.text) for record in batch)
+        if spelled:
+            self.counts["spelledTokens"] += spelled
+
+    def _count_unread_names(
+        self, conversations: Sequence[Conversation], turns: Sequence[Sequence[TrainedTurn]]
+    ) -> None:
+        for conversation, trained in zip(conversations, turns, strict=True):
+            # The name of a tool repeats that of its call, so templates may leave it out.
+            said = [each["name"] for each in conversation.messages if "name" in each and each["role"] != Role.TOOL]
+            if said and trained and any(name not in trained[-1].prompt + trained[-1].answer for name in said):
+                self.counts["unreadNames"] += 1
 
     def _count(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -199,7 +217,7 @@ class ConversationEncoder:
         return samples
 
     def _last_exchanges(
-        self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
+        self, conversation: Conversation, system: list[Message], exchanges: list[list[Message]]
     ) -> list[Sample]:
         """Return the samples of the last turn with as many preceding exchanges as fit."""
         # From the longest context to the shortest; the first that fits is the longest.
@@ -210,9 +228,7 @@ class ConversationEncoder:
         self.counts["tooLong"] += 1
         return []
 
-    def _piece(
-        self, conversation: Conversation, system: list[Mapping[str, Any]], exchanges: list[list[Mapping[str, Any]]]
-    ) -> list[Sample]:
+    def _piece(self, conversation: Conversation, system: list[Message], exchanges: list[list[Message]]) -> list[Sample]:
         messages = (*system, *(message for exchange in exchanges for message in exchange))
         return self._encode_whole([Conversation(messages, conversation.tools, conversation.where)])[0]
 
@@ -221,6 +237,7 @@ class ConversationEncoder:
     def _encode_whole(self, conversations: Sequence[Conversation]) -> list[list[Sample]]:
         """Return the samples of each conversation, of any length."""
         turns = [self._trained_turns(conversation) for conversation in conversations]
+        self._count_unread_names(conversations, turns)
         # All turns are encoded at once, because the tokenizer encodes a batch in parallel.
         flat = [turn for trained in turns for turn in trained]
         prompts = self._encoder.prompts([turn.prompt for turn in flat])
@@ -235,31 +252,18 @@ class ConversationEncoder:
             raise UserError(f"{conversation.where}: {error}") from error
 
     def _answers(self, turns: Sequence[TrainedTurn]) -> list[Ids]:
-        """Encode the text to generate: special tokens in template text are recognised, in the turn's content never."""
-        plain: list[str] = []
-        special: list[str] = []
-        for turn in turns:
-            before, content, after = self._parts(turn)
-            plain.append(content)
-            special += [before, after]
-        contents = iter(self._encoder.continuations(plain))
-        markers = iter(self._encoder.continuations(special, parse_special=True))
+        """Encode the text to generate. Special tokens that the template writes are recognised, those that a record's
+        author spells never are."""
+        pieces = [piece for turn in turns for piece in turn.pieces]
+        plain = iter(self._encoder.continuations([piece.text for piece in pieces if piece.is_plain]))
+        others = [piece.text for piece in pieces if not piece.is_plain]
+        written = iter(self._encoder.continuations(others, parse_special=True))
         answers = []
         for turn in turns:
-            end = [np.array([self._encoder.eos], np.int32)] if turn.ends else []
-            answers.append(np.concatenate([next(markers), next(contents), next(markers), *end]).astype(np.int32))
+            end = [] if turn.end is None else [np.array([self._encoder.id_of(turn.end)], np.int32)]
+            ids = [next(plain if piece.is_plain else written) for piece in turn.pieces]
+            answers.append(np.concatenate([np.empty(0, np.int32), *ids, *end]).astype(np.int32))
         return answers
-
-    def _parts(self, turn: TrainedTurn) -> tuple[str, str, str]:
-        """Return the template's text before the turn's content, the content, and the text after it.
-
-        Only content that contains the spelling of a special token is encoded separately: encoding the whole answer at
-        once gives the usual ids, including those of tokens that span an end of the content.
-        """
-        start = turn.answer.find(turn.content)
-        if start >= 0 and self._encoder.contains_special(turn.content):
-            return turn.answer[:start], turn.content, turn.answer[start + len(turn.content) :]
-        return turn.answer, "", ""
 
     def _chain(self, turns: Sequence[tuple[TrainedTurn, Ids, Ids]]) -> list[Sample]:
         """Join turns into as few samples as their served prompts allow."""
@@ -274,13 +278,27 @@ class ConversationEncoder:
                 samples.pop()
             ids = np.concatenate([prompt, answer])
             trained = np.concatenate([mask, np.ones(len(answer), np.bool_)])
-            samples.append(Sample(ids, trained, characters + len(turn.content)))
+            samples.append(Sample(ids, trained, characters + turn.num_characters))
         return samples
 
 
-def last_answer_encoder(tokenizer: Any) -> ConversationEncoder:
-    """Return an encoder of conversations that trains on the last answer only and never cuts a sample."""
-    return ConversationEncoder(Encoder(tokenizer), Renderer(tokenizer), LAST_ANSWER, TooLong.FAIL, NO_LIMIT)
+class LastAnswerEncoder(ConversationEncoder):
+    """Encodes conversations with loss on the last answer only, whatever a turn's own mark, and never cuts a sample."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(Encoder(tokenizer), Renderer(tokenizer), LAST_ANSWER, TooLong.FAIL, NO_LIMIT)
+
+    def _trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
+        return super()._trained_turns(replace(conversation, messages=without_marks(conversation.messages)))
+
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[Sample]:
+        """Return the one sample of each conversation. Raises UserError as `encode` does."""
+        return [samples[-1] for samples in self._encode_whole(conversations)]
+
+
+def without_marks(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages without their own marks of whether they are trained."""
+    return tuple({key: value for key, value in message.items() if key != "trained"} for message in messages)
 
 
 def conversation_of(record: Record) -> Conversation:
@@ -300,12 +318,12 @@ def document(encoder: Encoder, ids: Ids) -> Ids:
 
 
 def exchanges_of(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], list[list[Mapping[str, Any]]]]:
+    messages: Sequence[Message],
+) -> tuple[list[Message], list[list[Message]]]:
     """Return the system message, if any, and the exchanges, each from a user's turn up to the next."""
     has_system = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
     system = list(messages[:1]) if has_system else []
-    exchanges: list[list[Mapping[str, Any]]] = []
+    exchanges: list[list[Message]] = []
     for message in messages[len(system) :]:
         if message["role"] == Role.USER.value or not exchanges:
             exchanges.append([])

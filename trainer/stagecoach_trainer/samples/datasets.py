@@ -25,10 +25,14 @@ from stagecoach_trainer.samples.hindsight import COUNTS, SAME_ANSWERS, Hindsight
 from stagecoach_trainer.samples.rows import pack_rows, row_of
 from stagecoach_trainer.samples.token_cache import TokenShard, TokenShardWriter, token_shard
 from stagecoach_trainer.text.encoding import Encoder
+from stagecoach_trainer.text.spellings import Spellings, special_spellings
 from stagecoach_trainer.text.templates import Renderer
 from stagecoach_trainer.text.vocabulary import batches_of
 
 BATCH_CHARACTERS = 1 << 20
+
+RENDERING = 2
+"""Version of how conversations become ids; increase it when a record's ids change."""
 
 LOST_SAMPLES = ("tooLong", "cut", "noLoss", "emptyText")
 """Names of the counts of samples that were dropped, shortened or left without loss."""
@@ -58,7 +62,9 @@ def text_shard(context: StageContext, source: RecordSource, tokenizer: Any) -> T
 
     def build(writer: TokenShardWriter) -> Mapping[str, int]:
         notes: Counter[str] = Counter()
-        counts = _write_documents(read_records(context, source, notes), Encoder(tokenizer), writer)
+        counts = _write_documents(
+            read_records(context, source, notes), Encoder(tokenizer), special_spellings(tokenizer), writer
+        )
         return {**counts, **notes}
 
     return _noted(context, source, token_shard(context, key, f"tokenise {source.label}", build))
@@ -70,9 +76,14 @@ def _noted(context: StageContext, source: RecordSource, shard: TokenShard) -> To
     return shard
 
 
-def _write_documents(records: Iterable[Record], encoder: Encoder, writer: TokenShardWriter) -> Mapping[str, int]:
+def _write_documents(
+    records: Iterable[Record], encoder: Encoder, spellings: Spellings, writer: TokenShardWriter
+) -> Mapping[str, int]:
     counts: Counter[str] = Counter(records=0, samples=0, tokens=0, characters=0)
     for batch in batches_of(texts_of(records), BATCH_CHARACTERS):
+        spelled = sum(spellings.occur_in(text) for text in batch)
+        if spelled:
+            counts["spelledTokens"] += spelled
         writer.report()
         for text, ids in zip(batch, encoder.documents(batch), strict=True):
             counts["records"] += 1
@@ -104,6 +115,7 @@ def conversation_shard(
         **source_key(context, source),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": tokenizer.chat_template,
+        "rendering": RENDERING,
         "loss": loss.model_dump(mode="json"),
         "tooLong": too_long.value,
         "sequenceLength": sequence_length,

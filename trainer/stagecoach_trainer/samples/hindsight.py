@@ -25,7 +25,7 @@ import numpy as np
 from stagecoach_api.conversation import Loss, Role, TooLong
 from stagecoach_api.kinds.sft import Feedback, Hindsight, HindsightMode
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.data.records import Record, Turn
+from stagecoach_trainer.data.records import Answer, Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import (
     LAST_ANSWER,
@@ -33,9 +33,10 @@ from stagecoach_trainer.samples.conversation import (
     ConversationEncoder,
     Sample,
     conversation_of,
+    without_marks,
 )
 from stagecoach_trainer.text.encoding import Encoder
-from stagecoach_trainer.text.templates import Message, Renderer
+from stagecoach_trainer.text.templates import Message, Renderer, message_of
 
 PROBE = "\u2042"
 """Placeholder for an answer, rendered to find the template's text around it; occurs in no template."""
@@ -52,13 +53,13 @@ COUNTS = (
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
-def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, str]]:
-    """Return the ranks and texts of a preference record's answers, best first, without empty ones (`emptyAnswers`) and
+def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, Answer]]:
+    """Return the ranks and answers of a preference record, best first, without empty ones (`emptyAnswers`) and
     without repetitions of a better one (`repeatedAnswers`).
 
     Raises UserError for answers without a rank.
     """
-    kept: list[tuple[int, str]] = []
+    kept: list[tuple[int, Answer]] = []
     # `sorted` is stable, so that answers of equal rank keep the record's order.
     for answer in sorted(record.answers, key=lambda answer: answer.rank or 0):
         if answer.rank is None:
@@ -66,12 +67,12 @@ def distinct_answers(record: Record, counts: Counter[str]) -> list[tuple[int, st
                 f"{record.where}: an answer judged as good or bad, where ranked ones are expected; `hindsight` takes "
                 "`pairs`, `comparison` and `ranked` records; a `dpo` stage trains on `labels` (`loss: kto`)"
             )
-        if not answer.content.strip():
+        if answer.is_blank:
             counts["emptyAnswers"] += 1
-        elif any(answer.content == content for _, content in kept):
+        elif any(answer.turn == other.turn for _, other in kept):
             counts["repeatedAnswers"] += 1
         else:
-            kept.append((answer.rank, answer.content))
+            kept.append((answer.rank, answer))
     return kept
 
 
@@ -79,13 +80,19 @@ def answers_to_chain(record: Record, counts: Counter[str]) -> tuple[str, ...]:
     """Return the answers of a preference record from worst to best, of equal ranks the first one (`tiedAnswers`).
 
     Empty if fewer than two are left, so that none is better than another (`sameAnswers`).
+    Raises UserError for an answer with reasoning or calls, which have no place after the feedback.
     """
     kept: dict[int, str] = {}
-    for rank, content in distinct_answers(record, counts):
+    for rank, answer in distinct_answers(record, counts):
+        if answer.reasoning or answer.calls:
+            raise UserError(
+                f"{record.where}: an answer has {'tool calls' if answer.calls else 'reasoning'}, for which a chain of "
+                "hindsight has no place; set `hindsight.mode: best`, or train on the record in a `dpo` stage"
+            )
         if rank in kept:
             counts["tiedAnswers"] += 1
         else:
-            kept[rank] = content
+            kept[rank] = answer.content
     if len(kept) < 2:
         counts[SAME_ANSWERS] += 1
         return ()
@@ -102,20 +109,26 @@ def best_answer(record: Record, counts: Counter[str]) -> Record | None:
         counts[SAME_ANSWERS] += 1
         return None
     counts["bestAnswers"] += 1
-    return replace(record, messages=(*record.messages, Turn(Role.ASSISTANT, kept[0][1])), answers=())
+    return replace(record, messages=(*record.messages, kept[0][1].turn), answers=())
 
 
 def choose_feedback(feedback: Sequence[Feedback], seed: int, record: Record) -> Feedback:
     """Return a random member of `feedback`: a pure function of the seed and the record's content, so that its position
     and its file's name do not matter."""
     content = [
-        [[turn.role.value, turn.content, turn.input] for turn in record.messages],
+        [[turn.role.value, turn.content, turn.input, *_more_of(turn)] for turn in record.messages],
         record.tools,
         [[answer.rank, answer.content] for answer in record.answers],
     ]
     digest = hashlib.sha256(json.dumps([seed, content], ensure_ascii=False).encode()).digest()
     # 64 bits, so that the remainder's bias is negligible.
     return feedback[int.from_bytes(digest[:8]) % len(feedback)]
+
+
+def _more_of(turn: Turn) -> list[Any]:
+    """Return a turn's reasoning and calls; nothing if it has none, so that plain turns keep their digest."""
+    calls = [[call.name, call.arguments] for call in turn.calls]
+    return [turn.reasoning, calls] if turn.reasoning or calls else []
 
 
 def check_feedback(feedback: Sequence[Feedback]) -> None:
@@ -142,15 +155,19 @@ class AnswerFrame:
     after: str
     """The template's text between an answer and the end token."""
 
+    end: str
+    """The end token."""
+
 
 def answer_frame(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> AnswerFrame:
     """Return the text around an answer to `messages`. Raises UserError if the template does not render the answer."""
     # Only the template determines the text around an answer, so a placeholder is rendered and located.
-    [turn] = renderer.trained_turns([*messages, {"role": Role.ASSISTANT.value, "content": PROBE}], LAST_ANSWER, tools)
+    answered = [*without_marks(messages), message_of(Role.ASSISTANT, PROBE)]
+    [turn] = renderer.trained_turns(answered, LAST_ANSWER, tools)
     before, probe, after = turn.answer.partition(PROBE)
-    if not probe:
+    if not probe or turn.end is None:
         raise UserError("the chat template does not render the assistant's content; write {{ message['content'] }}")
-    return AnswerFrame(turn.prompt + before, after)
+    return AnswerFrame(turn.prompt + before, after, turn.end)
 
 
 def lead_in(feedback: str) -> str:
@@ -279,14 +296,13 @@ class HindsightEncoder(ConversationEncoder):
         between = iter(self._encoder.continuations(markers, parse_special=True))
         contents = iter(self._encoder.continuations([answer for chain in chains for answer in chain.answers]))
         # The iterators must be consumed in the order in which the texts were listed above.
-        end = np.array([self._encoder.eos], np.int32)
         return [
             EncodedChain(
                 prompt_bad=next(beginnings),
                 prompt_good=next(beginnings),
                 bad=next(between),
                 good=next(between),
-                end=np.concatenate([next(between), end]).astype(np.int32),
+                end=np.append(next(between), self._encoder.id_of(chain.frame.end)).astype(np.int32),
                 answers=tuple(next(contents) for _ in chain.answers),
             )
             for chain in chains

@@ -23,8 +23,8 @@ from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Answer, Record, Turn
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import last_answer_encoder
-from stagecoach_trainer.samples.datasets import source_key, tokenizer_digest
+from stagecoach_trainer.samples.conversation import LastAnswerEncoder
+from stagecoach_trainer.samples.datasets import RENDERING, source_key, tokenizer_digest
 from stagecoach_trainer.samples.groups import DISLIKED, LIKED, GroupShard, pairs_of
 from stagecoach_trainer.samples.token_cache import TokenShardWriter, token_shard
 
@@ -73,6 +73,7 @@ def group_shard(
         **source_key(context, source),
         "tokenizer": tokenizer_digest(tokenizer),
         "template": tokenizer.chat_template,
+        "rendering": RENDERING,
         "sequenceLength": sequence_length,
         "grouping": grouping.value,
         "system": system,
@@ -103,7 +104,7 @@ class GroupEncoder:
     """Encodes preference records one by one, with the counts that `GroupShard.counts` lists."""
 
     def __init__(self, tokenizer: Any, sequence_length: int, grouping: Grouping, system: str | None = None) -> None:
-        self._encoder = last_answer_encoder(tokenizer)
+        self._encoder = LastAnswerEncoder(tokenizer)
         self._capacity = sequence_length
         self._grouping = grouping
         self._system = None if system is None else Turn(Role.SYSTEM, system)
@@ -116,6 +117,8 @@ class GroupEncoder:
             kept = [self._prepared(record) for record in batch]
             conversations = [self._answered(record, answer) for record in kept for answer in record.answers]
             samples = list(self._encoder.encode(conversations))
+            if spelled := self._encoder.counts["spelledTokens"]:
+                self.counts["spelledTokens"] = spelled
             # The encoder skips samples without loss; then answers could not be assigned to their records.
             if len(samples) != len(conversations):
                 raise UserError(f"{batch[0].where}: the chat template renders a prompt, or an answer, as nothing")

@@ -88,11 +88,13 @@ def read_prompts(
 
 
 def _has_prompt(record: Record) -> bool:
-    return any((turn.content + turn.input).strip() for turn in record.messages if turn.role is not Role.SYSTEM)
+    return any(
+        turn.calls or (turn.content + turn.input).strip() for turn in record.messages if turn.role is not Role.SYSTEM
+    )
 
 
 def _rendered(renderer: Renderer, conversation: Conversation) -> str:
     try:
-        return renderer.render(conversation.messages, conversation.tools, add_generation_prompt=True)
+        return renderer.prompt(conversation.messages, conversation.tools)
     except UserError as error:
         raise UserError(f"{conversation.where}: {error}") from error

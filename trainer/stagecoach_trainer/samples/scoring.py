@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stagecoach_api.conversation import Role
 from stagecoach_trainer.batches.rows import Ids
-from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import last_answer_encoder
-from stagecoach_trainer.text.templates import Message
+from stagecoach_trainer.samples.conversation import Conversation, LastAnswerEncoder
+from stagecoach_trainer.text.templates import Message, message_of
 
 AnsweredConversation = tuple[Sequence[Message], str]
 """The turns so far, and the answer to score."""
 
 
 def encode_answered(
-    tokenizer: Any, conversations: Sequence[AnsweredConversation], system: str | None = None
+    tokenizer: Any,
+    conversations: Sequence[AnsweredConversation],
+    system: str | None = None,
+    tools: Sequence[Sequence[Message]] | None = None,
 ) -> list[Ids]:
     """Return the token ids [T] of each conversation with its answer and the end token, encoded as in training.
 
@@ -25,12 +28,15 @@ def encode_answered(
         tokenizer: The reward model's vocabulary, with the chat template.
         conversations: Prompts and answers.
         system: System prompt that replaces that of each conversation. If it is None, each keeps its own, if any.
+        tools: The tools of each conversation. If it is None, there are none.
 
     Raises:
         UserError: The template cannot render a conversation, or a conversation has no turn.
     """
-    records = [_record(messages, answer, system, index) for index, (messages, answer) in enumerate(conversations)]
-    return [sample.ids for sample in last_answer_encoder(tokenizer).encode(records)]
+    answered = [_answered(*conversation, system, index) for index, conversation in enumerate(conversations)]
+    if tools is not None:
+        answered = [replace(each, tools=tuple(own)) for each, own in zip(answered, tools, strict=True)]
+    return [sample.ids for sample in LastAnswerEncoder(tokenizer).encode_conversations(answered)]
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -38,15 +44,11 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
     if system is None:
         return list(messages)
     has_own = bool(messages) and messages[0]["role"] == Role.SYSTEM.value
-    return [{"role": Role.SYSTEM.value, "content": system}, *(messages[1:] if has_own else messages)]
+    return [message_of(Role.SYSTEM, system), *(messages[1:] if has_own else messages)]
 
 
-def _record(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Record:
+def _answered(messages: Sequence[Message], answer: str, system: str | None, index: int) -> Conversation:
     where = f"conversation {index} to be scored"
     if not messages:
         raise UserError(f"{where}: the answer has no prompt")
-    turns = [
-        Turn(Role(message["role"]), str(message["content"]), str(message.get("input", "")))
-        for message in with_system(messages, system)
-    ]
-    return Record(messages=(*turns, Turn(Role.ASSISTANT, answer)), where=where)
+    return Conversation((*with_system(messages, system), message_of(Role.ASSISTANT, answer)), (), where)

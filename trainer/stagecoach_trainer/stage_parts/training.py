@@ -65,18 +65,14 @@ def start_with_template(
 ) -> tuple[StartingPoint, list[str]]:
     """Return the model, with a chat template on its tokenizer, and warnings for the report.
 
-    `merge`: merge an adapter into the weights. Raises UserError if there is no template.
+    `template`: None for the model's own. `merge`: merge an adapter into the weights. Raises UserError if there is none.
     """
     change = position_change(sequence_length, warn=context.progress.warn)
     start = start_unchanged(context, model, change, merge=merge)
-    if template is not None:
-        warnings = apply_template(start.tokenizer, template)
-        for warning in warnings:
-            context.progress.warn(warning)
-        return start, warnings
-    if start.tokenizer.chat_template is None:
-        raise UserError("template: the model's tokenizer has no chat template; name one")
-    return start, []
+    warnings = apply_template(start.tokenizer, template)
+    for warning in warnings:
+        context.progress.warn(warning)
+    return start, warnings
 
 
 def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Prepared) -> StageOutcome:

@@ -79,7 +79,7 @@ def _open(model: Reference, config: EvaluateStage, context: StageContext, report
     context.progress.report("load model")
     loaded = load_model(context, model)
     tokenizer = loaded.require_tokenizer()
-    if config.template is not None:
+    if config.template is not None or tokenizer.chat_template is not None:
         warnings = apply_template(tokenizer, config.template)
         report.warnings += [warning for warning in warnings if warning not in report.warnings]
     return Subject(place(loaded.model, DTYPES[config.precision], compute_device()), tokenizer)

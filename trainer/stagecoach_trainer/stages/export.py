@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from stagecoach_api.artifacts import REPORT, REPORT_TEXT, ModelCard
+from stagecoach_api.conversation import Role
 from stagecoach_api.generation import ReleasedGeneration
 from stagecoach_api.kinds.export import ExportStage
 from stagecoach_trainer.engine.precision import DTYPES
@@ -25,7 +26,7 @@ from stagecoach_trainer.models.safety import check_adapter_folder
 from stagecoach_trainer.models.save import rehearse_saving, save_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import Renderer
+from stagecoach_trainer.text.templates import Renderer, message_of
 from stagecoach_trainer.text.vocabulary import open_publicly
 
 MERGE_KL = 1e-3
@@ -63,7 +64,7 @@ def run(config: ExportStage, context: StageContext) -> StageOutcome:
     _check(config)
     source = _load(config, context)
     tokenizer = source.require_tokenizer()
-    _set_chat_template(tokenizer, config)
+    _set_chat_template(tokenizer, config, report)
     before = _store_log_probs(source, config, context)
     base: Path | None = None
     if config.merge_adapters:
@@ -100,12 +101,14 @@ def _load(config: ExportStage, context: StageContext) -> LoadedModel:
     return source
 
 
-def _set_chat_template(tokenizer: Any, config: ExportStage) -> None:
+def _set_chat_template(tokenizer: Any, config: ExportStage, report: ExportReport) -> None:
     if config.chat_template is None:
         return
+    if tokenizer.chat_template is not None and tokenizer.chat_template != config.chat_template:
+        report.notes.append("`chatTemplate` replaces the template that the model was trained with")
     tokenizer.chat_template = config.chat_template
     try:
-        Renderer(tokenizer).render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        Renderer(tokenizer).prompt([message_of(Role.USER, "?")])
     except UserError as error:
         raise UserError(f"chatTemplate: {error}") from error
 

@@ -22,9 +22,6 @@ class Encoder:
         self._tokenizer = tokenizer
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
-        self.special_texts: tuple[str, ...] = tuple(
-            sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.content)
-        )
 
     def prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Encode rendered prompts exactly as `apply_chat_template(tokenize=True)` does: special tokens are recognised,
@@ -46,9 +43,9 @@ class Encoder:
         finally:
             backend.normalizer, backend.pre_tokenizer = before
 
-    def contains_special(self, text: str) -> bool:
-        """Return whether the text of a special token occurs in `text`."""
-        return any(token in text for token in self.special_texts)
+    def id_of(self, token: str) -> int:
+        """Return the id of a token of the vocabulary."""
+        return int(self._tokenizer.convert_tokens_to_ids(token))
 
     @cached_property
     def _without_prefix(self) -> tuple[Any, Any]:
