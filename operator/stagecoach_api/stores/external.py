@@ -130,6 +130,8 @@ class _LocalTree:
 
         def entry(key: str) -> StoreEntry:
             path = folder / key
+            if not path.exists():
+                raise NotFound(str(path), "it links to a file that does not exist; restore it, or remove the link")
             return StoreEntry(key, path.stat().st_size, "sha256:" + self.hash_file(path))
 
         with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="hash") as pool:

@@ -652,6 +652,14 @@ def test_linked_folders_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
     assert [entry.key for entry in list_external(str(tmp_path / "in"))[1]] == ["link/a"]
 
 
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotFound, match="links to a file that does not exist") as caught:
+        list_external(str(tmp_path))
+    assert caught.value.key == str(tmp_path / "gone")
+
+
 # -- what importing costs ----------------------------------------------------------------------------------------------
 
 BARE = """

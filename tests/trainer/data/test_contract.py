@@ -176,8 +176,11 @@ def test_a_field_that_changes_nothing_is_neither_refused_nor_counted(more: dict[
 
 @pytest.mark.parametrize("key", ["images", "audio", "tools"])
 def test_media_and_tools_in_a_turn_are_refused_with_the_turn(key: str) -> None:
+    value = {"messages": [QUESTION, {**ANSWER, key: [{"a": 1}]}]}
     with pytest.raises(RecordError, match=rf"^`messages\[1\]`: `{key}`"):
-        parse({"messages": [QUESTION, {**ANSWER, key: [{"a": 1}]}]})
+        parse(value)
+    for name in (key, f"messages[].{key}"):
+        assert parse(value, fields=FieldMapping(ignore=(name,))).unread == ()
 
 
 # -- counted -----------------------------------------------------------------------------------------------------------

@@ -116,6 +116,16 @@ def test_blank_answers_are_counted_in_training(tmp_path: Path, tokenizer: Any) -
     assert "1 answers of the assistant are blank" in context.progress.warnings[0]
 
 
+def test_judged_conversations_are_refused_where_all_turns_are_learnt(tmp_path: Path, tokenizer: Any) -> None:
+    """TRL's and LLaMA-Factory's KTO records: `sft` trained on the disliked answers."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data = source(tmp_path, [{"messages": turns, "label": False}])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: an answer with a verdict.*`loss: \{kto"):
+        conversation_shard(make_context(tmp_path), data, tokenizer, Loss(), TooLong.DROP, LENGTH)
+    counts = group_shard(make_context(tmp_path, 2), data, tokenizer, LENGTH, Grouping.ANSWERS).counts
+    assert (counts["answers"], counts["disliked"]) == (1, 1)
+
+
 def test_labels_of_one_kind_are_told_apart_from_both(tmp_path: Path, tokenizer: Any) -> None:
     values = [{"prompt": "q", "completion": f"a{n}", "label": n < 3} for n in range(4)]
     both = group_shard(make_context(tmp_path), source(tmp_path, values), tokenizer, LENGTH, Grouping.ANSWERS).counts

@@ -179,7 +179,7 @@ def _turns_parser(names: Names, name: str, keys: TurnKeys) -> Parse:
         if not isinstance(value.get(name), list) or not value[name]:
             raise RecordError(f"`{name}` must be a list of at least one turn, got {describe(value, name)}")
         turns = (*names.system(value), *list_of_turns(value[name], name, keys))
-        unread = (*contract.unread(value), *sorted(unread_in_turns(value[name], name, keys)))
+        unread = (*contract.unread(value), *sorted(unread_in_turns(value[name], name, keys, names.fields.ignore)))
         return Record(messages=turns, tools=names.tools(value), unread=unread)
 
     return parse

@@ -169,7 +169,7 @@ class _Parser:
             answers = [Answer(string_of({name: item}, name), rank) for rank, item in enumerate(items, 1)]
             return self._record(value, prompt, answers, (name,))
         record = self._record(value, prompt, _ranked_objects(items, name), (name,))
-        unread = unread_in_turns([_only_unread(item) for item in items], name, MESSAGES_TURNS)
+        unread = unread_in_turns([_only_unread(item) for item in items], name, MESSAGES_TURNS, self._fields.ignore)
         return replace(record, unread=(*record.unread, *sorted(unread)), scores_disagree=ranks_disagree(items))
 
     def label(self, value: Mapping[str, Any]) -> Record:
@@ -228,7 +228,7 @@ class _Parser:
         unread = list(contract.unread(value))
         for name in dict.fromkeys([*lists, *([field] if field else [])]):
             if isinstance(value.get(name), list | Mapping):
-                unread += sorted(unread_in_turns(value[name], name, self._keys(value[name])))
+                unread += sorted(unread_in_turns(value[name], name, self._keys(value[name]), self._fields.ignore))
         return Record(
             messages=tuple(prompt), tools=self._names.tools(value), answers=tuple(answers), unread=tuple(unread)
         )

@@ -196,6 +196,11 @@ def require_no_answers(record: Record) -> Record:
 
     Raises UserError for a preference record: read as a conversation, it would be a question without an answer.
     """
+    if any(answer.liked is not None for answer in record.answers):
+        raise UserError(
+            f"{record.where}: an answer with a verdict where a conversation is expected: disliked answers "
+            "would be learnt like liked ones; train on `labels` in a `dpo` stage with `loss: {kto: {}}`"
+        )
     if record.answers:
         raise UserError(
             f"{record.where}: a preference record, a prompt with {len(record.answers)} answers, where a conversation "

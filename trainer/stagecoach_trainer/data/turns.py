@@ -7,7 +7,7 @@ OpenAI's `tool_calls` and `reasoning_content`; ShareGPT's turns of calls become 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,8 +134,8 @@ def turn_of(item: Any, keys: TurnKeys) -> Turn:
     )
 
 
-def unread_in_turns(items: Any, name: str, keys: TurnKeys) -> set[str]:
-    """Return the fields of turns that are not read, as `name[].field`.
+def unread_in_turns(items: Any, name: str, keys: TurnKeys, ignores: Collection[str] = ()) -> set[str]:
+    """Return the fields of turns that are not read, as `name[].field`, without those in `ignores`.
 
     Raises RecordError for one that would change what is learnt.
     """
@@ -143,6 +143,8 @@ def unread_in_turns(items: Any, name: str, keys: TurnKeys) -> set[str]:
     for index, item in enumerate(items if isinstance(items, list) else [items]):
         for field in item if isinstance(item, Mapping) else ():
             if field in TURN_FIELDS or field in (keys.role, keys.content):
+                continue
+            if field in ignores or f"{name}[].{field}" in ignores:
                 continue
             try:
                 if is_unread(field, item[field], TURN_MEANINGS):
