@@ -63,15 +63,35 @@ def save_model(
     _compare(files, state)
 
 
-def rehearse_saving(model: PreTrainedModel, tokenizer: Any, vocabulary: Path) -> None:
+def rehearse_saving(model: PreTrainedModel, tokenizer: Any, vocabulary: Path, weights: bool = True) -> None:
     """Write configurations and vocabulary to a temporary folder, as `save_model` does after the work.
 
+    `weights`: also derive the names and shapes in which the model's own weights are stored, without their bytes.
     Raises UserError if they cannot be written, or open as something else than what is used here.
     """
+    if weights:
+        _rehearse_names(model)
     with tempfile.TemporaryDirectory() as folder:
         set_token_ids(model, tokenizer, {})
         _write_configs(model, model.dtype, Path(folder))
         save_vocabulary(tokenizer, vocabulary, Path(folder))
+
+
+def _rehearse_names(model: PreTrainedModel) -> None:
+    shapes = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+    kept = sum(tensor.numel() for tensor in _without_tied(model, shapes).values())
+    try:
+        stored = sum(tensor.numel() for tensor in _as_stored(model, shapes).values())
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"transformers loads {type(model).__name__} from this folder and cannot write it again: {error!r}; save "
+            "the model with transformers (`save_pretrained`) in plain weights first"
+        ) from error
+    if stored != kept:
+        raise UserError(
+            f"{type(model).__name__} has {kept:,} numbers, and transformers would write {stored:,} of them; save the "
+            "model with transformers (`save_pretrained`) in plain weights first"
+        )
 
 
 def copy_licences(base: Path | None, output: Path) -> None:
@@ -141,15 +161,22 @@ def write_json(value: Any, path: Path) -> None:
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Return the weights by their names in files, tied matrices once."""
+    state = _as_stored(model, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    return {name: state[name].to(dtype or state[name].dtype).contiguous() for name in sorted(state)}
+
+
+def _as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights by their names in files: transformers may fuse or rename them when it loads a model."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    # A tied matrix is stored once, as the embedding, and tied again when the model is loaded.
-    if model.config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
-    # transformers may fuse or rename weights when it loads a model; files have the original names.
-    state = revert_weight_conversion(model, state)
-    return {name: state[name].to(dtype or state[name].dtype).contiguous() for name in sorted(state)}
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, _without_tied(model, state))
+    return stored
+
+
+def _without_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights without a tied head, which is stored once, as the embedding, and tied again when it is loaded."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in state.items() if not (tied and name.endswith("lm_head.weight"))}
 
 
 def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int) -> list[Path]:

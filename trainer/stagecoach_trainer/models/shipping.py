@@ -50,7 +50,7 @@ def rehearse(context: StageContext, start: StartingPoint, adapter: bool) -> None
     if not context.world.is_main:
         return
     model = start.model.get_base_model() if hasattr(start.model, "get_base_model") else start.model
-    rehearse_saving(model, start.tokenizer, start.vocabulary)
+    rehearse_saving(model, start.tokenizer, start.vocabulary, weights=not adapter)
     needed = 0 if adapter else sum(item.numel() * item.element_size() for item in model.parameters())
     free = shutil.disk_usage(context.work).free
     if free < needed:
@@ -73,7 +73,7 @@ def save_result(
     model, old_rows = trained.model, start.new_rows.start if start.new_rows else None
     base: Path | None = None
     if trained.adapter:
-        card = _adapter_card(context, start).model_copy(update={"old_rows": old_rows, "reward": reward})
+        card = adapter_card(context, start).model_copy(update={"old_rows": old_rows, "reward": reward})
         save_adapter(model, start.tokenizer, start.vocabulary, context.output, card)
         base = public_base(context, start, _is_continued(start.model))
     else:
@@ -88,7 +88,8 @@ def save_result(
     probe.prove(context.output, base, Head.LANGUAGE_MODEL if reward is None else Head.CLASSIFIER)
 
 
-def _adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
+def adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
+    """Return the card of an adapter that was trained from `start`. Raises UserError if its base is not stored."""
     loaded, storage = start.loaded, context.resolved.storage_uri
     if loaded is None:
         raise UserError("trainable.lora: an adapter needs a `model` as its base; a new `architecture` is not stored")

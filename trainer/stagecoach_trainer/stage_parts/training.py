@@ -12,6 +12,7 @@ from stagecoach_api.references import Reference
 from stagecoach_api.training import MeasuredTraining
 from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.loop.job import HeldOutSet, TrainingJob, TrainingResult
+from stagecoach_trainer.models.save_check import TrainingLength, check_saving
 from stagecoach_trainer.models.shipping import rehearse, save_result
 from stagecoach_trainer.models.starting_point import StartingPoint, position_change, start_unchanged
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
@@ -83,6 +84,8 @@ def train_and_save(config: MeasuredTraining, context: StageContext, prepared: Pr
     rehearse(context, start, config.trainable.lora is not None)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
+    length = TrainingLength(config.checkpoints, prepared.plan.num_steps, parameters["trained"])
+    check_saving(context, start, trained, length)
     announce(context, prepared, parameters)
     job = TrainingJob(trained.model, config, prepared.plan, prepared.held_out, schedule=prepared.schedule)
     result = train(job, context)

@@ -21,6 +21,7 @@ from stagecoach_trainer.data.notes import one_class_warnings
 from stagecoach_trainer.loop.job import TrainingJob
 from stagecoach_trainer.loop.loop import train
 from stagecoach_trainer.models.load import load_model, own_tokenizer
+from stagecoach_trainer.models.save_check import TrainingLength, check_saving
 from stagecoach_trainer.models.shipping import rehearse, save_result
 from stagecoach_trainer.models.starting_point import StartingPoint, position_change
 from stagecoach_trainer.models.trainable import TrainableModel, choose_trainable, count_parameters
@@ -64,6 +65,7 @@ def run(config: DpoStage, context: StageContext) -> StageOutcome:
     held_out = tuple(_held_out(config, context, source, start.tokenizer, table) for source in config.held_out.sets)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
+    check_saving(context, start, trained, TrainingLength(config.checkpoints, plan.num_steps, parameters["trained"]))
     _score_with_reference(config, context, table, start, trained, [_drawn(steps), *(s.sequences for s in held_out)])
     objective = DirectObjective(config.loss, table, config.batch.micro_batch_rows or 1)
     result = train(TrainingJob(trained.model, config, steps, held_out, objective), context)

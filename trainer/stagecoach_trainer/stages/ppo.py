@@ -13,6 +13,7 @@ from stagecoach_trainer.batches.mixing import Mix, Stream, make_key
 from stagecoach_trainer.data.notes import warn_of_notes
 from stagecoach_trainer.kernels.dropout import switch_off_dropout
 from stagecoach_trainer.models.load import load_model
+from stagecoach_trainer.models.save_check import TrainingLength, check_saving
 from stagecoach_trainer.models.shipping import rehearse, save_result
 from stagecoach_trainer.models.starting_point import StartingPoint
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
@@ -69,6 +70,8 @@ def run(config: PpoStage, context: StageContext) -> StageOutcome:
     warnings += [*start.warnings, *_without_dropout(policy.model, critic.model)]
     parameters = count_parameters(policy.model)
     plan = _prompt_plan(config, context, prompts)
+    both = parameters["trained"] + count_parameters(critic.model)["trained"]
+    check_saving(context, start, policy, TrainingLength(config.checkpoints, plan.num_updates, both))
     job = PpoJob(
         config=config,
         policy=policy.model,

@@ -13,6 +13,7 @@ from stagecoach_trainer.align.reward_held_out import PreferenceSet, TrainingSamp
 from stagecoach_trainer.align.reward_objective import RewardObjective, counting_of
 from stagecoach_trainer.loop.job import TrainingJob, TrainingResult
 from stagecoach_trainer.models.reward import make_reward_model
+from stagecoach_trainer.models.save_check import TrainingLength, check_saving
 from stagecoach_trainer.models.shipping import rehearse, save_result
 from stagecoach_trainer.models.trainable import choose_trainable, count_parameters
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -60,6 +61,7 @@ def run(config: RewardModelStage, context: StageContext) -> StageOutcome:
     held_out = tuple(_held_out(config, context, source, start.tokenizer) for source in config.held_out.sets)
     trained = choose_trainable(start.model, config.trainable, start.new_rows, context.seed)
     parameters = count_parameters(trained.model)
+    check_saving(context, start, trained, TrainingLength(config.checkpoints, plan.num_steps, parameters["trained"]))
     job = TrainingJob(
         trained.model,
         config,
