@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.measuring import RESULTS, Figure, num_threads, write_result
 
-TRAINING = ("throughput", "packing", "startup", "memory")
+TRAINING = ("throughput", "neighbours", "packing", "startup", "memory")
 AGAINST_TRL = ("ppo_speed", "generation", "reward_speed", "shared_memory")
 LEARNING = ("ppo_toy", "domains", "reward_model", "hindsight", "rlhf_example")
 ALIGNMENT = (*AGAINST_TRL, *LEARNING)

@@ -38,11 +38,16 @@ def _workload(name: str, masked_share: float, goal: Goal, folder: Path) -> list[
     ours, peer = _ours(exact, folder / "ours-fp32", bf16=False), _peer(exact, folder / "peer-fp32", bf16=False)
     waits = [_wait_share(folder / f"ours-{number}") for number in range(ROUNDS)]
     return [
-        compared(f"{name}, bf16", "tokens/s", [(_speed(a), _speed(b)) for a, b in pairs], goal),
+        compared(f"{name}, bf16", "tokens/s", [(speed(a), speed(b)) for a, b in pairs], goal),
         difference(f"{name}, loss in bf16", pairs[0][0].losses, pairs[0][1].losses, Goal("≤", 1e-3)),
         difference(f"{name}, loss in fp32", ours.losses, peer.losses, Goal("≤", 1e-5)),
         alone(f"{name}, waiting for data", "share of step time", waits, Goal("<", 0.01)),
     ]
+
+
+def train_side(ours: bool, batches: list[Batch], folder: Path) -> Run:
+    """Train one side in bf16, as `figures` does."""
+    return _ours(batches, folder, bf16=True) if ours else _peer(batches, folder, bf16=True)
 
 
 def _ours(batches: list[Batch], folder: Path, bf16: bool) -> Run:
@@ -54,7 +59,7 @@ def _peer(batches: list[Batch], folder: Path, bf16: bool) -> Run:
     return train_peer(make_model(), batches, folder, bf16, micro_batch=ROWS)
 
 
-def _speed(run: Run) -> float:
+def speed(run: Run) -> float:
     """Return the tokens per second of the median step."""
     return ROWS * TOKENS / statistics.median(run.step_seconds)
 
