@@ -42,6 +42,11 @@ class StageConfig(Model):
         """Return whether DeepSpeed offloads a state to the CPU, for which a single rank needs a process group too."""
         return False
 
+    @property
+    def downloads(self) -> bool:
+        """Return whether the stage may download from the Hugging Face Hub; no other stage does."""
+        return False
+
     def planned_tokens(self) -> int | None:
         """Return the tokens a stage is to train on; None if it does not train or that depends on its data."""
         return None

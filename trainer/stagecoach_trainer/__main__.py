@@ -37,6 +37,7 @@ from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pi
 from stagecoach_trainer.runtime.attempt_files import announce
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
 from stagecoach_trainer.runtime.failures import outcome_of
+from stagecoach_trainer.runtime.hub import allow_downloads
 from stagecoach_trainer.runtime.outcomes import GENERIC_FAILURE, RankOutcome, write_outcome
 from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 from stagecoach_trainer.runtime.threads import thread_environment
@@ -60,6 +61,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
     try:
         resolved, config = read_stage(Path(environment[ENV_STAGE_FILE]))
         handle_signals(stop, lambda: print_into_log(work, rank), graceful=config.trains)
+        if config.downloads:
+            allow_downloads()
         digest = _run(resolved, config, environment, stop, started)
         outcome = RankOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
     except BaseException as error:

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stagecoach_api.base import Count, Fraction, Identifier, Model, Uri
-from stagecoach_api.constraints import Constraint, either, exactly_one, given
+from stagecoach_api.constraints import Constraint, either, equals, exactly_one, given, implies
 from stagecoach_api.conversation import Template
 from stagecoach_api.draft import Draft, Fault, configs, repeated_names
 from stagecoach_api.generation import Generation, Samples
@@ -76,14 +76,27 @@ class RewardTask(Model):
 class LmEvalTask(Model):
     """A task of the LM evaluation harness. Exactly one of `task` and `uri` must be set."""
 
-    constraints = (exactly_one("task", "uri"),)
+    constraints = (
+        exactly_one("task", "uri"),
+        Constraint(
+            implies(equals("online", True), given("task")),
+            "a task in `uri` reads the data next to it and downloads nothing",
+            "leave `online` out, or name a task of lm-eval in `task`",
+        ),
+    )
     input_file = "uri"
 
     task: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    """Name of a task that lm-eval includes. If unset: `uri` is set."""
+    """Name of a task that lm-eval includes. Its data set is on the Hugging Face Hub: set `online`, or provide a cache
+    of the Hub's libraries in the stage's home folder. If unset: `uri` is set."""
 
     uri: Uri | None = None
-    """File with a task in lm-eval's YAML. If unset: `task` is set."""
+    """File with a task in lm-eval's YAML, or a folder with that file and the data it names. If unset: `task` is set."""
+
+    online: bool = False
+    """Download the data set of `task` from the Hugging Face Hub. The trainer's image forbids it otherwise
+    (`HF_HUB_OFFLINE=1`), so that a stage depends on its inputs alone: the data is not part of the stage's digest, and
+    its pods need access to huggingface.co."""
 
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Number of examples before each question. If unset: the task's own number."""
@@ -163,6 +176,10 @@ class EvaluateStage(StageConfig):
 
     batch_rows: Annotated[int, Field(ge=1, le=65536)] = 8
     """Rows computed at once."""
+
+    @property
+    def downloads(self) -> bool:
+        return any(task.online for task in self.lm_eval)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

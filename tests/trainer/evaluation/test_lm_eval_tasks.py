@@ -12,8 +12,11 @@ import yaml
 
 from stagecoach_api.artifacts import REPORT
 from stagecoach_api.kinds.evaluate import EvaluateStage, LmEvalTask
-from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_custom_task
+from stagecoach_api.store import Unreachable
+from stagecoach_trainer.evaluation import lm_eval_tasks
+from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, read_custom_task, refuse_unavailable_tasks
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.runtime.hub import OFFLINE, allow_downloads, is_offline
 from stagecoach_trainer.stages.evaluate import run
 from tests.trainer.data.makers import write_jsonl
 from tests.trainer.evaluation.makers import chat_tokenizer, lively_model, save_chat_base
@@ -93,6 +96,54 @@ def test_the_message_for_an_unknown_task_names_the_nearest(tmp_path: Path) -> No
     harness.__dict__["_default_manager"] = Known()
     with pytest.raises(UserError, match=r"lmEval\[2\]\.task: lm-eval has no task `arc_eazy`; the nearest are arc_easy"):
         harness._known_task("arc_eazy", "lmEval[2]")
+
+
+def test_tasks_that_can_never_run_offline_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's image sets HF_HUB_OFFLINE, and no setting of a run could unset it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    config = {"model": {"uri": "model"}, "lmEval": [{"uri": "tasks"}, {"task": "arc_easy"}]}
+    with pytest.raises(UserError, match=r"lmEval\[1\]: `arc_easy`: .* is not on this machine.*`online: true`.*`uri`"):
+        run(EvaluateStage.model_validate(config), make_context(tmp_path, "evaluate", {}))
+    online = EvaluateStage.model_validate(config | {"lmEval": [{"uri": "tasks"}, {"task": "arc_easy", "online": True}]})
+    refuse_unavailable_tasks(online.lm_eval)
+    assert online.downloads
+    (tmp_path / "hub" / "datasets").mkdir(parents=True)  # the data may be there
+    refuse_unavailable_tasks(EvaluateStage.model_validate(config).lm_eval)
+
+
+def test_allowed_downloads_unset_every_variable_of_the_hubs_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OFFLINE:
+        monkeypatch.setenv(name, "1")
+    assert is_offline()
+    allow_downloads()
+    assert not is_offline()
+
+
+def caused_by(cause: BaseException, error: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "online", "kind", "message"),
+    [
+        pytest.param(ConnectionError("Couldn't reach arc"), True, Unreachable, "Hub does not answer", id="no network"),
+        pytest.param(ConnectionError("Couldn't reach arc"), False, UserError, "set `online: true`", id="offline"),
+        pytest.param(caused_by(ConnectionError("x"), ValueError("y")), True, Unreachable, "Hub", id="as a cause"),
+        pytest.param(torch.OutOfMemoryError("CUDA"), False, torch.OutOfMemoryError, "CUDA", id="memory"),
+        pytest.param(KeyError("doc"), False, UserError, "cannot run the task `arc_easy`: KeyError", id="the task"),
+    ],
+)
+def test_an_error_of_the_harness_is_charged_to_its_cause(
+    error: Exception, online: bool, kind: type[Exception], message: str
+) -> None:
+    meaning = lm_eval_tasks._meaning(error, LmEvalTask(task="arc_easy", online=online), "lmEval[0]")
+    assert type(meaning) is kind
+    assert message in str(meaning)
 
 
 def choice_nll(model: Any, tokenizer: Any, question: str, choice: str) -> float:

@@ -7,7 +7,7 @@ A custom task is a YAML file, or a folder with one YAML file and the data it nam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,52 @@ import yaml
 
 from stagecoach_api.kinds.evaluate import LmEvalTask
 from stagecoach_api.references import Reference
+from stagecoach_api.store import Unreachable
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
+from stagecoach_trainer.runtime.failures import NETWORK_ERRORS
+from stagecoach_trainer.runtime.hub import data_cache, is_offline
 
 CODE_KEYS = ("class", "include", "custom_dataset", "process_docs", "process_results")
 """Keys by which a task would load code or other files."""
 
 DATA_FILE_BUILDERS = ("json", "csv", "text", "parquet")
 """Data set kinds whose `data_files` are relative to the YAML file."""
+
+
+REMEDY = (
+    "set `online: true` to download it from the Hugging Face Hub (pods need access to huggingface.co), or give the "
+    "task and its data as a folder in `uri`"
+)
+
+
+def refuse_unavailable_tasks(tasks: Sequence[LmEvalTask]) -> None:
+    """Raise UserError, before any work, for tasks whose data cannot be on this machine and may not be downloaded."""
+    if not is_offline() or data_cache().is_dir():
+        return
+    names = [f"lmEval[{index}]: `{task.task}`" for index, task in enumerate(tasks) if task.task and not task.online]
+    if names:
+        missing = "the data set is not on this machine, and HF_HUB_OFFLINE forbids to download it"
+        raise UserError(f"{', '.join(names)}: {missing}; {REMEDY}")
+
+
+def _meaning(error: Exception, task: LmEvalTask, field: str) -> Exception:
+    """Return what an error of the harness means. One of the machine's memory or network is not the task's."""
+    chain = list(_chain(error))
+    if any(isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" for cause in chain):
+        return error
+    reason = f"{type(error).__name__}: {error}"
+    if any(isinstance(cause, ConnectionError) or type(cause).__name__ in NETWORK_ERRORS for cause in chain):
+        if task.online:
+            return Unreachable(str(task.task), f"the Hugging Face Hub does not answer ({reason})")
+        return UserError(f"{field}: the data set of `{task.task or task.uri}` cannot be read ({reason}); {REMEDY}")
+    return UserError(f"{field}: lm-eval cannot run the task `{task.task or task.uri}`: {reason}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)
@@ -48,7 +86,7 @@ class Harness:
         self._context = context
 
     def run(self, task: LmEvalTask, field: str) -> TaskResult:
-        """Run one task. Raises UserError, naming `field`, if the harness fails."""
+        """Run one task. Raises UserError, naming `field`, if the harness fails; Unreachable if the Hub does."""
         from lm_eval import simple_evaluate
 
         spec: str | dict[str, Any]
@@ -71,8 +109,10 @@ class Harness:
                 fewshot_random_seed=self._context.seed,
             )
         except Exception as error:  # a task can make the harness raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{field}: lm-eval cannot run the task `{task.task or task.uri}`: {reason}") from error
+            meaning = _meaning(error, task, field)
+            if meaning is error:
+                raise
+            raise meaning from error
         return _result(results or {}, field)
 
     @cached_property

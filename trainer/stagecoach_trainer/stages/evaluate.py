@@ -14,7 +14,7 @@ from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.exact_match import measure_exact_match
 from stagecoach_trainer.evaluation.gates import check_gates, metrics_to_come, require_known
 from stagecoach_trainer.evaluation.held_out import measure_held_out
-from stagecoach_trainer.evaluation.lm_eval_tasks import Harness
+from stagecoach_trainer.evaluation.lm_eval_tasks import Harness, refuse_unavailable_tasks
 from stagecoach_trainer.evaluation.report import EvaluationReport
 from stagecoach_trainer.evaluation.reward_comparison import ModelAndTokenizer, compare_by_reward
 from stagecoach_trainer.generation.generation import answer_samples
@@ -47,6 +47,7 @@ def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
         GateFailed: A gate with `onFailure: stop` was missed; the reports are written.
     """
     _refuse_unknown_gates(config)
+    refuse_unavailable_tasks(config.lm_eval)
     report = EvaluationReport(model=config.model.key)
     subject = _load(config, context, report)
     for measurement in (_held_out, _exact_match, _rewards, _lm_eval, _samples):
