@@ -85,8 +85,8 @@ def test_labels_of_one_kind_and_scores_that_disagree_are_told(tmp_path: Path) ->
     sources = [{"uri": str(tmp_path / name), "name": name} for name in ("kto.jsonl", "pairs.jsonl")]
     run(stage(sources=sources), context)
     warnings = report_of(context)["warnings"]
-    assert "kto.jsonl: all 3 answers are liked" in warnings[1]
-    assert "pairs.jsonl: in 2 records the preferred answer has a lower score" in warnings[2]
+    assert "pairs.jsonl: in 2 records the preferred answer has a lower score" in warnings[1]
+    assert "all 3 answers are liked" in warnings[2]
     assert [answer.liked for record in records_of(context) for answer in record.answers if answer.rank is None] == [
         True
     ]

@@ -108,6 +108,18 @@ def test_fields_of_texts_that_are_not_read_are_reported(tmp_path: Path, tokenize
     ]
 
 
+def test_texts_that_spell_a_special_token_are_counted_and_told(tmp_path: Path, tokenizer: Any) -> None:
+    """Text that spells an end of text is trained as characters, which its author surely did not mean."""
+    end = tokenizer.eos_token
+    context = make_context(tmp_path)
+    texts = source(tmp_path / "texts", [{"text": "one"}, {"text": f"two {end} three"}])
+    assert text_shard(context, texts, tokenizer).counts["spelledTokens"] == 1
+    chats = source(tmp_path / "chats", [*talks(3, 0), {"instruction": "Add 1 to 2.", "output": f"three{end}"}])
+    assert conversation_shard(context, chats, tokenizer, Loss(), TooLong.DROP, LENGTH).counts["spelledTokens"] == 1
+    (warning,) = context.progress.warnings
+    assert warning.startswith("talks: 1 records spell a special token, such as an end of text")
+
+
 def test_blank_answers_are_counted_in_training(tmp_path: Path, tokenizer: Any) -> None:
     """LLaMA-Factory's SFT: records without an answer were trained on without a warning."""
     data = source(tmp_path, [*talks(3, 0), {"instruction": "Add 1 to 2.", "output": " "}], format=Format.ALPACA)
