@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.store import open_store
+from stagecoach_cli.artifacts.store import list_all
+from stagecoach_cli.commands.artifacts import artifacts_table
 from stagecoach_cli.display.advice import run_command
 from stagecoach_core.values import RunState, StageState
 from stagecoach_local.workspace import Invocation
@@ -95,7 +101,9 @@ def test_a_plan_names_the_store_and_what_it_has(own_bench: Bench, cli: Cli) -> N
     own_bench.write(chain())
     _, output = cli("plan", "run.yaml")
     store = own_bench.folder / ".stagecoach" / "store"
-    assert f"Storage: file://{store} (0 of 6 stages found here); artifacts of runs started in another folder" in output
+    assert (
+        f"Storage: file://{store} (0 of 6 stages found here)\n  Artifacts of runs started in another folder" in output
+    )
 
 
 def test_gpus_that_this_machine_lacks_are_named_before_a_stage_starts(own_bench: Bench, cli: Cli) -> None:
@@ -288,6 +296,64 @@ def test_artifacts_are_listed_by_file_by_name_and_for_all_runs(bench: Bench, cli
         assert code == 0
         assert [name for stage in chain() if (name := f"tiny/{stage['name']}") not in output] == []
     assert cli("artifacts", "ls", "other")[0] == 1
+
+
+def test_a_list_of_artifacts_has_one_line_each_at_80_columns(
+    bench: Bench, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each URI took seven lines, and there was no size, age or number of tokens."""
+    found = list_all(open_store(str(bench.workspace.default_storage)), "tiny")
+    (base,) = [item for item in found if item.pointer.pointer.stage == "base"]
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    renamed = replace(base, pointer=replace(base.pointer, run="chinese-alpaca"))
+    assert base.manifest is not None
+    console.print(artifacts_table([base, renamed], base.manifest.created + 125.0, wide=False, width=80))
+    assert isinstance(console.file, io.StringIO)
+    head, _, *lines = (line.rstrip() for line in console.file.getvalue().splitlines())
+    assert head.split() == ["Run/stage", "Kind", "Size", "Tokens", "Age", "Digest"]
+    ends = f"{base.num_bytes} B     6.4k  2 m 05 s  {base.pointer.pointer.stage_digest[:12]}"
+    assert [" ".join(line.split()) for line in lines] == [
+        " ".join(f"tiny/base pretrain {ends}".split()),
+        " ".join(f"chinese-alpaca/base pretrain {ends}".split()),
+    ]
+    assert "file://" in cli("artifacts", "ls", "tiny", "-o", "wide")[1]
+
+
+def test_artifacts_and_status_are_also_json(bench: Bench, cli: Cli) -> None:
+    code, output = cli("artifacts", "ls", "tiny", "-o", "json")
+    listed = {item["stage"]: item for item in json.loads(output)}
+    assert (code, set(listed)) == (0, {stage["name"] for stage in chain()})
+    assert (listed["base"]["tokens"], listed["base"]["stageDigest"]) == (6400, bench.record().stages["base"].digest)
+    assert listed["base"]["bytes"] > 0
+    code, output = cli("status", "tiny", "-o", "json")
+    found = json.loads(output)
+    assert (code, found["run"], found["state"]) == (0, "tiny", "complete")
+    assert [stage["name"] for stage in found["stages"]] == [stage["name"] for stage in chain()]
+    assert {stage["state"] for stage in found["stages"]} <= {"Succeeded", "Cached"}
+    assert cli("status", "-o", "json")[0] == 2
+
+
+def test_warnings_and_gates_of_cached_stages_are_shown_again(own_bench: Bench, cli: Cli) -> None:
+    """A run whose report had a warning ended green, and so did every later one."""
+    gate = {
+        "metric": "zh.loss",
+        "value": 3.25,
+        "atLeast": None,
+        "atMost": 3.0,
+        "onFailure": "continue",
+        "passed": False,
+    }
+    report = {"warnings": ["the loss rose"], "gates": [gate], "samples": [{"prompt": "p", "answer": "a"}] * 9}
+    own_bench.write([data_stage("one")], {"one": {"report": report}})
+    own_bench.drive()
+    code, output = cli("run", "run.yaml")
+    assert code == 0
+    assert "one: the loss rose" in output
+    assert re.search(r"zh\.loss +3\.25 +≤ 3 +missed, the run continues", output)
+    assert output.count("  > p") == 3, "all samples are in the report"
+    assert "run `tiny` is complete: 1 stage done, 1 from the cache" in output
+    assert "copy one with `stagecoach artifacts get tiny/one FOLDER`" in output
+    assert "one: the loss rose" in cli("status", "tiny")[1]
 
 
 def test_an_artifact_is_downloaded_by_name_digest_prefix_and_uri(bench: Bench, cli: Cli, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stagecoach_api.stores.lookup import read_manifest
 
 DIGEST_LENGTH = 64
 SHORTEST_PREFIX = 6
+PARALLEL_READS = 8
 
 
 class UnknownArtifact(Exception):
@@ -45,6 +47,38 @@ class RunPointer:
     @property
     def name(self) -> str:
         return f"{self.run}/{self.pointer.stage}"
+
+    @property
+    def full_name(self) -> str:
+        """`RUN/STAGE`, after its namespace unless that is `default`."""
+        return self.name if self.namespace == "default" else f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class ListedArtifact:
+    """A pointer and the manifest of its artifact."""
+
+    pointer: RunPointer
+    manifest: Manifest | None
+    """None if the artifact is deleted."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files; 0 if it is deleted."""
+        return 0 if self.manifest is None else sum(item.size for item in self.manifest.objects)
+
+
+def list_all(store: Store, run: str | None = None) -> list[ListedArtifact]:
+    """Return the pointers of a run, or of all runs, with their artifacts' manifests, in the order of `pointers`."""
+
+    def read(pointer: RunPointer) -> ListedArtifact:
+        try:
+            return ListedArtifact(pointer, read_manifest(store, pointer.pointer.stage_digest))
+        except NotFound:
+            return ListedArtifact(pointer, None)
+
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        return list(pool.map(read, pointers(store, run)))
 
 
 def pointers(store: Store, run: str | None = None) -> list[RunPointer]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,9 +22,13 @@ from stagecoach_cli.commands.options import (
 from stagecoach_cli.exit_codes import EXIT_FAILED
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.tree import Tree
 
-    from stagecoach_cli.artifacts.store import Ancestor
+    from stagecoach_cli.artifacts.store import Ancestor, ListedArtifact
+
+COLUMNS_BESIDE_NAMES = 60
+"""Columns of a list of artifacts in addition to their names."""
 
 
 @click.group("artifacts")
@@ -43,28 +49,93 @@ command.add_command(collect_garbage)
 @storage_option
 @endpoint_option
 @cluster_options
+@click.option(
+    "--output",
+    "-o",
+    type=click.Choice(["table", "wide", "json"]),
+    default="table",
+    show_default=True,
+    help="Format; wide adds content digests and URIs.",
+)
 def list_artifacts(
-    what: str | None, storage: str | None, endpoint: str | None, context: str | None, namespace: str | None
+    what: str | None,
+    storage: str | None,
+    endpoint: str | None,
+    context: str | None,
+    namespace: str | None,
+    output: str,
 ) -> None:
     """List the artifacts of a run, or of all runs.
 
     The run is given by its file or name. Without an argument, the artifacts of all runs in the storage are listed.
     """
     with report_errors():
-        from stagecoach_cli.artifacts.store import pointers
-        from stagecoach_cli.display.numbers import short
-        from stagecoach_cli.display.summary import empty_table, print_titled
+        from stagecoach_cli.artifacts.store import list_all
+        from stagecoach_cli.display.summary import print_titled
 
         location = locate_run(what, storage, endpoint, cluster_choice(context, namespace))
-        table = empty_table("Run/stage", "Kind", "Digest", "Content", "URI")
-        found = pointers(location.store, location.name)
-        for item in found:
-            name = item.name if item.namespace == "default" else f"{item.namespace}/{item.name}"
-            pointer = item.pointer
-            table.add_row(name, pointer.kind, short(pointer.stage_digest), short(pointer.content_digest), pointer.uri)
+        found = list_all(location.store, location.name)
+        if output == "json":
+            click.echo(json.dumps([listed_json(item) for item in found], indent=2, ensure_ascii=False))
+            return
         if not found:
             raise Failure(f"no artifacts of {what or 'any run'} in {location.store.uri}")
-        print_titled(console(WIDE), location.store.uri, table)
+        wide = output == "wide"
+        out = console(WIDE)
+        print_titled(out, location.store.uri, artifacts_table(found, time.time(), wide, out.width))
+
+
+def artifacts_table(found: list[ListedArtifact], now: float, wide: bool, width: int) -> Table:
+    """Return a table with a line for each artifact.
+
+    `wide`: with content digests and URIs. `width`: columns of the terminal; without room for it the kind is left out.
+    """
+    from stagecoach_cli.display.numbers import short
+    from stagecoach_cli.display.summary import empty_table
+
+    longest = max(len(item.pointer.full_name) for item in found)
+    with_kind = wide or longest + COLUMNS_BESIDE_NAMES <= width
+    more = ["Content", "URI"] if wide else []
+    table = empty_table("Run/stage", *(["Kind"] if with_kind else []), ">Size", ">Tokens", ">Age", "Digest", *more)
+    for item in found:
+        pointer = item.pointer.pointer
+        cells = [item.pointer.full_name, *([pointer.kind] if with_kind else []), *_amounts(item, now)]
+        cells += [short(pointer.stage_digest), *([short(pointer.content_digest), pointer.uri] if wide else [])]
+        table.add_row(*cells)
+    for column in table.columns:
+        column.no_wrap = True  # one line for each artifact: long names are cut
+        column.overflow = "ellipsis"
+    return table
+
+
+def _amounts(item: ListedArtifact, now: float) -> tuple[str, str, str]:
+    """Return an artifact's size, tokens and age."""
+    from stagecoach_cli.display.numbers import duration, quantity, size
+
+    manifest = item.manifest
+    if manifest is None:
+        return "deleted", "", ""
+    tokens = quantity(manifest.tokens) if manifest.tokens else ""
+    return size(item.num_bytes), tokens, duration(now - manifest.created)
+
+
+def listed_json(item: ListedArtifact) -> dict[str, Any]:
+    """Return an artifact as JSON values; what only its manifest has is null if that is deleted."""
+    pointer, manifest = item.pointer.pointer, item.manifest
+    return {
+        "namespace": item.pointer.namespace,
+        "run": item.pointer.run,
+        "stage": pointer.stage,
+        "kind": pointer.kind,
+        "stageDigest": pointer.stage_digest,
+        "contentDigest": pointer.content_digest,
+        "uri": pointer.uri,
+        "bytes": None if manifest is None else item.num_bytes,
+        "tokens": None if manifest is None else manifest.tokens,
+        "seconds": None if manifest is None else manifest.seconds,
+        "created": None if manifest is None else manifest.created,
+        "metrics": None if manifest is None else manifest.metrics,
+    }
 
 
 @command.command("get")

@@ -224,7 +224,7 @@ def store_text(uri: str, lines: list[PlanLine]) -> str:
     text = f"Storage: {uri} ({hits} of {len(lines)} stages found here)"
     if hits or not uri.startswith("file:"):
         return text
-    return f"{text}; artifacts of runs started in another folder are in its .stagecoach/store, see --storage"
+    return f"{text}\n  Artifacts of runs started in another folder are in its .stagecoach/store; see --storage."
 
 
 def plan_json(prepared: PreparedRun, lines: list[PlanLine]) -> dict[str, Any]:

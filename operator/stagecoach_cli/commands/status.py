@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stagecoach_cli.commands.options import TARGET_RULE, cluster_options, console, report_errors
+from stagecoach_cli.commands.options import (
+    TARGET_RULE,
+    InvalidInput,
+    cluster_options,
+    console,
+    output_option,
+    report_errors,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +43,19 @@ LONG_WAIT = 60
 @click.argument("run", required=False)
 @cluster_options
 @click.option("--watch", "-w", is_flag=True, help="Keep showing the run until it is over.")
-def command(run: str | None, context: str | None, namespace: str | None, watch: bool) -> None:
+@output_option
+def command(run: str | None, context: str | None, namespace: str | None, watch: bool, output: str) -> None:
     with report_errors():
         from stagecoach_cli.cluster.api import ClusterChoice
         from stagecoach_cli.target import local_run
 
         choice = ClusterChoice(context, namespace)
         out = console()
+        if output == "json":
+            if run is None or watch:
+                raise InvalidInput("-o json shows one RUN as it is now; give its name, without --watch")
+            print_json(run, choice)
+            return
         if run is None:
             show_all(out, choice)
             return
@@ -55,6 +68,29 @@ def command(run: str | None, context: str | None, namespace: str | None, watch: 
             show_local(out, folder)
 
 
+def print_json(run: str, choice: ClusterChoice) -> None:
+    """Print the state of one run as a JSON object."""
+    import json
+    import time
+
+    from stagecoach_cli.cluster.runs import cluster_run, snapshot_of, warnings_of
+    from stagecoach_cli.display.as_json import snapshot_json
+    from stagecoach_cli.target import cluster_of, local_run
+
+    folder = local_run(run, choice)
+    record = None if folder is None else folder.load()
+    if folder is not None and record is not None:
+        state = state_text(folder, record).split(" (")[0]
+        found = snapshot_json(record.namespace, state, local_snapshot(folder, record), (), reports_of(record))
+    else:
+        api, name = cluster_of(run, choice)
+        of_cluster = cluster_run(api.run(name))
+        snapshot = snapshot_of(of_cluster, time.time())
+        state = cluster_state_text(of_cluster)
+        found = snapshot_json(of_cluster.namespace, state, snapshot, warnings_of(of_cluster), {})
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
 # -- local runs --------------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +100,7 @@ def show_local(out: Console, folder: RunFolder) -> None:
     record = folder.load()
     if record is None:
         return
-    snapshot = snapshot_of(folder, record)
+    snapshot = local_snapshot(folder, record)
     out.print(headline(folder, record), highlight=False, markup=False, soft_wrap=True)
     print_stages(out, snapshot)
     print_warnings(out, reports_of(record))
@@ -96,7 +132,7 @@ def watch_local(out: Console, folder: RunFolder) -> None:
         while folder.is_locked:
             record = folder.load()
             if record is not None:
-                view.show(snapshot_of(folder, record))
+                view.show(local_snapshot(folder, record))
             time.sleep(WATCH_SECONDS)
     finally:
         view.close()
@@ -120,7 +156,7 @@ def state_text(folder: RunFolder, record: RunRecord) -> str:
     return record.state.value.lower()
 
 
-def snapshot_of(folder: RunFolder, record: RunRecord) -> Snapshot:
+def local_snapshot(folder: RunFolder, record: RunRecord) -> Snapshot:
     """Return the run's snapshot from its record and progress files."""
     import time
 
