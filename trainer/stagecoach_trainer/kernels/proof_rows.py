@@ -51,7 +51,7 @@ class ProofRows:
     def tokens(self) -> Tensor:
         """Token ids [B, T], padded on the right by the row's first token: an id that the model surely reads."""
         length = max(len(ids) for ids in self.rows)
-        return torch.tensor([[*ids, *ids[:1].repeat(length - len(ids))] for ids in self.rows])
+        return torch.tensor([[*ids, *ids[:1].repeat(length - len(ids))] for ids in self.rows]).long()
 
     @property
     def mask(self) -> Tensor:
