@@ -109,7 +109,8 @@ class NewRows(StrEnum):
 
 
 class Resize(Model):
-    """How the embedding and the head grow if the vocabulary is larger than the model's."""
+    """How the embedding and the head grow if the vocabulary is larger than the model's, or larger than the model. New
+    tokens take the model's surplus rows first, if it has more rows than its vocabulary has tokens."""
 
     new_rows: NewRows = NewRows.MEAN
     """Initial value of the new rows. `mean`: mean of the rows of the old vocabulary's sub-tokens of the new piece (as

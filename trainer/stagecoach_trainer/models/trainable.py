@@ -15,6 +15,7 @@ from torch import nn
 
 from stagecoach_api.training import LoraTraining, Rows, Trainable
 from stagecoach_trainer.models.lora import ADAPTER, add_adapter
+from stagecoach_trainer.models.merging import Probe
 from stagecoach_trainer.models.resize import is_tied, require_new_rows, row_modules
 from stagecoach_trainer.runtime.errors import UserError
 
@@ -153,10 +154,14 @@ def _split(weight: torch.Tensor, new_rows: range) -> tuple[nn.Parameter, nn.Para
 
 
 def join_rows(model: Any) -> None:
-    """Replace split matrices with whole ones that include the trained rows, if the model has split matrices."""
+    """Replace split matrices with whole ones that include the trained rows, if the model has split matrices.
+
+    Raises UserError if the model computes something else afterwards.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, SplitRows):
         return
+    probe = Probe(model)
     tied = isinstance(head, SplitRows) and head.trainable_tokens_delta is embedding.trainable_tokens_delta
     rows, width = embedding.weight.shape
     whole = nn.Embedding(rows, width, _weight=embedding.weight.detach())
@@ -167,6 +172,7 @@ def join_rows(model: Any) -> None:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = weight
         model.set_output_embeddings(linear)
+    probe.require_same(model, "trainable.embeddings: joining old and new rows")
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
