@@ -115,6 +115,23 @@ def test_scores_that_contradict_the_order_are_noted() -> None:
     assert parse({"prompt": "q", "answers": answers}).scores_disagree
 
 
+@pytest.mark.parametrize(
+    ("cell", "liked"), [("True", True), ("false", False), ("1", True), ("0", False), ("bad", False)]
+)
+def test_verdicts_of_tables_are_text(cell: str, liked: bool) -> None:
+    record = parse({"prompt": "ask", "completion": "reply", "label": cell}, Format.LABELS)
+    assert record.answers == (Answer("reply", liked=liked),)
+
+
+@pytest.mark.parametrize("format_", [Format.MESSAGES, Format.SHAREGPT])
+def test_turns_of_tables_are_json(format_: Format) -> None:
+    ((name, turns),) = LAYOUTS[format_].items()
+    value = {name: json.dumps(turns), "label": ""}
+    assert detect_format(value, NO_FIELDS) is format_
+    assert parse(value) == parse({name: turns})
+    assert parse({name: json.dumps(turns), "label": "False"}, Format.LABELS).answers == (Answer("reply", liked=False),)
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +168,7 @@ REFUSED: list[tuple[Format, dict[str, Any]]] = [
     *((format_, {"label": False}) for format_ in (Format.ALPACA, Format.MESSAGES, Format.SHAREGPT)),
     *((format_, {"history": [["q", "a"]]}) for format_ in (Format.MESSAGES, Format.SHAREGPT)),
     *((format_, {"documents": ["d"]}) for format_ in LAYOUTS if format_ is not Format.TEXT),
+    *((Format.ALPACA, more) for more in ({"weight": "0.5"}, {"train": "False"}, {"label": "false"})),
     (Format.MESSAGES, {"rejected_response": "b"}),
     (Format.PAIRS, {"chat_template_kwargs": {"enable_thinking": False}}),
 ]
@@ -169,7 +187,7 @@ def test_a_field_that_would_change_what_is_learnt_is_refused_unless_it_is_ignore
     assert record.unread == ()
 
 
-@pytest.mark.parametrize("more", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"loss": 1}, {"images": []}])
+@pytest.mark.parametrize("more", [{"weight": 1}, {"weight": "1.0"}, {"train": True}, {"loss": 1}, {"images": []}])
 def test_a_field_that_changes_nothing_is_neither_refused_nor_counted(more: dict[str, Any]) -> None:
     assert parse({**ALPACA, **more}).unread == ()
 

@@ -6,7 +6,10 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from stagecoach_api.conversation import Role
@@ -94,6 +97,32 @@ def test_a_file_that_cannot_be_read_is_not_text(tmp_path: Path, name: str, forma
         list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / name), format=format_)))
 
 
+def test_calls_and_tools_in_parquet_have_their_own_arguments_only(tmp_path: Path) -> None:
+    """ms-swift#10125, #6467: a model learnt `{"city": "A", "x": null, "y": null}`."""
+
+    def talk(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        properties = {key: {"type": "string", **({"enum": ["A"]} if key == "city" else {})} for key in arguments}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+        call = {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "content": "ok", "tool_call_id": f"call_{name}"}
+        return {"messages": [{"role": "user", "content": "ask"}, answer, result], "tools": [tool]}
+
+    values = [talk("weather", {"city": "A"}), talk("add", {"x": 1, "y": 2})]
+    table = pa.Table.from_pylist(values)
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = list(read_records(make_context(tmp_path), RecordSource(uri=str(tmp_path / "a.parquet"))))
+    path = write_jsonl(tmp_path / "a.jsonl", values)
+    expected = list(read_records(make_context(tmp_path, 2), RecordSource(uri=str(path))))
+    assert [(record.messages, json.loads(record.tools or "")) for record in found] == [
+        (record.messages, json.loads(record.tools or "")) for record in expected
+    ]
+    assert [turn.calls[0].arguments for record in found for turn in record.messages if turn.calls] == [
+        '{"city": "A"}',
+        '{"x": 1, "y": 2}',
+    ]
+
+
 def test_csv_is_read_with_field_mapping(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('Frage,"Meine Antwort",n\n"a\nb",c,1\n', encoding="utf-8")
     fields = FieldMapping(instruction="Frage", output="Meine Antwort")
@@ -102,6 +131,17 @@ def test_csv_is_read_with_field_mapping(tmp_path: Path) -> None:
     assert (record.where, record.unread) == ("a.csv:2", ("n",))
     with pytest.raises(UserError, match=r"a\.csv:2: `text` must be a string, got no such field"):
         list(read_records(make_context(tmp_path, 2), RecordSource(uri=str(tmp_path / "a.csv"), format=Format.TEXT)))
+
+
+def test_ignored_fields_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}]
+    value = {"messages": turns, "label": 1, "text": "another", "conversations": turns, "images": ["a.png"]}
+    fields = FieldMapping(ignore=("label", "text", "conversations", "images"))
+    source = RecordSource(uri=str(write_jsonl(tmp_path / "a.jsonl", [value])), fields=fields)
+    notes: Counter[str] = Counter()
+    (record,) = read_records(make_context(tmp_path), source, notes)
+    assert record.messages == (Turn(Role.USER, "ask"), Turn(Role.ASSISTANT, "reply"))
+    assert notes == {}
 
 
 def test_a_folder_of_documents_alone_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from stagecoach_trainer.data.records import RecordError
 
-LIKED_VALUES = {"good": True, "bad": False}
+LIKED_VALUES = {"good": True, "bad": False, "true": True, "false": False, "1": True, "0": False}
+"""Verdicts as text; those of tables, whose cells are all text, among them."""
+
 LABEL_FIELDS = ("label", "kto_tag")
 """Fields that state whether an answer is good, in TRL's and in LLaMA-Factory's data sets."""
 
@@ -62,6 +64,14 @@ def verdict_of(label: Any) -> bool | None:
     return None
 
 
+def as_number(value: Any) -> Any:
+    """Return the number that a cell of a table contains as text; any other value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 # -- meanings ----------------------------------------------------------------------------------------------------------
 
 Meaning = Callable[[Any], str | None]
@@ -84,6 +94,7 @@ def _always(reason: str) -> Meaning:
 
 
 def _weight(value: Any) -> str | None:
+    value = as_number(value)
     if isinstance(value, bool) or not isinstance(value, int | float | list):
         return None
     return (
@@ -92,9 +103,10 @@ def _weight(value: Any) -> str | None:
 
 
 def _flag(value: Any) -> str | None:
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
+    flag = verdict_of(value)
+    if flag is None:
         return None
-    return "" if value else "is false: a record that is not trained on is left out of the file"
+    return "" if flag else "is false: a record that is not trained on is left out of the file"
 
 
 def _label(value: Any) -> str | None:

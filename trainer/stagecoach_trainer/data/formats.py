@@ -29,6 +29,7 @@ from stagecoach_trainer.data.turns import (
     reasoning_of,
     string_of,
     unread_in_turns,
+    with_lists,
 )
 
 # -- detection ---------------------------------------------------------------------------------------------------------
@@ -39,6 +40,7 @@ def detect_format(value: Mapping[str, Any], fields: FieldMapping) -> Format:
 
     Raises RecordError if the record fits none, listing what each layout needs, or more than one.
     """
+    value = with_lists(value, (fields.messages,) if fields.messages else TURN_LISTS)
     fitting = list(dict.fromkeys(_fitting(value, fields)))
     # Fields that the source names show which layout is meant.
     fitting = [format_ for format_ in fitting if format_ in _named(fields)] or fitting
@@ -176,6 +178,7 @@ def _turns_parser(names: Names, name: str, keys: TurnKeys) -> Parse:
     contract = names.contract(Content.CONVERSATION, name)
 
     def parse(value: Mapping[str, Any]) -> Record:
+        value = with_lists(value, (name,))
         if not isinstance(value.get(name), list) or not value[name]:
             raise RecordError(f"`{name}` must be a list of at least one turn, got {describe(value, name)}")
         turns = (*names.system(value), *list_of_turns(value[name], name, keys))

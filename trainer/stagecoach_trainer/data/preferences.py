@@ -28,6 +28,7 @@ from stagecoach_trainer.data.turns import (
     turn_keys_of,
     turn_of,
     unread_in_turns,
+    with_lists,
 )
 from stagecoach_trainer.data.verdicts import (
     COMPARISON_FIGURES,
@@ -173,6 +174,7 @@ class _Parser:
         return replace(record, unread=(*record.unread, *sorted(unread)), scores_disagree=ranks_disagree(items))
 
     def label(self, value: Mapping[str, Any]) -> Record:
+        value = with_lists(value, (self._fields.messages,) if self._fields.messages else TURN_LISTS)
         name = label_field(value, self._fields)
         liked = verdict_of(value.get(name))
         if liked is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,8 +136,8 @@ def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
         if layout is Layout.TEXT:
             detected = _text_format(detected, name)
             parse = parser_for(Format.TEXT, FieldMapping(), {})
-        for raw in read_values(file, name, layout):
-            where = f"{name}:{raw.line}"
+        for whole in read_values(file, name, layout):
+            raw, where = _without(whole, source.fields.ignore), f"{name}:{whole.line}"
             if parse is None and raw.error is None and isinstance(raw.value, Mapping):
                 detected = detected or _detected(raw.value, source.fields, where)
                 parse = parser_for(detected, source.fields, raw.value, found.keys)
@@ -147,6 +147,13 @@ def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
             else:
                 other = _other_layout(raw, source.fields, detected)
                 yield replace(record, looks_like=other, source=source.label)
+
+
+def _without(raw: Raw, ignored: Collection[str]) -> Raw:
+    """Return a value without the fields that its source leaves out knowingly."""
+    if not ignored or not isinstance(raw.value, Mapping):
+        return raw
+    return replace(raw, value={name: held for name, held in raw.value.items() if name not in ignored})
 
 
 def _text_format(detected: Format | None, name: str) -> Format:

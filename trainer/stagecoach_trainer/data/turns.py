@@ -7,7 +7,8 @@ OpenAI's `tool_calls` and `reasoning_content`; ShareGPT's turns of calls become 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,16 @@ MESSAGES_TURNS = TurnKeys("role", "content", MESSAGES_ROLES)
 def turn_keys_of(turn: Any) -> TurnKeys:
     """Return the field names that a list of turns uses, detected from one of its turns."""
     return SHAREGPT_TURNS if isinstance(turn, Mapping) and "from" in turn else MESSAGES_TURNS
+
+
+def with_lists(value: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """Return a value whose lists of turns are lists, also where a table contains them as JSON."""
+    decoded = {}
+    for name in names:
+        if isinstance(value.get(name), str) and value[name].lstrip().startswith("["):
+            with suppress(ValueError):
+                decoded[name] = json.loads(value[name])
+    return {**value, **decoded} if decoded else value
 
 
 def list_of_turns(items: Any, name: str, keys: TurnKeys) -> list[Turn]:

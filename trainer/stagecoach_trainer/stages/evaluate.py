@@ -55,6 +55,7 @@ def run(config: EvaluateStage, context: StageContext) -> StageOutcome:
             raise Interrupted("stopped between two measurements; the next attempt starts from the first one")
         measurement(config, context, subject, report)
     report.gates = check_gates(config.gates, report.metrics)
+    report.warnings += [text for text in context.progress.warnings if text not in report.warnings]
     report.write(context.output, context.work / "logs")
     _stop_at_missed_gates(report)
     return StageOutcome(metrics={name: value for name, value in report.metrics.items() if math.isfinite(value)})

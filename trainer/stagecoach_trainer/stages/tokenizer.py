@@ -60,7 +60,7 @@ def run(config: TokenizerStage, context: StageContext) -> StageOutcome:
     sets = {source.name: meter.measure(_texts(context, source, "measure")) for source in config.measure_on}
     used_in = sum(measured.characters for measured in sets.values()) + meter.count_uses(_first(lines))
     facts = piece_facts(base, vocabulary, meter.uses, used_in)
-    report = _report(facts, sets, meter.measure(PROBES), warnings)
+    report = _report(facts, sets, meter.measure(PROBES), [*warnings, *context.progress.warnings])
     _check_agreement(config, report)
     _write(report, context.output)
     return StageOutcome(metrics=_metrics(report))
