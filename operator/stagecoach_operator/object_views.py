@@ -49,6 +49,8 @@ class RunView:
     status: TrainingRunStatus
     status_raw: Raw
     """The status as the API server stores it: the base of a patch."""
+    unreadable: str = ""
+    """Why the status cannot be read; `status` is then empty, and must not be written. Empty if it can."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -148,23 +150,39 @@ def run_view(body: Raw) -> RunView:
     metadata = body["metadata"]
     annotations = metadata.get("annotations") or {}
     raw = body.get("status") or {}
+    status, unreadable = _status(raw)
     return RunView(
         meta=meta_of(body),
         generation=int(metadata.get("generation", 0)),
         finalizers=tuple(metadata.get("finalizers") or ()),
         annotations={key: value for key, value in annotations.items() if key.startswith(f"{names.API_GROUP}/")},
         spec=body.get("spec") or {},
-        status=_status(raw),
+        status=status,
         status_raw=raw,
+        unreadable=unreadable,
     )
 
 
-def _status(raw: Raw) -> TrainingRunStatus:
-    """Return the status, or an empty one if it was written by an operator version whose format is not readable here."""
+def _status(raw: Raw) -> tuple[TrainingRunStatus, str]:
+    """Return the status, and why it cannot be read: another version of the operator may have written it.
+
+    Fields that this version does not know are left out; a value that it does not know may mean anything.
+    """
     try:
-        return TrainingRunStatus.model_validate_json(json.dumps(raw))
-    except ValidationError:
-        return TrainingRunStatus()
+        return TrainingRunStatus.model_validate_json(json.dumps(raw)), ""
+    except ValidationError as error:
+        unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
+    known = json.loads(json.dumps(raw))
+    for *path, name in unknown:
+        holder = known
+        for step in path:
+            holder = holder[step]
+        del holder[name]
+    try:
+        return TrainingRunStatus.model_validate_json(json.dumps(known)), ""
+    except ValidationError as error:
+        first = error.errors()[0]
+        return TrainingRunStatus(), f"status.{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def jobset_view(body: Raw) -> JobSetView:

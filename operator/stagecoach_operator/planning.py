@@ -260,7 +260,8 @@ def to_json(frozen: FrozenPlan) -> dict[str, Any]:
 
 
 def from_config_map(body: Raw, run: RunView) -> FrozenPlan | None:
-    """Return the stored plan of a run. None if it belongs to another run or is damaged: a new one must be made."""
+    """Return the stored plan of a run. None if it belongs to another run or is damaged: a new one must be made. It is
+    a copy of what the spec and the inputs give, so nothing is lost."""
     # The name contains six digits of a hash only: the owner's UID is what proves that the plan is this run's.
     owners = [item.get("uid") for item in body["metadata"].get("ownerReferences") or ()]
     try:

@@ -33,7 +33,7 @@ from stagecoach_operator.artifact_lookup import ArtifactLookups
 from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
-from stagecoach_operator.events import RunEvent, events_between
+from stagecoach_operator.events import EventReason, RunEvent, events_between
 from stagecoach_operator.kube import CONFIG_MAPS, ObjectNotFound
 from stagecoach_operator.object_views import RunView, timestamp
 from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, observe
@@ -113,6 +113,9 @@ class Reconciler:
             return None
         if run.meta.deleting:
             return await self._finalize(run)
+        if run.unreadable:
+            self._leave_alone(run)
+            return None
         if is_at_rest(run):
             return None
         memory = self.memories.setdefault(uid, RunMemory(first_seen=self.clock()))
@@ -120,6 +123,16 @@ class Reconciler:
         if isinstance(plan, Rejection):
             return await self._reject(run, plan, memory)
         return await self._carry_out(run, plan, memory)
+
+    def _leave_alone(self, run: RunView) -> None:
+        """Report that a run's status cannot be read. Taken for empty, it would be written over, attempts stopped and
+        finished stages run again."""
+        text = (
+            f"the status was written by another version of the operator ({run.unreadable}), so this one leaves the run "
+            "alone; install that version again, or one that is newer"
+        )
+        log.warning("%s/%s: %s", *run.key, text)
+        self.record_events(run, [RunEvent(EventReason.BLOCKED, text, warning=True)])
 
     async def _carry_out(self, run: RunView, plan: FrozenPlan, memory: RunMemory) -> float | None:
         """Observe, decide, act, report."""

@@ -634,3 +634,35 @@ def test_an_attempt_that_exceeds_its_timeout_fails(world: World) -> None:
     failed = world.condition(ConditionType.FAILED)
     assert (failed.status, failed.reason) == (ConditionStatus.TRUE, Reason.TIMED_OUT)
     assert "timeoutSeconds" in failed.message
+
+
+@pytest.mark.parametrize(
+    ("change", "left_alone"),
+    [
+        pytest.param(("conditions", 0, "reason", "SomethingNew"), True, id="a reason of a newer version"),
+        pytest.param(("stages", 0, "state", "Paused"), True, id="a state of a newer version"),
+        pytest.param(("stages", 0, "humidity", 3), False, id="a field of a newer version"),
+        pytest.param(("weather", "rain"), False, id="a field of the status itself"),
+    ],
+)
+def test_a_status_of_a_newer_version_is_not_taken_for_an_empty_one(
+    world: World, change: tuple[Any, ...], left_alone: bool
+) -> None:
+    """After a rollback of the operator, the living attempt was stopped and finished stages ran again."""
+    world.holds.add("b")
+    world.submit(*CHAIN)
+    play(world, 60.0)
+    made = list(world.pods_made)
+    body = world.api.objects[TRAINING_RUNS.plural, "team", "demo"]
+    *path, name, value = change
+    holder = body["status"] = json.loads(json.dumps(body["status"]))
+    for step in path:
+        holder = holder[step]
+    holder[name] = value
+    before = json.dumps(body["status"])
+    operator = play(world, 60.0)
+    assert world.pods_made == made
+    refused = [event for event in operator.events if "another version of the operator" in event.message]
+    assert bool(refused) is left_alone
+    if left_alone:
+        assert json.dumps(world.api.objects[TRAINING_RUNS.plural, "team", "demo"]["status"]) == before

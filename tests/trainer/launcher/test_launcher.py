@@ -91,7 +91,7 @@ def wait_for_progress(attempt: Attempt, activity: str, done: float, seconds: flo
     while time.monotonic() < deadline:
         lines = attempt.progress.read_text().splitlines() if attempt.progress.exists() else []
         events = [json.loads(line) for line in lines]
-        if any(event["activity"] == activity and event["done"] >= done for event in events):
+        if any(event["activity"] == activity and event.get("done", 0) >= done for event in events):
             return
         time.sleep(0.05)
     raise TimeoutError(attempt.log)

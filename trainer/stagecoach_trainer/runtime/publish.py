@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from stagecoach_api.artifacts import (
     parse_rank_log_name,
 )
 from stagecoach_api.names import ENV_THREADS
-from stagecoach_api.store import StoreError
+from stagecoach_api.store import NotFound, StoreError
 from stagecoach_trainer.runtime.attempt_files import logs_folder
 from stagecoach_trainer.runtime.checkpoint_paths import delete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -196,8 +197,9 @@ def _seconds_of_earlier_attempts(context: StageContext) -> float:
     attempts = attempt_prefix(context.resolved.digest, context.resolved.attempt).rpartition("/")[0]
     for entry in context.store.list(attempts):
         if entry.key.endswith(f"/{ATTEMPT_FILE}"):
-            about = json.loads(context.store.read(entry.key))
-            total += about["seconds"] if about["attempt"] != context.resolved.attempt else 0.0
+            with contextlib.suppress(ValueError, KeyError, TypeError, NotFound):  # only a figure of the manifest
+                about = json.loads(context.store.read(entry.key))
+                total += about["seconds"] if about["attempt"] != context.resolved.attempt else 0.0
     return total
 
 
