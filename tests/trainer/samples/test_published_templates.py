@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong
-from stagecoach_trainer.data.records import Record, ToolCall, Turn
+from stagecoach_trainer.data.records import Answer, Record, ToolCall, Turn
+from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample
+from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, conversation_of
+from stagecoach_trainer.samples.preferences import GroupEncoder, Grouping
+from stagecoach_trainer.samples.scoring import encode_answered
 from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import CHATML_START, Renderer, apply_template, stop_token_ids
 from tests.trainer.models.makers import make_tokenizer
@@ -279,3 +283,25 @@ def test_turns_are_trained_as_their_flags_tell() -> None:
 def test_without_a_template_of_its_own_a_model_needs_one_by_name() -> None:
     with pytest.raises(UserError, match=r"template: the model's tokenizer has no chat template; name one of alpaca"):
         apply_template(make_tokenizer(), None)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "hermes", "command-r", "deepseek"])
+def test_preferences_prompts_and_scores_have_the_calls_results_and_tools_of_their_prompts(name: str) -> None:
+    """axolotl#3824: a prompt with a call and its result, and answers that think or call."""
+    family = by_name(name)
+    tokenizer = tokenizer_of(family)
+    again = Answer("", 1, calls=(ToolCall("add", '{"k": 7}'),), reasoning="hm" if family.reasoning else "")
+    record = Record(messages=CALLED[:3], answers=(again, Answer("no", 2)), tools=json.dumps([TOOL]), where="x.json:1")
+    served = tokenizer.apply_chat_template(
+        original(replace(record, answers=()), family), tools=[TOOL], add_generation_prompt=True, return_dict=False
+    )
+    [group] = GroupEncoder(tokenizer, 4096, Grouping.PAIRS).encode([record])
+    count, num_prompt = group[:2].tolist()
+    assert count == 2
+    assert group[2 + 2 * count :][:num_prompt].tolist() == served
+    answers = tokenizer.decode(group[2 + 2 * count + num_prompt :])
+    assert all(part in answers for part in ("add", '"k": 7', "no", again.reasoning))
+    conversation = conversation_of(replace(record, answers=()))
+    [scored] = encode_answered(tokenizer, [(conversation.messages, "no")], tools=[conversation.tools])
+    assert scored[: len(served)].tolist() == served
+    assert Prompter(tokenizer).encode(conversation.messages, conversation.tools).tolist() == served

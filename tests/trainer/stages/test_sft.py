@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_trainer.runtime.errors import UserError
+from tests.trainer.models.makers import make_tokenizer, save_base
 from tests.trainer.stages.makers import Workshop, report_in
+from tests.trainer.text.published import GEMMA
 
 
 def test_the_trained_model_answers_in_plain_transformers_with_its_chat_template(workshop: Workshop) -> None:
@@ -56,6 +58,22 @@ def test_chatml_ends_with_its_own_marker_if_the_vocabulary_has_it(workshop: Work
     assert card["newRows"] == "mean"
     _, spelled = workshop.sft("spelled", template={"name": "chatml"})
     assert "specialTokens" in report_in(spelled)["warnings"][0]
+
+
+def test_a_model_keeps_its_own_template_and_stops_where_it_ends_an_answer(workshop: Workshop) -> None:
+    """A base of Gemma's kind: its template ends a turn with another token than the vocabulary's end token."""
+    tokenizer = make_tokenizer(special=("<start_of_turn>", "<end_of_turn>"))
+    tokenizer.chat_template = GEMMA
+    save_base(workshop.root / "own", tokenizer, seed=1)
+    workshop.inputs["own"] = workshop.root / "own"
+    _, output = workshop.sft("kept", model={"uri": "own"}, template=None, budget={"steps": 1})
+    saved = AutoTokenizer.from_pretrained(output)
+    assert saved.chat_template == GEMMA
+    ends = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    assert set(saved.convert_ids_to_tokens(ends)) == {"</s>", "<end_of_turn>"}
+    assert report_in(output)["data"]["talks"]["samples"] == 40
+    with pytest.raises(UserError, match="template: the model's tokenizer has no chat template; name one of alpaca"):
+        workshop.sft("none", template=None)
 
 
 def test_packed_and_unpacked_training_give_equal_results(workshop: Workshop) -> None:

@@ -143,10 +143,10 @@ def _scaled(adapter: PlainLora, layer: str, like_a: Tensor, like_b: Tensor) -> t
 # -- the base in a release ---------------------------------------------------------------------------------------------
 
 
-def copy_base(root: Path, output: Path, end: int | None) -> None:
+def copy_base(root: Path, output: Path, ends: Sequence[int]) -> None:
     """Copy the files of a whole model that transformers opens, and its licence.
 
-    `end`: end token of the adapter's vocabulary, which is added to those at which generation ends.
+    `ends`: end tokens of the adapter's vocabulary and template, added to those at which generation ends.
     """
     output.mkdir()
     names = [CONFIG, GENERATION, WEIGHTS_INDEX, *VOCABULARY_FILES]
@@ -158,7 +158,7 @@ def copy_base(root: Path, output: Path, end: int | None) -> None:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
     copy_licences(root, output)
-    if end is not None:
+    for end in ends:
         _add_end(output, end)
 
 

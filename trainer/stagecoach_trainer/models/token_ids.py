@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stagecoach_trainer.models.resize import num_rows
+from stagecoach_trainer.text.templates import stop_token_ids
 
 
 def set_token_ids(model: Any, tokenizer: Any, generation: Mapping[str, Any]) -> None:
     """Complete the ids of BOS, EOS and padding in both configurations of `model`, and add the settings `generation`.
 
-    A list of end tokens stays a list, and the vocabulary's end token is added to it. Padding and BOS stay as the base
-    states them, unless it states none or one without a row.
+    A list of end tokens stays a list, and those of the vocabulary and its chat template are added to it. Padding and
+    BOS stay as the base states them, unless it states none or one without a row.
     """
     if not model.can_generate():  # a classifier has no generation settings
         _set_ids_of_classifier(model.config, tokenizer, num_rows(model))
         return
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ends = stop_token_ids(tokenizer)
     for config in (model.config, model.generation_config):
         _complete(config, tokenizer, num_rows(model))
     _set_ends_of_config(model.config, ends, num_rows(model))
