@@ -36,7 +36,7 @@ class ProofRows:
         """Return the rows made of a stage's samples, or of the first ids of the vocabulary if none has two tokens."""
         longest = max(samples, key=len, default=np.empty(0, np.int32))[:LONGEST]
         if len(longest) < 2:
-            longest = np.arange(min(vocabulary, LONGEST), dtype=np.int32)
+            longest = np.arange(min(vocabulary, LONGEST // 4), dtype=np.int32)
         half = len(longest) // 2
         changed = longest.copy()
         changed[half:] = (changed[half:] + 1) % vocabulary

@@ -135,7 +135,7 @@ class StepFlops:
     """Model FLOPs of a step, and their share of the devices' peak (MFU, arXiv 2204.02311, appendix B)."""
 
     def __init__(self, model: nn.Module, device: torch.device, num_devices: int) -> None:
-        config = causal_model(model).config
+        config = causal_model(model).config.get_text_config(decoder=True)
         embedding = causal_model(model).get_input_embeddings()
         # A lookup in the embedding computes nothing, unless the head is tied to it.
         looked_up = {id(parameter) for parameter in embedding.parameters()}
@@ -144,7 +144,7 @@ class StepFlops:
         num_used = sum(item.numel() for item in used)
         num_trained = sum(item.numel() for item in used if item.requires_grad)
         self._per_token = 4 * num_used + 2 * num_trained  # forward, gradient of activations; gradient of weights
-        self._per_token_and_position = 12 * config.num_hidden_layers * config.hidden_size
+        self._per_token_and_position = 12 * getattr(config, "num_hidden_layers", 0) * config.hidden_size
         self._peak = device_peak(device)
         self._num_devices = num_devices
 
