@@ -54,7 +54,9 @@ def rehearse_merge(model: Any, layers: Sequence[str], experts: Sequence[str]) ->
     if not layers and not experts:
         return None
     names = [*(f"{layer}.weight" for layer in layers), *experts]
-    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    # Other models may share the memory, so it is put back, with its bits, whether or not the merge replaced it.
+    memory = {name: model.get_parameter(name).data for name in names}
+    before = {name: weight.clone() for name, weight in memory.items()}
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = LoraConfig(r=REHEARSED_RANK, target_modules=list(layers), target_parameters=list(experts) or None)
     adapted: Any = None
@@ -70,9 +72,8 @@ def rehearse_merge(model: Any, layers: Sequence[str], experts: Sequence[str]) ->
             adapted.unload()
         return f"{type(error).__name__}: {error}"
     finally:
-        with torch.no_grad():
-            for name, weight in before.items():
-                model.get_parameter(name).copy_(weight)
+        for name, weight in before.items():
+            model.get_parameter(name).data = memory[name].copy_(weight)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
 
