@@ -31,6 +31,8 @@ class StageRow:
     """Estimated duration of the whole stage in seconds, from an earlier run or from its size. None if not known."""
     resumed_from: int | None = None
     """Step after which the newest attempt resumed. None if it started at the first one, or if that is not known."""
+    saved_step: int | None = None
+    """Step of the checkpoint that the newest attempt has left. None if it left none, or if it is still running."""
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ class Driver:
     def _row(self, name: str, view: StageView) -> StageRow:
         live = next((item for key, item in self._live.items() if key[0] == name), None)
         manifest = self._manifests.get(view.digest or "") if view.state in FINISHED else None
+        newest = self._newest(name, view)
         return StageRow(
             name=name,
             kind=self.job.kind(name),
@@ -178,13 +179,15 @@ class Driver:
             log=self.job.folder.attempt(name, view.attempt).log if view.attempt else None,
             eta=None if live is None else live.pace.end(),
             expected=self.job.expected.get(name),
-            resumed_from=self._resumed_from(name, view),
+            resumed_from=None if newest is None else newest.resumed_from,
+            saved_step=None if newest is None or newest.ended is None else newest.last_step,
         )
 
-    def _resumed_from(self, name: str, view: StageView) -> int | None:
+    def _newest(self, name: str, view: StageView) -> AttemptRecord | None:
+        """Return the record of the stage's newest attempt."""
         records = [*self._ended, *(attempt.record for attempt in self._live.values())]
         newest = [item for item in records if (item.stage, item.number) == (name, view.attempt)]
-        return newest[-1].resumed_from if newest else None
+        return newest[-1] if newest else None
 
     # -- actions -------------------------------------------------------------------------------------------------------
 

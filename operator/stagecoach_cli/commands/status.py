@@ -198,6 +198,7 @@ def local_snapshot(folder: RunFolder, record: RunRecord) -> Snapshot:
                 started=None if newest is None else newest.started,
                 eta=pace.end(),
                 resumed_from=None if newest is None else newest.resumed_from,
+                saved_step=None if newest is None or newest.ended is None else newest.last_step,
                 seconds=stage.seconds,
                 ranks=stage.ranks,
                 log=attempt.log if stage.attempt else None,

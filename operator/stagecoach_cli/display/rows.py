@@ -103,6 +103,8 @@ def _describe_finished(row: StageRow) -> str:
 
 
 def _describe_waiting(row: StageRow) -> str:
+    if row.saved_step is not None:
+        return f"stopped, saved at step {row.saved_step:,}"
     return f"waiting for {row.view.waiting_for}" if row.view.waiting_for else "waiting"
 
 
@@ -118,6 +120,7 @@ _DESCRIPTIONS: Mapping[StageState, Callable[[StageRow], str]] = {
     StageState.CACHED: _describe_finished,
     StageState.SUCCEEDED: _describe_finished,
     StageState.PENDING: _describe_waiting,
+    StageState.SUSPENDED: _describe_waiting,
     StageState.RETRYING: _describe_retrying,
 }
 

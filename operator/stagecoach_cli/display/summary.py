@@ -78,6 +78,8 @@ def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> 
         artifact = short(row.view.digest or "") if manifest is not None else ""
         last = [notes[row.name]] if any(notes.values()) else []
         table.add_row(row.name, row.kind, _time(row), tokens, artifact, *last)
+    for column in table.columns[: -1 if any(notes.values()) else None]:
+        column.no_wrap = True  # where columns are few, the notes wrap
     return table
 
 
@@ -218,13 +220,12 @@ def completion(snapshot: Snapshot, manifests: Mapping[str, Manifest]) -> str:
     count = f"{len(rows)} stage{'s' * (len(rows) != 1)} done"
     if len(rows) < len(snapshot.rows):
         count = f"{len(rows)} of {len(snapshot.rows)} stages done"
-    parts = [f"{count}, {cached} from the cache" if cached else count]
-    if snapshot.started is not None:
-        parts.append(f"in {duration(snapshot.now - snapshot.started)}")
+    time = "" if snapshot.started is None else f" in {duration(snapshot.now - snapshot.started)}"
+    parts = [f"{count}, {cached} from the cache,{time}".removesuffix(",") if cached else f"{count}{time}"]
     tokens, gpu_seconds = sum(item.tokens for item in made), sum(item.gpu_seconds for item in made)
     parts += [f"{quantity(tokens)} training tokens"] if tokens else []
     parts += [f"{gpu_seconds / HOUR:.3g} GPU-hours"] if gpu_seconds else []
-    return f"run `{snapshot.run}` is complete: {', '.join(parts)}".replace(", in ", " in ", 1)
+    return f"run `{snapshot.run}` is complete: {', '.join(parts)}"
 
 
 def next_command(snapshot: Snapshot) -> str:

@@ -24,9 +24,12 @@ from stagecoach_cli.display.rows import Hidden, chosen_rows, overall_line, rende
 from stagecoach_cli.display.summary import (
     BeforeAfter,
     changes,
+    completion,
+    next_command,
     print_failures,
     print_summary,
     shown,
+    stage_table,
 )
 from stagecoach_core.snapshot import Snapshot, StageRow
 from stagecoach_core.values import RunState, StageState, StageView
@@ -175,6 +178,12 @@ def test_before_the_first_step_it_is_shown_what_is_done_and_for_how_long() -> No
         "load model  7.0 s",
         "tokenise zh 12.3k tokens  1.0 s",
     ]
+
+
+def test_a_stopped_stage_shows_where_it_will_resume() -> None:
+    """After Ctrl-C the stage waited for an answer of the store."""
+    stopped = row("base", "pretrain", StageView(StageState.PENDING, waiting_for="the store"), saved_step=1250)
+    assert lines_of(stopped) == ["·  base  stopped, saved at step 1,250"]
 
 
 def test_the_time_left_is_unknown_only_until_a_pace_or_an_earlier_run_gives_it() -> None:
@@ -370,6 +379,37 @@ def test_the_tables_at_the_end_have_every_metric(tmp_path: Path) -> None:
     assert isinstance(console.file, io.StringIO)
     lines = [line.rstrip().replace(str(tmp_path), "/store") for line in console.file.getvalue().splitlines()]
     assert lines == (GOLDEN / "summary.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_stages_table_notes_where_stages_resumed_and_fits_80_columns() -> None:
+    done = StageView(StageState.SUCCEEDED, digest("a"), attempt=3, restarts={Cause.HANG: 2})
+    cached = row("words", "tokenizer", StageView(StageState.CACHED, digest("b")), seconds=75.0)
+    table = stage_table(
+        [row("base", "pretrain", done, seconds=7620.0, resumed_from=1250), cached],
+        {digest("a"): manifest("pretrain", "a", 400_000), digest("b"): manifest("tokenizer", "b")},
+    )
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "cached (1 m 15 s)" in text
+    assert text.count("resumed") == 1
+    assert all(word in text for word in ("1,250", "restarted", "hang", "2 h 07 m"))
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+
+
+def test_a_complete_run_ends_with_its_totals_and_the_next_command() -> None:
+    """A run ended without a word of success, time, tokens or what to do next."""
+    release = row("release", "export", StageView(StageState.SUCCEEDED, digest("a")), seconds=10.0)
+    cached = row("base", "pretrain", StageView(StageState.CACHED, digest("b")), seconds=75.0)
+    skipped = row("score", "evaluate", StageView(StageState.SKIPPED))
+    used = manifest("export", "a", 1_500_000).model_copy(update={"gpu_seconds": 5400.0})
+    manifests = {digest("a"): used, digest("b"): manifest("pretrain", "b", 10**9)}
+    whole = replace(snapshot(release, cached, skipped, state=RunState.COMPLETE), started=NOW - 245)
+    assert completion(whole, manifests) == (
+        "run `tiny` is complete: 2 of 3 stages done, 1 from the cache, in 4 m 05 s, 1.5M training tokens, 1.5 GPU-hours"
+    )
+    assert next_command(whole) == "copy release with `stagecoach artifacts get tiny/release FOLDER`"
 
 
 def test_a_failed_stage_shows_cause_message_log_and_last_lines(tmp_path: Path) -> None:
