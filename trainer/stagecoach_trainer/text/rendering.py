@@ -376,8 +376,8 @@ def chosen_turns(messages: Sequence[Message], loss: Loss) -> list[int]:
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Return the ids at which generation must stop: the tokenizer's end token, if any, and those with which its chat
     template ends an answer and a call, where they are others (Gemma, Phi-3, Llama 3)."""
-    ends = [tokenizer.eos_token]
-    if tokenizer.chat_template is not None:
+    ends: list[str | None] = []
+    if getattr(tokenizer, "chat_template", None) is not None:
         renderer = Renderer(tokenizer)
         question = message_of(Role.USER, PROBES[0])
         for answer in (message_of(Role.ASSISTANT, PROBES[1]), _call_of(PROBES[1], PROBES[2])):
@@ -385,7 +385,7 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
                 ends += [turn.end for turn in renderer.trained_turns([question, answer], Loss())]
             except UserError:  # it has no calls, or needs more than these turns
                 continue
-    found = [tokenizer.convert_tokens_to_ids(end) for end in ends if end is not None]
+    found = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(end) for end in ends if end is not None)]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
