@@ -110,6 +110,20 @@ def test_a_data_stage_reads_records_of_one_kind(tmp_path: Path) -> None:
     assert found.rule == "has plain text, and another source has conversations"
 
 
+def test_fields_that_are_not_read_are_a_warning(tmp_path: Path) -> None:
+    name = write_lines(tmp_path / "a.jsonl", [{**record, "quality": 3} for record in ALPACA])
+    (found,) = sft(tmp_path, [{"uri": name}])
+    assert (found.rule, found.fatal) == ("in the first 64 records: fields not read: quality (9 records)", False)
+
+
+def test_a_sorted_file_of_labels_is_no_warning(tmp_path: Path) -> None:
+    liked: Records = [{"prompt": "a", "completion": "b", "label": True}] * 70
+    name = write_lines(tmp_path / "a.jsonl", [*liked, {**liked[0], "label": False}])
+    save_model(tmp_path / "model", template="x")
+    loss: dict[str, Any] = {"kto": {}}
+    assert look(tmp_path, "dpo", model={"uri": "model"}, data=[{"uri": name}], loss=loss, **TRAINING) == []
+
+
 def test_an_empty_file_is_found(tmp_path: Path) -> None:
     (found,) = sft(tmp_path, [{"uri": write_lines(tmp_path / "a.jsonl", [])}])
     assert found.rule == "has no records"

@@ -15,6 +15,7 @@ from stagecoach_api.references import PREFERENCE_FORMATS, Format, RecordSource
 from stagecoach_api.stage_kind import StageConfig
 from stagecoach_api.store import StoreEntry, StoreError, list_external
 from stagecoach_api.stores.base import FolderLocation, parse_location
+from stagecoach_trainer.data.notes import DISLIKED, LIKED, Notes, warnings_of
 from stagecoach_trainer.data.reading import Malformed, proposal, read_path
 from stagecoach_trainer.data.records import PREFERENCES, Record, kind_of
 from stagecoach_trainer.look.finding import Finding
@@ -71,9 +72,10 @@ def _look_at_source(path: FieldPath, source: RecordSource, uri: str, config: Sta
     """Yield what is wrong with a source, and the kind of its records."""
     records: list[Record] = []
     malformed: list[Malformed] = []
+    notes: Notes = Counter()
     try:
         with _as_local_path(uri) as folder:
-            for item in islice(read_path(folder, source), MAX_RECORDS):
+            for item in islice(read_path(folder, source, notes), MAX_RECORDS):
                 (malformed if isinstance(item, Malformed) else records).append(item)  # type: ignore[arg-type]
     except (UserError, StoreError) as error:
         yield Finding.from_error((*path, "uri"), source.uri, str(error), "correct the file, or give another one")
@@ -84,6 +86,7 @@ def _look_at_source(path: FieldPath, source: RecordSource, uri: str, config: Sta
         yield _unreadable(path, source, malformed, len(records) + len(malformed))
     kinds = Counter(kind_of(record) for record in records)
     yield from _unusable(path, source, kinds, config)
+    yield from _remarkable(path, source, notes)
     yield from kinds
 
 
@@ -126,9 +129,19 @@ def _unreadable(path: FieldPath, source: RecordSource, malformed: Sequence[Malfo
     if which != "none":
         remedy = "correct them; a `data` stage can count and leave out malformed records (`maxMalformedShare`)"
         return Finding((*path, "uri"), source.uri, text, remedy)
-    field, value = ("uri", source.uri) if source.format is Format.AUTO else ("format", str(source.format))
+    if source.format is Format.AUTO:
+        return Finding((*path, "uri"), source.uri, text, "correct them, or set `format` and `fields`")
     remedy = proposal(first.looks_like, source.format) or "set the `format` they have, and `fields` where names differ"
-    return Finding((*path, field), value, text, remedy)
+    return Finding((*path, "format"), str(source.format), text, remedy)
+
+
+def _remarkable(path: FieldPath, source: RecordSource, notes: Notes) -> Iterator[Finding]:
+    """Yield a warning for each thing in the records that is not read, or may not be meant."""
+    # The number of liked answers is left out: files are often sorted by it.
+    counts = {name: count for name, count in notes.items() if name not in (LIKED, DISLIKED)}
+    for sentence in warnings_of(counts, f"in the first {MAX_RECORDS} records"):
+        remedy = "map names with `fields`, or correct the records, unless this is meant"
+        yield Finding((*path, "uri"), source.uri, sentence, remedy, fatal=False)
 
 
 def _unusable(path: FieldPath, source: RecordSource, kinds: Counter[str], config: StageConfig) -> Iterator[Finding]:
