@@ -19,6 +19,7 @@ from stagecoach_trainer.models.token_ids import set_token_ids
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.probes import PROBES
 from stagecoach_trainer.text.vocabulary import load_tokenizer
+from tests.trainer.architectures import tiny
 from tests.trainer.models.makers import make_model, make_tokenizer, save_family
 
 TEMPLATE = "{{ messages[0]['content'] }}"
@@ -99,6 +100,24 @@ def test_a_wrong_class_in_the_vocabulary_is_replaced_by_one_that_gives_the_same_
     assert [opened(text)["input_ids"] for text in PROBES] == [used(text)["input_ids"] for text in PROBES]
 
 
+# -- tied weights ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["modernbert-decoder", "biogpt", "gpt2", "olmoe"])
+def test_a_tied_head_is_stored_once_whatever_its_family_calls_it(tmp_path: Path, family: str) -> None:
+    """A head called `decoder` or `output_projection` made saving fail when the work was done."""
+    model = tiny(family, tie_word_embeddings=True)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "vocabulary")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    output = saved(tmp_path / "output", model, load_tokenizer(tmp_path / "vocabulary"), tmp_path / "vocabulary")
+    again: Any = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
 # -- special tokens ----------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +126,7 @@ class Tokens:
 
     def __init__(self, bos: int | None = None, eos: int | None = 2, pad: int | None = None) -> None:
         self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = bos, eos, pad, 0
+        self.chat_template = None
 
 
 @pytest.mark.parametrize("family", ["llama", "cwm", "emu3_text_model", "step3p5", "gpt2", "falcon_h1", "phimoe"])
@@ -146,3 +166,16 @@ def test_padding_of_the_base_stays_and_one_without_a_row_goes() -> None:
     set_token_ids(model, Tokens(pad=5), {})
     assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (7, 5)
     assert torch.equal(model.state_dict()["lm_head.weight"], make_model(400).state_dict()["lm_head.weight"])
+
+
+def test_the_token_with_which_the_template_ends_a_turn_ends_generation_too() -> None:
+    """Gemma and Phi-3: turns end with a marker that is not the vocabulary's end token."""
+    tokenizer = make_tokenizer(special=("<turn>", "<end_of_turn>"))
+    tokenizer.chat_template = (
+        "{%- for m in messages -%}<turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{%- endfor -%}"
+        "{%- if add_generation_prompt -%}<turn>assistant\n{%- endif -%}"
+    )
+    model = make_model(len(tokenizer))
+    set_token_ids(model, tokenizer, {})
+    marker = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, marker]

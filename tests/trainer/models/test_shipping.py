@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from stagecoach_api.training import LoraTraining, Trainable
 from stagecoach_trainer.models.load import Head
 from stagecoach_trainer.models.reward import make_reward_model
 from stagecoach_trainer.models.save import save_adapter, save_model
-from stagecoach_trainer.models.shipping import SavedProbe, rehearse
-from stagecoach_trainer.models.starting_point import start_unchanged
+from stagecoach_trainer.models.shipping import SavedProbe
 from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.runtime.errors import UserError
-from tests.trainer.models.makers import make_context, make_model, make_tokenizer, save_base
+from tests.trainer.models.makers import make_model, make_tokenizer, save_base
 from tests.trainer.stages.makers import Workshop
 
 
@@ -107,17 +105,3 @@ def test_a_reward_model_and_its_adapter_give_the_same_reward_in_plain_transforme
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     torch.testing.assert_close(peft(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-6, rtol=0)
-
-
-def test_a_full_disk_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagecoach_api.references import Reference
-
-    base = save_base(tmp_path / "base", make_tokenizer())
-    context = make_context(tmp_path, inputs={"model": base})
-    start = start_unchanged(context, Reference(uri="model"))
-    rehearse(context, start, adapter=False)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 9, 1))
-    rehearse(context, start, adapter=True)
-    with pytest.raises(UserError, match=r"the model needs 0\.0 GB when it is saved, 0\.0 GB are free"):
-        rehearse(context, start, adapter=False)

@@ -144,7 +144,8 @@ class StepFlops:
         num_used = sum(item.numel() for item in used)
         num_trained = sum(item.numel() for item in used if item.requires_grad)
         self._per_token = 4 * num_used + 2 * num_trained  # forward, gradient of activations; gradient of weights
-        self._per_token_and_position = 12 * getattr(config, "num_hidden_layers", 0) * config.hidden_size
+        text = config.get_text_config()  # of a model that also reads images or audio, the part that reads text
+        self._per_token_and_position = 12 * getattr(text, "num_hidden_layers", 0) * text.hidden_size
         self._peak = device_peak(device)
         self._num_devices = num_devices
 

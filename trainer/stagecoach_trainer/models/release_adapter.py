@@ -20,9 +20,9 @@ from stagecoach_trainer.models.load import LoadedModel, name_base
 from stagecoach_trainer.models.safety import read_json
 from stagecoach_trainer.models.save import save_adapter, save_model, write_adapter, write_card
 from stagecoach_trainer.models.save_vocabulary import save_vocabulary
+from stagecoach_trainer.models.token_ids import end_ids
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
-from stagecoach_trainer.text.templates import stop_token_ids
 
 
 def release_adapter(
@@ -57,7 +57,7 @@ def release_adapter(
         digest = "" if card.base is None else f" (content {card.base.digest[:12]}…; the name is not checked)"
         return chain.root, f"an adapter: {joined}its base is {base_name}{digest}"
     folder = context.output / BASE_FOLDER
-    copy_base(chain.root, folder, stop_token_ids(source.require_tokenizer()))
+    copy_base(chain.root, folder, end_ids(source.require_tokenizer()))
     return folder, f"an adapter: {joined}its base is released with it, unchanged, in `{BASE_FOLDER}`"
 
 

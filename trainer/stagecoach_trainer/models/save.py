@@ -174,9 +174,28 @@ def _as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dic
 
 
 def _without_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights without a tied head, which is stored once, as the embedding, and tied again when it is loaded."""
+    """Return each weight once: a head that is the embedding is stored as that, and tied again when it is loaded."""
     tied = model.config.tie_word_embeddings
-    return {name: tensor for name, tensor in state.items() if not (tied and name.endswith("lm_head.weight"))}
+    others = _other_names(model)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in others and not (tied and name.endswith("lm_head.weight"))
+    }
+
+
+def _other_names(model: PreTrainedModel) -> set[str]:
+    """Return the further names of parameters that the model has under several; the embedding keeps that of its layer.
+
+    Families call a head differently (`decoder`, `output_projection`), so it is known by its matrix.
+    """
+    embedding = model.get_input_embeddings()
+    own = {f"{name}.weight" for name, module in model.named_modules() if module is embedding}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    kept = {next((name for name in group if name in own), group[0]) for group in names.values()}
+    return {name for group in names.values() for name in group} - kept
 
 
 def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int) -> list[Path]:
@@ -213,7 +232,8 @@ def _write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> 
 def _require_sound(state: Mapping[str, torch.Tensor], what: str) -> None:
     _require_finite(state, what)
     for name, tensor in state.items():
-        if tensor.ndim >= 2 and not bool(tensor.any()):
+        # Tables and biases of some architectures begin as zeros; a weight of a layer never does.
+        if tensor.ndim >= 2 and name.endswith(".weight") and not bool(tensor.any()):
             raise UserError(f"{what}: {name} {tuple(tensor.shape)} is all zero, so the model is not saved")
 
 

@@ -5,7 +5,6 @@ T tokens of the probe, V vocabulary.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ the same weights differs by rounding at most: by nothing on a CPU, and by the or
 
 
 def rehearse(context: StageContext, start: StartingPoint, adapter: bool) -> None:
-    """Try before the work what is needed after it: configurations, vocabulary, room on the disk. Done by rank 0.
+    """Try before the work what is needed after it: configurations and vocabulary. Done by rank 0.
 
     `adapter`: whether only an adapter will be saved. Raises UserError if it will not be possible to save.
     """
@@ -51,13 +50,6 @@ def rehearse(context: StageContext, start: StartingPoint, adapter: bool) -> None
         return
     model = start.model.get_base_model() if hasattr(start.model, "get_base_model") else start.model
     rehearse_saving(model, start.tokenizer, start.vocabulary, weights=not adapter)
-    needed = 0 if adapter else sum(item.numel() * item.element_size() for item in model.parameters())
-    free = shutil.disk_usage(context.work).free
-    if free < needed:
-        raise UserError(
-            f"{context.work}: the model needs {needed / 1e9:.1f} GB when it is saved, {free / 1e9:.1f} GB are free; "
-            "give the stage more storage"
-        )
 
 
 # -- saving --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def set_token_ids(model: Any, tokenizer: Any, generation: Mapping[str, Any]) -> 
     if not model.can_generate():  # a classifier has no generation settings
         _set_ids_of_classifier(model.config, tokenizer, num_rows(model))
         return
-    ends = stop_token_ids(tokenizer)
+    ends = end_ids(tokenizer)
     for config in (model.config, model.generation_config):
         _complete(config, tokenizer, num_rows(model))
     _set_ends_of_config(model.config, ends, num_rows(model))
@@ -36,6 +36,15 @@ def set_token_ids(model: Any, tokenizer: Any, generation: Mapping[str, Any]) -> 
         model.generation_config.validate(strict=True)
     except ValueError:  # transformers refuses to save a temperature without sampling, which some published models have
         model.generation_config.do_sample = True
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """Return the ids at which generation must stop: the end token first, then those that the chat template writes."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        # What is no token of the vocabulary has the id of the unknown one.
+        ends += [token for token in stop_token_ids(tokenizer) if token != tokenizer.unk_token_id]
+    return _unique(ends)
 
 
 def _set_ids_of_classifier(config: Any, tokenizer: Any, rows: int) -> None:
