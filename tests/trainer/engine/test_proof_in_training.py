@@ -188,6 +188,18 @@ def test_a_model_whose_fp32_norms_meet_bf16_products_is_trained(model_type: str,
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+@pytest.mark.parametrize("model_type", ["llama4", "deepseek_v2", "deepseek_v3", "qwen3_moe", "falcon_h1"])
+def test_the_loss_in_low_precision_is_that_in_fp32_but_for_rounding(model_type: str, precision: Precision) -> None:
+    """Complex rotary embeddings lost their imaginary part in the cast to bf16."""
+    model, rows = tiny(model_type), rows_of(20, 12)
+    expected = loss_of_transformers(model, rows)
+    MixedPrecision(model, precision).cast(CPU)
+    loss, batch = CausalLoss(model).eval(), collate(rows)
+    with torch.no_grad():
+        assert float(loss(batch, 1.0 / batch.num_targets)) == pytest.approx(expected, abs=0.02)
+
+
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 PACKED = Row(np.arange(4, 60, dtype=np.int32), np.append(np.arange(5, 60), IGNORE).astype(np.int32), (30, 26))

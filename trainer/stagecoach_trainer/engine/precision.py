@@ -162,7 +162,11 @@ def is_norm(module: nn.Module) -> bool:
 def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, Any, Any], Any]:
     def cast(module: nn.Module, inputs: Any, output: Any) -> Any:
         del module, inputs
-        return tuple(part.to(dtype) for part in output) if isinstance(output, tuple) else output.to(dtype)
+        return tuple(one(part) for part in output) if isinstance(output, tuple) else one(output)
+
+    def one(part: Any) -> Any:
+        # A complex number, as rotary embeddings of Llama 4 and DeepSeek-V2 return, would lose its imaginary part.
+        return part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
 
     return cast
 
