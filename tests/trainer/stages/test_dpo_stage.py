@@ -137,8 +137,11 @@ def test_the_report_counts_what_became_of_the_answers(tmp_path: Path) -> None:
     text = (context.output / "report.md").read_text(encoding="utf-8")
     assert "| train | 20 | 19 | 38 | 19 | 0 |" in text
     assert "| heldOut.toy.accuracy |" in text
-    with pytest.raises(UserError, match=r"maxDroppedShare.*sameAnswers 1"):
+    with pytest.raises(UserError, match=r"data: .*maxDroppedShare.*sameAnswers 1"):
         run(stage(maxDroppedShare=0.01), context)
+    held_out = {"sets": [{"name": "toy", "uri": "train"}]}  # lm-eval#3421: what is not measured is bound, too
+    with pytest.raises(UserError, match=r"heldOut\.sets: .*maxDroppedShare.*sameAnswers 1"):
+        run(stage(maxDroppedShare=0.01, data=[{"uri": "test"}], heldOut=held_out), context)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,13 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: d
         run(stage(**changes), context_for(tmp_path, other=other, labels=labels))
 
 
-def test_kto_with_one_answer_a_step_warns_that_its_point_is_zero(tmp_path: Path) -> None:
-    context = context_for(tmp_path)
+def test_kto_warns_of_a_point_that_is_zero_and_of_labels_of_one_kind(tmp_path: Path) -> None:
+    """LLaMA-Factory's KTO: liked answers only, in its own layout."""
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "the dog"}]
+    train = tmp_path / "liked.jsonl"
+    train.write_text("".join(json.dumps({"messages": turns, "label": True}) + "\n" for _ in range(3)), encoding="utf-8")
+    context = context_for(tmp_path, train=train)
     run(stage(loss=KTO, batch={"samples": 1}, budget={"steps": 1}, heldOut={}), context)
-    assert any("reference point" in warning for warning in report_of(context)["warnings"])
+    warnings = report_of(context)["warnings"]
+    assert any("reference point" in warning for warning in warnings)
+    assert any(warning.startswith("all 3 answers are liked") for warning in warnings)
