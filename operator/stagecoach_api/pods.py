@@ -26,7 +26,7 @@ MIN_BYTES = 10**6
 
 _ABOVE_ZERO = r"([0-9]*[1-9][0-9]*(\.[0-9]+)?|[0-9]+\.[0-9]*[1-9][0-9]*)"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$"
-CPU_PATTERN = rf"^{_ABOVE_ZERO}m?$"
+CPU_PATTERN = rf"^{_ABOVE_ZERO}[mk]?$"
 MEMORY_PATTERN = rf"^([1-9][0-9]{{6,}}|{_ABOVE_ZERO}(k|Ki|M|Mi|G|Gi|T|Ti|P|Pi))$"
 
 

@@ -86,7 +86,7 @@ def stage_table(rows: Iterable[StageRow], manifests: Mapping[str, Manifest]) -> 
 def _notes(row: StageRow) -> Iterator[str]:
     if row.resumed_from is not None:
         yield f"resumed from step {row.resumed_from:,}"
-    if why := causes(row):
+    if (why := causes(row)) and row.view.state in FINISHED:  # a failed stage's causes are printed with its message
         yield f"restarted: {why}"
 
 
