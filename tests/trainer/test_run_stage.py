@@ -14,7 +14,7 @@ import pytest
 from stagecoach_api.artifacts import ResolvedStage, attempt_prefix
 from stagecoach_api.kinds.data import DataStage
 from stagecoach_api.outcomes import Cause, ExitCode
-from stagecoach_api.store import AccessDenied, Corrupt, Unreachable
+from stagecoach_api.store import AccessDenied, Corrupt, InvalidLocation, Unreachable
 from stagecoach_trainer.__main__ import pin_threads, read_stage
 from stagecoach_trainer.run_stage import AttemptSettings, run_stage
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
@@ -62,6 +62,19 @@ def test_a_stage_writes_into_an_empty_output_and_is_published(tmp_path: Path, mo
     stored = tmp_path / "store" / "artifacts" / DIGEST
     assert (stored / "output" / "report.json").read_text() == "1"
     assert (tmp_path / "store" / attempt_prefix(DIGEST, 1) / "logs" / "log.jsonl").is_file()
+
+
+def test_a_storage_that_cannot_be_written_ends_the_attempt_before_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--storage` that is a file: the stage did all its work, failed when it was published, and was tried 20 times."""
+    stand_in(monkeypatch, lambda config, context: pytest.fail("called"))
+    (tmp_path / "store").write_text("")
+    with pytest.raises(InvalidLocation) as caught:
+        run_stage(attempt(tmp_path), threading.Event())
+    result = outcome_of(caught.value).result
+    assert result.cause is Cause.USER
+    assert f"{tmp_path}/store cannot be a folder of the storage" in result.message
 
 
 def test_other_ranks_skip_a_stage_that_does_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,10 +213,16 @@ def _store_error(error: OSError, key: str, path: Path | None) -> StoreError:
     if error.errno in _DENIED:
         return AccessDenied(key, f"permission denied for {where} ({error.strerror}); check its owner and mode")
     if error.errno in _IN_THE_WAY and path is not None:
-        return InvalidLocation(
-            key, f"{where} cannot be a folder of the storage ({error.strerror}); move it away, or use another `storage`"
-        )
+        what = f"{_in_the_way(path)} cannot be a folder of the storage ({error.strerror})"
+        return InvalidLocation(key, f"{what}; move it away, or use another `storage`")
     # While writing, ENOENT is about the target's folder, and does not mean that an object is missing.
     if error.errno in _ABSENT and path is None:
         return NotFound(key, f"the file {where} does not exist")
     return StoreError(key, f"{error.strerror or error} ({where})")
+
+
+def _in_the_way(path: Path) -> Path:
+    """Return the file that is where a folder of `path` has to be; `path` itself if there is none."""
+    with contextlib.suppress(OSError):
+        return next((item for item in path.parents if item.is_file()), path)
+    return path
