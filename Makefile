@@ -23,7 +23,7 @@ E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if 
 # train nothing. In these folders, `pytest.mark.slow` leaves out modules that take seconds.
 FAST := $(addprefix tests/,api core operator cli $(addprefix trainer/,batches data kernels losses rewards runtime samples text))
 
-.PHONY: help install demo fast test explore fmt lint generate verify bench bench-alignment bench-operator images dist chart lock clean cluster cluster-down e2e
+.PHONY: help install demo fast test explore fmt lint generate verify bench bench-alignment bench-operator families images dist chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench: install $(UV) ## compare ours with transformers' Trainer and TRL; writes 
 
 bench-alignment: install $(UV) ## only the benches of alignment: speed and memory against TRL, learning on small tasks
 	$(BIN)/python -m bench alignment
+
+families: install ## try every family of models and write the table in docs/models.md
+	$(BIN)/python -m tests.trainer.families
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@$(BIN)/python -m bench.handover

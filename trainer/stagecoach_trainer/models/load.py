@@ -158,7 +158,7 @@ def untie_differing(model: Any) -> bool:
     """
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
-    if head is None or head.weight is embedding or not model.config.tie_word_embeddings:
+    if head is None or head.weight is embedding or not getattr(model.config, "tie_word_embeddings", False):
         return False
     if head.weight.shape == embedding.shape and bool((embedding == head.weight).all()):
         return False

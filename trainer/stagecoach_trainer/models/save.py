@@ -175,7 +175,7 @@ def _as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dic
 
 def _without_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return each weight once: a head that is the embedding is stored as that, and tied again when it is loaded."""
-    tied = model.config.tie_word_embeddings
+    tied = getattr(model.config, "tie_word_embeddings", False)
     others = _other_names(model)
     return {
         name: tensor

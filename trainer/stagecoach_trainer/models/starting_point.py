@@ -132,7 +132,7 @@ def position_change(
 
     def change(config: PreTrainedConfig) -> None:
         rotary = getattr(config, "rope_parameters", None)
-        if rotary is None:
+        if rotary is None or positions_of(config) is None:
             _require_no_change(config, longest, must_rotate or theta is not None or scaling is not None)
             return
         rope = dict(rotary)

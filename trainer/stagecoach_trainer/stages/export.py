@@ -117,7 +117,8 @@ def _store_log_probs(source: LoadedModel, config: ExportStage, context: StageCon
     """Store the model's log-probabilities before it is changed."""
     context.progress.report("proof: before")
     model = place(source.model, torch.float32, compute_device())
-    rows = proof_rows(model.config.vocab_size, config.proof.tokens, context.seed, positions_of(model.config))
+    text = model.config.get_text_config()  # of a model that also reads images or audio, the part that reads text
+    rows = proof_rows(text.vocab_size, config.proof.tokens, context.seed, positions_of(text))
     return StoredLogProbs(model, rows, context.work / "proof")
 
 
