@@ -53,6 +53,7 @@ class Outer(Model):
     required: int
     word: str = "plain"
     count: int = 0
+    flag: bool = False
     first: int | None = None
     second: int | None = None
     nested: Inner
@@ -93,6 +94,7 @@ CASES: list[tuple[Predicate, str, list[dict[str, Any]], list[dict[str, Any]]]] =
         [outer(word="x")],
     ),
     (equals("word", "x"), "has(self.word) && self.word == 'x'", [outer(word="x")], [outer(), outer(word="plain")]),
+    (equals("flag", True), "has(self.flag) && self.flag == true", [outer(flag=True)], [outer(), outer(flag=False)]),
     (at_least("count", 1), "has(self.count) && self.count >= 1", [outer(count=1)], [outer(), outer(count=0)]),
     (
         at_least("default.b", 2),

@@ -18,6 +18,7 @@ from stagecoach_api.constraints import (
     AllOf,
     AnyOf,
     Compare,
+    Constant,
     Distinct,
     Divisible,
     Each,
@@ -122,8 +123,7 @@ class _Scope:
         return _tests([*self._guards(condition.field), self._has(condition.field)], condition.expected)
 
     def _compare(self, condition: Compare) -> _Expression:
-        constant = f"'{condition.constant}'" if isinstance(condition.constant, str) else str(condition.constant)
-        comparison = f"{self._path(condition.field)} {condition.operator} {constant}"
+        comparison = f"{self._path(condition.field)} {condition.operator} {_literal(condition.constant)}"
         guards = self._guards(condition.field)
         if not self._field(condition.field).is_required():
             guards.append(self._has(condition.field))
@@ -182,6 +182,13 @@ class _Scope:
         if item is None or not info.is_required():
             raise ValueError(f"`{field}` must be a required list of models")
         return _Scope("item", item)
+
+
+def _literal(constant: Constant) -> str:
+    """Return a constant as CEL writes it: its texts are in quotes, its `true` is in lower case."""
+    if isinstance(constant, str):
+        return f"'{constant}'"
+    return str(constant).lower() if isinstance(constant, bool) else str(constant)
 
 
 def _equality(expected: bool) -> str:

@@ -46,8 +46,10 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:  # noqa: PLR0911
             return sum(map(bool, found)) == 1
         case ast.Attribute(value=owner, attr=name):
             return _evaluate(owner, names)[name]
+        case ast.Name(id="true" | "false" as literal):
+            return literal == "true"
         case ast.Name(id=name):
             return names[name]
-        case ast.Constant(value=value):
+        case ast.Constant(value=str() | int() as value) if not isinstance(value, bool):  # `True` is Python, not CEL
             return value
     raise AssertionError(f"not in the part of CEL that is understood: {ast.dump(node)}")
