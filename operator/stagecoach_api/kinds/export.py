@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stagecoach_api.base import LongText, Model, ShortText
+from stagecoach_api.constraints import Constraint, equals, given, implies
 from stagecoach_api.generation import ReleasedGeneration, Samples
 from stagecoach_api.references import ArtifactType, Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind, reads
@@ -26,6 +27,19 @@ class Proof(Model):
 
 class ExportStage(StageConfig):
     """Make a release in Hugging Face layout: safetensors, tokenizer with chat template, generation settings."""
+
+    constraints = (
+        Constraint(
+            implies(given("base_model"), equals("merge_adapters", False)),
+            "`baseModel` names the base of a released adapter; a merged release has no base",
+            "remove it, or set `mergeAdapters: false`",
+        ),
+        Constraint(
+            implies(given("generation"), equals("merge_adapters", True)),
+            "an adapter has no generation settings; those of its base are used",
+            "remove `generation`, or `mergeAdapters: false`",
+        ),
+    )
 
     model: Reference
     """Model or adapter to release."""
@@ -47,8 +61,8 @@ class ExportStage(StageConfig):
     chat_template: LongText | None = None
     """Jinja chat template of the release. If unset: the tokenizer's own."""
 
-    generation: ReleasedGeneration = ReleasedGeneration()
-    """Settings of `generation_config.json` that replace the base's own, which are kept otherwise."""
+    generation: ReleasedGeneration | None = None
+    """Settings of `generation_config.json` that replace the base's own. If unset: those are kept."""
 
     samples: Samples | None = None
     """Prompts that the reloaded release answers in the report. If unset: none."""

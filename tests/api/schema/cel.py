@@ -23,7 +23,7 @@ def holds(rule: str, value: Mapping[str, Any]) -> bool:
     return bool(_evaluate(ast.parse(text.strip(), mode="eval").body, {"self": value}))
 
 
-def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:  # noqa: PLR0911  # one line per kind of node
+def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:  # noqa: PLR0911, PLR0912  # one line per kind of node
     match node:
         case ast.BoolOp(op=ast.Or(), values=parts):
             return any(_evaluate(part, names) for part in parts)

@@ -273,20 +273,6 @@ def test_a_base_that_exists_nowhere_has_no_name(tmp_path: Path, adapter: Path) -
         release(tmp_path, adapter, mergeAdapters=False, baseModel="org/model")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"baseModel": "org/model"}, "baseModel: a merged release has no base"),
-        ({"mergeAdapters": False, "generation": {"temperature": 1}}, "generation: an adapter has no generation"),
-    ],
-)
-def test_settings_that_the_release_cannot_contain_are_refused(
-    tmp_path: Path, plain: Path, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        release(tmp_path, plain, **settings)
-
-
 def test_a_whole_model_cannot_be_released_as_an_adapter(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UserError, match="uri:model is not an adapter"):
         release(tmp_path, base, mergeAdapters=False)

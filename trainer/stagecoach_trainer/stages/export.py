@@ -61,7 +61,6 @@ class ExportReport:
 def run(config: ExportStage, context: StageContext) -> StageOutcome:
     """Write the release and prove it. Raises UserError if the proof fails, so that nothing is published."""
     report = ExportReport(model=config.model.key, adapter=not config.merge_adapters, precision=config.precision.value)
-    _check(config)
     source = _load(config, context)
     tokenizer = source.require_tokenizer()
     _set_chat_template(tokenizer, config, report)
@@ -80,14 +79,6 @@ def run(config: ExportStage, context: StageContext) -> StageOutcome:
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
-
-
-def _check(config: ExportStage) -> None:
-    """Raise UserError for settings that the release could not contain."""
-    if config.merge_adapters and config.base_model is not None:
-        raise UserError("baseModel: a merged release has no base; remove the field, or set `mergeAdapters: false`")
-    if not config.merge_adapters and config.generation != ReleasedGeneration():
-        raise UserError("generation: an adapter has no generation settings, its base's are used; remove the field")
 
 
 def _load(config: ExportStage, context: StageContext) -> LoadedModel:
@@ -151,7 +142,7 @@ def _release_model(
         ModelCard(adapter=False),
         dtype=DTYPES[config.precision],
         max_shard_bytes=config.max_shard_bytes,
-        generation=released_settings(config.generation, model.generation_config),
+        generation=released_settings(config.generation or ReleasedGeneration(), model.generation_config),
         base=source.path,
     )
 
