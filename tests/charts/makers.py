@@ -107,3 +107,7 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Body:
     for name, value in other.items():
         result[name] = merged(result[name], value) if isinstance(result.get(name), Mapping) else value
     return result
+
+
+ESTABLISHED = '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True'
+"""Option of `kubectl wait`. `--for=condition=Established` fails at once while a new CRD has no list of conditions."""

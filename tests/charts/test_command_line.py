@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.charts.makers import CHART, api_cluster
+from tests.charts.makers import CHART, ESTABLISHED, api_cluster
 from tests.cluster.__main__ import Cluster
 
 pytestmark = pytest.mark.go
@@ -73,7 +73,7 @@ def test_a_missing_crd_is_reported(stagecoach: Stagecoach) -> None:
 def served(kubectl: Callable[..., str], stagecoach: Stagecoach) -> Iterator[Callable[[], dict[str, Any]]]:
     """Install the CRD; return a function that reads the run from the API server."""
     kubectl("apply", "--server-side", "--filename", str(CHART / "files" / "trainingruns.yaml"))
-    kubectl("wait", "crd", "trainingruns.stagecoach.dev", "--for=condition=Established", "--timeout=110s")
+    kubectl("wait", "crd", "trainingruns.stagecoach.dev", ESTABLISHED, "--timeout=110s")
     yield lambda: json.loads(kubectl("get", "trainingrun", RUN, "--output=json"))
     kubectl("delete", "trainingruns", "--all", "--wait=false")
 

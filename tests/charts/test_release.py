@@ -18,7 +18,7 @@ import pytest
 from stagecoach_api.names import FINALIZER
 from stagecoach_api.spec import TrainingRun
 from tests import ROOT
-from tests.charts.makers import CHART, RELEASE, api_cluster, helm
+from tests.charts.makers import CHART, ESTABLISHED, RELEASE, api_cluster, helm
 from tests.cluster.__main__ import Cluster
 
 pytestmark = pytest.mark.go
@@ -48,7 +48,7 @@ class Api:
     def install(self, *settings: str) -> None:
         """Install the chart, and wait until runs can be created."""
         self.helm("install", RELEASE, str(CHART), "--no-hooks", *settings)
-        self.kubectl("wait", "crd", DEFINITION, "--for=condition=Established", "--timeout=110s")
+        self.kubectl("wait", "crd", DEFINITION, ESTABLISHED, "--timeout=110s")
 
     def value(self, kind: str, name: str, path: str) -> str:
         return self.kubectl("get", kind, name, "--namespace", NAMESPACE, "--output", f"jsonpath={{{path}}}")
