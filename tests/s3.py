@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -131,9 +132,12 @@ def wait_for_port(port: int, explain: Callable[[], str]) -> None:
 
 
 def make_bucket(endpoint: str, name: str) -> None:
+    """Create a bucket unless it exists: fixtures of several folders may share one."""
     import boto3
 
-    boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=REGION).create_bucket(Bucket=name)
+    client = boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=REGION)
+    with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=name)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -198,10 +198,8 @@ def test_two_drivers_in_two_folders_share_the_work(tmp_path: Path) -> None:
     views = [Recorder(), Recorder()]
     outcomes: list[Outcome] = []
 
-    def drive(bench: Bench, view: Recorder) -> None:
-        outcomes.append(Driver(bench.job(), view).run())
-
-    threads = [threading.Thread(target=drive, args=pair) for pair in zip(benches, views, strict=True)]
+    drivers = [Driver(bench.job(), view) for bench, view in zip(benches, views, strict=True)]
+    threads = [threading.Thread(target=lambda driver=driver: outcomes.append(driver.run())) for driver in drivers]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -59,10 +59,10 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
     spread = kind.ranks is Ranks.ALL
     if not spread and not attempt.world.is_main:
         return None  # the stage runs on rank 0 alone
+    _log_start(attempt)
     if attempt.world.is_main:
         announce_attempt(context)
     refuse_early(attempt.config, context)
-    _log_start(attempt)
     context.progress.report("load libraries")
     with fast_imports(training=attempt.config.trains):
         run = load_stage(kind.name)

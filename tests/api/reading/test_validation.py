@@ -419,7 +419,7 @@ BAD: list[tuple[str, list[tuple[str, Any]], str, tuple[str, ...]]] = [
     ),
     (
         "a layer has one role in LoRA",
-        [("stages.sft.sft.trainable.lora.modulesToSave", ["q_proj"])],
+        [("stages.sft.sft.trainable.lora", {"rank": 4, "targets": ["q_proj"], "modulesToSave": ["q_proj"]})],
         "stages.sft.sft.trainable.lora.modulesToSave[0]",
         ("is in `targets` too",),
     ),
@@ -566,8 +566,8 @@ def test_every_cycle_is_reported_once() -> None:
 
 
 def test_a_stage_that_cannot_be_read_does_not_affect_its_readers() -> None:
-    spoiled = edited(("stages.sft.sft.template", REMOVED))
-    assert [problem.path for problem in problems_of(spoiled)] == ["stages.sft.sft.template"]
+    spoiled = edited(("stages.sft.sft.batch", REMOVED))
+    assert [problem.path for problem in problems_of(spoiled)] == ["stages.sft.sft.batch"]
 
 
 def test_new_rows_of_an_earlier_stage_may_be_trained_on() -> None:

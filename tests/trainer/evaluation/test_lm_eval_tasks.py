@@ -180,7 +180,7 @@ def test_a_local_task_gives_the_accuracy_one_computes_by_hand_and_may_be_a_gate(
     assert outcome.metrics == {"lmEval.animals.acc": pytest.approx(right / len(DOCUMENTS))}
     report = json.loads((context.output / REPORT).read_text(encoding="utf-8"))
     assert report["lmEval"] == {"animals": {"questions": len(DOCUMENTS)}}
-    assert (context.cache / "datasets").is_dir()
+    assert (context.work / "datasets").is_dir()
     refused_templates_reach_nothing(tmp_path, context.cache, Harness(model, tokenizer, 2, context))
 
 

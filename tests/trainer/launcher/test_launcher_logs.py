@@ -62,6 +62,16 @@ from stagecoach_trainer.runtime.errors import UserError
 def run(config, context):
     raise UserError("data.sources[0].uri: corpus.jsonl is empty; give records")
 """
+LOSES_ITS_STORE = """
+import shutil
+from pathlib import Path
+from stagecoach_trainer.runtime.errors import UserError
+def run(config, context):
+    store = Path(context.store.uri.removeprefix("file://"))
+    shutil.rmtree(store)
+    store.write_text("no folder")
+    raise UserError("data.sources[0].uri: corpus.jsonl is empty; give records")
+"""
 SAYS_ITS_RANK = """
 from stagecoach_trainer.runtime.errors import UserError
 def run(config, context):
@@ -274,9 +284,8 @@ def test_a_full_disk_leaves_a_gap_in_the_log_and_the_stage_continues(tmp_path: P
 
 
 def test_logs_that_cannot_be_stored_do_not_hide_how_the_stage_ended(tmp_path: Path) -> None:
-    attempt = make_attempt(tmp_path, RAISES)
-    (tmp_path / "file").write_text("no folder")
-    change(attempt, storageUri=str(tmp_path / "file" / "store"))
+    attempt = make_attempt(tmp_path, LOSES_ITS_STORE)
+    change(attempt, storageUri=str(tmp_path / "lost"))
     assert attempt.run() == ExitCode.USER_ERROR
     assert attempt.result.message == "data.sources[0].uri: corpus.jsonl is empty; give records"
     assert attempt.log.count("[launcher] the logs of this node could not be stored: ") == 1
@@ -302,7 +311,7 @@ def test_a_stop_while_the_store_does_not_respond_ends_within_the_pods_grace_peri
         attempt = replace(attempt, pod={"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY})
         launcher = attempt.start("--grace-seconds=2")
         deadline = time.monotonic() + 60
-        while "waits" not in attempt.log:
+        while "attempt 1" not in attempt.log:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         launcher.send_signal(signal.SIGTERM)

@@ -62,7 +62,8 @@ def trained_adapter(folder: str) -> str:
 @pytest.mark.slow
 def test_passive_waiting_changes_no_byte_of_an_adapter(tmp_path: Path) -> None:
     script = f"from {__name__} import trained_adapter; print(trained_adapter({str(tmp_path / 'passive')!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     passive = subprocess.Popen(
         [sys.executable, "-c", script],
         env={**environment, **thread_environment(environment, 1)},
@@ -76,5 +77,4 @@ def test_passive_waiting_changes_no_byte_of_an_adapter(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(before)
     output, _ = passive.communicate(timeout=200)
-    assert os.environ.get("OMP_WAIT_POLICY") is None
     assert output.split()[-1] == active

@@ -17,7 +17,11 @@ from tests.trainer.data.makers import CHINESE, LLAMA, FolderContext, make_contex
 pytestmark = pytest.mark.slow
 
 BASE = {"uri": str(LLAMA)}
-POEMS = {"uri": str(SHARED / "corpus" / "chinese_classics.jsonl"), "maxSamples": 400}
+POEMS = {
+    "uri": str(SHARED / "corpus" / "chinese_classics.jsonl"),
+    "fields": {"ignore": ["source"]},
+    "maxSamples": 400,
+}
 MEASURED = [
     {**POEMS, "name": "zh"},
     {"uri": str(SHARED / "sft" / "alpaca_en.json"), "name": "en", "maxSamples": 100},

@@ -60,19 +60,21 @@ def combine(
 
     `end_of_log`: returns the end of a rank's log, which explains a worker that ended before it could report.
 
-    One rank's failure makes the others fail, so the earliest named failure is the reason, else the earliest error of a
-    rank's own. A rank without an outcome was killed by a signal, which explains the other failures; that a rank was
-    asked to stop explains none, because torchrun asks the others once one has failed.
+    One rank's failure makes the others fail, so the earliest named failure is the reason, else the signal that killed a
+    rank without an outcome, else the earliest error of a rank's own. That a rank was asked to stop explains nothing:
+    torchrun asks the others once one has failed.
     """
     failures = sorted(
         (outcome for outcome in outcomes.values() if outcome.result.exit_code != ExitCode.DONE),
         key=lambda outcome: outcome.time,
     )
-    explaining = [item for item in failures if item.named and item.result.exit_code != ExitCode.INTERRUPTED]
-    explaining = explaining or [item for item in failures if item.result.fault]
+    named = [item for item in failures if item.named and item.result.exit_code != ExitCode.INTERRUPTED]
+    silent = sorted(set(ranks) - set(outcomes))
+    if not named and silent and exit_code < 0:  # killed: torchrun does not list the ranks that it has ended itself
+        return _without_outcome(silent, exit_code, end_of_log)
+    explaining = named or [item for item in failures if item.result.fault]
     if explaining:
         return explaining[0].result
-    silent = sorted(set(ranks) - set(outcomes))
     if exit_code != ExitCode.DONE and (silent or not failures):
         return _without_outcome(silent, exit_code, end_of_log)
     if failures:
