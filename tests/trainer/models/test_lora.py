@@ -97,6 +97,7 @@ def test_experts_must_be_adapted_or_frozen_by_name() -> None:
             {"experts": Experts.ADAPT, "dropout": 0.1},
             r"dropout: 0\.1, but adapters of fused experts have",
         ),
+        ("dots1", {"targets": ("gate_proj",)}, r"PEFT reads gate_proj as the fused experts of Dots1ForCausalLM"),
         ("mamba", {"targets": ("dt_proj",)}, r"an adapter on mixer\.dt_proj cannot be merged again \(outputs of up to"),
     ],
 )
@@ -112,6 +113,14 @@ def test_an_adapter_on_a_tied_head_is_refused_before_it_is_trained() -> None:
     with pytest.raises(UserError, match=message):
         choose_trainable(make_model(100, tied=True), trainable, NO_ROWS, seed=1)
     assert choose_trainable(make_model(100), trainable, NO_ROWS, seed=1).adapter
+
+
+@pytest.mark.parametrize("kind", ["dots1", "deepseek_v2"])
+def test_layers_with_the_earlier_names_of_experts_are_left_out(kind: str) -> None:
+    """PEFT reads `gate_proj` of a dense layer as the fused experts: what was saved did not compute what was trained."""
+    adapted, notes = adapt(tiny(kind), experts=Experts.ADAPT)
+    assert adapted.peft_config["default"].rank_pattern == {}
+    assert re.search(r"; not: .*gate_proj, .*up_proj, .*down_proj", notes[1])
 
 
 def test_adapters_on_experts_are_saved_loaded_and_merged_exactly(tmp_path: Path) -> None:

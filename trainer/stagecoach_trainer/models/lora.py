@@ -176,6 +176,12 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
 def _targets(model: Any, lora: LoraTraining, blocks: Blocks) -> list[str]:
     """Return the names of target modules for PEFT, `all-linear` resolved to those of this model."""
     named = [name for name in lora.targets if name != ALL_LINEAR]
+    replaced = [name for name in named if not _is_read_as_written(model, name)]
+    if replaced:
+        raise UserError(
+            f"trainable.lora.targets: PEFT reads {', '.join(replaced)} as the fused experts of {type(model).__name__}, "
+            "not as layers; leave them out, and set `experts: adapt` to adapt the experts"
+        )
     if ALL_LINEAR not in lora.targets:
         return named
     shared = _shared_weights(model)
@@ -225,7 +231,8 @@ def _mergeable(model: Any, lora: LoraTraining, targets: list[str], experts: list
 
 
 def _adapts(model: Any, name: str) -> bool:
-    """Return whether PEFT can adapt a layer: not those whose weights Mamba's kernels read past the layer."""
+    """Return whether PEFT can adapt a layer: not those whose weights Mamba's kernels read past the layer, and not those
+    whose names it takes for experts."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
@@ -233,7 +240,24 @@ def _adapts(model: Any, name: str) -> bool:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rsplit(".", 1)[-1])
     except ValueError:
         return False
-    return True
+    return _is_read_as_written(model, name)
+
+
+def _is_read_as_written(model: Any, name: str) -> bool:
+    """Return whether PEFT keeps a target as it is.
+
+    In mixtures whose experts transformers 5 stores as one parameter, it reads the experts' earlier names (`gate_proj`)
+    as that parameter, although dense layers and shared experts still have layers of these names.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # a part of what was fused into one parameter
+        return False
+    return set(config.target_modules or ()) == {name}
 
 
 def _shortest(model: nn.Module, chosen: Sequence[str]) -> list[str]:

@@ -19,7 +19,14 @@ from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.evaluation.proof import Divergence, StoredLogProbs, proof_rows
 from stagecoach_trainer.evaluation.report import figure, samples_text, table, write_json
 from stagecoach_trainer.generation.generation import answer_samples
-from stagecoach_trainer.models.load import LoadedModel, apply_adapter, load_folder, load_model, positions_of
+from stagecoach_trainer.models.load import (
+    LoadedModel,
+    apply_adapter,
+    load_folder,
+    load_model,
+    positions_of,
+    untie_differing,
+)
 from stagecoach_trainer.models.placement import compute_device, place
 from stagecoach_trainer.models.release_adapter import release_adapter
 from stagecoach_trainer.models.safety import check_adapter_folder
@@ -128,7 +135,7 @@ def _release_model(
         model = model.merge_and_unload(safe_merge=True)
         report.proof["merge"] = before.compare(model)
         _require(report.proof["merge"], MERGE_KL, "merging the adapters")
-    if untie(model):
+    if untie_differing(model):
         report.notes.append(
             "input embedding and head differ, so they are released apart (`tie_word_embeddings: false`)"
         )
@@ -160,18 +167,6 @@ def released_settings(chosen: ReleasedGeneration, base: Any) -> dict[str, Any]:
     if chosen.max_new_tokens is not None:
         settings["max_new_tokens"] = chosen.max_new_tokens
     return settings
-
-
-def untie(model: Any) -> bool:
-    """Mark the model as untied if head and input embedding differ; return whether its configuration changed.
-
-    Loading such a model as tied would replace the head with the embedding (transformers#45127).
-    """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if not model.config.tie_word_embeddings or embedding is head or bool((embedding == head).all()):
-        return False
-    model.config.tie_word_embeddings = False
-    return True
 
 
 def _release_adapter(source: LoadedModel, config: ExportStage, context: StageContext, report: ExportReport) -> Path:
