@@ -137,7 +137,7 @@ def test_the_home_of_an_unknown_user_is_a_problem_of_its_field(
     monkeypatch.chdir(tmp_path)
     bench = Bench(tmp_path)
     stage = data_stage("corpus")
-    stage["data"]["sources"][0] |= {"uri": "~nobody-here/corpus.txt"}
+    stage["data"]["sources"][0] |= {"uri": "~no-such-user/corpus.txt"}
     bench.write([stage])
     code, output = cli("validate", "run.yaml")
     assert code == 2

@@ -106,7 +106,7 @@ def evaluate(workshop: Workshop, model: str) -> float:
     return run(config, workshop.context("evaluate", f"{model} evaluated")).metrics["heldOut.en.loss"]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_at_the_end_of_training_is_that_of_the_artifact(tmp_path: Path, form: str, tied: bool) -> None:
     if tied and form == "lora and matrices":  # refused when the stage starts

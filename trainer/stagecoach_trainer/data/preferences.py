@@ -143,7 +143,7 @@ class _Parser:
         if chosen[:-1] != rejected[:-1]:
             raise RecordError(
                 f"`{names[0]}` and `{names[1]}` must be the same conversation up to their last turns; give the prompt "
-                "apart, as `prompt`"
+                "in `prompt`"
             )
         last = (_only_answer(turns[-1:], name) for turns, name in zip((chosen, rejected), names, strict=True))
         return chosen[:-1], list(last)

@@ -90,7 +90,7 @@ class Probe:
 
     def __init__(self, model: Any) -> None:
         self._ids = _probe_ids(int(model.config.get_text_config().vocab_size))
-        self._before = _outputs(model, self._ids)
+        self._before = outputs_of(model, self._ids)
 
     def require_same(self, model: Any, what: str) -> None:
         """Raise UserError if the outputs of `model` differ by more than rounding. `what` is the message's subject."""
@@ -104,7 +104,7 @@ class Probe:
 
     def change(self, model: Any) -> str | None:
         """Return by how much the outputs of `model` differ; None if that is rounding."""
-        after = _outputs(model, self._ids)
+        after = outputs_of(model, self._ids)
         largest = float(self._before.abs().max())
         # Rounding may send a token of a mixture to another expert, which moves one row; a wrong merge moves all.
         halves = (slice(0, None, 2), slice(1, None, 2))
@@ -121,7 +121,7 @@ def _probe_ids(vocabulary: int) -> Tensor:
     return torch.linspace(0, vocabulary - 1, ROWS * ROW_TOKENS).round().long().reshape(ROWS, ROW_TOKENS)
 
 
-def _outputs(model: Any, ids: Tensor) -> Tensor:
+def outputs_of(model: Any, ids: Tensor) -> Tensor:
     """Return the logits, or the scores of a reward model, in fp32; dropout is off."""
     was_training = model.training
     model.eval()

@@ -40,9 +40,9 @@ class TrainingLength:
     def most_checkpoints(self) -> int:
         """The most checkpoints that are kept at a time."""
         every = self.checkpoints.every_steps or max(1, -(-self.num_steps // DEFAULT_CHECKPOINTS))
-        apart = self.checkpoints.keep_every_steps
+        interval = self.checkpoints.keep_every_steps
         # An old checkpoint is deleted once a new one is complete, so there is one more for a while.
-        kept = self.checkpoints.keep_last + 1 + (self.num_steps // apart if apart else 0)
+        kept = self.checkpoints.keep_last + 1 + (self.num_steps // interval if interval else 0)
         return min(kept, -(-self.num_steps // every))
 
 

@@ -26,6 +26,7 @@ from stagecoach_trainer.models.load import (
     name_base,
     shipped_base,
 )
+from stagecoach_trainer.models.merging import outputs_of
 from stagecoach_trainer.models.resize import num_rows
 from stagecoach_trainer.models.safety import check_adapter_folder
 from stagecoach_trainer.models.save import rehearse_saving, save_adapter, save_model
@@ -149,7 +150,7 @@ class SavedProbe:
         """Measure a model in memory."""
         weight = model.get_input_embeddings().weight
         ids = _probe_ids(tokenizer, num_rows(model))
-        return cls(ids, _outputs(model, ids.to(weight.device)), model.dtype, weight.device)
+        return cls(ids, outputs_of(model, ids).cpu(), model.dtype, weight.device)
 
     def prove(self, output: Path, base: Path | None, head: Head) -> None:
         """Open the saved folder by transformers' and PEFT's own classes, and compare.
@@ -161,7 +162,7 @@ class SavedProbe:
         else:
             model = load_folder(base, self.dtype, head=head)
             model = apply_adapter(model, output, check_adapter_folder(output), trainable=False)
-        found = _outputs(model.to(self.device), self.ids.to(self.device))
+        found = outputs_of(model.to(self.device), self.ids).cpu()
         largest = float(self.outputs.abs().max())
         difference = float((found - self.outputs).abs().max()) if found.shape == self.outputs.shape else float("inf")
         if not difference <= TOLERANCE[self.dtype] * max(largest, 1.0):  # also true if one of them is NaN
@@ -175,12 +176,3 @@ def _probe_ids(tokenizer: Any, rows: int) -> Tensor:
     ids = [token for text in PROBES[:4] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     kept = [token for token in ids if token < rows and token != tokenizer.pad_token_id][:PROBE_TOKENS]
     return torch.tensor([kept or [rows - 1]])
-
-
-def _outputs(model: Any, ids: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    model.train(was_training)
-    return logits.float().cpu().clone()

@@ -96,8 +96,8 @@ class SplitRows(nn.Module):
     @property
     def parts(self) -> list[torch.Tensor]:
         """The rows in order: old ones [V0, D], new ones [N, D], and surplus ones, if any."""
-        before, behind = self.old_rows[: self._first_new], self.old_rows[self._first_new :]
-        return [before, self.new_rows, behind] if len(behind) else [before, self.new_rows]
+        before, after = self.old_rows[: self._first_new], self.old_rows[self._first_new :]
+        return [before, self.new_rows, after] if len(after) else [before, self.new_rows]
 
     @property
     def weight(self) -> torch.Tensor:
