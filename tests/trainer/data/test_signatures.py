@@ -19,6 +19,10 @@ from stagecoach_trainer.runtime.errors import UserError
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
 
 
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)  # the same bytes in every worker, which names its tests by them
+
+
 def zipped() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -48,14 +52,14 @@ def parquet() -> bytes:
         ("a.txt", "words\n".encode("utf-16-le"), "UTF-16 text"),
         ("a.csv", "a,b\n".encode("utf-16-be"), "UTF-16 text"),
         ("a.csv", "a,b\n".encode("utf-32"), "UTF-32 text"),
-        ("a.jsonl", gzip.compress(LINES), "gzip data; add .gz to its name"),
-        ("a.json.gz", gzip.compress(gzip.compress(LINES)), "gzip data"),
+        ("a.jsonl", gzipped(LINES), "gzip data; add .gz to its name"),
+        ("a.json.gz", gzipped(gzipped(LINES)), "gzip data"),
         ("a.txt", zstandard.compress(LINES), "zstd data"),
         ("a.json", zipped(), "a zip archive or an Office file"),
         ("a.csv", bz2.compress(LINES), "bzip2 data; unpack it"),
         ("a.jsonl", lzma.compress(LINES), "xz data"),
         ("a.jsonl", tarred(), "a tar archive"),
-        ("a.jsonl.gz", gzip.compress(tarred()), "a tar archive"),
+        ("a.jsonl.gz", gzipped(tarred()), "a tar archive"),
         ("a.json", parquet(), r"Parquet; end its name in \.parquet"),
         ("a.txt", parquet(), "Parquet"),
         ("a.parquet", LINES, "no Parquet file"),
@@ -65,8 +69,8 @@ def parquet() -> bytes:
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
         ("a.txt", b"%PDF-1.7\n", "a PDF; extract its text"),
         ("a.jsonl.gz", LINES, r"is called \.gz, but is not gzip data"),
-        ("a.jsonl.zst", gzip.compress(LINES), r"is called \.zst, but is not zstd data"),
-        ("part-0", gzip.compress(LINES), "gzip data"),
+        ("a.jsonl.zst", gzipped(LINES), r"is called \.zst, but is not zstd data"),
+        ("part-0", gzipped(LINES), "gzip data"),
         ("part-0", b"words\n", r"end its name in \.txt"),
     ],
 )
