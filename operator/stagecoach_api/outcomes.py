@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from pydantic import ConfigDict, Field
@@ -28,6 +29,8 @@ class ExitCode(IntEnum):
 
 
 FAULT_CHARACTERS = 256
+MAX_WARNINGS = 8
+WARNING_CHARACTERS = 256
 
 
 class Cause(StrEnum):
@@ -81,3 +84,19 @@ class AttemptResult(Model):
     fault: str | None = Field(default=None, max_length=FAULT_CHARACTERS)
     """Type and place of the error, if it is one that is expected to recur at the same place unless the user changes
     something (`stagecoach_api.faults`). None for all others, such as a lost connection or the end of another rank."""
+
+    warnings: tuple[str, ...] = ()
+    """The stage's warnings, as many and as much of each as there is room for: at most MAX_WARNINGS of
+    WARNING_CHARACTERS. If some are left out, the last entry is their count."""
+
+
+def bounded_warnings(warnings: Sequence[str], number: int = MAX_WARNINGS) -> tuple[str, ...]:
+    """Return at most `number` warnings, each shortened to WARNING_CHARACTERS.
+
+    If some are left out, the last entry is their count.
+    """
+    shown = warnings if len(warnings) <= number else warnings[: max(0, number - 1)]
+    more = len(warnings) - len(shown)
+    others = f"and {more} more warning{'s' * (more > 1)}; the stage's log and report.json list all"
+    texts = [text if len(text) <= WARNING_CHARACTERS else f"{text[: WARNING_CHARACTERS - 1]}…" for text in shown]
+    return (*texts, *([others] if more else []))

@@ -272,6 +272,11 @@ class AttemptStatus(Model):
     message: Annotated[str, Field(max_length=1024)] = ""
     """How the attempt ended. If it left no result, the last lines of its log."""
 
+    warnings: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=8)] = ()
+    """Warnings that the stage reported during this attempt, shortened; if some are left out, the last entry is
+    their count.
+    Kept for a stage's newest attempt only. The stage's log and the `report.json` of its artifact have all of them."""
+
     incarnations: Annotated[tuple[Incarnation, ...], Field(max_length=4)] = ()
     """Newest pods with index 0, oldest first."""
 

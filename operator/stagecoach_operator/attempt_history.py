@@ -45,7 +45,13 @@ def bounded(
     dropped = [attempt for attempt in every[:surplus] if attempt.record.ended is not None]
     gone = {attempt.record.number for attempt in dropped}
     kept = tuple(attempt.record for attempt in every if attempt.record.number not in gone)[-MAX_ATTEMPTS:]
-    return kept, _added(dropped, None if previous is None else previous.forgotten, now)
+    return _with_newest_warnings(kept), _added(dropped, None if previous is None else previous.forgotten, now)
+
+
+def _with_newest_warnings(records: tuple[AttemptStatus, ...]) -> tuple[AttemptStatus, ...]:
+    """Return the records with warnings in the newest one only: those of earlier attempts would mostly repeat them."""
+    earlier = (item.model_copy(update={"warnings": ()}) if item.warnings else item for item in records[:-1])
+    return (*earlier, *records[-1:])
 
 
 def _added(

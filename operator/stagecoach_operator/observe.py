@@ -19,7 +19,7 @@ from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
 from stagecoach_operator.pod_startup import Waiting, waiting_for
 from stagecoach_operator.progress_reports import LatestReport
-from stagecoach_operator.termination import AttemptOutcome, TerminationReport, newest_step, outcome_of
+from stagecoach_operator.termination import AttemptOutcome, TerminationReport, newest_step, outcome_of, warnings_of
 
 AttemptKey = tuple[str, int]
 """Stage and number."""
@@ -215,7 +215,8 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
 
     The first explanation of a failure is kept: later ones, of the other pods, are its consequences.
     """
-    record = record.model_copy(update={"incarnations": _incarnations(record, pods)})
+    told = warnings_of(pods) or record.warnings
+    record = record.model_copy(update={"incarnations": _incarnations(record, pods), "warnings": told})
     if report is None:
         return record
     result = report.result

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stagecoach_api.faults import result_of_log, shortened
-from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, cause_of_exit
+from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, bounded_warnings, cause_of_exit
 from stagecoach_operator.object_views import ContainerEnd, JobSetView, PodView
 
 SETTLE_SECONDS = 2.0
@@ -65,6 +65,7 @@ class TerminationReport:
                 "content_digest": result.content_digest if _is_digest(result.content_digest) else None,
                 "fault": None if end.reason == OOM_KILLED else result.fault,
                 "last_step": result.last_step if 0 <= (result.last_step or 0) <= MAX_STEP else None,
+                "warnings": bounded_warnings(result.warnings),
             }
         )
         return cls(sanitised, pod.meta.name, pod.node, end.finished)
@@ -156,6 +157,12 @@ def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetV
     # Node clocks may be ahead of ours: min(..., now) keeps a wrong one from prolonging the wait.
     settled = min(min(report.at for report in reports) or now, now) + SETTLE_SECONDS
     return AttemptOutcome(best) if now >= settled else AttemptOutcome(look_again_at=settled)
+
+
+def warnings_of(pods: Iterable[PodView]) -> tuple[str, ...]:
+    """Return the stage's warnings. Rank 0 reports them, whichever pod explains the attempt's end."""
+    reports = (termination_of(pod).result.warnings for pod in pods if pod.index == 0 and pod.has_ended)
+    return next((found for found in reports if found), ())
 
 
 def newest_step(steps: Iterable[int | None]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,25 @@ def test_a_failed_attempt_is_deleted_and_keeps_its_first_explanation() -> None:
     assert see((jobset(),), (later,), (attempt.record,)).record.cause is Cause.USER
     deleting = jobset(meta=meta("a-1", deleting=True))
     assert see((deleting,), (failed,), (attempt.record,)).deletion_reason == "", "it is already being deleted"
+
+
+def test_the_warnings_of_pod_0_are_kept_whichever_pod_explains_the_end() -> None:
+    told = ("3 records have a field `weight`, which is not read",)
+    first = json.dumps({"exitCode": 1, "cause": "infrastructure", "message": "peer closed", "warnings": told})
+    second = '{"exitCode": 64, "cause": "user", "message": "no such field"}'
+    pods = (
+        replace(pod(0), phase="Failed", end=ContainerEnd(1, "", first, NOW - 9)),
+        replace(pod(1), phase="Failed", end=ContainerEnd(64, "", second, NOW - 8)),
+    )
+    seen = see((jobset(2),), pods).record
+    assert (seen.message, seen.warnings) == ("no such field", told)
+    assert see((jobset(2),), (), (seen,)).record.warnings == told
+
+
+def test_warnings_of_a_custom_image_are_brought_into_range() -> None:
+    end = ContainerEnd(0, "", json.dumps({"exitCode": 0, "warnings": ["w" * 900] * 20}), NOW)
+    record = see((jobset(),), (replace(pod(), phase="Succeeded", end=end),)).record
+    assert AttemptStatus.model_validate(record.model_dump()).warnings[-1].startswith("and 13 more warnings")
 
 
 def test_a_result_counts_even_after_a_stop_request() -> None:

@@ -255,6 +255,12 @@ def test_recent_attempts_are_kept_and_older_ones_counted() -> None:
     assert restored["a", DIGESTS["a"]].counts[Cause.INFRASTRUCTURE] == 4
 
 
+def test_warnings_are_kept_of_the_newest_attempt_only() -> None:
+    attempts = [ended(1, warnings=("rows are not packed",)), ended(2, warnings=("rows are not packed",))]
+    kept, _ = bounded(attempts, None, NOW)
+    assert [item.warnings for item in kept] == [(), ("rows are not packed",)]
+
+
 def test_attempts_at_another_digest_are_not_counted_together() -> None:
     before = ForgottenAttempts(digest=DIGEST, until=moment(NOW - 500), infrastructure=7)
     previous = StageStatus(name="a", state=StageState.RETRYING, forgotten=before)

@@ -19,7 +19,7 @@ from stagecoach_api.stage_kind import Ranks, StageConfig
 from stagecoach_api.store import StoreError
 from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_trainer.models.safety import check_model_folder
-from stagecoach_trainer.runtime.attempt_files import logs_folder
+from stagecoach_trainer.runtime.attempt_files import logs_folder, warnings_file
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome, World
 from stagecoach_trainer.runtime.distributed import process_group
 from stagecoach_trainer.runtime.errors import GateFailed
@@ -131,7 +131,7 @@ def build_context(attempt: AttemptSettings, stop: threading.Event) -> StageConte
         work=attempt.work,
         cache=attempt.cache,
         world=attempt.world,
-        progress=Progress(attempt.progress_file, reporter=attempt.reporter) if main else Progress(None),
+        progress=_progress(attempt) if main else Progress(None),
         stop=stop,
     )
     if main:
@@ -140,6 +140,10 @@ def build_context(attempt: AttemptSettings, stop: threading.Event) -> StageConte
         logs_folder(context.work).mkdir(parents=True, exist_ok=True)
     context.cache.mkdir(parents=True, exist_ok=True)
     return context
+
+
+def _progress(attempt: AttemptSettings) -> Progress:
+    return Progress(attempt.progress_file, reporter=attempt.reporter, warnings_file=warnings_file(attempt.work))
 
 
 def _keep_report(context: StageContext) -> None:

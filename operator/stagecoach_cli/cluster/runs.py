@@ -27,6 +27,7 @@ from stagecoach_api.status import (
 )
 from stagecoach_cli.artifacts.store import split_uri
 from stagecoach_cli.cluster.api import Body, ClusterError
+from stagecoach_cli.display.reports import StageReport
 from stagecoach_core.snapshot import Snapshot, StageRow
 from stagecoach_core.values import Found, RunState, StageState, StageView
 
@@ -272,6 +273,12 @@ def warnings_of(run: ClusterRun) -> list[str]:
         return ["no operator has seen the run yet; check that an operator watches this namespace"]
     lines = [] if run.is_observed else ["the operator has not seen the newest edit yet"]
     return lines + [_line(item) for item in run.status.conditions if _needs_attention(item, run)]
+
+
+def stage_reports(run: ClusterRun) -> dict[str, StageReport]:
+    """Return the warnings of the stages, as far as their newest attempts in the status have them."""
+    newest = {stage.name: stage.attempts[-1] for stage in run.status.stages if stage.attempts}
+    return {name: StageReport(warnings=record.warnings) for name, record in newest.items() if record.warnings}
 
 
 def _line(condition: Condition) -> str:

@@ -73,7 +73,7 @@ def print_json(run: str, choice: ClusterChoice) -> None:
     import json
     import time
 
-    from stagecoach_cli.cluster.runs import cluster_run, snapshot_of, warnings_of
+    from stagecoach_cli.cluster.runs import cluster_run, snapshot_of, stage_reports, warnings_of
     from stagecoach_cli.display.as_json import snapshot_json
     from stagecoach_cli.target import cluster_of, local_run
 
@@ -87,7 +87,7 @@ def print_json(run: str, choice: ClusterChoice) -> None:
         of_cluster = cluster_run(api.run(name))
         snapshot = snapshot_of(of_cluster, time.time())
         state = cluster_state_text(of_cluster)
-        found = snapshot_json(of_cluster.namespace, state, snapshot, warnings_of(of_cluster), {})
+        found = snapshot_json(of_cluster.namespace, state, snapshot, warnings_of(of_cluster), stage_reports(of_cluster))
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 
@@ -237,8 +237,8 @@ def print_cluster(out: Console, run: ClusterRun) -> None:
     """Print a cluster's run: state, stages, warnings and failures."""
     import time
 
-    from stagecoach_cli.cluster.runs import snapshot_of, warnings_of
-    from stagecoach_cli.display.summary import print_failures, print_stages
+    from stagecoach_cli.cluster.runs import snapshot_of, stage_reports, warnings_of
+    from stagecoach_cli.display.summary import print_failures, print_stages, print_warnings
 
     snapshot = snapshot_of(run, time.time())
     state = cluster_state_text(run)
@@ -249,6 +249,7 @@ def print_cluster(out: Console, run: ClusterRun) -> None:
     long_waits = [item for item in waits if len(item[1]) > LONG_WAIT and not any(item[1] in line for line in warnings)]
     for line in [*(f"{name}: waiting for {reason}" for name, reason in long_waits), *warnings]:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_warnings(out, stage_reports(run))
     print_failures(out, snapshot)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from stagecoach_api.names import ANNOTATION_RETRY
 from stagecoach_api.status import ConditionType, Reason, StageState
 from stagecoach_cli.cluster import watch as watching
+from stagecoach_cli.display.reports import StageReport
+from stagecoach_cli.display.summary import print_warnings
 from tests.cli.cluster.makers import (
     NAMESPACE,
     Body,
@@ -179,6 +183,17 @@ def test_status_shows_why_a_stage_failed(cluster: FakeCluster, cli: Cli) -> None
     _, output = cli("status", "team/demo")
     assert "sft failed (user × 1)" in output
     assert "Failed is True, UserError: stage `sft`: OOMKilled" in output
+
+
+def test_status_shows_a_stages_warnings_as_the_local_view_does(cluster: FakeCluster, cli: Cli) -> None:
+    texts = ("3 records have a field `weight`, which is not read", "and 2 more warnings")
+    attempt = {"number": 1, "digest": "d" * 64, "name": "a", "started": "2026-11-22T11:00:00Z", "warnings": texts}
+    cluster.add_run(status=complete_status(1, stage_status(state=StageState.SUCCEEDED, attempts=(attempt,))))
+    _, output = cli("status", "team/demo")
+    local = Console(file=io.StringIO(), width=200)
+    print_warnings(local, {"sft": StageReport(warnings=texts)})
+    assert local.file.getvalue().strip() in output  # type: ignore[attr-defined]
+    assert json.loads(cli("status", "team/demo", "-o", "json")[1])["stages"][0]["warnings"] == list(texts)
 
 
 def test_without_a_name_all_runs_of_the_namespace_are_listed(cluster: FakeCluster, cli: Cli) -> None:

@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import hypothesis.strategies as st
 import psutil
 import pytest
+from hypothesis import given
 
 from stagecoach_api.artifacts import Manifest, manifest_key
-from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode
+from stagecoach_api.outcomes import MAX_WARNINGS, AttemptResult, Cause, ExitCode
 from stagecoach_trainer.launcher.__main__ import worker_command
 from stagecoach_trainer.runtime.attempt_files import replace_file
 from stagecoach_trainer.runtime.outcomes import (
@@ -23,6 +25,7 @@ from stagecoach_trainer.runtime.outcomes import (
     read_outcomes,
     serialise,
     torchrun_deaths,
+    with_warnings,
 )
 from tests.s3 import free_port
 from tests.trainer.makers import DIGEST, Attempt, make_attempt, make_pods
@@ -30,7 +33,8 @@ from tests.trainer.makers import DIGEST, Attempt, make_attempt, make_pods
 WRITES = """
 from stagecoach_trainer.runtime.context import StageOutcome
 def run(config, context):
-    (context.output / "report.json").write_text("{}")
+    context.progress.warn("3 records have a field `weight`, which is not read")
+    (context.output / "report.json").write_text('{"warnings": ["the vocabulary has 3 unused rows"]}')
     return StageOutcome(tokens=5, metrics={"loss": 1.5})
 """
 RAISES = """
@@ -50,6 +54,7 @@ def run(config, context):
 KILLED = """
 import os, signal
 def run(config, context):
+    context.progress.warn("the loss of packed rows leaks; rows are not packed")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 WAITS = """
@@ -105,6 +110,10 @@ def test_a_completed_stage_is_published_with_its_manifest_last(tmp_path: Path) -
     assert attempt.result.content_digest == manifest.content_digest
     assert manifest.tokens == 5
     assert manifest.environment["threads"] == 1
+    assert attempt.result.warnings == (
+        "3 records have a field `weight`, which is not read",
+        "the vocabulary has 3 unused rows",
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,8 @@ def test_a_failed_attempt_reports_why(tmp_path: Path, code: str, exit_code: int,
     assert attempt.run() == exit_code
     assert attempt.result.cause is cause
     assert re.search(message, attempt.result.message, re.DOTALL), attempt.result.message
+    told = ("the loss of packed rows leaks; rows are not packed",) if code == KILLED else ()
+    assert attempt.result.warnings == told
 
 
 def test_a_wrong_configuration_fails_before_heavy_imports(tmp_path: Path) -> None:
@@ -265,6 +276,30 @@ def test_a_long_message_is_cut_in_the_middle_to_fit_a_termination_message() -> N
     result = failure(64, "错误" * 1200 + "end")
     assert len(serialise(result)) <= MAX_RESULT_BYTES
     assert AttemptResult.model_validate_json(serialise(result)).message.endswith("错误") or "…" in result.message
+
+
+@given(
+    message=st.text(max_size=2500),
+    warnings=st.lists(st.text(max_size=600), max_size=30, unique=True),
+)
+def test_warnings_fit_next_to_the_message_and_all_are_counted(message: str, warnings: list[str]) -> None:
+    plain = failure(64, message)
+    result = with_warnings(plain, warnings)
+    assert len(serialise(result)) <= MAX_RESULT_BYTES
+    assert len(result.warnings) <= MAX_WARNINGS
+    *shown, last = result.warnings or ("",)
+    more = re.fullmatch(r"and (\d+) more warnings?; .*", last)
+    shown = shown if more else list(result.warnings)
+    assert len(shown) + (int(more[1]) if more else 0) == len(warnings)
+    assert all(whole.startswith(text.removesuffix("…")) for text, whole in zip(shown, warnings, strict=False))
+    assert result.message == plain.message or not shown
+
+
+def test_a_few_warnings_are_kept_as_they_are() -> None:
+    told = [f"warning {number}" for number in range(MAX_WARNINGS)]
+    assert with_warnings(failure(64, "bad data"), told).warnings == tuple(told)
+    more = "and 2 more warnings; the stage's log and report.json list all"
+    assert with_warnings(failure(64, "bad data"), [*told, "last"]).warnings == (*told[:-1], more)
 
 
 def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

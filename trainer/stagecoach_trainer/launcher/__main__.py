@@ -32,7 +32,7 @@ from stagecoach_api.names import (
     MASTER_PORT,
 )
 from stagecoach_trainer.launcher.rank_pipes import RankPipe, open_pipes
-from stagecoach_trainer.runtime.attempt_files import announced_pids, clear_outcomes, replace_file
+from stagecoach_trainer.runtime.attempt_files import announced_pids, clear_outcomes, replace_file, written_warnings
 from stagecoach_trainer.runtime.threads import thread_environment
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Launcher:
         child = self._start(command, variables, pipes[0])
         # The imports of this and the next line overlap with those of the workers (`runtime.startup`).
         self._keep_logs(pipes, ranks, stage, started)
-        from stagecoach_trainer.runtime.outcomes import combine, read_outcomes
+        from stagecoach_trainer.runtime.outcomes import combine, read_outcomes, with_warnings
 
         code = self._wait(child)
         if code < 0 and nodes * ranks > 1:  # torchrun was killed, so its workers still run
@@ -87,7 +87,8 @@ class Launcher:
         if nodes * ranks > 1 and code > 0:
             code = self._death_of([rank for rank in own if rank not in outcomes]) or code
         result = combine(outcomes, own, code, lambda rank: self._end_of_log(max(0, rank - first)))
-        return result if self._stop_at is None else _as_stopped(result)
+        result = result if self._stop_at is None else _as_stopped(result)
+        return with_warnings(result, written_warnings(self._work))
 
     def finish(self) -> None:
         """Store the end of the logs; takes at most LOG_SECONDS, and less towards the end of a grace period."""

@@ -1,11 +1,13 @@
 """Files of one attempt that launcher and workers share. Imports nothing heavy: the launcher starts its workers first.
 
-`<work>/outcomes/rank-00000.json` contains the outcome of a worker and `rank-00000.pid` its process id; `<work>/logs`
-contains metrics and the output of each rank.
+`<work>/outcomes/rank-00000.json` contains the outcome of a worker and `rank-00000.pid` its process id;
+`<work>/outcomes/warnings.jsonl` the stage's warnings, one JSON string per line; `<work>/logs` contains metrics and the
+output of each rank.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -36,6 +38,20 @@ def announced_pids(work: Path) -> dict[int, int]:
     """Return the process ids of the ranks that have announced themselves, by rank."""
     folder = outcomes_folder(work)
     return {int(path.stem.removeprefix("rank-")): int(path.read_text()) for path in sorted(folder.glob("rank-*.pid"))}
+
+
+def warnings_file(work: Path) -> Path:
+    """Return the path of the stage's warnings, which outlive a worker that is killed."""
+    return outcomes_folder(work) / "warnings.jsonl"
+
+
+def written_warnings(work: Path) -> list[str]:
+    """Return the warnings written to this node so far, without the line that a killed worker left unfinished."""
+    try:
+        lines = warnings_file(work).read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    return [str(json.loads(line)) for line in lines if line.endswith(b"\n")]
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stagecoach_api.faults import result_of_log, shortened
-from stagecoach_api.outcomes import AttemptResult, Cause, ExitCode, cause_of_exit
+from stagecoach_api.outcomes import MAX_WARNINGS, AttemptResult, Cause, ExitCode, bounded_warnings, cause_of_exit
 from stagecoach_trainer.runtime.attempt_files import outcomes_folder, replace_file
 
 MAX_RESULT_BYTES = 4000
@@ -125,6 +125,17 @@ def fitting(result: AttemptResult) -> AttemptResult:
         message = f"{result.message[:keep]} … {result.message[-keep:]}"
         result = result.model_copy(update={"message": message})
     return result
+
+
+def with_warnings(result: AttemptResult, warnings: Sequence[str]) -> AttemptResult:
+    """Return the result with as many of the stage's warnings as there is room for next to its message."""
+    if not warnings:
+        return result
+    for number in range(MAX_WARNINGS, 1, -1):
+        noted = result.model_copy(update={"warnings": bounded_warnings(warnings, number)})
+        if len(serialise(noted)) <= MAX_RESULT_BYTES:
+            return noted
+    return fitting(result.model_copy(update={"warnings": bounded_warnings(warnings, 0)}))
 
 
 def serialise(result: AttemptResult) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import ssl
@@ -31,15 +32,21 @@ class Progress:
     """Appends `ProgressEvent`s to a file, at most one per half second and activity; the newest line is the heartbeat.
     Some of them become lines of the log.
 
-    Only rank 0 gets a path; other ranks write nothing.
+    Only rank 0 gets paths; other ranks write nothing. `warnings_file`: gets each warning as a line of JSON, from which
+    the launcher adds them to the attempt's result.
     """
 
     def __init__(
-        self, path: Path | None, clock: Callable[[], float] = time.time, reporter: Reporter | None = None
+        self,
+        path: Path | None,
+        clock: Callable[[], float] = time.time,
+        reporter: Reporter | None = None,
+        warnings_file: Path | None = None,
     ) -> None:
         self._path = path
         self._clock = clock
         self._reporter = reporter
+        self._warnings_file = warnings_file
         self._last = ProgressEvent(time=0.0, activity="start")
         self._log = ProgressLog()
         self._notes: set[str] = set()
@@ -81,6 +88,9 @@ class Progress:
             return
         self.warnings.append(text)
         log.info("warning: %s", text)  # not at the level WARNING, at which every rank would print it
+        if self._warnings_file is not None:
+            with contextlib.suppress(OSError), self._warnings_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(text) + "\n")
         if self._path is not None:
             activity = self._last.activity
             self._write(self._last.model_copy(update={"time": self._clock(), "activity": activity, "warning": text}))
