@@ -83,6 +83,7 @@ class Reason(StrEnum):
     VALID = "Valid"
     INVALID_SPEC = "InvalidSpec"
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"
+    NOT_ALLOWED = "NotAllowed"
     # Planned
     GRAPH_RESOLVED = "GraphResolved"
     RE_PLANNING = "RePlanning"

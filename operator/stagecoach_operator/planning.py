@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from stagecoach_core.manifests.labels import owner_reference
 from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.object_views import Raw, RunView
+from stagecoach_operator.permitted import permission_problems
 from stagecoach_operator.settings import Settings
 
 PLAN_KEY = "plan.json"
@@ -98,11 +99,10 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
         return rejected(Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
     # All problems at once, and before the first request: a wrong spec does not wait for S3.
-    problems = [*storage_problems(spec, storage, settings), *image_problems(spec, settings)]
+    forbidden = permission_problems(spec, settings.allowed, settings.own_names)
+    problems = [*storage_problems(spec, storage, settings), *forbidden]
     if problems:
-        only_images = all(problem.path.endswith("image") for problem in problems)
-        reason = Reason.IMAGE_NOT_ALLOWED if only_images else Reason.INVALID_SPEC
-        return rejected(reason, str(InvalidRun(problems)))
+        return rejected(reason_of(problems, forbidden), str(InvalidRun(problems)))
     # Before the inputs, which use the same endpoint: each of them would otherwise use up its own retries.
     unusable = storage_error(storage)
     if unusable:
@@ -129,6 +129,14 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
     if len(json.dumps(to_json(frozen))) > MAX_PLAN_BYTES:
         return rejected(Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
     return frozen
+
+
+def reason_of(problems: Sequence[Problem], forbidden: Sequence[Problem]) -> Reason:
+    """Return the reason of a rejection for `problems`, of which `forbidden` are things that the run may not name."""
+    if len(forbidden) < len(problems):
+        return Reason.INVALID_SPEC
+    only_images = all(problem.path.endswith(".image") for problem in forbidden)
+    return Reason.IMAGE_NOT_ALLOWED if only_images else Reason.NOT_ALLOWED
 
 
 def document_of(run: RunView) -> dict[str, Any]:
@@ -165,23 +173,6 @@ def is_folder(uri: str | None) -> bool:
 
 def _folder_problem(path: str, uri: str) -> Problem:
     return Problem(path, uri, "pods cannot access a folder of your machine", "copy it to S3 and write `s3://…`")
-
-
-def image_problems(run: TrainingRun, settings: Settings) -> list[Problem]:
-    """Return a problem for each image that the operator's settings do not allow."""
-    images = [("spec.defaults.image", run.spec.defaults.image)]
-    images += [(f"stages.{stage.name}.image", stage.image) for stage in run.spec.stages]
-    allowed = ", ".join(settings.allowed_images or ()) or "only the operator's own"
-    return [
-        Problem(
-            path,
-            image,
-            f"must be an allowed image ({allowed})",
-            "use one of them, or ask the operator's administrator to allow it",
-        )
-        for path, image in images
-        if not settings.allows_image(image)
-    ]
 
 
 def storage_error(storage: Storage) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import Field, ValidationError
 from stagecoach_api.base import Name
 from stagecoach_api.spec import Storage
 from stagecoach_core.manifests.settings import ManifestSettings
+from stagecoach_operator.permitted import Allowed, OwnNames
 
 DEFAULT_FILE = Path("/etc/stagecoach/settings.yaml")
 ENV_FILE = "STAGECOACH_SETTINGS_FILE"
@@ -54,9 +54,14 @@ class Settings(ManifestSettings):
     storage: Storage = Storage()
     """Storage of runs that do not name one; also endpoint, region and credentials of those that do not set them."""
 
-    allowed_images: Annotated[tuple[str, ...], Field(max_length=256)] | None = None
-    """Images that stages may name; `*` matches any characters, and `trainer_image` is always allowed. If unset: any
-    image."""
+    allowed: Allowed = Allowed()
+    """What runs may name: service accounts, Secrets, priority classes, tolerations, node selectors, images."""
+
+    own_service_account: Name | None = None
+    """Service account of this pod, which no run may use. If unset: none is refused."""
+
+    own_secrets: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+    """Secrets in the pod's namespace that no run may use, such as the certificate's."""
 
     lease_name: Name = "stagecoach-operator"
     """Name of the Lease by which one replica is elected."""
@@ -99,11 +104,20 @@ class Settings(ManifestSettings):
             "because artifacts are identified by the code that made them"
         )
 
-    def allows_image(self, image: str | None) -> bool:
-        """Return whether a stage may name this image; None is the operator's own."""
-        if image is None or image == self.trainer_image or self.allowed_images is None:
-            return True
-        return any(fnmatch.fnmatchcase(image, pattern) for pattern in self.allowed_images)
+    @property
+    def own_names(self) -> OwnNames:
+        """What the operator uses itself, and gives to pods that set nothing else."""
+        credentials = self.storage.credentials
+        return OwnNames(
+            namespace=self.pod_namespace,
+            service_account=self.own_service_account,
+            secrets=self.own_secrets,
+            credentials=None if credentials is None else credentials.secret_name,
+            endpoint=self.storage.endpoint,
+            pod_service_account=self.service_account,
+            pull_secrets=self.image_pull_secrets,
+            image=self.trainer_image,
+        )
 
     def storage_of(self, given: Storage) -> Storage:
         """Return a run's storage, with unset fields taken from the operator's.

@@ -56,7 +56,12 @@ OTHERWISE: dict[str, object] = {
     "images.pullPolicy": "Never",
     "images.pullSecrets": ["registry"],
     "stages.image": "localhost/own@sha256:" + "c" * 64,
-    "stages.allowedImages": ["localhost/*"],
+    "allowed.serviceAccounts": ["train-*"],
+    "allowed.secrets": ["s3"],
+    "allowed.priorityClasses": [],
+    "allowed.tolerations": ["nvidia.com/gpu"],
+    "allowed.nodeSelectors": ["pool=training"],
+    "allowed.images": ["localhost/*"],
     "stages.graceSeconds": 60,
     "stages.userId": 1000,
     "stages.groupId": 1001,
@@ -137,7 +142,7 @@ def test_helm_lint_passes() -> None:
 
 
 def test_values_yaml_is_short() -> None:
-    assert len((CHART / "values.yaml").read_text(encoding="utf-8").splitlines()) < 150
+    assert len((CHART / "values.yaml").read_text(encoding="utf-8").splitlines()) < 400
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +252,9 @@ def test_values_reach_their_settings() -> None:
     assert settings.grace_seconds == 60
     assert (settings.user_id, settings.group_id) == (1000, 1001)
     assert settings.image_pull_secrets == ("registry",)
-    assert settings.allowed_images == ("localhost/*",)
+    assert settings.allowed.images == ("localhost/*",)
+    assert settings.allowed.node_selectors == ("pool=training",)
+    assert (settings.own_service_account, settings.own_secrets) == ("coach", ("coach-progress",))
     assert settings.storage.uri == "s3://models/runs"
     assert settings.storage.credentials is not None
     assert settings.storage.credentials.secret_name == "s3"  # noqa: S105 - a name

@@ -414,7 +414,8 @@ def values_of(s3: S3, registry: str) -> Body:
             "region": REGION,
             "credentialsSecret": SECRET,
         },
-        "stages": {"graceSeconds": 60, "allowedImages": ["registry.example.com/*", "registry.invalid/*"]},
+        "stages": {"graceSeconds": 60},
+        "allowed": {"images": ["registry.example.com/*", "registry.invalid/*"]},
     }
 
 

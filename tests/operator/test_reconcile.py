@@ -19,6 +19,7 @@ from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_operator import artifact_lookup as lookup
 from stagecoach_operator import planning
 from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
+from stagecoach_operator.permitted import Allowed
 from stagecoach_operator.progress_reports import ProgressReport
 from tests.operator.makers import Ends, Operator, World, data_stage, drive
 
@@ -428,12 +429,23 @@ def test_an_input_that_appears_later_is_found(world: World) -> None:
 
 
 def test_a_disallowed_image_is_rejected(world: World) -> None:
-    world.settings = world.settings.model_copy(update={"allowed_images": ("good/*",)})
+    world.settings = world.settings.model_copy(update={"allowed": Allowed(images=("good/*",))})
     world.submit(data_stage("a", image=f"bad/image@sha256:{'0' * 64}"))
     play(world)
     accepted = world.condition(ConditionType.ACCEPTED)
     assert accepted.reason is Reason.IMAGE_NOT_ALLOWED
     assert "good/*" in accepted.message
+    assert world.api.all_of(PODS) == []
+
+
+def test_a_run_that_names_the_operators_account_is_rejected_and_gets_no_pod(world: World) -> None:
+    world.settings = world.settings.model_copy(update={"own_service_account": "op", "pod_namespace": "team"})
+    world.submit(data_stage("a", pods={"serviceAccount": "op", "priorityClass": "system-node-critical"}))
+    play(world)
+    accepted = world.condition(ConditionType.ACCEPTED)
+    assert accepted.reason is Reason.NOT_ALLOWED
+    assert "stages.a.pods.serviceAccount: must not be the operator's own" in accepted.message
+    assert "stages.a.pods.priorityClass: must be an allowed priority class" in accepted.message
     assert world.api.all_of(PODS) == []
 
 

@@ -68,21 +68,6 @@ def test_the_trainers_code_must_be_known() -> None:
         _ = Settings(trainer_image="trainer:1").code
 
 
-@pytest.mark.parametrize(
-    ("allowed", "image", "answer"),
-    [
-        pytest.param(None, "anything", True, id="without a list any is allowed"),
-        pytest.param((), "other", False, id="an empty list allows only the operator's"),
-        pytest.param((), None, True, id="a stage without an image"),
-        pytest.param((), "ours:1", True, id="a stage that names the operator's"),
-        pytest.param(("r.example.com/team/*",), "r.example.com/team/a@sha256:1", True, id="a matching pattern"),
-        pytest.param(("r.example.com/team/*",), "r.example.com/other/a", False, id="a pattern that does not match"),
-    ],
-)
-def test_images_are_allowed_by_pattern(allowed: tuple[str, ...] | None, image: str | None, answer: bool) -> None:
-    assert Settings(trainer_image="ours:1", allowed_images=allowed).allows_image(image) is answer
-
-
 OURS = Settings(
     storage=Storage(
         uri="s3://default",
