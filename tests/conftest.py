@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before any test imports torch: with such small models and several processes, more threads only wait for each other.
@@ -12,6 +13,10 @@ import pytest
 from hypothesis import settings
 
 from tests.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
+
+# The suite starts a hundred interpreters. Without compiled modules, each of them compiles what it imports, for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No test depends on the clock, and every run draws the same examples, so that a failure is caused by the change under
 # test. `make explore` draws new ones.
