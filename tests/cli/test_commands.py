@@ -126,6 +126,7 @@ def test_a_plan_is_shown_even_if_inputs_cannot_be_reached(
     code, output = cli("plan", "run.yaml")
     assert code == 0
     assert output.split("6 of 6 stages to run")[0].count(" unknown ") == 6
+    assert "no usable credentials for s3://models/inputs" in output
     assert "are not reachable, so cache hits cannot be determined: " in output
 
 

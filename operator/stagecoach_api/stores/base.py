@@ -97,6 +97,9 @@ class Store(Protocol):
     def read(self, key: str) -> bytes:
         """Return the whole object. Raises NotFound."""
 
+    def read_start(self, key: str, num_bytes: int) -> bytes:
+        """Return an object's first `num_bytes`, or all of it if it has fewer; unverified. Raises NotFound."""
+
     def write(self, key: str, data: bytes) -> None:
         """Create or replace the object; a reader sees either the old or the new bytes, never a mixture."""
 

@@ -79,6 +79,10 @@ class FolderStore:
         with translated(key):
             return self._path(key).read_bytes()
 
+    def read_start(self, key: str, num_bytes: int) -> bytes:
+        with translated(key), self._path(key).open("rb") as file:
+            return file.read(num_bytes)
+
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with translated(key, path), temporary_file(path) as (temporary, file):

@@ -58,6 +58,7 @@ CONCURRENCY = 8
 """Number of a file's parts in flight, which also bounds the memory of a transfer."""
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
+OUT_OF_RANGE = 416
 MAX_CORRUPT_DOWNLOADS = 2
 """A download with wrong bytes is repeated once: the network may have been at fault."""
 SHA256 = "stagecoach-sha256"
@@ -133,6 +134,20 @@ class S3Store:
             stated = answer.get("Metadata", {}).get(SHA256, "")
             if stated and stated != hashlib.sha256(body).hexdigest():
                 raise Corrupt(key, f"the bytes differ from what was written to {self.uri}; the object is damaged")
+            return body
+
+        return self._call(key, get)
+
+    def read_start(self, key: str, num_bytes: int) -> bytes:
+        where = self._at(checked_key(key)) | {"Range": f"bytes=0-{num_bytes - 1}"}
+
+        def get(_: int) -> bytes:
+            try:
+                body: bytes = self._client.get_object(**where)["Body"].read(num_bytes)  # a server may ignore the range
+            except Exception as error:
+                if error_status(error) == OUT_OF_RANGE:
+                    return b""  # of an empty object
+                raise
             return body
 
         return self._call(key, get)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from stagecoach_api.artifacts import Manifest
     from stagecoach_cli.estimate.cost import Estimate
+    from stagecoach_cli.estimate.model_files import ModelFiles
     from stagecoach_core.values import Decision, StageView
     from stagecoach_local.prepare import PreparedRun
 
@@ -112,7 +113,7 @@ def plan_lines(prepared: PreparedRun, decision: Decision, last: Mapping[str, Man
     from stagecoach_cli.estimate.cost import estimate
     from stagecoach_local.machine import missing_gpus, num_ranks, this_machine
 
-    machine = this_machine()
+    machine, library = this_machine(), model_files(prepared)
     lines = []
     for name, planned in prepared.plan.stages.items():
         view = decision.stages[name]
@@ -126,11 +127,25 @@ def plan_lines(prepared: PreparedRun, decision: Decision, last: Mapping[str, Man
                 hit=view.artifact is not None,
                 cache=cache_text(view, planned.upstream, decision, known),
                 ranks=ranks_text(num_ranks(planned.stage, machine, None), requested),
-                cost=estimate(prepared.plan, name, last.get(name), machine),
+                cost=estimate(prepared.plan, name, last.get(name), machine, library),
                 lacks=missing_gpus(planned.stage, machine),
             )
         )
     return lines
+
+
+def model_files(prepared: PreparedRun) -> ModelFiles:
+    """Return what looks up the models of a run, except at inputs that were not reached before."""
+    from stagecoach_cli.estimate.model_files import ModelFiles
+
+    storage = prepared.run.spec.storage
+    unreachable = {
+        planned.externals[key].uri: error
+        for planned in prepared.plan.stages.values()
+        for key, error in prepared.unreachable.items()
+        if key in planned.externals
+    }
+    return ModelFiles(storage.endpoint, storage.region, unreachable)
 
 
 def print_plan(out: Console, prepared: PreparedRun, lines: list[PlanLine]) -> None:

@@ -12,7 +12,7 @@ from stagecoach_api.kinds.ppo import PpoStage
 from stagecoach_api.stage_kind import StageConfig
 from stagecoach_api.training import Offload, Precision, Training
 from stagecoach_cli.estimate.hardware import Hardware, hardware_of
-from stagecoach_cli.estimate.model_size import ModelShape, UnknownSize, model_shape
+from stagecoach_cli.estimate.model_size import ModelLibrary, ModelShape, UnknownSize, model_shape
 from stagecoach_core.values import Plan
 from stagecoach_local.machine import Machine
 
@@ -70,17 +70,17 @@ class Estimate:
         return self.memory is None or self.hardware.gpu_bytes is None or self.memory.total <= self.hardware.gpu_bytes
 
 
-def estimate(plan: Plan, name: str, last: Manifest | None, machine: Machine) -> Estimate:
+def estimate(plan: Plan, name: str, last: Manifest | None, machine: Machine, library: ModelLibrary) -> Estimate:
     """Estimate one stage.
 
     `last`: manifest of the last artifact of the stage with this name, whatever its digest. `machine`: where a stage
-    without GPUs runs.
+    without GPUs runs. `library`: looks up the models that the run starts from.
     """
     stage = plan.stages[name].stage
     hardware, config = hardware_of(stage, machine), stage.config
     tokens = _num_tokens(config, last)
     try:
-        shape: ModelShape | None = model_shape(plan, name)
+        shape: ModelShape | None = model_shape(plan, name, library)
         reason = ""
     except UnknownSize as error:
         shape, reason = None, f"the size of its model is unknown: {error}"

@@ -1,26 +1,17 @@
-"""The size of a stage's model: from the run file, or from the model's own `config.json` and safetensors headers.
+"""The size of a stage's model: from the run file, or from the model's own files (`model_files`). Pure.
 
 A model's name is no evidence of its size and is not read.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stagecoach_api.kinds.pretrain import Architecture, PretrainStage
-from stagecoach_api.model_folders import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from stagecoach_api.references import Reference
-from stagecoach_api.stores.base import FolderLocation, parse_location
 from stagecoach_core.values import Plan
-
-LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors format."""
 
 
 class UnknownSize(Exception):
@@ -91,18 +82,31 @@ class ModelShape:
 # -- of a stage --------------------------------------------------------------------------------------------------------
 
 
-def model_shape(plan: Plan, name: str) -> ModelShape:
+class ModelLibrary(Protocol):
+    """Looks up the sizes of models."""
+
+    def shape(self, uri: str) -> ModelShape:
+        """Return the shape of the model at a URI. Raises UnknownSize."""
+
+    def num_pieces(self, uri: str) -> int:
+        """Return the number of tokens of the vocabulary at a URI; 0 if it has no file that states it.
+
+        Raises UnknownSize if that file cannot be read.
+        """
+
+
+def model_shape(plan: Plan, name: str, library: ModelLibrary) -> ModelShape:
     """Return the shape of a stage's model, after its vocabulary has grown. Raises UnknownSize."""
     config = plan.stages[name].stage.config
-    vocabulary = _vocabulary_size(plan, name, getattr(config, "tokenizer", None))
+    vocabulary = _vocabulary_size(plan, name, getattr(config, "tokenizer", None), library)
     if isinstance(config, PretrainStage) and config.architecture is not None:
         return shape_of_architecture(config.architecture, vocabulary)
     model: Reference | None = getattr(config, "model", None)
     if model is None:
         raise UnknownSize("it has no model")
     if model.stage is not None:
-        return model_shape(plan, model.stage).grown_to(vocabulary)
-    return read_shape(_location(plan, name, model)).grown_to(vocabulary)
+        return model_shape(plan, model.stage, library).grown_to(vocabulary)
+    return library.shape(_location(plan, name, model)).grown_to(vocabulary)
 
 
 def shape_of_architecture(shape: Architecture, vocabulary: int) -> ModelShape:
@@ -116,57 +120,22 @@ def shape_of_architecture(shape: Architecture, vocabulary: int) -> ModelShape:
     )
 
 
-def _vocabulary_size(plan: Plan, stage: str, tokenizer: Reference | None) -> int:
+def _vocabulary_size(plan: Plan, stage: str, tokenizer: Reference | None, library: ModelLibrary) -> int:
     """Return the largest possible size of a vocabulary; 0 if it is the model's own or unknown."""
     if tokenizer is None:
         return 0
     if tokenizer.stage is None:
-        return _pieces_in(_location(plan, stage, tokenizer))
+        return library.num_pieces(_location(plan, stage, tokenizer))
     config = plan.stages[tokenizer.stage].stage.config
     base: Reference | None = getattr(config, "base", None)
-    return config.new_vocabulary_size() + _vocabulary_size(plan, tokenizer.stage, base)
+    return config.new_vocabulary_size() + _vocabulary_size(plan, tokenizer.stage, base, library)
 
 
 def _location(plan: Plan, stage: str, reference: Reference) -> str:
     return plan.stages[stage].externals[reference.key].uri
 
 
-def _pieces_in(uri: str) -> int:
-    """Return the number of tokens in a folder's `config.json` or `tokenizer.json`; 0 if neither is there."""
-    try:
-        return read_shape(uri).vocabulary
-    except UnknownSize:
-        pass
-    try:
-        found = json.loads((_folder(uri) / "tokenizer.json").read_bytes())
-        return len(found["model"]["vocab"]) + len(found.get("added_tokens", ()))
-    except (UnknownSize, OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-# -- of a folder -------------------------------------------------------------------------------------------------------
-
-
-def read_shape(uri: str) -> ModelShape:
-    """Return the shape of a local model folder: its `config.json` and the headers of its weights.
-
-    Raises UnknownSize.
-    """
-    folder = _folder(uri)
-    try:
-        shape = shape_of_config(json.loads((folder / CONFIG).read_bytes()))
-    except OSError as error:
-        raise UnknownSize(f"{folder / CONFIG}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnknownSize(f"{folder / CONFIG} does not state the model's shape ({error})") from error
-    return replace(shape, counted=count_parameters(folder))
-
-
-def _folder(uri: str) -> Path:
-    location = parse_location(uri)
-    if not isinstance(location, FolderLocation):
-        raise UnknownSize(f"{uri} is not on this machine")
-    return location.path
+# -- of a `config.json` ------------------------------------------------------------------------------------------------
 
 
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
@@ -193,25 +162,3 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         experts=experts,
         active_experts=first("num_experts_per_tok", default=0) if experts else 0,
     )
-
-
-def count_parameters(folder: Path) -> float | None:
-    """Return the number of values in a folder's safetensors files, from their headers; None if there are none."""
-    try:
-        index = folder / WEIGHTS_INDEX
-        names = {WEIGHTS}
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sum(_values_in(folder / name) for name in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _values_in(path: Path) -> float:
-    """Return the number of values in a file: a length in 8 bytes, then JSON with each tensor's shape."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: not a safetensors file")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return float(sum(math.prod(item["shape"]) for name, item in header.items() if name != "__metadata__"))

@@ -157,6 +157,16 @@ def test_a_file_is_downloaded_as_it_was_uploaded(store: Store, tmp_path: Path, s
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["target"]
 
 
+def test_the_start_of_an_object_is_read_without_the_rest(store: Store) -> None:
+    store.write("model.safetensors", bytes(range(200)))
+    assert store.read_start("model.safetensors", 8) == bytes(range(8))
+    assert store.read_start("model.safetensors", 1000) == bytes(range(200))
+    store.write("empty", b"")
+    assert store.read_start("empty", 8) == b""
+    with pytest.raises(NotFound, match=r"^absent: "):
+        store.read_start("absent", 8)
+
+
 def test_a_flipped_byte_is_found_and_named_and_nothing_is_left(store: Store, tmp_path: Path) -> None:
     expected = file_of(tmp_path / "source", 3000)
     data = bytearray((tmp_path / "source").read_bytes())

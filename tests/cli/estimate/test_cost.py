@@ -9,6 +9,7 @@ import pytest
 
 from stagecoach_api.artifacts import Manifest
 from stagecoach_api.spec import TrainingRun
+from stagecoach_api.store import Unreachable
 from stagecoach_api.training import Training
 from stagecoach_cli.estimate.cost import (
     START_SECONDS,
@@ -19,6 +20,7 @@ from stagecoach_cli.estimate.cost import (
     trained_parameters,
     training_flops,
 )
+from stagecoach_cli.estimate.model_files import ModelFiles
 from stagecoach_cli.estimate.model_size import model_shape
 from stagecoach_core.plan import external_uris, make_plan
 from stagecoach_core.values import External, Plan
@@ -28,6 +30,7 @@ from tests.cli.makers import NAME, data_stage, export_stage, pretrain_stage, tok
 EMBEDDING = 300 * 32
 LAYER = 4 * 32 * 32 + 3 * 32 * 64
 TWO_CORES = Machine(cores=2)
+LIBRARY = ModelFiles()
 
 LLAMA_7B = {"hiddenSize": 4096, "intermediateSize": 11008, "numLayers": 32, "numHeads": 32}
 A100S = {"nodes": 2, "gpusPerNode": 8, "gpuProduct": "NVIDIA-A100-SXM4-80GB"}
@@ -79,7 +82,7 @@ def manifest(tokens: int, seconds: float, gpu_seconds: float = 0.0) -> Manifest:
 
 def test_a_7b_model_on_16_a100_takes_what_palm_s_appendix_says() -> None:
     """A plan of this run once promised 27 hours on a laptop's core."""
-    found = estimate(seven_billion(), "base", None, TWO_CORES)
+    found = estimate(seven_billion(), "base", None, TWO_CORES, LIBRARY)
     per_token = 6 * (BODY_7B + HEAD_7B) + 12 * 32 * 4096 * 2048
     assert str(found.hardware) == "16 × A100"
     assert found.seconds == pytest.approx(START_SECONDS + 10**10 * per_token / (16 * 0.4 * 312e12))
@@ -91,7 +94,7 @@ def test_a_7b_model_on_16_a100_takes_what_palm_s_appendix_says() -> None:
 def test_lora_is_counted_as_lora() -> None:
     lora = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}}
     plan, full = seven_billion(trainable=lora), seven_billion()
-    shape, adapters = model_shape(plan, "base"), 32 * 2 * 8 * 2 * 4096
+    shape, adapters = model_shape(plan, "base", LIBRARY), 32 * 2 * 8 * 2 * 4096
     assert trained_parameters(shape, training_of(plan)) == adapters == 4_194_304  # arXiv 2106.09685: 4.2 million
     attention = 12 * 32 * 4096 * 2048
     assert training_flops(shape, training_of(plan)) == 4 * (BODY_7B + HEAD_7B) + 6 * adapters + attention
@@ -99,48 +102,49 @@ def test_lora_is_counted_as_lora() -> None:
 
 
 def test_gradient_checkpointing_makes_the_forward_pass_twice() -> None:
-    shape, plain = model_shape(seven_billion(), "base"), training_of(seven_billion())
+    shape, plain = model_shape(seven_billion(), "base", LIBRARY), training_of(seven_billion())
     again = training_of(seven_billion(gradientCheckpointing=True))
     forward = 2 * (BODY_7B + HEAD_7B) + 4 * 32 * 4096 * 2048
     assert training_flops(shape, again) - training_flops(shape, plain) == forward
 
 
 def test_without_gpus_time_is_that_of_this_machine_s_cores() -> None:
-    found = estimate(plan_of(), "base", None, TWO_CORES)
+    found = estimate(plan_of(), "base", None, TWO_CORES, LIBRARY)
     per_token = 6 * (2 * LAYER + EMBEDDING) + 12 * 2 * 32 * 16
     assert (found.tokens, str(found.hardware), found.gpu_hours, found.memory) == (6400, "2 cores", 0.0, None)
     assert found.seconds == pytest.approx(START_SECONDS + 6400 * per_token / 8e10)
 
 
 def test_time_scales_with_tokens_from_the_last_run_except_for_the_start() -> None:
-    found = estimate(plan_of(), "base", manifest(3200, 50.0), TWO_CORES)
+    found = estimate(plan_of(), "base", manifest(3200, 50.0), TWO_CORES, LIBRARY)
     assert (found.tokens, found.seconds) == (6400, 80.0)
-    assert estimate(plan_of(), "one", manifest(0, 5.0), TWO_CORES).seconds == 5.0
+    assert estimate(plan_of(), "one", manifest(0, 5.0), TWO_CORES, LIBRARY).seconds == 5.0
 
 
 def test_a_run_on_cores_gives_no_time_on_gpus() -> None:
-    on_cores = estimate(seven_billion(), "base", manifest(10**10, 50.0), TWO_CORES)
-    assert on_cores == estimate(seven_billion(), "base", None, TWO_CORES)
-    assert estimate(seven_billion(), "base", manifest(10**10, 50.0, 800.0), TWO_CORES).seconds == 50.0
+    on_cores = estimate(seven_billion(), "base", manifest(10**10, 50.0), TWO_CORES, LIBRARY)
+    assert on_cores == estimate(seven_billion(), "base", None, TWO_CORES, LIBRARY)
+    assert estimate(seven_billion(), "base", manifest(10**10, 50.0, 800.0), TWO_CORES, LIBRARY).seconds == 50.0
 
 
 def test_phases_and_steps_are_budgets_too() -> None:
     phases = [{"name": "a", "tokens": 100}, {"name": "b", "tokens": 20}]
-    assert estimate(plan_of(phases=phases, budget=None), "base", None, TWO_CORES).tokens == 120
-    assert estimate(plan_of(budget={"steps": 10}), "base", None, TWO_CORES).tokens == 640
+    assert estimate(plan_of(phases=phases, budget=None), "base", None, TWO_CORES, LIBRARY).tokens == 120
+    assert estimate(plan_of(budget={"steps": 10}), "base", None, TWO_CORES, LIBRARY).tokens == 640
 
 
 def test_it_is_stated_why_a_time_is_unknown() -> None:
-    epochs = estimate(plan_of(budget={"epochs": 2}), "base", None, TWO_CORES)
+    epochs = estimate(plan_of(budget={"epochs": 2}), "base", None, TWO_CORES, LIBRARY)
     assert (epochs.tokens, epochs.seconds) == (None, None)
     assert epochs.unknown == "its tokens depend on the data; set `budget.tokens`, or run it once"
-    assert "known after a first run" in estimate(plan_of(), "one", None, TWO_CORES).unknown
-    remote = estimate(plan_of(architecture=None, model={"uri": "s3://m/llama-7b"}), "base", None, TWO_CORES)
-    assert remote.unknown == "the size of its model is unknown: s3://m/llama-7b is not on this machine"
+    assert "known after a first run" in estimate(plan_of(), "one", None, TWO_CORES, LIBRARY).unknown
+    away = ModelFiles(unreachable={"s3://m/llama-7b": Unreachable("x", "it cannot be reached")})
+    remote = estimate(plan_of(architecture=None, model={"uri": "s3://m/llama-7b"}), "base", None, TWO_CORES, away)
+    assert remote.unknown == "the size of its model is unknown: s3://m/llama-7b: it cannot be reached"
 
 
 def test_a_total_shows_whether_it_is_complete() -> None:
-    one = estimate(seven_billion(), "base", None, TWO_CORES)
+    one = estimate(seven_billion(), "base", None, TWO_CORES, LIBRARY)
     other = replace(one, tokens=None, seconds=3.0)
     whole = total([one, other])
     assert one.seconds is not None
@@ -158,13 +162,13 @@ def test_a_total_shows_whether_it_is_complete() -> None:
 def test_weights_gradients_and_states_are_divided_as_by_zero(zero: int, bytes_per_parameter: float) -> None:
     """arXiv 1910.02054, figure 1, with gradients summed in fp32."""
     plan = seven_billion(sharding={"zero": zero})
-    found = gpu_memory(model_shape(plan, "base"), training_of(plan), 16)
+    found = gpu_memory(model_shape(plan, "base", LIBRARY), training_of(plan), 16)
     assert found.total - found.activations == pytest.approx((BODY_7B + 2 * HEAD_7B) * bytes_per_parameter)
 
 
 def test_activations_are_34_bytes_a_unit_or_2_with_checkpointing() -> None:
     """arXiv 2205.05198: s b h 34 for each layer; the input of each layer, and one layer, if they are recomputed."""
-    shape = model_shape(seven_billion(), "base")
+    shape = model_shape(seven_billion(), "base", LIBRARY)
     units = 2048 * 4 * 4096
     rows = {"batch": {"tokens": 1 << 20, "microBatchRows": 4}}
     assert gpu_memory(shape, training_of(seven_billion(**rows)), 16).activations == units * 34 * 32
@@ -173,7 +177,7 @@ def test_activations_are_34_bytes_a_unit_or_2_with_checkpointing() -> None:
 
 
 def test_what_does_not_fit_is_seen() -> None:
-    assert not estimate(seven_billion(), "base", None, TWO_CORES).fits
+    assert not estimate(seven_billion(), "base", None, TWO_CORES, LIBRARY).fits
     settings = {"sharding": {"zero": 3}, "gradientCheckpointing": True}
-    assert estimate(seven_billion(**settings), "base", None, TWO_CORES).fits
-    assert estimate(plan_of(), "base", None, TWO_CORES).fits
+    assert estimate(seven_billion(**settings), "base", None, TWO_CORES, LIBRARY).fits
+    assert estimate(plan_of(), "base", None, TWO_CORES, LIBRARY).fits
