@@ -230,7 +230,7 @@ class AttemptStatus(Model):
     """Stage digest the attempt works on."""
 
     name: Annotated[str, Field(max_length=63)]
-    """Name of the attempt's JobSet and ConfigMap."""
+    """Name of the attempt's JobSet."""
 
     started: AwareDatetime
     """Time at which the attempt was created."""

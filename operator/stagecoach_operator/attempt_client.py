@@ -97,32 +97,25 @@ class AttemptClient:
         settings = self.settings.model_copy(update={"trainer_image": frozen.image})
         try:
             # The ConfigMap comes first: pods mount it, and would otherwise wait for the kubelet's next retry.
-            await self._create_config_map(config_map(attempt, settings))
-            return await self._create_jobset(run, job_set(attempt, settings))
+            blocker = await self._create_config_map(config_map(attempt, settings))
+            return blocker or await self._create_jobset(run, job_set(attempt, settings))
         except NotServed:
             return Blocker(Reason.JOBSET_NOT_INSTALLED, NO_JOBSET)
         except (RequestForbidden, Invalid, ObjectNotFound) as error:
             return Blocker(Reason.CREATION_REFUSED, f"stage `{action.stage}`: the cluster rejects its objects: {error}")
 
-    async def _create_config_map(self, body: Body) -> None:
-        """Create the ConfigMap. An existing one is left over from an earlier try to create the same attempt."""
+    async def _create_config_map(self, body: Body) -> Blocker | None:
+        """Create the ConfigMap. An existing one is left over from an earlier try to create the same attempt: its name
+        contains a digest of its content."""
         try:
             await self.kube.create(CONFIG_MAPS, body)
         except AlreadyExists:
             metadata = body["metadata"]
             existing = await self.kube.get(CONFIG_MAPS, metadata["namespace"], metadata["name"])
-            if existing.get("data") == body["data"] and not existing["metadata"].get("deletionTimestamp"):
-                return
-            # It is immutable, so other content needs another object; the UID protects one that was created meanwhile.
-            await self._delete_if_exists(existing)
-            await self.kube.create(CONFIG_MAPS, body)
-
-    async def _delete_if_exists(self, body: Body) -> None:
-        metadata = body["metadata"]
-        try:
-            await self.kube.delete(CONFIG_MAPS, metadata["namespace"], metadata["name"], metadata["uid"], False)
-        except ObjectNotFound:
-            return
+            if existing.get("data") != body["data"]:
+                text = f"a ConfigMap named {metadata['name']} exists with other content; delete it"
+                return Blocker(Reason.CREATION_REFUSED, text)
+        return None
 
     async def _create_jobset(self, run: RunView, body: Body) -> Blocker | None:
         """Create the JobSet, or adopt the existing one of that name if this run owns it.

@@ -27,7 +27,6 @@ Body = dict[str, Any]
 """An object of the API as JSON."""
 
 MERGE_PATCH = "application/merge-patch+json"
-APPLY_PATCH = "application/apply-patch+yaml"
 JSON = "application/json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 LIST_CHUNK = 500
@@ -142,9 +141,6 @@ class Kube(Protocol):
     async def create(self, resource: Resource, body: Body) -> Body:
         """Create an object in the namespace named in its metadata. Raises AlreadyExists."""
 
-    async def apply(self, resource: Resource, body: Body) -> Body:
-        """Create or update an object by server-side apply, taking over fields of other managers that are in `body`."""
-
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
         """Return an object. Raises ObjectNotFound."""
 
@@ -240,11 +236,6 @@ class ApiServer:
     async def create(self, resource: Resource, body: Body) -> Body:
         path = resource.path(body["metadata"]["namespace"])
         return await self._write("POST", resource, path, body)
-
-    async def apply(self, resource: Resource, body: Body) -> Body:
-        path = resource.path(body["metadata"]["namespace"], body["metadata"]["name"])
-        query = {"fieldManager": names.MANAGED_BY, "force": "true"}
-        return await self._write("PATCH", resource, path, body, query, APPLY_PATCH)
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
         self.calls.count("get", resource.plural)

@@ -201,10 +201,13 @@ def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | Sto
 # -- storing -----------------------------------------------------------------------------------------------------------
 
 
-def plan_name(run: RunView) -> str:
-    """Return the name of the ConfigMap that stores a run's plan. The UID distinguishes runs of the same name."""
-    # Deterministic: a restarted operator must find the plan, which `generateName` would prevent.
-    suffix = hashlib.sha256(f"{run.meta.uid}/plan".encode()).hexdigest()[:6]
+def plan_name(run: RunView, plan_digest: str) -> str:
+    """Return the name of the ConfigMap that stores a plan of a run.
+
+    It follows from the UID, which distinguishes runs of the same name, and from the plan's digest in the status. So an
+    edit makes another ConfigMap, and the operator needs no right to change one.
+    """
+    suffix = hashlib.sha256(f"{run.meta.uid}/plan/{plan_digest}".encode()).hexdigest()[:12]
     return f"p-{run.meta.name[:40].rstrip('-.')}-{suffix}"
 
 
@@ -214,7 +217,7 @@ def plan_config_map(run: RunView, frozen: FrozenPlan) -> dict[str, Any]:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": plan_name(run),
+            "name": plan_name(run, frozen.digest()),
             "namespace": run.meta.namespace,
             "labels": {
                 names.LABEL_MANAGED_BY: names.MANAGED_BY,
@@ -223,6 +226,7 @@ def plan_config_map(run: RunView, frozen: FrozenPlan) -> dict[str, Any]:
             },
             "ownerReferences": [owner_reference(run.meta.name, run.meta.uid)],
         },
+        "immutable": True,
         "data": {PLAN_KEY: json.dumps(to_json(frozen), ensure_ascii=False)},
     }
 

@@ -7,6 +7,7 @@ new attempt is created under a deterministic name before the status mentions it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.events import EventReason, RunEvent, events_between
-from stagecoach_operator.kube import CONFIG_MAPS, ObjectNotFound
+from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
 from stagecoach_operator.object_views import RunView, timestamp
 from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, observe
 from stagecoach_operator.planning import (
@@ -207,18 +208,23 @@ class Reconciler:
         planned = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
         if isinstance(planned, FrozenPlan):
             # Stored before anything is created from it: after a restart the same plan gives the same digests.
-            await self.client.kube.apply(CONFIG_MAPS, plan_config_map(run, planned))
+            await self._store_plan(run, planned)
             memory.plan, memory.rejection = planned, None
         else:
             memory.rejection, memory.rejected_at = planned, self.clock()
         return planned
+
+    async def _store_plan(self, run: RunView, plan: FrozenPlan) -> None:
+        # One that exists was stored before a restart: its name contains the plan's digest.
+        with contextlib.suppress(AlreadyExists):
+            await self.client.kube.create(CONFIG_MAPS, plan_config_map(run, plan))
 
     async def _stored_plan(self, run: RunView) -> FrozenPlan | None:
         """Read the plan that an earlier operator process stored. None if there is none."""
         if run.status.plan_digest is None:
             return None
         try:
-            body = await self.client.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run))
+            body = await self.client.kube.get(CONFIG_MAPS, run.meta.namespace, plan_name(run, run.status.plan_digest))
         except ObjectNotFound:
             return None
         return from_config_map(body, run)

@@ -393,7 +393,7 @@ def test_permissions_are_few_and_exclude_secrets(values: Body) -> None:
     assert len(permissions(lasting)) <= MAX_PERMISSIONS
 
 
-VERBS = {"apply": {"create", "patch"}, "replace": {"update"}}
+VERBS = {"replace": {"update"}}
 """Verbs required by methods of `Kube` that are named differently."""
 
 
@@ -422,6 +422,12 @@ def test_permissions_are_namespaced_unless_the_scope_is_the_cluster() -> None:
     wide = render({"scope": "cluster", **WITHOUT_CRD})
     assert len(of_kind(wide, "ClusterRole")) == 1
     assert {resource for _, resource in permissions(of_kind(wide, "Role"))} == {"leases", "deployments/scale", "pods"}
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_the_operator_cannot_change_or_delete_a_configmap_in_any_scope(values: Body) -> None:
+    found = permissions(of_kind(render(values), "Role", "ClusterRole"))
+    assert {verb for verb, resource in found if resource == "configmaps"} == {"get", "create"}
 
 
 def test_every_binding_is_for_a_role_of_the_chart_and_the_operator() -> None:

@@ -91,13 +91,6 @@ class FakeApi:
         with self._writing(f"create {resource.plural} {body['metadata'].get('name')}"):
             return self.add(resource, body)
 
-    async def apply(self, resource: Resource, body: Body) -> Body:
-        with self._writing(f"apply {resource.plural} {body['metadata']['name']}"):
-            key = self._key(resource, body)
-            if key not in self.objects:
-                return self.add(resource, body)
-            return self._merge(resource, key, {name: body[name] for name in body if name != "metadata"})
-
     async def get(self, resource: Resource, namespace: str, name: str) -> Body:
         await asyncio.sleep(0)
         self._must_serve(resource)
@@ -548,8 +541,15 @@ class World:
         return content
 
     def _stage_file(self, pod: Body) -> Body:
-        name = pod["metadata"]["name"].rsplit("-w-0-", 1)[0]
-        body = self.api.objects[CONFIG_MAPS.plural, pod["metadata"]["namespace"], name]
+        return self.stage_file_of(pod["metadata"]["name"].rsplit("-w-0-", 1)[0])
+
+    def stage_file_of(self, attempt: str) -> Body:
+        """Return the `stage.json` of the attempt with this JobSet name."""
+        (jobset,) = (body for body in self.api.all_of(JOBSETS) if body["metadata"]["name"] == attempt)
+        (job,) = jobset["spec"]["replicatedJobs"]
+        volumes = job["template"]["spec"]["template"]["spec"]["volumes"]
+        (name,) = (volume["configMap"]["name"] for volume in volumes if volume["name"] == "stage")
+        body = self.api.objects[CONFIG_MAPS.plural, jobset["metadata"]["namespace"], name]
         stage: Body = json.loads(body["data"][names.STAGE_FILE])
         return stage
 

@@ -142,6 +142,7 @@ def test_all_problems_are_reported_at_once(world: World) -> None:
 
 def test_the_name_of_the_plan_is_derived_from_the_run(world: World) -> None:
     world.submit(data_stage("a"), name="x" * 63)
-    name = plan_name(world.run("x" * 63))
+    name = plan_name(world.run("x" * 63), "d" * 64)
+    assert name != plan_name(world.run("x" * 63), "e" * 64), "an edited plan is another ConfigMap"
     assert len(name) <= 63
     assert name.startswith("p-xxx")

@@ -18,7 +18,7 @@ from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_operator import artifact_lookup as lookup
 from stagecoach_operator import planning
-from stagecoach_operator.kube import CONFIG_MAPS, JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
+from stagecoach_operator.kube import JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 from stagecoach_operator.permitted import Allowed
 from stagecoach_operator.progress_reports import ProgressReport
 from tests.operator.makers import Ends, Operator, World, data_stage, drive
@@ -59,7 +59,7 @@ def test_three_stages_run_in_order(world: World) -> None:
     assert (summary.state, summary.stage) == (RunState.COMPLETE, "3/3")
     assert len(world.pods_made) == 3
     assert world.run().finalizers == ()
-    stage_file = json.loads(world.api.objects[CONFIG_MAPS.plural, "team", world.jobsets()[1]]["data"][names.STAGE_FILE])
+    stage_file = world.stage_file_of(world.jobsets()[1])
     assert stage_file["inputs"]["stage:a"]["digest"] == world.stage("a").artifact.content_digest  # type: ignore[union-attr]
 
 

@@ -70,9 +70,10 @@ capabilities: {drop: [ALL]}
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
   verbs: [get, list, watch, create, delete]
+# Names of the operator's ConfigMaps contain a digest of their content, so that it never changes or deletes one.
 - apiGroups: [""]
   resources: [configmaps]
-  verbs: [get, create, patch, delete]
+  verbs: [get, create]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]

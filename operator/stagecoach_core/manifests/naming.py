@@ -1,4 +1,4 @@
-"""Names of attempts: the name of the JobSet and the ConfigMap, and the prefix of Job, pod and host names."""
+"""Names of attempts: the name of the JobSet, and the prefix of the names of the ConfigMap, Job, pods and hosts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class StageAttempt:
 
     @property
     def name(self) -> str:
-        """Name of the JobSet and the ConfigMap."""
+        """Name of the JobSet, and the beginning of the ConfigMap's."""
         return attempt_name(self.resolved.run, self.resolved.stage, self.run_uid, self.resolved.attempt)
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.pods import Volume
+from stagecoach_core.manifests.configmap import config_map_name
 from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 
@@ -55,7 +56,7 @@ def mounts(attempt: StageAttempt, settings: ManifestSettings) -> list[Mount]:
     limit = {} if settings.work_size_limit is None else {"sizeLimit": settings.work_size_limit}
     shared = {"medium": "Memory", "sizeLimit": attempt.stage.resources.shared_memory or DEFAULT_SHARED_MEMORY}
     all_mounts = [
-        Mount("stage", names.STAGE_MOUNT, {"configMap": {"name": attempt.name}}, read_only=True),
+        Mount("stage", names.STAGE_MOUNT, {"configMap": {"name": config_map_name(attempt, settings)}}, read_only=True),
         # One volume for work and cache: files are moved between them, and rename does not cross volumes.
         Mount("data", names.DATA_MOUNT, {"emptyDir": limit}),
         Mount("tmp", names.TEMPORARY_MOUNT, {"emptyDir": {}}),

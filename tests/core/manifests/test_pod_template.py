@@ -111,7 +111,8 @@ def test_every_object_is_labelled_and_owned_by_the_run() -> None:
     assert all(item["annotations"] == {"stagecoach.dev/stage-digest": attempt.resolved.digest} for item in metadata)
     for item in (metadata[0], metadata[-1]):
         (owner,) = item["ownerReferences"]
-        assert (item["name"], owner["uid"], owner["controller"]) == (attempt.name, UID, True)
+        assert (owner["uid"], owner["controller"]) == (UID, True)
+        assert item["name"].startswith(attempt.name)
 
 
 def test_a_queue_labels_the_jobset_and_its_topology_the_pods() -> None:
@@ -170,6 +171,17 @@ def test_the_stage_is_in_an_immutable_configmap() -> None:
     assert made["immutable"] is True
     assert type(attempt.resolved).model_validate_json(made["data"]["stage.json"]) == attempt.resolved
     assert attempt.resolved.storage_region == "eu-central-1"
+
+
+def test_another_content_is_another_configmap_and_the_pods_mount_the_one_made_for_them() -> None:
+    """RBAC cannot limit a change of ConfigMaps to the operator's own, so it changes none."""
+    attempt = make_attempt()
+    renewed = SETTINGS.model_copy(update={"progress_url": "https://x.svc", "progress_ca": "another CA"})
+    found = [config_map(attempt, settings)["metadata"]["name"] for settings in (SETTINGS, SETTINGS, renewed)]
+    assert found[0] == found[1] != found[2]
+    for settings, name in ((SETTINGS, found[0]), (renewed, found[2])):
+        volume = pod_template(attempt, settings)["spec"]["volumes"][0]
+        assert volume == {"name": "stage", "configMap": {"name": name}}
 
 
 @pytest.mark.parametrize(
