@@ -49,6 +49,7 @@ def train_ours(
     from stagecoach_trainer.loop.loop import train
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
+    from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 
     config = PretrainStage.model_validate(
         {
@@ -67,6 +68,7 @@ def train_ours(
     attempt = AttemptSettings(stage, config, folder / "work", folder / "cache", None, World(), time.time())
     schedule = ClockedSchedule.of(config, len(batches))
     job = TrainingJob(model, config, GivenPlan(batches), schedule=schedule)
+    postpone_garbage_collection()  # as the entry point of a worker does
     result = train(job, build_context(attempt, threading.Event()))
     begun = [schedule.begun[step] for step in range(len(batches))]
     return Run(np.diff(begun)[1:].tolist(), [float(point["loss"]) for point in result.history])

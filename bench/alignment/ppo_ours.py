@@ -149,6 +149,7 @@ def main() -> None:
     from stagecoach_trainer.ppo.loop import train_policy
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
+    from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 
     task_folder, seed, precision = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     job = make_job(task_folder, precision, int(sys.argv[4]))
@@ -157,6 +158,7 @@ def main() -> None:
         stage = resolve("ppo", job.config.model_dump(mode="json"), [], folder)
         stage = stage.model_copy(update={"seed": seed})
         attempt = AttemptSettings(stage, job.config, folder / "work", folder / "cache", None, World(), time.time())
+        postpone_garbage_collection()  # as the entry point of a worker does
         result = train_policy(job, build_context(attempt, threading.Event()))
     plan: Any = job.prompts
     begun, worked = [*plan.begun, time.perf_counter()], [*plan.worked, time.process_time()]

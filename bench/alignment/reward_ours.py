@@ -56,6 +56,7 @@ def main() -> None:
     from stagecoach_trainer.loop.loop import train
     from stagecoach_trainer.run_stage import AttemptSettings, build_context
     from stagecoach_trainer.runtime.context import World
+    from stagecoach_trainer.runtime.startup import postpone_garbage_collection
 
     task_folder, config = Path(sys.argv[1]), configuration()
     model: Any = LlamaForSequenceClassification.from_pretrained(task_folder / "model", dtype=torch.float32)
@@ -67,6 +68,7 @@ def main() -> None:
         stage = resolve("rewardModel", config.model_dump(mode="json"), [], folder)
         attempt = AttemptSettings(stage, config, folder / "work", folder / "cache", None, World(), time.time())
         job = TrainingJob(model, config, plan, objective=RewardObjective(config.loss), schedule=schedule)
+        postpone_garbage_collection()  # as the entry point of a worker does
         result = train(job, build_context(attempt, threading.Event()))
     begun = [schedule.begun[step] for step in range(task.STEPS)]
     losses = [float(point["loss"]) for point in result.history]

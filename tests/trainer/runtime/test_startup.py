@@ -5,12 +5,21 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from stagecoach_trainer.runtime.startup import fast_imports, frozen_heap, postpone_garbage_collection
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def thawed_heap() -> Iterator[None]:
+    """The collector sees the whole heap, which `tests.conftest` freezes; freezes it again."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 def test_the_collector_resumes_after_the_imports_and_skips_what_they_made() -> None:
@@ -22,7 +31,6 @@ def test_the_collector_resumes_after_the_imports_and_skips_what_they_made() -> N
         assert gc.get_freeze_count() > 0
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def test_the_collector_of_a_training_process_resumes_with_its_first_step() -> None:
@@ -38,6 +46,13 @@ def test_the_collector_of_a_training_process_resumes_with_its_first_step() -> No
         assert gc.get_freeze_count() == 0
     finally:
         gc.enable()
+
+
+def test_a_process_that_has_not_postponed_the_collection_keeps_its_heap_as_it_is() -> None:
+    count = gc.get_freeze_count()
+    with frozen_heap():
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == count
 
 
 def test_a_model_is_imported_without_scipy_which_other_code_still_finds() -> None:

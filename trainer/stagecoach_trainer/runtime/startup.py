@@ -33,7 +33,11 @@ def fast_imports(training: bool) -> Iterator[None]:
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Collect once, then exempt everything that exists from garbage collection for as long as the block lasts."""
+    """Resume a postponed garbage collection: collect once, then exempt everything that exists for as long as the block
+    lasts. Does nothing in a process that has not postponed it."""
+    if gc.isenabled():
+        yield
+        return
     gc.collect()
     _freeze_and_enable()
     try:
