@@ -91,7 +91,7 @@ ANNOTATION_RETRY = f"{API_GROUP}/retry"
 """On a run: time (RFC 3339) at which the user asked to retry it. Failures before that time are not charged."""
 ANNOTATION_STAGE_DIGEST = f"{API_GROUP}/stage-digest"
 FINALIZER = f"{API_GROUP}/attempts"
-"""On a TrainingRun while attempts of it exist."""
+"""On TrainingRuns of earlier versions; removed wherever it is seen."""
 
 # Names of Kubernetes and of the components installed in the cluster.
 JOBSET_GROUP = "jobset.x-k8s.io"

@@ -5,6 +5,7 @@ Every write may be repeated: the operator may be killed before or after any of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ from stagecoach_core.manifests.jobset import job_set
 from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Found, Start
+from stagecoach_operator.confirmation import adopt
 from stagecoach_operator.kube import (
     CONFIG_MAPS,
     EVENTS,
     JOBSETS,
+    PODS,
     TRAINING_RUNS,
     AlreadyExists,
     Body,
@@ -29,12 +32,15 @@ from stagecoach_operator.kube import (
     ObjectNotFound,
     RequestForbidden,
 )
+from stagecoach_operator.lost_nodes import Patience
 from stagecoach_operator.object_cache import Cache
-from stagecoach_operator.object_views import RunView, jobset_view, run_view
+from stagecoach_operator.object_views import PodView, RunView, jobset_view, run_view
 from stagecoach_operator.observe import ObservedAttempt
 from stagecoach_operator.planning import FrozenPlan
 from stagecoach_operator.pod_startup import STUCK_SECONDS, stuck_pods
 from stagecoach_operator.settings import Settings
+
+log = logging.getLogger(__name__)
 
 NO_JOBSET = "JobSet is not installed in this cluster (no `jobsets.jobset.x-k8s.io`); install it, and the run continues"
 MAX_DIAGNOSED_PODS = 3
@@ -57,20 +63,19 @@ class AttemptClient:
     cache: Cache
     settings: Settings
 
+    @property
+    def patience(self) -> Patience:
+        return Patience(self.settings.lost_node_seconds, self.settings.leftover_seconds)
+
     # -- the run itself ------------------------------------------------------------------------------------------------
 
-    async def add_finalizer(self, run: RunView) -> RunView:
-        """Add our finalizer to a run before its first attempt is created: the run cannot disappear before its pods."""
-        return await self._set_finalizers(run, (*run.finalizers, names.FINALIZER))
-
     async def remove_finalizer(self, run: RunView) -> RunView:
-        """Remove our finalizer from a run without attempts."""
-        kept = tuple(item for item in run.finalizers if item != names.FINALIZER)
-        return run if kept == run.finalizers else await self._set_finalizers(run, kept)
-
-    async def _set_finalizers(self, run: RunView, finalizers: Sequence[str]) -> RunView:
+        """Remove the finalizer that earlier versions added to runs with attempts."""
+        kept = [item for item in run.finalizers if item != names.FINALIZER]
+        if len(kept) == len(run.finalizers):
+            return run
         # A merge patch replaces the whole list; the precondition protects finalizers that others have added meanwhile.
-        patch = {"metadata": {**precondition(run), "finalizers": list(finalizers)}}
+        patch = {"metadata": {**precondition(run), "finalizers": kept}}
         return self._stored(await self.kube.patch(TRAINING_RUNS, run.meta.namespace, run.meta.name, patch))
 
     async def patch_status(self, run: RunView, patch: Body) -> RunView:
@@ -87,12 +92,18 @@ class AttemptClient:
     # -- creating an attempt -------------------------------------------------------------------------------------------
 
     async def start(
-        self, run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found]
+        self, run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found], now: float
     ) -> Blocker | None:
         """Create an attempt, or adopt the one that was created before a restart but not recorded.
 
+        It waits for what is left of deleted runs at the same work: a run disappears before its pods have ended.
+
         Returns None if it exists now, or what prevents its creation. Raises Unavailable and Conflict.
         """
+        remains = self.cache.remains_of(action.digest, self.patience, now)
+        if remains:
+            text = f"stage `{action.stage}`: {remains}, of a deleted run, still does the same work; waiting for its end"
+            return Blocker(Reason.WAITING_FOR_PODS, text)
         attempt = stage_attempt(run, frozen, action, artifacts)
         settings = self.settings.model_copy(update={"trainer_image": frozen.image})
         try:
@@ -126,11 +137,12 @@ class AttemptClient:
         try:
             jobset = await self.kube.create(JOBSETS, body)
         except AlreadyExists:
-            jobset = await self.kube.get(JOBSETS, metadata["namespace"], metadata["name"])
+            existing = await self.kube.get(JOBSETS, metadata["namespace"], metadata["name"])
             # Names contain a hash over the run's UID, so another owner means a foreign object, which is not touched.
-            if jobset_view(jobset).owner_uid != run.meta.uid:
-                text = f"a JobSet named {metadata['name']} exists that this run does not own; delete it"
-                return Blocker(Reason.CREATION_REFUSED, text)
+            labels = body["metadata"]["labels"]
+            key = labels[names.LABEL_STAGE], int(labels[names.LABEL_ATTEMPT])
+            foreign = await adopt(self.kube, self.cache, run, key, existing)
+            return Blocker(Reason.CREATION_REFUSED, foreign) if foreign else None
         self.cache.put(jobset_view(jobset))
         return None
 
@@ -148,6 +160,29 @@ class AttemptClient:
         else:
             # The watch reports it later; until then each reconciliation would delete it again.
             self.cache.mark_deleting(meta.uid)
+
+    async def end_pod(self, pod: PodView) -> None:
+        """Delete a pod whose JobSet is gone; it has its grace period to end."""
+        if await self._delete_pod(pod, None):
+            self.cache.mark_deleting(pod.meta.uid)
+
+    async def remove_lost(self, pod: PodView) -> None:
+        """Remove the object of a pod whose node is lost. Its finalizers still apply."""
+        try:
+            await self._delete_pod(pod, 0)
+        except RequestForbidden as error:
+            # The pod is ignored a little later, so the attempt does not depend on it.
+            log.warning("pod %s on lost node %s cannot be removed: %s", pod.meta.name, pod.node, error)
+
+    async def _delete_pod(self, pod: PodView, grace_seconds: int | None) -> bool:
+        """Delete a pod; return whether it existed."""
+        meta = pod.meta
+        try:
+            await self.kube.delete(PODS, meta.namespace, meta.name, meta.uid, False, grace_seconds)
+        except (ObjectNotFound, Conflict):  # the one with this UID does not exist any more
+            self.cache.remove(meta.uid)
+            return False
+        return True
 
     # -- diagnosing ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from stagecoach_api import names
+from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import (
     Condition,
     ConditionStatus,
@@ -38,6 +39,7 @@ class EventReason(StrEnum):
     STAGE_FAILED = "StageFailed"
     ATTEMPT_FAILED = "AttemptFailed"
     ATTEMPT_STOPPED = "AttemptStopped"
+    NODE_LOST = "NodeLost"
     BLOCKED = "Blocked"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
@@ -74,7 +76,7 @@ def _of_stage(before: StageStatus | None, after: StageStatus) -> Iterator[RunEve
             continue
         where = "".join(f", {label} {value}" for label, value in (("pod", record.pod), ("node", record.node)) if value)
         text = f"stage `{after.name}`: attempt {record.number} ended ({record.cause}{where}): {record.message}"
-        requested = record.stop_cause is not None
+        requested = record.stop_cause not in (None, Cause.INFRASTRUCTURE)
         yield RunEvent(
             EventReason.ATTEMPT_STOPPED if requested else EventReason.ATTEMPT_FAILED, text, warning=not requested
         )

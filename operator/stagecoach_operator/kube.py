@@ -157,11 +157,18 @@ class Kube(Protocol):
         """Replace an object. Raises Conflict if it has changed since its `resourceVersion`."""
 
     async def delete(
-        self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        foreground: bool = True,
+        grace_seconds: int | None = None,
     ) -> None:
         """Delete an object, its dependants first (`foreground`) or afterwards.
 
-        Raises ObjectNotFound, and Conflict if the object of that name has another UID.
+        `grace_seconds`: replaces a pod's own grace period; 0 removes the object without waiting for its node. Raises
+        ObjectNotFound, and Conflict if the object of that name has another UID.
         """
 
     async def read(self, path: str) -> Any:
@@ -267,9 +274,17 @@ class ApiServer:
         return await self._write("PUT", resource, path, body)
 
     async def delete(
-        self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        foreground: bool = True,
+        grace_seconds: int | None = None,
     ) -> None:
         body: Body = {"propagationPolicy": "Foreground" if foreground else "Background"}
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
         if uid is not None:
             body["preconditions"] = {"uid": uid}
         await self._write("DELETE", resource, resource.path(namespace, name), body)

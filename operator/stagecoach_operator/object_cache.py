@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from stagecoach_operator.lost_nodes import Patience, is_ignored
 from stagecoach_operator.object_views import JobSetView, Meta, PodView, RunView, WorkloadView
 
 Child = JobSetView | PodView | WorkloadView
@@ -91,6 +92,12 @@ class Cache:
             del self._of_run[run_uid]
         return run_uid
 
+    def restore(self, view: Child) -> None:
+        """Store an object that was just read, although it was removed: its watch reports one whose labels are taken off
+        as deleted."""
+        self._gone.pop(view.meta.uid, None)
+        self.put(view)
+
     def mark_deleting(self, uid: str) -> None:
         """Mark an object as being deleted after our own request, before the watch reports it."""
         child = self.children.get(uid)
@@ -113,6 +120,20 @@ class Cache:
             pods=tuple(item for item in members if isinstance(item, PodView)),
             workloads={item.jobset_uid: item for item in members if isinstance(item, WorkloadView)},
         )
+
+    def remains_of(self, digest: str, patience: Patience, now: float) -> str:
+        """Return a pod or JobSet at a stage digest that outlives its run, as text. Empty if there is none."""
+        for child in self.children.values():
+            if isinstance(child, WorkloadView) or child.digest != digest or self._lives(child.run_uid):
+                continue
+            if isinstance(child, PodView) and not is_ignored(child, now, patience):
+                return f"pod {child.meta.name}"
+            if isinstance(child, JobSetView) and not (child.meta.deleting or child.completed or child.failed):
+                return f"JobSet {child.meta.name}"
+        return ""
+
+    def _lives(self, run_uid: str) -> bool:
+        return run_uid in self.runs and not self.runs[run_uid].meta.deleting
 
     def _is_new(self, meta: Meta, known: RunView | Child | None) -> bool:
         if meta.uid in self._gone:

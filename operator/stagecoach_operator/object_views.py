@@ -6,7 +6,7 @@ Whole bodies are not kept: with a thousand runs they would dominate the operator
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +34,9 @@ class Meta:
     """Seconds since the epoch, by the API server's clock."""
     deleting: bool
     """Whether it has a deletion timestamp."""
+    delete_by: float = 0.0
+    """Its deletion timestamp, in seconds since the epoch; of a pod, that is the end of its grace period. 0 if it has
+    none, or it is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class PodView:
     disruption: str
     """Reason of the DisruptionTarget condition, or empty."""
     disruption_message: str
+    digest: str = ""
+    """Stage digest its attempt works on."""
 
     @property
     def has_ended(self) -> bool:
@@ -186,7 +191,8 @@ def _status(raw: Raw) -> tuple[TrainingRunStatus, str]:
 
 
 def jobset_view(body: Raw) -> JobSetView:
-    labels = body["metadata"].get("labels") or {}
+    # The labels of the pod template come last: unlike those of the JobSet, they cannot be changed.
+    labels = {**(body["metadata"].get("labels") or {}), **template_labels(body)}
     annotations = body["metadata"].get("annotations") or {}
     spec = body.get("spec") or {}
     conditions = conditions_of(body)
@@ -205,6 +211,14 @@ def jobset_view(body: Raw) -> JobSetView:
         failed="" if failed is None else str(failed.get("message") or "the JobSet failed"),
         failed_at=0.0 if failed is None else timestamp(failed.get("lastTransitionTime")) or 0.0,
     )
+
+
+def template_labels(jobset: Raw) -> Raw:
+    """Return the labels of the Job in a JobSet. Like all of `replicatedJobs`, they cannot be changed."""
+    jobs: Sequence[Raw] = (jobset.get("spec") or {}).get("replicatedJobs") or ({},)
+    metadata = (jobs[0].get("template") or {}).get("metadata") or {}
+    labels: Raw = metadata.get("labels") or {}
+    return labels
 
 
 def _num_pods(spec: Raw) -> int:
@@ -242,6 +256,7 @@ def pod_view(body: Raw) -> PodView:
         else "",
         disruption=str(disruption.get("reason") or ""),
         disruption_message=str(disruption.get("message") or ""),
+        digest=(body["metadata"].get("annotations") or {}).get(names.ANNOTATION_STAGE_DIGEST, ""),
     )
 
 
@@ -312,6 +327,7 @@ def meta_of(body: Raw) -> Meta:
         resource_version=str(metadata.get("resourceVersion", "")),
         created=timestamp(metadata.get("creationTimestamp")) or 0.0,
         deleting=bool(metadata.get("deletionTimestamp")),
+        delete_by=timestamp(metadata.get("deletionTimestamp")) or 0.0,
     )
 
 

@@ -12,21 +12,32 @@ from datetime import UTC, datetime
 
 from stagecoach_api.faults import shortened
 from stagecoach_api.outcomes import AttemptResult, Cause
-from stagecoach_api.status import AttemptStatus, Incarnation
+from stagecoach_api.status import AttemptStatus, Incarnation, Reason
 from stagecoach_core.policies.ending import end_of_attempt
 from stagecoach_core.values import Attempt, AttemptState
+from stagecoach_operator.lost_nodes import DEFAULT_PATIENCE, Patience, is_ignored, is_lost, next_moment, with_loss
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
 from stagecoach_operator.pod_startup import Waiting, waiting_for
 from stagecoach_operator.progress_reports import LatestReport
-from stagecoach_operator.termination import AttemptOutcome, TerminationReport, newest_step, outcome_of, warnings_of
+from stagecoach_operator.termination import (
+    AttemptOutcome,
+    TerminationReport,
+    newest_step,
+    outcome_of,
+    success_of,
+    warnings_of,
+)
 
 AttemptKey = tuple[str, int]
 """Stage and number."""
 
 MAX_INCARNATIONS = 4
+UNCLEAR_SECONDS = 15.0
+"""How often a JobSet is looked for of which it is unclear whether it exists."""
 MESSAGE_CHARACTERS = 1024
 LOST = "its JobSet does not exist: it was deleted by another client, or its creation failed"
+ABANDONED = "its JobSet was deleted by another client before its pods had ended"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,10 @@ class ObservedAttempt:
     """Why it is not running yet. None if it is running or has ended."""
     deletion_reason: str = ""
     """Why its remaining objects must be deleted. Empty: they need not be."""
+    abandoned_pods: tuple[PodView, ...] = ()
+    """Pods that must be deleted one by one, because no JobSet of theirs is left to delete."""
+    lost_pods: tuple[PodView, ...] = ()
+    """Pods on lost nodes, whose objects must be removed without waiting for the node."""
     latest_report: LatestReport | None = None
     look_again_at: float | None = None
 
@@ -87,6 +102,9 @@ class Signals:
     reports: Mapping[AttemptKey, LatestReport] = field(default_factory=dict)
     warnings: Mapping[str, str] = field(default_factory=dict)
     """Newest warning event of stuck pods, and of JobSets without pods, by UID."""
+    unclear: Mapping[AttemptKey, str] = field(default_factory=dict)
+    """Attempts whose JobSet is not known, and of which it is unclear whether it exists, with the reason."""
+    patience: Patience = DEFAULT_PATIENCE
 
 
 def observe(
@@ -102,7 +120,13 @@ def observe(
     `now`, `since`: the present, and when the user requested this run or a retry of it, in seconds since the epoch.
     """
     # Labels can be copied; only the controller reference proves that a JobSet is this run's.
-    jobsets = {(item.stage, item.number): item for item in children.jobsets if item.owner_uid == run_uid}
+    owned = {(item.stage, item.number, item.meta.name): item for item in children.jobsets if item.owner_uid == run_uid}
+    # A copy under another name has the same labels and owner.
+    jobsets = {
+        (stage, number): item
+        for (stage, number, name), item in owned.items()
+        if (stage, number) not in records or records[stage, number].name == name
+    }
     attempts: dict[AttemptKey, ObservedAttempt] = {}
     # The union: a JobSet without a record was created just before a kill; a record without a JobSet has lost it.
     for key in sorted({*records, *jobsets}):
@@ -136,33 +160,131 @@ def observe_attempt(
     earlier: Sequence[Attempt] = (),
 ) -> ObservedAttempt:
     """Return one attempt as observed now. `earlier`: see `end_of_attempt`."""
-    if record.ended is not None:
-        # The JobSet of a successful attempt is kept for its logs; that of a failed one is deleted.
-        leftover = "" if jobset is None or record.cause is None else "the attempt has ended"
-        return ObservedAttempt(
-            stage, record, AttemptState.ENDED, jobset, deletion_reason=_unless_deleting(jobset, leftover)
-        )
     pods = children.pods_of(stage, record.number)
+    if record.ended is not None:
+        return _ended_attempt(stage, record, jobset, pods, signals.patience, now)
     if jobset is None:
-        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED)
+        return _without_jobset(stage, record, pods, signals, now, earlier)
     outcome = outcome_of(pods, jobset, now)
     record = _updated(record, outcome.report, pods)
     # Success takes precedence over a pending stop or deletion: the artifact is published.
     if outcome.report is not None and outcome.report.result.cause is None:
-        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED, jobset, pods)
+        return _ended_attempt(stage, ended(record, now, earlier), jobset, pods, signals.patience, now)
+    lost = tuple(pod for pod in pods if is_lost(pod, now, signals.patience))
+    record = with_loss(record, lost, signals.patience)
     # A failed attempt is stopping, not ended, until its JobSet is gone: the next must not run together with its pods.
     reason = record.stopping or (f"it failed: {record.message}" if record.cause is not None else "")
-    if jobset.meta.deleting or reason:
+    if not (jobset.meta.deleting or reason):
+        return _live_attempt(stage, record, jobset, pods, children, signals, outcome, now)
+    if _is_stuck(jobset, pods, signals.patience, now):
+        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED, jobset, pods, lost_pods=lost)
+    return ObservedAttempt(
+        stage,
+        record,
+        AttemptState.STOPPING,
+        jobset,
+        pods,
+        deletion_reason=_unless_deleting(jobset, reason),
+        lost_pods=lost,
+        latest_report=signals.reports.get((stage, record.number)),
+        look_again_at=next_moment(pods, now, signals.patience),
+    )
+
+
+def _is_stuck(jobset: JobSetView, pods: Sequence[PodView], patience: Patience, now: float) -> bool:
+    """Return whether a JobSet stays although it is being deleted and nothing that runs holds it.
+
+    A finalizer of another controller may. The next attempt has other names, so nothing needs to wait for it.
+    """
+    due = jobset.meta.delete_by + patience.lost_node_seconds
+    return bool(jobset.meta.delete_by) and now >= due and all(is_ignored(pod, now, patience) for pod in pods)
+
+
+def _ended_attempt(
+    stage: str,
+    record: AttemptStatus,
+    jobset: JobSetView | None,
+    pods: tuple[PodView, ...],
+    patience: Patience,
+    now: float,
+) -> ObservedAttempt:
+    """Return an attempt that has ended, and what is left of it to delete.
+
+    Rank 0 publishes after it has trained with all others: torchrun starts no worker before every node has joined the
+    rendezvous, so its success proves that all pods were there. It does not prove that they end: a communication library
+    may hang while it is torn down, and a pod that has not started waits for rank 0 for ever. Only a JobSet of which
+    nothing is left to end is kept, so that its logs can be read by `kubectl`; they are in the store, too.
+    """
+    living = tuple(pod for pod in pods if not is_ignored(pod, now, patience))
+    due = (record.ended.timestamp() if record.ended is not None else now) + patience.leftover_seconds
+    reason, again = "", None
+    if record.cause is not None:
+        reason = "the attempt has ended"
+    elif jobset is None or living or not is_finished(jobset, pods):
+        rest = f"{len(living)} of its pods had" if living else "its JobSet had"
+        reason = f"the attempt has succeeded, and {rest} not ended {patience.leftover_seconds:.0f} s later"
+        reason, again = (reason, None) if now >= due else ("", due)
+    # An attempt without a JobSet has nothing else that ends its pods.
+    abandoned = tuple(pod for pod in living if not pod.meta.deleting) if jobset is None and reason else ()
+    left = jobset is not None or bool(living)
+    return ObservedAttempt(
+        stage,
+        record,
+        AttemptState.ENDED,
+        jobset,
+        pods,
+        deletion_reason=_unless_deleting(jobset, reason),
+        abandoned_pods=abandoned,
+        lost_pods=tuple(pod for pod in pods if is_lost(pod, now, patience)),
+        look_again_at=_earliest(again, next_moment(pods, now, patience)) if left else None,
+    )
+
+
+def is_finished(jobset: JobSetView, pods: Sequence[PodView]) -> bool:
+    """Return whether a JobSet has ended, and will not create pods any more."""
+    if jobset.completed or jobset.failed:
+        return True
+    return not jobset.suspended and len({pod.index for pod in pods if pod.has_ended}) >= jobset.num_pods
+
+
+def _without_jobset(
+    stage: str,
+    record: AttemptStatus,
+    pods: tuple[PodView, ...],
+    signals: Signals,
+    now: float,
+    earlier: Sequence[Attempt],
+) -> ObservedAttempt:
+    """Return an attempt whose JobSet is not known. It lives as long as one of its pods does.
+
+    `kubectl delete jobset` removes a JobSet at once, and its pods end later, or never if they are orphaned.
+    """
+    unclear = signals.unclear.get((stage, record.number))
+    if unclear is not None:
+        waiting = Waiting(Reason.CREATION_REFUSED, unclear)
         return ObservedAttempt(
-            stage,
-            record,
-            AttemptState.STOPPING,
-            jobset,
-            pods,
-            deletion_reason=_unless_deleting(jobset, reason),
-            latest_report=signals.reports.get((stage, record.number)),
+            stage, record, AttemptState.STARTING, pods=pods, waiting=waiting, look_again_at=now + UNCLEAR_SECONDS
         )
-    return _live_attempt(stage, record, jobset, pods, children, signals, outcome, now)
+    success = success_of(pods)
+    if success is not None:
+        record = ended(_updated(record, success, pods), now, earlier)
+        return _ended_attempt(stage, record, None, pods, signals.patience, now)
+    lost = tuple(pod for pod in pods if is_lost(pod, now, signals.patience))
+    record = with_loss(record, lost, signals.patience)
+    living = tuple(pod for pod in pods if not is_ignored(pod, now, signals.patience))
+    if not living:
+        return ObservedAttempt(stage, ended(record, now, earlier), AttemptState.ENDED, pods=pods, lost_pods=lost)
+    if not record.stopping:
+        record = record.model_copy(update={"stopping": ABANDONED, "stop_cause": Cause.INFRASTRUCTURE})
+    return ObservedAttempt(
+        stage,
+        record,
+        AttemptState.STOPPING,
+        pods=pods,
+        abandoned_pods=tuple(pod for pod in living if not pod.meta.deleting),
+        lost_pods=lost,
+        look_again_at=next_moment(pods, now, signals.patience),
+    )
 
 
 def _live_attempt(
@@ -183,7 +305,8 @@ def _live_attempt(
         deletion_reason = waiting.message
         # Uncharged: the attempt has not run, and a missing Secret or image is not a failure of its code.
         record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
-    moments = [item for item in (outcome.look_again_at, give_up_at) if item is not None and item > now]
+    loss_at = next_moment(pods, now, signals.patience)
+    moments = [item for item in (outcome.look_again_at, give_up_at, loss_at) if item is not None and item > now]
     running = waiting is None
     # Set once: after a preemption, the pods that Kueue re-creates continue the same attempt.
     if running and record.running_since is None:
@@ -198,9 +321,13 @@ def _live_attempt(
         workload,
         waiting,
         deletion_reason,
-        signals.reports.get((stage, record.number)),
-        min(moments, default=None),
+        latest_report=signals.reports.get((stage, record.number)),
+        look_again_at=min(moments, default=None),
     )
+
+
+def _earliest(*moments: float | None) -> float | None:
+    return min((moment for moment in moments if moment is not None), default=None)
 
 
 def _unless_deleting(jobset: JobSetView | None, reason: str) -> str:
@@ -229,8 +356,9 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
             "content_digest": result.content_digest,
             "exit_code": result.exit_code,
             "last_step": result.last_step,
-            "pod": report.pod,
-            "node": report.node,
+            # A lost node is recorded before the other pods report what followed from its loss.
+            "pod": record.pod or report.pod,
+            "node": record.node or report.node,
             "message": result.message,
             "fault": result.fault or "",
         }

@@ -16,7 +16,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import artifact_uri
-from stagecoach_api.status import ConditionStatus, ConditionType, Reason, TrainingRunStatus
+from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.values import (
@@ -26,7 +26,6 @@ from stagecoach_core.values import (
     LookUp,
     Missing,
     Observed,
-    RunState,
     Start,
     Stop,
 )
@@ -34,10 +33,13 @@ from stagecoach_operator.artifact_lookup import ArtifactLookups
 from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
+from stagecoach_operator.confirmation import confirm
 from stagecoach_operator.events import EventReason, RunEvent, events_between
 from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
-from stagecoach_operator.object_views import RunView, timestamp
-from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, observe
+from stagecoach_operator.lost_nodes import loss_text
+from stagecoach_operator.object_cache import Children
+from stagecoach_operator.object_views import PodView, RunView, timestamp
+from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, is_finished, observe
 from stagecoach_operator.planning import (
     FrozenPlan,
     Rejection,
@@ -79,11 +81,14 @@ class ReconcileContext:
     def living(self) -> list[ObservedAttempt]:
         return [attempt for attempt in self.attempts.values() if attempt.state is not AttemptState.ENDED]
 
-    def to_delete(self) -> list[ObservedAttempt]:
-        """Return the attempts whose objects must be deleted, with the reason: failed ones and those to stop."""
+    def to_end(self) -> list[ObservedAttempt]:
+        """Return the attempts of which something must be deleted, with the reason: failed ones and those to stop."""
         stops = {(stop.stage, stop.number): stop for stop in self.actions(Stop)}
         attempts = [stopped(item, stops[key]) if key in stops else item for key, item in self.attempts.items()]
-        return [attempt for attempt in attempts if attempt.deletion_reason and attempt.jobset is not None]
+        return [item for item in attempts if (item.deletion_reason and item.jobset is not None) or item.abandoned_pods]
+
+    def lost_pods(self) -> list[PodView]:
+        return [pod for attempt in self.attempts.values() for pod in attempt.lost_pods]
 
 
 @dataclass
@@ -113,11 +118,14 @@ class Reconciler:
             self._forget(uid)
             return None
         if run.meta.deleting:
-            return await self._finalize(run)
+            await self._finalize(run)
+            return None
+        if names.FINALIZER in run.finalizers:
+            run = await self.client.remove_finalizer(run)
         if run.unreadable:
             self._leave_alone(run)
             return None
-        if is_at_rest(run):
+        if is_at_rest(run, self.client.cache.of_run(uid)):
             return None
         memory = self.memories.setdefault(uid, RunMemory(first_seen=self.clock()))
         plan = await self._plan(run, memory)
@@ -137,11 +145,12 @@ class Reconciler:
 
     async def _carry_out(self, run: RunView, plan: FrozenPlan, memory: RunMemory) -> float | None:
         """Observe, decide, act, report."""
+        await self._confirm(run, memory)
         context = self._observe(run, plan, memory)
-        to_delete = context.to_delete()
+        ending, lost = context.to_end(), memory.due_for_removal(context.lost_pods(), context.now)
         # Nothing is started in the same turn: the decision was made while these attempts were live.
-        if to_delete:
-            return await self._end(context, to_delete, memory)
+        if ending or lost:
+            return await self._end(context, ending, lost, memory)
         lookups_due = self._look_up(context)
         if await self._start(context, memory):
             memory.created_at = self.clock()
@@ -153,28 +162,31 @@ class Reconciler:
             return deferred_until
         write_due = await self._save(context, memory)
         self._pointers.point(context.run, context.frozen, context.decision.stages, context.now)
-        await self._remove_finalizer(context)
         return earliest(
             context.decision.look_again_at,
             lookups_due,
             write_due,
             memory.unblocked_at(),
             memory.retry_rejected_at(),
-            *(moment for attempt in context.living() for moment in recheck_times(attempt, context.now)),
+            *(moment for attempt in context.attempts.values() for moment in recheck_times(attempt, context.now)),
         )
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
+    async def _confirm(self, run: RunView, memory: RunMemory) -> None:
+        """Read the JobSets that seem to be gone, before their attempts count as ended."""
+        records = known_records(run, memory)
+        await confirm(self.client.kube, self.client.cache, run, records, memory.confirmed, self.clock())
+
     def _observe(self, run: RunView, frozen: FrozenPlan, memory: RunMemory) -> ReconcileContext:
         now = self.clock()
-        # The status is read once. From then on memory is ahead of it: it holds ends that are not written yet.
-        if memory.records is None:
-            memory.records = records_of(run.status)
-        latest = {key: self.reports.latest((run.meta.uid, *key)) for key in memory.records}
+        records = known_records(run, memory)
+        latest = {key: self.reports.latest((run.meta.uid, *key)) for key in records}
         reports = {key: report for key, report in latest.items() if report is not None}
         children = self.client.cache.of_run(run.meta.uid)
-        signals, since = Signals(reports, memory.warnings), requested_at(run)
-        attempts = observe(run.meta.uid, memory.records, children, signals, now, since)
+        signals = Signals(reports, memory.warnings, memory.confirmed.unclear, self.client.patience)
+        since = requested_at(run)
+        attempts = observe(run.meta.uid, records, children, signals, now, since)
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
         answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
@@ -231,7 +243,9 @@ class Reconciler:
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    async def _end(self, context: ReconcileContext, ending: Sequence[ObservedAttempt], memory: RunMemory) -> float:
+    async def _end(
+        self, context: ReconcileContext, ending: Sequence[ObservedAttempt], lost: Sequence[PodView], memory: RunMemory
+    ) -> float:
         """Persist why attempts end, then delete them; everything else is left to the next reconciliation."""
         attempts = {**context.attempts, **{attempt.key: attempt for attempt in ending}}
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
@@ -239,9 +253,19 @@ class Reconciler:
         # has been deleted, and the next reconciliation sees the same pods.
         await self._save(replace(context, attempts=attempts), memory)
         for attempt in ending:
-            await self.client.delete(attempt)
+            await self._delete(attempt)
+        for pod in lost:
+            text = f"stage `{pod.stage}`: {loss_text(pod, self.client.patience)}; the pod is removed"
+            self.record_events(context.run, [RunEvent(EventReason.NODE_LOST, text, warning=True)])
+            await self.client.remove_lost(pod)
         # At once: the cache contains the deletions already, so the next reconciliation does not repeat them.
         return context.now
+
+    async def _delete(self, attempt: ObservedAttempt) -> None:
+        if attempt.deletion_reason:
+            await self.client.delete(attempt)
+        for pod in attempt.abandoned_pods:
+            await self.client.end_pod(pod)
 
     def _look_up(self, context: ReconcileContext) -> float | None:
         """Request the lookups that the decision needs; return when to repeat them if the store is unavailable."""
@@ -259,18 +283,14 @@ class Reconciler:
         if unblocked_at is not None and context.now < unblocked_at:
             return False
         memory.blocker = None
-        run = context.run
         created = False
         for action in starts:
-            # The finalizer comes first: without it the run could disappear while its pods are still training.
-            if names.FINALIZER not in run.finalizers:
-                run = await self.client.add_finalizer(run)
             artifacts = artifacts_of(context.decision.stages)
-            blocker = await self.client.start(run, context.frozen, action, artifacts)
+            blocker = await self.client.start(context.run, context.frozen, action, artifacts, context.now)
             if blocker is not None:
                 memory.block(blocker, context.now)
             created = created or blocker is None
-        return created or run is not context.run
+        return created
 
     async def _diagnose(self, context: ReconcileContext, memory: RunMemory) -> None:
         """Read the events of pods whose status does not show what they wait for."""
@@ -282,29 +302,18 @@ class Reconciler:
             # Again, because the warnings are an input of the observation, which has been made.
             self.enqueue(context.run.meta.uid)
 
-    async def _remove_finalizer(self, context: ReconcileContext) -> None:
-        """Remove our finalizer from a run that has no live attempts and will start none without a user's action."""
-        # From the cache: after the write of the status, the resource version in the context is outdated.
-        run = self.client.cache.runs.get(context.run.meta.uid)
-        if run is not None and context.decision.state is not RunState.PROGRESSING and not context.living():
-            await self.client.remove_finalizer(run)
+    async def _finalize(self, run: RunView) -> None:
+        """Delete the JobSets of a run that is being deleted, as long as other clients' finalizers hold it.
 
-    async def _finalize(self, run: RunView) -> float | None:
-        """Delete the JobSets of a run that is being deleted; remove our finalizer when they are gone.
-
-        They are deleted in the foreground, pods first. Left to the garbage collector, the run would disappear at once,
-        and a new run of the same name could start while the old pods are still training.
+        We have no finalizer of our own: the garbage collector deletes what the run owns, also after the operator itself
+        is gone, as when a namespace is deleted. A new run at the same work waits for the old pods (`start`).
         """
         memory = self.memories.setdefault(run.meta.uid, RunMemory(first_seen=self.clock()))
-        records = records_of(run.status) if memory.records is None else memory.records
         children = self.client.cache.of_run(run.meta.uid)
-        attempts = observe(run.meta.uid, records, children, Signals(), self.clock())
-        remaining = [attempt for attempt in attempts.values() if attempt.jobset is not None]
-        for attempt in remaining:
+        attempts = observe(run.meta.uid, known_records(run, memory), children, Signals(), self.clock())
+        for attempt in attempts.values():
             await self.client.delete(attempt)
-        if not remaining:
-            await self.client.remove_finalizer(run)
-        return None
+        await self.client.remove_finalizer(run)
 
     def _forget(self, uid: str) -> None:
         self.memories.pop(uid, None)
@@ -363,11 +372,27 @@ class Reconciler:
 # -- small pure functions ----------------------------------------------------------------------------------------------
 
 
-def is_at_rest(run: RunView) -> bool:
-    """Return whether a run is complete and unchanged since: it then needs neither a plan nor an observation."""
+def is_at_rest(run: RunView, children: Children) -> bool:
+    """Return whether a run is complete and unchanged since: it then needs neither a plan nor an observation.
+
+    `children`: its objects. Its last attempt may have succeeded before all of its pods have ended.
+    """
     true_types = {item.type for item in run.status.conditions if item.status is ConditionStatus.TRUE}
-    complete = {ConditionType.ACCEPTED, ConditionType.COMPLETE} <= true_types
-    return complete and run.status.observed_generation == run.generation and names.FINALIZER not in run.finalizers
+    if not {ConditionType.ACCEPTED, ConditionType.COMPLETE} <= true_types:
+        return False
+    if run.status.observed_generation != run.generation or any(not pod.has_ended for pod in children.pods):
+        return False
+    return all(is_finished(item, children.pods_of(item.stage, item.number)) for item in children.jobsets)
+
+
+def known_records(run: RunView, memory: RunMemory) -> dict[AttemptKey, AttemptStatus]:
+    """Return the records of a run's attempts.
+
+    The status is read once. From then on memory is ahead of it: it holds ends that are not written yet.
+    """
+    if memory.records is None:
+        memory.records = records_of(run.status)
+    return memory.records
 
 
 def status_deferred_until(context: ReconcileContext, memory: RunMemory) -> float | None:

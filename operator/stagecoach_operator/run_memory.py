@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stagecoach_api.status import AttemptStatus
 from stagecoach_operator.attempt_client import Blocker
-from stagecoach_operator.object_views import RunView
+from stagecoach_operator.confirmation import Confirmed
+from stagecoach_operator.lost_nodes import REMOVAL_SECONDS
+from stagecoach_operator.object_views import PodView, RunView
 from stagecoach_operator.observe import AttemptKey
 from stagecoach_operator.planning import RETRY_SECONDS, FrozenPlan, Rejection
 
@@ -49,6 +52,10 @@ class RunMemory:
     """Newest warning event of stuck pods, and of JobSets without pods, by UID."""
     diagnosed_at: float = 0.0
     """When the warnings were last read."""
+    confirmed: Confirmed = field(default_factory=Confirmed)
+    """What reads of JobSets that seemed to be gone have shown."""
+    removed_at: dict[str, float] = field(default_factory=dict)
+    """When the removal of pods on lost nodes was last requested, by UID."""
     blocker: Blocker | None = None
     """Why the last attempt could not be created. None if it was."""
     blocked_at: float = 0.0
@@ -84,6 +91,12 @@ class RunMemory:
     def unblocked_at(self) -> float | None:
         """Return when to try again to create attempts. None if nothing prevents it."""
         return None if self.blocker is None else self.blocked_at + BLOCKER_RETRY_SECONDS
+
+    def due_for_removal(self, pods: Iterable[PodView], now: float) -> list[PodView]:
+        """Return the pods on lost nodes whose removal has not been requested lately; note that it is now."""
+        due = [pod for pod in pods if now >= self.removed_at.get(pod.meta.uid, 0.0) + REMOVAL_SECONDS]
+        self.removed_at |= {pod.meta.uid: now for pod in due}
+        return due
 
     def may_diagnose(self, now: float) -> bool:
         return now >= self.diagnosed_at + DIAGNOSE_SECONDS

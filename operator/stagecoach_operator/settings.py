@@ -90,6 +90,13 @@ class Settings(ManifestSettings):
     api_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 30.0
     """Timeout of one request to the API server."""
 
+    lost_node_seconds: Annotated[int, Field(ge=10, le=86_400)] = 300
+    """Seconds after the end of a pod's grace period at which its node counts as lost: the pod is deleted without
+    waiting for the node, and the next attempt starts."""
+
+    leftover_seconds: Annotated[int, Field(ge=10, le=86_400)] = 120
+    """Seconds that the pods of a successful attempt have to end. Afterwards its JobSet is deleted."""
+
     store_threads: Annotated[int, Field(ge=1, le=64)] = 8
     """Maximum number of concurrent calls to S3."""
 

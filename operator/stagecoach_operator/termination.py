@@ -117,9 +117,8 @@ class AttemptOutcome:
 
 def outcome_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> AttemptOutcome:
     """Return whether and how an attempt has ended. `pods`: all its known pods."""
-    # Pod 0 alone publishes: its success completes the attempt, whatever the other pods report.
-    done = next((termination_of(pod) for pod in pods if pod.index == 0 and pod.has_ended and not _failed(pod)), None)
-    if done is not None and done.result.cause is None:
+    done = success_of(pods)
+    if done is not None:
         return AttemptOutcome(done)
     if jobset.suspended and not jobset.failed:
         # Kueue preempts a workload by suspending its JobSet, which deletes the pods. New pods will continue this
@@ -135,6 +134,15 @@ def outcome_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> Attem
         report = TerminationReport(_result(Cause.INFRASTRUCTURE, f"{jobset.failed}; its pods left no result"))
         return AttemptOutcome(report) if now >= settled else AttemptOutcome(look_again_at=settled)
     return AttemptOutcome()
+
+
+def success_of(pods: Sequence[PodView]) -> TerminationReport | None:
+    """Return the report of a successful attempt. None if it has not succeeded.
+
+    Pod 0 alone publishes: its success completes the attempt, whatever the other pods report.
+    """
+    done = next((termination_of(pod) for pod in pods if pod.index == 0 and pod.has_ended and not _failed(pod)), None)
+    return done if done is not None and done.result.cause is None else None
 
 
 def _failed(pod: PodView) -> bool:

@@ -63,6 +63,8 @@ OTHERWISE: dict[str, object] = {
     "allowed.nodeSelectors": ["pool=training"],
     "allowed.images": ["localhost/*"],
     "stages.graceSeconds": 60,
+    "stages.lostNodeSeconds": 61,
+    "stages.leftoverSeconds": 62,
     "stages.userId": 1000,
     "stages.groupId": 1001,
     "stages.serviceAccount": "trainer",
@@ -249,7 +251,7 @@ def test_all_settings_can_be_set() -> None:
 
 def test_values_reach_their_settings() -> None:
     settings = settings_of(render(everything()))
-    assert settings.grace_seconds == 60
+    assert (settings.grace_seconds, settings.lost_node_seconds, settings.leftover_seconds) == (60, 61, 62)
     assert (settings.user_id, settings.group_id) == (1000, 1001)
     assert settings.image_pull_secrets == ("registry",)
     assert settings.allowed.images == ("localhost/*",)

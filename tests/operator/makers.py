@@ -136,12 +136,22 @@ class FakeApi:
             return self._changed(resource, self._key(resource, body))
 
     async def delete(
-        self, resource: Resource, namespace: str, name: str, uid: str | None = None, foreground: bool = True
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        uid: str | None = None,
+        foreground: bool = True,
+        grace_seconds: int | None = None,
     ) -> None:
         with self._writing(f"delete {resource.plural} {name}"):
             found = self._found(resource, namespace, name)
             if uid is not None and found["metadata"]["uid"] != uid:
                 raise Conflict(f"{name}: uid differs")
+            finalizers = [item for item in found["metadata"].get("finalizers") or () if item != PODS_END]
+            if resource is PODS and grace_seconds != 0 and _runs(found):
+                finalizers.append(PODS_END)
+            found["metadata"]["finalizers"] = finalizers
             self.remove(resource, namespace, name, foreground)
 
     async def read(self, path: str) -> Any:
@@ -435,7 +445,7 @@ class World:
         if own or "deletionTimestamp" in metadata or jobset["spec"].get("suspend") or jobset.get("status"):
             return False
         job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-        stage = metadata["labels"][names.LABEL_STAGE]
+        stage = job["template"]["metadata"]["labels"][names.LABEL_STAGE]
         if any(_runs(pod) and pod["metadata"]["labels"][names.LABEL_STAGE] == stage for pod in self.api.all_of(PODS)):
             self.two_at_once.append(stage)
         for index in range(job["parallelism"]):
@@ -448,7 +458,8 @@ class World:
                     "metadata": {
                         "name": f"{metadata['name']}-w-0-{index}-{len(self.pods_made)}",
                         "namespace": metadata["namespace"],
-                        "labels": {**metadata["labels"], names.COMPLETION_INDEX: str(index)},
+                        "labels": {**job["template"]["metadata"]["labels"], names.COMPLETION_INDEX: str(index)},
+                        "annotations": job["template"]["metadata"]["annotations"],
                         "ownerReferences": [{"kind": "JobSet", "uid": metadata["uid"], "controller": True}],
                     },
                     "spec": {"nodeName": f"node-{index}"},

@@ -278,7 +278,7 @@ def test_cancelling_a_failed_run_leaves_it_failed(world: World) -> None:
     assert world.status().observed_generation == 2
 
 
-def test_deleting_a_run_waits_for_its_pods_and_leaves_nothing(world: World) -> None:
+def test_deleting_a_run_leaves_nothing_and_a_new_one_waits_for_its_pods(world: World) -> None:
     world.holds.add("b")
     world.submit(*CHAIN)
 
@@ -286,12 +286,21 @@ def test_deleting_a_run_waits_for_its_pods_and_leaves_nothing(world: World) -> N
         operator = Operator(world)
         await drive(world, operator, 30)
         world.api.remove(TRAINING_RUNS, "team", "demo")
-        assert world.api.all_of(TRAINING_RUNS), "the run waits for its attempt"
+        assert world.api.all_of(TRAINING_RUNS) == [], "no finalizer holds the run"
+        world.submit(*CHAIN)
+        await operator.settle()
+        assert [pod["metadata"]["labels"][names.LABEL_STAGE] for pod in world.api.all_of(PODS)] == ["b"]
+        assert "of a deleted run, still does the same work" in world.condition(ConditionType.PROGRESSING).message
+        world.holds.clear()
         await drive(world, operator)
         operator.die()
 
     asyncio.run(scenario())
-    assert world.api.objects == {}
+    assert states(world) == [StageState.CACHED, StageState.SUCCEEDED, StageState.SUCCEEDED]
+    assert world.two_at_once == []
+    world.api.remove(TRAINING_RUNS, "team", "demo")
+    play(world)
+    assert not [key for key in world.api.objects if key[0] != "events"]
 
 
 def test_an_edit_runs_only_what_it_changes(world: World) -> None:

@@ -69,14 +69,16 @@ capabilities: {drop: [ALL]}
   verbs: [update]
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
-  verbs: [get, list, watch, create, delete]
+  # Patch: labels or an owner reference that others have taken off a JobSet are restored.
+  verbs: [get, list, watch, create, patch, delete]
 # Names of the operator's ConfigMaps contain a digest of their content, so that it never changes or deletes one.
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [list, watch]
+  # Delete: pods on lost nodes, and those whose JobSet others have deleted.
+  verbs: [list, watch, delete]
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
   verbs: [list, watch]

@@ -10,12 +10,17 @@ from stagecoach_core.manifests.stage_attempt import StageAttempt
 
 def labels_of(attempt: StageAttempt) -> dict[str, str]:
     """Return the labels of the JobSet, the Job, the pods and the ConfigMap."""
+    return identity_labels(attempt.resolved.run, attempt.run_uid, attempt.resolved.stage, attempt.resolved.attempt)
+
+
+def identity_labels(run: str, run_uid: str, stage: str, number: int) -> dict[str, str]:
+    """Return the labels that show which attempt an object belongs to."""
     return {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
-        names.LABEL_RUN: attempt.resolved.run,
-        names.LABEL_RUN_UID: attempt.run_uid,
-        names.LABEL_STAGE: attempt.resolved.stage,
-        names.LABEL_ATTEMPT: str(attempt.resolved.attempt),
+        names.LABEL_RUN: run,
+        names.LABEL_RUN_UID: run_uid,
+        names.LABEL_STAGE: stage,
+        names.LABEL_ATTEMPT: str(number),
     }
 
 
