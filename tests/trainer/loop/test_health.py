@@ -8,7 +8,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_trainer.loop.health import concerns, exploding, rising
+from stagecoach_trainer.loop.health import concerns, exploding, falling, not_finite, rising
 
 
 def history(losses: list[float], norms: list[float]) -> list[dict[str, float]]:
@@ -67,3 +67,31 @@ def test_measurements_in_the_history_are_no_steps() -> None:
     points = [{"step": 5.0, "heldOut.zh.loss": 3.0}, *healthy(1)]
     assert concerns(points) == []
     assert concerns([]) == []
+
+
+def rewards(values: list[float]) -> list[dict[str, float]]:
+    return [{"step": float(number + 1), "reward": value} for number, value in enumerate(values)]
+
+
+def test_a_falling_reward_is_named_with_both_values() -> None:
+    found = falling(rewards([3.0 - 0.1 * number for number in range(100)]))
+    assert found is not None
+    assert "the mean reward fell from 2.55 in the first tenth of the updates to -6.45 in the last" in found
+
+
+@given(st.integers(0, 1000))
+def test_a_reward_that_rises_or_stays_raises_no_concern(seed: int) -> None:
+    noise = random.Random(seed)
+    assert concerns(rewards([math.log1p(number) + noise.gauss(0, 0.1) for number in range(60)])) == []
+    assert concerns(rewards([1.0] * 60)) == []
+
+
+def test_steps_without_training_are_no_usual_norms() -> None:
+    """While PPO's critic warms up, the policy's norm is 0."""
+    assert exploding(history([1.0] * 6, [0.0, 0.0, 0.0, 2.0, 1e-3, 1.9])) is None
+    assert exploding(history([1.0] * 6, [0.0, 0.0, 0.0, 2.0, 1.0, 500.0])) is not None
+
+
+def test_nan_and_infinity_are_named() -> None:
+    figures = {"kl": math.nan, "entropy": 1.0, "reward": -math.inf}
+    assert not_finite(figures) == ["`kl` is nan", "`reward` is -inf"]

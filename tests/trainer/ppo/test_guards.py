@@ -17,6 +17,7 @@ import torch
 from stagecoach_api.kinds.ppo import Guards, PpoStage
 from stagecoach_trainer.ppo.guards import UpdateFigures, Watch
 from stagecoach_trainer.ppo.loop import train_policy
+from stagecoach_trainer.ppo.objectives import TokenSums
 from stagecoach_trainer.rewards.term import Completion
 from stagecoach_trainer.runtime.errors import Diverged, UserError
 from tests.trainer.loop.makers import context, equal_weights, weights
@@ -361,3 +362,48 @@ def test_a_nan_reward_names_the_sample_and_the_run_can_be_resumed(tmp_path: Path
     assert train_policy(mended, context(tmp_path / "stopped")) == expected
     assert equal_weights(weights(mended.policy), weights(whole.policy))
     assert len(mended.rewards._terms[0].term.asked) == 2 * 32  # type: ignore[attr-defined]
+
+
+# -- NaN and infinity --------------------------------------------------------------------------------------------------
+
+
+def poisoned(model: Any, name: str) -> Any:
+    """Return the model with one NaN in a parameter."""
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = math.nan
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_reference_that_gives_nan_stops_the_first_update(tmp_path: Path, precision: str) -> None:
+    """No guard exceeds its limit with NaN, and in fp16 each step was skipped as an overflow, to the end of the run."""
+    job = ppo_job(configuration(precision=precision, **guarded()), reward_of(("only", FunctionTerm(echoes), 1.0)))
+    job = replace(job, reference=poisoned(digit_model(), "lm_head.weight"))
+    with pytest.raises(Diverged, match=r"^update 1: `kl` is nan.*; there is no checkpoint yet\. Lower `optimizer"):
+        train_policy(job, context(tmp_path))
+
+
+def test_a_critic_that_gives_nan_is_named_before_it_is_trained(tmp_path: Path) -> None:
+    job = ppo_job(configuration(**guarded()), reward_of(("only", FunctionTerm(echoes), 1.0)))
+    with pytest.raises(Diverged, match=r"^update 1: `valueLoss` is nan"):
+        train_policy(replace(job, critic_bias=math.nan), context(tmp_path))
+
+
+def test_a_ratio_that_overflows_while_it_is_learnt_from_ends_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipping gives such tokens a gradient of 0, so that nothing but the figure shows them."""
+    take = TokenSums.take
+    overflowed = {"policyLoss": 0.0, "clipped": 0.0, "updateKl": math.inf}
+    monkeypatch.setattr(TokenSums, "take", lambda self: overflowed if "updateKl" in (sums := take(self)) else sums)
+    job = ppo_job(configuration(**guarded()), reward_of(("only", FunctionTerm(echoes), 1.0)))
+    with pytest.raises(Diverged, match=r"^update 1: `updateKl` is inf"):
+        train_policy(job, context(tmp_path))
+
+
+def test_a_reward_that_falls_is_a_warning(tmp_path: Path) -> None:
+    here = context(tmp_path)
+    term = FunctionTerm(lambda prompt, answer: echoes(prompt, answer) - len(term.asked) / 100)
+    settings = {"budget": {"steps": 20}, "optimizer": {"learningRate": 1e-6}, "checkpoints": {"everySteps": 100}}
+    train_policy(ppo_job(configuration(**settings, **guarded()), reward_of(("only", term, 1.0))), here)
+    assert any("the mean reward fell from" in text for text in here.progress.warnings)

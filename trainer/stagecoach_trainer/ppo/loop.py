@@ -20,6 +20,7 @@ from stagecoach_trainer.engine.precision import DTYPES
 from stagecoach_trainer.engine.sharded import shard_frozen, shards_frozen_models
 from stagecoach_trainer.kernels.accelerate import accelerate
 from stagecoach_trainer.loop.checkpoint import CheckpointManager, agree_on_checkpoint, read_checkpoint
+from stagecoach_trainer.loop.health import concerns, exploding, not_finite
 from stagecoach_trainer.loop.loop import HISTORY_POINTS, build_engine, prepare_network, training_device
 from stagecoach_trainer.loop.metrics import StepFlops, StepMetrics
 from stagecoach_trainer.loop.state import (
@@ -148,6 +149,8 @@ class PpoLoop:
         self._critic.finish()
         if self._average is not None:
             self._average.put_into(self._job.policy)
+        for text in concerns(self._progress.history):
+            self._context.progress.warn(text)
         last = self._progress.history[-1] if self._progress.history else {}
         metrics = {name: value for name, value in last.items() if name not in ("step", "tokens")}
         metrics["rollbacks"] = float(self._ppo_progress.rollbacks)
@@ -209,10 +212,13 @@ class PpoLoop:
         self._metrics.pause()
         rollouts = self._roll_out(number)
         answered = time.perf_counter() - began
+        tally = rollouts.tally
+        self._require_finite(tally.report() | {"valueLoss": tally.figures().value_loss}, number)
         if self._rolled_back(rollouts):
             rollouts.pool.discard()
             return
         learnt = self._learn(rollouts, number)
+        self._require_finite(learnt | ({} if self._job.text is None else {"loss": self._progress.loss}), number)
         if self._average is not None:
             self._average.follow(self._policy.masters())
         rollouts.pool.discard()
@@ -368,13 +374,21 @@ class PpoLoop:
 
     def _require_finite_gradient(self, side: str, report: StepReport, number: int) -> None:
         # A skipped step is an fp16 overflow, after which the loss scale is lowered.
-        if math.isfinite(report.gradient_norm) or report.skipped:
-            return
+        if not math.isfinite(report.gradient_norm) and not report.skipped:
+            self._diverge(f"the {side}'s gradient norm is {report.gradient_norm}", number)
+
+    def _require_finite(self, figures: Mapping[str, float], number: int) -> None:
+        """Raise Diverged if a figure of all ranks is NaN or infinite. No guard sees that: NaN exceeds no limit."""
+        found = not_finite(figures)
+        if found:
+            self._diverge(", ".join(found), number)
+
+    def _diverge(self, what: str, number: int) -> NoReturn:
         good = self._checkpoints.newest_step
         where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is that of update {good}"
         raise Diverged(
-            f"update {number + 1}: the {side}'s gradient norm is {report.gradient_norm}; {where}. Lower "
-            "`optimizer.learningRate` or `critic.optimizer.learningRate`, or limit the rewards (`atLeast`, `atMost`)"
+            f"update {number + 1}: {what}; {where}. Lower `optimizer.learningRate` or "
+            "`critic.optimizer.learningRate`, or limit the rewards (`atLeast`, `atMost`)"
         )
 
     def _learnt_figures(self, reports: Sequence[StepReport]) -> dict[str, float]:
@@ -408,8 +422,14 @@ class PpoLoop:
         every = max(1, self._job.prompts.num_updates // HISTORY_POINTS)
         if self._progress.step % every == 0 or self._progress.step in (1, self._job.prompts.num_updates):
             self._progress.history.append({"step": self._progress.step, "tokens": self._progress.tokens, **figures})
+            self._warn_early()
         shown = figures | {"rolloutSeconds": answered_seconds}
         self._metrics.step(self._progress.step, shown, tally.model_tokens, tally.longest, 0.0, 0.0)
+
+    def _warn_early(self) -> None:
+        text = exploding(self._progress.history)
+        if text is not None:
+            self._context.progress.warn(text)
 
     def _between_updates(self) -> None:
         step, last = self._progress.step, self._progress.step == self._job.prompts.num_updates
