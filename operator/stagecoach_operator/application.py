@@ -64,7 +64,7 @@ class Application:
         self.lookups = ArtifactLookups(self.settings.store_threads)
         self.event_recorder = EventRecorder(self.kube)
         self.workers = Workers(self._reconcile)
-        self.audit = Audit(self.kube, self.cache, self.settings.namespace, self.workers.enqueue)
+        self.audit = Audit(self.kube, self.cache, self.settings.namespaces, self.workers.enqueue)
         self.reconciler = Reconciler(
             client=AttemptClient(self.kube, self.cache, self.settings),
             lookups=self.lookups,
@@ -112,7 +112,7 @@ class Application:
 
         from stagecoach_operator.handlers import make_registry, make_settings
 
-        namespace = self.settings.namespace
+        namespaces = self.audit.reachable
         identity: Any = self.lease.identity  # kopf would look up the user's name, which the image need not have
         ready = asyncio.Event()
         taking_over = asyncio.create_task(self._take_signals(ready), name="signals")
@@ -122,8 +122,8 @@ class Application:
                 settings=make_settings(),
                 identity=identity,
                 standalone=True,
-                clusterwide=namespace is None,
-                namespaces=[] if namespace is None else [namespace],
+                clusterwide=namespaces is None,
+                namespaces=namespaces or (),
                 stop_flag=self.stop,
                 ready_flag=ready,
             )

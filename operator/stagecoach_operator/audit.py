@@ -6,9 +6,10 @@ and never reported what was deleted meanwhile. So lists are compared with the ca
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,14 @@ def store(cache: Cache, resource: Resource, body: Body) -> str | None:
     return cache.put(VIEWS[resource](body))
 
 
+def merged(listings: Sequence[Listing]) -> Listing:
+    """Return the lists of several namespaces as one, with the oldest of their resource versions: what is missing from
+    it and older was deleted."""
+    items = tuple(item for listing in listings for item in listing.items)
+    versions = [listing.resource_version for listing in listings]
+    return Listing(items, min(versions, key=lambda version: int(version) if version.isdigit() else 0))
+
+
 @dataclass
 class WatchHealth:
     """Whether the watch of one kind delivers its events."""
@@ -91,15 +100,25 @@ class Audit:
 
     kube: Kube
     cache: Cache
-    namespace: str | None
+    namespaces: Sequence[str] | None
+    """Namespaces to list. None for all."""
     enqueue: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
     watches: dict[Resource, WatchHealth] = field(default_factory=lambda: {item: WatchHealth() for item in WATCHED})
     appeared: bool = False
-    """Whether a kind was installed after the start. The watches do not discover it: the operator must restart."""
+    """Whether a kind was installed, or a namespace became reachable, after the start. The watches do not discover it:
+    the operator must restart."""
+    _refused: dict[str, str] = field(default_factory=dict)
+    """Why a namespace could not be listed at the start, by its name."""
+
+    @property
+    def reachable(self) -> Sequence[str] | None:
+        """Namespaces that could be listed at the start. None for all."""
+        return None if self.namespaces is None else [name for name in self.namespaces if name not in self._refused]
 
     async def cold_start(self) -> None:
         """Fill the cache with everything that exists. Raises KubeError if a mandatory kind cannot be listed."""
+        await self._find_reachable()
         for resource in WATCHED:
             watch = self.watches[resource]
             try:
@@ -115,8 +134,38 @@ class Audit:
             for body in listing.items:
                 store(self.cache, resource, body)
 
+    async def _find_reachable(self) -> None:
+        """Leave out namespaces that refuse lists. Raises RequestForbidden if all do.
+
+        A namespace of several is deleted, or its RoleBinding removed, without notice; the runs of the others continue.
+        """
+        if self.namespaces is None or len(self.namespaces) == 1:
+            return
+        for namespace in self.namespaces:
+            try:
+                await self._try_lists(namespace)
+            except RequestForbidden as error:
+                self._refused[namespace] = str(error)
+                log.warning("namespace %s is left out: %s", namespace, error)
+        if not self.reachable:
+            raise RequestForbidden("; ".join(self._refused.values()))
+
+    async def _try_lists(self, namespace: str) -> None:
+        for resource in WATCHED:
+            with contextlib.suppress(NotServed):
+                await self.kube.list(resource, namespace, labels=selector_of(resource), metadata_only=True)
+
+    async def _try_refused(self) -> None:
+        """Note whether a namespace that was left out can be listed now."""
+        for namespace in self._refused:
+            with contextlib.suppress(KubeError):
+                await self._try_lists(namespace)
+                log.warning("namespace %s can be listed now; restarting to watch it", namespace)
+                self.appeared = True
+
     async def check(self) -> None:
         """Compare lists with the cache, repair differences, and note whether each watch delivers."""
+        await self._try_refused()
         for resource in WATCHED:
             await self._check(resource)
 
@@ -183,9 +232,7 @@ class Audit:
         log.warning("the watch of %s missed a change of %s; reading it", resource.plural, metadata["name"])
         try:
             # A list instead of a get: an object that was deleted meanwhile is an empty result, not a 404.
-            listing = await self.kube.list(
-                resource, metadata.get("namespace") or self.namespace, fields=f"metadata.name={metadata['name']}"
-            )
+            listing = await self.kube.list(resource, metadata["namespace"], fields=f"metadata.name={metadata['name']}")
         except KubeError as error:
             log.warning("%s %s: %s", resource.kind, metadata["name"], error)
             return
@@ -195,7 +242,11 @@ class Audit:
                 self.enqueue(run_uid)
 
     async def _list(self, resource: Resource, metadata_only: bool) -> Listing:
-        return await self.kube.list(resource, self.namespace, labels=selector_of(resource), metadata_only=metadata_only)
+        selector = selector_of(resource)
+        namespaces = [None] if self.reachable is None else self.reachable
+        return merged(
+            [await self.kube.list(resource, item, selector, metadata_only=metadata_only) for item in namespaces]
+        )
 
     def problems(self, stale_after_seconds: float) -> list[str]:
         """Return a message for each kind that may not be listed, or whose watch has been stale for too long."""

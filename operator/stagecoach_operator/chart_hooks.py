@@ -1,7 +1,7 @@
 """The chart's hooks, each run in a pod with the operator's image and permissions.
 
-python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS [--runs-namespace NAME]
-python -m stagecoach_operator.chart_hooks test --url URL [--runs-namespace NAME]
+python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS [--runs-namespace NAME]…
+python -m stagecoach_operator.chart_hooks test --url URL [--runs-namespace NAME]…
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from stagecoach_operator.kube import (
     Kube,
     KubeError,
     ObjectNotFound,
+    RequestForbidden,
     Resource,
 )
 from stagecoach_operator.settings import ENV_POD_NAMESPACE
@@ -44,12 +45,17 @@ class HookError(Exception):
 
 
 async def uninstall(
-    kube: Kube, deployment: str, namespace: str, selector: str, runs_namespace: str | None, sleep: Sleep = asyncio.sleep
+    kube: Kube,
+    deployment: str,
+    namespace: str,
+    selector: str,
+    runs_namespaces: Sequence[str] | None,
+    sleep: Sleep = asyncio.sleep,
 ) -> int:
     """Stop the operator, then remove its finalizer from all runs; return from how many.
 
     In this order, because a running operator would add it again to runs with live attempts. `namespace`: the
-    operator's; `runs_namespace`: the runs', None for all. Raises HookError and KubeError.
+    operator's; `runs_namespaces`: the runs', None for all. Raises HookError and KubeError.
     """
     try:
         await kube.patch(DEPLOYMENTS, namespace, deployment, {"spec": {"replicas": 0}}, subresource="scale")
@@ -57,13 +63,26 @@ async def uninstall(
         print(f"deployment {deployment} does not exist")
     await _until_gone(kube, namespace, selector, sleep)
     try:
-        runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
+        runs = await _runs(kube, runs_namespaces)
     except ObjectNotFound:
         return 0  # the CRD was deleted, and the runs with it
     held = [run for run in runs if FINALIZER in run["metadata"].get("finalizers", ())]
     for run in held:
         await _remove_finalizer(kube, run)
     return len(held)
+
+
+async def _runs(kube: Kube, namespaces: Sequence[str] | None) -> list[Body]:
+    """Return the metadata of all runs. A namespace that refuses is left out: its RoleBinding may be gone with it."""
+    found: list[Body] = []
+    for namespace in [None] if namespaces is None else namespaces:
+        try:
+            found += (await kube.list(TRAINING_RUNS, namespace, metadata_only=True)).items
+        except RequestForbidden as error:
+            if namespaces is None or len(namespaces) == 1:
+                raise
+            print(f"namespace {namespace} is left out: {error}", file=sys.stderr)
+    return found
 
 
 async def _until_gone(kube: Kube, namespace: str, selector: str, sleep: Sleep) -> None:
@@ -93,14 +112,14 @@ async def _remove_finalizer(kube: Kube, run: Body) -> None:
         raise HookError(f"run {namespace}/{name} keeps changing: remove its finalizer `{FINALIZER}` by hand")
 
 
-async def check(kube: Kube, url: str, runs_namespace: str | None) -> None:
+async def check(kube: Kube, url: str, runs_namespaces: Sequence[str] | None) -> None:
     """Check that an operator is ready and that runs can be listed. Raises HookError and KubeError."""
     try:
         await asyncio.to_thread(_fetch, url)
     except OSError as error:
         raise HookError(f"{url}: {error}; inspect the operator's pods and their logs") from error
-    runs = (await kube.list(TRAINING_RUNS, runs_namespace, metadata_only=True)).items
-    print(f"the operator is ready; {len(runs)} run(s) in {runs_namespace or 'all namespaces'}")
+    runs = await _runs(kube, runs_namespaces)
+    print(f"the operator is ready; {len(runs)} run(s) in {', '.join(runs_namespaces or ['all namespaces'])}")
 
 
 def _fetch(url: str) -> None:
@@ -112,10 +131,10 @@ async def _run(options: argparse.Namespace) -> None:
     kube = await ApiServer.connect()
     try:
         if options.hook == "test":
-            await check(kube, options.url, options.runs_namespace)
+            await check(kube, options.url, options.runs_namespaces)
             return
         namespace = os.environ[ENV_POD_NAMESPACE]
-        number = await uninstall(kube, options.deployment, namespace, options.selector, options.runs_namespace)
+        number = await uninstall(kube, options.deployment, namespace, options.selector, options.runs_namespaces)
         print(f"removed the finalizer from {number} run(s)")
     finally:
         await kube.close()
@@ -131,7 +150,8 @@ def argument_parser() -> argparse.ArgumentParser:
     probe = hooks.add_parser("test", help="check that the operator is ready and runs can be listed")
     probe.add_argument("--url", required=True, help="the operator's readiness probe")
     for each in (hook, probe):
-        each.add_argument("--runs-namespace", help="namespace of the runs (default: all)")
+        help_text = "a namespace of runs; may be repeated (default: all)"
+        each.add_argument("--runs-namespace", dest="runs_namespaces", action="append", help=help_text)
     return parser
 
 

@@ -33,8 +33,8 @@ class SettingsError(ValueError):
 class Settings(ManifestSettings):
     """All settings. Those of pods are inherited from `ManifestSettings`; field names are camelCase in the file."""
 
-    namespace: Name | None = None
-    """Namespace whose runs are reconciled. If unset: all namespaces, which requires the ClusterRole."""
+    namespaces: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)] | None = None
+    """Namespaces whose runs are reconciled; each needs a RoleBinding. If unset: all, which requires the ClusterRole."""
 
     pod_name: str = "stagecoach"
     """Name of this pod: the Lease's identity, so that a restarted container takes its Lease back at once."""

@@ -45,6 +45,7 @@ ELSEWHERE = {"pod_name", "pod_namespace", "progress_ca", "trainer_code"}
 
 OTHERWISE: dict[str, object] = {
     "scope": "cluster",
+    "namespaces": ["a", "b"],
     "replicas": 1,
     "fullnameOverride": "coach",
     "crds.install": True,
@@ -88,7 +89,11 @@ OTHERWISE: dict[str, object] = {
     "serviceMonitor.labels": {"release": "prometheus"},
 }
 """For each value of the chart, one that differs from its default."""
-NEEDS = {"crds.keep": {}, "serviceMonitor.labels": {"serviceMonitor": {"enabled": True}}}
+NEEDS: dict[str, Body] = {
+    "crds.keep": {},
+    "namespaces": {"scope": "namespaces", "namespaces": ["c"]},
+    "serviceMonitor.labels": {"serviceMonitor": {"enabled": True}},
+}
 """Values that must be set for another value to have an effect."""
 
 
@@ -111,7 +116,7 @@ def everything() -> Body:
     """Return values that all differ from their defaults, as far as they can be combined."""
     found: Body = {}
     for path, value in OTHERWISE.items():
-        if path not in {"stages.image", "progress.certificateSecret"}:
+        if path not in {"stages.image", "progress.certificateSecret", "namespaces"}:
             found = merged(found, nested(path, value))
     return merged(found, WITHOUT_CRD)
 
@@ -119,8 +124,13 @@ def everything() -> Body:
 VARIANTS: dict[str, Body] = {
     "defaults": WITHOUT_CRD,
     "cluster scope": {"scope": "cluster", **WITHOUT_CRD},
+    "two namespaces": {"scope": "namespaces", "namespaces": ["a", "b"], **WITHOUT_CRD},
     "everything else": everything(),
 }
+
+
+NAMESPACES = {"None": (NAMESPACE,), "cluster": None, "namespaces": ("a", "b")}
+"""The namespaces that are watched, by scope."""
 
 
 def without_certificates(text: str) -> str:
@@ -192,6 +202,8 @@ REJECTED = {
     "an unknown value in a section": {"storage": {"url": "s3://models"}},
     "an unknown value in crds": {"crds": {"enabled": True}},
     "an unknown scope": {"scope": "namespaced"},
+    "the scope of a list without it": {"scope": "namespaces", "namespaces": []},
+    "a list of namespaces in another scope": {"namespaces": ["a"]},
     "a text instead of a number": {"replicas": "two"},
     "a fraction of a replica": {"replicas": 1.5},
     "a negative number of replicas": {"replicas": -1},
@@ -223,7 +235,7 @@ REJECTED = {
 def test_helm_rejects(values: Body) -> None:
     done = run_helm("template", "stagecoach", str(CHART), values=values)
     assert done.returncode != 0
-    assert next(iter(values)) in done.stderr
+    assert list(values)[-1] in done.stderr
 
 
 # -- the operator's settings -------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def settings_of(objects: list[Body]) -> Settings:
 @pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
 def test_the_operator_accepts_the_rendered_settings(values: Body) -> None:
     settings = settings_of(render(values))
-    assert settings.namespace == (None if values.get("scope") == "cluster" else NAMESPACE)
+    assert settings.namespaces == NAMESPACES[str(values.get("scope"))]
     assert settings.trainer_image.split("/")[-1].startswith("trainer")
 
 
@@ -392,7 +404,7 @@ def test_permissions_are_few_and_exclude_secrets(values: Body) -> None:
     lasting = [
         body for body in of_kind(objects, "Role", "ClusterRole") if "annotations" not in body["metadata"]
     ]  # those of hooks are temporary
-    assert len(permissions(lasting)) <= MAX_PERMISSIONS
+    assert len(set(permissions(lasting))) <= MAX_PERMISSIONS
 
 
 VERBS = {"replace": {"update"}}
@@ -430,6 +442,16 @@ def test_permissions_are_namespaced_unless_the_scope_is_the_cluster() -> None:
 def test_the_operator_cannot_change_or_delete_a_configmap_in_any_scope(values: Body) -> None:
     found = permissions(of_kind(render(values), "Role", "ClusterRole"))
     assert {verb for verb, resource in found if resource == "configmaps"} == {"get", "create"}
+
+
+def test_in_the_scope_of_namespaces_each_has_a_role_and_the_operators_own_has_none() -> None:
+    objects = render(VARIANTS["two namespaces"])
+    assert of_kind(objects, "ClusterRole", "ClusterRoleBinding") == []
+    for kind in ("Role", "RoleBinding"):
+        found = [body["metadata"]["namespace"] for body in of_kind(objects, kind)]
+        assert sorted(found) == ["a", "b", NAMESPACE, NAMESPACE]
+    own = [role for role in of_kind(objects, "Role") if role["metadata"]["namespace"] == NAMESPACE]
+    assert {resource for _, resource in permissions(own)} == {"leases", "deployments/scale", "pods"}
 
 
 def test_every_binding_is_for_a_role_of_the_chart_and_the_operator() -> None:
@@ -507,10 +529,10 @@ def test_the_arguments_of_hooks_are_valid(values: Body) -> None:
     pods = pod_specs(render(values))
     hooks = {name: pod["containers"][0] for name, pod in pods.items() if not name.startswith("Deployment")}
     assert len(hooks) == 2
-    watched = None if values.get("scope") == "cluster" else NAMESPACE
+    watched = NAMESPACES[str(values.get("scope"))]
     for container in hooks.values():
         assert container["command"][1:] == ["-m", "stagecoach_operator.chart_hooks"]
-        assert argument_parser().parse_args(container["args"]).runs_namespace == watched
+        assert tuple(argument_parser().parse_args(container["args"]).runs_namespaces or ()) == (watched or ())
 
 
 def test_the_uninstall_hook_selects_the_operators_pods() -> None:

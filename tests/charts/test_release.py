@@ -180,6 +180,19 @@ def test_the_operator_has_only_its_permissions(api: Api, what: str, allowed: boo
     api.kubectl("auth", "can-i", *what.split(), *namespace, f"--as={ACCOUNT}", fails=not allowed)
 
 
+def test_runs_and_operator_may_be_in_separate_namespaces(api: Api) -> None:
+    """A tenant's runs are then in a namespace without the operator's Secrets and service account."""
+    api.install("--set", "scope=namespaces", "--set", "namespaces={default}")
+    for namespace, verb, allowed in (
+        ("default", "list trainingruns.stagecoach.dev", True),
+        ("default", "create jobsets.jobset.x-k8s.io", True),
+        ("default", "delete configmaps", False),
+        (NAMESPACE, "list trainingruns.stagecoach.dev", False),
+        ("kube-system", "get configmaps", False),
+    ):
+        api.kubectl("auth", "can-i", *verb.split(), f"--namespace={namespace}", f"--as={ACCOUNT}", fails=not allowed)
+
+
 def test_pods_are_admitted_to_a_restricted_namespace(api: Api) -> None:
     api.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
     manifest = api.helm("template", RELEASE, str(CHART), "--show-only", "templates/hooks/test.yaml")

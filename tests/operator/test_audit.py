@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecoach_operator.audit import Audit
+from stagecoach_operator.audit import Audit, merged
 from stagecoach_operator.handlers import make_registry, make_settings, receive
 from stagecoach_operator.kube import JOBSETS, TRAINING_RUNS, WORKLOADS, Listing, RequestForbidden, Resource
 from stagecoach_operator.object_cache import Cache
@@ -22,7 +22,7 @@ class Bench:
         self.cache = Cache()
         self.enqueued: list[str] = []
         self.now = 0.0
-        self.audit = Audit(self.world.api, self.cache, NAMESPACE, self.enqueued.append, clock=lambda: self.now)
+        self.audit = Audit(self.world.api, self.cache, [NAMESPACE], self.enqueued.append, clock=lambda: self.now)
 
     def watch(self) -> None:
         self.world.api.watchers.append(
@@ -106,6 +106,45 @@ def test_a_kind_that_may_not_be_listed_is_reported(bench: Bench) -> None:
     bench.world.api.list = forbidden  # type: ignore[method-assign]
     bench.check()
     assert bench.audit.problems(240) == ["jobsets may not be listed: jobsets is forbidden"]
+
+
+def test_a_namespace_that_refuses_is_left_out_and_the_others_continue(bench: Bench) -> None:
+    """A namespace is deleted with its RoleBinding; the operator of 40 others must not end with it."""
+    uid = bench.world.submit(data_stage("a"))
+    bench.audit.namespaces = [NAMESPACE, "gone"]
+    allowed, refused = FakeApi.list, {"gone"}
+
+    async def forbidden(
+        resource: Resource, namespace: str | None, labels: str = "", fields: str = "", metadata_only: bool = False
+    ) -> Listing:
+        if namespace in refused:
+            raise RequestForbidden(f"no list in {namespace}")
+        return await allowed(bench.world.api, resource, namespace, labels, fields, metadata_only)
+
+    bench.world.api.list = forbidden  # type: ignore[method-assign]
+    asyncio.run(bench.audit.cold_start())
+    assert (list(bench.cache.runs), bench.audit.reachable) == ([uid], [NAMESPACE])
+    bench.check()
+    assert bench.audit.problems(240) == []
+    assert not bench.audit.appeared
+    refused.clear()
+    bench.check()
+    assert bench.audit.appeared, "kopf does not watch it: the operator restarts"
+
+
+def test_an_operator_that_may_list_no_namespace_does_not_start(bench: Bench) -> None:
+    async def forbidden(*_: object, **__: object) -> Listing:
+        raise RequestForbidden("no list")
+
+    bench.audit.namespaces = [NAMESPACE, "other"]
+    bench.world.api.list = forbidden  # type: ignore[method-assign]
+    with pytest.raises(RequestForbidden, match="no list; no list"):
+        asyncio.run(bench.audit.cold_start())
+
+
+def test_runs_of_several_namespaces_are_all_listed_and_the_oldest_version_proves_a_deletion() -> None:
+    one, two = Listing(({"a": 1},), "12"), Listing(({"b": 2},), "9")
+    assert merged([one, two]) == Listing(({"a": 1}, {"b": 2}), "9")
 
 
 def test_kopf_only_watches() -> None:

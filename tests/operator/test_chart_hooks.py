@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -63,8 +63,8 @@ async def no_sleep(seconds: float) -> None:
     del seconds
 
 
-def remove_finalizers(api: FakeApi, runs_namespace: str | None = RESEARCH) -> int:
-    return asyncio.run(uninstall(api, "stagecoach", SYSTEM, SELECTOR, runs_namespace, sleep=no_sleep))
+def remove_finalizers(api: FakeApi, runs_namespaces: Sequence[str] | None = (RESEARCH,)) -> int:
+    return asyncio.run(uninstall(api, "stagecoach", SYSTEM, SELECTOR, runs_namespaces, sleep=no_sleep))
 
 
 def finalizers(api: FakeApi) -> dict[str, list[str]]:
@@ -77,7 +77,7 @@ def test_only_our_finalizer_is_removed_and_only_in_one_namespace(api: Installed)
 
 
 def test_in_cluster_scope_it_is_removed_in_all_namespaces(api: Installed) -> None:
-    assert remove_finalizers(api, runs_namespace=None) == 2
+    assert remove_finalizers(api, runs_namespaces=None) == 2
     assert finalizers(api) == {"training": ["other.dev/keep"], "finished": [], "far": []}
 
 
@@ -160,13 +160,13 @@ def answering(status: int) -> Iterator[str]:
 
 def test_a_ready_operator_passes(api: Installed, capsys: pytest.CaptureFixture[str]) -> None:
     with answering(200) as url:
-        asyncio.run(check(api, url, RESEARCH))
+        asyncio.run(check(api, url, [RESEARCH]))
     assert capsys.readouterr().out == "the operator is ready; 2 run(s) in research\n"
 
 
 def test_an_operator_that_is_not_ready_fails(api: Installed) -> None:
     with answering(503) as url, pytest.raises(HookError, match=r"503.*inspect the operator's pods"):
-        asyncio.run(check(api, url, RESEARCH))
+        asyncio.run(check(api, url, [RESEARCH]))
 
 
 def test_runs_that_may_not_be_listed_fail_the_check(api: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +175,4 @@ def test_runs_that_may_not_be_listed_fail_the_check(api: Installed, monkeypatch:
 
     monkeypatch.setattr(api, "list", forbidden)
     with answering(200) as url, pytest.raises(RequestForbidden):
-        asyncio.run(check(api, url, RESEARCH))
+        asyncio.run(check(api, url, [RESEARCH]))

@@ -23,11 +23,11 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
 def test_the_file_has_camel_case_and_the_pod_its_own_name(tmp_path: Path) -> None:
     settings = load(
         tmp_path,
-        "{namespace: research, graceSeconds: 60, storage: {uri: 's3://models'}}",
+        "{namespaces: [research], graceSeconds: 60, storage: {uri: 's3://models'}}",
         POD_NAME="stagecoach-0",
         POD_NAMESPACE="system",
     )
-    assert (settings.namespace, settings.grace_seconds, settings.launcher_grace_seconds) == ("research", 60, 50)
+    assert (settings.namespaces, settings.grace_seconds, settings.launcher_grace_seconds) == (("research",), 60, 50)
     assert (settings.pod_name, settings.pod_namespace, settings.storage.uri) == (
         "stagecoach-0",
         "system",

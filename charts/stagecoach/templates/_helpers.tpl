@@ -18,6 +18,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* JSON list of the namespaces whose runs are reconciled. Empty: all. */}}
+{{- define "stagecoach.namespaces" -}}
+{{- if eq .Values.scope "namespaces" -}}
+{{- if not .Values.namespaces }}{{ fail "namespaces: empty; list the namespaces of runs, or set another `scope`" }}{{ end -}}
+{{- toJson .Values.namespaces -}}
+{{- else -}}
+{{- if .Values.namespaces }}{{ fail "namespaces: only for `scope: namespaces`; set that, or leave the list out" }}{{ end -}}
+{{- ternary (list .Release.Namespace) list (eq .Values.scope "namespace") | toJson -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Image reference. Arguments: root, name, digest. */}}
 {{- define "stagecoach.image" -}}
 {{- $images := .root.Values.images -}}

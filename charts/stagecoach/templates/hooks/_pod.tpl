@@ -25,8 +25,8 @@ containers:
   {{- range .command }}
   - {{ . }}
   {{- end }}
-  {{- if eq .root.Values.scope "namespace" }}
-  - --runs-namespace={{ .root.Release.Namespace }}
+  {{- range include "stagecoach.namespaces" .root | fromJsonArray }}
+  - --runs-namespace={{ . }}
   {{- end }}
   securityContext: {{- include "stagecoach.containerSecurity" .root | nindent 4 }}
   env:
