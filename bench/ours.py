@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from bench.measuring import Child, num_threads, run_child
 from bench.workload import LEARNING_RATE, TOKENS, ClockedSchedule, GivenPlan, Run
-from stagecoach_api.artifacts import ResolvedInput, ResolvedStage, digest_of, output_prefix
+from stagecoach_api.artifacts import ResolvedInput, ResolvedStage, digest_of
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_api.names import (
@@ -26,7 +26,8 @@ from stagecoach_api.names import (
     ENV_WORK_DIR,
 )
 from stagecoach_api.references import Reference
-from stagecoach_api.store import external_digest, list_external
+from stagecoach_api.store import external_digest, list_external, open_store
+from stagecoach_api.stores.lookup import read_manifest
 from stagecoach_trainer.batches.rows import Row
 
 NEVER = 10**9
@@ -124,7 +125,7 @@ def run_stage_process(stage: ResolvedStage, folder: Path) -> tuple[Child, list[d
 
 def output_of(stage: ResolvedStage) -> Path:
     """Return the folder of a stage's output."""
-    return Path(stage.storage_uri) / output_prefix(stage.digest)
+    return Path(stage.storage_uri) / read_manifest(open_store(stage.storage_uri), stage.digest).folder
 
 
 def full_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:

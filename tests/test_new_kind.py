@@ -213,7 +213,7 @@ def test_it_runs_as_several_ranks_and_is_in_the_summary(tree: Tree) -> None:
     text = tree.cli("run", "heads.yaml", "--nproc", "2")
     assert "Metrics" in text
     assert re.search(r"^count +heads +21$", text, re.MULTILINE)
-    (found,) = tree.work.glob(".stagecoach/store/artifacts/*/output/count.json")
+    (found,) = tree.work.glob(".stagecoach/store/artifacts/*/attempts/*/*/output/count.json")
     assert json.loads(found.read_text()) == {"sum": 7 * (1 + 2), "ranks": 2}
 
 

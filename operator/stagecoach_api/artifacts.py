@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from stagecoach_api.base import Model
 
@@ -32,13 +32,27 @@ def manifest_key(digest: str) -> str:
 
 
 def output_prefix(digest: str) -> str:
-    """Return the folder of the stage's output."""
+    """Return the key by which an artifact's content names another artifact of its store.
+
+    Artifacts of earlier versions have their files there. The folder of any artifact is `Manifest.folder`.
+    """
     return f"{artifact_prefix(digest)}/output"
 
 
-def artifact_uri(storage_uri: str, digest: str) -> str:
-    """Return the URI of `output_prefix` in the store at `storage_uri`."""
-    return f"{storage_uri.rstrip('/')}/{output_prefix(digest)}"
+def uri_below(storage_uri: str, key: str) -> str:
+    """Return the URI of a key in the store at `storage_uri`."""
+    return f"{storage_uri.rstrip('/')}/{key}"
+
+
+def storage_of(uri: str, digest: str) -> str | None:
+    """Return the URI of the store that the URI of an artifact, or of a file in it, is in; None if it is another's."""
+    root, found, _ = f"{uri.rstrip('/')}/".rpartition(f"/{artifact_prefix(digest)}/")
+    return root if found else None
+
+
+def writer_key(digest: str) -> str:
+    """Return the key of the object that names the attempt that may write to it (`stagecoach_api.writers`)."""
+    return f"{artifact_prefix(digest)}/writer.json"
 
 
 def checkpoints_prefix(digest: str) -> str:
@@ -53,14 +67,31 @@ def checkpoint_name(step: int, version: int = 0) -> str:
     return f"step-{step:08d}" + (f"-{version:04d}" if version else "")
 
 
-def attempt_prefix(digest: str, attempt: int) -> str:
-    """Return the folder of one attempt's logs and metrics, which are not part of the artifact's content."""
-    return f"{artifact_prefix(digest)}/attempts/{attempt:04d}"
+def attempt_id(run_uid: str, stage: str, number: int) -> str:
+    """Return the name of an attempt that no other has in any run, namespace or cluster that shares a store.
+
+    `run_uid`: empty for an attempt that a version before run UIDs started; it is named by its number alone.
+    """
+    return f"{run_uid}-{stage}-{number:04d}" if run_uid else f"{number:04d}"
 
 
-def attempt_logs_prefix(digest: str, attempt: int) -> str:
-    """Return the folder of one attempt's rank logs (see `rank_log_name`) and metrics."""
+def attempt_prefix(digest: str, attempt: str) -> str:
+    """Return the folder that one attempt alone writes to: its uploads, logs and metrics. `attempt`: `attempt_id`."""
+    return f"{artifact_prefix(digest)}/attempts/{attempt}"
+
+
+def attempt_logs_prefix(digest: str, attempt: str) -> str:
+    """Return the folder of one attempt's rank logs (see `rank_log_name`) and metrics. `attempt`: `attempt_id`."""
     return f"{attempt_prefix(digest, attempt)}/logs"
+
+
+def upload_prefix(digest: str, attempt: str, upload: str) -> str:
+    """Return the folder that one upload of an output alone writes to.
+
+    `attempt`: `attempt_id`. `upload`: chosen at random, because the pods of an attempt may be replaced while the old
+    ones still run on a lost node.
+    """
+    return f"{attempt_prefix(digest, attempt)}/{upload}/output"
 
 
 def rank_log_name(rank: int, started: float) -> str:
@@ -173,7 +204,11 @@ class Manifest(Model):
     """Stage kind."""
 
     objects: tuple[StoredObject, ...]
-    """The files in `output/`."""
+    """The files in `folder`."""
+
+    prefix: str | None = None
+    """Key of the folder that the attempt which made the artifact uploaded its files to. None in manifests of earlier
+    versions. It does not count in `content_digest`."""
 
     parents: tuple[Parent, ...] = ()
     """The stage's inputs."""
@@ -203,6 +238,17 @@ class Manifest(Model):
 
     created: float
     """Seconds since the epoch."""
+
+    @property
+    def folder(self) -> str:
+        """Key of the folder with the files. Readers follow it: attempts without a manifest leave folders, too."""
+        return output_prefix(self.stage_digest) if self.prefix is None else self.prefix
+
+    @model_validator(mode="after")
+    def _lies_with_its_artifact(self) -> Manifest:
+        if self.prefix is not None and not self.prefix.startswith(f"{artifact_prefix(self.stage_digest)}/"):
+            raise ValueError(f"its files are in `{self.prefix}`, which is not a folder of the artifact")
+        return self
 
 
 class Pointer(Model):
@@ -245,6 +291,10 @@ class ResolvedStage(Model):
     kind: str
     attempt: int = Field(ge=1)
 
+    run_uid: str = ""
+    """Distinguishes runs of one name: the UID of the TrainingRun, or the id of the run's folder on a laptop. Empty from
+    an operator of an earlier version."""
+
     digest: str
     """Stage digest."""
 
@@ -268,6 +318,11 @@ class ResolvedStage(Model):
 
     num_nodes: int = 1
     ranks_per_node: int = 1
+
+    @property
+    def attempt_id(self) -> str:
+        """Name of the attempt, unique among all that share a store."""
+        return attempt_id(self.run_uid, self.stage, self.attempt)
 
 
 class RewardCard(Model):

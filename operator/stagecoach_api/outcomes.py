@@ -75,6 +75,12 @@ class AttemptResult(Model):
     content_digest: str | None = Field(default=None, max_length=64)
     """Content digest of the published artifact. None if it published none."""
 
+    artifact_uri: str | None = Field(default=None, max_length=1024)
+    """URI of that artifact's folder. None if it published none, or from a trainer of an earlier version."""
+
+    artifact_endpoint: str | None = Field(default=None, max_length=512)
+    """S3 endpoint of the storage of that artifact; empty for AWS. None as `artifact_uri`."""
+
     message: str = Field(default="", max_length=2500)
     """What happened, in a few sentences; for an error: where, what was got, what is allowed, what to do."""
 

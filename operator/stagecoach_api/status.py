@@ -150,7 +150,10 @@ class Artifact(Model):
     """The artifact of a finished stage."""
 
     uri: Uri
-    """URI of its output folder."""
+    """URI of the folder with its files."""
+
+    endpoint: Annotated[str, Field(max_length=512)] | None = None
+    """S3 endpoint of the storage it is in; empty for AWS. If unset: not known."""
 
     stage_digest: Digest
     """Digest of the work that makes it: configuration, inputs, code and seed."""
@@ -253,6 +256,12 @@ class AttemptStatus(Model):
 
     content_digest: Digest | None = None
     """Content digest of the artifact the attempt published. If unset: it published none."""
+
+    artifact_uri: Annotated[str, Field(max_length=1024)] | None = None
+    """Folder of that artifact's files, in the storage that the attempt worked in. If unset: it published none."""
+
+    artifact_endpoint: Annotated[str, Field(max_length=512)] | None = None
+    """S3 endpoint of that storage; empty for AWS. If unset: it published none."""
 
     exit_code: Annotated[int, Field(ge=-256, le=256)] | None = None
     """Exit code of the process that ended the attempt; negative for a signal. If unset: not known."""

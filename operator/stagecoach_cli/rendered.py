@@ -63,6 +63,7 @@ def _resolved(
         storage_uri=storage_uri,
         storage_endpoint=run.spec.storage.endpoint,
         storage_region=run.spec.storage.region,
+        run_uid=UNKNOWN_UID,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagecoach_api.artifacts import Manifest, Pointer, artifact_uri
+from stagecoach_api.artifacts import Manifest, Pointer, uri_below
 from stagecoach_core.values import Found, Missing, Plan, StageState, StageView
 
 
@@ -14,7 +14,7 @@ def look_up_result(digest: str, manifest: Manifest | None, storage_uri: str, ask
     """
     if manifest is None:
         return Missing(at=asked_at)
-    return Found(digest, manifest.content_digest, artifact_uri(storage_uri, digest))
+    return Found(digest, manifest.content_digest, uri_below(storage_uri, manifest.folder), at=asked_at)
 
 
 def pointer_to(found: Found, plan: Plan, name: str, view: StageView, now: float) -> Pointer:

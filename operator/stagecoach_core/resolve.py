@@ -37,10 +37,12 @@ def resolved_stage(
     storage_uri: str,
     storage_endpoint: str | None = None,
     storage_region: str | None = None,
+    run_uid: str = "",
 ) -> ResolvedStage:
     """Return `stage.json` of the attempt that `start` asks for.
 
-    `artifacts`: of the stages it reads, by name (see `artifacts_of`). `storage_uri`: absolute.
+    `artifacts`: of the stages it reads, by name (see `artifacts_of`). `storage_uri`: absolute. `run_uid`: see
+    `ResolvedStage.run_uid`.
     """
     planned = plan.stages[start.stage]
     stage = planned.stage
@@ -50,6 +52,7 @@ def resolved_stage(
         stage=start.stage,
         kind=stage.kind,
         attempt=start.number,
+        run_uid=run_uid,
         digest=start.digest,
         config=stage.config.model_dump(mode="json", by_alias=True),
         inputs=resolved_inputs(planned, artifacts),

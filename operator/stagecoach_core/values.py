@@ -80,7 +80,9 @@ class Found:
     stage_digest: str
     content_digest: str
     uri: str
-    """Absolute URI of its output folder."""
+    """Absolute URI of the folder with its files."""
+    at: float = field(default=0.0, compare=False)
+    """When the store was asked, or the attempt that made it ended, in seconds since the epoch. 0 if not known."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def _resolved(job: Job, action: Start, artifacts: Mapping[str, Found], ranks: in
         storage_uri=job.store.uri,
         storage_endpoint=job.storage_endpoint,
         storage_region=job.storage_region,
+        run_uid=job.folder.uid(),
     )
     return resolved.model_copy(update={"num_nodes": 1, "ranks_per_node": ranks})
 

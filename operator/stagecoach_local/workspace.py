@@ -4,6 +4,7 @@ store/                                          default storage
 cache/                                          fetched inputs, tokenised shards, file hashes
 runs/<namespace>/<run>/state.json               the run's record: attempts, and what `stagecoach status` shows
 runs/<namespace>/<run>/driver.lock              held by the driver of the run; there is at most one
+runs/<namespace>/<run>/run.uid                  distinguishes the run in a store that others share
 runs/<namespace>/<run>/<stage>/attempt-0001/    stage.json, progress.jsonl, log.txt, result.json, output/
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from stagecoach_core.values import RunState, StageState
 
 STATE_FILE = "state.json"
 LOCK_FILE = "driver.lock"
+UID_FILE = "run.uid"
 """Names with a dot cannot collide with a stage's folder."""
 
 KEPT_FOLDERS = ("logs", "outcomes")
@@ -173,6 +176,13 @@ class RunFolder:
     @property
     def lock_file(self) -> Path:
         return self.path / LOCK_FILE
+
+    def uid(self) -> str:
+        """Return the id of this folder, made with its first use, which no run anywhere else has."""
+        file = self.path / UID_FILE
+        if not file.exists():  # only the driver that holds the run's lock asks
+            write_atomically(file, secrets.token_hex(8).encode())
+        return file.read_text(encoding="ascii")
 
     def attempt(self, stage: str, number: int) -> AttemptFolder:
         return AttemptFolder(self.path / stage / f"attempt-{number:04d}")

@@ -233,6 +233,7 @@ def stage_attempt(run: RunView, frozen: FrozenPlan, action: Start, artifacts: Ma
         storage_uri=frozen.storage_uri,
         storage_endpoint=storage.endpoint,
         storage_region=storage.region,
+        run_uid=run.meta.uid,
     )
     credentials = None if storage.credentials is None else storage.credentials.secret_name
     stage = frozen.plan.stages[action.stage].stage

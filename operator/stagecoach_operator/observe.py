@@ -354,6 +354,8 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
         update={
             "cause": result.cause,
             "content_digest": result.content_digest,
+            "artifact_uri": result.artifact_uri,
+            "artifact_endpoint": result.artifact_endpoint,
             "exit_code": result.exit_code,
             "last_step": result.last_step,
             # A lost node is recorded before the other pods report what followed from its loss.

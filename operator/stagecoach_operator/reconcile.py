@@ -15,16 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stagecoach_api import names
-from stagecoach_api.artifacts import artifact_uri
 from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.values import (
     AttemptState,
     Decision,
-    Found,
     LookUp,
-    Missing,
     Observed,
     Start,
     Stop,
@@ -35,6 +32,7 @@ from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.confirmation import confirm
 from stagecoach_operator.events import EventReason, RunEvent, events_between
+from stagecoach_operator.known_artifacts import known_artifacts, valid_answers
 from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
 from stagecoach_operator.lost_nodes import loss_text
 from stagecoach_operator.object_cache import Children
@@ -191,7 +189,7 @@ class Reconciler:
         answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
             attempts=tuple(attempt.as_core_attempt(now) for attempt in attempts.values()),
-            artifacts=known_artifacts(run.status, attempts, frozen, answers),
+            artifacts=known_artifacts(run.status, memory.records.values(), frozen.storage, answers),
             forgotten=forgotten_of(run.status),
             since=since,
             suspend=bool(run.spec.get("suspend")),
@@ -416,37 +414,6 @@ def requested_at(run: RunView) -> float:
     except ValueError:
         retried = None
     return max(run.meta.created, retried or 0.0)
-
-
-def valid_answers(answers: Mapping[str, Found | Missing], first_seen: float) -> dict[str, Found | Missing]:
-    """Return the store's answers that are valid for a run.
-
-    An artifact that was missing before this operator first saw the run may have been made since, by another run.
-    """
-    return {
-        digest: answer for digest, answer in answers.items() if isinstance(answer, Found) or answer.at >= first_seen
-    }
-
-
-def known_artifacts(
-    status: TrainingRunStatus,
-    attempts: Mapping[AttemptKey, ObservedAttempt],
-    frozen: FrozenPlan,
-    answers: Mapping[str, Found | Missing],
-) -> dict[str, Found | Missing]:
-    """Return what is known about artifacts: from the status, the store, and the results of successful attempts."""
-    known: dict[str, Found | Missing] = dict(answers)
-    for stage in status.stages:
-        artifact = stage.artifact
-        if artifact is not None:
-            known[artifact.stage_digest] = Found(artifact.stage_digest, artifact.content_digest, artifact.uri)
-    # Results last: they are newer than the status, and than a `Missing` looked up while the attempt was running.
-    for attempt in attempts.values():
-        record = attempt.record
-        if record.ended is not None and record.cause is None and record.content_digest is not None:
-            uri = artifact_uri(frozen.storage_uri, record.digest)
-            known[record.digest] = Found(record.digest, record.content_digest, uri)
-    return known
 
 
 def stopped(attempt: ObservedAttempt, stop: Stop) -> ObservedAttempt:

@@ -138,7 +138,7 @@ def stage_status(name: str, view: StageView, inputs: StatusInputs) -> StageStatu
         state=state,
         attempt=max(view.attempt, 0 if newest is None else newest.record.number),
         digest=view.digest,
-        artifact=_artifact(view),
+        artifact=_artifact(view, inputs.frozen.storage.endpoint or ""),
         cached=state is StageState.CACHED,
         progress=_progress(newest),
         restarts=_restarts(view),
@@ -180,11 +180,13 @@ def _location(attempt: ObservedAttempt) -> str:
     return f" ({', '.join(parts)})"
 
 
-def _artifact(view: StageView) -> Artifact | None:
+def _artifact(view: StageView, endpoint: str) -> Artifact | None:
     found = view.artifact
     if found is None:
         return None
-    return Artifact(uri=found.uri, stage_digest=found.stage_digest, content_digest=found.content_digest)
+    return Artifact(
+        uri=found.uri, endpoint=endpoint, stage_digest=found.stage_digest, content_digest=found.content_digest
+    )
 
 
 def _restarts(view: StageView) -> Restarts:

@@ -63,6 +63,8 @@ class TerminationReport:
                 "message": shortened(message, MESSAGE_CHARACTERS),
                 "exit_code": max(-256, min(256, result.exit_code)),
                 "content_digest": result.content_digest if _is_digest(result.content_digest) else None,
+                "artifact_uri": result.artifact_uri if _is_digest(result.content_digest) else None,
+                "artifact_endpoint": result.artifact_endpoint if _is_digest(result.content_digest) else None,
                 "fault": None if end.reason == OOM_KILLED else result.fault,
                 "last_step": result.last_step if 0 <= (result.last_step or 0) <= MAX_STEP else None,
                 "warnings": bounded_warnings(result.warnings),
@@ -101,7 +103,7 @@ class TerminationReport:
     def as_preempted(self, reason: str, message: str) -> TerminationReport:
         """Return the report with the cause replaced by a preemption."""
         text = f"preempted ({reason}): {message}"[:MESSAGE_CHARACTERS]
-        changes = {"cause": Cause.PREEMPTION, "message": text, "content_digest": None}
+        changes = {"cause": Cause.PREEMPTION, "message": text, "content_digest": None, "artifact_uri": None}
         return replace(self, result=self.result.model_copy(update=changes))
 
 

@@ -11,7 +11,7 @@ from stagecoach_api.artifacts import attempt_logs_prefix, parse_rank_log_name, r
 
 def test_a_ranks_log_is_named_by_rank_and_start() -> None:
     assert rank_log_name(3, 1795341164.125) == "rank-00003.20261122T095244.125Z.log"
-    assert attempt_logs_prefix("d" * 64, 2) == f"artifacts/{'d' * 64}/attempts/0002/logs"
+    assert attempt_logs_prefix("d" * 64, "0002") == f"artifacts/{'d' * 64}/attempts/0002/logs"
 
 
 @given(rank=st.integers(0, 200_000), started=st.floats(0, 4e9))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from stagecoach_api.artifacts import ResolvedStage
 from stagecoach_api.store import open_store
+from stagecoach_api.stores.lookup import read_manifest
 from stagecoach_cli.artifacts.store import list_all
 from stagecoach_cli.commands.artifacts import artifacts_table
 from stagecoach_cli.display.advice import run_command
@@ -385,17 +386,18 @@ def test_verify_accepts_intact_artifacts_and_names_the_object_with_a_flipped_byt
     code, output = cli("artifacts", "verify", "tiny/release")
     assert (code, output.count("ok ")) == (0, 5)
     digest = own_bench.record().stages["vocabulary"].digest
-    path = own_bench.workspace.default_storage / "artifacts" / str(digest) / "output" / "model.txt"
+    folder = read_manifest(open_store(str(own_bench.workspace.default_storage)), str(digest)).folder
+    path = own_bench.workspace.default_storage / folder / "model.txt"
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(bytes(data))
     code, output = cli("artifacts", "verify", "tiny/release")
     assert code == 1
     (line,) = [line for line in output.splitlines() if "bytes have changed" in line]
-    assert f"artifacts/{digest}/output/model.txt" in line
+    assert f"{folder}/model.txt" in line
     assert cli("artifacts", "verify", "tiny/held")[0] == 0
     code, output = cli("artifacts", "get", "tiny/vocabulary", "copy")
-    assert (code, f"artifacts/{digest}/output/model.txt" in output) == (1, True)
+    assert (code, f"{folder}/model.txt" in output) == (1, True)
     assert not (own_bench.folder / "copy" / "model.txt").exists()
 
 
@@ -403,7 +405,8 @@ def test_verify_names_missing_objects_extra_ones_and_changed_inputs(own_bench: B
     own_bench.write([data_stage("one")])
     own_bench.drive()
     digest = own_bench.record().stages["one"].digest
-    output_folder = own_bench.workspace.default_storage / "artifacts" / str(digest) / "output"
+    storage = own_bench.workspace.default_storage
+    output_folder = storage / read_manifest(open_store(str(storage)), str(digest)).folder
     (output_folder / "extra.txt").write_text("?", encoding="utf-8")
     code, output = cli("artifacts", "verify", "tiny/one")
     assert (code, "extra.txt: is not in the manifest" in output) == (0, True)

@@ -60,8 +60,9 @@ def test_a_stage_writes_into_an_empty_output_and_is_published(tmp_path: Path, mo
     stand_in(monkeypatch, run)
     assert run_stage(attempt(tmp_path), threading.Event()) is not None
     stored = tmp_path / "store" / "artifacts" / DIGEST
-    assert (stored / "output" / "report.json").read_text() == "1"
-    assert (tmp_path / "store" / attempt_prefix(DIGEST, 1) / "logs" / "log.jsonl").is_file()
+    (report,) = stored.glob("attempts/0001/*/output/report.json")
+    assert report.read_text() == "1"
+    assert (tmp_path / "store" / attempt_prefix(DIGEST, "0001") / "logs" / "log.jsonl").is_file()
 
 
 def test_a_storage_that_cannot_be_written_ends_the_attempt_before_its_work(
@@ -92,7 +93,7 @@ def test_the_report_of_a_missed_gate_is_kept_and_no_artifact_is_made(
     stand_in(monkeypatch, run)
     with pytest.raises(GateFailed):
         run_stage(attempt(tmp_path), threading.Event())
-    assert (tmp_path / "store" / attempt_prefix(DIGEST, 1) / "output" / "report.md").read_text() == "too high"
+    assert (tmp_path / "store" / attempt_prefix(DIGEST, "0001") / "output" / "report.md").read_text() == "too high"
     assert not (tmp_path / "store" / "artifacts" / DIGEST / "manifest.json").exists()
 
 

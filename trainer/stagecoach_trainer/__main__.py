@@ -22,7 +22,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
-from stagecoach_api.artifacts import ResolvedStage
+from stagecoach_api.artifacts import Manifest, ResolvedStage, uri_below
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.names import (
     ENV_CACHE_DIR,
@@ -33,6 +33,7 @@ from stagecoach_api.names import (
 from stagecoach_api.outcomes import AttemptResult
 from stagecoach_api.stage_kind import StageConfig
 from stagecoach_api.store import StoreError
+from stagecoach_api.stores.base import parse_location
 from stagecoach_trainer.launcher.rank_pipes import print_into_log, print_into_pipe
 from stagecoach_trainer.runtime.attempt_files import announce
 from stagecoach_trainer.runtime.errors import Interrupted, UserError
@@ -63,8 +64,8 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
         handle_signals(stop, lambda: print_into_log(work, rank), graceful=config.trains)
         if config.downloads:
             allow_downloads()
-        digest = _run(resolved, config, environment, stop, started)
-        outcome = RankOutcome(AttemptResult(exit_code=0, content_digest=digest), True, time.time())
+        manifest = _run(resolved, config, environment, stop, started)
+        outcome = RankOutcome(_success(resolved, manifest), True, time.time())
     except BaseException as error:
         outcome = outcome_of(error, _last_step(resolved, environment), work)
         log.error("%s", outcome.result.message)  # noqa: TRY400 - `outcome_of` prints helpful tracebacks
@@ -75,7 +76,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
 
 def _run(
     resolved: ResolvedStage, config: StageConfig, environment: Mapping[str, str], stop: threading.Event, started: float
-) -> str | None:
+) -> Manifest | None:
     from stagecoach_trainer.run_stage import AttemptSettings, run_stage
     from stagecoach_trainer.runtime.distributed import world_from
     from stagecoach_trainer.runtime.progress import Reporter
@@ -93,6 +94,17 @@ def _run(
         reporter=Reporter.from_environment(environment) if world.is_main else None,
     )
     return run_stage(attempt, stop)
+
+
+def _success(resolved: ResolvedStage, manifest: Manifest | None) -> AttemptResult:
+    """Return the result of a rank that ended well. `manifest`: of the artifact, on the rank that published it."""
+    if manifest is None:
+        return AttemptResult(exit_code=0)
+    uri = uri_below(parse_location(resolved.storage_uri).uri, manifest.folder)
+    endpoint = resolved.storage_endpoint or ""
+    return AttemptResult(
+        exit_code=0, content_digest=manifest.content_digest, artifact_uri=uri, artifact_endpoint=endpoint
+    )
 
 
 # -- before the stage --------------------------------------------------------------------------------------------------

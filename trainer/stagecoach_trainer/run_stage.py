@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagecoach_api.artifacts import REPORT, ResolvedStage, attempt_prefix
+from stagecoach_api.artifacts import REPORT, Manifest, ResolvedStage, attempt_prefix
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.model_folders import CONFIG
 from stagecoach_api.names import ENV_THREADS
@@ -49,8 +49,8 @@ class AttemptSettings:
     """Reports progress to the operator; None without an operator."""
 
 
-def run_stage(attempt: AttemptSettings, stop: threading.Event) -> str | None:
-    """Run the stage of this attempt and publish it; return the content digest (None on ranks that do not publish).
+def run_stage(attempt: AttemptSettings, stop: threading.Event) -> Manifest | None:
+    """Run the stage of this attempt and publish it; return its manifest (None on ranks that do not publish).
 
     Raises StageError, StoreError, and any other error of the stage.
     """
@@ -148,7 +148,7 @@ def _progress(attempt: AttemptSettings) -> Progress:
 
 def _keep_report(context: StageContext) -> None:
     """Keep what a stage wrote that missed its gate: no artifact, but people want to read the report."""
-    prefix = attempt_prefix(context.resolved.digest, context.resolved.attempt)
+    prefix = attempt_prefix(context.resolved.digest, context.resolved.attempt_id)
     try:
         upload_folder(context, context.output, f"{prefix}/output")
     except StoreError as error:

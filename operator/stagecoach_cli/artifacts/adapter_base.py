@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix
 from stagecoach_api.model_folders import ADAPTER_CONFIG, BASE_FOLDER, CONFIG, UNNAMED_BASE
 from stagecoach_api.store import NotFound, Store, StoreError, external_digest, list_external, open_store
+from stagecoach_api.stores.lookup import read_manifest
 from stagecoach_cli.artifacts.store import fetch
 
 OPENED = frozenset({".json", ".safetensors", ".jinja", ".model", ".txt", ".md", ""})
@@ -61,7 +62,7 @@ def _download(store: Store, folder: Path, target: Path, endpoint: str | None, re
 
 def _download_artifact(store: Store, digest: str, target: Path) -> str | None:
     try:
-        card = _card(json.loads(store.read(f"{output_prefix(digest)}/{CARD}")))
+        card = _card(json.loads(store.read(f"{read_manifest(store, digest).folder}/{CARD}")))
     except NotFound:
         card = None
     if card is not None and card.adapter:

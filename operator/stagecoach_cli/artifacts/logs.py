@@ -18,8 +18,8 @@ class StoredLog:
     """Rank and start time."""
 
 
-def stored_logs(store: Store, digest: str, attempt: int, rank: int | None = None) -> list[StoredLog]:
-    """Return the logs of an attempt, sorted by rank and start. `rank`: None for all ranks."""
+def stored_logs(store: Store, digest: str, attempt: str, rank: int | None = None) -> list[StoredLog]:
+    """Return the logs of an attempt, sorted by rank and start. `attempt`: `attempt_id`. `rank`: None for all ranks."""
     found = []
     for entry in store.list(attempt_logs_prefix(digest, attempt)):
         name = parse_rank_log_name(entry.key.rpartition("/")[2])

@@ -15,10 +15,9 @@ from stagecoach_api.artifacts import (
     Parent,
     Pointer,
     StoredObject,
-    artifact_uri,
     content_digest,
     manifest_key,
-    output_prefix,
+    uri_below,
 )
 from stagecoach_api.store import Corrupt, NotFound, Store, StoreError, external_digest, list_external
 from stagecoach_api.stores.base import sha256_of_file
@@ -103,7 +102,7 @@ def _read_pointer(store: Store, key: str) -> Pointer:
 
 
 def split_uri(uri: str) -> tuple[str, str] | None:
-    """Split `…/artifacts/<digest>[/output]` into storage URI and stage digest; None if it is not an artifact's URI."""
+    """Split `…/artifacts/<digest>[/…]` into storage URI and stage digest; None if it is not an artifact's URI."""
     root, _, rest = uri.rstrip("/").rpartition("/artifacts/")
     digest = rest.split("/")[0]
     if not root or len(digest) != DIGEST_LENGTH:
@@ -147,7 +146,7 @@ def fetch(store: Store, digest: str, folder: Path) -> Iterator[tuple[StoredObjec
         raise FileExistsError(f"{folder} exists and is not an empty folder; choose another one")
     for item in manifest.objects:
         target = folder / item.path
-        store.download(f"{output_prefix(digest)}/{item.path}", target, item)
+        store.download(f"{manifest.folder}/{item.path}", target, item)
         yield item, target
 
 
@@ -176,7 +175,7 @@ def lineage(store: Store, digest: str, name: str) -> Ancestor:
     return Ancestor(
         key=name,
         digest=manifest.content_digest,
-        uri=artifact_uri(store.uri, digest),
+        uri=uri_below(store.uri, manifest.folder),
         stage_digest=digest,
         manifest=manifest,
         parents=tuple(_ancestor(store, parent) for parent in manifest.parents),
@@ -248,7 +247,7 @@ def verify(
 
 
 def _verify_artifact(store: Store, digest: str, manifest: Manifest, tally: _Tally) -> None:
-    prefix = output_prefix(digest)
+    prefix = manifest.folder
     if manifest.stage_digest != digest:
         tally.faults.append(f"{manifest_key(digest)}: contains another stage digest, {manifest.stage_digest}")
     if content_digest(manifest.objects) != manifest.content_digest:

@@ -211,6 +211,7 @@ class ClusterLogs:
         return all(item.ended for item in attempts if (item.stage, item.number) == (attempt.stage, attempt.number))
 
     def _print_stored(self, run: ClusterRun, attempt: ClusterAttempt) -> None:
+        from stagecoach_api.artifacts import attempt_id, attempt_logs_prefix
         from stagecoach_api.store import open_store
         from stagecoach_cli.artifacts.logs import print_stored_logs, stored_logs
         from stagecoach_cli.cluster.pod_logs import write_line
@@ -224,11 +225,12 @@ class ClusterLogs:
             )
         endpoint = self._endpoint or (None if settings is None else settings.endpoint)
         store = open_store(uri, endpoint, None if settings is None else settings.region)
-        logs = stored_logs(store, attempt.digest, attempt.number, self._rank)
+        name = attempt_id(run.uid, attempt.stage, attempt.number)
+        logs = stored_logs(store, attempt.digest, name, self._rank)
+        if not logs:  # those of an operator of an earlier version lie under the attempt's number alone
+            logs = stored_logs(store, attempt.digest, attempt_id("", attempt.stage, attempt.number), self._rank)
         if not logs:
-            from stagecoach_api.artifacts import attempt_logs_prefix
-
-            prefix = f"{store.uri}/{attempt_logs_prefix(attempt.digest, attempt.number)}"
+            prefix = f"{store.uri}/{attempt_logs_prefix(attempt.digest, name)}"
             raise Failure(
                 f"attempt {attempt.number} of {attempt.stage} no longer has pods, and has no logs in {prefix}"
             )

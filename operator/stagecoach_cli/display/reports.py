@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
+from stagecoach_api.artifacts import REPORT, Manifest
 from stagecoach_api.store import NotFound, Store, StoreError
+from stagecoach_api.stores.lookup import read_manifest
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def find_reports(store: Store, digests: Mapping[str, str]) -> dict[str, StageRep
     found = {}
     for name, digest in digests.items():
         with contextlib.suppress(NotFound):
-            found[name] = parse_report(store.read(f"{output_prefix(digest)}/{REPORT}"))
+            found[name] = parse_report(store.read(f"{read_manifest(store, digest).folder}/{REPORT}"))
     return found
 
 
 def _read(store: Store, manifest: Manifest) -> StageReport:
     try:
-        return parse_report(store.read(f"{output_prefix(manifest.stage_digest)}/{REPORT}"))
+        return parse_report(store.read(f"{manifest.folder}/{REPORT}"))
     except StoreError:
         return StageReport()
 

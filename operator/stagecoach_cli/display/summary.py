@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stagecoach_api.artifacts import REPORT, Manifest, output_prefix
+from stagecoach_api.artifacts import REPORT, Manifest, uri_below
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.stage_kind import StageKind
 from stagecoach_api.status import FINISHED
@@ -162,9 +162,9 @@ def print_summary(console: Console, snapshot: Snapshot, manifests: Mapping[str, 
         _print_samples(console, name, report.samples[: None if name in releases else FEW_SAMPLES])
     print_warnings(console, reports)
     root = f"{store.uri.rstrip('/')}/artifacts"
-    console.print(f"Artifacts: {root}/<digest>/output", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Artifacts: {root}/<digest>", highlight=False, markup=False, soft_wrap=True)
     for name, manifest in releases.items():
-        uri = f"{store.uri.rstrip('/')}/{output_prefix(manifest.stage_digest)}"
+        uri = uri_below(store.uri, manifest.folder)
         console.print(f"Output of {name}: {uri}", highlight=False, markup=False, soft_wrap=True)
 
 

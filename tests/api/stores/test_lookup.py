@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagecoach_api.artifacts import ResolvedInput, artifact_uri, manifest_key
+from stagecoach_api.artifacts import ResolvedInput, manifest_key, uri_below
 from stagecoach_api.store import Corrupt, NotFound, open_store
 from stagecoach_api.stores.lookup import absolute, find_inputs, find_manifest, read_manifest
 
@@ -52,4 +52,4 @@ def test_an_invalid_manifest_is_corrupt_and_a_missing_one_not_found(tmp_path: Pa
 
 
 def test_an_artifact_is_stored_below_the_storage_uri() -> None:
-    assert artifact_uri("s3://bucket/x/", DIGEST) == f"s3://bucket/x/artifacts/{DIGEST}/output"
+    assert uri_below("s3://bucket/x/", f"artifacts/{DIGEST}") == f"s3://bucket/x/artifacts/{DIGEST}"

@@ -12,12 +12,12 @@ from stagecoach_api.artifacts import (
     Parent,
     Pointer,
     StoredObject,
-    artifact_uri,
     canonical_json,
     content_digest,
     manifest_key,
     output_prefix,
     pointer_key,
+    uri_below,
 )
 from stagecoach_api.store import Corrupt, Store
 from stagecoach_cli.artifacts.store import UnknownArtifact, fetch, find, flatten, lineage, split_uri, verify
@@ -50,7 +50,7 @@ def publish(
         kind="sft",
         stage_digest=digest,
         content_digest=manifest.content_digest,
-        uri=artifact_uri(store.uri, digest),
+        uri=uri_below(store.uri, output_prefix(digest)),
         cached=False,
         recorded=0.0,
     )
@@ -66,7 +66,9 @@ def _sha256(data: bytes) -> str:
 def pair(store: Store) -> Store:
     """A model and its tuned child."""
     base = publish(store, BASE, "base", {"model.safetensors": b"weights", "sub/config.json": b"{}"})
-    parent = Parent(key="stage:base", digest=base.content_digest, stage_digest=BASE, uri=artifact_uri(store.uri, BASE))
+    parent = Parent(
+        key="stage:base", digest=base.content_digest, stage_digest=BASE, uri=uri_below(store.uri, output_prefix(BASE))
+    )
     publish(store, TUNED, "tuned", {"adapter.safetensors": b"adapter"}, (parent,))
     return store
 

@@ -11,6 +11,7 @@ import pytest
 from stagecoach_api.artifacts import (
     Manifest,
     StoredObject,
+    attempt_id,
     attempt_logs_prefix,
     content_digest,
     manifest_key,
@@ -30,7 +31,7 @@ T0 = 1_795_341_600.0
 
 
 def keep(store: Store, rank: int, text: str, started: float = T0, attempt: int = 1) -> None:
-    store.write(f"{attempt_logs_prefix(DIGEST, attempt)}/{rank_log_name(rank, started)}", text.encode())
+    store.write(f"{attempt_logs_prefix(DIGEST, f'{attempt:04d}')}/{rank_log_name(rank, started)}", text.encode())
 
 
 def record(number: int = 1, ended: bool = False, **fields: Any) -> dict[str, Any]:
@@ -103,13 +104,13 @@ def test_an_ended_attempts_logs_come_from_the_store_rank_by_rank(cluster: FakeCl
     keep(store, 10, "ten\n")
     keep(store, 2, "again\n", started=T0 + 60)
     keep(store, 2, "two\nmore\n")
-    store.write(f"{attempt_logs_prefix(DIGEST, 1)}/metrics.jsonl", b"{}")
+    store.write(f"{attempt_logs_prefix(DIGEST, '0001')}/metrics.jsonl", b"{}")
     keep(store, 0, "another attempt's\n", attempt=2)
     code, output = cli("logs", "demo", "sft", "--attempt", "1")
     assert code == 0
     lines = [line for line in output.splitlines() if line.startswith("[rank")]
     assert lines == ["[rank 2] two", "[rank 2] more", "[rank 2] again", "[rank 10] ten"]
-    assert f"{attempt_logs_prefix(DIGEST, 1)}/{rank_log_name(2, T0)}" in output
+    assert f"{attempt_logs_prefix(DIGEST, '0001')}/{rank_log_name(2, T0)}" in output
     assert cli("logs", "demo", "--rank", "0")[1].splitlines()[0] == "another attempt's"
 
 
@@ -150,13 +151,22 @@ def test_missing_logs_are_reported_with_their_prefix_in_the_store(cluster: FakeC
     cluster.add_run(sft(record(ended=True)), spec=spec(store))
     code, output = cli("logs", "demo")
     assert code == 1
-    assert f"no logs in {store.uri}/{attempt_logs_prefix(DIGEST, 1)}" in output
+    name = attempt_id("uid-of-demo", "sft", 1)
+    assert f"no logs in {store.uri}/{attempt_logs_prefix(DIGEST, name)}" in output
+
+
+def test_logs_of_another_run_of_the_same_digest_are_not_shown(cluster: FakeCluster, store: Store, cli: Cli) -> None:
+    cluster.add_run(sft(record(ended=True)), spec=spec(store))
+    for uid, text in (("uid-of-demo", "mine\n"), ("uid-of-another", "theirs\n")):
+        folder = attempt_logs_prefix(DIGEST, attempt_id(uid, "sft", 1))
+        store.write(f"{folder}/{rank_log_name(0, T0)}", text.encode())
+    assert [line for line in cli("logs", "demo")[1].splitlines() if line in ("mine", "theirs")] == ["mine"]
 
 
 def test_logs_are_sorted_by_rank_then_start(store: Store) -> None:
     for rank, started in ((1, T0 + 5), (0, T0 + 9), (1, T0), (12, T0)):
         keep(store, rank, "", started)
-    assert [item.name for item in stored_logs(store, DIGEST, 1)] == [(0, T0 + 9), (1, T0), (1, T0 + 5), (12, T0)]
+    assert [item.name for item in stored_logs(store, DIGEST, "0001")] == [(0, T0 + 9), (1, T0), (1, T0 + 5), (12, T0)]
 
 
 # -- which attempt -----------------------------------------------------------------------------------------------------

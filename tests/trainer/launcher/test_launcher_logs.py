@@ -120,7 +120,7 @@ def change(attempt: Attempt, **fields: object) -> None:
 def stored_logs(attempt: Attempt) -> dict[int, str]:
     """Return the logs in the attempt's store, by rank."""
     found = {}
-    for path in (attempt.store / attempt_logs_prefix(DIGEST, 1)).iterdir():
+    for path in (attempt.store / attempt_logs_prefix(DIGEST, "0001")).iterdir():
         name = parse_rank_log_name(path.name)
         if name is not None:
             assert name.rank not in found
@@ -142,7 +142,7 @@ def test_all_output_of_a_worker_is_in_its_log_and_in_the_launchers_output(tmp_pa
     printed = "one\ntwo\nthree\n四\r 10%\r 20%"
     assert printed in (tmp_path / "log.txt").read_bytes().decode()
     (local,) = (attempt.work / "logs").glob("rank-*")
-    (kept,) = (attempt.store / attempt_logs_prefix(DIGEST, 1)).glob("rank-*")
+    (kept,) = (attempt.store / attempt_logs_prefix(DIGEST, "0001")).glob("rank-*")
     assert local.name == kept.name
     assert local.read_bytes() == kept.read_bytes()
     assert printed in kept.read_bytes().decode()
@@ -335,7 +335,7 @@ def test_in_s3_the_log_is_stored_with_mounted_credentials_that_are_never_printed
     pod = {"STAGECOACH_CREDENTIALS_DIR": str(folder), "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     assert replace(attempt, pod=pod).run() == 137
     store = open_store("s3://logs-of-pods/run", endpoint=s3_server.endpoint)
-    logs = [entry.key for entry in store.list(attempt_logs_prefix(DIGEST, 1)) if "rank-00000." in entry.key]
+    logs = [entry.key for entry in store.list(attempt_logs_prefix(DIGEST, "0001")) if "rank-00000." in entry.key]
     assert len(logs) == 1
     log = store.read(logs[0]).decode()
     assert "the last output of rank 0" in log

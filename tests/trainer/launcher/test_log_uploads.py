@@ -18,7 +18,7 @@ from tests.s3 import SECRET_KEY, Fault, FaultyFront, S3Server, make_bucket
 from tests.trainer.makers import DIGEST, make_attempt
 
 NAME = "rank-00000.20261122T095244.125Z.log"
-KEY = f"{attempt_logs_prefix(DIGEST, 1)}/{NAME}"
+KEY = f"{attempt_logs_prefix(DIGEST, '0001')}/{NAME}"
 
 
 def stage_of(folder: Path, uri: str | None = None, endpoint: str | None = None) -> bytes:

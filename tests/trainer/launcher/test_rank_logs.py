@@ -186,7 +186,7 @@ def test_each_rank_of_a_node_has_a_log_in_the_store_and_its_prefix_in_the_output
     for one in pipes[:2]:
         os.write(one.writer, b"of %d\n" % one.rank)
     logs.finish(10)
-    folder = attempt.store / attempt_logs_prefix(DIGEST, 1)
+    folder = attempt.store / attempt_logs_prefix(DIGEST, "0001")
     stored = {parse_rank_log_name(path.name): path.read_bytes() for path in folder.iterdir()}
     assert {name.rank: data for name, data in stored.items() if name} == {4: b"of 4\n", 5: b"of 5\n", 6: b""}
     shown = os.read(pipe[0], 1000).splitlines()
@@ -206,7 +206,7 @@ def test_a_process_that_keeps_the_pipe_open_does_not_hold_up_the_end(
     logs.finish(10)
     os.close(left_behind)
     assert time.monotonic() - began < 5
-    (stored,) = (attempt.store / attempt_logs_prefix(DIGEST, 1)).iterdir()
+    (stored,) = (attempt.store / attempt_logs_prefix(DIGEST, "0001")).iterdir()
     assert stored.read_bytes() == b"last output\n"
 
 

@@ -89,7 +89,7 @@ class LogUploads:
     def _opened(self) -> tuple[Store, str]:
         if self._target is None:
             stage = ResolvedStage.model_validate_json(self._stage)
-            self._target = open_run_store(stage), attempt_logs_prefix(stage.digest, stage.attempt)
+            self._target = open_run_store(stage), attempt_logs_prefix(stage.digest, stage.attempt_id)
         return self._target
 
     def _complain(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix
+from stagecoach_api.artifacts import CARD, ModelCard, ResolvedInput, output_prefix, storage_of, uri_below
 from stagecoach_api.model_folders import ADAPTER_CONFIG, BASE_FOLDER, CONFIG
 from stagecoach_api.references import Reference
 from stagecoach_api.training import NewRows
@@ -281,18 +281,18 @@ def locate_base(base: ResolvedInput, adapter: ResolvedInput, storage_uri: str) -
     """
     if base.stage_digest is None or base.uri != output_prefix(base.stage_digest):
         return base
-    root = storage_uri
-    if adapter.stage_digest is not None and adapter.uri.endswith("/" + output_prefix(adapter.stage_digest)):
-        root = adapter.uri.removesuffix("/" + output_prefix(adapter.stage_digest))
-    return base.model_copy(update={"uri": f"{root.rstrip('/')}/{base.uri}"})
+    own = None if adapter.stage_digest is None else storage_of(adapter.uri, adapter.stage_digest)
+    return base.model_copy(update={"uri": uri_below(storage_uri if own is None else own, base.uri)})
 
 
 def name_base(source: ResolvedInput, storage_uri: str) -> ResolvedInput:
     """Return `source` as cards name it: artifacts of the run's store by key, so that the store can be moved."""
     if source.stage_digest is None:
         return source
-    key = output_prefix(source.stage_digest)
-    return source.model_copy(update={"uri": key}) if source.uri == f"{storage_uri.rstrip('/')}/{key}" else source
+    if storage_of(source.uri, source.stage_digest) != storage_uri.rstrip("/"):
+        return source
+    # The key does not depend on the attempt that made it: it is part of the content, which equal work has in common.
+    return source.model_copy(update={"uri": output_prefix(source.stage_digest)})
 
 
 def apply_adapter(base: Any, path: Path, weights: Path, trainable: bool) -> Any:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from stagecoach_api.artifacts import Manifest, ResolvedInput, StoredObject, content_digest, manifest_key, output_prefix
+from stagecoach_api.artifacts import Manifest, ResolvedInput, StoredObject, content_digest, manifest_key, storage_of
 from stagecoach_api.store import Corrupt, Store, StoreEntry, external_digest, list_external, open_store
 from stagecoach_api.stores.base import FolderLocation, check_expected, parse_location, sha256_of_file
 from stagecoach_api.stores.external import local_files
@@ -66,7 +66,7 @@ def read_manifest(found: ResolvedInput, stage_digest: str, store: Store) -> Mani
 def _fetch_artifact(found: ResolvedInput, stage_digest: str, store: Store, cache: Path) -> Path:
     store = _store_of(found, stage_digest, store)
     manifest = read_manifest(found, stage_digest, store)
-    prefix = output_prefix(stage_digest)
+    prefix = manifest.folder
     in_place = store.local_path(prefix)
     if in_place is not None:
         _verify(in_place, prefix, manifest.objects)
@@ -79,8 +79,8 @@ def _fetch_artifact(found: ResolvedInput, stage_digest: str, store: Store, cache
 
 def _store_of(found: ResolvedInput, stage_digest: str, store: Store) -> Store:
     """Return the store that contains an artifact: the run's own, or the one that the artifact's URI names."""
-    root = found.uri.rstrip("/").removesuffix("/" + output_prefix(stage_digest))
-    if root == store.uri.rstrip("/"):
+    root = storage_of(found.uri, stage_digest)
+    if root is None or root == store.uri.rstrip("/"):
         return store
     return open_store(root, endpoint=getattr(store, "endpoint", None), region=getattr(store, "region", None))
 

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +22,18 @@ from stagecoach_api.artifacts import (
     Parent,
     ResolvedStage,
     StoredObject,
+    artifact_prefix,
     attempt_logs_prefix,
     attempt_prefix,
     canonical_json,
     content_digest,
     manifest_key,
-    output_prefix,
     parse_rank_log_name,
+    upload_prefix,
 )
 from stagecoach_api.names import ENV_THREADS
-from stagecoach_api.store import NotFound, StoreError
+from stagecoach_api.store import NotFound, Store, StoreError
+from stagecoach_api.stores.lookup import find_manifest, read_manifest
 from stagecoach_trainer.runtime.attempt_files import logs_folder
 from stagecoach_trainer.runtime.checkpoint_paths import delete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
@@ -43,29 +46,55 @@ LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "tokenizers", "senten
 ATTEMPT_FILE = "attempt.json"
 
 
-def publish(context: StageContext, outcome: StageOutcome, started: float) -> str:
-    """Upload `context.output`, commit the manifest, delete the stage's checkpoints; return the content digest.
+def publish(context: StageContext, outcome: StageOutcome, started: float) -> Manifest:
+    """Upload `context.output`, commit the manifest, delete the stage's checkpoints; return the manifest that counts.
 
-    `started`: when this attempt began, in seconds since the epoch. If another attempt has published the stage first,
-    its content digest is returned, with a warning if the content differs. Raises UserError for an empty output,
-    StoreError.
+    The files go to a folder that no other attempt writes to, and the manifest, which only one attempt can create, makes
+    them the artifact: nothing that was committed is ever written again. `started`: when this attempt began, in seconds
+    since the epoch. If another attempt has published the stage first, its manifest is returned, with a warning if the
+    content differs, and this one's uploads are deleted. Raises UserError for an empty output, StoreError.
     """
     resolved, store = context.resolved, context.store
-    key = manifest_key(resolved.digest)
     context.progress.report("publish")
-    if not store.exists(key):
-        objects = upload_folder(context, context.output, output_prefix(resolved.digest))
-        if not objects:
-            raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so it has no artifact")
-        seconds = time.time() - started + _seconds_of_earlier_attempts(context)
-        manifest = _manifest(context, outcome, objects, seconds)
-        if store.commit(key, canonical_json(manifest.model_dump(mode="json"))):
-            size = sum(item.size for item in objects)
-            log.info("published: %d files, %s bytes, %s, in %.0f s", len(objects), f"{size:,}", key, seconds)
-            _delete_checkpoints(context)
-            return manifest.content_digest
-        _warn_if_different(context, manifest)
-    return Manifest.model_validate_json(store.read(key)).content_digest
+    first = find_manifest(store, resolved.digest)
+    if first is not None:
+        return first
+    prefix = upload_prefix(resolved.digest, resolved.attempt_id, secrets.token_hex(4))
+    objects = upload_folder(context, context.output, prefix)
+    if not objects:
+        raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so it has no artifact")
+    seconds = time.time() - started + _seconds_of_earlier_attempts(context)
+    manifest = _manifest(context, outcome, objects, seconds).model_copy(update={"prefix": prefix})
+    counts = _commit(store, manifest)
+    if counts.prefix != prefix:
+        _withdraw(context, manifest, counts)
+        return counts
+    size = sum(item.size for item in objects)
+    log.info("published: %d files, %s bytes, %s, in %.0f s", len(objects), f"{size:,}", prefix, seconds)
+    _delete_checkpoints(context)
+    return manifest
+
+
+def _commit(store: Store, manifest: Manifest) -> Manifest:
+    """Create the manifest unless there is one; return the one that counts."""
+    created = store.commit(manifest_key(manifest.stage_digest), canonical_json(manifest.model_dump(mode="json")))
+    # Read rather than taken from the answer, which may be lost: the folder that a manifest names shows whose it is.
+    return manifest if created else read_manifest(store, manifest.stage_digest)
+
+
+def _withdraw(context: StageContext, ours: Manifest, theirs: Manifest) -> None:
+    """Delete the uploads of this attempt, which no manifest names; report whether the artifact differs from them."""
+    if theirs.content_digest != ours.content_digest:
+        text = (
+            f"stage `{context.resolved.stage}` was published by another attempt with different content "
+            f"({theirs.content_digest[:12]}…, ours {ours.content_digest[:12]}…); using theirs"
+        )
+        log.warning("%s", text)
+        context.progress.warn(text)
+    try:
+        context.store.delete(ours.folder)
+    except StoreError as error:
+        log.warning("the uploads of this attempt, which are not used, stay in the store: %s", error)
 
 
 def _delete_checkpoints(context: StageContext) -> None:
@@ -77,8 +106,7 @@ def _delete_checkpoints(context: StageContext) -> None:
 
 
 def upload_folder(context: StageContext, folder: Path, prefix: str) -> list[StoredObject]:
-    """Upload all files of a folder below `prefix`, after deleting what the prefix contains."""
-    context.store.delete(prefix)
+    """Upload all files of a folder below `prefix`, which this attempt alone writes to."""
     return _upload_files(context, folder, _files_below(folder), prefix)
 
 
@@ -113,16 +141,22 @@ def upload_attempt(context: StageContext, started: float) -> None:
 
     The ranks' output is in the same folder, but is uploaded by the launcher.
     """
-    digest, attempt, logs = context.resolved.digest, context.resolved.attempt, logs_folder(context.work)
+    digest, attempt, logs = context.resolved.digest, context.resolved.attempt_id, logs_folder(context.work)
     files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
     _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
     _write_attempt(context, time.time() - started)
 
 
 def _write_attempt(context: StageContext, seconds: float) -> None:
-    digest, attempt = context.resolved.digest, context.resolved.attempt
-    about = {"attempt": attempt, "seconds": round(seconds, 3)}
-    context.store.write(f"{attempt_prefix(digest, attempt)}/{ATTEMPT_FILE}", canonical_json(about))
+    resolved = context.resolved
+    about = {
+        "namespace": resolved.namespace,
+        "run": resolved.run,
+        "stage": resolved.stage,
+        "attempt": resolved.attempt,
+        "seconds": round(seconds, 3),
+    }
+    context.store.write(f"{attempt_prefix(resolved.digest, resolved.attempt_id)}/{ATTEMPT_FILE}", canonical_json(about))
 
 
 def environment(resolved: ResolvedStage) -> dict[str, JsonValue]:
@@ -194,21 +228,9 @@ def _manifest(context: StageContext, outcome: StageOutcome, objects: list[Stored
 
 def _seconds_of_earlier_attempts(context: StageContext) -> float:
     total = 0.0
-    attempts = attempt_prefix(context.resolved.digest, context.resolved.attempt).rpartition("/")[0]
-    for entry in context.store.list(attempts):
-        if entry.key.endswith(f"/{ATTEMPT_FILE}"):
+    own = f"{attempt_prefix(context.resolved.digest, context.resolved.attempt_id)}/{ATTEMPT_FILE}"
+    for entry in context.store.list(artifact_prefix(context.resolved.digest) + "/attempts"):
+        if entry.key.endswith(f"/{ATTEMPT_FILE}") and entry.key != own:
             with contextlib.suppress(ValueError, KeyError, TypeError, NotFound):  # only a figure of the manifest
-                about = json.loads(context.store.read(entry.key))
-                total += about["seconds"] if about["attempt"] != context.resolved.attempt else 0.0
+                total += json.loads(context.store.read(entry.key))["seconds"]
     return total
-
-
-def _warn_if_different(context: StageContext, ours: Manifest) -> None:
-    theirs = Manifest.model_validate_json(context.store.read(manifest_key(ours.stage_digest)))
-    if theirs.content_digest != ours.content_digest:
-        log.warning(
-            "stage `%s` was published by another attempt with different content (%s…, ours %s…); using theirs",
-            context.resolved.stage,
-            theirs.content_digest[:12],
-            ours.content_digest[:12],
-        )
