@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stagecoach_api.artifacts import attempt_logs_prefix, parse_rank_log_name
 from stagecoach_api.outcomes import AttemptResult
 from tests import ROOT
 from tests.trainer.contexts import resolved_stage
@@ -36,6 +37,14 @@ from stagecoach_trainer import stages
 real = stages.module_name
 stages.module_name = lambda kind: "stand_in" if kind in ("data", "pretrain") else real(kind)
 """
+
+STRANGERS = """
+from contextlib import nullcontext
+from stagecoach_trainer.runtime import distributed, startup
+distributed.process_group = lambda world, alone: nullcontext()
+startup.fast_imports = lambda training: nullcontext()
+"""
+"""Addition to `SITE`: ranks that do not meet, and import neither torch nor transformers for it."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,31 @@ class Attempt:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()
 
+    def stored_logs(self) -> dict[int, str]:
+        """Return the logs in the attempt's store, by rank."""
+        found = {}
+        for path in (self.store / attempt_logs_prefix(DIGEST, "0001")).iterdir():
+            name = parse_rank_log_name(path.name)
+            if name is not None:
+                assert name.rank not in found
+                found[name.rank] = path.read_text()
+        return found
+
 
 def make_attempt(
-    folder: Path, code: str, kind: str = "data", config: dict[str, Any] | None = None, ranks: int = 1, number: int = 1
+    folder: Path,
+    code: str,
+    kind: str = "data",
+    config: dict[str, Any] | None = None,
+    ranks: int = 1,
+    number: int = 1,
+    site: str = SITE,
 ) -> Attempt:
     """Write the stage file of an attempt. `code`: a module with `run(config, context)`."""
     attempt = Attempt(folder)
     attempt.work.mkdir(parents=True, exist_ok=True)
     (folder / "site").mkdir(exist_ok=True)
-    (folder / "site" / "sitecustomize.py").write_text(SITE)
+    (folder / "site" / "sitecustomize.py").write_text(site)
     (folder / "site" / "stand_in.py").write_text(code)
     stage = resolved_stage(
         attempt.store,

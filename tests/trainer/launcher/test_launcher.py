@@ -27,8 +27,7 @@ from stagecoach_trainer.runtime.outcomes import (
     torchrun_deaths,
     with_warnings,
 )
-from tests.s3 import free_port
-from tests.trainer.makers import DIGEST, Attempt, make_attempt, make_pods
+from tests.trainer.makers import DIGEST, Attempt, make_attempt
 
 WRITES = """
 from stagecoach_trainer.runtime.context import StageOutcome
@@ -62,31 +61,6 @@ import time
 def run(config, context):
     context.progress.report("read")
     time.sleep(600)
-"""
-TRAINS = """
-import time
-from stagecoach_trainer.runtime.context import StageOutcome
-from stagecoach_trainer.loop.job import TrainingJob
-from stagecoach_trainer.loop.loop import train
-from tests.trainer.loop.makers import RandomPlan, WatchedSchedule, tiny_model
-
-def run(config, context):
-    slow = WatchedSchedule(
-        num_steps=8, on_step=lambda step: time.sleep(0.05 if step < 3 or context.stop.is_set() else 0.5)
-    )
-    model = tiny_model()
-    result = train(TrainingJob(model, config, RandomPlan(num_steps=8), schedule=slow), context)
-    if context.world.is_main:
-        (context.output / "weights").write_bytes(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-    return StageOutcome(result.tokens, result.metrics)
-"""
-ONE_RANK_FAILS = """
-import torch, torch.distributed as dist
-from stagecoach_trainer.runtime.errors import UserError
-def run(config, context):
-    if context.world.rank == 1:
-        raise UserError("rank 1 found a bad record in corpus.jsonl:7")
-    dist.all_reduce(torch.zeros(1))
 """
 
 
@@ -169,56 +143,6 @@ def test_workers_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     assert read_outcomes(attempt.work)[0].result.exit_code == ExitCode.INTERRUPTED
     psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=30)
     assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.timeout(300)
-def test_training_asked_to_stop_saves_and_resumes_in_the_next_attempt(tmp_path: Path) -> None:
-    whole = make_attempt(tmp_path / "whole", TRAINS, "pretrain")
-    attempt = make_attempt(tmp_path / "stopped", TRAINS, "pretrain")
-    launcher = attempt.start()
-    wait_for_progress(attempt, "train", 3)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == ExitCode.INTERRUPTED, attempt.log
-    assert attempt.result.cause is Cause.PREEMPTION
-    last_step = attempt.result.last_step
-    assert last_step is not None
-    assert last_step >= 3
-    checkpoints = attempt.store / "artifacts" / DIGEST / "checkpoints"
-    assert list(checkpoints.iterdir())
-    again = make_attempt(tmp_path / "stopped", TRAINS, "pretrain", number=2)
-    assert again.run() == 0, again.log
-    assert f"resuming after step {last_step} of 8" in again.log
-    assert not checkpoints.exists() or not list(checkpoints.iterdir())
-    assert whole.run() == 0, whole.log
-    assert again.result.content_digest == whole.result.content_digest
-
-
-@pytest.mark.timeout(300)
-def test_under_torchrun_the_rank_that_failed_first_is_named(tmp_path: Path) -> None:
-    attempt = make_attempt(tmp_path, ONE_RANK_FAILS, "pretrain", ranks=2)
-    assert attempt.run() == ExitCode.USER_ERROR, attempt.log
-    assert attempt.result.message == "rank 1 found a bad record in corpus.jsonl:7"
-
-
-@pytest.mark.timeout(300)
-def test_two_pods_give_the_result_of_two_ranks_of_one_machine(tmp_path: Path) -> None:
-    local = make_attempt(tmp_path / "local", TRAINS, "pretrain", ranks=2)
-    assert local.run() == 0, local.log
-    pods = make_pods(tmp_path / "pods", TRAINS, 2, free_port())
-    launchers = [pod.start() for pod in pods]
-    assert [launcher.wait(200) for launcher in launchers] == [0, 0], pods[0].log + pods[1].log
-    assert pods[0].result.content_digest == local.result.content_digest
-    assert pods[1].result.content_digest is None
-
-
-@pytest.mark.timeout(300)
-def test_the_pod_whose_rank_failed_names_the_failure(tmp_path: Path) -> None:
-    pods = make_pods(tmp_path, ONE_RANK_FAILS, 2, free_port())
-    launchers = [pod.start() for pod in pods]
-    codes = [launcher.wait(200) for launcher in launchers]
-    assert codes[1] == ExitCode.USER_ERROR, pods[1].log
-    assert pods[1].result.message == "rank 1 found a bad record in corpus.jsonl:7"
-    assert pods[0].result.cause is Cause.INFRASTRUCTURE, pods[0].log
 
 
 def test_several_ranks_run_under_torchrun_and_one_does_not() -> None:
