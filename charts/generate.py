@@ -31,6 +31,15 @@ Schema = dict[str, Any]
 
 DEFINITIONS: Schema = {
     "quantities": {"type": "object", "additionalProperties": {"type": ["string", "number"]}},
+    "allowedStorage": {
+        "type": "object",
+        "properties": {
+            "endpoint": {"type": "string", "minLength": 1, "maxLength": 512},
+            "buckets": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        },
+        "required": ["buckets"],
+        "additionalProperties": False,
+    },
     "toleration": {
         "type": "object",
         "properties": {

@@ -84,6 +84,7 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"
     NOT_ALLOWED = "NotAllowed"
+    STORAGE_NOT_ALLOWED = "StorageNotAllowed"
     # Planned
     GRAPH_RESOLVED = "GraphResolved"
     RE_PLANNING = "RePlanning"

@@ -22,6 +22,7 @@ from stagecoach_api.stores.base import (
 )
 from stagecoach_api.stores.external import external_digest, list_external
 from stagecoach_api.stores.folder import FolderStore
+from stagecoach_api.stores.retry import TRANSFERS, StorePatience
 from stagecoach_api.stores.s3 import S3Store
 
 __all__ = [
@@ -42,13 +43,15 @@ __all__ = [
 ]
 
 
-def open_store(uri: str, endpoint: str | None = None, region: str | None = None) -> Store:
+def open_store(
+    uri: str, endpoint: str | None = None, region: str | None = None, patience: StorePatience = TRANSFERS
+) -> Store:
     """Open the store at `s3://bucket/prefix`, `file:///folder` or a plain path. Nothing is read or created yet.
 
-    `endpoint`, `region`: of S3; if None, those of the AWS SDK's configuration. Raises InvalidLocation for any
-    other scheme.
+    `endpoint`, `region`: of S3; if None, those of the AWS SDK's configuration. `patience`: how long S3 is waited
+    for. Raises InvalidLocation for any other scheme.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):
         return FolderStore(location)
-    return S3Store(location, endpoint=endpoint, region=region)
+    return S3Store(location, endpoint=endpoint, region=region, patience=patience)

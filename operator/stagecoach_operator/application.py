@@ -19,21 +19,24 @@ from stagecoach_operator.event_recorder import EventRecorder
 from stagecoach_operator.events import RunEvent
 from stagecoach_operator.kube import ApiServer
 from stagecoach_operator.lease import Lease
+from stagecoach_operator.loop_lag import LoopLag
 from stagecoach_operator.object_cache import Cache, oldest_first
 from stagecoach_operator.object_views import RunView
+from stagecoach_operator.plan_maker import PlanMaker
 from stagecoach_operator.probes import Probes, serve
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.progress_server import ProgressServer
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
+from stagecoach_operator.store_lanes import StoreLanes
 from stagecoach_operator.token_review import TokenVerifier
 from stagecoach_operator.worker import Workers
 
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-STUCK_SECONDS = 300.0
-"""A reconciliation that takes longer is stuck: a call to the API server times out after a tenth of this."""
+LATE_SECONDS = 60.0
+"""An event loop that is later than this makes the liveness probe fail."""
 STALE_SECONDS = 4 * AUDIT_SECONDS
 """A watch that has missed changes for longer makes the liveness probe fail."""
 CLOSING_SECONDS = 10.0
@@ -50,6 +53,7 @@ class Application:
         self.reports = ProgressReports()
         self.stop = asyncio.Event()
         self.exit_code = 0
+        self.loop_lag = LoopLag()
 
     async def run(self) -> int:
         """Run until a signal arrives or the Lease is lost; return the exit code."""
@@ -61,26 +65,32 @@ class Application:
             self.settings.pod_name,
             self.settings.lease_seconds,
         )
-        self.lookups = ArtifactLookups(self.settings.store_threads)
+        self.lanes = StoreLanes(self.settings)
+        self.lookups = ArtifactLookups(self.lanes)
         self.event_recorder = EventRecorder(self.kube)
         self.workers = Workers(self._reconcile)
         self.audit = Audit(self.kube, self.cache, self.settings.namespaces, self.workers.enqueue)
+        self.planner = PlanMaker(self.lanes, self.settings, self.workers.enqueue)
         self.reconciler = Reconciler(
             client=AttemptClient(self.kube, self.cache, self.settings),
             lookups=self.lookups,
+            planner=self.planner,
             reports=self.reports,
             enqueue=self.workers.enqueue,
             record_events=self._record_events,
         )
         servers = await self._serve()
+        measuring = asyncio.create_task(self.loop_lag.measure(), name="loop lag")
         try:
             await self._lead()
         finally:
+            measuring.cancel()
             await self.workers.close(CLOSING_SECONDS)
             await self.event_recorder.close()
             await self.lease.release()
             for server in servers:
                 await server.cleanup()
+            self.planner.close()
             self.lookups.close()
             await self.kube.close()
         return self.exit_code
@@ -182,9 +192,9 @@ class Application:
 
     def _not_live(self) -> list[str]:
         found = self.audit.problems(STALE_SECONDS) if self.lease.held else []
-        stuck = self.workers.longest_running_seconds()
-        if stuck > STUCK_SECONDS:
-            found.append(f"a reconciliation has been running for {stuck:.0f} s")
+        late = self.loop_lag.seconds()
+        if late > LATE_SECONDS:
+            found.append(f"the event loop is {late:.0f} s late")
         return found
 
     def _not_ready(self) -> list[str]:

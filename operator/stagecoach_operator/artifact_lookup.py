@@ -1,4 +1,4 @@
-"""Artifact lookups in S3, in a bounded number of threads; results are cached. The event loop never waits for S3.
+"""Artifact lookups in S3, in the lane of the store's endpoint; results are cached.
 
 A store the operator may not read is treated as empty: the stage's own pod then looks for a finished artifact, and its
 result contains the digest.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,6 +19,7 @@ from stagecoach_api.stores.retry import OUTAGE_PAUSE_SECONDS
 from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.values import Found, Missing
 from stagecoach_operator.planning import open_storage
+from stagecoach_operator.store_lanes import StoreLanes
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class StoreState:
 class ArtifactLookups:
     """Looks up whether artifacts exist."""
 
-    def __init__(self, threads: int, clock: Callable[[], float] = time.time) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="store")
+    def __init__(self, lanes: StoreLanes, clock: Callable[[], float] = time.time) -> None:
+        self.lanes = lanes
         self._clock = clock
         self._states: dict[StoreKey, StoreState] = {}
         self._stores: dict[StoreKey, Store] = {}
@@ -73,12 +73,13 @@ class ArtifactLookups:
         task.add_done_callback(self._tasks.discard)
         return None
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run a function that calls S3 in one of the lookup threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def in_lane(self, storage: Storage, work: Callable[[Store], T]) -> T:
+        """Call a function with the store, in a thread of its endpoint's lane. Raises AccessDenied for storage that the
+        operator's settings do not allow."""
+        return await self.lanes.of(storage).run(lambda: work(self._store(storage)))
 
-    def store(self, storage: Storage) -> Store:
-        """Return the store, opened once. Opening one is slow: call this in a thread."""
+    def _store(self, storage: Storage) -> Store:
+        """Return the store, opened once, which is slow."""
         key = store_key(storage)
         if key not in self._stores:
             self._stores[key] = open_storage(storage)
@@ -87,27 +88,24 @@ class ArtifactLookups:
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _ask(self, storage: Storage, digest: str, on_result: Callable[[], None]) -> None:
         state = self.of(storage)
         started_at = self._clock()
         try:
-            state.by_digest[digest] = await self.in_thread(lambda: self._read(storage, digest, started_at))
+            state.by_digest[digest] = await self.in_lane(
+                storage, lambda store: look_up_result(digest, find_manifest(store, digest), store.uri, started_at)
+            )
             state.error, state.unreadable = "", False
         except AccessDenied as error:
             state.by_digest[digest] = Missing(at=started_at)
             state.error, state.unreadable = error.message, True
         except StoreError as error:
             state.error = str(error)
-            state.not_before = self._clock() + OUTAGE_PAUSE_SECONDS
+            state.not_before = max(self._clock() + OUTAGE_PAUSE_SECONDS, self.lanes.of(storage).not_before)
         finally:
             state.pending.discard(digest)
             on_result()
-
-    def _read(self, storage: Storage, digest: str, now: float) -> Found | Missing:
-        store = self.store(storage)
-        return look_up_result(digest, find_manifest(store, digest), store.uri, now)
 
 
 def store_key(storage: Storage) -> StoreKey:

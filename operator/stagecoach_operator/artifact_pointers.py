@@ -58,7 +58,7 @@ class Pointers:
         key = pointer_key(run.meta.namespace, run.meta.name, pointer.stage)
         data = pointer.model_dump_json(indent=1).encode()
         try:
-            await self.lookups.in_thread(lambda: self.lookups.store(storage).write(key, data))
+            await self.lookups.in_lane(storage, lambda store: store.write(key, data))
         except AccessDenied:
             self._closed.add(store_key(storage))
         except StoreError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +22,28 @@ from stagecoach_api.reading.validation import validate
 from stagecoach_api.spec import Stage, Storage, TrainingRun
 from stagecoach_api.status import Reason
 from stagecoach_api.store import AccessDenied, NotFound, Store, StoreError, open_store
-from stagecoach_api.stores.base import FolderLocation, parse_location
+from stagecoach_api.stores.base import FolderLocation, InvalidLocation, parse_location
 from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
+from stagecoach_api.stores.retry import CONTROL_PLANE
 from stagecoach_core.manifests.labels import owner_reference
 from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.object_views import Raw, RunView
 from stagecoach_operator.permitted import permission_problems
 from stagecoach_operator.settings import Settings
+from stagecoach_operator.storage_access import endpoint_weakness, place_of
 
 PLAN_KEY = "plan.json"
 PROBE_KEY = ".stagecoach"
 NO_EDIT = frozenset({"suspend", "cancel"})
 """Fields of a spec that control whether the run is worked on, but do not affect what it computes."""
 INPUT_REMEDY = "put it there, or correct the URI; the operator looks for it again"
+ALLOW_REMEDY = (
+    "use a storage that the operator knows, or ask its administrator to add endpoint and bucket to the chart's value "
+    "`storage.allowed`"
+)
+INPUT_THREADS = 4
+"""Inputs of one run that are looked up at the same time."""
 MAX_PLAN_BYTES = 900_000
 """A ConfigMap holds 1 MiB."""
 
@@ -72,6 +81,8 @@ class Rejection:
     generation: int
     retry: bool = False
     """Whether it may become acceptable without an edit, such as when an input appears."""
+    not_before: float = 0.0
+    """When it may be validated again at the earliest, in seconds since the epoch."""
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------
@@ -82,38 +93,75 @@ def spec_digest(run: RunView) -> str:
     return digest_of({key: value for key, value in run.spec.items() if key not in NO_EDIT})
 
 
-def plan_run(  # noqa: PLR0911 - one per reason of rejection
-    run: RunView, settings: Settings, before: FrozenPlan | None = None
-) -> FrozenPlan | Rejection:
-    """Validate and plan a run. Looks up its inputs in S3, which takes seconds: call it in a thread.
+@dataclass(frozen=True)
+class CheckedRun:
+    """A valid run, and what its plan needs from stores."""
 
-    `before`: the plan before the spec was edited; its code and image are kept.
-    """
+    spec: TrainingRun
+    storage: Storage
+    inputs: Mapping[str, str]
+    """Absolute URIs of external inputs by `Reference.key`."""
+    looks_at_storage: bool
+    """Whether the operator may use its credentials for `storage.uri`. If not, only the stages' pods look there."""
 
-    def rejected(reason: Reason, message: str, retry: bool = False) -> Rejection:
-        return Rejection(reason, message[:4000], run.generation, retry)
 
+def rejected(run: RunView, reason: Reason, message: str, retry: bool = False) -> Rejection:
+    return Rejection(reason, message[:4000], run.generation, retry)
+
+
+def check_run(run: RunView, settings: Settings, before: FrozenPlan | None = None) -> CheckedRun | Rejection:
+    """Validate a run without any request. `before`: the plan that is in force, whose artifacts stay where they are."""
     try:
         spec = validate(document_of(run))
     except InvalidRun as error:
-        return rejected(Reason.INVALID_SPEC, str(error))
+        return rejected(run, Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
-    # All problems at once, and before the first request: a wrong spec does not wait for S3.
     forbidden = permission_problems(spec, settings.allowed, settings.own_names)
     problems = [*storage_problems(spec, storage, settings), *forbidden]
     if problems:
-        return rejected(reason_of(problems, forbidden), str(InvalidRun(problems)))
-    # Before the inputs, which use the same endpoint: each of them would otherwise use up its own retries.
-    unusable = storage_error(storage)
-    if unusable:
-        return rejected(Reason.STORAGE_UNREACHABLE, unusable, retry=True)
-    inputs = look_up(spec, storage)
+        return rejected(run, reason_of(problems, forbidden), str(InvalidRun(problems)))
+    try:
+        inputs = {key: absolute(uri, storage.inputs or "") for key, uri in external_uris(spec).items()}
+        looks = settings.allows_place(place_of(storage.uri or "", storage.endpoint))
+        problems = access_problems(spec, storage, settings, looks)
+    except InvalidLocation as error:
+        return rejected(run, Reason.INVALID_SPEC, f"spec.storage: {error}")
+    if problems:
+        return rejected(run, Reason.STORAGE_NOT_ALLOWED, str(InvalidRun(problems)))
+    moved = moved_problem(storage, before, run)
+    if moved is not None:
+        return rejected(run, Reason.INVALID_SPEC, str(InvalidRun([moved])))
+    return CheckedRun(spec, storage, inputs, looks)
+
+
+def look_up(checked: CheckedRun) -> dict[str, ResolvedInput | StoreError]:
+    """Return each external input, or the error of its look-up, by `Reference.key`. Takes seconds: for a thread.
+
+    Raises Unreachable if the storage does not answer. A denied access is an answer: stages may have it.
+    """
+    storage = checked.storage
+    # Before the inputs, which use the same endpoint: each of them would otherwise use up its own retries. A listing,
+    # not a write: the operator's credentials may be narrower than those of the stages.
+    if checked.looks_at_storage:
+        with suppress(AccessDenied):
+            next(iter(open_storage(storage).list(PROBE_KEY)), None)
+    return find_inputs(checked.inputs, storage.endpoint, storage.region, patience=CONTROL_PLANE, threads=INPUT_THREADS)
+
+
+def make_frozen(
+    run: RunView,
+    checked: CheckedRun,
+    inputs: Mapping[str, ResolvedInput | StoreError],
+    settings: Settings,
+    before: FrozenPlan | None = None,
+) -> FrozenPlan | Rejection:
+    """Return the plan of a run whose inputs were looked up. `before`: the plan before an edit; its code is kept."""
     failures = {key: item for key, item in inputs.items() if isinstance(item, StoreError)}
     if failures:
         missing = all(isinstance(failure, NotFound) for failure in failures.values())
         reason = Reason.INPUT_NOT_FOUND if missing else Reason.STORAGE_UNREACHABLE
-        problems = [problem for _, problem in input_problems(spec, failures, INPUT_REMEDY)]
-        return rejected(reason, str(InvalidRun(problems)), retry=True)
+        problems = [problem for _, problem in input_problems(checked.spec, failures, INPUT_REMEDY)]
+        return rejected(run, reason, str(InvalidRun(problems)), retry=True)
     externals = {
         key: External(item.uri, item.digest) for key, item in inputs.items() if isinstance(item, ResolvedInput)
     }
@@ -121,13 +169,13 @@ def plan_run(  # noqa: PLR0911 - one per reason of rejection
     # finished ones would run again.
     code, image = (settings.code, settings.trainer_image) if before is None else (before.plan.code, before.image)
     try:
-        plan = make_plan(spec, externals, code)
+        plan = make_plan(checked.spec, externals, code)
     except PlanError as error:
-        return rejected(Reason.INVALID_SPEC, str(error))
-    frozen = FrozenPlan(plan, storage, image, spec_digest(run))
+        return rejected(run, Reason.INVALID_SPEC, str(error))
+    frozen = FrozenPlan(plan, checked.storage, image, spec_digest(run))
     # Checked here, where the user gets a reason: the API server would reject the ConfigMap at every try.
     if len(json.dumps(to_json(frozen))) > MAX_PLAN_BYTES:
-        return rejected(Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
+        return rejected(run, Reason.INVALID_SPEC, f"the resolved plan exceeds {MAX_PLAN_BYTES:,} bytes; split the run")
     return frozen
 
 
@@ -175,27 +223,51 @@ def _folder_problem(path: str, uri: str) -> Problem:
     return Problem(path, uri, "pods cannot access a folder of your machine", "copy it to S3 and write `s3://…`")
 
 
-def storage_error(storage: Storage) -> str:
-    """Return why the storage is unusable. Empty if it responds, even by denying access: stages may have it."""
-    try:
-        # A listing, not a write: the operator's credentials may be narrower than those of the stages.
-        next(iter(open_storage(storage).list(PROBE_KEY)), None)
-    except AccessDenied:
-        return ""
-    except StoreError as error:
-        return f"spec.storage.uri: {storage.uri}: {error.message}"
-    return ""
+def access_problems(run: TrainingRun, storage: Storage, settings: Settings, looks: bool) -> list[Problem]:
+    """Return a problem for each input for which the operator may not use its credentials, and for a weak endpoint.
+
+    `looks`: whether it may use them for the storage itself. Raises InvalidLocation.
+    """
+    problems = []
+    weakness = endpoint_weakness(storage.endpoint) if storage.endpoint and not looks else ""
+    if weakness:
+        rule = f"{weakness}, and the operator's settings do not name it"
+        problems.append(Problem("spec.storage.endpoint", storage.endpoint, rule, ALLOW_REMEDY))
+    for stage in run.spec.stages:
+        for path, reference in stage.references():
+            if reference.uri is None:
+                continue
+            place = place_of(absolute(reference.uri, storage.inputs or ""), storage.endpoint)
+            if not settings.allows_place(place):
+                where = format_path(("stages", stage.name, *path, "uri"))
+                rule = f"the operator may not look it up: its settings do not name {place}"
+                problems.append(Problem(where, reference.uri, rule, ALLOW_REMEDY))
+    return problems
+
+
+def moved_problem(storage: Storage, before: FrozenPlan | None, run: RunView) -> Problem | None:
+    """Return a problem if an edit moves the storage of a run that has attempts or artifacts in the old one.
+
+    Its status would name artifacts where they are not, and a running attempt would publish where it is not looked for.
+    """
+    has_work = any(stage.artifact is not None or stage.attempt for stage in run.status.stages)
+    if before is None or not has_work:
+        return None
+    old, new = before.storage, storage
+    if (old.uri, old.endpoint) == (new.uri, new.endpoint):
+        return None
+    place = f"`{old.uri}`" + (f" at `{old.endpoint}`" if old.endpoint else "")
+    return Problem(
+        "spec.storage",
+        new.uri,
+        f"cannot be changed once stages have run: their artifacts are in {place}",
+        "write the old storage again; to use another one, create a run under another name",
+    )
 
 
 def open_storage(storage: Storage) -> Store:
     """Open the store of a run with the operator's own credentials, as the AWS SDK finds them."""
-    return open_store(storage.uri or "", storage.endpoint, storage.region)
-
-
-def look_up(run: TrainingRun, storage: Storage) -> dict[str, ResolvedInput | StoreError]:
-    """Return each external input, or the error of its lookup, by `Reference.key`."""
-    uris = {key: absolute(uri, storage.inputs or "") for key, uri in external_uris(run).items()}
-    return find_inputs(uris, storage.endpoint, storage.region)
+    return open_store(storage.uri or "", storage.endpoint, storage.region, CONTROL_PLANE)
 
 
 # -- storing -----------------------------------------------------------------------------------------------------------

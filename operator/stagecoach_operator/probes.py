@@ -1,6 +1,6 @@
 """Probe and metrics server. kopf's own does not run on a standby and does not detect stale watches.
 
-/livez (and /healthz)   fails if a watch is stale or a reconciliation is stuck: a restart helps
+/livez (and /healthz)   fails if a watch is stale or the event loop is late: a restart helps. Never for a tenant's store
 /readyz                 fails while the operator cannot work: the Lease cannot be read, or a kind may not be listed
 /metrics                metrics in Prometheus' text format
 """

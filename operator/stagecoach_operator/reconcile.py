@@ -38,13 +38,13 @@ from stagecoach_operator.lost_nodes import loss_text
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import PodView, RunView, timestamp
 from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, is_finished, observe
+from stagecoach_operator.plan_maker import PlanMaker
 from stagecoach_operator.planning import (
     FrozenPlan,
     Rejection,
     from_config_map,
     plan_config_map,
     plan_name,
-    plan_run,
     spec_digest,
 )
 from stagecoach_operator.pod_startup import STUCK_SECONDS
@@ -95,6 +95,7 @@ class Reconciler:
 
     client: AttemptClient
     lookups: ArtifactLookups
+    planner: PlanMaker
     reports: ProgressReports
     enqueue: Callable[[str], None]
     """Requests another reconciliation of the run with this UID."""
@@ -127,9 +128,10 @@ class Reconciler:
             return None
         memory = self.memories.setdefault(uid, RunMemory(first_seen=self.clock()))
         plan = await self._plan(run, memory)
-        if isinstance(plan, Rejection):
-            return await self._reject(run, plan, memory)
-        return await self._carry_out(run, plan, memory)
+        if isinstance(plan, FrozenPlan):
+            return await self._carry_out(run, plan, memory)
+        # Without a plan yet: the planner enqueues the run when it has been made.
+        return None if plan is None else await self._reject(run, plan, memory)
 
     def _leave_alone(self, run: RunView) -> None:
         """Report that a run's status cannot be read. Taken for empty, it would be written over, attempts stopped and
@@ -197,10 +199,11 @@ class Reconciler:
         )
         return ReconcileContext(run, frozen, attempts, decide(frozen.plan, observed, now), now)
 
-    async def _plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection:
-        """Return the run's plan: the one in memory, the stored one, or a new one.
+    async def _plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection | None:
+        """Return the run's plan: the one in memory, the stored one, or a new one; None while a first one is made.
 
-        While an edit is rejected, the previous plan remains in force, so that its attempts are still taken care of.
+        While an edit is planned or rejected, the previous plan remains in force, so that its attempts are still taken
+        care of.
         """
         if memory.plan is None:
             memory.plan = await self._stored_plan(run)
@@ -209,20 +212,20 @@ class Reconciler:
             return memory.plan
         if memory.rejection is not None and memory.is_still_rejected(run, self.clock()):
             return memory.plan or memory.rejection
-        planned = await self._new_plan(run, memory)
+        planned = self.planner.outcome(run, memory.plan)
+        if planned is not None:
+            await self._accept(run, planned, memory)
         return memory.plan or planned
 
-    async def _new_plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection:
-        settings, before = self.client.settings, memory.plan
-        # S3 takes seconds: on the event loop it would hold up every run and the renewal of the Lease.
-        planned = await self.lookups.in_thread(lambda: plan_run(run, settings, before))
+    async def _accept(self, run: RunView, planned: FrozenPlan | Rejection, memory: RunMemory) -> None:
+        """Put a new plan into force, or note why there is none."""
         if isinstance(planned, FrozenPlan):
             # Stored before anything is created from it: after a restart the same plan gives the same digests.
             await self._store_plan(run, planned)
             memory.plan, memory.rejection = planned, None
         else:
             memory.rejection, memory.rejected_at = planned, self.clock()
-        return planned
+        self.planner.forget(run.meta.uid)
 
     async def _store_plan(self, run: RunView, plan: FrozenPlan) -> None:
         # One that exists was stored before a restart: its name contains the plan's digest.
@@ -274,11 +277,15 @@ class Reconciler:
         ]
         return earliest(*moments)
 
+    def _is_planning(self, context: ReconcileContext) -> bool:
+        return self.planner.is_planning(context.run.meta.uid)
+
     async def _start(self, context: ReconcileContext, memory: RunMemory) -> bool:
         """Create the attempts that are due; return whether anything was written."""
         starts: list[Start] = context.actions(Start)
         unblocked_at = memory.unblocked_at()
-        if unblocked_at is not None and context.now < unblocked_at:
+        # While an edit is planned, nothing is started that it may change.
+        if (unblocked_at is not None and context.now < unblocked_at) or self._is_planning(context):
             return False
         memory.blocker = None
         created = False
@@ -315,6 +322,7 @@ class Reconciler:
 
     def _forget(self, uid: str) -> None:
         self.memories.pop(uid, None)
+        self.planner.forget(uid)
         self.reports.forget(uid)
         self._pointers.forget(uid)
 
@@ -333,7 +341,8 @@ class Reconciler:
             decision=context.decision,
             attempts=list(context.attempts.values()),
             previous=run.status,
-            generation=run.generation,
+            # An edit counts as observed only when it has been planned: a complete run would be at rest before.
+            generation=run.status.observed_generation or 0 if self._is_planning(context) else run.generation,
             now=context.now,
             suspend=bool(run.spec.get("suspend")),
             rejection=memory.rejection,

@@ -81,7 +81,7 @@ class RunMemory:
         """Return when to validate the spec again. None if it was accepted, or only an edit can correct it."""
         if self.rejection is None or not self.rejection.retry:
             return None
-        return self.rejected_at + RETRY_SECONDS
+        return max(self.rejected_at + RETRY_SECONDS, self.rejection.not_before)
 
     # -- attempts ------------------------------------------------------------------------------------------------------
 

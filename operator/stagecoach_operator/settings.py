@@ -12,8 +12,10 @@ from pydantic import Field, ValidationError
 
 from stagecoach_api.base import Name
 from stagecoach_api.spec import Storage
+from stagecoach_api.stores.base import InvalidLocation
 from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_operator.permitted import Allowed, OwnNames
+from stagecoach_operator.storage_access import FOLDER, AllowedStorage, Place, is_allowed, place_of
 
 DEFAULT_FILE = Path("/etc/stagecoach/settings.yaml")
 ENV_FILE = "STAGECOACH_SETTINGS_FILE"
@@ -63,6 +65,11 @@ class Settings(ManifestSettings):
     own_secrets: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
     """Secrets in the pod's namespace that no run may use, such as the certificate's."""
 
+    allowed_storage: Annotated[tuple[AllowedStorage, ...], Field(max_length=256)] = ()
+    """Endpoints and buckets, in addition to those of `storage`, for which the operator may use its own credentials: to
+    look up inputs and artifacts, and to write pointers. Inputs elsewhere are refused; artifacts elsewhere are looked up
+    by the stages' own pods."""
+
     lease_name: Name = "stagecoach-operator"
     """Name of the Lease by which one replica is elected."""
 
@@ -97,8 +104,8 @@ class Settings(ManifestSettings):
     leftover_seconds: Annotated[int, Field(ge=10, le=86_400)] = 120
     """Seconds that the pods of a successful attempt have to end. Afterwards its JobSet is deleted."""
 
-    store_threads: Annotated[int, Field(ge=1, le=64)] = 8
-    """Maximum number of concurrent calls to S3."""
+    store_threads: Annotated[int, Field(ge=1, le=64)] = 4
+    """Maximum number of concurrent calls to one endpoint of S3."""
 
     @property
     def code(self) -> str:
@@ -126,6 +133,13 @@ class Settings(ManifestSettings):
             image=self.trainer_image,
         )
 
+    def allows_place(self, place: Place) -> bool:
+        """Return whether the operator may use its own credentials for a place."""
+        if place.endpoint == FOLDER:
+            return _place(self.storage.uri, None) == place
+        own = (_place(uri, self.storage.endpoint) for uri in (self.storage.uri, self.storage.inputs))
+        return place in own or is_allowed(place, self.allowed_storage)
+
     def storage_of(self, given: Storage) -> Storage:
         """Return a run's storage, with unset fields taken from the operator's.
 
@@ -137,6 +151,13 @@ class Settings(ManifestSettings):
         if all(getattr(given, name) is None for name in service):
             open_fields |= set(service)
         return given.model_copy(update={name: getattr(self.storage, name) for name in open_fields})
+
+
+def _place(uri: str | None, endpoint: str | None) -> Place | None:
+    try:
+        return None if uri is None else place_of(uri, endpoint)
+    except InvalidLocation:
+        return None
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:

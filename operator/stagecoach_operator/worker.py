@@ -16,6 +16,8 @@ FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 60.0
 MAX_CONCURRENT = 64
 """Reconciliations at the same time, over all runs."""
+TURN_SECONDS = 300.0
+"""Limit of one reconciliation, so that none keeps its place for ever: ten times that of a call to the API server."""
 
 
 @dataclass
@@ -105,7 +107,11 @@ class Workers:
 
     async def _reconcile_once(self, uid: str, slot: Slot) -> float | None:
         try:
-            due = await self.reconcile(uid)
+            async with asyncio.timeout(TURN_SECONDS):
+                due = await self.reconcile(uid)
+        except TimeoutError:
+            self._after_failure(uid, slot, Unavailable(f"it took more than {TURN_SECONDS:.0f} s"))
+            return None
         except KubeError as error:
             self._after_failure(uid, slot, error)
             return None

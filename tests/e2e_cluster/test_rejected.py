@@ -161,6 +161,11 @@ REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
         "StorageUnreachable",
         ("127.0.0.1:9",),
     ),
+    "a server that the operator may not ask": (
+        put("storage.endpoint", "http://127.0.0.1:10"),
+        "StorageNotAllowed",
+        ("127.0.0.1:10", "storage.allowed"),
+    ),
     "an input that is not there": (
         put("stages.0.data.sources.0.uri", "data/gone.jsonl.gz"),
         "InputNotFound",

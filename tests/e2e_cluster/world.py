@@ -413,6 +413,11 @@ def values_of(s3: S3, registry: str) -> Body:
             "endpoint": s3.endpoint,
             "region": REGION,
             "credentialsSecret": SECRET,
+            # Other buckets than the operator's own, and a server that does not answer.
+            "allowed": [
+                {"endpoint": s3.endpoint, "buckets": ["*"]},
+                {"endpoint": "http://127.0.0.1:9", "buckets": ["*"]},
+            ],
         },
         "stages": {"graceSeconds": 60},
         "allowed": {"images": ["registry.example.com/*", "registry.invalid/*"]},

@@ -44,9 +44,12 @@ from stagecoach_operator.kube import (
 )
 from stagecoach_operator.object_cache import Cache, Child
 from stagecoach_operator.object_views import RunView, jobset_view, pod_view, run_view, workload_view
+from stagecoach_operator.plan_maker import PlanMaker
+from stagecoach_operator.planning import FrozenPlan, Rejection, check_run, look_up, make_frozen
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.reconcile import Reconciler
 from stagecoach_operator.settings import Settings
+from stagecoach_operator.store_lanes import StoreLanes
 from tests.core import makers as core_makers
 
 _VIEWS: dict[str, Callable[[Body], Child]] = {
@@ -571,6 +574,14 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def plan_run(run: RunView, settings: Settings, before: FrozenPlan | None = None) -> FrozenPlan | Rejection:
+    """Plan a run at once, in the steps of the planner."""
+    checked = check_run(run, settings, before)
+    if isinstance(checked, Rejection):
+        return checked
+    return make_frozen(run, checked, look_up(checked), settings, before)
+
+
 MAX_RECONCILIATIONS = 3000
 
 # -- an operator driven by the test -----------------------------------------------------------------------------------
@@ -586,11 +597,14 @@ class Operator:
         self.timers: dict[str, float] = {}
         self.events: list[RunEvent] = []
         self.reconciliations = 0
-        self.lookups = ArtifactLookups(2, clock=world.clock)
+        lanes = StoreLanes(world.settings, clock=world.clock)
+        self.lookups = ArtifactLookups(lanes, clock=world.clock)
+        self.planner = PlanMaker(lanes, world.settings, self.enqueue, clock=world.clock)
         client = AttemptClient(world.api, self.cache, world.settings)
         self.reconciler = Reconciler(
             client=client,
             lookups=self.lookups,
+            planner=self.planner,
             reports=ProgressReports(),
             enqueue=self.enqueue,
             record_events=lambda run, events: self.events.extend(events),
@@ -619,6 +633,7 @@ class Operator:
 
     def die(self) -> None:
         self.world.api.watchers.remove(self.receive)
+        self.planner.close()
         self.lookups.close()
 
     async def settle(self) -> None:
@@ -651,7 +666,11 @@ class Operator:
             self.timers[uid] = moment
 
     async def _lookups_done(self) -> bool:
-        """Wait for the lookup threads: pending lookups, and pointers being written."""
+        """Wait for the threads of the lanes: plans, pending lookups, and pointers being written."""
+        making = [job.task for job in self.planner.jobs.values() if not job.task.done()]
+        if making:
+            await asyncio.wait(making)
+            await asyncio.sleep(0)  # their callbacks
         await asyncio.gather(*self.reconciler._pointers._tasks)
         for _ in range(200):
             if self.due:

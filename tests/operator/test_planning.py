@@ -15,10 +15,9 @@ from stagecoach_operator.planning import (
     from_config_map,
     plan_config_map,
     plan_name,
-    plan_run,
     spec_digest,
 )
-from tests.operator.makers import World, data_stage
+from tests.operator.makers import World, data_stage, plan_run
 
 pytestmark = pytest.mark.slow
 
@@ -103,9 +102,9 @@ def test_an_edit_keeps_code_and_image(world: World) -> None:
             data_stage("a", uri="s3://in/x"),
             {"storage": {"uri": "s3://bucket", "endpoint": "http://127.0.0.1:9"}},
             Storage(),
-            Reason.STORAGE_UNREACHABLE,
-            "s3://bucket",
-            id="an unreachable storage",
+            Reason.STORAGE_NOT_ALLOWED,
+            "storage.allowed",
+            id="a storage that is not the operator's",
         ),
     ],
 )

@@ -145,3 +145,23 @@ def test_closing_waits_for_running_reconciliations() -> None:
         assert workers.longest_running_seconds() == 0.0
 
     run(scenario)
+
+
+def test_a_reconciliation_that_never_ends_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "TURN_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "FIRST_PAUSE_SECONDS", 0.01)
+    turns: list[str] = []
+
+    async def scenario() -> None:
+        async def reconcile(uid: str) -> None:
+            turns.append(uid)
+            if len(turns) < 3:
+                await asyncio.Event().wait()
+
+        workers = Workers(reconcile)
+        workers.enqueue("a")
+        while workers.slots:
+            await asyncio.sleep(0.01)
+
+    run(scenario)
+    assert turns == ["a"] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from stagecoach_api.stores.base import (
     NotFound,
     S3Location,
     StoreEntry,
+    StoreError,
     file_uri,
     parse_location,
     sha256_of_file,
 )
 from stagecoach_api.stores.folder import translated
+from stagecoach_api.stores.retry import TRANSFERS, StorePatience
 from stagecoach_api.stores.s3 import S3Store
 
 _HASHING_THREADS = 4
@@ -31,6 +34,7 @@ def list_external(
     endpoint: str | None = None,
     region: str | None = None,
     hash_file: Callable[[Path], str] = sha256_of_file,
+    patience: StorePatience = TRANSFERS,
 ) -> tuple[str, list[StoreEntry]]:
     """List the files at `uri`: a file, a folder (everything below it) or a glob (`*`, `?`, `[…]`, `**` for any depth).
 
@@ -38,7 +42,7 @@ def list_external(
     Returns the root's URI and the files with keys relative to it, sorted. The root of a single file is its folder, that
     of a glob the last folder without a wildcard. Hidden files are skipped unless a pattern names them. The checksum
     of a local file is its SHA-256, computed by `hash_file` (a caller may cache hashes); that of an S3 object its ETag.
-    Raises NotFound, with `uri`, if there is nothing.
+    `patience`: how long S3 is waited for. Raises NotFound, with `uri`, if there is nothing.
     """
     location = parse_location(uri)
     if isinstance(location, FolderLocation):
@@ -47,7 +51,7 @@ def list_external(
         found = file_uri(Path(*root)), entries
     else:
         parts = tuple(location.prefix.split("/")) if location.prefix else ()
-        root, entries = _found(_Bucket(location.bucket, endpoint, region), parts)
+        root, entries = _found(_Bucket(location.bucket, endpoint, region, patience), parts)
         found = S3Location(location.bucket, "/".join(root)).uri, entries
     if not found[1]:
         raise NotFound(
@@ -159,15 +163,17 @@ class _Bucket:
     bucket: str
     endpoint: str | None
     region: str | None
+    patience: StorePatience
     _listed: dict[str, StoreEntry] = field(default_factory=dict)
     """Entries of the latest listing by key: S3 gives size and checksum with the keys."""
+    _began: float = field(default_factory=time.monotonic)
 
     def at(self, parts: Parts) -> tuple[Parts, list[str]]:
         # S3 has no folders: the URI is a prefix of keys, or else the key of a single object.
-        below = [key for key in self._keys(self._store(parts).list()) if not _is_hidden(key)]
+        below = [key for key in self._keys(self._store(parts).list_raw("")) if not _is_hidden(key)]
         if below or not parts:
             return parts, below
-        return parts[:-1], [key for key in self._keys(self._store(parts[:-1]).list(parts[-1])) if key == parts[-1]]
+        return parts[:-1], [key for key in self._keys(self._store(parts[:-1]).list_raw(parts[-1])) if key == parts[-1]]
 
     def below(self, root: Parts, pattern: Parts) -> Iterable[str]:
         # List only keys that start as the pattern does: a bucket may have millions of others.
@@ -178,10 +184,16 @@ class _Bucket:
         return [self._listed[key] for key in keys]
 
     def _store(self, parts: Parts) -> S3Store:
-        return S3Store(S3Location(self.bucket, "/".join(parts)), self.endpoint, self.region)
+        return S3Store(S3Location(self.bucket, "/".join(parts)), self.endpoint, self.region, patience=self.patience)
 
     def _keys(self, entries: Iterable[StoreEntry]) -> list[str]:
-        self._listed = {entry.key: entry for entry in entries}
+        self._listed = {}
+        limit = self.patience.listing_seconds
+        for entry in entries:
+            self._listed[entry.key] = entry
+            if limit is not None and time.monotonic() - self._began > limit:
+                count = len(self._listed)
+                raise StoreError(entry.key, f"its list takes more than {limit:.0f} s (until now: {count:,} objects)")
         return list(self._listed)
 
 

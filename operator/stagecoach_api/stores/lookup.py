@@ -26,6 +26,7 @@ from stagecoach_api.stores.base import (
     sha256_of_file,
 )
 from stagecoach_api.stores.external import external_digest, list_external
+from stagecoach_api.stores.retry import TRANSFERS, StorePatience
 
 LOOKUP_THREADS = 8
 
@@ -50,21 +51,24 @@ def find_inputs(
     endpoint: str | None = None,
     region: str | None = None,
     hash_file: Callable[[Path], str] = sha256_of_file,
+    patience: StorePatience = TRANSFERS,
+    threads: int = LOOKUP_THREADS,
 ) -> dict[str, ResolvedInput | StoreError]:
     """Look up absolute URIs, several at a time. Returns the input, or the error, under the same keys.
 
-    `endpoint`, `region`: of S3. `hash_file`: returns the SHA-256 (hex) of a local file.
+    `endpoint`, `region`: of S3. `hash_file`: returns the SHA-256 (hex) of a local file. `patience`: how long S3 is
+    waited for.
     """
 
     def find(uri: str) -> ResolvedInput | StoreError:
         try:
-            _, entries = list_external(uri, endpoint, region, hash_file)
+            _, entries = list_external(uri, endpoint, region, hash_file, patience)
         # Returned, not raised: all unreadable inputs of a run are reported together.
         except StoreError as error:
             return error
         return ResolvedInput(uri=uri, digest=external_digest(entries))
 
-    with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="inputs") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="inputs") as pool:
         # `map` keeps the order of its arguments, whichever look-up ends first.
         return dict(zip(uris, pool.map(find, uris.values()), strict=True))
 

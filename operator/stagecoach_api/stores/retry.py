@@ -44,6 +44,37 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True)
+class StorePatience:
+    """How long a caller waits for a store."""
+
+    connect_seconds: float = 10.0
+    """Limit of a connection's set-up."""
+
+    read_seconds: float = 60.0
+    """Limit of the silence while a response is awaited or read."""
+
+    listing_seconds: float | None = None
+    """Limit of listing one input, which takes a request per 1,000 objects. If unset: no limit."""
+
+    read_bytes: int | None = None
+    """Largest object that is read into memory. If unset: no limit."""
+
+    retries: RetryPolicy = RetryPolicy()
+
+
+TRANSFERS = StorePatience()
+"""For those who transfer data: without it they have nothing else to do."""
+CONTROL_PLANE = StorePatience(
+    connect_seconds=3.0,
+    read_seconds=5.0,
+    listing_seconds=30.0,
+    read_bytes=32 << 20,
+    retries=RetryPolicy(max_attempts=2, first_contact_attempts=2, max_seconds=0.5, deadline_seconds=10.0),
+)
+"""For those who look things up for many others: they come back later."""
+
+
+@dataclass(frozen=True)
 class Retrier:
     """Retries calls by a policy. Clock, sleep and randomness are parameters, so that tests need not wait."""
 

@@ -39,7 +39,7 @@ from stagecoach_api.stores.base import (
 )
 from stagecoach_api.stores.credentials import put_first
 from stagecoach_api.stores.folder import publish, temporary_file, translated
-from stagecoach_api.stores.retry import Retrier
+from stagecoach_api.stores.retry import TRANSFERS, Retrier, StorePatience
 from stagecoach_api.stores.s3_errors import error_code, error_status, is_absent, is_transient, store_error
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ MAX_PARTS = 10_000
 """S3's limit for one upload; larger files get larger parts."""
 CONCURRENCY = 8
 """Number of a file's parts in flight, which also bounds the memory of a transfer."""
-CONNECT_TIMEOUT_SECONDS = 10
-READ_TIMEOUT_SECONDS = 60
 OUT_OF_RANGE = 416
 MAX_CORRUPT_DOWNLOADS = 2
 """A download with wrong bytes is repeated once: the network may have been at fault."""
@@ -82,14 +80,16 @@ class S3Store:
         location: S3Location,
         endpoint: str | None = None,
         region: str | None = None,
-        retrier: Retrier = Retrier(),  # noqa: B008 - a frozen value
+        retrier: Retrier | None = None,
         part_bytes: int = PART_BYTES,
+        patience: StorePatience = TRANSFERS,
     ) -> None:
         self.uri = location.uri
         self._location = location
         self.endpoint = endpoint
         self.region = region
-        self._retrier = retrier
+        self._patience = patience
+        self._retrier = Retrier(patience.retries) if retrier is None else retrier
         self._part_bytes = part_bytes
         self._has_answered = False
         self._has_conditional_put = True
@@ -130,6 +130,10 @@ class S3Store:
     def _read_once(self, key: str) -> bytes:
         def get(_: int) -> bytes:
             answer = self._client.get_object(**self._at(key))
+            limit, size = self._patience.read_bytes, answer["ContentLength"]
+            if limit is not None and size > limit:
+                answer["Body"].close()
+                raise Corrupt(key, f"has {size:,} bytes, which is more than such an object can have ({limit:,})")
             body = answer["Body"].read()
             stated = answer.get("Metadata", {}).get(SHA256, "")
             if stated and stated != hashlib.sha256(body).hexdigest():
@@ -291,8 +295,8 @@ class S3Store:
 
         config = Config(
             signature_version="s3v4",
-            connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            read_timeout=READ_TIMEOUT_SECONDS,
+            connect_timeout=self._patience.connect_seconds,
+            read_timeout=self._patience.read_seconds,
             max_pool_connections=2 * CONCURRENCY,
             tcp_keepalive=True,
             retries={"total_max_attempts": 1, "mode": "standard"},
