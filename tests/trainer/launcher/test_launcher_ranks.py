@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stagecoach_api.artifacts import output_prefix
+from stagecoach_api.artifacts import Manifest, manifest_key
 from stagecoach_api.kinds.pretrain import PretrainStage
 from stagecoach_api.outcomes import Cause, ExitCode
 from stagecoach_trainer.loop.job import TrainingJob
@@ -95,8 +95,8 @@ def test_training_asked_to_stop_saves_and_resumes_in_the_next_attempt(tmp_path: 
     assert again.run() == 0, again.log
     assert "resuming after step 4 of 8" in again.log
     assert not checkpoints.exists() or not list(checkpoints.iterdir())
-    published = (again.store / output_prefix(DIGEST) / "weights").read_bytes()
-    assert published == undisturbed_weights(tmp_path / "whole")
+    manifest = Manifest.model_validate_json((again.store / manifest_key(DIGEST)).read_bytes())
+    assert (again.store / manifest.folder / "weights").read_bytes() == undisturbed_weights(tmp_path / "whole")
 
 
 def undisturbed_weights(folder: Path) -> bytes:
