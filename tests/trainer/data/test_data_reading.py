@@ -14,6 +14,7 @@ import pytest
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
+from stagecoach_trainer.data.notes import Notes
 from stagecoach_trainer.data.reading import read_records
 from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
@@ -218,3 +219,15 @@ def test_reading_records_imports_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_what_is_not_read_is_a_warning_unless_the_caller_counts_it(tmp_path: Path) -> None:
+    """Exact match, rewards and the fit of propositions read records without counting what is in them."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "topic": 1}, {"text": "b", "lang": "x"}, {"text": "c"}])
+    source = RecordSource(uri=str(path))
+    context = make_context(tmp_path)
+    assert [record.text for record in islice(read_records(context, source), 2)] == ["a", "b"]
+    assert context.progress.warnings == [f"{source.label}: fields not read: lang (1 records), topic (1 records)"]
+    counting, notes = make_context(tmp_path, 2), Notes()
+    assert len(list(read_records(counting, source, notes))) == 3
+    assert (counting.progress.warnings, notes) == ([], {"fieldNotRead.topic": 1, "fieldNotRead.lang": 1})

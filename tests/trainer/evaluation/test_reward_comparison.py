@@ -43,7 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("compare")
     base = save_chat_base(root / "base")
     records: list[dict[str, Any]] = [
-        {"instruction": question, "input": "", "output": "unused"} for question in QUESTIONS
+        {"instruction": question, "input": "", "output": "unused", "topic": "x"} for question in QUESTIONS
     ]
     model = save_chat_adapter(root / "making", base, root / "adapter", size=0.8)
     return {"model": model, "rival": base, "prompts": write_jsonl(root / "prompts.jsonl", records)}
@@ -91,6 +91,7 @@ def test_rewards_and_win_rates_are_those_of_answers_judged_one_by_one(tmp_path: 
     )
     assert found["models"]["model"]["terms"]["characters"] == pytest.approx(sum(map(len, own)) / 4)
     assert found["prompts"] == 4
+    assert any("fields not read: topic (4 records)" in text for text in report["warnings"])
 
 
 def test_the_report_shows_answers_side_by_side_and_equal_runs_give_equal_bytes(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from stagecoach_api.conversation import Role
 from stagecoach_trainer.data.messages import listed
+from stagecoach_trainer.data.nulls import NULLS_KEPT, NULLS_LEFT_OUT
 from stagecoach_trainer.data.records import Record
 
 FIELD = "fieldNotRead."
@@ -36,6 +37,8 @@ def note_record(notes: Notes, record: Record) -> None:
     """Count what a record has that is not read or may not be meant."""
     for name in record.unread:
         notes[_bounded(notes, FIELD + name, FIELD)] += 1
+    for name in record.nulls:
+        notes[name] += 1
     if record.scores_disagree:
         notes[SCORES_DISAGREE] += 1
     blank = sum(turn.role is Role.ASSISTANT and not turn.content.strip() and not turn.calls for turn in record.messages)
@@ -82,6 +85,16 @@ def _sentences(counts: Mapping[str, int]) -> Iterator[str]:
         yield (
             f"{count:,} records spell a special token, such as an end of text, which is read as plain text; clean "
             "them if it was meant as a token"
+        )
+    if count := counts.get(NULLS_LEFT_OUT):
+        yield (
+            f"in {count:,} records, nulls were left out of tools and of calls whose tool does not allow them: writers "
+            "of JSON lines fill them in"
+        )
+    if count := counts.get(NULLS_KEPT):
+        yield (
+            f"in {count:,} records a call has arguments that are null, which a model learns to write; remove them "
+            "from the records if a writer of JSON lines has filled them in"
         )
     if count := counts.get(UNREAD_NAMES):
         yield f"in {count:,} records a turn has a `name` that the template does not render"

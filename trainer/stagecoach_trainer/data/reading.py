@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Reference, Split
 from stagecoach_trainer.data.files import read_values
 from stagecoach_trainer.data.formats import detect_format, parser_for
-from stagecoach_trainer.data.messages import shortened
-from stagecoach_trainer.data.notes import Notes, note_files, note_record
+from stagecoach_trainer.data.messages import listed, shortened
+from stagecoach_trainer.data.notes import Notes, note_files, note_record, warn_of_notes
+from stagecoach_trainer.data.nulls import without_padding
 from stagecoach_trainer.data.preferences import canonical_preferences
 from stagecoach_trainer.data.raw import Layout, Raw, layout_of
 from stagecoach_trainer.data.records import PREFERENCES, Record, RecordError
@@ -25,8 +26,17 @@ INDEX = "index.json"
 """A `data` artifact's table of contents."""
 
 
+class Warns(Protocol):
+    """The part of `Progress` that reading needs."""
+
+    def warn(self, text: str) -> None: ...
+
+
 class Fetches(Protocol):
     """The part of a `StageContext` that reading needs."""
+
+    @property
+    def progress(self) -> Warns: ...
 
     def fetch(self, reference: Reference) -> Path: ...
 
@@ -47,11 +57,21 @@ class Malformed:
 
 
 def read_records(context: Fetches, source: RecordSource, notes: Notes | None = None) -> Iterator[Record]:
-    """Yield the records of `source`, in order. `notes` counts what is not read, or may not be meant.
+    """Yield the records of `source`, in order.
+
+    `notes` counts what is not read, or may not be meant, for the caller to report. Without it, that becomes a warning
+    when reading ends, so that no reader leaves it out.
 
     Raises:
         UserError: A record is malformed (the message names file and line), or the split or the files are missing.
     """
+    if notes is None:
+        own: Notes = Counter()
+        try:
+            yield from read_records(context, source, own)
+        finally:  # a reader may stop before the end
+            warn_of_notes(context.progress.warn, own, source.label)
+        return
     for item in read_path(context.fetch(source), source, notes):
         if isinstance(item, Malformed):
             advice = proposal(item.looks_like, source.format)
@@ -137,23 +157,32 @@ def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
             detected = _text_format(detected, name)
             parse = parser_for(Format.TEXT, FieldMapping(), {})
         for whole in read_values(file, name, layout):
-            raw, where = _without(whole, source.fields.ignore), f"{name}:{whole.line}"
+            raw, nulls = _without(whole, source.fields)
+            where = f"{name}:{whole.line}"
             if parse is None and raw.error is None and isinstance(raw.value, Mapping):
                 detected = detected or _detected(raw.value, source.fields, where)
                 parse = parser_for(detected, source.fields, raw.value, found.keys)
             record = _parsed(raw, parse, where)
             if isinstance(record, Record):
-                yield replace(record, source=source.label)
+                yield replace(record, source=source.label, nulls=nulls)
             else:
                 other = _other_layout(raw, source.fields, detected)
-                yield replace(record, looks_like=other, source=source.label)
+                yield replace(_with_null_names(record, whole), looks_like=other, source=source.label)
 
 
-def _without(raw: Raw, ignored: Collection[str]) -> Raw:
-    """Return a value without the fields that its source leaves out knowingly."""
-    if not ignored or not isinstance(raw.value, Mapping):
-        return raw
-    return replace(raw, value={name: held for name, held in raw.value.items() if name not in ignored})
+def _without(raw: Raw, fields: FieldMapping) -> tuple[Raw, tuple[str, ...]]:
+    """Return a value without the fields that its source leaves out knowingly and without filled-in nulls, and notes."""
+    if not isinstance(raw.value, Mapping):
+        return raw, ()
+    value = {name: held for name, held in raw.value.items() if name not in fields.ignore}
+    cleaned, nulls = without_padding(value, fields.tools)
+    return replace(raw, value=cleaned), nulls
+
+
+def _with_null_names(malformed: Malformed, raw: Raw) -> Malformed:
+    """Return it with the names of fields that are null: its reason may call them missing."""
+    names = [name for name, held in raw.value.items() if held is None] if isinstance(raw.value, Mapping) else []
+    return replace(malformed, reason=f"{malformed.reason} (null: {listed(names)})") if names else malformed
 
 
 def _text_format(detected: Format | None, name: str) -> Format:

@@ -107,6 +107,9 @@ class Record:
     unread: tuple[str, ...] = field(default=(), compare=False)
     """Names of fields of the value it was read from that mean nothing to its layout, each once."""
 
+    nulls: tuple[str, ...] = field(default=(), compare=False)
+    """Notes on null members of the value that it was read from (`data.nulls`)."""
+
     scores_disagree: bool = field(default=False, compare=False)
     """Whether scores in the value contradict the order of its answers."""
 

@@ -310,6 +310,6 @@ def texts_of(records: Iterable[Record]) -> Iterator[str]:
 
 def is_conversation(context: StageContext, source: RecordSource) -> bool:
     """Return whether a source's first record is a conversation. Raises UserError for an empty source."""
-    for record in islice(read_records(context, source), 1):
+    for record in islice(read_records(context, source, Counter()), 1):
         return record.text is None
     raise UserError(f"{source.key}: the data set is empty")
