@@ -288,6 +288,12 @@ class AttemptStatus(Model):
     their count.
     Kept for a stage's newest attempt only. The stage's log and the `report.json` of its artifact have all of them."""
 
+    last_report: AwareDatetime | None = None
+    """Time of a progress report, at most about a minute older than the newest one. If unset: none has arrived."""
+
+    longest_silence_seconds: NonNegativeCount = 0
+    """Longest time between two progress reports, in seconds. The silence that counts as a hang adapts to it."""
+
     incarnations: Annotated[tuple[Incarnation, ...], Field(max_length=4)] = ()
     """Newest pods with index 0, oldest first."""
 

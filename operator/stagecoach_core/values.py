@@ -52,6 +52,8 @@ class Attempt:
     message: str = ""
     heartbeat: float | None = None
     """Time of the newest heartbeat. None before the first."""
+    listening_since: float = 0.0
+    """Since when heartbeats would have arrived, in seconds since the epoch. Silence before does not count."""
     longest_silence: float = 0.0
     """Longest time between two heartbeats so far, in seconds; the limit for a hang adapts to it."""
     fault: str = ""

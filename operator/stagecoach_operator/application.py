@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from stagecoach_operator.probes import Probes, serve
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.progress_server import ProgressServer
 from stagecoach_operator.reconcile import Reconciler
+from stagecoach_operator.self_check import keep_checking
 from stagecoach_operator.settings import Settings
 from stagecoach_operator.store_lanes import StoreLanes
 from stagecoach_operator.token_review import TokenVerifier
@@ -103,18 +105,21 @@ class Application:
             if not await self._until_stop(self.lease.acquire()):
                 return
         keeping = asyncio.create_task(self._keep(), name="lease")
+        self.reports.start(time.time(), checked=self.settings.progress_url is not None)
         # Everything is listed before the first decision: a JobSet missing from the cache would count as deleted.
         await self.audit.cold_start()
         for run in oldest_first(self.cache.runs.values()):
             self.workers.enqueue(run.meta.uid)
         log.info("reconciling %d existing runs", len(self.cache.runs))
         auditing = asyncio.create_task(self._audit(), name="audit")
+        checking = asyncio.create_task(keep_checking(self.settings, self.reports), name="self-check")
         try:
             await self._watch()
         finally:
-            for task in (auditing, keeping):
+            tasks = (checking, auditing, keeping)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(auditing, keeping, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
         """Watch until `stop` is set."""

@@ -15,11 +15,12 @@ from stagecoach_api.outcomes import AttemptResult, Cause
 from stagecoach_api.status import AttemptStatus, Incarnation, Reason
 from stagecoach_core.policies.ending import end_of_attempt
 from stagecoach_core.values import Attempt, AttemptState
+from stagecoach_operator.heartbeats import heartbeat_of, with_report
 from stagecoach_operator.lost_nodes import DEFAULT_PATIENCE, Patience, is_ignored, is_lost, next_moment, with_loss
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
 from stagecoach_operator.pod_startup import Waiting, waiting_for
-from stagecoach_operator.progress_reports import LatestReport
+from stagecoach_operator.progress_reports import Hearing, LatestReport
 from stagecoach_operator.termination import (
     AttemptOutcome,
     TerminationReport,
@@ -33,6 +34,7 @@ AttemptKey = tuple[str, int]
 """Stage and number."""
 
 MAX_INCARNATIONS = 4
+NOT_HEARD = Hearing()
 UNCLEAR_SECONDS = 15.0
 """How often a JobSet is looked for of which it is unclear whether it exists."""
 MESSAGE_CHARACTERS = 1024
@@ -62,18 +64,20 @@ class ObservedAttempt:
     """Pods on lost nodes, whose objects must be removed without waiting for the node."""
     latest_report: LatestReport | None = None
     look_again_at: float | None = None
+    hearing: Hearing = NOT_HEARD
 
     @property
     def key(self) -> AttemptKey:
         return self.stage, self.record.number
 
-    def as_core_attempt(self, now: float) -> Attempt:
-        """Return it in the core's terms.
+    @property
+    def has_reported(self) -> bool:
+        return self.latest_report is not None or self.record.last_report is not None
 
-        An attempt that has never reported progress is indistinguishable from one that hangs, so its heartbeat is
-        always now: without a progress server no attempt is restarted for silence.
-        """
+    def as_core_attempt(self, now: float) -> Attempt:
+        """Return it in the core's terms."""
         record = self.record
+        heartbeat = heartbeat_of(record, self.latest_report, self.pods, self.hearing, now)
         return Attempt(
             stage=self.stage,
             digest=record.digest,
@@ -84,15 +88,12 @@ class ObservedAttempt:
             ended=None if record.ended is None else record.ended.timestamp(),
             cause=record.cause if self.state is AttemptState.ENDED else record.stop_cause,
             message=record.message if self.state is AttemptState.ENDED else record.stopping,
-            heartbeat=now if self.latest_report is None else max(self.latest_report.report.time, self._pods_started()),
-            longest_silence=0.0 if self.latest_report is None else self.latest_report.longest_silence,
+            heartbeat=heartbeat.time,
+            listening_since=heartbeat.listening_since,
+            longest_silence=heartbeat.longest_silence,
             fault=record.fault,
             last_step=record.last_step,
         )
-
-    def _pods_started(self) -> float:
-        """Return when the newest pod started. After a preemption by Kueue that may be hours after the last report."""
-        return max((pod.running_since or 0.0 for pod in self.pods), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Signals:
     unclear: Mapping[AttemptKey, str] = field(default_factory=dict)
     """Attempts whose JobSet is not known, and of which it is unclear whether it exists, with the reason."""
     patience: Patience = DEFAULT_PATIENCE
+    hearing: Hearing = NOT_HEARD
+    """What silence means. The default: nothing."""
 
 
 def observe(
@@ -312,17 +315,19 @@ def _live_attempt(
     if running and record.running_since is None:
         started = max((pod.running_since or 0.0 for pod in pods), default=0.0)
         record = record.model_copy(update={"running_since": moment(started or now)})
+    latest = signals.reports.get((stage, record.number))
     return ObservedAttempt(
         stage,
-        record,
+        with_report(record, latest),
         AttemptState.STOPPING if deletion_reason else AttemptState.RUNNING if running else AttemptState.STARTING,
         jobset,
         pods,
         workload,
         waiting,
         deletion_reason,
-        latest_report=signals.reports.get((stage, record.number)),
+        latest_report=latest,
         look_again_at=min(moments, default=None),
+        hearing=signals.hearing,
     )
 
 

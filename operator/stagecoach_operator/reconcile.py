@@ -48,7 +48,7 @@ from stagecoach_operator.planning import (
     spec_digest,
 )
 from stagecoach_operator.pod_startup import STUCK_SECONDS
-from stagecoach_operator.progress_reports import ProgressReports
+from stagecoach_operator.progress_reports import Hearing, ProgressReports
 from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
 from stagecoach_operator.status import (
     StatusInputs,
@@ -184,7 +184,8 @@ class Reconciler:
         latest = {key: self.reports.latest((run.meta.uid, *key)) for key in records}
         reports = {key: report for key, report in latest.items() if report is not None}
         children = self.client.cache.of_run(run.meta.uid)
-        signals = Signals(reports, memory.warnings, memory.confirmed.unclear, self.client.patience)
+        hearing = self._hearing(run, records, now)
+        signals = Signals(reports, memory.warnings, memory.confirmed.unclear, self.client.patience, hearing)
         since = requested_at(run)
         attempts = observe(run.meta.uid, records, children, signals, now, since)
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
@@ -198,6 +199,14 @@ class Reconciler:
             cancel=bool(run.spec.get("cancel")),
         )
         return ReconcileContext(run, frozen, attempts, decide(frozen.plan, observed, now), now)
+
+    def _hearing(self, run: RunView, records: Mapping[AttemptKey, AttemptStatus], now: float) -> Hearing:
+        """Return what the silence of an attempt means now."""
+        for key, record in records.items():
+            if record.ended is None and record.last_report is not None:
+                self.reports.expect((run.meta.uid, *key))
+        expected = self.client.settings.progress_url is not None
+        return Hearing(self.reports.since, self.reports.deaf(now), expected)
 
     async def _plan(self, run: RunView, memory: RunMemory) -> FrozenPlan | Rejection | None:
         """Return the run's plan: the one in memory, the stored one, or a new one; None while a first one is made.
@@ -348,7 +357,10 @@ class Reconciler:
             rejection=memory.rejection,
             blocker=memory.blocker,
             store_error="" if store.unreadable else store.error,
+            unheard=unheard(context),
         )
+        if inputs.unheard:
+            self.record_events(run, [RunEvent(EventReason.UNHEARD, inputs.unheard, warning=True)])
         self.reports.forget(run.meta.uid, frozenset(attempt.key for attempt in context.living()))
         return await self._write(run, working_status(inputs), memory)
 
@@ -443,6 +455,12 @@ def recheck_times(attempt: ObservedAttempt, now: float) -> list[float]:
         first = jobset.meta.created + STUCK_SECONDS + 1.0
         moments.append(first if first > now else now + DIAGNOSE_SECONDS)
     return moments
+
+
+def unheard(context: ReconcileContext) -> str:
+    """Return why the silence of a running attempt is not taken for a hang. Empty if none is silent, or it is."""
+    silent = [item for item in context.living() if item.state is AttemptState.RUNNING and item.has_reported]
+    return next((item.hearing.deaf for item in silent if item.hearing.deaf), "")
 
 
 def earliest(*moments: float | None) -> float | None:

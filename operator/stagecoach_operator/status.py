@@ -57,6 +57,8 @@ class StatusInputs:
     """Why an attempt could not be created. None if everything decided was carried out."""
     store_error: str = ""
     """Why the storage is unavailable. Empty if it is available."""
+    unheard: str = ""
+    """Why silent attempts are not taken for hanging. Empty if none is silent, or they are."""
 
     def of_stage(self, name: str) -> list[ObservedAttempt]:
         return [attempt for attempt in self.attempts if attempt.stage == name]
@@ -253,7 +255,8 @@ def progressing(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statemen
         name, first = _worst(waiting)
         return TRUE, first.reason, f"stage `{name}`: {first.message}"
     if running:
-        return TRUE, Reason.STAGES_RUNNING, f"running: {', '.join(running)}"
+        text = f"running: {', '.join(running)}"
+        return TRUE, Reason.STAGES_RUNNING, f"{text}; {inputs.unheard}" if inputs.unheard else text
     retrying = [stage for stage in stages if stage.state is StageState.RETRYING]
     if retrying:
         return TRUE, Reason.RETRYING, f"stage `{retrying[0].name}`: {retrying[0].message}"
@@ -414,5 +417,12 @@ def milestones(status: TrainingRunStatus) -> object:
 def without_progress(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return a status (as JSON) without the fields that change with every progress report."""
     kept = {**status, "summary": {**(status.get("summary") or {}), "progress": "", "eta": None}}
-    kept["stages"] = [{**stage, "progress": None} for stage in status.get("stages") or ()]
+    kept["stages"] = [
+        {**stage, "progress": None, "attempts": [_without_report(item) for item in stage.get("attempts") or ()]}
+        for stage in status.get("stages") or ()
+    ]
     return kept
+
+
+def _without_report(attempt: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in attempt.items() if key not in ("lastReport", "longestSilenceSeconds")}

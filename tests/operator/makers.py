@@ -605,7 +605,7 @@ class Operator:
             client=client,
             lookups=self.lookups,
             planner=self.planner,
-            reports=ProgressReports(),
+            reports=ProgressReports(since=world.now),
             enqueue=self.enqueue,
             record_events=lambda run, events: self.events.extend(events),
             clock=world.clock,

@@ -40,6 +40,7 @@ def stop_overdue(
     if now >= silence_ends(attempt, limits):
         silent = now - _last_heartbeat(attempt)
         reason = f"no heartbeat for {silent:.0f} s; the limit is {silence_limit(attempt, limits):.0f} s"
+        reason += "" if attempt.heartbeat is not None else " before the first one"
         return Stop(attempt.stage, attempt.number, reason, Cause.HANG)
     return None
 
@@ -70,4 +71,5 @@ def _running_since(attempt: Attempt) -> float:
 
 
 def _last_heartbeat(attempt: Attempt) -> float:
-    return _running_since(attempt) if attempt.heartbeat is None else attempt.heartbeat
+    known = _running_since(attempt) if attempt.heartbeat is None else attempt.heartbeat
+    return max(known, attempt.listening_since)
