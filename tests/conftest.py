@@ -12,8 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
 
 from tests.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
+from tests.scheduling import Scheduling, longest_first
 
 # The suite starts a hundred interpreters. Without compiled modules, each of them compiles what it imports, for seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -24,6 +26,17 @@ sys.dont_write_bytecode = False
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    config.option.loadscopereorder = False  # the order is that of `longest_first`
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a process of xdist
+        longest_first(items)
 
 
 def pytest_collection_finish() -> None:
