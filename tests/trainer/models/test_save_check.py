@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stagecoach_api.training import Checkpoints
 from stagecoach_trainer.loop import loop
 from stagecoach_trainer.models.load import load_folder
-from stagecoach_trainer.models.save import rehearse_saving
+from stagecoach_trainer.models.rehearsal import rehearse_saving
 from stagecoach_trainer.models.save_check import TrainingLength
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.stages import dpo, ppo, reward_model

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stagecoach_api.artifacts import ModelCard
-from stagecoach_trainer.models.save import rehearse_saving, save_model
+from stagecoach_trainer.models.rehearsal import rehearse_saving
+from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.models.save_vocabulary import save_vocabulary
 from stagecoach_trainer.models.token_ids import set_token_ids
 from stagecoach_trainer.runtime.errors import UserError

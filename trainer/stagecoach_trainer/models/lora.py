@@ -15,11 +15,15 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from stagecoach_api.training import ALL_LINEAR, Experts, LoraTraining
+from stagecoach_trainer.models.adapter_rehearsal import lost_adapter_weights
 from stagecoach_trainer.models.merging import rehearse_merge
 from stagecoach_trainer.models.resize import is_tied, require_new_rows, row_modules
 from stagecoach_trainer.runtime.errors import UserError
 
 ADAPTER = "default"
+
+IN_FILES = "base_model.model."
+"""What PEFT puts before the names of an adapter's weights in its files."""
 
 
 def add_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) -> tuple[Any, tuple[str, ...]]:
@@ -49,6 +53,7 @@ def add_adapter(model: Any, lora: LoraTraining, new_rows: range, seed: int) -> t
         trainable_token_indices=rows,
         bias="none",
     )
+    targets = _readable(model, lora, targets, config)
     reached = ", ".join(blocks.short(targets + experts))
     notes = [f"adapters of rank {lora.rank} on {reached}", blocks.reach(targets, experts)]
     if rows is not None:
@@ -226,6 +231,27 @@ def _mergeable(model: Any, lora: LoraTraining, targets: list[str], experts: list
         raise UserError(
             f"trainable.lora: adapters of {type(model).__name__} cannot be merged again ({reason}); name other "
             "`targets`, or train `full`"
+        )
+    return _shortest(model, left)
+
+
+def _readable(model: Any, lora: LoraTraining, targets: list[str], config: Any) -> list[str]:
+    """Return the targets whose adapters plain PEFT reads back from their files; set them in `config` too.
+
+    Other layers are left out of `all-linear`. Raises UserError for what the stage names.
+    """
+    lost = lost_adapter_weights(model, config)
+    if not lost:
+        return targets
+    layers = [name for name, layer in model.named_modules() if _is_linear(layer) and _matches(name, targets)]
+    left = [name for name in layers if not any(item.startswith(f"{IN_FILES}{name}.") for item in lost)]
+    named = [target for target in lora.targets if target != ALL_LINEAR]
+    lost_by_name = any(_matches(name, named) for name in set(layers).difference(left))
+    config.target_modules = set(_shortest(model, left))
+    if lost_by_name or not left or lost_adapter_weights(model, config):
+        raise UserError(
+            f"trainable.lora: PEFT does not read {len(lost)} weights of this adapter back from its files "
+            f"({', '.join(name.removeprefix(IN_FILES) for name in lost[:3])}); name other `targets`, or train `full`"
         )
     return _shortest(model, left)
 

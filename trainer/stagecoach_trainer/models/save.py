@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,44 +53,13 @@ def save_model(
     set_token_ids(model, tokenizer, generation or {})
     state = _state_to_write(model, dtype)
     _require_sound(state, "the trained model")
-    files = _write_weights(state, output, max_shard_bytes)
-    _write_configs(model, dtype or model.dtype, output)
+    files = write_weights(state, output, max_shard_bytes)
+    write_configs(model, dtype or model.dtype, output)
     save_vocabulary(tokenizer, vocabulary, output)
     copy_licences(base, output)
     write_card(card, output)
     check_model_folder(output)
     _compare(files, state)
-
-
-def rehearse_saving(model: PreTrainedModel, tokenizer: Any, vocabulary: Path, weights: bool = True) -> None:
-    """Write configurations and vocabulary to a temporary folder, as `save_model` does after the work.
-
-    `weights`: also derive the names and shapes in which the model's own weights are stored, without their bytes.
-    Raises UserError if they cannot be written, or open as something else than what is used here.
-    """
-    if weights:
-        _rehearse_names(model)
-    with tempfile.TemporaryDirectory() as folder:
-        set_token_ids(model, tokenizer, {})
-        _write_configs(model, model.dtype, Path(folder))
-        save_vocabulary(tokenizer, vocabulary, Path(folder))
-
-
-def _rehearse_names(model: PreTrainedModel) -> None:
-    shapes = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
-    kept = sum(tensor.numel() for tensor in _without_tied(model, shapes).values())
-    try:
-        stored = sum(tensor.numel() for tensor in _as_stored(model, shapes).values())
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"transformers loads {type(model).__name__} from this folder and cannot write it again: {error!r}; save "
-            "the model with transformers (`save_pretrained`) in plain weights first"
-        ) from error
-    if stored != kept:
-        raise UserError(
-            f"{type(model).__name__} has {kept:,} numbers, and transformers would write {stored:,} of them; save the "
-            "model with transformers (`save_pretrained`) in plain weights first"
-        )
 
 
 def copy_licences(base: Path | None, output: Path) -> None:
@@ -160,20 +128,22 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def _state_to_write(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return the weights by their names in files, tied matrices once."""
-    state = _as_stored(model, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+    state = as_stored(model, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
     return {name: state[name].to(dtype or state[name].dtype).contiguous() for name in sorted(state)}
 
 
-def _as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights by their names in files: transformers may fuse or rename them when it loads a model."""
+def as_stored(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights by their names in files, tied matrices once.
+
+    transformers may fuse or rename weights when it loads a model; it undoes that here.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, _without_tied(model, state))
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(model, without_tied(model, state))
     return stored
 
 
-def _without_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_tied(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return each weight once: a head that is the embedding is stored as that, and tied again when it is loaded."""
     tied = getattr(model.config, "tie_word_embeddings", False)
     others = _other_names(model)
@@ -198,7 +168,9 @@ def _other_names(model: PreTrainedModel) -> set[str]:
     return {name for group in names.values() for name in group} - kept
 
 
-def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int) -> list[Path]:
+def write_weights(
+    state: dict[str, torch.Tensor], output: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[Path]:
     """Write safetensors files, and an index if there are several; return the files.
 
     transformers' own `save_pretrained` would import DeepSpeed, which takes seconds.
@@ -216,7 +188,8 @@ def _write_weights(state: dict[str, torch.Tensor], output: Path, max_shard_bytes
     return [output / filename for filename in split.filename_to_tensors]
 
 
-def _write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> None:
+def write_configs(model: PreTrainedModel, dtype: torch.dtype, output: Path) -> None:
+    """Write `config.json` and, of a model that generates, `generation_config.json`. `dtype`: that of the weights."""
     # The files may have another number format than the model in memory, whose configuration must not change.
     before = model.config.dtype
     model.config.dtype = str(dtype).removeprefix("torch.")

@@ -27,9 +27,10 @@ from stagecoach_trainer.models.load import (
     shipped_base,
 )
 from stagecoach_trainer.models.merging import outputs_of
+from stagecoach_trainer.models.rehearsal import rehearse_saving
 from stagecoach_trainer.models.resize import num_rows
 from stagecoach_trainer.models.safety import check_adapter_folder
-from stagecoach_trainer.models.save import rehearse_saving, save_adapter, save_model
+from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.starting_point import StartingPoint
 from stagecoach_trainer.models.trainable import TrainableModel, join_rows
 from stagecoach_trainer.runtime.context import StageContext
@@ -43,14 +44,14 @@ the same weights differs by rounding at most: by nothing on a CPU, and by the or
 
 
 def rehearse(context: StageContext, start: StartingPoint, adapter: bool) -> None:
-    """Try before the work what is needed after it: configurations and vocabulary. Done by rank 0.
+    """Try before the work what is needed after it: configurations, vocabulary and whole weights. Done by rank 0.
 
     `adapter`: whether only an adapter will be saved. Raises UserError if it will not be possible to save.
     """
     if not context.world.is_main:
         return
     model = start.model.get_base_model() if hasattr(start.model, "get_base_model") else start.model
-    rehearse_saving(model, start.tokenizer, start.vocabulary, weights=not adapter)
+    rehearse_saving(model, start.tokenizer, start.vocabulary, weights=not adapter, root=context.work)
 
 
 # -- saving --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from stagecoach_trainer.models.resize import num_rows
 from stagecoach_trainer.text.templates import stop_token_ids
 
@@ -17,7 +19,8 @@ def set_token_ids(model: Any, tokenizer: Any, generation: Mapping[str, Any]) -> 
     """Complete the ids of BOS, EOS and padding in both configurations of `model`, and add the settings `generation`.
 
     A list of end tokens stays a list, and those of the vocabulary and its chat template are added to it. Padding and
-    BOS stay as the base states them, unless it states none or one without a row.
+    BOS stay as the base states them, unless it states none or one without a row. `config.json` has no padding if
+    transformers would reset its row when it opens the folder.
     """
     if not model.can_generate():  # a classifier has no generation settings
         _set_ids_of_classifier(model.config, tokenizer, num_rows(model))
@@ -25,6 +28,8 @@ def set_token_ids(model: Any, tokenizer: Any, generation: Mapping[str, Any]) -> 
     ends = end_ids(tokenizer)
     for config in (model.config, model.generation_config):
         _complete(config, tokenizer, num_rows(model))
+    if _resets_padding(model):
+        _assign(model.config, "pad_token_id", None)
     _set_ends_of_config(model.config, ends, num_rows(model))
     stated = model.generation_config.eos_token_id
     together: Any = _unique([*_listed(stated, num_rows(model)), *ends])
@@ -68,6 +73,19 @@ def _complete(config: Any, tokenizer: Any, rows: int) -> None:
             stated = known
         if stated != getattr(config, name, None):
             _assign(config, name, stated)
+
+
+def _resets_padding(model: Any) -> bool:
+    """Return whether transformers sets the row of the padding id to zero in a folder that it opens.
+
+    Youtu's code does so after the weights are read. Its head is tied to the embedding, so that the row is trained. Only
+    the id in `config.json` has this effect; generation takes the one in `generation_config.json`.
+    """
+    layer: Any = torch.nn.Embedding(2, 1, padding_idx=0, _weight=torch.ones(2, 1))
+    layer.weight._is_hf_initialized = True  # as transformers marks weights that it has read
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.base_model._init_weights(layer)
+    return not bool((layer.weight == 1).all())
 
 
 def _set_ends_of_config(config: Any, ends: Sequence[int], rows: int) -> None:

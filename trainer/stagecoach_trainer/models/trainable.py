@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stagecoach_api.training import LoraTraining, Rows, Trainable
+from stagecoach_trainer.models.adapter_rehearsal import lost_adapter_weights
 from stagecoach_trainer.models.lora import ADAPTER, add_adapter
 from stagecoach_trainer.models.merging import Probe
 from stagecoach_trainer.models.resize import is_tied, require_new_rows, row_modules
@@ -185,5 +186,11 @@ def _continue_adapter(model: Any) -> TrainableModel:
         raise UserError(
             "trainable.lora.continueAdapter: `model` has whole weights, not an adapter; name the stage whose adapter "
             "is to be continued, or remove `continueAdapter` to start a new one"
+        )
+    lost = lost_adapter_weights(model.get_base_model(), model.peft_config[model.active_adapter])
+    if lost:
+        raise UserError(
+            f"trainable.lora.continueAdapter: PEFT does not read {len(lost)} weights of this adapter back from its "
+            f"files ({', '.join(lost[:3])}); start a new one over the merged `model`"
         )
     return TrainableModel(model, True, ("the adapter of `model` is trained on; its targets, rank and alpha are kept",))

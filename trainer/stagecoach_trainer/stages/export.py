@@ -28,9 +28,10 @@ from stagecoach_trainer.models.load import (
     untie_differing,
 )
 from stagecoach_trainer.models.placement import compute_device, place
+from stagecoach_trainer.models.rehearsal import rehearse_saving
 from stagecoach_trainer.models.release_adapter import release_adapter
 from stagecoach_trainer.models.safety import check_adapter_folder
-from stagecoach_trainer.models.save import rehearse_saving, save_model
+from stagecoach_trainer.models.save import save_model
 from stagecoach_trainer.runtime.context import StageContext, StageOutcome
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.templates import Renderer, message_of
