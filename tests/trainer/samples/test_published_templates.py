@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stagecoach_api.conversation import Loss, Role, Template, TemplateName, TooLong
-from stagecoach_trainer.data.records import Answer, Record, ToolCall, Turn
+from stagecoach_trainer.data.records import Answer, Record, ToolCall, Turn, as_message
 from stagecoach_trainer.generation.generation import Prompter
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.conversation import ConversationEncoder, Sample, conversation_of
@@ -22,7 +22,7 @@ from stagecoach_trainer.samples.scoring import encode_answered
 from stagecoach_trainer.text.encoding import Encoder
 from stagecoach_trainer.text.templates import CHATML_START, Renderer, apply_template, stop_token_ids
 from tests.trainer.models.makers import make_tokenizer
-from tests.trainer.text.published import PUBLISHED, SPECIAL, Published
+from tests.trainer.text.published import DEEPSEEK_R1, PUBLISHED, R1_ANSWER, SPECIAL, Published
 
 MODEL = Template(name=TemplateName.MODEL)
 OURS = [
@@ -305,3 +305,47 @@ def test_preferences_prompts_and_scores_have_the_calls_results_and_tools_of_thei
     [scored] = encode_answered(tokenizer, [(conversation.messages, "no")], tools=[conversation.tools])
     assert scored[: len(served)].tolist() == served
     assert Prompter(tokenizer).encode(conversation.messages, conversation.tools).tolist() == served
+
+
+def r1_tokenizer() -> Any:
+    tokenizer = make_tokenizer(special=SPECIAL)
+    tokenizer.eos_token, tokenizer.chat_template = "<｜end｜>", DEEPSEEK_R1
+    return tokenizer
+
+
+THOUGHT = Turn(Role.ASSISTANT, "42", reasoning="six times seven")
+
+
+@pytest.mark.parametrize("answer", [Turn(Role.ASSISTANT, "42"), THOUGHT, Turn(Role.ASSISTANT, "<think>\nhm</think>42")])
+def test_answers_rendered_without_the_thought_that_the_prompt_opens_are_refused(answer: Turn) -> None:
+    """DeepSeek-R1's own template: the model is served `<think>`, which no answer of a record would follow."""
+    tokenizer = r1_tokenizer()
+    record = Record(messages=(USER, answer), where="x.json:3")
+    with pytest.raises(UserError) as caught:
+        list(encoder_of(tokenizer).encode([record]))
+    message = str(caught.value)
+    assert message.startswith("x.json:3: turn 1 (assistant): the chat template does not render")
+    assert "a served model is given …" in message
+    assert r"<｜Assistant｜><think>\n'" in message
+    assert "use a template whose turns begin with the generation prompt: `template: {name: …}` with alpaca" in message
+    prompt = Renderer(tokenizer).prompt([as_message(USER), as_message(answer), as_message(USER)])
+    assert prompt.endswith("42<｜end｜><｜User｜>q<｜Assistant｜><think>\n"), "served and evaluated as it is"
+
+
+@pytest.mark.parametrize("answer", [Turn(Role.ASSISTANT, "42"), THOUGHT])
+def test_an_r1_is_trained_with_chatml_or_with_its_template_repaired(answer: Turn) -> None:
+    thought = "<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' + "
+    repaired = DEEPSEEK_R1.replace("<｜Assistant｜>' + " + R1_ANSWER, "<｜Assistant｜>" + thought + R1_ANSWER)
+    for template, said in (
+        (Template(name=TemplateName.CUSTOM, jinja=repaired), f"{answer.reasoning}\n</think>\n\n42<｜end｜>"),
+        (
+            Template(name=TemplateName.CHATML),
+            (f"<think>\n{answer.reasoning}\n</think>\n\n" if answer.reasoning else "") + "42<|im_end|>",
+        ),
+    ):
+        tokenizer = r1_tokenizer()
+        apply_template(tokenizer, template)
+        [sample] = encoder_of(tokenizer).encode([Record(messages=(USER, answer))])
+        assert tokenizer.decode(sample.ids[sample.trained]) == said
+        served = tokenizer.apply_chat_template([as_message(USER)], add_generation_prompt=True, return_dict=False)
+        assert sample.ids.tolist()[: len(served)] == served

@@ -164,6 +164,14 @@ DEEPSEEK = """{%- set ns = namespace(system='') -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}{%- endif -%}"""
 
+R1_ANSWER = "(m.content or '').split('</think>')[-1]"
+DEEPSEEK_R1 = (
+    DEEPSEEK.replace("(m.content or '')", R1_ANSWER).replace(
+        "{{- '<｜Assistant｜>' -}}{%- endif -%}", "{{- '<｜Assistant｜><think>\n' -}}{%- endif -%}"
+    )
+)  # fmt: skip
+"""Its generation prompt opens a thought, and answers are rendered without any: those of a record cannot be trained."""
+
 HERMES = """{{- bos_token -}}
 {%- if tools -%}
   {{- '<|im_start|>system\nSignatures: <tools>' -}}

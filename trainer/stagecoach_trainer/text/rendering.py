@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stagecoach_api.conversation import Loss, Role, Turns
+from stagecoach_api.conversation import Loss, Role, TemplateName, Turns
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.jinja_reading import reads_field
 from stagecoach_trainer.text.messages import Message, message_of, missing_part, num_characters, text_of, with_strings
@@ -24,6 +24,15 @@ GENERATED = frozenset({Role.ASSISTANT})
 
 PROBES = ("Qz7first", "Qz7second", "Qz7third")
 """Texts that replace a record's in renderings that show what a template does."""
+
+END_OF_THOUGHT = "</think>"
+
+SHOWN_BEFORE, SHOWN_AFTER = 24, 24
+"""Characters of two renderings that a message shows before and after the place where they part."""
+
+NAMED_TEMPLATES = ", ".join(
+    name.value for name in TemplateName if name not in (TemplateName.MODEL, TemplateName.CUSTOM)
+)
 
 CANNOT = "the chat template cannot render"
 
@@ -209,11 +218,7 @@ class Renderer:
         prompt = self.render(messages[:index], tools, add_generation_prompt=generated)
         whole = self.render(messages[: index + 1], tools)
         if not whole.startswith(prompt):
-            raise UserError(
-                f"{_name(messages, index)}: the chat template does not render the conversation up to this turn as a "
-                "prefix of the conversation with it, so the model would be served another prompt than it was trained "
-                "on; change the template so that a turn begins with the generation prompt"
-            )
+            raise _no_prefix(messages, index, prompt, whole)
         pieces = self._pieces(messages, index, tools, prompt, whole[len(prompt) :])
         end = None
         if generated:
@@ -301,12 +306,16 @@ class Renderer:
     def _require_history(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
         """Raise UserError if a turn does not occur in `text`, the rendering of a prompt.
 
-        Templates may leave out what the assistant thought before: the model is served so, too.
+        Templates may leave out what the assistant thought before, also where its content spells it: the model is served
+        so, too.
         """
         for index, message in enumerate(messages):
             missing = missing_part(message, text, with_reasoning=False)
             if missing is not None and message["role"] in GENERATED:
                 missing = missing_part(message, self.render(messages[: index + 1], tools), with_reasoning=False)
+                if missing is not None and END_OF_THOUGHT in (message.get("content") or ""):
+                    said = {**message, "content": message["content"].rpartition(END_OF_THOUGHT)[2]}
+                    missing = missing_part(said, text, with_reasoning=False)
             if missing is not None:
                 raise _left_out(messages, index, missing)
 
@@ -411,6 +420,22 @@ def _as_text(arguments: Any) -> str:
 
 def _name(messages: Sequence[Message], index: int) -> str:
     return f"turn {index} ({messages[index]['role']})"
+
+
+def _no_prefix(messages: Sequence[Message], index: int, prompt: str, whole: str) -> UserError:
+    """Return the error of a turn that does not follow its prompt, with the texts where they part.
+
+    Templates of reasoning models can open a thought in the generation prompt that the rendering of an answer lacks, as
+    DeepSeek-R1's does. What such a model should think before a given answer is nothing that a record states.
+    """
+    same = len(os.path.commonprefix([prompt, whole]))
+    served, rendered = (repr(text[max(0, same - SHOWN_BEFORE) : same + SHOWN_AFTER]) for text in (prompt, whole))
+    return UserError(
+        f"{_name(messages, index)}: the chat template does not render the conversation up to this turn as a prefix of "
+        f"the conversation with it: a served model is given …{served}, and the conversation has …{rendered}, so the "
+        "model would be served another prompt than it was trained on; use a template whose turns begin with the "
+        f"generation prompt: `template: {{name: …}}` with {NAMED_TEMPLATES}, or `custom` with `jinja`"
+    )
 
 
 def _left_out(messages: Sequence[Message], index: int, part: str | None) -> UserError:

@@ -12,7 +12,15 @@ from typing import Any
 from stagecoach_api.conversation import Role, Template, TemplateName
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.text.messages import Message, message_of, parse_tools
-from stagecoach_trainer.text.rendering import GENERATED, Renderer, Segment, TrainedTurn, render_raw, stop_token_ids
+from stagecoach_trainer.text.rendering import (
+    GENERATED,
+    NAMED_TEMPLATES,
+    Renderer,
+    Segment,
+    TrainedTurn,
+    render_raw,
+    stop_token_ids,
+)
 
 __all__ = [
     "GENERATED", "Message", "Renderer", "Segment", "TrainedTurn", "apply_template", "chat_template", "is_special",
@@ -48,10 +56,9 @@ def chat_template(template: Template, own: ChatTemplate | None = None) -> ChatTe
     return _with_system(body, template.system)
 
 
-NAMES = ", ".join(name.value for name in TemplateName if name not in (TemplateName.MODEL, TemplateName.CUSTOM))
 NO_TEMPLATE = (
-    f"template: the model's tokenizer has no chat template; name one of {NAMES}, or `custom` with `jinja`, as in "
-    "`template: {name: chatml}`"
+    f"template: the model's tokenizer has no chat template; name one of {NAMED_TEMPLATES}, or `custom` with `jinja`, "
+    "as in `template: {name: chatml}`"
 )
 
 
