@@ -110,6 +110,7 @@ ANNOTATION_REQUIRED_TOPOLOGY = f"{KUEUE_GROUP}/podset-required-topology"
 ANNOTATION_PREFERRED_TOPOLOGY = f"{KUEUE_GROUP}/podset-preferred-topology"
 GPU_RESOURCE = "nvidia.com/gpu"
 """Extended resource of a GPU, and the key of the taint that keeps other pods off GPU nodes."""
+LABEL_HOSTNAME = "kubernetes.io/hostname"
 LABEL_GPU_PRODUCT = "nvidia.com/gpu.product"
 
 

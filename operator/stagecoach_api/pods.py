@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -156,6 +157,14 @@ class FabricVariable(Model):
     """Value of the variable."""
 
 
+class Placement(StrEnum):
+    """How the pods of a stage are placed relative to each other."""
+
+    SPREAD = "spread"
+    PREFER_SPREAD = "preferSpread"
+    PACK = "pack"
+
+
 class Pods(Model):
     """Placement and environment of a stage's pods. May be set in `defaults` and in a stage; fields that a stage leaves
     unset are taken from `defaults`."""
@@ -170,6 +179,10 @@ class Pods(Model):
 
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
     """Labels a node must have, in addition to `resources.gpuProduct`. If unset: none."""
+
+    placement: Placement | None = None
+    """How several pods of the stage are placed. `spread`: on a node each, or they wait. `preferSpread`: on a node each
+    if possible. `pack`: on as few nodes as possible. If unset: `spread` with GPUs, else `preferSpread`."""
 
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] | None = None
     """Taints the pods tolerate, in addition to `nvidia.com/gpu` if they have GPUs. If unset: none."""

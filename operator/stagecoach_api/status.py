@@ -344,6 +344,10 @@ class StageStatus(Model):
     message: Message = ""
     """Details for people, such as the cause of a failure. May be empty."""
 
+    avoided_nodes: Annotated[tuple[Annotated[str, Field(max_length=300)], ...], Field(max_length=16)] = ()
+    """Nodes that the newest attempt avoids because attempts of this or other runs failed there within a day, each with
+    the number of failures. One with a single failure is used if no other fits; others are excluded."""
+
     attempts: Annotated[tuple[AttemptStatus, ...], Field(max_length=8)] = ()
     """Newest attempts, oldest first."""
 

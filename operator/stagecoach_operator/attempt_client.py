@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagecoach_api import names
 from stagecoach_api.status import Reason
 from stagecoach_core.manifests.configmap import config_map
 from stagecoach_core.manifests.jobset import job_set
 from stagecoach_core.manifests.stage_attempt import StageAttempt
+from stagecoach_core.policies.avoidance import AvoidedNode
 from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Found, Start
 from stagecoach_operator.confirmation import adopt
@@ -92,7 +93,13 @@ class AttemptClient:
     # -- creating an attempt -------------------------------------------------------------------------------------------
 
     async def start(
-        self, run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found], now: float
+        self,
+        run: RunView,
+        frozen: FrozenPlan,
+        action: Start,
+        artifacts: Mapping[str, Found],
+        now: float,
+        avoided: Sequence[AvoidedNode] = (),
     ) -> Blocker | None:
         """Create an attempt, or adopt the one that was created before a restart but not recorded.
 
@@ -104,7 +111,7 @@ class AttemptClient:
         if remains:
             text = f"stage `{action.stage}`: {remains}, of a deleted run, still does the same work; waiting for its end"
             return Blocker(Reason.WAITING_FOR_PODS, text)
-        attempt = stage_attempt(run, frozen, action, artifacts)
+        attempt = replace(stage_attempt(run, frozen, action, artifacts), avoided=tuple(avoided))
         settings = self.settings.model_copy(update={"trainer_image": frozen.image})
         try:
             # The ConfigMap comes first: pods mount it, and would otherwise wait for the kubelet's next retry.

@@ -40,6 +40,7 @@ class EventReason(StrEnum):
     ATTEMPT_FAILED = "AttemptFailed"
     ATTEMPT_STOPPED = "AttemptStopped"
     NODE_LOST = "NodeLost"
+    NODES_AVOIDED = "NodesAvoided"
     UNHEARD = "Unheard"
     BLOCKED = "Blocked"
     SUSPENDED = "Suspended"

@@ -79,6 +79,8 @@ class JobSetView:
     failed: str
     """Message of its Failed condition. Empty if it has not failed."""
     failed_at: float
+    excludes_nodes: bool = False
+    """Whether its pods must not use nodes on which attempts failed."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def jobset_view(body: Raw) -> JobSetView:
         queue=labels.get(names.LABEL_QUEUE, ""),
         completed="Completed" in conditions,
         failed="" if failed is None else str(failed.get("message") or "the JobSet failed"),
+        excludes_nodes=_excludes_nodes(spec),
         failed_at=0.0 if failed is None else timestamp(failed.get("lastTransitionTime")) or 0.0,
     )
 
@@ -219,6 +222,16 @@ def template_labels(jobset: Raw) -> Raw:
     metadata = (jobs[0].get("template") or {}).get("metadata") or {}
     labels: Raw = metadata.get("labels") or {}
     return labels
+
+
+def _excludes_nodes(spec: Raw) -> bool:
+    for job in spec.get("replicatedJobs") or ():
+        pod: Raw = job.get("template") or {}
+        for step in ("spec", "template", "spec", "affinity", "nodeAffinity"):
+            pod = pod.get(step) or {}
+        if "requiredDuringSchedulingIgnoredDuringExecution" in pod:
+            return True
+    return False
 
 
 def _num_pods(spec: Raw) -> int:

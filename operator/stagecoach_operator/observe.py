@@ -21,6 +21,7 @@ from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
 from stagecoach_operator.pod_startup import Waiting, waiting_for
 from stagecoach_operator.progress_reports import Hearing, LatestReport
+from stagecoach_operator.releases import release_of
 from stagecoach_operator.termination import (
     AttemptOutcome,
     TerminationReport,
@@ -308,8 +309,14 @@ def _live_attempt(
         deletion_reason = waiting.message
         # Uncharged: the attempt has not run, and a missing Secret or image is not a failure of its code.
         record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
+    release = None if waiting is None else release_of(jobset, pods, record.running_since is not None)
+    if release is not None and now >= release.at and not deletion_reason:
+        deletion_reason = release.reason
+        record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
+    release_at = None if release is None else release.at
     loss_at = next_moment(pods, now, signals.patience)
-    moments = [item for item in (outcome.look_again_at, give_up_at, loss_at) if item is not None and item > now]
+    times = (outcome.look_again_at, give_up_at, loss_at, release_at)
+    moments = [item for item in times if item is not None and item > now]
     running = waiting is None
     # Set once: after a preemption, the pods that Kueue re-creates continue the same attempt.
     if running and record.running_since is None:

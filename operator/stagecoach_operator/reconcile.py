@@ -17,6 +17,7 @@ from typing import Any
 from stagecoach_api import names
 from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_core.decide import decide
+from stagecoach_core.policies.avoidance import AvoidedNode
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.values import (
     AttemptState,
@@ -35,6 +36,7 @@ from stagecoach_operator.events import EventReason, RunEvent, events_between
 from stagecoach_operator.known_artifacts import known_artifacts, valid_answers
 from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
 from stagecoach_operator.lost_nodes import loss_text
+from stagecoach_operator.node_failures import NodeFailures, as_text
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import PodView, RunView, timestamp
 from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, is_finished, observe
@@ -49,6 +51,7 @@ from stagecoach_operator.planning import (
 )
 from stagecoach_operator.pod_startup import STUCK_SECONDS
 from stagecoach_operator.progress_reports import Hearing, ProgressReports
+from stagecoach_operator.releases import NO_OTHER_NODE
 from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
 from stagecoach_operator.status import (
     StatusInputs,
@@ -103,6 +106,7 @@ class Reconciler:
     """Posts events in the background."""
     clock: Callable[[], float] = time.time
     memories: dict[str, RunMemory] = field(default_factory=dict)
+    node_failures: NodeFailures = field(default_factory=NodeFailures)
 
     def __post_init__(self) -> None:
         self._pointers = Pointers(self.lookups)
@@ -125,6 +129,7 @@ class Reconciler:
             self._leave_alone(run)
             return None
         if is_at_rest(run, self.client.cache.of_run(uid)):
+            self.node_failures.note(uid, records_of(run.status), self.clock())
             return None
         memory = self.memories.setdefault(uid, RunMemory(first_seen=self.clock()))
         plan = await self._plan(run, memory)
@@ -189,6 +194,7 @@ class Reconciler:
         since = requested_at(run)
         attempts = observe(run.meta.uid, records, children, signals, now, since)
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
+        self.node_failures.note(run.meta.uid, memory.records, now)
         answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
             attempts=tuple(attempt.as_core_attempt(now) for attempt in attempts.values()),
@@ -299,12 +305,22 @@ class Reconciler:
         memory.blocker = None
         created = False
         for action in starts:
-            artifacts = artifacts_of(context.decision.stages)
-            blocker = await self.client.start(context.run, context.frozen, action, artifacts, context.now)
+            artifacts, avoided = artifacts_of(context.decision.stages), self._avoided(context, action)
+            blocker = await self.client.start(context.run, context.frozen, action, artifacts, context.now, avoided)
             if blocker is not None:
                 memory.block(blocker, context.now)
+            memory.avoided[action.stage] = tuple(as_text([node]) for node in avoided)
+            if avoided and blocker is None:
+                text = f"stage `{action.stage}`: attempt {action.number} avoids {as_text(avoided)}"
+                self.record_events(context.run, [RunEvent(EventReason.NODES_AVOIDED, text)])
             created = created or blocker is None
         return created
+
+    def _avoided(self, context: ReconcileContext, action: Start) -> tuple[AvoidedNode, ...]:
+        """Return the nodes that a new attempt avoids. It may use any if no other was found to fit the one before."""
+        before = context.attempts.get((action.stage, action.number - 1))
+        exclude = before is None or NO_OTHER_NODE not in before.record.stopping
+        return self.node_failures.avoided(context.now, exclude)
 
     async def _diagnose(self, context: ReconcileContext, memory: RunMemory) -> None:
         """Read the events of pods whose status does not show what they wait for."""
@@ -358,6 +374,7 @@ class Reconciler:
             blocker=memory.blocker,
             store_error="" if store.unreadable else store.error,
             unheard=unheard(context),
+            avoided=memory.avoided,
         )
         if inputs.unheard:
             self.record_events(run, [RunEvent(EventReason.UNHEARD, inputs.unheard, warning=True)])

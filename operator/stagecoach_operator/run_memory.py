@@ -56,6 +56,8 @@ class RunMemory:
     """What reads of JobSets that seemed to be gone have shown."""
     removed_at: dict[str, float] = field(default_factory=dict)
     """When the removal of pods on lost nodes was last requested, by UID."""
+    avoided: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Nodes that the newest attempt of each stage avoids, as text. Without an entry the status has them."""
     blocker: Blocker | None = None
     """Why the last attempt could not be created. None if it was."""
     blocked_at: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -57,6 +57,8 @@ class StatusInputs:
     """Why an attempt could not be created. None if everything decided was carried out."""
     store_error: str = ""
     """Why the storage is unavailable. Empty if it is available."""
+    avoided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Nodes that new attempts avoid, by stage."""
     unheard: str = ""
     """Why silent attempts are not taken for hanging. Empty if none is silent, or they are."""
 
@@ -152,6 +154,7 @@ def stage_status(name: str, view: StageView, inputs: StatusInputs) -> StageStatu
             observed, resources.num_nodes * (resources.gpus_per_node or 0), previous, records_of(inputs.previous)
         ),
         message=message[:MESSAGE_CHARACTERS],
+        avoided_nodes=inputs.avoided.get(name, () if previous is None else previous.avoided_nodes),
         attempts=attempts,
         forgotten=forgotten,
     )

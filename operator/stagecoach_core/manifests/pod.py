@@ -6,6 +6,7 @@ from typing import Any
 
 from stagecoach_api import names
 from stagecoach_api.pods import Toleration
+from stagecoach_core.manifests.affinity import affinity
 from stagecoach_core.manifests.environment import environment
 from stagecoach_core.manifests.labels import annotations_of, labels_of
 from stagecoach_core.manifests.settings import ManifestSettings
@@ -87,7 +88,12 @@ def placement(attempt: StageAttempt) -> dict[str, Any]:
         if requested.gpu_product is not None:
             selector[names.LABEL_GPU_PRODUCT] = requested.gpu_product
         tolerations.insert(0, {"key": names.GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
-    fields = {"nodeSelector": selector, "tolerations": tolerations, "priorityClassName": pods.priority_class}
+    fields = {
+        "nodeSelector": selector,
+        "affinity": affinity(attempt),
+        "tolerations": tolerations,
+        "priorityClassName": pods.priority_class,
+    }
     return {name: value for name, value in fields.items() if value}
 
 

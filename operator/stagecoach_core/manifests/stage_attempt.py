@@ -11,6 +11,7 @@ from stagecoach_api.base import Model
 from stagecoach_api.rewards import EndpointCredentials
 from stagecoach_api.spec import Stage
 from stagecoach_core.manifests.naming import attempt_name
+from stagecoach_core.policies.avoidance import AvoidedNode
 from stagecoach_core.quantities import threads_per_rank
 
 
@@ -29,6 +30,9 @@ class StageAttempt:
     """Content of `stage.json`."""
     credentials: str | None = None
     """Secret with S3 credentials in the run's namespace. None to use the service account's identity."""
+
+    avoided: tuple[AvoidedNode, ...] = ()
+    """Nodes that the pods avoid."""
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from stagecoach_core.manifests.jobset import job_set, job_template
 from stagecoach_core.manifests.pod import pod_template
 from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_core.manifests.stage_attempt import StageAttempt
+from stagecoach_core.policies.avoidance import AvoidedNode
 from tests.core.makers import data_stage
 from tests.core.manifests.makers import A100, REPORTING, UID, make_attempt, unknown_fields
 from tests.trainer.rewards.makers import evaluate_stage, feedback_term
@@ -341,3 +343,45 @@ def test_a_runs_volumes_cannot_replace_ours() -> None:
     assert len(found) == len(set(found))
     (mount,) = [item for item in container_of(attempt)["volumeMounts"] if item["mountPath"] == "/stage"]
     assert "readOnly" not in mount
+
+
+@pytest.mark.parametrize(
+    ("resources", "placement", "kind", "field"),
+    [
+        ({"nodes": 2, "gpusPerNode": 8}, None, "podAntiAffinity", "required"),
+        ({"nodes": 2}, None, "podAntiAffinity", "preferred"),
+        ({"nodes": 2}, "spread", "podAntiAffinity", "required"),
+        ({"nodes": 2, "gpusPerNode": 8}, "preferSpread", "podAntiAffinity", "preferred"),
+        ({"nodes": 2, "gpusPerNode": 8}, "pack", "podAffinity", "preferred"),
+    ],
+)
+def test_two_nodes_are_two_nodes(resources: dict[str, Any], placement: str | None, kind: str, field: str) -> None:
+    """PyTorchJob users find both pods of `nodes: 2` on one node (kubeflow/training-operator#1710)."""
+    pods = {} if placement is None else {"placement": placement}
+    attempt = make_attempt(number=3, resources=resources, pods=pods)
+    affinity = pod_of(attempt)["affinity"]
+    (term,) = affinity.pop(kind)[f"{field}DuringSchedulingIgnoredDuringExecution"]
+    assert affinity == {}
+    term = term.get("podAffinityTerm", term)
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    # Pods of an earlier attempt that still end must not keep those of this one away.
+    assert term["labelSelector"]["matchLabels"][names.LABEL_ATTEMPT] == "3"
+    labels = pod_template(attempt, SETTINGS)["metadata"]["labels"]
+    assert term["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert list(unknown_fields(job_template(attempt, SETTINGS), "V1JobTemplateSpec")) == []
+
+
+def test_one_pod_needs_no_affinity() -> None:
+    assert "affinity" not in pod_of(make_attempt(resources={"gpusPerNode": 8}))
+
+
+def test_avoided_nodes_are_named_one_by_one() -> None:
+    """Kubernetes accepts a single value for a requirement on `metadata.name`."""
+    nodes = (AvoidedNode("n-1", 2, True), AvoidedNode("n-2", 3, True), AvoidedNode("n-3", 1, False))
+    attempt = dataclasses.replace(make_attempt(), avoided=nodes)
+    found = pod_of(attempt)["affinity"]["nodeAffinity"]
+    (term,) = found["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [field["values"] for field in term["matchFields"]] == [["n-1"], ["n-2"]]
+    (preferred,) = found["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [field["values"] for field in preferred["preference"]["matchFields"]] == [["n-3"]]
+    assert list(unknown_fields(job_template(attempt, SETTINGS), "V1JobTemplateSpec")) == []
