@@ -40,6 +40,17 @@ DEFINITIONS: Schema = {
         "required": ["buckets"],
         "additionalProperties": False,
     },
+    "free": {"minProperties": 1},  # an object of the Kubernetes API, which the API server checks
+    "spread": {
+        "type": "object",
+        "properties": {
+            "topologyKey": {"type": "string", "minLength": 1},
+            "maxSkew": {"type": "integer", "minimum": 1},
+            "whenUnsatisfiable": {"enum": ["DoNotSchedule", "ScheduleAnyway"]},
+        },
+        "required": ["topologyKey"],
+        "additionalProperties": False,
+    },
     "toleration": {
         "type": "object",
         "properties": {

@@ -1,6 +1,8 @@
-"""The chart's hooks, each run in a pod with the operator's image and permissions.
+"""The chart's hooks, each run in a pod with the operator's image.
 
-python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS [--runs-namespace NAME]…
+python -m stagecoach_operator.chart_hooks certificate --secret NAME --host NAME --instance NAME
+python -m stagecoach_operator.chart_hooks uninstall --deployment NAME --selector LABELS --lease NAME
+    [--runs-namespace NAME]…
 python -m stagecoach_operator.chart_hooks test --url URL [--runs-namespace NAME]…
 """
 
@@ -8,16 +10,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import os
 import sys
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 
 from stagecoach_api.names import FINALIZER
+from stagecoach_operator.certificate import make_certificate
 from stagecoach_operator.kube import (
+    LEASES,
     PODS,
     TRAINING_RUNS,
+    AlreadyExists,
     ApiServer,
     Body,
     Conflict,
@@ -30,6 +37,9 @@ from stagecoach_operator.kube import (
 from stagecoach_operator.settings import ENV_POD_NAMESPACE
 
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
+SECRETS = Resource("", "v1", "secrets", "Secret")
+KEEP = {"helm.sh/resource-policy": "keep"}
+"""Annotation with which Helm leaves an object alone."""
 POLL_SECONDS = 1.0
 POLLS = 120
 """How often to look for pods of the operator that was scaled down; they have 30 seconds to end."""
@@ -44,15 +54,40 @@ class HookError(Exception):
     """The hook failed; the message states what to do."""
 
 
+async def provide_certificate(kube: Kube, namespace: str, secret: str, host: str, instance: str) -> bool:
+    """Make the Secret with the progress server's certificate unless it exists; return whether it was made.
+
+    An existing one is kept, because running pods trust its authority. Raises KubeError.
+    """
+    now = datetime.now(UTC)
+    labels = {"app.kubernetes.io/name": "stagecoach", "app.kubernetes.io/instance": instance}
+    data = {name: base64.b64encode(content).decode() for name, content in make_certificate(host, now).items()}
+    body = {
+        "apiVersion": SECRETS.api_version,
+        "kind": SECRETS.kind,
+        "metadata": {"name": secret, "namespace": namespace, "labels": labels, "annotations": KEEP},
+        "type": "kubernetes.io/tls",
+        "data": data,
+    }
+    try:
+        await kube.create(SECRETS, body)
+    except AlreadyExists:
+        # Of a release whose manifest contained the Secret, Helm would delete it in this upgrade.
+        await kube.patch(SECRETS, namespace, secret, {"metadata": {"annotations": KEEP}})
+        return False
+    return True
+
+
 async def uninstall(
     kube: Kube,
     deployment: str,
     namespace: str,
     selector: str,
+    lease: str,
     runs_namespaces: Sequence[str] | None,
     sleep: Sleep = asyncio.sleep,
 ) -> int:
-    """Stop the operator, then remove its finalizer from all runs; return from how many.
+    """Stop the operator, delete its Lease, then remove its finalizer from all runs; return from how many.
 
     In this order, because a running operator would add it again to runs with live attempts. `namespace`: the
     operator's; `runs_namespaces`: the runs', None for all. Raises HookError and KubeError.
@@ -62,6 +97,9 @@ async def uninstall(
     except ObjectNotFound:
         print(f"deployment {deployment} does not exist")
     await _until_gone(kube, namespace, selector, sleep)
+    # It is no part of the release: the operator made it. Kept, it would delay the next installation.
+    with contextlib.suppress(ObjectNotFound):
+        await kube.delete(LEASES, namespace, lease, foreground=False)
     try:
         runs = await _runs(kube, runs_namespaces)
     except ObjectNotFound:
@@ -134,7 +172,13 @@ async def _run(options: argparse.Namespace) -> None:
             await check(kube, options.url, options.runs_namespaces)
             return
         namespace = os.environ[ENV_POD_NAMESPACE]
-        number = await uninstall(kube, options.deployment, namespace, options.selector, options.runs_namespaces)
+        if options.hook == "certificate":
+            made = await provide_certificate(kube, namespace, options.secret, options.host, options.instance)
+            print(f"Secret {options.secret} {'was made' if made else 'exists and is kept'}")
+            return
+        number = await uninstall(
+            kube, options.deployment, namespace, options.selector, options.lease, options.runs_namespaces
+        )
         print(f"removed the finalizer from {number} run(s)")
     finally:
         await kube.close()
@@ -144,9 +188,16 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the arguments used in the chart."""
     parser = argparse.ArgumentParser(prog="python -m stagecoach_operator.chart_hooks", description=__doc__)
     hooks = parser.add_subparsers(dest="hook", required=True)
-    hook = hooks.add_parser("uninstall", help="stop the operator, then remove its finalizer from all runs")
+    hook = hooks.add_parser(
+        "uninstall", help="stop the operator, delete its Lease, then remove its finalizer from all runs"
+    )
     hook.add_argument("--deployment", required=True, help="the operator's Deployment")
     hook.add_argument("--selector", required=True, help="labels of its pods")
+    hook.add_argument("--lease", required=True, help="its Lease")
+    maker = hooks.add_parser("certificate", help="make the progress server's certificate unless it exists")
+    maker.add_argument("--secret", required=True, help="name of the Secret")
+    maker.add_argument("--host", required=True, help="DNS name of the operator's Service")
+    maker.add_argument("--instance", required=True, help="name of the release")
     probe = hooks.add_parser("test", help="check that the operator is ready and runs can be listed")
     probe.add_argument("--url", required=True, help="the operator's readiness probe")
     for each in (hook, probe):

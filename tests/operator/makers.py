@@ -206,6 +206,8 @@ class FakeApi:
                     changed = True
 
     def _collect_one(self, key: Key, item: Body) -> bool:
+        if key[0] not in _RESOURCES:  # nothing owns it, and it owns nothing
+            return False
         resource, metadata = _RESOURCES[key[0]], item["metadata"]
         owned = [other for other in self.objects.values() if _owner(other) == metadata["uid"]]
         if "deletionTimestamp" in metadata:

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import ssl
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
 from stagecoach_api.names import FINALIZER
-from stagecoach_operator.chart_hooks import DEPLOYMENTS, MAX_TRIES, POLLS, HookError, check, uninstall
-from stagecoach_operator.kube import PODS, TRAINING_RUNS, Body, Listing, RequestForbidden, Resource
+from stagecoach_operator.chart_hooks import (
+    DEPLOYMENTS,
+    MAX_TRIES,
+    POLLS,
+    SECRETS,
+    HookError,
+    check,
+    provide_certificate,
+    uninstall,
+)
+from stagecoach_operator.kube import LEASES, PODS, TRAINING_RUNS, Body, Listing, RequestForbidden, Resource
 from tests.operator.makers import FakeApi
 
 SYSTEM, RESEARCH, OTHER = "system", "research", "other"
 LABELS = {"app.kubernetes.io/instance": "stagecoach", "app.kubernetes.io/component": "operator"}
+LEASE = "stagecoach"
+HOST = f"{'s' * 40}.{'n' * 63}.svc"
+"""The longest there is: a common name would end after 64 characters."""
 SELECTOR = ",".join(f"{name}={value}" for name, value in LABELS.items())
 
 
@@ -64,7 +79,7 @@ async def no_sleep(seconds: float) -> None:
 
 
 def remove_finalizers(api: FakeApi, runs_namespaces: Sequence[str] | None = (RESEARCH,)) -> int:
-    return asyncio.run(uninstall(api, "stagecoach", SYSTEM, SELECTOR, runs_namespaces, sleep=no_sleep))
+    return asyncio.run(uninstall(api, "stagecoach", SYSTEM, SELECTOR, LEASE, runs_namespaces, sleep=no_sleep))
 
 
 def finalizers(api: FakeApi) -> dict[str, list[str]]:
@@ -87,14 +102,21 @@ def test_the_operator_has_ended_before_a_run_is_patched(api: Installed) -> None:
 
     api.before_write = no_pods
     remove_finalizers(api)
-    assert api.writes == ["scale", "patch trainingruns/object training"]
+    assert api.writes == ["scale", "delete leases stagecoach", "patch trainingruns/object training"]
+
+
+def test_nothing_of_the_operator_is_left_not_even_its_lease(api: Installed) -> None:
+    for name in (LEASE, "another"):
+        api.add(LEASES, {"kind": "Lease", "metadata": {"name": name, "namespace": SYSTEM}})
+    remove_finalizers(api)
+    assert [lease["metadata"]["name"] for lease in api.all_of(LEASES)] == ["another"]
 
 
 def test_a_repeated_uninstall_writes_nothing_to_runs(api: Installed) -> None:
     remove_finalizers(api)
     api.writes.clear()
     assert remove_finalizers(api) == 0
-    assert api.writes == ["scale"]
+    assert api.writes == ["scale", "delete leases stagecoach"]
 
 
 def test_a_run_that_was_being_deleted_disappears(api: Installed) -> None:
@@ -137,6 +159,48 @@ def test_without_an_operator_or_its_crd_nothing_is_done(api: Installed) -> None:
     assert remove_finalizers(api) == 0
     empty = FakeApi(clock=lambda: 0.0)  # patching the deployment raises NotFound
     assert remove_finalizers(empty) == 0
+
+
+# -- the certificate ---------------------------------------------------------------------------------------------------
+
+
+def certificate(api: FakeApi) -> dict[str, str]:
+    """Run the hook; return the data of the Secret."""
+    asyncio.run(provide_certificate(api, SYSTEM, "stagecoach-progress", HOST, "stagecoach"))
+    (secret,) = api.all_of(SECRETS)
+    assert secret["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    data: dict[str, str] = secret["data"]
+    return data
+
+
+def test_an_upgrade_keeps_the_certificate_that_running_pods_trust(api: Installed) -> None:
+    first = certificate(api)
+    api.edit(SECRETS, SYSTEM, "stagecoach-progress", metadata={"annotations": None})
+    assert certificate(api) == first, "of a release whose manifest contained it, the Secret stays as well"
+
+
+def test_the_certificate_is_valid_for_the_progress_servers_name(api: Installed, tmp_path: Path) -> None:
+    for name, content in certificate(api).items():
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    client = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
+
+    async def talk() -> None:
+        async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        listener = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=server)
+        async with listener:
+            port = listener.sockets[0].getsockname()[1]
+            for host in (HOST, f"{HOST}.cluster.local"):
+                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname=host)
+                writer.close()
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="other.training.svc")
+
+    asyncio.run(talk())
 
 
 # -- helm test ---------------------------------------------------------------------------------------------------------

@@ -29,26 +29,34 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* Image reference. Arguments: root, name, digest. */}}
+{{/* Image reference. Arguments: root, name, repository, digest. */}}
 {{- define "stagecoach.image" -}}
 {{- $images := .root.Values.images -}}
+{{- $repository := .repository | default (printf "%s/%s" $images.registry .name) -}}
 {{- if .digest -}}
-{{ printf "%s/%s@%s" $images.registry .name .digest }}
+{{ printf "%s@%s" $repository .digest }}
 {{- else -}}
-{{ printf "%s/%s:%s" $images.registry .name ($images.tag | default .root.Chart.AppVersion) }}
+{{ printf "%s:%s" $repository ($images.tag | default .root.Chart.AppVersion) }}
 {{- end -}}
 {{- end -}}
 
 {{- define "stagecoach.operatorImage" -}}
-{{ include "stagecoach.image" (dict "root" . "name" "operator" "digest" .Values.images.operatorDigest) }}
+{{ include "stagecoach.image" (dict "root" . "name" "operator" "repository" .Values.images.operatorRepository "digest" .Values.images.operatorDigest) }}
 {{- end -}}
 
 {{- define "stagecoach.trainerImage" -}}
-{{ .Values.stages.image | default (include "stagecoach.image" (dict "root" . "name" "trainer" "digest" .Values.images.trainerDigest)) }}
+{{ .Values.stages.image | default (include "stagecoach.image" (dict "root" . "name" "trainer" "repository" .Values.images.trainerRepository "digest" .Values.images.trainerDigest)) }}
 {{- end -}}
 
 {{- define "stagecoach.certificateSecret" -}}
 {{ .Values.progress.certificateSecret | default (printf "%s-progress" (include "stagecoach.name" .)) }}
+{{- end -}}
+
+{{/* Annotations of the hook that makes the certificate. Argument: its weight. */}}
+{{- define "stagecoach.certificateHook" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end -}}
 
 {{/* Security contexts of a pod and of a container for the restricted Pod Security Standard. */}}

@@ -1,7 +1,8 @@
-{{/* A pod that runs one command with the operator's image and permissions. Arguments: root, command. */}}
+{{/* A pod that runs one command with the operator's image. Arguments: root, command, account (the operator's if unset),
+namespaces (whether the command takes those of the runs; true if unset). */}}
 {{- define "stagecoach.hookPod" -}}
 restartPolicy: Never
-serviceAccountName: {{ include "stagecoach.name" .root }}
+serviceAccountName: {{ .account | default (include "stagecoach.name" .root) }}
 automountServiceAccountToken: true
 enableServiceLinks: false
 {{- with .root.Values.images.pullSecrets }}
@@ -25,8 +26,10 @@ containers:
   {{- range .command }}
   - {{ . }}
   {{- end }}
+  {{- if ne (toString .namespaces) "false" }}
   {{- range include "stagecoach.namespaces" .root | fromJsonArray }}
   - --runs-namespace={{ . }}
+  {{- end }}
   {{- end }}
   securityContext: {{- include "stagecoach.containerSecurity" .root | nindent 4 }}
   env:
