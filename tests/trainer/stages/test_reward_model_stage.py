@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from stagecoach_api.artifacts import ModelCard
 from stagecoach_api.kinds.reward_model import BiasOn, FocalLoss, PairLoss, PreferenceLoss, RankedLoss, RewardModelStage
 from stagecoach_api.references import Reference
 from stagecoach_trainer.align.reward_held_out import length_baseline
 from stagecoach_trainer.align.reward_objective import RewardObjective, collate_pairs
 from stagecoach_trainer.kernels.accelerate import accelerate
+from stagecoach_trainer.models import shipping
 from stagecoach_trainer.models.reward import RewardModel, load_reward_model, make_reward_model
+from stagecoach_trainer.models.save import save_adapter
 from stagecoach_trainer.runtime.context import StageContext
 from stagecoach_trainer.runtime.errors import UserError
 from stagecoach_trainer.samples.groups import Counting, Group, TokenSequence, pairs_of
@@ -201,6 +205,24 @@ def test_an_adapter_is_saved_with_its_head_and_loads_over_its_base(tmp_path: Pat
     prompt = ({"role": "user", "content": "dog fox word"},)
     better, worse = rewards_of(reward, [(prompt, GOOD), (prompt, BAD)], 2)
     assert better > worse
+
+
+@pytest.mark.parametrize("part", ["score", "lora_A"])
+def test_an_adapter_whose_files_give_another_reward_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """What is saved is opened over its base and compared, as whole models and adapters of language models are."""
+
+    def save_differing(model: Any, tokenizer: Any, vocabulary: Path, output: Path, card: ModelCard) -> None:
+        save_adapter(model, tokenizer, vocabulary, output, card)
+        weights = load_file(output / "adapter_model.safetensors")
+        save_file({name: 2 * item if part in name else item for name, item in weights.items()},
+                  output / "adapter_model.safetensors")  # fmt: skip
+
+    monkeypatch.setattr(shipping, "save_adapter", save_differing)
+    lora = {"trainable": {"lora": {"rank": 4}}, "optimizer": {"learningRate": 1e-1}, "budget": {"steps": 3}}
+    with pytest.raises(UserError, match=r"differs from the trained one: its outputs by .*nothing is published"):
+        run(stage(**lora), context_for(tmp_path))
 
 
 def test_a_resumed_stage_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -266,7 +266,11 @@ def load_reward_model(
     path = context.fetch_resolved(resolved)
     require_folder(path)
     card = read_card(path)
-    model = _load_adapter(context, resolved, path, card, merge) if card.adapter else _load_whole(path)
+    if card.adapter:
+        adapted = load_reward_adapter(context, resolved, path, card)
+        model = merge_adapter(adapted, str(path), context.world) if merge else adapted
+    else:
+        model = _load_whole(path)
     tokenizer = own_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"{path}: the reward model's folder has no vocabulary, so no text can be scored; add it there")
@@ -300,11 +304,13 @@ def _load_whole(path: Path) -> Any:
     return model
 
 
-def _load_adapter(context: StageContext, source: ResolvedInput, path: Path, card: ModelCard, merge: bool) -> Any:
-    """Return the base with a new head and the adapter applied, which replaces the head with the trained one."""
+def load_reward_adapter(context: StageContext, source: ResolvedInput, path: Path, card: ModelCard) -> Any:
+    """Return the base with a new head and the adapter in `path` applied, which replaces the head with the trained one.
+
+    `source`: where the folder `path` is from.
+    """
     weights = check_adapter_folder(path)
     if card.reward is None:
         raise UserError(f"{path}: an adapter of a language model is not a reward model; use a `rewardModel` stage")
     base = load_base(context, source, path, card)
-    model = apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)
-    return merge_adapter(model, str(path), context.world) if merge else model
+    return apply_adapter(make_reward_model(base.model, seed=0), path, weights, trainable=False)

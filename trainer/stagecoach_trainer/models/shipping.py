@@ -15,6 +15,7 @@ from torch import Tensor
 from stagecoach_api.artifacts import ModelCard, ResolvedInput, RewardCard
 from stagecoach_api.model_folders import BASE_FOLDER
 from stagecoach_api.store import external_digest, list_external
+from stagecoach_api.stores.base import file_uri
 from stagecoach_api.training import NewRows
 from stagecoach_trainer.models.adapter_chain import chain_of
 from stagecoach_trainer.models.load import (
@@ -29,6 +30,7 @@ from stagecoach_trainer.models.load import (
 from stagecoach_trainer.models.merging import outputs_of
 from stagecoach_trainer.models.rehearsal import rehearse_saving
 from stagecoach_trainer.models.resize import num_rows
+from stagecoach_trainer.models.reward import load_reward_adapter
 from stagecoach_trainer.models.safety import check_adapter_folder
 from stagecoach_trainer.models.save import save_adapter, save_model
 from stagecoach_trainer.models.starting_point import StartingPoint
@@ -75,11 +77,19 @@ def save_result(
         card = ModelCard(adapter=False, old_rows=old_rows, reward=reward)
         source = None if start.loaded is None else start.loaded.path
         save_model(model, start.tokenizer, start.vocabulary, context.output, card, base=source)
-    if trained.adapter and (base is None or reward is not None):
+    if trained.adapter and base is None and reward is None:
         return  # no folder of a language model alone is its base; what was written has been compared with the weights
     probe = SavedProbe.of(model, start.tokenizer)
     model.to("meta")  # frees its memory for the model that is loaded
-    probe.prove(context.output, base, Head.LANGUAGE_MODEL if reward is None else Head.CLASSIFIER)
+    if trained.adapter and reward is not None:
+        probe.compare(context.output, load_reward_adapter(context, output_of(context), context.output, card))
+    else:
+        probe.prove(context.output, base, Head.LANGUAGE_MODEL if reward is None else Head.CLASSIFIER)
+
+
+def output_of(context: StageContext) -> ResolvedInput:
+    """Return this stage's own output as an input, by the path that it has until it is published."""
+    return ResolvedInput(uri=file_uri(context.output), digest=context.resolved.digest)
 
 
 def adapter_card(context: StageContext, start: StartingPoint) -> ModelCard:
@@ -163,6 +173,10 @@ class SavedProbe:
         else:
             model = load_folder(base, self.dtype, head=head)
             model = apply_adapter(model, output, check_adapter_folder(output), trainable=False)
+        self.compare(output, model)
+
+    def compare(self, output: Path, model: Any) -> None:
+        """Compare with the model that was opened from `output`. Raises UserError if the outputs differ."""
         found = outputs_of(model.to(self.device), self.ids).cpu()
         largest = float(self.outputs.abs().max())
         difference = float((found - self.outputs).abs().max()) if found.shape == self.outputs.shape else float("inf")
