@@ -6,6 +6,7 @@ Starting a pair costs some fifteen seconds of processor time, more than most tes
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -118,9 +119,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
     world = world_from(os.environ)
     with process_group(world):
+        import deepspeed  # noqa: F401  # by now, as most cases do
+
         for line in sys.stdin:
             task = json.loads(line)
             module: RankCases = importlib.import_module(task["module"])
+            gc.freeze()  # DeepSpeed collects garbage for every engine it makes: not among all that was ever imported
             report = module.report(Path(task["folder"]), task["cases"], world)
             if world.is_main:
                 (Path(task["folder"]) / "report.json").write_text(json.dumps(report))

@@ -96,6 +96,7 @@ def answer(folder: Path, world: World, kind: str, whole: bool) -> dict[str, Any]
         budget={"steps": 2},
         critic={},
         batch={"samples": 9, "microBatchRows": 3},
+        policy={"innerEpochs": 1, "miniBatchSamples": 9},
         rollout={"maxNewTokens": 8, "batchRows": 4, "wholeCopy": whole},
     )
     with patch.object(samplers, "CopySampler", side_effect=CopySampler) as copies:
