@@ -18,6 +18,7 @@ from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.audit import AUDIT_SECONDS, Audit
 from stagecoach_operator.event_recorder import EventRecorder
 from stagecoach_operator.events import RunEvent
+from stagecoach_operator.guarded_listener import GuardedListener
 from stagecoach_operator.kube import ApiServer
 from stagecoach_operator.lease import Lease
 from stagecoach_operator.loop_lag import LoopLag
@@ -42,6 +43,7 @@ LATE_SECONDS = 60.0
 STALE_SECONDS = 4 * AUDIT_SECONDS
 """A watch that has missed changes for longer makes the liveness probe fail."""
 CLOSING_SECONDS = 10.0
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104 - the pods' reports arrive at the pod's address
 LOST_LEASE = 3
 """Exit code: the container restarts as a standby."""
 
@@ -183,16 +185,18 @@ class Application:
 
     # -- always --------------------------------------------------------------------------------------------------------
 
-    async def _serve(self) -> list[web.AppRunner]:
+    async def _serve(self) -> list[web.AppRunner | GuardedListener]:
         probes = Probes(self._not_live, self._not_ready, self._metrics)
-        progress = ProgressServer(
+        self.progress = ProgressServer(
             self.cache, self.reports, TokenVerifier(self.kube), self.workers.enqueue, is_active=lambda: self.lease.held
         )
-        settings = self.settings
+        context = tls_context(self.settings)
+        self.listener = GuardedListener(self.progress.app(), lambda: context)
+        await self.listener.start(ANY_ADDRESS, self.settings.progress_port)
         return [
-            await serve(probes.probe_app(), settings.probe_port),
-            await serve(probes.metrics_app(), settings.metrics_port),
-            await serve(progress.app(), settings.progress_port, tls_context(settings)),
+            await serve(probes.probe_app(), self.settings.probe_port),
+            await serve(probes.metrics_app(), self.settings.metrics_port),
+            self.listener,
         ]
 
     def _not_live(self) -> list[str]:

@@ -56,9 +56,9 @@ class Probes:
         return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
 
-async def serve(app: web.Application, port: int, ssl_context: object = None, host: str = "0.0.0.0") -> web.AppRunner:  # noqa: S104
+async def serve(app: web.Application, port: int, host: str = "0.0.0.0") -> web.AppRunner:  # noqa: S104
     """Serve until the runner is cleaned up. Listens on all addresses: the kubelet probes the pod's IP."""
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
-    await web.TCPSite(runner, host, port, ssl_context=ssl_context).start()  # type: ignore[arg-type]
+    await web.TCPSite(runner, host, port).start()
     return runner

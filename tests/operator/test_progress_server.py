@@ -6,23 +6,30 @@ import asyncio
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import jwt
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.hashes import SHA256
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stagecoach_api.names import progress_audience, progress_path
 from stagecoach_api.progress import ProgressEvent, trainer_status
-from stagecoach_operator.kube import Unavailable
+from stagecoach_operator.kube import PODS, Unavailable
 from stagecoach_operator.object_cache import Cache
 from stagecoach_operator.progress_reports import ProgressReports
 from stagecoach_operator.progress_server import MAX_BODY_BYTES, BadReport, ProgressServer, report_of
 from stagecoach_operator.token_review import CONFIGURATION_PATH, KEYS_PATH, InvalidToken, TokenVerifier
+from tests.operator.makers import Operator, World, data_stage
 from tests.operator.view_makers import jobset, meta, pod
 
 ISSUER = "https://kubernetes.default.svc"
@@ -84,6 +91,65 @@ def verify(text: str) -> Any:
 def test_a_valid_token_identifies_its_pod() -> None:
     assert verify(token(claims())).pod_uid == "uid-a-0"
     assert verify(token(claims(), EC_KEY, alg="ES256", kid="k2")).namespace == "team"
+
+
+PRIVATE_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"), KEY),
+    "ES256": EC_KEY,
+    "ES384": ec.generate_private_key(ec.SECP384R1()),
+    "ES512": ec.generate_private_key(ec.SECP521R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+}
+
+
+@dataclass
+class KeysOf:
+    """An API server that signs with one key."""
+
+    private: Any
+    stated: str | None = None
+    """The key's own `alg`."""
+
+    async def read(self, path: str) -> Any:
+        if path == CONFIGURATION_PATH:
+            return {"issuer": ISSUER}
+        name = {"Ed": "EdDSA", "EC": "ES256", "El": "ES256"}.get(type(self.private).__name__[:2], "RS256")
+        body = jwt.get_algorithm_by_name(name).to_jwk(self.private.public_key(), as_dict=True)
+        return {"keys": [{**body, "kid": "k", **({} if self.stated is None else {"alg": self.stated})}]}
+
+
+def signed_by(algorithm: str, keys: KeysOf, header: str | None = None) -> Any:
+    text = jwt.encode(claims(), PRIVATE_KEYS[algorithm], algorithm, {"kid": "k", "alg": header or algorithm})
+    return asyncio.run(TokenVerifier(keys).verify(text, AUDIENCE))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", PRIVATE_KEYS)
+def test_tokens_of_every_algorithm_of_api_servers_are_accepted(algorithm: str) -> None:
+    """EKS signs with RS256, kubeadm with RS256 or ES256; a key of ES384 or RS384 was refused."""
+    assert signed_by(algorithm, KeysOf(PRIVATE_KEYS[algorithm])).pod_uid == "uid-a-0"
+    assert signed_by(algorithm, KeysOf(PRIVATE_KEYS[algorithm], stated=algorithm)).pod_uid == "uid-a-0"
+
+
+def test_a_key_that_states_its_algorithm_is_used_with_no_other() -> None:
+    with pytest.raises(InvalidToken):
+        signed_by("RS512", KeysOf(KEY, stated="RS256"))
+
+
+def test_a_known_token_is_not_checked_again_but_still_expires() -> None:
+    now = [time.time()]
+    verifier = TokenVerifier(Keys(), clock=lambda: now[0])  # type: ignore[arg-type]
+    text = token(claims())
+
+    async def scenario() -> None:
+        first = await verifier.verify(text, AUDIENCE)
+        assert await verifier.verify(text, AUDIENCE) is first
+        with pytest.raises(InvalidToken, match="another audience"):
+            await verifier.verify(text, progress_audience("team", "b-1"))
+        now[0] += 700
+        with pytest.raises(InvalidToken, match="expired"):
+            await verifier.verify(text, AUDIENCE)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -257,3 +323,77 @@ def test_reports_of_other_trainers_are_read() -> None:
     body = {"trainerStatus": {"progressPercentage": 42, "metrics": [{"name": "loss", "value": "2.5"}]}}
     report = report_of(json.dumps(body).encode(), "uid", 5.0)
     assert (report.percentage, report.activity, dict(report.metrics)) == (42, "", {"loss": "2.5"})
+
+
+@pytest.mark.parametrize(
+    ("value", "done"), [("inf", 0.0), ("1e300", 0.0), ("nan", 0.0), ("-5", 0.0), ("1e15", 1e15), (12, 12.0)]
+)
+def test_a_number_that_fits_no_status_is_dropped_and_counted(value: Any, done: float) -> None:
+    """The report is a heartbeat all the same: a training with a NaN in its figures does not hang."""
+    dropped: Counter[str] = Counter()
+    body = json.dumps({"trainerStatus": {"metrics": [{"name": "done", "value": value}]}}).encode()
+    assert report_of(body, "uid", 0.0, dropped).done == done
+    assert dropped == ({} if done else {"done": 1})
+
+
+def test_text_of_a_report_is_made_printable() -> None:
+    metrics = [{"name": "activity", "value": "tr\ud800ain\u0000\n"}]
+    report = report_of(json.dumps({"trainerStatus": {"metrics": metrics}}).encode(), "uid", 0.0)
+    assert report.activity == "tr?ain  "
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "done", "total", "inf", "1e300", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["name", "value", "x"]), inner, max_size=3),
+    max_leaves=6,
+)
+METRIC = st.fixed_dictionaries({"name": st.sampled_from(["done", "total", "unit", "activity"]) | JSON, "value": JSON})
+REPORT = st.fixed_dictionaries(
+    {},
+    optional={
+        "metrics": st.lists(METRIC, max_size=5) | JSON,
+        "progressPercentage": JSON,
+        "estimatedRemainingSeconds": JSON,
+    },
+)
+
+
+def test_whatever_a_pod_reports_the_server_answers_and_the_turn_does_not_raise(tmp_path: Path) -> None:
+    """A report with `done: 1e300` made every later turn of its run raise."""
+    world = World(tmp_path)
+    world.input("a.txt")
+    world.holds.add("a")
+    uid = world.submit(data_stage("a"))
+    loop = asyncio.new_event_loop()
+    operator = loop.run_until_complete(started(world))
+    pod_uid = world.api.all_of(PODS)[0]["metadata"]["uid"]
+
+    @settings(max_examples=150, deadline=None)
+    @given(REPORT | JSON)
+    def holds(status: Any) -> None:
+        try:
+            report = report_of(json.dumps({"trainerStatus": status}).encode(), pod_uid, world.now)
+        except BadReport:
+            return
+        operator.reconciler.reports.record((uid, "a", 1), report)
+        world.now += 30
+        loop.run_until_complete(operator.reconciler.reconcile(uid))
+        json.dumps(world.api.objects["trainingruns", "team", "demo"], allow_nan=False).encode()
+
+    holds()
+    operator.die()
+    loop.close()
+
+
+async def started(world: World) -> Operator:
+    """Return an operator whose first attempt is running."""
+    operator = Operator(world)
+    for _ in range(6):
+        await operator.settle()
+        world.tick()
+    return operator

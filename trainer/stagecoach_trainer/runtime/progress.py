@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from stagecoach_api.names import ENV_PROGRESS_CA, ENV_PROGRESS_TOKEN, ENV_PROGRESS_URL
 from stagecoach_api.progress import Pace, ProgressEvent, trainer_status
@@ -105,6 +105,10 @@ class Progress:
         self._last = event.model_copy(update={"warning": ""})
 
 
+class ReportRefused(Exception):
+    """The operator does not accept the report."""
+
+
 class Reporter:
     """Sends the newest event to the operator from a background thread, whose failures do not affect the stage.
 
@@ -112,7 +116,10 @@ class Reporter:
     """
 
     def __init__(self, url: str, token_file: Path, ca_file: Path | None) -> None:
-        self._url = url
+        parts = urlsplit(url)
+        self._is_https, self._host = parts.scheme == "https", parts.netloc
+        self._path = parts.path + (f"?{parts.query}" if parts.query else "")
+        self._connection: http.client.HTTPConnection | None = None
         self._token_file = token_file
         self._ca_file = ca_file
         self._newest: ProgressEvent | None = None
@@ -151,22 +158,46 @@ class Reporter:
             time.sleep(SECONDS_BETWEEN_REPORTS)
 
     def _send(self, body: bytes) -> None:
+        """Send a report over the connection of the last one: a new one costs the operator ten times as much."""
         for number in range(1, MAX_TRIES + 1):
-            token = self._token_file.read_text(encoding="utf-8").strip()  # read each time: the kubelet renews it
-            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Connection": "close"}
-            request = urllib.request.Request(self._url, data=body, headers=headers, method="POST")  # noqa: S310
+            is_new = self._connection is None
             try:
-                with urllib.request.urlopen(request, timeout=REPORT_TIMEOUT_SECONDS, context=self._tls()):  # noqa: S310
-                    return
-            except urllib.error.HTTPError as error:
-                if error.code != 503 or number == MAX_TRIES:
+                status = self._post(body)
+            except (OSError, http.client.HTTPException):
+                self._close()
+                if is_new or number == MAX_TRIES:
                     raise
-                time.sleep(PAUSE_SECONDS)
+                continue  # the operator has closed an idle connection, or another one has taken over
+            if status < 400:
+                return
+            self._close()
+            if status != 503 or number == MAX_TRIES:
+                raise ReportRefused(f"status {status}")
+            time.sleep(PAUSE_SECONDS)
 
-    def _tls(self) -> ssl.SSLContext | None:
-        if not self._url.startswith("https:"):
-            return None
-        return ssl.create_default_context(cafile=None if self._ca_file is None else str(self._ca_file))
+    def _post(self, body: bytes) -> int:
+        """Send one request; return the status of the response."""
+        token = self._token_file.read_text(encoding="utf-8").strip()  # read each time: the kubelet renews it
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        connection = self._connection = self._connection or self._connect()
+        connection.request("POST", self._path, body, headers)
+        response = connection.getresponse()
+        response.read()
+        if response.will_close:
+            self._close()
+        return response.status
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if not self._is_https:
+            return http.client.HTTPConnection(self._host, timeout=REPORT_TIMEOUT_SECONDS)
+        # Read each time: the bundle may have been replaced with that of the next authority.
+        context = ssl.create_default_context(cafile=None if self._ca_file is None else str(self._ca_file))
+        return http.client.HTTPSConnection(self._host, timeout=REPORT_TIMEOUT_SECONDS, context=context)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _complain(self, error: Exception) -> None:
         """Log the first failed report. No error's text contains the token."""
