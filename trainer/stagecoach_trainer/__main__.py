@@ -118,6 +118,7 @@ def pin_threads(environment: Mapping[str, str]) -> None:
 
 def start_logging(rank: int) -> None:
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher's request (`launcher.stack_dumps`)
     name = "" if rank == 0 else f" rank {rank}"
     logging.basicConfig(
         level=logging.WARNING, format=f"%(asctime)s{name} %(levelname).1s %(message)s", datefmt="%H:%M:%S"

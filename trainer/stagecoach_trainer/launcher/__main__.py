@@ -32,6 +32,7 @@ from stagecoach_api.names import (
     MASTER_PORT,
 )
 from stagecoach_trainer.launcher.rank_pipes import RankPipe, open_pipes
+from stagecoach_trainer.launcher.stack_dumps import StackDumps, flight_recorder_environment
 from stagecoach_trainer.runtime.attempt_files import announced_pids, clear_outcomes, replace_file, written_warnings
 from stagecoach_trainer.runtime.threads import thread_environment
 
@@ -58,6 +59,7 @@ class Launcher:
         self._work = Path(environment[ENV_WORK_DIR])
         self._stop_at: float | None = None
         self._logs: RankLogs | None = None
+        self._first = 0
 
     def run(self) -> AttemptResult:
         """Run the attempt to its end."""
@@ -68,8 +70,9 @@ class Launcher:
             stage = Path(self._environment[ENV_STAGE_FILE]).read_bytes()
             nodes, ranks = gang_size(stage)
             command = worker_command(nodes, ranks, self._grace_seconds, self._environment)
-            first = ranks * int(self._environment[ENV_NODE_RANK]) if nodes > 1 else 0
+            first = self._first = ranks * int(self._environment[ENV_NODE_RANK]) if nodes > 1 else 0
             variables = worker_environment(self._environment, ranks)
+            variables |= flight_recorder_environment(self._environment, self._work)
         except OSError as error:
             return _unreadable(error)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -80,7 +83,7 @@ class Launcher:
         self._keep_logs(pipes, ranks, stage, started)
         from stagecoach_trainer.runtime.outcomes import combine, read_outcomes, with_warnings
 
-        code = self._wait(child)
+        code = self._wait(child, StackDumps(self._environment, self._grace_seconds, self._note))
         if code < 0 and nodes * ranks > 1:  # torchrun was killed, so its workers still run
             self._kill(announced_pids(self._work).values())
         outcomes, own = read_outcomes(self._work), range(first, first + ranks)
@@ -148,7 +151,11 @@ class Launcher:
             pass
         self.request_stop()
 
-    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+    def _note(self, rank: int, text: str) -> None:
+        if self._logs is not None:
+            self._logs.note(max(0, rank - self._first), text)
+
+    def _wait(self, child: subprocess.Popen[bytes], dumps: StackDumps) -> int:
         asked: set[int] = set()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,6 +164,7 @@ class Launcher:
             # The flag is polled rather than handled in the signal handler, which may interrupt any line of this thread.
             if self._stop_at is None:
                 continue
+            dumps.look(announced_pids(self._work))
             self._ask_to_stop(child, asked)
             if time.monotonic() - self._stop_at > self._grace_seconds:
                 self._kill({child.pid, *announced_pids(self._work).values()})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from stagecoach_api.artifacts import ResolvedStage, attempt_logs_prefix
 from stagecoach_api.store import Store, StoreError
+from stagecoach_trainer.launcher.stack_dumps import FLIGHT_RECORDER
 from stagecoach_trainer.runtime.run_store import open_run_store
 
 if TYPE_CHECKING:
@@ -36,6 +38,21 @@ class GrowingLog(Protocol):
         """Return `taken` and the bytes that are kept, read at the same moment."""
 
 
+@dataclass(frozen=True)
+class Dump:
+    """A file that a library has written."""
+
+    path: Path
+
+    @property
+    def taken(self) -> int:
+        return self.path.stat().st_size
+
+    def content(self) -> tuple[int, bytes]:
+        data = self.path.read_bytes()
+        return len(data), data
+
+
 class LogUploads:
     """A thread that stores logs. A failure is reported once and does not affect the stage."""
 
@@ -46,11 +63,14 @@ class LogUploads:
         say: Callable[[str], None],
         first_seconds: float = FIRST_SECONDS,
         every_seconds: float = EVERY_SECONDS,
+        folder: Path | None = None,
     ) -> None:
-        """`stage`: the content of the stage file. `say`: prints a line for people."""
+        """`stage`: the content of the stage file. `say`: prints a line for people. `folder`: where libraries leave
+        dumps, which are stored, too."""
         self._stage = stage
         self._logs = logs
         self._say = say
+        self._folder = folder
         self._waits = (first_seconds, every_seconds)
         self._stored: dict[str, int] = {}
         self._target: tuple[Store, str] | None = None
@@ -75,7 +95,7 @@ class LogUploads:
 
     def _store_grown(self) -> None:
         try:
-            for log in self._logs:
+            for log in [*self._logs, *self._dumps()]:
                 if self._stored.get(log.path.name) != log.taken:
                     taken, content = log.content()
                     store, prefix = self._opened()
@@ -85,6 +105,12 @@ class LogUploads:
             self._complain(str(error))
         except Exception as error:  # a failed upload must not stop the stage
             self._complain(f"{type(error).__name__}: {error}"[:MAX_REASON])
+
+    def _dumps(self) -> list[Dump]:
+        """Return the dumps of libraries that are there by now."""
+        if self._folder is None:
+            return []
+        return [Dump(path) for path in sorted(self._folder.glob(f"{FLIGHT_RECORDER}*")) if path.is_file()]
 
     def _opened(self) -> tuple[Store, str]:
         if self._target is None:

@@ -68,11 +68,17 @@ class RankLogs:
         # A daemon, because a child process that holds a pipe open must not keep the launcher from exiting.
         self._copier = threading.Thread(target=self._copy, name="logs", daemon=True)
         self._copier.start()
-        self._uploads = LogUploads(stage, [sink.log for sink in self._sinks], self.say)
+        self._uploads = LogUploads(stage, [sink.log for sink in self._sinks], self.say, folder=folder)
 
     def say(self, message: str) -> None:
         """Print a line of the launcher itself."""
         self._output.put(f"[launcher] {message}\n".encode())
+
+    def note(self, index: int, text: str) -> None:
+        """Add a text of the launcher to the log of one of this node's ranks, and to the output."""
+        data = b"".join(f"[launcher] {line}\n".encode() for line in text.splitlines())
+        self._sinks[min(index, len(self._sinks) - 1)].log.append(data)
+        self._output.put(data)
 
     def end_of(self, index: int) -> bytes:
         """Read the remaining output of the ended workers; return the end of the log of one of this node's ranks."""
