@@ -123,6 +123,7 @@ JOBSETS = Resource(names.JOBSET_GROUP, names.JOBSET_VERSION, names.JOBSET_PLURAL
 WORKLOADS = Resource(names.KUEUE_GROUP, names.KUEUE_WORKLOAD_VERSION, names.KUEUE_WORKLOAD_PLURAL, "Workload")
 PODS = Resource("", "v1", "pods", "Pod")
 CONFIG_MAPS = Resource("", "v1", "configmaps", "ConfigMap")
+NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
 EVENTS = Resource("", "v1", "events", "Event")
 LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 

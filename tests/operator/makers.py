@@ -29,6 +29,7 @@ from stagecoach_operator.events import RunEvent
 from stagecoach_operator.kube import (
     CONFIG_MAPS,
     JOBSETS,
+    NETWORK_POLICIES,
     PODS,
     TRAINING_RUNS,
     WORKLOADS,
@@ -317,6 +318,7 @@ PODS_END = "kubelet"
 _RESOURCES = {item.plural: item for item in (TRAINING_RUNS, JOBSETS, PODS, CONFIG_MAPS, WORKLOADS)}
 _RESOURCES |= {"leases": Resource("coordination.k8s.io", "v1", "leases", "Lease")}
 _RESOURCES |= {"events": Resource("", "v1", "events", "Event")}
+_RESOURCES |= {NETWORK_POLICIES.plural: NETWORK_POLICIES}
 _RESOURCES_BY_KIND = {item.kind: item for item in _RESOURCES.values()}
 
 

@@ -18,7 +18,7 @@ from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_operator import artifact_lookup as lookup
 from stagecoach_operator import planning
-from stagecoach_operator.kube import JOBSETS, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
+from stagecoach_operator.kube import JOBSETS, NETWORK_POLICIES, PODS, TRAINING_RUNS, WORKLOADS, Body, Resource
 from stagecoach_operator.permitted import Allowed
 from stagecoach_operator.progress_reports import ProgressReport
 from tests.operator.makers import Ends, Operator, World, data_stage, drive
@@ -93,6 +93,18 @@ def test_a_transition_takes_three_writes_and_no_reads(world: World) -> None:
         ["create", "jobsets"],
     ]
     assert world.api.reads == []
+
+
+def test_an_attempt_gets_a_network_policy_at_the_cost_of_one_write_before_its_pods(world: World) -> None:
+    world.settings = world.settings.model_copy(update={"network_policies": True})
+    world.submit(data_stage("a"))
+    play(world)
+    assert states(world) == [StageState.SUCCEEDED]
+    made = [what.split(" ")[1] for what in world.api.writes if what.startswith("create ") and "events" not in what]
+    assert sorted(made[1:3]) == ["configmaps", "networkpolicies"]
+    assert made[3] == "jobsets"
+    (policy,) = world.api.all_of(NETWORK_POLICIES)
+    assert policy["metadata"]["ownerReferences"][0]["uid"] == world.run().meta.uid
 
 
 def test_pods_that_start_slowly_do_not_delay_the_status(world: World) -> None:

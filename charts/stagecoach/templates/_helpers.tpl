@@ -94,6 +94,9 @@ capabilities: {drop: [ALL]}
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [create]
 - apiGroups: [""]
   resources: [pods]
   # Delete: pods on lost nodes, and those whose JobSet others have deleted.

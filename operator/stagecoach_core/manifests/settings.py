@@ -42,6 +42,9 @@ class ManifestSettings(Model):
     work_size_limit: Quantity | None = None
     """Size limit of a pod's scratch space, checkpoints and fetched inputs. If unset: the node's own limit."""
 
+    network_policies: bool = False
+    """Whether each attempt gets a NetworkPolicy that lets only its own pods connect to each other."""
+
     progress_url: str | None = None
     """Base URL under which pods reach the progress server, such as `https://stagecoach.stagecoach-system.svc:8443`.
     If unset: stages do not report."""
