@@ -32,6 +32,13 @@ FAULT_CHARACTERS = 256
 MAX_WARNINGS = 8
 WARNING_CHARACTERS = 256
 
+WAITING_FAULT = "waiting: "
+"""Begins the fault of an attempt that waited too long; the reason for which it waited follows."""
+PROCESS_FAULT = "process: "
+"""Begins the fault of an attempt whose process ended without a result, in a way that an environment may repeat."""
+OUT_OF_MEMORY_FAULT = f"{PROCESS_FAULT}OOMKilled"
+"""The fault of an attempt that needed more memory than its limit."""
+
 
 class Cause(StrEnum):
     """Why an attempt ended without a result; each has a retry budget of its own."""
@@ -56,6 +63,14 @@ CAUSE_OF_EXIT: dict[int, Cause] = {
 def cause_of_exit(code: int) -> Cause:
     """Return the cause of an exit code other than 0; a negative code is the signal that killed the worker."""
     return CAUSE_OF_EXIT.get(code, Cause.INFRASTRUCTURE)
+
+
+def process_fault(code: int) -> str | None:
+    """Return the fault of a process that wrote no result. `code`: its exit code, negative for a signal.
+
+    None unless it ended on its own account, with a code that has no meaning: a missing program (127), for instance.
+    """
+    return f"{PROCESS_FAULT}exit code {code}" if code > 0 and code not in CAUSE_OF_EXIT else None
 
 
 class AttemptResult(Model):

@@ -111,7 +111,9 @@ class Queue(Model):
 
 
 class Retries(Model):
-    """Number of times a failed stage is retried, by cause. Interruptions such as preemption are not counted."""
+    """Number of times a failed stage is retried within `windowDays`, by cause. Interruptions such as preemption are not
+    counted. An end that recurs without a new checkpoint in between becomes an error of the run itself: an error at the
+    same place the second time, a missing image or too little memory the third time."""
 
     infrastructure: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Retries after lost nodes or pods, killed processes and storage failures. If unset: 20."""
@@ -121,6 +123,27 @@ class Retries(Model):
 
     user: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Retries after errors in the run itself, which would happen again. If unset: 0."""
+
+    window_days: Annotated[int, Field(ge=1, le=3650)] | None = None
+    """Days for which a failure counts. Without a new checkpoint, at most ten times as many are retried, of whatever
+    age. If unset: 7."""
+
+
+class Deadlines(Model):
+    """Longest time that an attempt may wait before it runs. Then it ends, and its reason becomes the stage's."""
+
+    quota_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Longest wait for the queue's quota, in seconds; the stage then fails. If unset: 604800, which is 7 days."""
+
+    scheduling_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Longest wait for nodes that fit, in seconds; the stage then fails. If unset: 86400, which is a day."""
+
+    image_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Longest wait for an image or a Secret that cannot be had, in seconds. Tried three times. If unset: 300."""
+
+    start_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Longest wait for the containers to start, in seconds, and longest silence of a running attempt before its first
+    report, which counts as a hang. If unset: 1800."""
 
 
 class StageSettings(Model):
@@ -139,11 +162,14 @@ class StageSettings(Model):
     retries: Retries = Retries()
     """Retries of a failed stage, by cause."""
 
+    deadlines: Deadlines = Deadlines()
+    """How long an attempt may wait before it runs."""
+
     pods: Pods = Pods()
     """Placement and environment of the pods on a cluster."""
 
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Longest duration of an attempt, in seconds. If unset: no limit."""
+    """Longest time that an attempt runs, in seconds; time in a queue does not count. If unset: no limit."""
 
 
 class NamedStage(StageSettings):
@@ -227,6 +253,14 @@ class RunSpec(Model):
     cancel: bool = False
     """Stop everything that runs and start nothing more; finished stages and saved checkpoints are kept. Takes
     precedence over `suspend`. Setting it back to false resumes the run from its checkpoints."""
+
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What happens to the other stages once one has failed: with `stop` none of them starts; with `continue` those that
+    do not depend on it still run. Either way the run fails in the end."""
+
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=10**9)] | None = None
+    """Seconds after which a run that is complete, failed or cancelled is deleted from the cluster, as a Job would be;
+    artifacts are kept. If unset: it is not deleted."""
 
     defaults: StageSettings = StageSettings()
     """Settings that stages inherit."""

@@ -198,6 +198,16 @@ class Restarts(Model):
     """Attempts that were asked to stop. They do not count against the retry budgets."""
 
 
+class FailureGroup(Restarts):
+    """Number of failed attempts that ended at about the same time."""
+
+    until: AwareDatetime
+    """Time at which the last of them ended."""
+
+    last_step: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    """Newest complete checkpoint that they left. If unset: not known."""
+
+
 class ForgottenAttempts(Restarts):
     """Number of failed attempts that `attempts` no longer lists. They still count against the retry budgets."""
 
@@ -206,6 +216,9 @@ class ForgottenAttempts(Restarts):
 
     until: AwareDatetime
     """Time at which the last of them ended."""
+
+    groups: Annotated[tuple[FailureGroup, ...], Field(max_length=6)] = ()
+    """The same attempts by the time at which they ended, oldest first."""
 
 
 class Incarnation(Model):
@@ -224,6 +237,16 @@ class Incarnation(Model):
     """Time at which the pod's container started. If unset: it has not started."""
 
 
+class WaitStatus(Model):
+    """Something that an attempt has been waiting for since it was created, or since it last ran."""
+
+    reason: Annotated[str, Field(max_length=64)]
+    """Reason for which it waits, such as `Unschedulable`."""
+
+    since: AwareDatetime
+    """Time at which the operator first saw it wait for this."""
+
+
 class AttemptStatus(Model):
     """Status of one attempt at running a stage."""
 
@@ -240,7 +263,14 @@ class AttemptStatus(Model):
     """Time at which the attempt was created."""
 
     running_since: AwareDatetime | None = None
-    """Time at which the last of its pods started running. If unset: not all of them have started."""
+    """Time since which all of its pods run, by the operator's clock. If unset: not all of them have started, or a queue
+    has stopped them."""
+
+    ran_seconds: Annotated[float, Field(ge=0, le=1e10)] = 0.0
+    """Seconds that it ran before `runningSince`, until a queue stopped its pods."""
+
+    waits: Annotated[tuple[WaitStatus, ...], Field(max_length=8)] = ()
+    """What it has been waiting for. Empty while it runs."""
 
     ended: AwareDatetime | None = None
     """Time at which the attempt ended: its result was reported, or none of its objects was left. If unset: it has not
@@ -309,6 +339,9 @@ class StageStatus(Model):
 
     attempt: NonNegativeCount = 0
     """Number of the newest attempt; 0 before the first."""
+
+    counted_from: NonNegativeCount = 0
+    """Number of the first attempt that counts since the user last asked for a retry; earlier ones are not charged."""
 
     digest: Digest | None = None
     """Stage digest: identifies the work by configuration, inputs, code and seed. If unset: not known until every input
@@ -388,6 +421,10 @@ class TrainingRunStatus(Model):
 
     summary: Summary | None = None
     """Values of the columns of `kubectl get`. If unset: the run has not been processed yet."""
+
+    retry: Annotated[str, Field(max_length=128)] = ""
+    """Value of the annotation `stagecoach.dev/retry` that was carried out last, or its SHA-256 if it is long. Empty if
+    there was none."""
 
     plan_digest: Digest | None = None
     """Digest of the resolved plan, made when the run was accepted. If unset: the run has not been accepted."""

@@ -18,7 +18,8 @@ from stagecoach_core.policies.stopping import (
     stop_suspended,
     stop_unselected,
 )
-from stagecoach_core.policies.timeout import deadline, stop_overdue
+from stagecoach_core.policies.timeout import deadline, limits_of, stop_overdue
+from stagecoach_core.policies.waiting import stop_waiting, wait_ends
 from stagecoach_core.values import Action, Attempt, Decision, LookUp, Observed, Plan, Start, Stop
 from stagecoach_core.views import TERMINAL, DecisionContext, blocked_stages, run_state, view_of
 
@@ -78,7 +79,8 @@ def _stop(attempt: Attempt, facts: Mapping[str, StageFacts], observed: Observed,
         or stop_unselected(attempt, observed.selected)
         or stop_superseded(attempt, stage.digest, inputs_change=not stage.undetermined)
         or stop_duplicate(attempt, newest=stage.newest)
-        or stop_overdue(attempt, stage.planned.stage.timeout_seconds, now)
+        or stop_waiting(attempt, stage.planned.stage.deadlines, now)
+        or stop_overdue(attempt, stage.planned.stage.timeout_seconds, now, limits_of(stage.planned.stage.deadlines))
     )
 
 
@@ -94,11 +96,12 @@ def _look_ups(facts: Mapping[str, StageFacts], observed: Observed) -> list[LookU
 
 
 def _ready(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> list[str]:
-    """Return the stages that can start now if capacity allows. No stage starts once one has failed.
+    """Return the stages that can start now if capacity allows.
 
-    Two stages with equal digests are the same work: one runs, the other waits for its artifact.
+    No stage starts once one has failed, unless the run is to keep going. Two stages with equal digests are the same
+    work: one runs, the other waits for its artifact.
     """
-    if observed.cancel or observed.suspend or any(stage.failed for stage in facts.values()):
+    if not _may_start(facts, observed):
         return []
     # Digests, not stages: an attempt of another stage, or of one that was removed, may be doing the same work.
     in_work: set[str | None] = {attempt.digest for attempt in observed.attempts if attempt.is_live}
@@ -108,6 +111,12 @@ def _ready(facts: Mapping[str, StageFacts], observed: Observed, now: float) -> l
             ready.append(name)
             in_work.add(stage.digest)
     return ready
+
+
+def _may_start(facts: Mapping[str, StageFacts], observed: Observed) -> bool:
+    if observed.cancel or observed.suspend:
+        return False
+    return observed.keep_going or not any(stage.failed for stage in facts.values())
 
 
 def _starts(ready: Sequence[str], facts: Mapping[str, StageFacts], observed: Observed) -> list[Start]:
@@ -127,12 +136,16 @@ def _look_again_at(
     """Return the next time at which the decision changes though nothing happens: the end of a back-off, a deadline."""
     stopped = {(stop.stage, stop.number) for stop in stops}
     times = [
-        deadline(attempt, stage.planned.stage.timeout_seconds)
+        moment
         for stage in facts.values()
         for attempt in stage.live_attempts
-        if (stage.name, attempt.number) not in stopped
+        if (stage.name, attempt.number) not in stopped and not attempt.is_stopping
+        for moment in (
+            deadline(attempt, stage.planned.stage.timeout_seconds, limits_of(stage.planned.stage.deadlines)),
+            wait_ends(attempt, stage.planned.stage.deadlines),
+        )
     ]
     # The end of a back-off matters only if a stage may start then (see `_ready`).
-    if not (observed.cancel or observed.suspend or any(stage.failed for stage in facts.values())):
+    if _may_start(facts, observed):
         times.extend(stage.retry.not_before for stage in facts.values() if stage.startable)
     return min((time for time in times if time is not None and time > now), default=None)

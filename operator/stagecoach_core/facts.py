@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stagecoach_api.outcomes import Cause
 from stagecoach_core.digest import input_digests, stage_digest
 from stagecoach_core.graph import ancestors
 from stagecoach_core.policies.retry import RetryDecision, decide_retry, ended_at, without_result
-from stagecoach_core.values import Attempt, Found, Missing, Observed, Plan, PlannedStage
+from stagecoach_core.values import Attempt, Forgotten, Found, Missing, Observed, Plan, PlannedStage
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,8 @@ def _facts_of(
     attempts = tuple(sorted((item for item in observed.attempts if item.stage == name), key=lambda item: item.number))
     upstream = tuple(key for key in planned.upstream if key not in finished)
     artifact, needs_look_up = _artifact(name, digest, attempts, observed)
-    forced = name in observed.forced
     # With `--from`, attempts from before the command neither count as failures nor as work of this run.
-    counted = tuple(item for item in attempts if not forced or item.started >= observed.forced_since)
+    counted = tuple(item for item in attempts if item.number >= observed.forced.get(name, 0))
     return StageFacts(
         name=name,
         planned=planned,
@@ -96,9 +94,7 @@ def _facts_of(
         digest=digest,
         # A stage is not finished before those it comes after (`after`), although its digest does not depend on them.
         artifact=None if upstream else artifact,
-        made_by_run=any(
-            item.digest == digest and (item.is_live or ended_at(item) >= observed.since) for item in counted
-        ),
+        made_by_run=any(item.digest == digest and not item.past for item in counted),
         needs_look_up=needs_look_up,
         undetermined=needs_look_up or any(before[key].undetermined for key in upstream),
         upstream=upstream,
@@ -111,7 +107,7 @@ def _artifact(
     name: str, digest: str | None, attempts: tuple[Attempt, ...], observed: Observed
 ) -> tuple[Found | None, bool]:
     """Return the stage's artifact, and whether it must be looked up in the store."""
-    if digest is None or (name in observed.forced and not _redone(digest, attempts, observed.forced_since)):
+    if digest is None or (name in observed.forced and not _redone(digest, attempts, observed.forced[name])):
         return None, False
     # An artifact that was found stays found: artifacts are immutable, so the answer needs no time.
     answer = observed.artifacts.get(digest)
@@ -121,8 +117,8 @@ def _artifact(
     return None, answer is None or (not in_progress and _is_stale(answer, digest, observed.attempts))
 
 
-def _redone(digest: str, attempts: tuple[Attempt, ...], forced_since: float) -> bool:
-    return any(item.is_done and item.digest == digest and item.started >= forced_since for item in attempts)
+def _redone(digest: str, attempts: tuple[Attempt, ...], first: int) -> bool:
+    return any(item.is_done and item.digest == digest and item.number >= first for item in attempts)
 
 
 def _is_stale(answer: Missing, digest: str, attempts: tuple[Attempt, ...]) -> bool:
@@ -144,19 +140,17 @@ def _retry(
 ) -> RetryDecision:
     if digest is None:
         return RetryDecision()
-    ended = without_result(attempts, digest, observed.since)
+    ended = without_result(attempts, digest)
     older = _forgotten(planned.stage.name, digest, observed)
     if artifact is not None or needs_look_up:
         # Finished, or not yet known to be unfinished: there is nothing to decide, only the counts are reported.
-        counts = Counter(item.cause for item in ended if item.cause is not None)
-        return RetryDecision(restarts=dict(counts + Counter(older)))
+        counts = Counter(item.cause for item in ended if item.cause is not None and not item.past)
+        for group in older:
+            counts.update(group.counts)
+        return RetryDecision(restarts=dict(+counts))
     return decide_retry(ended, planned.stage.retries, older)
 
 
-def _forgotten(name: str, digest: str, observed: Observed) -> Mapping[Cause, int]:
-    """Return the number of attempts, by cause, that count although the driver no longer stores them individually."""
-    older = observed.forgotten.get((name, digest))
-    # Their individual ends are not stored. If the last ended before the request, all of them did.
-    if older is None or older.until < observed.since or name in observed.forced:
-        return {}
-    return older.counts
+def _forgotten(name: str, digest: str, observed: Observed) -> tuple[Forgotten, ...]:
+    """Return the attempts that count although the driver no longer stores them individually."""
+    return () if name in observed.forced else observed.forgotten.get((name, digest), ())

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 from stagecoach_api.fields import format_path
 from stagecoach_api.pods import Pods
-from stagecoach_api.spec import Resources, Retries, Stage, StageSettings, TrainingRun
+from stagecoach_api.spec import Deadlines, Resources, Retries, Stage, StageSettings, TrainingRun
 from stagecoach_core.graph import GraphError, topological_order
 from stagecoach_core.policies.retry import DEFAULT_BUDGETS
+from stagecoach_core.policies.waiting import DEFAULT_DEADLINES
 from stagecoach_core.values import External, Plan, PlannedStage
 
-SettingsT = TypeVar("SettingsT", Resources, Retries, Pods)
+SettingsT = TypeVar("SettingsT", Resources, Retries, Deadlines, Pods)
 
 
 class PlanError(ValueError):
@@ -61,6 +62,7 @@ def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
             "resources": _merged(stage.resources, defaults.resources),
             "queue": stage.queue if stage.queue is not None else defaults.queue,
             "retries": _merged(_merged(stage.retries, defaults.retries), DEFAULT_BUDGETS),
+            "deadlines": _merged(_merged(stage.deadlines, defaults.deadlines), DEFAULT_DEADLINES),
             "pods": _merged(stage.pods, defaults.pods),
             "timeout_seconds": stage.timeout_seconds if stage.timeout_seconds is not None else defaults.timeout_seconds,
             "seed": stage.seed if stage.seed is not None else seed,

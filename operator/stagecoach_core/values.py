@@ -24,6 +24,31 @@ class AttemptState(StrEnum):
     """None of its processes is left."""
 
 
+class WaitKind(StrEnum):
+    """What an attempt that does not run yet is waiting for; each has a deadline of its own (`policies.waiting`)."""
+
+    QUOTA = "quota"
+    """Quota of its queue."""
+    SCHEDULING = "scheduling"
+    """A node for each of its pods, or permission to create them."""
+    IMAGE = "image"
+    """Its image or a Secret, which cannot be had."""
+    PODS = "pods"
+    """Its containers to start; nothing is known to be wrong."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What an attempt is waiting for."""
+
+    kind: WaitKind
+    since: float
+    """When the driver first saw it waiting for this since it last ran, by the driver's clock."""
+    reason: str = ""
+    """Stable name of the reason, such as `ImageUnavailable`."""
+    message: str = ""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One attempt at running a stage, as the state machine sees it.
@@ -43,7 +68,10 @@ class Attempt:
     started: float
     """When it was requested, in seconds since the epoch."""
     running_since: float | None = None
-    """When its processes started running. None if they have not, or if only `started` is known."""
+    """When its processes started running: by the driver's clock, which `now` is compared with, not by a node's. None if
+    they do not run. If ended: when those started that ran at the end."""
+    ran_before: float = 0.0
+    """Seconds that it ran before `running_since`. A queue may have stopped it in between; that time does not count."""
     ended: float | None = None
     """When its last process ended. None if it has not."""
     cause: Cause | None = None
@@ -60,6 +88,18 @@ class Attempt:
     """If ended: type and place of an error that may recur (`AttemptResult.fault`). Empty if there is none."""
     last_step: int | None = None
     """If ended: last step with a complete checkpoint, if it reported one."""
+    wait: Wait | None = None
+    """What it is waiting for. None if it runs, has ended, or the driver does not know."""
+    past: bool = False
+    """Whether it ended before the user requested this run, or a retry of it. It is then not charged, and an artifact
+    it made counts as cached. Its driver knows by order, not by comparing clocks."""
+
+    @property
+    def running_seconds(self) -> float:
+        """How long an ended attempt ran, in seconds, without the time in which a queue held it."""
+        if self.running_since is None or self.ended is None:
+            return self.ran_before
+        return self.ran_before + max(0.0, self.ended - self.running_since)
 
     @property
     def is_live(self) -> bool:
@@ -148,6 +188,8 @@ class Forgotten:
     """Number of attempts by the cause they were charged to."""
     until: float
     """When the last of them ended, in seconds since the epoch."""
+    last_step: int | None = None
+    """Newest complete checkpoint that they left. None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -158,19 +200,19 @@ class Observed:
     """All stored attempts of this run, of every stage, including those that have ended."""
     artifacts: Mapping[str, Found | Missing] = field(default_factory=dict)
     """The newest answers of the store, by stage digest. A digest without an answer has not been looked up."""
-    forgotten: Mapping[tuple[str, str], Forgotten] = field(default_factory=dict)
-    """Attempts older than those in `attempts`, by stage and stage digest. They count against the budgets, too."""
-    since: float = 0.0
-    """When the user requested this run, or a retry of it. Failures of attempts that ended earlier are not charged, and
-    artifacts of attempts that ended earlier count as cached."""
+    forgotten: Mapping[tuple[str, str], tuple[Forgotten, ...]] = field(default_factory=dict)
+    """Attempts older than those in `attempts`, by stage and stage digest, in groups, oldest first. They count against
+    the budgets, too."""
     suspend: bool = False
     cancel: bool = False
+    keep_going: bool = False
+    """Whether stages that do not depend on a failed one still run (`onFailure: continue`)."""
     selected: frozenset[str] | None = None
     """Stages that may run (`--until`). None for all."""
-    forced: frozenset[str] = frozenset()
-    """Stages whose cached artifact is ignored (`--from`), until an attempt started at or after `forced_since` has
-    succeeded. A driver that deletes the old artifact must drop the answer about it, too."""
-    forced_since: float = 0.0
+    forced: Mapping[str, int] = field(default_factory=dict)
+    """Stages whose cached artifact is ignored (`--from`), until an attempt with this number or a later one has
+    succeeded. Earlier attempts do not count as failures either. A driver that deletes the old artifact must drop the
+    answer about it, too."""
     capacity: Capacity = Capacity()
 
 
@@ -203,6 +245,8 @@ class Stop:
     reason: str
     cause: Cause = Cause.PREEMPTION
     """Cause to charge if the attempt ends without a result. The driver stores it with the attempt."""
+    fault: str = ""
+    """`Attempt.fault` of an attempt that is stopped for a reason that may recur. The driver stores it, too."""
 
 
 Action = LookUp | Start | Stop
@@ -219,7 +263,7 @@ class StageView:
     attempt: int = 0
     """Number of the newest attempt; 0 if there is none."""
     restarts: Mapping[Cause, int] = field(default_factory=dict)
-    """Number of attempts at this digest that ended without a result since `Observed.since`, by cause."""
+    """Number of attempts at this digest that ended without a result since the user's request, by cause."""
     waiting_for: str = ""
     """What a stage that is neither running nor ended is waiting for, as text. Empty if nothing."""
     message: str = ""

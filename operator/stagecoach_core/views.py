@@ -33,6 +33,11 @@ class DecisionContext:
     def failed(self) -> list[str]:
         return [name for name, stage in self.facts.items() if stage.failed]
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the failure of a stage keeps all others from starting."""
+        return bool(self.failed) and not self.observed.keep_going
+
 
 def blocked_stages(facts: Mapping[str, StageFacts]) -> dict[str, str]:
     """Return the stages that cannot run in the present state of the others, with the reason."""
@@ -88,7 +93,7 @@ def _state_of(stage: StageFacts, context: DecisionContext) -> tuple[StageState, 
         return StageState.FAILED, "", stage.retry.message
     if stage.name in context.blocked:
         return StageState.SKIPPED, "", context.blocked[stage.name]
-    if context.observed.cancel and not context.failed:  # a run that has failed stays failed
+    if context.observed.cancel and not context.is_stopped:  # a run that has failed stays failed
         return StageState.CANCELLED, "", "the run is cancelled"
     return _waiting_state(stage, context)
 
@@ -102,7 +107,7 @@ def _live_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState
 def _waiting_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
     if stage.name in context.looking_up:
         return StageState.PENDING, f"the store's answer whether artifact {(stage.digest or '')[:12]} exists", ""
-    if context.failed and not context.looking_up:
+    if context.is_stopped and not context.looking_up:
         return StageState.SKIPPED, "", f"not started: {_stages(context.failed)} failed"
     if context.observed.suspend:
         return StageState.SUSPENDED, "the run to be resumed", stage.retry.message
@@ -116,7 +121,7 @@ def _ready_stage_waits_for(stage: StageFacts, context: DecisionContext) -> str:
     """Return what a stage whose inputs are all finished is waiting for."""
     if stage.name in context.starting:
         return f"attempt {stage.newest + 1} to start"
-    if context.failed:
+    if context.is_stopped:
         return "the store's answers about other stages"  # the run will fail, but look-ups are open
     if context.now < stage.retry.not_before:
         return f"the back-off after attempt {stage.newest} to end"
@@ -153,31 +158,40 @@ def run_state(context: DecisionContext) -> tuple[RunState, str]:
         return RunState.COMPLETE, ""
     # Pending look-ups are awaited, so that the final status shows which stages are cached.
     ending = RunState.PROGRESSING if context.looking_up else RunState.FAILED
+    is_over = all(stage.failed or stage.name in context.blocked for stage in unfinished)
     # Before suspension and cancellation: a failed run stays Failed, whatever is requested afterwards.
-    if context.failed:
+    if context.is_stopped or (context.failed and is_over):
         return ending, _failure_message(context)
-    if all(stage.name in context.blocked for stage in unfinished):
+    if is_over:
         name = unfinished[0].name
         return ending, f"stage `{name}` cannot run: {context.blocked[name]}"
     return _idle_state(context)
 
 
 def _idle_state(context: DecisionContext) -> tuple[RunState, str]:
-    """Return the state of a run without live attempts and failures, and with a stage that could run."""
+    """Return the state of a run without live attempts, and with a stage that could run."""
+    failures = f"; {_failure_message(context)}" if context.failed else ""
     if context.observed.cancel:
-        return RunState.CANCELLED, "cancelled"
+        return RunState.CANCELLED, f"cancelled{failures}"
     if context.observed.suspend:
-        return RunState.SUSPENDED, "suspended"
-    return RunState.PROGRESSING, ""
+        return RunState.SUSPENDED, f"suspended{failures}"
+    return RunState.PROGRESSING, failures.removeprefix("; ")
 
 
 def _live_message(context: DecisionContext) -> str:
     if context.failed:
-        return f"{_failure_message(context)}; stages that still run may finish"
+        others = (
+            "stages that do not need it continue" if context.observed.keep_going else "stages that still run may finish"
+        )
+        return f"{_failure_message(context)}; {others}"
     if context.observed.cancel:
         return "being cancelled"
     return "being suspended" if context.observed.suspend else ""
 
 
 def _failure_message(context: DecisionContext) -> str:
-    return "; ".join(f"stage `{name}` failed: {context.facts[name].retry.message}" for name in context.failed)
+    """Name every stage that failed, and those that cannot run because of it."""
+    failures = [f"stage `{name}` failed: {context.facts[name].retry.message}" for name in context.failed]
+    skipped = [name for name in context.blocked if context.facts[name].selected]
+    text = f"not run, because they need it: {', '.join(f'`{name}`' for name in skipped)}"
+    return "; ".join([*failures, *[text] * bool(skipped and context.observed.keep_going)])

@@ -73,6 +73,10 @@ class Driver:
     clock: Callable[[], float] = time.time
 
     _since: float = 0.0
+    _past: set[tuple[str, int]] = field(default_factory=set)
+    """Attempts that had ended before this driver started, by stage and number."""
+    _first: dict[str, int] = field(default_factory=dict)
+    """Number of the first attempt that this driver may start, by stage, if it is not 1."""
     _ended: list[AttemptRecord] = field(default_factory=list)
     _live: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
     _artifacts: dict[str, Found | Missing] = field(default_factory=dict)
@@ -137,17 +141,19 @@ class Driver:
             self._refresh(attempt)
         return Observed(
             attempts=tuple(
-                [observed_end(record) for record in self._ended]
+                [self._observed_end(record) for record in self._ended]
                 + [attempt.observed() for attempt in self._live.values()]
             ),
             artifacts=dict(self._artifacts),
-            since=self._since,
             suspend=self.job.suspend or self.interrupts() > 0,
             cancel=self.job.cancel or self.cancelled(),
             selected=self.job.selected,
-            forced=self.job.forced,
-            forced_since=self._since,
+            keep_going=self.job.keep_going,
+            forced={name: self._first.get(name, 1) for name in self.job.forced},
         )
+
+    def _observed_end(self, record: AttemptRecord) -> Attempt:
+        return replace(observed_end(record), past=(record.stage, record.number) in self._past)
 
     def _snapshot(self, decision: Decision, views: Mapping[str, StageView], now: float) -> Snapshot:
         return Snapshot(
@@ -273,7 +279,9 @@ class Driver:
         """Load the attempts of earlier drivers of this run; the processes of some may still be running."""
         record = self.job.folder.load()
         for attempt in () if record is None else record.attempts:
+            self._first[attempt.stage] = max(self._first.get(attempt.stage, 1), attempt.number + 1)
             if attempt.ended is not None:
+                self._past.add((attempt.stage, attempt.number))
                 self._ended.append(attempt)
                 continue
             folder = self.job.folder.attempt(attempt.stage, attempt.number)
@@ -284,6 +292,8 @@ class Driver:
                 # Its launcher has read end-of-file from the previous driver's pipe and is already stopping.
                 self.view.notify(f"{attempt.stage}: attempt {attempt.number} is still stopping, its driver was killed")
                 self._ask_to_stop(live, ORPHANED, Cause.PREEMPTION)
+            else:
+                self._past.add((attempt.stage, attempt.number))
 
     def _reap(self) -> None:
         """Record attempts whose process has ended; kill those that exceed the grace period."""
@@ -308,7 +318,7 @@ class Driver:
         return [
             observed_end(record)
             for record in self._ended
-            if (record.stage, record.digest) == (stage, digest) and (record.ended or 0.0) >= self._since
+            if (record.stage, record.digest) == (stage, digest) and (record.stage, record.number) not in self._past
         ]
 
     def _handle_interrupts(self) -> None:
@@ -344,7 +354,8 @@ class Driver:
     def _tried_since(self, action: Start) -> bool:
         """Whether this invocation has already tried the stage at this digest."""
         return any(
-            record.stage == action.stage and record.digest == action.digest and record.started >= self._since
+            (record.stage, record.digest) == (action.stage, action.digest)
+            and record.number >= self._first.get(action.stage, 1)
             for record in self._ended
         )
 

@@ -158,7 +158,7 @@ def check_cache(
     manifests: dict[str, Manifest] = {}
     while True:
         now = time.time()
-        observed = Observed(artifacts=artifacts, selected=selected, forced=forced, forced_since=now, since=now)
+        observed = Observed(artifacts=artifacts, selected=selected, forced=dict.fromkeys(forced, 1))
         decision = decide(prepared.plan, observed, now)
         digests = [action.digest for action in decision.actions if isinstance(action, LookUp)]
         if not digests:

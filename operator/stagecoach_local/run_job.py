@@ -38,6 +38,8 @@ class Job:
     """`spec.suspend` of the run."""
     cancel: bool = False
     """`spec.cancel` of the run."""
+    keep_going: bool = False
+    """Whether `spec.onFailure` of the run is `continue`."""
     selected: frozenset[str] | None = None
     """Stages to work on; None for all."""
     forced: frozenset[str] = frozenset()

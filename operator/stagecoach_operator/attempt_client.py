@@ -20,6 +20,7 @@ from stagecoach_core.manifests.stage_attempt import StageAttempt
 from stagecoach_core.policies.avoidance import AvoidedNode
 from stagecoach_core.resolve import resolved_stage
 from stagecoach_core.values import Found, Start
+from stagecoach_operator.attempt_times import waiting_since
 from stagecoach_operator.confirmation import adopt
 from stagecoach_operator.kube import (
     CONFIG_MAPS,
@@ -210,7 +211,8 @@ class AttemptClient:
         """Return the newest warning event of stuck pods, and of JobSets without pods, by UID."""
         warnings: dict[str, str] = {}
         for attempt in attempts:
-            for pod in stuck_pods(attempt.pods, now)[:MAX_DIAGNOSED_PODS]:
+            since = waiting_since(attempt.record, now)
+            for pod in stuck_pods(attempt.pods, since, now)[:MAX_DIAGNOSED_PODS]:
                 warnings[pod.meta.uid] = await self._newest_warning(
                     pod.meta.namespace, f"involvedObject.uid={pod.meta.uid}"
                 )
@@ -240,7 +242,7 @@ def lacks_pods(attempt: ObservedAttempt, now: float) -> bool:
     jobset = attempt.jobset
     if jobset is None or jobset.meta.deleting or jobset.suspended or attempt.pods or attempt.deletion_reason:
         return False
-    return now > jobset.meta.created + STUCK_SECONDS
+    return now > waiting_since(attempt.record, now) + STUCK_SECONDS
 
 
 def stage_attempt(run: RunView, frozen: FrozenPlan, action: Start, artifacts: Mapping[str, Found]) -> StageAttempt:

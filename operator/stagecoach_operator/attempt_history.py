@@ -6,12 +6,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from stagecoach_api.outcomes import Cause
-from stagecoach_api.status import AttemptStatus, ForgottenAttempts, StageStatus, TrainingRunStatus
+from stagecoach_api.status import (
+    AttemptStatus,
+    FailureGroup,
+    ForgottenAttempts,
+    Restarts,
+    StageStatus,
+    TrainingRunStatus,
+)
 from stagecoach_core.policies.retry import charged_to
 from stagecoach_core.values import Forgotten
-from stagecoach_operator.observe import AttemptKey, ObservedAttempt
+from stagecoach_operator.attempt_times import running_seconds
+from stagecoach_operator.observe import ObservedAttempt
+from stagecoach_operator.requests import AttemptKey
+from stagecoach_operator.termination import newest_step
 
 MAX_ATTEMPTS = 8
+MAX_GROUPS = 6
+MAX_COUNT = 10**15
+"""The largest number that a status can hold."""
 
 
 def records_of(status: TrainingRunStatus) -> dict[AttemptKey, AttemptStatus]:
@@ -19,33 +32,50 @@ def records_of(status: TrainingRunStatus) -> dict[AttemptKey, AttemptStatus]:
     return {(stage.name, record.number): record for stage in status.stages for record in stage.attempts}
 
 
-def forgotten_of(status: TrainingRunStatus) -> dict[tuple[str, str], Forgotten]:
+def forgotten_of(status: TrainingRunStatus) -> dict[tuple[str, str], tuple[Forgotten, ...]]:
     """Return the attempts counted in a status, by stage and digest."""
     return {
-        (stage.name, stage.forgotten.digest): Forgotten(_counts(stage.forgotten), stage.forgotten.until.timestamp())
+        (stage.name, stage.forgotten.digest): tuple(
+            Forgotten(_counts(group), group.until.timestamp(), group.last_step) for group in groups_of(stage.forgotten)
+        )
         for stage in status.stages
         if stage.forgotten is not None
     }
 
 
-def _counts(forgotten: ForgottenAttempts) -> dict[Cause, int]:
-    return {cause: getattr(forgotten, cause.value) for cause in Cause}
+def groups_of(forgotten: ForgottenAttempts) -> tuple[FailureGroup, ...]:
+    """Return the groups of the counted attempts; one of all of them if their ends are not known more closely."""
+    return forgotten.groups or (FailureGroup(until=forgotten.until, **_numbers(_counts(forgotten))),)
+
+
+def _counts(counted: Restarts) -> dict[Cause, int]:
+    return {cause: getattr(counted, cause.value) for cause in Cause}
+
+
+def _numbers(counts: Mapping[Cause, int]) -> dict[str, int]:
+    return {cause.value: min(MAX_COUNT, counts.get(cause, 0)) for cause in Cause}
 
 
 def bounded(
-    attempts: Iterable[ObservedAttempt], previous: StageStatus | None, now: float
+    attempts: Iterable[ObservedAttempt],
+    before: ForgottenAttempts | None,
+    now: float,
+    counted_from: int = 0,
+    most: int = MAX_ATTEMPTS,
 ) -> tuple[tuple[AttemptStatus, ...], ForgottenAttempts | None]:
     """Return the attempts of a stage that are kept, oldest first, and the count of the others.
 
-    Live attempts are always kept. The count is for one digest only, that of the newest attempt counted: failures of
-    other work do not use up the retry budget.
+    `before`: the count so far. `counted_from`: number of the first attempt to count. Live attempts are always kept. The
+    count is for one digest only, that of the newest attempt counted: failures of other work do not use up the retry
+    budget.
     """
     every = sorted(attempts, key=lambda attempt: attempt.record.number)
-    surplus = max(0, len(every) - MAX_ATTEMPTS)
+    surplus = max(0, len(every) - most)
     dropped = [attempt for attempt in every[:surplus] if attempt.record.ended is not None]
     gone = {attempt.record.number for attempt in dropped}
     kept = tuple(attempt.record for attempt in every if attempt.record.number not in gone)[-MAX_ATTEMPTS:]
-    return _with_newest_warnings(kept), _added(dropped, None if previous is None else previous.forgotten, now)
+    counted = [item for item in dropped if item.record.number >= counted_from]
+    return _with_newest_warnings(kept), _added(counted, before, now)
 
 
 def _with_newest_warnings(records: tuple[AttemptStatus, ...]) -> tuple[AttemptStatus, ...]:
@@ -61,11 +91,25 @@ def _added(
         ended = attempt.as_core_attempt(now)
         if attempt.record.cause is None or attempt.record.ended is None:
             continue
-        counts = Counter(_counts(before)) if before is not None and before.digest == ended.digest else Counter()
-        counts[charged_to(ended)] += 1
-        numbers = {cause.value: counts[cause] for cause in Cause}
-        before = ForgottenAttempts(digest=ended.digest, until=attempt.record.ended, **numbers)
+        groups = groups_of(before) if before is not None and before.digest == ended.digest else ()
+        numbers = _numbers({charged_to(ended): 1})
+        new = FailureGroup(until=attempt.record.ended, last_step=attempt.record.last_step, **numbers)
+        groups = merged_groups((*groups, new))
+        total = _numbers(sum((Counter(_counts(group)) for group in groups), Counter[Cause]()))
+        before = ForgottenAttempts(digest=ended.digest, until=groups[-1].until, groups=groups, **total)
     return before
+
+
+def merged_groups(groups: tuple[FailureGroup, ...], most: int = MAX_GROUPS) -> tuple[FailureGroup, ...]:
+    """Return at most `most` groups: the two whose ends are closest become one, which counts as long as its later."""
+    while len(groups) > most:
+        place = min(range(len(groups) - 1), key=lambda index: groups[index + 1].until - groups[index].until)
+        first, second = groups[place : place + 2]
+        numbers = _numbers(Counter(_counts(first)) + Counter(_counts(second)))
+        step = newest_step((first.last_step, second.last_step))
+        both = FailureGroup(until=max(first.until, second.until), last_step=step, **numbers)
+        groups = (*groups[:place], both, *groups[place + 2 :])
+    return groups
 
 
 def gpu_seconds(
@@ -76,12 +120,13 @@ def gpu_seconds(
 ) -> int:
     """Return the GPU seconds of all attempts that have ended: the previous total plus those that ended since.
 
+    Time in which a queue held an attempt does not count.
     `recorded`: the attempts of the previous status.
     """
     total = 0 if previous is None else previous.gpu_seconds
     for attempt in attempts:
         before = recorded.get(attempt.key)
-        begun, over = attempt.record.running_since, attempt.record.ended
-        if begun is not None and over is not None and (before is None or before.ended is None):
-            total += int(gpus * max(0.0, (over - begun).total_seconds()))
-    return total
+        over = attempt.record.ended
+        if over is not None and (before is None or before.ended is None):
+            total += int(gpus * running_seconds(attempt.record, over.timestamp()))
+    return min(MAX_COUNT, total)

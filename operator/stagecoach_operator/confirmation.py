@@ -16,7 +16,8 @@ from stagecoach_core.manifests.labels import identity_labels, owner_reference
 from stagecoach_operator.kube import JOBSETS, Body, Kube, NotServed, ObjectNotFound, RequestForbidden
 from stagecoach_operator.object_cache import Cache, Children
 from stagecoach_operator.object_views import RunView, controller_uid, jobset_view, template_labels
-from stagecoach_operator.observe import UNCLEAR_SECONDS, AttemptKey
+from stagecoach_operator.observe import UNCLEAR_SECONDS
+from stagecoach_operator.requests import AttemptKey
 
 
 @dataclass

@@ -22,8 +22,8 @@ from stagecoach_api.status import (
     StageStatus,
     TrainingRunStatus,
 )
+from stagecoach_operator.attempt_times import moment
 from stagecoach_operator.object_views import RunView
-from stagecoach_operator.observe import moment
 
 COMPONENT = "stagecoach-operator"
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from stagecoach_api.status import AttemptStatus
-from stagecoach_operator.object_views import PodView
 from stagecoach_operator.progress_reports import Hearing, LatestReport
 
 RECORD_SECONDS = 60.0
@@ -24,16 +22,14 @@ class Heartbeat:
     listening_since: float = 0.0
 
 
-def heartbeat_of(
-    record: AttemptStatus, latest: LatestReport | None, pods: Iterable[PodView], hearing: Hearing, now: float
-) -> Heartbeat:
+def heartbeat_of(record: AttemptStatus, latest: LatestReport | None, hearing: Hearing, now: float) -> Heartbeat:
     """Return what is known of an attempt's silence.
 
     Without a progress server, or while no report arrives from any attempt, silence means nothing: the heartbeat is now.
     """
     longest = max(float(record.longest_silence_seconds), 0.0 if latest is None else latest.longest_silence)
-    # After a preemption by Kueue, the pods may have started hours after the last report.
-    started = max((pod.running_since or 0.0 for pod in pods), default=0.0)
+    # After a preemption by Kueue, the pods may have started hours after the last report. Not by their nodes' clocks.
+    started = 0.0 if record.running_since is None else record.running_since.timestamp()
     times = [] if latest is None else [latest.report.time]
     times += [] if record.last_report is None else [record.last_report.timestamp()]
     if hearing.deaf or not (times or hearing.expected):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from stagecoach_api.status import AttemptStatus
 from stagecoach_core.policies.avoidance import WINDOW_SECONDS, AvoidedNode, avoided_nodes, is_of_node
-from stagecoach_operator.observe import AttemptKey
+from stagecoach_operator.requests import AttemptKey
 
 MAX_NODES = 1000
 """Of this many nodes failures are remembered; those that failed last."""

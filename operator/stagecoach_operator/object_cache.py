@@ -166,6 +166,27 @@ class Children:
         own = [pod for pod in self.pods if (pod.stage, pod.number) == (stage, number)]
         return tuple(sorted(own, key=lambda pod: (pod.index, -pod.meta.created)))
 
+    def by_own_clock(self, seen: dict[str, float], now: float) -> Children:
+        """Return the objects with the ends of their grace periods by this operator's clock, not the API server's.
+
+        `seen`: when each was first seen to be deleted, by UID; updated. `now`: seconds since the epoch.
+        """
+        views: tuple[JobSetView | PodView, ...] = (*self.jobsets, *self.pods)
+        known = {item.meta.uid: seen.get(item.meta.uid, now) for item in views if item.meta.delete_by}
+        seen.clear()
+        seen.update(known)
+        if not known:
+            return self
+
+        def on_time(meta: Meta) -> Meta:
+            return replace(meta, delete_by=known[meta.uid] + meta.grace_seconds) if meta.delete_by else meta
+
+        return replace(
+            self,
+            jobsets=tuple(replace(item, meta=on_time(item.meta)) for item in self.jobsets),
+            pods=tuple(replace(item, meta=on_time(item.meta)) for item in self.pods),
+        )
+
 
 def oldest_first(views: Iterable[RunView]) -> list[RunView]:
     """Sort runs by creation, oldest first."""

@@ -36,7 +36,9 @@ class Meta:
     """Whether it has a deletion timestamp."""
     delete_by: float = 0.0
     """Its deletion timestamp, in seconds since the epoch; of a pod, that is the end of its grace period. 0 if it has
-    none, or it is not known yet."""
+    none, or it is not known yet. By the API server's clock until `Children.by_own_clock` has replaced it."""
+    grace_seconds: float = 0.0
+    """Its grace period if it is being deleted."""
 
 
 @dataclass(frozen=True)
@@ -341,6 +343,7 @@ def meta_of(body: Raw) -> Meta:
         created=timestamp(metadata.get("creationTimestamp")) or 0.0,
         deleting=bool(metadata.get("deletionTimestamp")),
         delete_by=timestamp(metadata.get("deletionTimestamp")) or 0.0,
+        grace_seconds=float(metadata.get("deletionGracePeriodSeconds") or 0.0),
     )
 
 
@@ -359,10 +362,11 @@ def conditions_of(body: Raw) -> dict[str, Raw]:
 
 
 def timestamp(text: str | None) -> float | None:
-    """Return a Kubernetes timestamp as seconds since the epoch."""
+    """Return a time (RFC 3339) as seconds since the epoch; one without an offset is UTC. Raises ValueError."""
     if not text:
         return None
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).replace(tzinfo=UTC).timestamp()
+    time = datetime.fromisoformat(text)
+    return (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _number(text: Any) -> int:

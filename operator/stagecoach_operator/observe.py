@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from stagecoach_api.faults import shortened
 from stagecoach_api.outcomes import AttemptResult, Cause
 from stagecoach_api.status import AttemptStatus, Incarnation, Reason
 from stagecoach_core.policies.ending import end_of_attempt
 from stagecoach_core.values import Attempt, AttemptState
+from stagecoach_operator.attempt_times import moment, wait_of, with_times
 from stagecoach_operator.heartbeats import heartbeat_of, with_report
 from stagecoach_operator.lost_nodes import DEFAULT_PATIENCE, Patience, is_ignored, is_lost, next_moment, with_loss
 from stagecoach_operator.object_cache import Children
@@ -22,6 +22,7 @@ from stagecoach_operator.object_views import JobSetView, PodView, WorkloadView
 from stagecoach_operator.pod_startup import Waiting, waiting_for
 from stagecoach_operator.progress_reports import Hearing, LatestReport
 from stagecoach_operator.releases import release_of
+from stagecoach_operator.requests import AttemptKey
 from stagecoach_operator.termination import (
     AttemptOutcome,
     TerminationReport,
@@ -30,9 +31,6 @@ from stagecoach_operator.termination import (
     success_of,
     warnings_of,
 )
-
-AttemptKey = tuple[str, int]
-"""Stage and number."""
 
 MAX_INCARNATIONS = 4
 NOT_HEARD = Hearing()
@@ -66,6 +64,8 @@ class ObservedAttempt:
     latest_report: LatestReport | None = None
     look_again_at: float | None = None
     hearing: Hearing = NOT_HEARD
+    settling: bool = False
+    """Whether a pod has failed, and the others' reports are awaited."""
 
     @property
     def key(self) -> AttemptKey:
@@ -78,7 +78,7 @@ class ObservedAttempt:
     def as_core_attempt(self, now: float) -> Attempt:
         """Return it in the core's terms."""
         record = self.record
-        heartbeat = heartbeat_of(record, self.latest_report, self.pods, self.hearing, now)
+        heartbeat = heartbeat_of(record, self.latest_report, self.hearing, now)
         return Attempt(
             stage=self.stage,
             digest=record.digest,
@@ -86,6 +86,7 @@ class ObservedAttempt:
             state=self.state,
             started=record.started.timestamp(),
             running_since=None if record.running_since is None else record.running_since.timestamp(),
+            ran_before=record.ran_seconds,
             ended=None if record.ended is None else record.ended.timestamp(),
             cause=record.cause if self.state is AttemptState.ENDED else record.stop_cause,
             message=record.message if self.state is AttemptState.ENDED else record.stopping,
@@ -94,6 +95,7 @@ class ObservedAttempt:
             longest_silence=heartbeat.longest_silence,
             fault=record.fault,
             last_step=record.last_step,
+            wait=None if self.waiting is None else wait_of(record, self.waiting, now),
         )
 
 
@@ -109,6 +111,8 @@ class Signals:
     patience: Patience = DEFAULT_PATIENCE
     hearing: Hearing = NOT_HEARD
     """What silence means. The default: nothing."""
+    settling: Mapping[AttemptKey, float] = field(default_factory=dict)
+    """When attempts were first seen with a failed pod, in seconds since the epoch."""
 
 
 def observe(
@@ -117,11 +121,11 @@ def observe(
     children: Children,
     signals: Signals,
     now: float,
-    since: float = 0.0,
+    counted_from: Mapping[str, int] | None = None,
 ) -> dict[AttemptKey, ObservedAttempt]:
     """Return every known attempt, by stage and number.
 
-    `now`, `since`: the present, and when the user requested this run or a retry of it, in seconds since the epoch.
+    `now`: seconds since the epoch. `counted_from`: see `Request`; attempts before it are not compared with later ones.
     """
     # Labels can be copied; only the controller reference proves that a JobSet is this run's.
     owned = {(item.stage, item.number, item.meta.name): item for item in children.jobsets if item.owner_uid == run_uid}
@@ -135,16 +139,17 @@ def observe(
     # The union: a JobSet without a record was created just before a kill; a record without a JobSet has lost it.
     for key in sorted({*records, *jobsets}):
         record = records.get(key) or _record_of(jobsets[key])
-        earlier = [item.as_core_attempt(now) for item in attempts.values() if _precedes(item, key[0], record, since)]
+        first = (counted_from or {}).get(key[0], 0)
+        earlier = [item.as_core_attempt(now) for item in attempts.values() if _precedes(item, key[0], record, first)]
         attempts[key] = observe_attempt(key[0], record, jobsets.get(key), children, signals, now, earlier)
     return attempts
 
 
-def _precedes(attempt: ObservedAttempt, stage: str, record: AttemptStatus, since: float) -> bool:
+def _precedes(attempt: ObservedAttempt, stage: str, record: AttemptStatus, first: int) -> bool:
     """Return whether an attempt ended at the same work, since the user requested it."""
     before = attempt.record
     alike = (attempt.stage, before.digest) == (stage, record.digest)
-    return alike and before.ended is not None and before.ended.timestamp() >= since
+    return alike and before.ended is not None and before.number >= first
 
 
 def _record_of(jobset: JobSetView) -> AttemptStatus:
@@ -169,7 +174,7 @@ def observe_attempt(
         return _ended_attempt(stage, record, jobset, pods, signals.patience, now)
     if jobset is None:
         return _without_jobset(stage, record, pods, signals, now, earlier)
-    outcome = outcome_of(pods, jobset, now)
+    outcome = outcome_of(pods, jobset, now, signals.settling.get((stage, record.number)))
     record = _updated(record, outcome.report, pods)
     # Success takes precedence over a pending stop or deletion: the artifact is published.
     if outcome.report is not None and outcome.report.result.cause is None:
@@ -303,30 +308,22 @@ def _live_attempt(
 ) -> ObservedAttempt:
     workload = children.workloads.get(jobset.meta.uid)
     waiting = waiting_for(jobset, pods, workload, signals.warnings)
-    give_up_at = None if waiting is None else waiting.give_up_at
-    deletion_reason = ""
-    if waiting is not None and give_up_at is not None and now >= give_up_at:
-        deletion_reason = waiting.message
-        # Uncharged: the attempt has not run, and a missing Secret or image is not a failure of its code.
+    has_run = record.running_since is not None or record.ran_seconds > 0
+    record = with_times(record, waiting, now)
+    release = None if waiting is None else release_of(jobset, pods, has_run, wait_of(record, waiting, now).since)
+    deletion_reason = "" if release is None or now < release.at else release.reason
+    if deletion_reason:
         record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
-    release = None if waiting is None else release_of(jobset, pods, record.running_since is not None)
-    if release is not None and now >= release.at and not deletion_reason:
-        deletion_reason = release.reason
-        record = record.model_copy(update={"stopping": deletion_reason[:512], "stop_cause": Cause.PREEMPTION})
-    release_at = None if release is None else release.at
     loss_at = next_moment(pods, now, signals.patience)
-    times = (outcome.look_again_at, give_up_at, loss_at, release_at)
+    times = (outcome.look_again_at, loss_at, None if release is None else release.at)
     moments = [item for item in times if item is not None and item > now]
-    running = waiting is None
-    # Set once: after a preemption, the pods that Kueue re-creates continue the same attempt.
-    if running and record.running_since is None:
-        started = max((pod.running_since or 0.0 for pod in pods), default=0.0)
-        record = record.model_copy(update={"running_since": moment(started or now)})
     latest = signals.reports.get((stage, record.number))
+    state = AttemptState.RUNNING if waiting is None else AttemptState.STARTING
+    state = AttemptState.STOPPING if deletion_reason else state
     return ObservedAttempt(
         stage,
         with_report(record, latest),
-        AttemptState.STOPPING if deletion_reason else AttemptState.RUNNING if running else AttemptState.STARTING,
+        state,
         jobset,
         pods,
         workload,
@@ -334,6 +331,7 @@ def _live_attempt(
         deletion_reason,
         latest_report=latest,
         look_again_at=min(moments, default=None),
+        settling=outcome.look_again_at is not None,
         hearing=signals.hearing,
     )
 
@@ -374,7 +372,8 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
             "pod": record.pod or report.pod,
             "node": record.node or report.node,
             "message": result.message,
-            "fault": result.fault or "",
+            # A stop that may recur has a fault of its own; what its pods report is a consequence.
+            "fault": record.fault if record.stop_cause is not None else result.fault or "",
         }
     )
 
@@ -400,10 +399,12 @@ def ended(record: AttemptStatus, now: float, earlier: Sequence[Attempt] = ()) ->
     """
     # Without an exit code there is no result: a record whose `cause` is None must then not count as a success.
     result = None if record.exit_code is None else _result_of(record)
-    end = end_of_attempt(record.stop_cause, result, earlier, record.number)
+    stop_fault = "" if record.stop_cause is None else record.fault
+    end = end_of_attempt(record.stop_cause, result, earlier, record.number, stop_fault)
     message = end.message if result is not None else record.message
-    if end.cause is not None and record.stop_cause is not None and end.cause is record.stop_cause:
+    if end.cause is not None and record.stop_cause is not None and (end.cause is record.stop_cause or end.recurrence):
         message = "; ".join(part for part in (record.stopping, record.message) if part)
+        message = f"{end.recurrence}: {message}" if end.recurrence else message
     elif end.cause is not None and not message:
         message = LOST
     return record.model_copy(
@@ -419,8 +420,3 @@ def _result_of(record: AttemptStatus) -> AttemptResult:
         last_step=record.last_step,
         fault=record.fault or None,
     )
-
-
-def moment(seconds: float) -> datetime:
-    """Return seconds since the epoch as a time, to the millisecond."""
-    return datetime.fromtimestamp(round(seconds, 3), UTC)

@@ -1,4 +1,4 @@
-"""Why an attempt's pods are not all running, and how long to tolerate it. Pure."""
+"""Why an attempt's pods are not all running. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stagecoach_api.status import Reason
+from stagecoach_core.values import WaitKind
 from stagecoach_operator.object_views import STARTUP_REASONS, JobSetView, PodView, WorkloadView
 
 # Reasons of a waiting container, as the kubelet sets them.
@@ -22,10 +23,16 @@ IMAGE_REASONS = frozenset(
 )
 CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
-IMAGE_PATIENCE_SECONDS = 300.0
-"""A registry may be unavailable for a while, and the kubelet retries the pull."""
-SECRET_PATIENCE_SECONDS = 60.0
-"""Afterwards the attempt is ended, uncharged, which releases its quota until the next try."""
+KINDS: Mapping[str, WaitKind] = {
+    Reason.WAITING_FOR_QUOTA: WaitKind.QUOTA,
+    Reason.PREEMPTED: WaitKind.QUOTA,
+    Reason.UNSCHEDULABLE: WaitKind.SCHEDULING,
+    Reason.CREATION_REFUSED: WaitKind.SCHEDULING,
+    Reason.IMAGE_UNAVAILABLE: WaitKind.IMAGE,
+    Reason.SECRET_MISSING: WaitKind.IMAGE,
+    Reason.WAITING_FOR_PODS: WaitKind.PODS,
+}
+"""Which deadline applies while an attempt waits for a reason; the core ends it (`policies.waiting`)."""
 STUCK_SECONDS = 4.0
 """The events of a pod whose containers are created for longer than this are read: they name the reason."""
 
@@ -36,9 +43,6 @@ class Waiting:
 
     reason: Reason
     message: str
-    give_up_at: float | None = None
-    """When the attempt is ended, uncharged, if this persists; in seconds since the epoch. None if it may wait for
-    ever."""
 
 
 def waiting_for(
@@ -64,18 +68,16 @@ def waiting_for(
     return Waiting(Reason.WAITING_FOR_PODS, f"{running} of {jobset.num_pods} pods run")
 
 
-def stuck_pods(pods: Sequence[PodView], now: float) -> list[PodView]:
+def stuck_pods(pods: Sequence[PodView], since: float, now: float) -> list[PodView]:
     """Return the pods whose containers have been created for too long without a reason in the pod's status.
 
+    `since`: when the attempt was first seen to wait, by the same clock as `now`.
     A missing Secret or volume appears in the pod's events only; its waiting reason stays `ContainerCreating`.
     """
     return [
         pod
         for pod in pods
-        if pod.waiting_reason in STARTUP_REASONS
-        and pod.node
-        and not pod.meta.deleting
-        and now > pod.meta.created + STUCK_SECONDS
+        if pod.waiting_reason in STARTUP_REASONS and pod.node and not pod.meta.deleting and now > since + STUCK_SECONDS
     ]
 
 
@@ -99,13 +101,11 @@ def _pod_waiting(pod: PodView, warning: str) -> Waiting | None:
     """Return what a single pod waits for, or None if there is nothing unusual about it."""
     name = pod.meta.name
     if pod.waiting_reason in IMAGE_REASONS:
-        message = f"pod {name}: {pod.waiting_reason}: {pod.waiting_message}"
-        # From the pod's creation: a waiting state has no time, and ErrImagePull and ImagePullBackOff alternate.
-        return Waiting(Reason.IMAGE_UNAVAILABLE, message, pod.meta.created + IMAGE_PATIENCE_SECONDS)
+        return Waiting(Reason.IMAGE_UNAVAILABLE, f"pod {name}: {pod.waiting_reason}: {pod.waiting_message}")
     if pod.waiting_reason in CONFIG_REASONS or _names_missing_secret(warning):
         message = f"pod {name}: {pod.waiting_message or warning}"
         if "secret" in message.lower():
-            return Waiting(Reason.SECRET_MISSING, message, pod.meta.created + SECRET_PATIENCE_SECONDS)
+            return Waiting(Reason.SECRET_MISSING, message)
         return Waiting(Reason.WAITING_FOR_PODS, message)
     if pod.unschedulable:
         return Waiting(Reason.UNSCHEDULABLE, f"pod {name}: {pod.unschedulable}")

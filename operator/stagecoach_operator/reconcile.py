@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stagecoach_api import names
+from stagecoach_api.outcomes import FAULT_CHARACTERS
 from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
 from stagecoach_core.decide import decide
 from stagecoach_core.policies.avoidance import AvoidedNode
@@ -31,6 +32,7 @@ from stagecoach_operator.artifact_lookup import ArtifactLookups
 from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
+from stagecoach_operator.attempt_times import waiting_since, without_future
 from stagecoach_operator.confirmation import confirm
 from stagecoach_operator.events import EventReason, RunEvent, events_between
 from stagecoach_operator.known_artifacts import known_artifacts, valid_answers
@@ -38,8 +40,8 @@ from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
 from stagecoach_operator.lost_nodes import loss_text
 from stagecoach_operator.node_failures import NodeFailures, as_text
 from stagecoach_operator.object_cache import Children
-from stagecoach_operator.object_views import PodView, RunView, timestamp
-from stagecoach_operator.observe import AttemptKey, ObservedAttempt, Signals, is_finished, observe
+from stagecoach_operator.object_views import PodView, RunView
+from stagecoach_operator.observe import ObservedAttempt, Signals, is_finished, observe
 from stagecoach_operator.plan_maker import PlanMaker
 from stagecoach_operator.planning import (
     FrozenPlan,
@@ -52,6 +54,7 @@ from stagecoach_operator.planning import (
 from stagecoach_operator.pod_startup import STUCK_SECONDS
 from stagecoach_operator.progress_reports import Hearing, ProgressReports
 from stagecoach_operator.releases import NO_OTHER_NODE
+from stagecoach_operator.requests import NO_REQUEST, AttemptKey, Request, request_of
 from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
 from stagecoach_operator.status import (
     StatusInputs,
@@ -75,6 +78,7 @@ class ReconcileContext:
     attempts: Mapping[AttemptKey, ObservedAttempt]
     decision: Decision
     now: float
+    request: Request = NO_REQUEST
 
     def actions(self, kind: type[Any]) -> list[Any]:
         return [action for action in self.decision.actions if isinstance(action, kind)]
@@ -180,31 +184,36 @@ class Reconciler:
 
     async def _confirm(self, run: RunView, memory: RunMemory) -> None:
         """Read the JobSets that seem to be gone, before their attempts count as ended."""
-        records = known_records(run, memory)
+        records = known_records(run, memory, self.clock())
         await confirm(self.client.kube, self.client.cache, run, records, memory.confirmed, self.clock())
 
     def _observe(self, run: RunView, frozen: FrozenPlan, memory: RunMemory) -> ReconcileContext:
         now = self.clock()
-        records = known_records(run, memory)
+        records = known_records(run, memory, now)
         latest = {key: self.reports.latest((run.meta.uid, *key)) for key in records}
         reports = {key: report for key, report in latest.items() if report is not None}
-        children = self.client.cache.of_run(run.meta.uid)
+        children = self.client.cache.of_run(run.meta.uid).by_own_clock(memory.deleted_at, now)
         hearing = self._hearing(run, records, now)
-        signals = Signals(reports, memory.warnings, memory.confirmed.unclear, self.client.patience, hearing)
-        since = requested_at(run)
-        attempts = observe(run.meta.uid, records, children, signals, now, since)
+        known = memory.confirmed.unclear
+        signals = Signals(reports, memory.warnings, known, self.client.patience, hearing, memory.settling)
+        request = request_of(run.annotations, run.status, records)
+        attempts = observe(run.meta.uid, records, children, signals, now, request.counted_from)
+        memory.settling = {key: memory.settling.get(key, now) for key, item in attempts.items() if item.settling}
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
         self.node_failures.note(run.meta.uid, memory.records, now)
         answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
         observed = Observed(
-            attempts=tuple(attempt.as_core_attempt(now) for attempt in attempts.values()),
+            attempts=tuple(
+                replace(item.as_core_attempt(now), past=request.is_past(item.stage, item.record))
+                for item in attempts.values()
+            ),
             artifacts=known_artifacts(run.status, memory.records.values(), frozen.storage, answers),
-            forgotten=forgotten_of(run.status),
-            since=since,
+            forgotten={} if request.is_new else forgotten_of(run.status),
             suspend=bool(run.spec.get("suspend")),
             cancel=bool(run.spec.get("cancel")),
+            keep_going=run.spec.get("onFailure") == "continue",
         )
-        return ReconcileContext(run, frozen, attempts, decide(frozen.plan, observed, now), now)
+        return ReconcileContext(run, frozen, attempts, decide(frozen.plan, observed, now), now, request)
 
     def _hearing(self, run: RunView, records: Mapping[AttemptKey, AttemptStatus], now: float) -> Hearing:
         """Return what the silence of an attempt means now."""
@@ -340,7 +349,7 @@ class Reconciler:
         """
         memory = self.memories.setdefault(run.meta.uid, RunMemory(first_seen=self.clock()))
         children = self.client.cache.of_run(run.meta.uid)
-        attempts = observe(run.meta.uid, known_records(run, memory), children, Signals(), self.clock())
+        attempts = observe(run.meta.uid, known_records(run, memory, self.clock()), children, Signals(), self.clock())
         for attempt in attempts.values():
             await self.client.delete(attempt)
         await self.client.remove_finalizer(run)
@@ -375,6 +384,7 @@ class Reconciler:
             store_error="" if store.unreadable else store.error,
             unheard=unheard(context),
             avoided=memory.avoided,
+            request=context.request,
         )
         if inputs.unheard:
             self.record_events(run, [RunEvent(EventReason.UNHEARD, inputs.unheard, warning=True)])
@@ -421,13 +431,13 @@ def is_at_rest(run: RunView, children: Children) -> bool:
     return all(is_finished(item, children.pods_of(item.stage, item.number)) for item in children.jobsets)
 
 
-def known_records(run: RunView, memory: RunMemory) -> dict[AttemptKey, AttemptStatus]:
+def known_records(run: RunView, memory: RunMemory, now: float) -> dict[AttemptKey, AttemptStatus]:
     """Return the records of a run's attempts.
 
     The status is read once. From then on memory is ahead of it: it holds ends that are not written yet.
     """
     if memory.records is None:
-        memory.records = records_of(run.status)
+        memory.records = without_future(records_of(run.status), now)
     return memory.records
 
 
@@ -445,21 +455,13 @@ def status_deferred_until(context: ReconcileContext, memory: RunMemory) -> float
     return memory.defer_for_pods(context.now) if is_starting and is_accepted else None
 
 
-def requested_at(run: RunView) -> float:
-    """Return when the user requested the run, or another try of it."""
-    try:
-        retried = timestamp(run.annotations.get(names.ANNOTATION_RETRY))
-    except ValueError:
-        retried = None
-    return max(run.meta.created, retried or 0.0)
-
-
 def stopped(attempt: ObservedAttempt, stop: Stop) -> ObservedAttempt:
     """Return an attempt marked for stopping, with the reason and the cause its end is charged to."""
     record = attempt.record
     # The first reason is kept, after a restart of the operator as well: it is what began the end.
     if not record.stopping:
-        record = record.model_copy(update={"stopping": stop.reason[:512], "stop_cause": stop.cause})
+        changes = {"stopping": stop.reason[:512], "stop_cause": stop.cause}
+        record = record.model_copy(update={**changes, "fault": stop.fault[:FAULT_CHARACTERS] or record.fault})
     return replace(attempt, record=record, state=AttemptState.STOPPING, deletion_reason=stop.reason)
 
 
@@ -469,7 +471,7 @@ def recheck_times(attempt: ObservedAttempt, now: float) -> list[float]:
     jobset = attempt.jobset
     if jobset is not None and attempt.waiting is not None and not jobset.suspended:
         # The events of its pods, or of its Job if there are no pods, are read once they are stuck, and then repeatedly.
-        first = jobset.meta.created + STUCK_SECONDS + 1.0
+        first = waiting_since(attempt.record, now) + STUCK_SECONDS + 1.0
         moments.append(first if first > now else now + DIAGNOSE_SECONDS)
     return moments
 

@@ -26,21 +26,21 @@ class Release:
     reason: str
 
 
-def release_of(jobset: JobSetView, pods: Sequence[PodView], has_run: bool) -> Release | None:
+def release_of(jobset: JobSetView, pods: Sequence[PodView], has_run: bool, since: float) -> Release | None:
     """Return when an attempt is ended if its pods stay as they are. None if it may wait.
 
-    `has_run`: whether all its pods have run. A pod that is missing afterwards may only be invisible.
+    `has_run`: whether all its pods have run. A pod that is missing afterwards may only be invisible. `since`: when it
+    was first seen to wait for what it waits for, in seconds since the epoch.
     """
     if jobset.suspended or not pods or any(pod.meta.deleting for pod in pods):
         return None
     homeless = [pod for pod in pods if pod.unschedulable and not pod.node]
     if homeless and jobset.excludes_nodes:
-        return Release(min(pod.meta.created for pod in homeless) + EXCLUSION_SECONDS, NO_OTHER_NODE)
+        return Release(since + EXCLUSION_SECONDS, NO_OTHER_NODE)
     placed = [pod for pod in pods if pod.node and not pod.has_ended]
     missing = jobset.num_pods - len({pod.index for pod in pods})
     if not placed or not (homeless or (missing > 0 and not has_run)):
         return None
     waiting = f"{len(homeless)} find no node" if homeless else f"{missing} do not exist"
-    since = max(pod.meta.created for pod in placed)
     text = f"{len(placed)} of {jobset.num_pods} pods have a node, and {waiting}"
     return Release(since + PARTIAL_SECONDS, f"{text} after {PARTIAL_SECONDS:.0f} s: they are released and tried again")

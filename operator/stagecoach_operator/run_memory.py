@@ -10,8 +10,8 @@ from stagecoach_operator.attempt_client import Blocker
 from stagecoach_operator.confirmation import Confirmed
 from stagecoach_operator.lost_nodes import REMOVAL_SECONDS
 from stagecoach_operator.object_views import PodView, RunView
-from stagecoach_operator.observe import AttemptKey
 from stagecoach_operator.planning import RETRY_SECONDS, FrozenPlan, Rejection
+from stagecoach_operator.requests import AttemptKey
 
 MERGE_SECONDS = 1.0
 """How long small changes, such as pods that start, are collected to be written together."""
@@ -58,6 +58,10 @@ class RunMemory:
     """When the removal of pods on lost nodes was last requested, by UID."""
     avoided: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Nodes that the newest attempt of each stage avoids, as text. Without an entry the status has them."""
+    deleted_at: dict[str, float] = field(default_factory=dict)
+    """When objects were first seen to be deleted, by UID."""
+    settling: dict[AttemptKey, float] = field(default_factory=dict)
+    """When a failed pod of an attempt was first seen, while the reports of its other pods are awaited."""
     blocker: Blocker | None = None
     """Why the last attempt could not be created. None if it was."""
     blocked_at: float = 0.0

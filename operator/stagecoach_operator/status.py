@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from stagecoach_api.outcomes import Cause, ExitCode
+from stagecoach_api.faults import shortened
+from stagecoach_api.outcomes import WAITING_FAULT, Cause, ExitCode
 from stagecoach_api.status import (
     ENDED,
     FINISHED,
@@ -26,10 +27,12 @@ from stagecoach_api.status import (
 from stagecoach_core.policies.retry import CHARGED
 from stagecoach_core.values import AttemptState, Decision, RunState, StageState, StageView
 from stagecoach_operator.attempt_client import Blocker
-from stagecoach_operator.attempt_history import bounded, gpu_seconds, records_of
-from stagecoach_operator.observe import ObservedAttempt, moment
+from stagecoach_operator.attempt_history import MAX_COUNT, bounded, gpu_seconds, records_of
+from stagecoach_operator.attempt_times import moment
+from stagecoach_operator.observe import ObservedAttempt
 from stagecoach_operator.planning import FrozenPlan, Rejection
 from stagecoach_operator.pod_startup import Waiting
+from stagecoach_operator.requests import NO_REQUEST, Request
 
 OVER = FINISHED | ENDED
 MESSAGE_CHARACTERS = 4000
@@ -61,6 +64,8 @@ class StatusInputs:
     """Nodes that new attempts avoid, by stage."""
     unheard: str = ""
     """Why silent attempts are not taken for hanging. Empty if none is silent, or they are."""
+    request: Request = NO_REQUEST
+    """The user's last request for a retry."""
 
     def of_stage(self, name: str) -> list[ObservedAttempt]:
         return [attempt for attempt in self.attempts if attempt.stage == name]
@@ -86,6 +91,7 @@ def working_status(inputs: StatusInputs) -> TrainingRunStatus:
         conditions=conditions(statements, inputs.previous, inputs.generation, inputs.now),
         stages=stages,
         summary=summary(inputs, stages),
+        retry=inputs.request.token,
         plan_digest=inputs.frozen.digest(),
     )
 
@@ -134,13 +140,16 @@ def stage_status(name: str, view: StageView, inputs: StatusInputs) -> StageStatu
     previous = next((stage for stage in inputs.previous.stages if stage.name == name), None)
     observed = inputs.of_stage(name)
     newest = max(observed, key=lambda attempt: attempt.record.number, default=None)
-    attempts, forgotten = bounded(observed, previous, inputs.now)
+    counted_from = inputs.request.counted_from.get(name, 0)
+    counted = None if previous is None or inputs.request.is_new else previous.forgotten
+    attempts, forgotten = bounded(observed, counted, inputs.now, counted_from)
     state, waiting_for, message = stage_state(view, newest, inputs)
     resources = inputs.frozen.plan.stages[name].stage.resources
     return StageStatus(
         name=name,
         state=state,
         attempt=max(view.attempt, 0 if newest is None else newest.record.number),
+        counted_from=counted_from,
         digest=view.digest,
         artifact=_artifact(view, inputs.frozen.storage.endpoint or ""),
         cached=state is StageState.CACHED,
@@ -303,12 +312,18 @@ def failed(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Statement:
         return TRUE, Reason.CANCELLED, inputs.decision.message
     if state is not RunState.FAILED:
         return FALSE, Reason.NO_FAILURE, ""
-    culprit = next((stage for stage in stages if stage.state is StageState.FAILED), None)
-    if culprit is None:
+    culprits = [stage for stage in stages if stage.state is StageState.FAILED]
+    if not culprits:
         return TRUE, Reason.RETRIES_EXHAUSTED, inputs.decision.message
-    return TRUE, failure_reason(culprit), f"stage `{culprit.name}`: {culprit.message}"
+    # Each stage's own message first; then what did not run, which the core's message names.
+    share = MESSAGE_CHARACTERS // len(culprits)
+    texts = [f"stage `{stage.name}`: {shortened(stage.message, share)}" for stage in culprits]
+    skipped = [f"`{stage.name}`" for stage in stages if stage.state is StageState.SKIPPED]
+    texts += [f"not run: {', '.join(skipped)}"] if skipped and len(stages) > 1 else []
+    return TRUE, failure_reason(culprits[0]), "; ".join(texts)
 
 
+_REASONS = {reason.value: reason for reason in Reason}
 REASON_OF_EXIT = {
     int(ExitCode.USER_ERROR): Reason.USER_ERROR,
     int(ExitCode.GATE_FAILED): Reason.GATE_MISSED,
@@ -321,6 +336,8 @@ def failure_reason(stage: StageStatus) -> Reason:
     last = next((record for record in reversed(stage.attempts) if record.cause in CHARGED), None)
     if last is None or last.cause is not Cause.USER:
         return Reason.RETRIES_EXHAUSTED
+    if last.fault.startswith(WAITING_FAULT):
+        return _REASONS.get(last.fault.removeprefix(WAITING_FAULT), Reason.TIMED_OUT)
     if last.exit_code is not None and last.exit_code in REASON_OF_EXIT:
         return REASON_OF_EXIT[last.exit_code]
     return Reason.TIMED_OUT if last.stop_cause is Cause.USER else Reason.USER_ERROR
@@ -364,8 +381,16 @@ def summary(inputs: StatusInputs, stages: Sequence[StageStatus]) -> Summary:
         stage=f"{done}/{len(stages)}" + ("" if current is None else f" {current.name}"),
         progress=_progress_text(progress),
         eta=None if progress is None else progress.eta,
-        restarts=sum(getattr(stage.restarts, cause.value) for stage in stages for cause in CHARGED),
+        restarts=min(MAX_COUNT, sum(map(num_restarts, stages))),
     )
+
+
+def num_restarts(stage: StageStatus) -> int:
+    """Return how many attempts followed a failure that is charged. The last failure is followed by none yet."""
+    failures = sum(getattr(stage.restarts, cause.value) for cause in CHARGED)
+    last = stage.attempts[-1] if stage.attempts else None
+    is_last = last is not None and last.ended is not None and last.cause in CHARGED and last.digest == stage.digest
+    return max(0, int(failures) - int(is_last))
 
 
 def _progress_text(progress: StageProgress | None) -> str:
@@ -404,6 +429,7 @@ def milestones(status: TrainingRunStatus) -> object:
     return (
         status.observed_generation,
         status.plan_digest,
+        status.retry,
         [(item.type, item.status) for item in status.conditions],
         [
             (

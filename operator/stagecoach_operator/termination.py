@@ -20,7 +20,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stagecoach_api.faults import result_of_log, shortened
-from stagecoach_api.outcomes import CAUSE_OF_EXIT, AttemptResult, Cause, ExitCode, bounded_warnings, cause_of_exit
+from stagecoach_api.outcomes import (
+    CAUSE_OF_EXIT,
+    OUT_OF_MEMORY_FAULT,
+    PROCESS_FAULT,
+    AttemptResult,
+    Cause,
+    ExitCode,
+    bounded_warnings,
+    cause_of_exit,
+    process_fault,
+)
 from stagecoach_operator.object_views import ContainerEnd, JobSetView, PodView
 
 SETTLE_SECONDS = 2.0
@@ -65,7 +75,7 @@ class TerminationReport:
                 "content_digest": result.content_digest if _is_digest(result.content_digest) else None,
                 "artifact_uri": result.artifact_uri if _is_digest(result.content_digest) else None,
                 "artifact_endpoint": result.artifact_endpoint if _is_digest(result.content_digest) else None,
-                "fault": None if end.reason == OOM_KILLED else result.fault,
+                "fault": OUT_OF_MEMORY_FAULT if end.reason == OOM_KILLED else result.fault,
                 "last_step": result.last_step if 0 <= (result.last_step or 0) <= MAX_STEP else None,
                 "warnings": bounded_warnings(result.warnings),
             }
@@ -78,6 +88,7 @@ class TerminationReport:
         code = end.exit_code if end.exit_code <= SIGNAL_BASE else SIGNAL_BASE - end.exit_code
         if end.reason == OOM_KILLED:
             cause: Cause | None = Cause.INFRASTRUCTURE
+            fault: str | None = OUT_OF_MEMORY_FAULT
             remedy = "raise `resources.memory` or reduce the stage's memory use"
             message = f"{OOM_KILLED}: the container needed more memory than its limit; {remedy}"
         elif (died := result_of_log(code, end.message)) is not None:
@@ -85,12 +96,14 @@ class TerminationReport:
             return cls(shown, pod.meta.name, pod.node, end.finished)
         else:
             cause = None if code == 0 else cause_of_exit(code)
+            # A pod that has a reason, such as `Evicted`, did not end on its own account.
+            fault = None if pod.reason else process_fault(code)
             message = f"ended with exit code {code} and wrote no result"
             if pod.reason:
                 message = f"{pod.reason}: {pod.message or message}"
             # With terminationMessagePolicy FallbackToLogsOnError the message holds the last lines of the log.
             message += f"\n{end.message[-MESSAGE_CHARACTERS // 2 :]}" if end.message else ""
-        result = AttemptResult(exit_code=code, cause=cause, message=message[:MESSAGE_CHARACTERS])
+        result = AttemptResult(exit_code=code, cause=cause, message=message[:MESSAGE_CHARACTERS], fault=fault)
         return cls(result, pod.meta.name, pod.node, end.finished)
 
     @classmethod
@@ -117,8 +130,15 @@ class AttemptOutcome:
     """When it is no longer too early, in seconds since the epoch. None if nothing is pending."""
 
 
-def outcome_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> AttemptOutcome:
-    """Return whether and how an attempt has ended. `pods`: all its known pods."""
+def outcome_of(
+    pods: Sequence[PodView], jobset: JobSetView, now: float, settling_since: float | None = None
+) -> AttemptOutcome:
+    """Return whether and how an attempt has ended.
+
+    `pods`: all its known pods. `settling_since`: when a failure was first seen, by the same clock as `now`: those of
+    the nodes and of the API server may differ by more than the time to wait. None if it was not seen before.
+    """
+    settled = (now if settling_since is None else settling_since) + SETTLE_SECONDS
     done = success_of(pods)
     if done is not None:
         return AttemptOutcome(done)
@@ -128,11 +148,10 @@ def outcome_of(pods: Sequence[PodView], jobset: JobSetView, now: float) -> Attem
         return AttemptOutcome()
     failed = [pod for pod in pods if pod.has_ended and _failed(pod)]
     if failed:
-        return _failure(failed, pods, jobset, now)
+        return _failure(failed, pods, jobset, now, settled)
     if jobset.completed:
         return AttemptOutcome(TerminationReport(_result(None, "the JobSet is complete and its pods are gone")))
     if jobset.failed:
-        settled = jobset.failed_at + SETTLE_SECONDS
         report = TerminationReport(_result(Cause.INFRASTRUCTURE, f"{jobset.failed}; its pods left no result"))
         return AttemptOutcome(report) if now >= settled else AttemptOutcome(look_again_at=settled)
     return AttemptOutcome()
@@ -151,7 +170,9 @@ def _failed(pod: PodView) -> bool:
     return pod.phase == "Failed" or (pod.end is not None and pod.end.exit_code != 0)
 
 
-def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetView, now: float) -> AttemptOutcome:
+def _failure(
+    failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetView, now: float, settled: float
+) -> AttemptOutcome:
     reports = [termination_of(pod) for pod in failed]
     best = min(reports, key=lambda report: (_rank(report.result), report.at))
     if jobset.meta.deleting:
@@ -164,8 +185,6 @@ def _failure(failed: Sequence[PodView], pods: Sequence[PodView], jobset: JobSetV
     deleted = all(pod.meta.deleting for pod in failed)
     if _rank(best.result) == 0 or jobset.failed or (complete and not deleted):
         return AttemptOutcome(best)
-    # Node clocks may be ahead of ours: min(..., now) keeps a wrong one from prolonging the wait.
-    settled = min(min(report.at for report in reports) or now, now) + SETTLE_SECONDS
     return AttemptOutcome(best) if now >= settled else AttemptOutcome(look_again_at=settled)
 
 
@@ -187,7 +206,8 @@ def _rank(result: AttemptResult) -> int:
     """
     if result.exit_code in CAUSE_OF_EXIT and result.exit_code != ExitCode.INTERRUPTED:
         return 0
-    if OOM_KILLED in result.message or result.exit_code < 0 or result.fault:
+    is_error = result.fault is not None and not result.fault.startswith(PROCESS_FAULT)
+    if OOM_KILLED in result.message or result.exit_code < 0 or is_error:
         return 1
     return 1 if result.cause is Cause.PREEMPTION else 2
 

@@ -25,6 +25,8 @@ from stagecoach_core.values import (
     StageState,
     Start,
     Stop,
+    Wait,
+    WaitKind,
 )
 from tests.core.makers import (
     attempt,
@@ -114,7 +116,7 @@ CASES = {
         Observed(artifacts={**finished(DA), **missing(DB)}), (Start("b", DB, 1),), "Cached Pending Pending"
     ),
     "an artifact of an earlier invocation is a cache hit": Case(
-        Observed(attempts=(done("a", DA),), artifacts=finished(DA, DB, DC), since=50.0),
+        Observed(attempts=(replace(done("a", DA), past=True),), artifacts=finished(DA, DB, DC)),
         (),
         "Cached Cached Cached",
         RunState.COMPLETE,
@@ -154,7 +156,7 @@ CASES = {
         RunState.FAILED,
     ),
     "requested again, a failed stage gets another attempt": Case(
-        Observed(attempts=(failed("a", DA, cause=Cause.USER),), artifacts=missing(DA, at=2.0), since=50.0),
+        Observed(attempts=(failed("a", DA, cause=Cause.USER, past=True),), artifacts=missing(DA, at=2.0)),
         (Start("a", DA, 2),),
         "Pending Pending Pending",
     ),
@@ -324,7 +326,7 @@ CASES = {
         "Stopping Pending Pending",
     ),
     "a silent attempt is stopped as a hang": Case(
-        Observed(attempts=(attempt("a", DA, heartbeat=-500.0),), artifacts=missing(DA)),
+        Observed(attempts=(attempt("a", DA, heartbeat=-500.0, listening_since=-500.0),), artifacts=missing(DA)),
         (Stop("a", 1, "no heartbeat for 600 s; the limit is 600 s", Cause.HANG),),
         "Stopping Pending Pending",
     ),
@@ -362,7 +364,7 @@ CASES = {
         RunState.COMPLETE,
     ),
     "a forced stage runs though its artifact exists": Case(
-        Observed(artifacts=finished(DA, DB, DC), forced=frozenset("b"), forced_since=50.0),
+        Observed(artifacts=finished(DA, DB, DC), forced={"b": 1}),
         (Start("b", DB, 1),),
         "Cached Pending Pending",
     ),
@@ -370,8 +372,7 @@ CASES = {
         Observed(
             attempts=(attempt("b", DB, 2, started=50.0, ended=60.0),),
             artifacts=finished(DA, DB, DC),
-            forced=frozenset("b"),
-            forced_since=50.0,
+            forced={"b": 2},
         ),
         (),
         "Cached Succeeded Cached",
@@ -379,10 +380,9 @@ CASES = {
     ),
     "an attempt from before does not count for a forced stage": Case(
         Observed(
-            attempts=(attempt("b", DB, 2, started=49.0, ended=60.0),),
+            attempts=(attempt("b", DB, 2, started=50.0, ended=60.0),),
             artifacts=finished(DA, DB, DC),
-            forced=frozenset("b"),
-            forced_since=50.0,
+            forced={"b": 3},
         ),
         (Start("b", DB, 3),),
         "Cached Pending Pending",
@@ -442,6 +442,50 @@ def test_the_next_decision_is_at_the_end_of_a_back_off_or_at_a_deadline() -> Non
     assert decide(SIDES, replace(observed, attempts=(beating,)), NOW).look_again_at == 99.0 + 600.0
 
 
+def test_stages_that_do_not_need_a_failed_one_go_on_if_the_run_says_so() -> None:
+    """A grid of arms lost every arm because one failed."""
+    lost = failed("b", SB, cause=Cause.USER)
+    observed = Observed(attempts=(lost,), artifacts=missing(SA, SB, at=2.0), keep_going=True)
+    assert starts(decide(SIDES, replace(observed, keep_going=False), NOW)) == []
+    going = decide(SIDES, observed, NOW)
+    assert (starts(going), going.state) == (["a"], RunState.PROGRESSING)
+    assert states(going) == "Pending Failed Skipped"
+    over = decide(SIDES, replace(observed, artifacts={**finished(SA), **missing(SB, at=2.0)}), NOW)
+    assert (over.state, states(over)) == (RunState.FAILED, "Cached Failed Skipped")
+    assert over.message == "stage `b` failed: failure 1; not run, because they need it: `c`"
+
+
+def test_a_run_that_keeps_going_names_all_stages_that_failed() -> None:
+    lost = tuple(failed(name, digest, cause=Cause.USER) for name, digest in (("a", EA), ("b", EB), ("c", EC)))
+    observed = Observed(attempts=lost, artifacts=missing(EA, EB, EC, at=2.0), keep_going=True)
+    decision = decide(THREE, observed, NOW)
+    assert decision.state is RunState.FAILED
+    assert [f"stage `{name}` failed" in decision.message for name in "abc"] == [True] * 3
+
+
+def test_a_queues_time_does_not_count_as_running_time() -> None:
+    """An hour of work, thirty hours preempted by Kueue and ten minutes of work exceeded 24 hours."""
+    plan = plan_for(data_stage("a", timeoutSeconds=7200))
+    digest = digests_of(plan)["a"]
+    resumed = attempt("a", digest, started=0.0, running_since=110_000.0, ran_before=3600.0, heartbeat=113_500.0)
+    observed = Observed(attempts=(resumed,), artifacts=missing(digest))
+    assert decide(plan, observed, 113_599.0).look_again_at == 113_600.0
+    assert not stops(decide(plan, observed, 113_599.0))
+    assert [stop.cause for stop in stops(decide(plan, observed, 113_600.0))] == [Cause.USER]
+
+
+def test_an_attempt_that_cannot_start_is_stopped_at_its_deadline() -> None:
+    plan = plan_for(data_stage("a", deadlines={"imageSeconds": 60}))
+    digest = digests_of(plan)["a"]
+    wait = Wait(WaitKind.IMAGE, 40.0, "ImageUnavailable", "no such image")
+    observed = Observed(
+        attempts=(attempt("a", digest, state=AttemptState.STARTING, wait=wait),), artifacts=missing(digest)
+    )
+    assert decide(plan, observed, 99.0).look_again_at == 100.0
+    (stop,) = stops(decide(plan, observed, 100.0))
+    assert stop.reason == "it did not start within `deadlines.imageSeconds` (60): no such image"
+
+
 def test_restarts_are_counted_by_cause_and_the_last_message_is_reported() -> None:
     attempts = (failed("a", DA, 1), failed("a", DA, 2, Cause.PREEMPTION), failed("a", DA, 3, Cause.HANG, ended=9.0))
     view = decide(CHAIN, Observed(attempts=attempts, artifacts=missing(DA, at=9.1)), NOW).stages["a"]
@@ -464,10 +508,10 @@ def test_a_budget_survives_a_bounded_history() -> None:
     observed = Observed(
         attempts=(failed("a", digest, 21, ended=50.0),),
         artifacts={digest: Missing(at=60.0)},
-        forgotten={("a", digest): Forgotten({Cause.INFRASTRUCTURE: 20}, until=40.0)},
+        forgotten={("a", digest): (Forgotten({Cause.INFRASTRUCTURE: 20}, until=40.0),)},
     )
     view = decide(plan, observed, now=100.0).stages["a"]
     assert (view.state, dict(view.restarts)) == (StageState.FAILED, {Cause.INFRASTRUCTURE: 21})
-    again = decide(plan, replace(observed, since=45.0), now=100.0)
+    again = decide(plan, replace(observed, forgotten={}), now=400.0)
     assert starts(again) == ["a"]
     assert dict(again.stages["a"].restarts) == {Cause.INFRASTRUCTURE: 1}

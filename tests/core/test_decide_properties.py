@@ -176,8 +176,8 @@ def worlds(draw: st.DrawFn) -> World:
     observed = Observed(
         capacity=capacity,
         selected=draw(st.none() | st.sets(st.sampled_from(names), min_size=1).map(frozenset)),
-        forced=draw(st.sets(st.sampled_from(names), max_size=1).map(frozenset)),
-        forced_since=1000.0,
+        forced=dict.fromkeys(draw(st.sets(st.sampled_from(names), max_size=1)), 1),
+        keep_going=draw(st.booleans()),
     )
     return World(plan, observed, published={digests[name] for name in known})
 
@@ -360,7 +360,7 @@ def test_a_change_of_one_stage_changes_it_and_its_descendants_only(
 @given(world=worlds(), data=st.data())
 @settings(PROFILE, max_examples=60)
 def test_an_edit_during_a_run_leaves_no_attempt_at_the_old_digest(world: World, data: st.DataObject) -> None:
-    world.know(forced=frozenset(), selected=None)
+    world.know(forced={}, selected=None)
     for _ in range(data.draw(st.integers(0, 15), label="events")):
         something_happens(world, data, world.decide())
     world.plan = replace(world.plan, code="new code")

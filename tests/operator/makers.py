@@ -379,6 +379,8 @@ class World:
     folder: Path
     settings: Settings = field(init=False)
     now: float = START
+    node_skew: float = 0.0
+    """How far the nodes' clocks are ahead of the operator's, in seconds."""
     api: FakeApi = field(init=False)
     ends: dict[str, list[Ends]] = field(default_factory=dict)
     """How the attempts of a stage end, in order; further attempts succeed."""
@@ -489,7 +491,10 @@ class World:
             status = {"phase": "Pending", "containerStatuses": [waiting]}
             return self._set_status(pod, status)
         if phase == "Pending":
-            running = {"name": names.TRAINER_CONTAINER, "state": {"running": {"startedAt": stamp(self.now)}}}
+            running = {
+                "name": names.TRAINER_CONTAINER,
+                "state": {"running": {"startedAt": stamp(self.now + self.node_skew)}},
+            }
             return self._set_status(pod, {"phase": "Running", "containerStatuses": [running]})
         if stage in self.holds:
             return False
@@ -519,8 +524,8 @@ class World:
             "exitCode": code,
             "reason": ends.reason or ("Completed" if code == 0 else "Error"),
             "message": message,
-            "finishedAt": stamp(self.now),
-            "startedAt": stamp(self.now - 1),
+            "finishedAt": stamp(self.now + self.node_skew),
+            "startedAt": stamp(self.now + self.node_skew - 1),
         }
         status: Body = {
             "phase": "Succeeded" if code == 0 else "Failed",

@@ -11,9 +11,9 @@ import pytest
 from stagecoach_api import names
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import StageState
+from stagecoach_operator.attempt_times import moment
 from stagecoach_operator.kube import JOBSETS, PODS, Body
 from stagecoach_operator.node_failures import NodeFailures
-from stagecoach_operator.observe import moment
 from stagecoach_operator.releases import EXCLUSION_SECONDS, NO_OTHER_NODE, PARTIAL_SECONDS, release_of
 from tests.operator.makers import START, Ends, Operator, World, data_stage, drive
 from tests.operator.test_observe import record
@@ -174,6 +174,6 @@ def test_half_a_gang_gives_back_what_it_holds_uncharged(world: World) -> None:
     ],
 )
 def test_what_is_released_and_when(pods: Any, has_run: bool, excludes: bool, seconds: float | None) -> None:
-    found = release_of(jobset(2, excludes_nodes=excludes), pods, has_run)
+    found = release_of(jobset(2, excludes_nodes=excludes), pods, has_run, NOW - 100)
     assert (None if found is None else found.at) == (None if seconds is None else NOW - 100 + seconds)
     assert EXCLUSION_SECONDS == 60.0

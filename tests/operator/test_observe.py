@@ -10,11 +10,12 @@ import pytest
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import AttemptStatus, Reason
-from stagecoach_core.values import AttemptState
+from stagecoach_core.values import AttemptState, WaitKind
+from stagecoach_operator.attempt_times import moment
 from stagecoach_operator.object_cache import Children
 from stagecoach_operator.object_views import ContainerEnd, JobSetView, PodView
-from stagecoach_operator.observe import ObservedAttempt, Signals, moment, observe
-from stagecoach_operator.pod_startup import IMAGE_PATIENCE_SECONDS, stuck_pods
+from stagecoach_operator.observe import ObservedAttempt, Signals, observe
+from stagecoach_operator.pod_startup import stuck_pods
 from stagecoach_operator.progress_reports import LatestReport, ProgressReport
 from stagecoach_operator.termination import SETTLE_SECONDS
 from tests.operator.view_makers import DIGEST, NOW, RUN, jobset, meta, pending, pod, workload
@@ -42,7 +43,7 @@ def see(
 def test_an_unrecorded_attempt_is_observed() -> None:
     attempt = see((jobset(),), (pod(),))
     assert (attempt.state, attempt.record.number, attempt.record.digest) == (AttemptState.RUNNING, 1, DIGEST)
-    assert attempt.record.running_since == moment(NOW - 50)
+    assert attempt.record.running_since == moment(NOW), "by our clock, not by the node's"
     assert [item.pod for item in attempt.record.incarnations] == ["a-0"]
 
 
@@ -148,14 +149,13 @@ def test_the_reason_for_waiting_is_reported(
     assert attempt.deletion_reason == ""
 
 
-def test_an_unavailable_image_ends_the_attempt_uncharged() -> None:
-    waiting = pending(waiting_reason="ImagePullBackOff", waiting_message="no")
-    soon = waiting.meta.created + IMAGE_PATIENCE_SECONDS
-    before = see((jobset(),), (waiting,), now=soon - 1)
-    assert (before.deletion_reason, before.look_again_at) == ("", soon)
-    attempt = see((jobset(),), (waiting,), now=soon)
-    assert attempt.deletion_reason
-    assert attempt.record.stop_cause is Cause.PREEMPTION
+def test_a_wait_is_one_while_its_reason_alternates() -> None:
+    backing_off = pending(waiting_reason="ImagePullBackOff", waiting_message="no")
+    first = see((jobset(),), (backing_off,))
+    pulling = see((jobset(),), (pending(waiting_reason="ContainerCreating"),), (first.record,), now=NOW + 20)
+    again = see((jobset(),), (backing_off,), (pulling.record,), now=NOW + 40).as_core_attempt(NOW + 40)
+    assert again.wait is not None
+    assert (again.wait.kind, again.wait.since, again.wait.reason) == (WaitKind.IMAGE, NOW, "ImageUnavailable")
 
 
 def test_kueues_message_is_reported_unchanged() -> None:
@@ -180,15 +180,18 @@ def test_silence_counts_from_the_newest_pod_after_a_first_report() -> None:
     assert silent.as_core_attempt(NOW).heartbeat == NOW
     reports = {("a", 1): LatestReport(ProgressReport(pod_uid="uid-a-0", time=NOW - 7200), longest_silence=5.0)}
     resumed = see((jobset(),), (pod(running_since=NOW - 2),), reports=reports)
-    assert resumed.as_core_attempt(NOW).heartbeat == NOW - 2
+    assert resumed.as_core_attempt(NOW).heartbeat == NOW
 
 
 def test_the_time_of_the_next_observation_is_returned() -> None:
     early = replace(pod(0), phase="Failed", end=ContainerEnd(1, "", "", NOW - 1))
-    assert see((jobset(2),), (early, pod(1))).look_again_at == NOW - 1 + SETTLE_SECONDS
+    settling = see((jobset(2),), (early, pod(1)))
+    assert (settling.settling, settling.look_again_at) == (True, NOW + SETTLE_SECONDS)
+    later = see((jobset(2),), (early, pod(1)), now=NOW + SETTLE_SECONDS, settling={("a", 1): NOW})
+    assert (later.settling, later.record.exit_code) == (False, 1)
 
 
 def test_a_pod_that_stays_in_container_creation_is_stuck() -> None:
     creating = pending(waiting_reason="ContainerCreating", meta=meta("a-0", created=NOW - 3))
-    assert stuck_pods([creating], NOW) == []
-    assert stuck_pods([creating], NOW + 2) == [creating]
+    assert stuck_pods([creating], NOW - 3, NOW) == []
+    assert stuck_pods([creating], NOW - 3, NOW + 2) == [creating]

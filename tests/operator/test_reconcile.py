@@ -12,7 +12,6 @@ import pytest
 
 from stagecoach_api import names
 from stagecoach_api.artifacts import Manifest, Pointer, pointer_key
-from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import ConditionStatus, ConditionType, Reason, RunState, StageState
 from stagecoach_api.store import AccessDenied, Store, StoreEntry, Unreachable
 from stagecoach_api.stores.lookup import find_manifest
@@ -382,9 +381,7 @@ def test_several_nodes_are_one_gang_with_one_cause(world: World) -> None:
         ({"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}, Reason.SECRET_MISSING),
     ],
 )
-def test_a_blocked_pod_is_reported_and_ends_the_attempt_uncharged(
-    world: World, waiting: dict[str, str], reason: Reason
-) -> None:
+def test_a_blocked_pod_is_reported_and_ends_the_attempt(world: World, waiting: dict[str, str], reason: Reason) -> None:
     world.waits["a"] = waiting
     world.submit(data_stage("a"))
 
@@ -395,7 +392,7 @@ def test_a_blocked_pod_is_reported_and_ends_the_attempt_uncharged(
         assert progressing.reason is reason
         assert waiting["message"] in progressing.message
         await drive(world, operator, 400)
-        assert world.stage("a").restarts.preemption >= 1
+        assert world.stage("a").restarts.infrastructure == 1
         world.waits.clear()
         await drive(world, operator)
         operator.die()
@@ -403,8 +400,47 @@ def test_a_blocked_pod_is_reported_and_ends_the_attempt_uncharged(
     asyncio.run(scenario())
     stage = world.stage("a")
     assert stage.state is StageState.SUCCEEDED
-    assert (stage.restarts.user, stage.restarts.infrastructure) == (0, 0)
-    assert stage.attempts[0].cause is Cause.PREEMPTION
+    assert (stage.restarts.user, stage.restarts.infrastructure) == (0, 1)
+    assert stage.attempts[0].fault == f"waiting: {reason}"
+
+
+def test_an_image_that_does_not_exist_fails_the_run_after_three_attempts(world: World) -> None:
+    """It was tried 31 times in three hours, and never Failed."""
+    world.waits["a"] = {"reason": "ImagePullBackOff", "message": "Back-off pulling image: not found"}
+    world.submit(*CHAIN)
+    play(world)
+    stage = world.stage("a")
+    assert (stage.state, stage.attempt) == (StageState.FAILED, 3)
+    failed = world.condition(ConditionType.FAILED)
+    assert (failed.status, failed.reason) == (ConditionStatus.TRUE, Reason.IMAGE_UNAVAILABLE)
+    assert "attempts 1, 2 and 3 ended in the same way" in failed.message
+    assert "not found" in failed.message
+
+
+def test_independent_stages_go_on_when_one_fails(world: World) -> None:
+    world.ends["bad"] = [Ends(64, "user", "no such field")]
+    world.input("b.txt", "other\n")
+    good = data_stage("good", uri="b.txt")
+    world.submit(data_stage("bad"), data_stage("needs-bad", "bad"), good, data_stage("c", "good"), onFailure="continue")
+    play(world)
+    assert {stage.name: stage.state.value for stage in world.status().stages} == {
+        "bad": "Failed",
+        "needs-bad": "Skipped",
+        "good": "Succeeded",
+        "c": "Succeeded",
+    }
+    failed = world.condition(ConditionType.FAILED)
+    assert (failed.status, failed.reason) == (ConditionStatus.TRUE, Reason.USER_ERROR)
+    assert failed.message.startswith("stage `bad`: no such field")
+    assert failed.message.endswith("not run: `needs-bad`")
+
+
+def test_restarts_count_attempts_that_followed_a_failure(world: World) -> None:
+    """A run that failed at its first attempt was shown as restarted once."""
+    world.ends["a"] = [Ends(-9, "infrastructure", "killed"), Ends(64, "user", "no such field")]
+    world.submit(data_stage("a"))
+    play(world)
+    assert world.status().summary.restarts == 1  # type: ignore[union-attr]
 
 
 def test_a_missing_jobset_crd_is_reported_until_it_is_installed(world: World) -> None:

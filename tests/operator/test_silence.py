@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach_api.status import ConditionType, StageState
+from stagecoach_operator.attempt_times import moment
 from stagecoach_operator.heartbeats import RECORD_SECONDS, heartbeat_of, with_report
 from stagecoach_operator.kube import PODS
-from stagecoach_operator.observe import moment
 from stagecoach_operator.progress_reports import DEAF_SECONDS, Hearing, LatestReport, ProgressReport, ProgressReports
 from stagecoach_operator.self_check import is_reached
 from tests.operator.makers import START, Operator, World, data_stage, drive
@@ -219,7 +219,7 @@ def test_no_attempt_is_silent_for_long_unless_another_is_heard(beats: list[tuple
     hearing = Hearing(reports.since, reports.deaf(now), expected=True)
     for name, other in (("a", "b"), ("b", "a")):
         latest = reports.latest(("run", name, 1))
-        beat = heartbeat_of(record(), latest, (), hearing, now)
+        beat = heartbeat_of(record(), latest, hearing, now)
         silence = now - max(beat.time or START, beat.listening_since)
         if silence > SILENCE:
             assert heard[other] > now - DEAF_SECONDS

@@ -111,8 +111,9 @@ def test_an_unspecific_end_waits_for_the_other_pods() -> None:
     early = ended(0, 1, at=NOW - 0.5, cause="infrastructure", message="peer closed")
     outcome = outcome_of([early, pod(1)], jobset(2), NOW)
     assert outcome.report is None
-    assert outcome.look_again_at == NOW - 0.5 + SETTLE_SECONDS
-    assert outcome_of([early, pod(1)], jobset(2), NOW + 2).report is not None
+    assert outcome.look_again_at == NOW + SETTLE_SECONDS
+    assert outcome_of([early, pod(1)], jobset(2), NOW + 1, NOW).look_again_at == NOW + SETTLE_SECONDS
+    assert outcome_of([early, pod(1)], jobset(2), NOW + 2, NOW).report is not None
     assert outcome_of([early, ended(1, 1, cause="infrastructure")], jobset(2), NOW).report is not None, "all have ended"
 
 
@@ -139,7 +140,7 @@ def test_without_pods_the_jobset_decides(hint: str) -> None:
     status: dict[str, Any] = (
         {"completed": True} if hint == "completed" else {"failed": "BackoffLimitExceeded", "failed_at": NOW - 5}
     )
-    report = outcome_of([], replace(jobset(), **status), NOW).report
+    report = outcome_of([], replace(jobset(), **status), NOW, NOW - SETTLE_SECONDS).report
     assert report is not None
     assert report.result.cause is (None if hint == "completed" else Cause.INFRASTRUCTURE)
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     budgets.
 
     On a cluster this sets `spec.suspend` and `spec.cancel` to false and, if the run has failed, the annotation
-    stagecoach.dev/retry to the current time. A local run is resumed in this terminal, as by `stagecoach run` with the
-    same file and options (except --from).
+    stagecoach.dev/retry to a new value, the time. A local run is resumed in this terminal, as by `stagecoach run` with
+    the same file and options (except --from).
 
     {TARGET_RULE}""",
 )
@@ -93,9 +93,8 @@ def patch_to_resume(run: ClusterRun, now: float) -> dict[str, Any]:
     spec = {field: False for field in ("suspend", "cancel") if run.spec.get(field)}
     patch: dict[str, Any] = {"spec": spec} if spec else {}
     if run.is_true(ConditionType.FAILED) and not run.is_cancelled:
-        # The operator forgives failures before this time. The cluster's clock may be ahead of this machine's.
-        ends = [item.ended.timestamp() for stage in run.status.stages for item in stage.attempts if item.ended]
-        time = datetime.fromtimestamp(max([now, *(end + 1.0 for end in ends)]), UTC)
+        # A value is carried out once. The time makes it a new one; it is compared with no clock.
+        time = datetime.fromtimestamp(now, UTC)
         patch["metadata"] = {"annotations": {ANNOTATION_RETRY: time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}}
     return patch
 

@@ -108,6 +108,7 @@ def make_job(prepared: PreparedRun, file: Path, until: str | None, start: str | 
         nproc=nproc,
         suspend=prepared.run.spec.suspend,
         cancel=prepared.run.spec.cancel,
+        keep_going=prepared.run.spec.on_failure == "continue",
         selected=None if until is None else selected_until(prepared.plan, until),
         forced=frozenset() if start is None else starting_from(prepared.plan, start),
     )

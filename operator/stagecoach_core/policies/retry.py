@@ -1,7 +1,9 @@
 """Retries: each cause of failure has a budget per stage digest; the back-off grows with consecutive short failures.
 
-Preemption (being asked to stop) is never charged. Failures count until the stage's digest changes or the user requests
-the run again (`Observed.since`). They do not expire, so a run with a permanent fault ends however slowly it fails.
+Preemption (being asked to stop) is never charged. A failure counts for `retries.windowDays`, or until the stage's
+digest changes or the user requests the run again: a training of months meets more lost nodes than a budget has, and
+none of them is its fault. A run with a permanent fault ends nevertheless: an end that recurs without a new checkpoint
+becomes the user's (`policies.ending`), and however slowly a run fails, `FRUITLESS_FACTOR` limits how often.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from dataclasses import dataclass, field
 
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.spec import Retries
-from stagecoach_core.values import Attempt
+from stagecoach_core.values import Attempt, Forgotten
 
-DEFAULT_BUDGETS = Retries(infrastructure=20, hang=5, user=0)
+DEFAULT_BUDGETS = Retries(infrastructure=20, hang=5, user=0, window_days=7)
 """The budgets of a run that sets none."""
 
 CHARGED = (Cause.USER, Cause.HANG, Cause.INFRASTRUCTURE)
@@ -22,6 +24,10 @@ CHARGED = (Cause.USER, Cause.HANG, Cause.INFRASTRUCTURE)
 
 FIRST_BACKOFF_SECONDS = 1.0
 LONGEST_BACKOFF_SECONDS = 300.0
+SECONDS_PER_DAY = 86_400.0
+FRUITLESS_FACTOR = 10
+"""Failures without a new complete checkpoint, of any age, are at most this many times the budget. They cannot be as few
+as the budget itself: an attempt that is killed does not report its checkpoints."""
 SETTLED_SECONDS = 600.0
 """An attempt that ran at least this long resets the back-off. Kubernetes resets that of a crashing container, whose
 limit of 300 s is the same, after ten minutes as well."""
@@ -41,33 +47,80 @@ class RetryDecision:
     """Message of the attempt that determined the decision."""
 
 
-def without_result(attempts: Iterable[Attempt], digest: str, since: float) -> tuple[Attempt, ...]:
-    """Return the attempts at `digest` that ended at or after `since`, oldest first.
+def without_result(attempts: Iterable[Attempt], digest: str) -> tuple[Attempt, ...]:
+    """Return the ended attempts at `digest`, oldest first.
 
     To be called when the store has no artifact: an attempt that reported success then has no result either.
     """
-    counted = [
-        attempt
-        for attempt in attempts
-        if not attempt.is_live and attempt.digest == digest and ended_at(attempt) >= since
-    ]
+    counted = [attempt for attempt in attempts if not attempt.is_live and attempt.digest == digest]
     return tuple(sorted(counted, key=lambda attempt: attempt.number))
 
 
-def decide_retry(ended: Sequence[Attempt], retries: Retries, older: Mapping[Cause, int] | None = None) -> RetryDecision:
+def decide_retry(ended: Sequence[Attempt], retries: Retries, older: Sequence[Forgotten] = ()) -> RetryDecision:
     """Decide whether a stage may be attempted again.
 
-    `ended`: its ended attempts without a result, oldest first. `older`: number of attempts before those, by the cause
-    they were charged to.
+    `ended`: its ended attempts without a result, oldest first; those that are past (`Attempt.past`) are not charged,
+    but lengthen the back-off. `older`: attempts before those, oldest first.
     """
-    if not ended:
-        return RetryDecision(restarts=dict(older or {}))
-    restarts = dict(Counter(charged_to(attempt) for attempt in ended) + Counter(older or {}))
-    exhausted = next((cause for cause in CHARGED if restarts.get(cause, 0) > budget(cause, retries)), None)
+    charged = [attempt for attempt in ended if not attempt.past]
+    not_before = ended_at(ended[-1]) + _backoff(ended, older) if ended else 0.0
+    failures = _failures(charged, older)
+    restarts: Counter[Cause] = Counter()
+    for failure in failures:
+        restarts[failure.cause] += failure.count
+    if not charged:
+        return RetryDecision(dict(restarts), None, not_before)
+    spent = {cause: text for cause in CHARGED if (text := _spent(cause, failures, retries))}
+    exhausted = next(iter(spent), None)
     if exhausted is None:
-        return RetryDecision(restarts, None, ended_at(ended[-1]) + _backoff(ended), _message(ended[-1]))
-    last = next((attempt for attempt in reversed(ended) if charged_to(attempt) is exhausted), ended[-1])
-    return RetryDecision(restarts, exhausted, message=_exhausted_message(last, retries, exhausted, restarts[exhausted]))
+        return RetryDecision(dict(restarts), None, not_before, _message(charged[-1]))
+    last = next((attempt for attempt in reversed(charged) if charged_to(attempt) is exhausted), charged[-1])
+    text = _message(last) if budget(exhausted, retries) == 0 else f"{_message(last)} ({spent[exhausted]})"
+    return RetryDecision(dict(restarts), exhausted, message=text)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Failures that ended at one time. `is_new`: whether a checkpoint beyond all earlier ones was made before them."""
+
+    cause: Cause
+    count: int
+    at: float
+    is_new: bool
+
+
+def _failures(charged: Sequence[Attempt], older: Sequence[Forgotten]) -> list[_Failure]:
+    """Return all failures, oldest first."""
+    failures: list[_Failure] = []
+    newest = -1
+    groups = [(group.counts, group.until, group.last_step) for group in older]
+    groups += [({charged_to(item): 1}, ended_at(item), item.last_step) for item in charged]
+    for counts, at, step in groups:
+        is_new = step is not None and step > newest
+        newest = max(newest, -1 if step is None else step)
+        failures += [_Failure(cause, count, at, is_new) for cause, count in counts.items() if count]
+    return failures
+
+
+def _spent(cause: Cause, failures: Sequence[_Failure], retries: Retries) -> str:
+    """Return how the budget of a cause is used up, as of its last failure. Empty if it is not.
+
+    As of the last failure, not as of now: a stage that has failed does not come back when the window has passed.
+    """
+    alike = [failure for failure in failures if failure.cause is cause]
+    if not alike:
+        return ""
+    allowed, days = budget(cause, retries), retries.window_days or DEFAULT_BUDGETS.window_days or 0
+    begin = alike[-1].at - days * SECONDS_PER_DAY
+    recent = sum(failure.count for failure in alike if failure.at > begin)
+    if recent > allowed:
+        return f"failure {recent} charged to {cause.value} in {days} days; `retries.{cause.value}` is {allowed}"
+    fruitless = 0
+    for failure in failures:
+        fruitless = (0 if failure.is_new else fruitless) + failure.count * (failure.cause is cause)
+    if fruitless > allowed * FRUITLESS_FACTOR:
+        return f"failure {fruitless} charged to {cause.value} without a new checkpoint"
+    return ""
 
 
 def budget(cause: Cause, retries: Retries) -> int:
@@ -96,34 +149,33 @@ def backoff_seconds(streak: int) -> float:
     return min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0**doublings)
 
 
-def _backoff(ended: Sequence[Attempt]) -> float:
+def _backoff(ended: Sequence[Attempt], older: Sequence[Forgotten]) -> float:
     """Return the back-off in seconds. Preemptions and failures are separate streaks: neither lengthens the other's."""
     preempted = charged_to(ended[-1]) is Cause.PREEMPTION
     alike = [attempt for attempt in ended if (charged_to(attempt) is Cause.PREEMPTION) is preempted]
+    counted = sum(
+        count for group in older for cause, count in group.counts.items() if (cause is Cause.PREEMPTION) is preempted
+    )
+    streak = _streak(alike, counted)
     # A single preemption is retried immediately; repeated ones back off.
-    return backoff_seconds(_streak(alike) - 1 if preempted else _streak(alike))
+    return backoff_seconds(streak - 1 if preempted else streak)
 
 
-def _streak(ended: Sequence[Attempt]) -> int:
-    """Return the number of attempts from the newest one that ran long (`SETTLED_SECONDS`) to the last one."""
+def _streak(ended: Sequence[Attempt], older: int) -> int:
+    """Return the number of attempts from the newest one that ran long (`SETTLED_SECONDS`) to the last one.
+
+    `older`: number of attempts before `ended`, of which it is not known how long they ran.
+    """
     streak = 0
     for attempt in reversed(ended):
         streak += 1
-        # Not from `started`: time in a queue is not time run.
-        begun = attempt.started if attempt.running_since is None else attempt.running_since
-        if ended_at(attempt) - begun >= SETTLED_SECONDS:
-            break
-    return streak
+        # Not since `started`: time in a queue is not time run.
+        if attempt.running_seconds >= SETTLED_SECONDS:
+            return streak
+    return streak + older
 
 
 def _message(attempt: Attempt) -> str:
     if attempt.cause is None:
         return f"attempt {attempt.number} reported success, but the store has no artifact {attempt.digest[:12]}"
     return attempt.message or f"attempt {attempt.number} ended without a message ({attempt.cause.value})"
-
-
-def _exhausted_message(last: Attempt, retries: Retries, cause: Cause, failures: int) -> str:
-    allowed = budget(cause, retries)
-    if allowed == 0:
-        return _message(last)
-    return f"{_message(last)} (failure {failures} charged to {cause.value}; `retries.{cause.value}` is {allowed})"

@@ -1,7 +1,8 @@
 """Time-outs and hangs: the reasons to stop an attempt that depend on time.
 
-`timeoutSeconds` limits the time that one attempt runs; exceeding it is charged to the user, who set the limit. A hang
-is the absence of heartbeats for longer than a limit that adapts to the longest silence seen so far.
+`timeoutSeconds` limits the time that one attempt runs, without the time in which a queue held it; exceeding it is
+charged to the user, who set the limit. A hang is the absence of heartbeats for longer than a limit that adapts to the
+longest silence seen so far.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecoach_api.outcomes import Cause
+from stagecoach_api.spec import Deadlines
 from stagecoach_core.values import Attempt, AttemptState, Stop
 
 
@@ -27,6 +29,12 @@ class HangLimits:
 DEFAULT_LIMITS = HangLimits()
 
 
+def limits_of(deadlines: Deadlines) -> HangLimits:
+    """Return the limits of a stage."""
+    start = deadlines.start_seconds
+    return DEFAULT_LIMITS if start is None else HangLimits(start_seconds=float(start))
+
+
 def stop_overdue(
     attempt: Attempt, timeout_seconds: int | None, now: float, limits: HangLimits = DEFAULT_LIMITS
 ) -> Stop | None:
@@ -34,7 +42,7 @@ def stop_overdue(
     if attempt.state is not AttemptState.RUNNING:
         return None
     # The time-out first: an attempt that hangs beyond it is the user's, and is not retried as a hang.
-    if timeout_seconds is not None and now >= _running_since(attempt) + timeout_seconds:
+    if timeout_seconds is not None and now >= _time_is_up(attempt, timeout_seconds):
         reason = f"it ran longer than `timeoutSeconds` ({timeout_seconds}) allows"
         return Stop(attempt.stage, attempt.number, reason, Cause.USER)
     if now >= silence_ends(attempt, limits):
@@ -50,20 +58,24 @@ def deadline(attempt: Attempt, timeout_seconds: int | None, limits: HangLimits =
     if attempt.state is not AttemptState.RUNNING:
         return None
     ends = silence_ends(attempt, limits)
-    return ends if timeout_seconds is None else min(ends, _running_since(attempt) + timeout_seconds)
+    return ends if timeout_seconds is None else min(ends, _time_is_up(attempt, timeout_seconds))
 
 
 def silence_limit(attempt: Attempt, limits: HangLimits = DEFAULT_LIMITS) -> float:
     """Return the number of seconds of silence that are allowed now."""
     # Adapts to stages that are silent for long by nature, such as one that writes a large checkpoint.
     if attempt.heartbeat is None:
-        return max(limits.start_seconds, limits.shortest_seconds)
+        return limits.start_seconds
     return max(limits.shortest_seconds, limits.factor * attempt.longest_silence)
 
 
 def silence_ends(attempt: Attempt, limits: HangLimits = DEFAULT_LIMITS) -> float:
     """Return when the present silence becomes a hang, in seconds since the epoch."""
     return _last_heartbeat(attempt) + silence_limit(attempt, limits)
+
+
+def _time_is_up(attempt: Attempt, timeout_seconds: int) -> float:
+    return _running_since(attempt) + timeout_seconds - attempt.ran_before
 
 
 def _running_since(attempt: Attempt) -> float:

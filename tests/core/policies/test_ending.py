@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_api.outcomes import AttemptResult, Cause
+from stagecoach_api.outcomes import OUT_OF_MEMORY_FAULT, AttemptResult, Cause, ExitCode, process_fault
 from stagecoach_core.policies.ending import AttemptEnd, cause_of_end, end_of_attempt
 from stagecoach_core.values import Attempt
 from tests.core.makers import attempt
@@ -82,6 +82,23 @@ def test_a_new_checkpoint_in_between_shows_that_another_attempt_helps() -> None:
     assert causes(unnamed(BUG), unnamed(BUG, 10))[-1] is Cause.INFRASTRUCTURE
     assert causes(unnamed(BUG, 10), unnamed(OTHER, 20), unnamed(BUG, 20))[-1] is Cause.INFRASTRUCTURE
     assert causes(unnamed(BUG, 20), unnamed(OTHER, 10), unnamed(BUG, 10))[-1] is Cause.USER
+
+
+OOM = AttemptResult(exit_code=-9, cause=Cause.INFRASTRUCTURE, message="OOMKilled", fault=OUT_OF_MEMORY_FAULT)
+
+
+def test_running_out_of_memory_again_and_again_is_the_users_at_its_third_time() -> None:
+    """A deterministic one was tried 21 times."""
+    ends = ends_of(OOM, OOM, OOM)
+    assert [end.cause for end in ends] == [Cause.INFRASTRUCTURE, Cause.INFRASTRUCTURE, Cause.USER]
+    assert ends[-1].message.startswith("attempts 1, 2 and 3 ended in the same way, without a new checkpoint in between")
+    assert causes(OOM, OOM, OOM.model_copy(update={"last_step": 5}))[-1] is Cause.INFRASTRUCTURE
+    assert causes(OOM, None, OOM, INTERRUPTED, OOM)[-1] is Cause.USER
+
+
+def test_an_exit_code_that_says_nothing_may_recur_and_a_signal_may_not() -> None:
+    assert process_fault(127) == "process: exit code 127"
+    assert [process_fault(code) for code in (0, -9, int(ExitCode.STORAGE))] == [None, None, None]
 
 
 def test_what_happens_in_between_does_not_hide_a_recurrence() -> None:
