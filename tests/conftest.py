@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -14,12 +15,16 @@ import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 
+from stagecoach_api import code
 from tests.s3 import ACCESS_KEY, REGION, SECRET_KEY, S3Server, make_server
 from tests.scheduling import Scheduling, longest_first
 
 # The suite starts a hundred interpreters. Without compiled modules, each of them compiles what it imports, for seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Each run of the local driver parses the trainer's files, for 0.4 s. What a file's bytes give is always the same.
+code.python_content = functools.cache(code.python_content)
 
 # No test depends on the clock, and every run draws the same examples, so that a failure is caused by the change under
 # test. `make explore` draws new ones.
