@@ -33,7 +33,7 @@ from stagecoach_operator.artifact_pointers import Pointers
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.attempt_times import waiting_since, without_future
-from stagecoach_operator.confirmation import confirm
+from stagecoach_operator.confirmation import confirm, confirm_pods
 from stagecoach_operator.events import EventReason, RunEvent, events_between
 from stagecoach_operator.known_artifacts import known_artifacts, valid_answers
 from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
@@ -176,6 +176,7 @@ class Reconciler:
             lookups_due,
             write_due,
             memory.unblocked_at(),
+            memory.confirmed.look_again_at,
             memory.retry_rejected_at(),
             *(moment for attempt in context.attempts.values() for moment in recheck_times(attempt, context.now)),
         )
@@ -183,9 +184,11 @@ class Reconciler:
     # -- observing -----------------------------------------------------------------------------------------------------
 
     async def _confirm(self, run: RunView, memory: RunMemory) -> None:
-        """Read the JobSets that seem to be gone, before their attempts count as ended."""
+        """Read the JobSets and pods that seem to be gone, before anything follows from that."""
         records = known_records(run, memory, self.clock())
-        await confirm(self.client.kube, self.client.cache, run, records, memory.confirmed, self.clock())
+        kube, cache = self.client.kube, self.client.cache
+        await confirm(kube, cache, run, records, memory.confirmed, self.clock())
+        await confirm_pods(kube, cache, run, records, memory.confirmed, self.clock())
 
     def _observe(self, run: RunView, frozen: FrozenPlan, memory: RunMemory) -> ReconcileContext:
         now = self.clock()

@@ -469,7 +469,9 @@ class World:
                         "namespace": metadata["namespace"],
                         "labels": {**job["template"]["metadata"]["labels"], names.COMPLETION_INDEX: str(index)},
                         "annotations": job["template"]["metadata"]["annotations"],
-                        "ownerReferences": [{"kind": "JobSet", "uid": metadata["uid"], "controller": True}],
+                        "ownerReferences": [
+                            {"name": f"{metadata['name']}-w-0", "uid": metadata["uid"], "controller": True}
+                        ],
                     },
                     "spec": {"nodeName": f"node-{index}"},
                     "status": {"phase": "Pending"},

@@ -1,4 +1,4 @@
-"""JobSets that seem to be gone, and are not: no second rank 0 is created while one still trains."""
+"""JobSets and pods that seem to be gone, and are not: no second rank 0 is created while one still trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from stagecoach_api import names
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import StageState
-from stagecoach_operator.kube import JOBSETS, NotServed, RequestForbidden, Resource
+from stagecoach_operator.kube import JOBSETS, PODS, NotServed, RequestForbidden, Resource
 from tests.operator.makers import NAMESPACE, Operator, World, data_stage, drive
 
 
@@ -151,6 +151,60 @@ def test_a_copy_under_another_name_is_not_an_attempt(world: World) -> None:
         assert world.stage("a").state is StageState.RUNNING
         world.holds.clear()
         await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert (world.stage("a").state, world.stage("a").attempt) == (StageState.SUCCEEDED, 1)
+
+
+@pytest.mark.parametrize("labels", ["one", "all"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_pod_without_labels_is_still_the_attempts(world: World, labels: str, restarted: bool) -> None:
+    """A watch with a selector reports it as deleted, while it trains on."""
+
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 30)
+        (pod,) = world.api.all_of(PODS)
+        before = copy.deepcopy(pod)
+        taken = before["metadata"]["labels"] if labels == "all" else {names.LABEL_MANAGED_BY: ""}
+        world.api.edit(PODS, NAMESPACE, pod["metadata"]["name"], metadata={"labels": dict.fromkeys(taken)})
+        # The kubelet of the world finds a pod's stage by its labels; this one runs on its own.
+        work_on, world._work_on = world._work_on, lambda pod: False  # type: ignore[method-assign]
+        if restarted:
+            operator.die()
+            operator = Operator(world)
+            operator.enqueue(world.run().meta.uid)
+        operator.receive(PODS, "DELETED", before)
+        for _ in range(20):
+            await drive(world, operator, 60)
+            operator.cache.remove(before["metadata"]["uid"])  # as the audit does
+            operator.enqueue(world.run().meta.uid)
+        assert (world.stage("a").state, world.stage("a").attempt) == (StageState.RUNNING, 1)
+        world.api.edit(PODS, NAMESPACE, pod["metadata"]["name"], metadata={"labels": before["metadata"]["labels"]})
+        world._work_on = work_on  # type: ignore[method-assign]
+        world.holds.clear()
+        await drive(world, operator)
+        operator.die()
+
+    asyncio.run(scenario())
+    assert (world.stage("a").state, world.stage("a").attempt, world.two_at_once) == (StageState.SUCCEEDED, 1, [])
+
+
+def test_the_end_of_a_pod_without_labels_is_seen(world: World) -> None:
+    async def scenario() -> None:
+        operator = Operator(world)
+        await drive(world, operator, 30)
+        (pod,) = world.api.all_of(PODS)
+        before = copy.deepcopy(pod)
+        world.api.edit(PODS, NAMESPACE, pod["metadata"]["name"], metadata={"labels": {names.LABEL_MANAGED_BY: None}})
+        operator.receive(PODS, "DELETED", before)
+        unheard = world.api.watchers.pop()
+        world.holds.clear()
+        while world.tick():
+            pass
+        world.api.watchers.append(unheard)
+        await drive(world, operator, 120)
         operator.die()
 
     asyncio.run(scenario())
