@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-import ssl
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -16,14 +16,17 @@ from aiohttp import web
 from stagecoach_operator.artifact_lookup import ArtifactLookups
 from stagecoach_operator.attempt_client import AttemptClient
 from stagecoach_operator.audit import AUDIT_SECONDS, Audit
+from stagecoach_operator.certificate_files import CHECK_SECONDS, CertificateFiles
 from stagecoach_operator.event_recorder import EventRecorder
 from stagecoach_operator.events import RunEvent
 from stagecoach_operator.guarded_listener import GuardedListener
 from stagecoach_operator.kube import ApiServer
 from stagecoach_operator.lease import Lease
 from stagecoach_operator.loop_lag import LoopLag
+from stagecoach_operator.metrics import Metrics
 from stagecoach_operator.object_cache import Cache, oldest_first
 from stagecoach_operator.object_views import RunView
+from stagecoach_operator.operator_metrics import families_of
 from stagecoach_operator.plan_maker import PlanMaker
 from stagecoach_operator.probes import Probes, serve
 from stagecoach_operator.progress_reports import ProgressReports
@@ -57,7 +60,9 @@ class Application:
         self.reports = ProgressReports()
         self.stop = asyncio.Event()
         self.exit_code = 0
-        self.loop_lag = LoopLag()
+        self.metrics = Metrics()
+        self.loop_lag = LoopLag(observe=self.metrics.loop_lag.observe)
+        self.certificates = CertificateFiles(settings)
 
     async def run(self) -> int:
         """Run until a signal arrives or the Lease is lost; return the exit code."""
@@ -72,7 +77,7 @@ class Application:
         self.lanes = StoreLanes(self.settings)
         self.lookups = ArtifactLookups(self.lanes)
         self.event_recorder = EventRecorder(self.kube)
-        self.workers = Workers(self._reconcile)
+        self.workers = Workers(self._reconcile, observe=self.metrics.observe_turn)
         self.audit = Audit(self.kube, self.cache, self.settings.namespaces, self.workers.enqueue)
         self.planner = PlanMaker(self.lanes, self.settings, self.workers.enqueue)
         self.reconciler = Reconciler(
@@ -82,13 +87,18 @@ class Application:
             reports=self.reports,
             enqueue=self.workers.enqueue,
             record_events=self._record_events,
+            observe_status=self.metrics.observe_status,
         )
         servers = await self._serve()
-        measuring = asyncio.create_task(self.loop_lag.measure(), name="loop lag")
+        background = (
+            asyncio.create_task(self.loop_lag.measure(), name="loop lag"),
+            asyncio.create_task(self._reload(), name="certificates"),
+        )
         try:
             await self._lead()
         finally:
-            measuring.cancel()
+            for task in background:
+                task.cancel()
             await self.workers.close(CLOSING_SECONDS)
             await self.event_recorder.close()
             await self.lease.release()
@@ -114,7 +124,9 @@ class Application:
             self.workers.enqueue(run.meta.uid)
         log.info("reconciling %d existing runs", len(self.cache.runs))
         auditing = asyncio.create_task(self._audit(), name="audit")
-        checking = asyncio.create_task(keep_checking(self.settings, self.reports), name="self-check")
+        checking = asyncio.create_task(
+            keep_checking(self.settings, self.reports, lambda: self.certificates.authorities), name="self-check"
+        )
         try:
             await self._watch()
         finally:
@@ -186,18 +198,27 @@ class Application:
     # -- always --------------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> list[web.AppRunner | GuardedListener]:
-        probes = Probes(self._not_live, self._not_ready, self._metrics)
+        probes = Probes(self._not_live, self._not_ready, self.metrics.registry)
         self.progress = ProgressServer(
             self.cache, self.reports, TokenVerifier(self.kube), self.workers.enqueue, is_active=lambda: self.lease.held
         )
-        context = tls_context(self.settings)
-        self.listener = GuardedListener(self.progress.app(), lambda: context)
+        self.listener = GuardedListener(self.progress.app(), lambda: self.certificates.context)
+        self.metrics.add(*families_of(self))
         await self.listener.start(ANY_ADDRESS, self.settings.progress_port)
         return [
             await serve(probes.probe_app(), self.settings.probe_port),
             await serve(probes.metrics_app(), self.settings.metrics_port),
             self.listener,
         ]
+
+    async def _reload(self) -> None:
+        """Take over certificates that change, for new connections and for new pods."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            if self.certificates.refresh():
+                client = self.reconciler.client
+                settings = client.settings.model_copy(update={"progress_ca": self.certificates.authorities})
+                self.reconciler.client = replace(client, settings=settings)
 
     def _not_live(self) -> list[str]:
         found = self.audit.problems(STALE_SECONDS) if self.lease.held else []
@@ -211,17 +232,6 @@ class Application:
         if silence > 2 * self.settings.lease_seconds:
             return ["the Lease cannot be read from the API server"]
         return self.audit.problems(STALE_SECONDS) if self.lease.held else []
-
-    def _metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {
-            "stagecoach_leader": float(self.lease.held),
-            "stagecoach_runs": float(len(self.cache.runs)),
-            "stagecoach_watched_objects": float(len(self.cache.children)),
-            "stagecoach_oldest_turn_seconds": self.workers.longest_running_seconds(),
-        }
-        for (verb, plural), count in sorted(self.kube.calls.counts.items()):
-            metrics[f'stagecoach_api_calls_total{{verb="{verb}",resource="{plural}"}}'] = float(count)
-        return metrics
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
@@ -248,12 +258,3 @@ class Application:
         if doing in done:
             doing.result()
         return doing in done
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return the TLS context of the progress server, or None if it serves plain HTTP."""
-    if settings.progress_cert_file is None or settings.progress_key_file is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(settings.progress_cert_file, settings.progress_key_file)
-    return context

@@ -184,6 +184,11 @@ class Calls:
     """Number of requests to the API server by verb and kind, for metrics and benchmarks."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    answers: dict[tuple[str, str], int] = field(default_factory=dict)
+    """By method and status code; `error` without a response."""
+
+    def answered(self, method: str, code: str) -> None:
+        self.answers[method, code] = self.answers.get((method, code), 0) + 1
 
     def count(self, verb: str, plural: str) -> None:
         self.counts[verb, plural] = self.counts.get((verb, plural), 0) + 1
@@ -332,7 +337,9 @@ class ApiServer:
             response = await self._client.call_api(method, url, headers, body, _request_timeout=self._timeout)
             text = (await response.read()).decode()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self.calls.answered(method, "error")
             raise Unavailable(f"{method} {path}: {type(error).__name__}: {error}") from error
+        self.calls.answered(method, str(response.status))
         if response.status >= 400:
             raise error_of(response.status, text, response.headers.get("Retry-After"))
         return json.loads(text) if text else {}

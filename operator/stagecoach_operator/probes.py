@@ -2,19 +2,20 @@
 
 /livez (and /healthz)   fails if a watch is stale or the event loop is late: a restart helps. Never for a tenant's store
 /readyz                 fails while the operator cannot work: the Lease cannot be read, or a kind may not be listed
-/metrics                metrics in Prometheus' text format
+/metrics                metrics in Prometheus' text format or OpenMetrics
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
 Problems = Callable[[], list[str]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Metrics = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Probes:
     """Returns problems that only a restart solves."""
     ready: Problems
     """Returns problems that keep the operator from working."""
-    metrics: Metrics
-    """Returns values by metric name, labels included."""
+    metrics: CollectorRegistry
+    """The metrics."""
 
     def probe_app(self) -> web.Application:
         app = web.Application()
@@ -51,9 +52,8 @@ class Probes:
         return handle
 
     async def _metrics_text(self, request: web.Request) -> web.Response:
-        del request
-        lines = [f"{name} {value:g}" for name, value in self.metrics().items()]
-        return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self.metrics), headers={"Content-Type": content_type})
 
 
 async def serve(app: web.Application, port: int, host: str = "0.0.0.0") -> web.AppRunner:  # noqa: S104

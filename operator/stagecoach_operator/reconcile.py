@@ -109,6 +109,8 @@ class Reconciler:
     record_events: Callable[[RunView, Sequence[RunEvent]], None]
     """Posts events in the background."""
     clock: Callable[[], float] = time.time
+    observe_status: Callable[[TrainingRunStatus, TrainingRunStatus], None] = lambda before, after: None
+    """Called with the status before and after each write, for metrics."""
     memories: dict[str, RunMemory] = field(default_factory=dict)
     node_failures: NodeFailures = field(default_factory=NodeFailures)
 
@@ -415,6 +417,7 @@ class Reconciler:
             key: record for key, record in (memory.records or {}).items() if record.ended is None
         }
         self.record_events(run, events_between(before, status))
+        self.observe_status(before, status)
         return None
 
 

@@ -26,10 +26,15 @@ UNAUTHORIZED = 401
 """Answer of the active replica to a call without a token."""
 
 
-async def keep_checking(settings: Settings, reports: ProgressReports, clock: Callable[[], float] = time.time) -> None:
-    """Check every minute, for ever, whether this process is reached."""
+async def keep_checking(
+    settings: Settings,
+    reports: ProgressReports,
+    authorities: Callable[[], str | None],
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Check every minute, for ever, whether this process is reached. `authorities`: returns what pods trust now."""
     while settings.progress_url is not None:
-        if await is_reached(settings.progress_url, settings.progress_ca):
+        if await is_reached(settings.progress_url, authorities()):
             reports.reached(clock())
         else:
             log.warning("a call to %s did not arrive here", settings.progress_url)

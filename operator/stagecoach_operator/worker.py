@@ -32,6 +32,8 @@ class Slot:
     """When the timer fires, in seconds since the epoch."""
     failures: int = 0
     """Failed reconciliations in a row."""
+    error: str = ""
+    """Type of the error that ended the last of them. Empty if it did not fail."""
     pause: float = 0.0
     """Seconds to wait after the last of them."""
     busy_since: float | None = None
@@ -45,6 +47,8 @@ class Workers:
     reconcile: Callable[[str], Awaitable[float | None]]
     """Reconciles a run; returns when the next reconciliation is due, in seconds since the epoch."""
     clock: Callable[[], float] = time.time
+    observe: Callable[[float, str], None] = lambda seconds, error: None
+    """Called after each reconciliation with its time and the type of the error that ended it, or empty."""
     slots: dict[str, Slot] = field(default_factory=dict)
     _closing: bool = False
 
@@ -87,9 +91,10 @@ class Workers:
             # Cleared before the observation: an event that arrives during it must lead to another reconciliation.
             slot.again = False
             async with self._limit:
-                slot.busy_since = time.monotonic()
+                slot.busy_since = began = time.monotonic()
                 due = await self._reconcile_once(uid, slot)
                 slot.busy_since = None
+                self.observe(time.monotonic() - began, slot.error)
             if slot.failures:
                 await asyncio.sleep(slot.pause)  # even if events arrive meanwhile: they must not defeat the back-off
                 slot.again = True
@@ -119,11 +124,12 @@ class Workers:
             log.exception("run %s: unexpected error in its reconciliation; it is retried", uid)
             self._after_failure(uid, slot, Unavailable("unexpected error"))
             return None
-        slot.failures = 0
+        slot.failures, slot.error = 0, ""
         return due
 
     def _after_failure(self, uid: str, slot: Slot, error: KubeError) -> None:
         slot.failures += 1
+        slot.error = type(error).__name__
         slot.pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (slot.failures - 1))
         if isinstance(error, Unavailable) and error.retry_after is not None:
             slot.pause = max(slot.pause, error.retry_after)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from stagecoach_operator.event_recorder import EventRecorder
+from stagecoach_operator.metrics import Family, Metrics
 from stagecoach_operator.probes import Probes
 
 
@@ -23,18 +26,30 @@ def get(app: Any, path: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("path", ["/livez", "/healthz"])
 def test_liveness_fails_only_if_a_restart_helps(path: str) -> None:
-    probes = Probes(live=list, ready=lambda: ["pods may not be listed"], metrics=dict)
+    probes = Probes(live=list, ready=lambda: ["pods may not be listed"], metrics=CollectorRegistry())
     assert get(probes.probe_app(), path) == (200, "ok\n")
     assert get(probes.probe_app(), "/readyz") == (503, "pods may not be listed\n")
-    stale = Probes(live=lambda: ["the watch of pods has missed changes for 300 s"], ready=list, metrics=dict)
+    stale = Probes(
+        live=lambda: ["the watch of pods has missed changes for 300 s"], ready=list, metrics=CollectorRegistry()
+    )
     assert get(stale.probe_app(), path)[0] == 503
 
 
-def test_metrics_are_lines_of_name_and_value() -> None:
-    values = {"stagecoach_leader": 1.0, 'stagecoach_api_calls_total{verb="get",resource="pods"}': 12.0}
-    status, text = get(Probes(list, list, lambda: values).metrics_app(), "/metrics")
+def test_metrics_are_served_with_their_type_and_exact_numbers() -> None:
+    """1,234,567 was printed as 1.23457e+06, so that `rate()` was wrong."""
+    metrics = Metrics()
+    values: dict[tuple[str, ...], float] = {("get", "pods"): 1_234_567.0, ("list", "pods"): 123_456_789_012.0}
+    metrics.add(Family("stagecoach_api_calls", "Requests.", lambda: values, ("verb", "resource"), is_counter=True))
+    status, text = get(Probes(list, list, metrics.registry).metrics_app(), "/metrics")
     assert status == 200
-    assert text == 'stagecoach_leader 1\nstagecoach_api_calls_total{verb="get",resource="pods"} 12\n'
+    assert "# HELP stagecoach_api_calls_total Requests." in text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["stagecoach_api_calls"].type == "counter"
+    read = {
+        (item.labels["verb"], item.labels["resource"]): item.value for item in families["stagecoach_api_calls"].samples
+    }
+    assert read == values
+    assert {"process_resident_memory_bytes", "python_gc_collections"} <= set(families)
 
 
 def test_events_are_posted_once_in_the_background() -> None:
