@@ -201,6 +201,59 @@ def test_media_and_tools_in_a_turn_are_refused_with_the_turn(key: str) -> None:
         assert parse(value, fields=FieldMapping(ignore=(name,))).unread == ()
 
 
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"loss_mask": 0}, "marks what carries loss, but not how"),
+        ({"mask": 1}, "marks what carries loss, but not how"),
+        ({"reasoning_details": [{"text": "hm"}]}, "is reasoning in a form that is not read"),
+        ({"thought": "hm"}, "is reasoning in a form that is not read"),
+        ({"tool_call": {"name": "add"}}, "is a call in a form that is not read"),
+        ({"toolCalls": [{"name": "add"}]}, "is a call in a form that is not read"),
+        ({"channel": "analysis"}, "is not `final`, so the turn is reasoning or a call"),
+    ],
+)
+def test_losses_reasoning_and_calls_in_forms_that_are_not_read_are_refused(more: dict[str, Any], reason: str) -> None:
+    (name,) = more
+    value = {"messages": [QUESTION, {**ANSWER, **more}]}
+    with pytest.raises(RecordError, match=rf"^`messages\[1\]`: `{name}` {reason}.*`fields\.ignore`"):
+        parse(value)
+    assert parse(value, fields=FieldMapping(ignore=(name,))).unread == ()
+
+
+def test_reasoning_that_is_given_in_a_second_form_is_named_only() -> None:
+    """OpenRouter writes `reasoning` and `reasoning_details`, which state the same."""
+    turn = {**ANSWER, "reasoning": "hm", "reasoning_details": [{"text": "hm"}], "channel": "final"}
+    record = parse({"messages": [QUESTION, turn]})
+    assert (record.messages[-1].reasoning, record.unread) == ("hm", ("messages[].reasoning_details",))
+
+
+def test_reasoning_next_to_the_turns_is_refused() -> None:
+    with pytest.raises(RecordError, match=r"^`reasoning_content` is at the record: write it in the turn"):
+        parse({"messages": [QUESTION, ANSWER], "reasoning_content": "hm"})
+
+
+def test_a_picture_in_a_part_of_text_is_refused() -> None:
+    part = {"type": "text", "text": "ask", "image_url": {"url": "a.png"}}
+    with pytest.raises(RecordError, match=r"^`messages\[0\]`: `image_url` is a medium"):
+        parse({"messages": [{"role": "user", "content": [part]}, ANSWER]})
+
+
+def test_of_two_fields_with_one_meaning_none_is_chosen_in_silence() -> None:
+    tool, function = {"name": "add"}, {"name": "add", "arguments": {"a": 1}, "parameters": {"b": 2}}
+    with pytest.raises(RecordError, match="has both `tools` and `functions`; leave one out"):
+        parse({"messages": [QUESTION, ANSWER], "tools": [tool], "functions": [tool]})
+    with pytest.raises(RecordError, match="has both `arguments` and `parameters`; leave one out"):
+        parse({"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": function}]}]})
+    with pytest.raises(RecordError, match=r"`messages\[0\]` has both `from` and `role`, which fit two layouts"):
+        parse({"messages": [{**QUESTION, "from": "human", "value": "other"}, ANSWER]})
+
+
+def test_turns_of_sharegpt_are_read_under_messages_too() -> None:
+    value = {"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}
+    assert parse(value).messages == parse(LAYOUTS[Format.MESSAGES]).messages
+
+
 # -- counted -----------------------------------------------------------------------------------------------------------
 
 NAMES = st.text("xyz_", min_size=5, max_size=8)
@@ -224,6 +277,45 @@ def test_unknown_fields_of_turns_are_named(format_: Format, more: dict[str, Any]
     assert set(record.unread) == {f"{name}[].{key}" for key in more}
     pair = {"prompt": turns[:1], "chosen": [{**more, **turns[1]}], "rejected": [turns[1]]}
     assert set(parse(pair).unread) == {f"chosen[].{key}" for key in more}
+
+
+def in_place(place: str, more: dict[str, Any]) -> dict[str, Any]:
+    """Return a conversation with more fields at a place of its last turn."""
+    function: dict[str, Any] = {"name": "add", "arguments": {"a": 1}}
+    turn: dict[str, Any]
+    match place:
+        case "messages[].content[]":
+            turn = {"role": "assistant", "content": [{"type": "text", "text": "reply", **more}]}
+        case "messages[].tool_calls[]":
+            turn = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function, **more}]}
+        case "messages[].tool_calls[].function":
+            turn = {"role": "assistant", "tool_calls": [{"function": {**function, **more}}]}
+        case "messages[].function_call":
+            turn = {"role": "assistant", "function_call": {**function, **more}}
+        case "messages[].content":
+            turn = {"role": "function_call", "content": json.dumps({**function, **more})}
+        case _:
+            turn = {**ANSWER, **more}
+    return {"messages": [QUESTION, turn]}
+
+
+PLACES = st.sampled_from(
+    [
+        *("messages[]", "messages[].content[]", "messages[].content", "messages[].function_call"),
+        *("messages[].tool_calls[]", "messages[].tool_calls[].function"),
+    ]
+)
+
+
+@given(PLACES, st.dictionaries(NAMES, VALUES, max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_unknown_fields_are_named_at_any_depth_of_a_turn(place: str, more: dict[str, Any]) -> None:
+    """The result that a data set keeps in a call, and what it keeps in a part of a content, went without a word."""
+    record = parse(in_place(place, more))
+    assert set(record.unread) == {f"{place}.{key}" for key in more}
+    assert record == parse(in_place(place, {}))
+    ignored = FieldMapping(ignore=tuple(f"{place}.{key}" for key in more))
+    assert parse(in_place(place, more), fields=ignored).unread == ()
 
 
 def test_unknown_fields_of_ranked_answers_are_named() -> None:

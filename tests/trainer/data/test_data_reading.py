@@ -14,8 +14,8 @@ import pytest
 
 from stagecoach_api.conversation import Role
 from stagecoach_api.references import FieldMapping, Format, RecordSource, Split
-from stagecoach_trainer.data.notes import Notes
-from stagecoach_trainer.data.reading import read_records
+from stagecoach_trainer.data.notes import Notes, warnings_of
+from stagecoach_trainer.data.reading import Malformed, read_path, read_records
 from stagecoach_trainer.data.records import Record, Turn
 from stagecoach_trainer.runtime.errors import UserError
 from tests import SHARED_DATA as SHARED
@@ -231,3 +231,18 @@ def test_what_is_not_read_is_a_warning_unless_the_caller_counts_it(tmp_path: Pat
     counting, notes = make_context(tmp_path, 2), Notes()
     assert len(list(read_records(counting, source, notes))) == 3
     assert (counting.progress.warnings, notes) == ([], {"fieldNotRead.topic": 1, "fieldNotRead.lang": 1})
+
+
+def test_a_field_that_occurs_twice_is_an_error_and_a_file_without_records_is_named(tmp_path: Path) -> None:
+    """Python keeps the last of two fields of one name; an upload that was cut off at its start is an empty file."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    (folder / "b.jsonl").write_text("\n")
+    notes = Notes()
+    malformed, record = read_path(folder, RecordSource(uri="in"), notes)
+    assert isinstance(malformed, Malformed)
+    assert malformed.reason == "malformed JSON: the field 'text' occurs twice"
+    assert isinstance(record, Record)
+    assert record.text == "c"
+    assert warnings_of(notes, "in") == ["in: files without a record: b.jsonl"]

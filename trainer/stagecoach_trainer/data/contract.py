@@ -22,7 +22,13 @@ LABEL_FIELDS = ("label", "kto_tag")
 MEDIA_FIELDS = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio")
 WEIGHT_FIELDS = ("weight", "weights", "sample_weight", "loss_weight")
 FLAG_FIELDS = ("train", "trained", "loss")
+MASK_FIELDS = ("mask", "loss_mask")
+"""Marks of what carries loss. Data sets disagree on whether 1 means that it does."""
+
 TURN_TOOLS = ("tools", "functions")
+RECORD_REASONING = ("reasoning_content", "reasoning", "thinking")
+OTHER_REASONING = ("reasoning_details", "thinking_blocks", "thought", "thoughts")
+OTHER_CALLS = ("tool_call", "toolCalls", "function_calls", "functionCall", "functionCalls")
 
 
 class Content(Enum):
@@ -115,12 +121,18 @@ def _label(value: Any) -> str | None:
     return f"is {value!r:.40}, a verdict on the answer that this layout does not read: set `format: labels`"
 
 
+def _channel(value: Any) -> str | None:
+    reason = "is not `final`, so the turn is reasoning or a call: write it as `reasoning_content` or `tool_calls`"
+    return "" if value == "final" else reason
+
+
 def _each(names: Iterable[str], meaning: Meaning) -> dict[str, Meaning]:
     return dict.fromkeys(names, meaning)
 
 
 _MEDIA = _each(MEDIA_FIELDS, _always("is a medium, and only text is read"))
-_ANY = _MEDIA | _each(WEIGHT_FIELDS, _weight) | _each(FLAG_FIELDS, _flag)
+_MASKS = _each(MASK_FIELDS, _always("marks what carries loss, but not how: write `train: true` or `false` in turns"))
+_ANY = _MEDIA | _MASKS | _each(WEIGHT_FIELDS, _weight) | _each(FLAG_FIELDS, _flag)
 _PREFERENCES = _ANY | {
     "history": _always("has earlier turns that this layout does not read: write them as turns of the prompt"),
     "documents": _always("is read by chat templates, but not passed to them: write the documents into a turn"),
@@ -133,8 +145,16 @@ _CONVERSATION = (
         ("rejected_response", "rejected_messages"),
         _always("is a rejected answer that this layout does not read: write `chosen` and `rejected`"),
     )
+    | _each(RECORD_REASONING, _always("is at the record: write it in the turn of the assistant that thinks it"))
 )
-TURN_MEANINGS = _MEDIA | _each(TURN_TOOLS, _always("is in a turn: write it at the record, for the whole conversation"))
+TURN_MEANINGS = (
+    _MEDIA
+    | _MASKS
+    | _each(TURN_TOOLS, _always("is in a turn: write it at the record, for the whole conversation"))
+    | _each(OTHER_REASONING, _always("is reasoning in a form that is not read: write its text as `reasoning_content`"))
+    | _each(OTHER_CALLS, _always("is a call in a form that is not read: write it as a list in `tool_calls`"))
+    | {"channel": _channel}
+)
 """Meanings of fields of a turn, except those that turns are read from."""
 
 

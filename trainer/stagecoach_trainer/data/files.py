@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stagecoach_trainer.data.raw import (
     BYTE_ORDER_MARK,
@@ -106,10 +106,20 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
 
 
+def _object_of(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError if a name occurs twice, of which Python would keep the last."""
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
 def parse_json(data: bytes, line: int) -> Raw:
     """Parse one JSON value; malformed bytes become a `Raw` with the reason."""
     try:
-        return Raw(line, json.loads(data.decode("utf-8"), parse_constant=_refuse_constant))
+        text = data.decode("utf-8")
+        return Raw(line, json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of))
     except UnicodeDecodeError as error:
         return Raw(line, error=f"bad UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:

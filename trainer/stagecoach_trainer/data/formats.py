@@ -77,6 +77,8 @@ def _fitting(value: Mapping[str, Any], fields: FieldMapping) -> Iterator[Format]
         yield Format.ALPACA
     names = [name for name in ((fields.messages,) if fields.messages else TURN_LISTS) if _has_turns(value, name)]
     if len(names) == 1:
+        if all(value[names[0]][0].get(role) is not None for role in ("from", "role")):
+            raise RecordError(f"`{names[0]}[0]` has both `from` and `role`, which fit two layouts; leave one out")
         yield Format.SHAREGPT if "from" in value[names[0]][0] else Format.MESSAGES
 
 
@@ -144,7 +146,8 @@ def parser_for(format_: Format, fields: FieldMapping, sample: Mapping[str, Any],
     if format_ is Format.ALPACA:
         return _alpaca_parser(names)
     if format_ is Format.SHAREGPT:
-        return _turns_parser(names, fields.messages or "conversations", keys or SHAREGPT_TURNS)
+        default = "messages" if "messages" in sample and "conversations" not in sample else "conversations"
+        return _turns_parser(names, fields.messages or default, keys or SHAREGPT_TURNS)
     default = "conversations" if "conversations" in sample and "messages" not in sample else "messages"
     return _turns_parser(names, fields.messages or default, keys or MESSAGES_TURNS)
 

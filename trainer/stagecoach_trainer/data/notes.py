@@ -18,6 +18,7 @@ FIELD = "fieldNotRead."
 """Beginning of the counts of records with a field that is not read; its name follows."""
 
 FILE = "fileNotRead."
+EMPTY_FILE = "fileWithoutRecords."
 MAX_NAMES = 200
 """Distinct names that are counted; others are counted together."""
 
@@ -55,6 +56,11 @@ def note_files(notes: Notes, names: Iterable[str]) -> None:
         notes[_bounded(notes, FILE + name, FILE)] += 1
 
 
+def note_empty_file(notes: Notes, name: str) -> None:
+    """Count a file of a source that has no records, such as one that was not written to its end."""
+    notes[_bounded(notes, EMPTY_FILE + name, EMPTY_FILE)] += 1
+
+
 def _bounded(notes: Notes, key: str, prefix: str) -> str:
     return key if key in notes or len(notes) < MAX_NAMES else prefix + OTHERS
 
@@ -77,6 +83,8 @@ def _sentences(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"fields not read: {listed(sorted(fields))}"
     if files:
         yield f"files not read: {listed(sorted(files))}"
+    if empty := [key.removeprefix(EMPTY_FILE) for key in counts if key.startswith(EMPTY_FILE)]:
+        yield f"files without a record: {listed(sorted(empty))}"
     if count := counts.get(BLANK_ANSWERS):
         yield f"{count:,} answers of the assistant are blank: a model that learns them answers nothing"
     if count := counts.get(SCORES_DISAGREE):

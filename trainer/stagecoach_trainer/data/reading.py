@@ -13,7 +13,7 @@ from stagecoach_api.references import FieldMapping, Format, RecordSource, Refere
 from stagecoach_trainer.data.files import read_values
 from stagecoach_trainer.data.formats import detect_format, parser_for
 from stagecoach_trainer.data.messages import listed, shortened
-from stagecoach_trainer.data.notes import Notes, note_files, note_record, warn_of_notes
+from stagecoach_trainer.data.notes import Notes, note_empty_file, note_files, note_record, warn_of_notes
 from stagecoach_trainer.data.nulls import without_padding
 from stagecoach_trainer.data.preferences import canonical_preferences
 from stagecoach_trainer.data.raw import Layout, Raw, layout_of
@@ -101,7 +101,7 @@ def read_path(path: Path, source: RecordSource, notes: Notes | None = None) -> I
     else:
         found = source_files(path, source)
         note_files(notes, found.not_read)
-        records, most = _read_files(found), found.source.max_samples
+        records, most = _read_files(found, notes), found.source.max_samples
     for number, record in enumerate(records):
         if most is not None and number >= most:
             return
@@ -147,7 +147,7 @@ def _artifact_parser(kind: str) -> Parse:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
+def _read_files(found: SourceFiles, notes: Notes) -> Iterator[Record | Malformed]:
     source = found.source
     detected: Format | None = None if source.format is Format.AUTO else source.format
     for file, name in found.files:
@@ -156,6 +156,7 @@ def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
         if layout is Layout.TEXT:
             detected = _text_format(detected, name)
             parse = parser_for(Format.TEXT, FieldMapping(), {})
+        whole: Raw | None = None
         for whole in read_values(file, name, layout):
             raw, nulls = _without(whole, source.fields)
             where = f"{name}:{whole.line}"
@@ -168,6 +169,8 @@ def _read_files(found: SourceFiles) -> Iterator[Record | Malformed]:
             else:
                 other = _other_layout(raw, source.fields, detected)
                 yield replace(_with_null_names(record, whole), looks_like=other, source=source.label)
+        if whole is None:
+            note_empty_file(notes, name)
 
 
 def _without(raw: Raw, fields: FieldMapping) -> tuple[Raw, tuple[str, ...]]:

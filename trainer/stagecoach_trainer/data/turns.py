@@ -7,13 +7,13 @@ OpenAI's `tool_calls` and `reasoning_content`; ShareGPT's turns of calls become 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stagecoach_api.conversation import Role
-from stagecoach_trainer.data.contract import TURN_MEANINGS, is_unread
+from stagecoach_trainer.data.contract import OTHER_CALLS, OTHER_REASONING, TURN_MEANINGS, is_unread
 from stagecoach_trainer.data.messages import listed
 from stagecoach_trainer.data.records import Record, RecordError, ToolCall, Turn
 
@@ -52,6 +52,12 @@ TURN_FIELDS = frozenset(
     {"input", "name", "tool_calls", "function_call", "tool_call_id", *REASONING_FIELDS, *FLAG_FIELDS}
 )
 """Fields that turns are read from, except role and content."""
+
+
+PART_FIELDS = frozenset({"type", "text", "thinking"})
+CALL_FIELDS = frozenset({"id", "type", "index", "function"})
+FUNCTION_FIELDS = frozenset({"name", "arguments", "parameters"})
+"""Fields that the parts of a content, calls, and the functions that they call are read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +158,50 @@ def unread_in_turns(items: Any, name: str, keys: TurnKeys, ignores: Collection[s
     """
     found: set[str] = set()
     for index, item in enumerate(items if isinstance(items, list) else [items]):
-        for field in item if isinstance(item, Mapping) else ():
-            if field in TURN_FIELDS or field in (keys.role, keys.content):
-                continue
-            if field in ignores or f"{name}[].{field}" in ignores:
+        for path, field, value in _not_read(item, keys) if isinstance(item, Mapping) else ():
+            if field in ignores or f"{name}[].{path}" in ignores:
                 continue
             try:
-                if is_unread(field, item[field], TURN_MEANINGS):
-                    found.add(f"{name}[].{field}")
+                if is_unread(field, value, {} if _is_repeated(item, field) else TURN_MEANINGS):
+                    found.add(f"{name}[].{path}")
             except RecordError as error:
                 raise RecordError(f"`{name}[{index}]`: {error}") from error
     return found
+
+
+def _is_repeated(item: Mapping[str, Any], field: str) -> bool:
+    """Return whether a field states once more what is read from another one: servers write reasoning in two forms."""
+    if field in OTHER_REASONING:
+        return any(item.get(name) for name in REASONING_FIELDS)
+    return field in OTHER_CALLS and bool(item.get("tool_calls") or item.get("function_call"))
+
+
+def _not_read(item: Mapping[str, Any], keys: TurnKeys) -> Iterator[tuple[str, str, Any]]:
+    """Yield path, name and value of the fields of a turn, its parts and its calls that turns are not read from."""
+    for field, value in item.items():
+        if field not in TURN_FIELDS and field not in (keys.role, keys.content):
+            yield field, field, value
+    content = item.get(keys.content)
+    for part in content if isinstance(content, list) else ():
+        for field in part if isinstance(part, Mapping) else ():
+            if field not in PART_FIELDS:
+                yield f"{keys.content}[].{field}", field, part[field]
+    written = {"tool_calls": item.get("tool_calls"), "function_call": item.get("function_call")}
+    if item.get(keys.role) in keys.calls and isinstance(content, str):
+        with suppress(ValueError):
+            written[keys.content] = json.loads(content)
+    for name, calls in written.items():
+        for call in calls if isinstance(calls, list) else [calls]:
+            yield from _not_read_of_call(call, f"{name}[]" if isinstance(calls, list) else name)
+
+
+def _not_read_of_call(call: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    outer = CALL_FIELDS if isinstance(function, Mapping) else CALL_FIELDS | FUNCTION_FIELDS
+    for place, part, reads in ((path, call, outer), (f"{path}.function", function, FUNCTION_FIELDS)):
+        for field, value in part.items() if isinstance(part, Mapping) else ():
+            if field not in reads:
+                yield f"{place}.{field}", field, value
 
 
 # -- content -----------------------------------------------------------------------------------------------------------
@@ -260,7 +299,10 @@ def _call_of(call: Any, where: str) -> ToolCall:
 
 
 def _arguments(function: Mapping[str, Any]) -> str:
-    name = "parameters" if "arguments" not in function and "parameters" in function else "arguments"
+    given = [name for name in ("arguments", "parameters") if function.get(name) is not None]
+    if len(given) > 1:
+        raise RecordError("a call has both `arguments` and `parameters`; leave one out")
+    name = given[0] if given else "arguments"
     arguments = function.get(name)
     if isinstance(arguments, str):
         return _valid_unicode(arguments, name)
@@ -271,7 +313,9 @@ def _arguments(function: Mapping[str, Any]) -> str:
 
 def tools_of(value: Mapping[str, Any]) -> str | None:
     """Return the JSON list of a value's tools, each in OpenAI's form, or None if it has none. Raises RecordError."""
-    name = "functions" if value.get("tools") is None and value.get("functions") else "tools"
+    if value.get("tools") and value.get("functions"):
+        raise RecordError("a record has both `tools` and `functions`; leave one out")
+    name = "functions" if value.get("functions") else "tools"
     tools = value.get(name)
     if isinstance(tools, str) and tools.strip():
         try:

@@ -82,6 +82,7 @@ def _look_at_source(path: FieldPath, source: RecordSource, uri: str, config: Sta
         return
     if not records and not malformed:
         yield Finding((*path, "uri"), source.uri, "has no records", "check the path")
+        return
     if malformed and not _are_tolerated(len(malformed), len(records), config):
         yield _unreadable(path, source, malformed, len(records) + len(malformed))
     kinds = Counter(kind_of(record) for record in records)
