@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from stagecoach_api.base import Model, Name
 from stagecoach_api.constraints import (
     Constraint,
+    ConstraintError,
     both,
     differs,
     distinct,
@@ -69,16 +71,37 @@ Memory = Annotated[
 """An amount of memory, such as `64Gi`; `64m` would be a fraction of a byte."""
 
 LabelValue = Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?$")]
-LabelKey = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=317,
-        pattern=r"^([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?$",
-    ),
-]
+KEY_PATTERN = (
+    r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
+    r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?$"
+)
+"""A qualified name: a DNS name and `/`, which may be left out, and at most 63 characters."""
+KEY_CHARACTERS = 253
+LabelKey = Annotated[str, Field(min_length=1, max_length=KEY_CHARACTERS, pattern=KEY_PATTERN)]
 MountPath = Annotated[str, Field(min_length=2, max_length=512, pattern=r"^(/\.{0,2}[^/:\\.][^/:\\]*)+$")]
 """An absolute path in one spelling only: no doubled or trailing `/`, no part that is `.` or `..`."""
+
+
+def keys_match(pattern: str, rule: str, remedy: str) -> AfterValidator:
+    """Return a check of a mapping's keys. A structural schema has no keyword for it, so the operator checks it."""
+
+    def check(mapping: dict[str, str]) -> dict[str, str]:
+        wrong = [key for key in mapping if len(key) > KEY_CHARACTERS or not re.fullmatch(pattern, key)]
+        if wrong:
+            raise ConstraintError(Constraint(given("keys"), f"{rule}, not `{wrong[0][:80]}`", remedy))
+        return mapping
+
+    return AfterValidator(check)
+
+
+NodeLabels = Annotated[
+    dict[str, LabelValue],
+    Field(max_length=32),
+    keys_match(
+        KEY_PATTERN, "each key must be the key of a label", "write `name` or `domain/name`, 63 characters at most"
+    ),
+]
+"""Labels by their keys."""
 
 
 class Toleration(Model):
@@ -94,6 +117,11 @@ class Toleration(Model):
             either(given("key"), equals("operator", "Exists")),
             "without `key` every taint is meant",
             "write `operator: Exists`",
+        ),
+        Constraint(
+            either(missing("toleration_seconds"), equals("effect", "NoExecute")),
+            "`tolerationSeconds` is only for `effect: NoExecute`",
+            "set that, or leave `tolerationSeconds` out",
         ),
     )
 
@@ -125,13 +153,18 @@ class Volume(Model):
         ),
     )
 
-    name: Name
+    name: Annotated[Name, Field(max_length=56)]
     """Name of the volume, unique in the stage."""
 
     mount_path: MountPath
     """Absolute path in the container."""
 
-    sub_path: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    sub_path: (
+        Annotated[
+            str, Field(min_length=1, max_length=512, pattern=r"^\.{0,2}[^/:\\.][^/:\\]*(/\.{0,2}[^/:\\.][^/:\\]*)*$")
+        ]
+        | None
+    ) = None
     """Folder of the volume to mount. If unset: the whole volume."""
 
     read_only: bool = True
@@ -175,9 +208,15 @@ class Pods(Model):
             "`mountPath` must be different for each of the `volumes`",
             "mount one of the two elsewhere",
         ),
+        Constraint(
+            distinct("volumes", "name"), "`name` must be different for each of the `volumes`", "rename one of the two"
+        ),
+        Constraint(
+            distinct("fabric", "name"), "`name` must be different for each of `fabric`", "leave one of the two out"
+        ),
     )
 
-    node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] | None = None
+    node_selector: NodeLabels | None = None
     """Labels a node must have, in addition to `resources.gpuProduct`. If unset: none."""
 
     placement: Placement | None = None

@@ -11,7 +11,7 @@ from stagecoach_api.base import Model, Name, ShortText, Uri
 from stagecoach_api.constraints import Constraint, at_most_one, exactly_one
 from stagecoach_api.fields import FieldPath
 from stagecoach_api.kinds import STAGE_KINDS
-from stagecoach_api.pods import Cpus, LabelKey, Memory, Pods, Quantity
+from stagecoach_api.pods import KEY_PATTERN, Cpus, LabelKey, LabelValue, Memory, Pods, Quantity, keys_match
 from stagecoach_api.references import Reference
 from stagecoach_api.stage_kind import StageConfig, StageKind
 
@@ -46,6 +46,19 @@ class Storage(Model):
     unset: the run file's folder on a laptop."""
 
 
+ExtendedResources = Annotated[
+    dict[str, Quantity],
+    Field(max_length=8),
+    keys_match(
+        r"ephemeral-storage|hugepages-[0-9]+[KMG]i|(?!nvidia\.com/gpu$)(?!([^/]*\.)?kubernetes\.io/)[^/]+/[^/]+",
+        "each key must be a resource that has no field of its own",
+        "write `domain/name`; GPUs, CPUs and memory are `gpusPerNode`, `cpu` and `memory`",
+    ),
+    keys_match(KEY_PATTERN, "each key must be the name of a resource", "write `domain/name`"),
+]
+"""Quantities by the names of resources."""
+
+
 class Resources(Model):
     """Pods, GPUs, CPUs and memory of a stage. May be set in `defaults` and in a stage; fields that a stage leaves unset
     are taken from `defaults`."""
@@ -56,7 +69,7 @@ class Resources(Model):
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
     """GPUs of each pod, with one rank per GPU. If unset: 0, which means one CPU rank per pod."""
 
-    gpu_product: Annotated[str, Field(max_length=63)] | None = None
+    gpu_product: Annotated[LabelValue, Field(min_length=1)] | None = None
     """Value of the node label `nvidia.com/gpu.product`. If unset: any."""
 
     ranks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -72,7 +85,7 @@ class Resources(Model):
     shared_memory: Memory | None = None
     """Size of `/dev/shm`, which counts as memory. If unset: 64Mi."""
 
-    extended: Annotated[dict[str, Quantity], Field(max_length=8)] | None = None
+    extended: ExtendedResources | None = None
     """Other resources of each pod by name, such as `rdma/hca: "1"`. If unset: none."""
 
     @property
@@ -157,7 +170,8 @@ class StageSettings(Model):
     """Pods, GPUs, CPUs and memory."""
 
     queue: Queue | None = None
-    """Kueue queue of the stage; quota is held only while the stage runs. If unset: the stage runs without a queue."""
+    """Kueue queue of the stage; quota is held only while the stage runs. If unset: the queue in the run's label
+    `kueue.x-k8s.io/queue-name`, or else none."""
 
     retries: Retries = Retries()
     """Retries of a failed stage, by cause."""

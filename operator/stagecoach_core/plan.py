@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+from pydantic import ValidationError
+
+from stagecoach_api import names
 from stagecoach_api.fields import format_path
 from stagecoach_api.pods import Pods
-from stagecoach_api.spec import Deadlines, Resources, Retries, Stage, StageSettings, TrainingRun
+from stagecoach_api.spec import Deadlines, Queue, Resources, Retries, Stage, StageSettings, TrainingRun
 from stagecoach_core.graph import GraphError, topological_order
 from stagecoach_core.policies.retry import DEFAULT_BUDGETS
 from stagecoach_core.policies.waiting import DEFAULT_DEADLINES
@@ -41,6 +44,7 @@ def make_plan(run: TrainingRun, externals: Mapping[str, External], code: str) ->
     code. Raises PlanError with all problems: cycles, inputs that name no stage, duplicate names, URIs that are not in
     `externals`.
     """
+    run = with_queue_of_label(run)
     problems = [*_duplicate_names(run), *_unknown_externals(run, externals)]
     stages = {stage.name: stage for stage in run.spec.stages}
     order: tuple[str, ...] = ()
@@ -52,6 +56,24 @@ def make_plan(run: TrainingRun, externals: Mapping[str, External], code: str) ->
         raise PlanError(tuple(problems))
     planned = {name: _planned(stages[name], run, externals) for name in order}
     return Plan(namespace=run.metadata.namespace, run=run.metadata.name, stages=planned, code=code)
+
+
+def with_queue_of_label(run: TrainingRun) -> TrainingRun:
+    """Return the run with Kueue's labels of the run itself as the queue of stages that set none.
+
+    Kueue's users write `kueue.x-k8s.io/queue-name` on a job; ignored, the run would use GPUs outside of any quota.
+    Raises PlanError for a label that names no queue.
+    """
+    labels, defaults = run.metadata.labels, run.spec.defaults
+    if names.LABEL_QUEUE not in labels or defaults.queue is not None:
+        return run
+    try:
+        queue = Queue(name=labels[names.LABEL_QUEUE], priority_class=labels.get(names.LABEL_QUEUE_PRIORITY))
+    except ValidationError:
+        named = f"metadata.labels: `{names.LABEL_QUEUE}: {labels[names.LABEL_QUEUE]}`"
+        raise PlanError((f"{named} names no queue; set `spec.defaults.queue`, or correct the label",)) from None
+    spec = run.spec.model_copy(update={"defaults": defaults.model_copy(update={"queue": queue})})
+    return run.model_copy(update={"spec": spec})
 
 
 def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:

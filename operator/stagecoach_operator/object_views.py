@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,6 +41,9 @@ class Meta:
     """Its grace period if it is being deleted."""
 
 
+QUEUE_LABELS = (names.LABEL_QUEUE, names.LABEL_QUEUE_PRIORITY)
+
+
 @dataclass(frozen=True)
 class RunView:
     """A TrainingRun."""
@@ -56,6 +59,8 @@ class RunView:
     """The status as the API server stores it: the base of a patch."""
     unreadable: str = ""
     """Why the status cannot be read; `status` is then empty, and must not be written. Empty if it can."""
+    queue_labels: Mapping[str, str] = field(default_factory=dict)
+    """Kueue's labels, which name a queue."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -169,6 +174,7 @@ def run_view(body: Raw) -> RunView:
         status=status,
         status_raw=raw,
         unreadable=unreadable,
+        queue_labels={key: value for key, value in (metadata.get("labels") or {}).items() if key in QUEUE_LABELS},
     )
 
 

@@ -106,6 +106,7 @@ CHECKED: Mapping[tuple[type[Model], str], Kind] = {
 
 HARMLESS: Mapping[tuple[type[Model], str], str] = {
     (Pods, "volumes"): "its members are checked",
+    (Pods, "placement"): "how pods share nodes; narrows",
     (Pods, "fabric"): "variables inside the run's own container",
     (Volume, "name"): "a name within the pod",
     (Volume, "mount_path"): "a path within the pod; those of the operator are refused by the schema",

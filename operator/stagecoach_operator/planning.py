@@ -26,7 +26,7 @@ from stagecoach_api.stores.base import FolderLocation, InvalidLocation, parse_lo
 from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
 from stagecoach_api.stores.retry import CONTROL_PLANE
 from stagecoach_core.manifests.labels import owner_reference
-from stagecoach_core.plan import PlanError, external_uris, make_plan
+from stagecoach_core.plan import PlanError, external_uris, make_plan, with_queue_of_label
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.object_views import Raw, RunView
 from stagecoach_operator.permitted import permission_problems
@@ -90,7 +90,8 @@ class Rejection:
 
 def spec_digest(run: RunView) -> str:
     """Return the digest of everything in a spec that affects the plan."""
-    return digest_of({key: value for key, value in run.spec.items() if key not in NO_EDIT})
+    spec = {key: value for key, value in run.spec.items() if key not in NO_EDIT}
+    return digest_of({**spec, "queueLabels": dict(run.queue_labels)} if run.queue_labels else spec)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def rejected(run: RunView, reason: Reason, message: str, retry: bool = False) ->
 def check_run(run: RunView, settings: Settings, before: FrozenPlan | None = None) -> CheckedRun | Rejection:
     """Validate a run without any request. `before`: the plan that is in force, whose artifacts stay where they are."""
     try:
-        spec = validate(document_of(run))
-    except InvalidRun as error:
+        spec = with_queue_of_label(validate(document_of(run)))
+    except (InvalidRun, PlanError) as error:
         return rejected(run, Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
     forbidden = permission_problems(spec, settings.allowed, settings.own_names)
@@ -188,8 +189,8 @@ def reason_of(problems: Sequence[Problem], forbidden: Sequence[Problem]) -> Reas
 
 
 def document_of(run: RunView) -> dict[str, Any]:
-    """Return the run as it would be in a file, without labels and annotations: they do not affect the plan."""
-    metadata = {"name": run.meta.name, "namespace": run.meta.namespace}
+    """Return the run as it would be in a file. Of labels and annotations only those with a queue affect the plan."""
+    metadata = {"name": run.meta.name, "namespace": run.meta.namespace, "labels": dict(run.queue_labels)}
     return {"apiVersion": names.API_GROUP_VERSION, "kind": names.KIND, "metadata": metadata, "spec": dict(run.spec)}
 
 

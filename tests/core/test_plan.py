@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from stagecoach_api.spec import Queue, TrainingRun
 from stagecoach_core.plan import PlanError, external_uris, make_plan
 from stagecoach_core.values import External
 from tests.core.makers import data_stage, plan_for, plan_of, run_of
@@ -79,3 +82,25 @@ def test_a_cycle_is_rejected_and_named() -> None:
     run = run_of(data_stage("a", "b"), data_stage("b", "a"))
     with pytest.raises(PlanError, match="form a cycle: a → b → a"):
         make_plan(run, {"unused": External("file:///x", "1")}, "code")
+
+
+def labelled(labels: dict[str, str], **spec: Any) -> TrainingRun:
+    run = run_of(data_stage("a"), **spec)
+    return run.model_copy(update={"metadata": run.metadata.model_copy(update={"labels": labels})})
+
+
+def test_kueues_labels_on_a_run_are_its_queue() -> None:
+    """A run with the label of Kueue's other jobs must not use GPUs outside of its quota."""
+    labels = {"kueue.x-k8s.io/queue-name": "research", "kueue.x-k8s.io/priority-class": "high"}
+    queue = plan_of(labelled(labels)).stages["a"].stage.queue
+    assert queue == Queue(name="research", priority_class="high")
+
+
+def test_a_queue_in_the_spec_takes_precedence_over_the_label() -> None:
+    run = labelled({"kueue.x-k8s.io/queue-name": "research"}, defaults={"queue": {"name": "own"}})
+    assert plan_of(run).stages["a"].stage.queue == Queue(name="own")
+
+
+def test_a_label_that_names_no_queue_is_an_error() -> None:
+    with pytest.raises(PlanError, match=r"queue-name: Team_A` names no queue; set `spec.defaults.queue`"):
+        plan_of(labelled({"kueue.x-k8s.io/queue-name": "Team_A"}))

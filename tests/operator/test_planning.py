@@ -9,9 +9,11 @@ import pytest
 
 from stagecoach_api.spec import Storage
 from stagecoach_api.status import Reason
+from stagecoach_operator.kube import TRAINING_RUNS
 from stagecoach_operator.planning import (
     FrozenPlan,
     Rejection,
+    check_run,
     from_config_map,
     plan_config_map,
     plan_name,
@@ -137,6 +139,17 @@ def test_all_problems_are_reported_at_once(world: World) -> None:
     assert "unknown" in rejection.message
     assert "nowhere" in rejection.message
     assert not rejection.retry
+
+
+def test_a_queue_in_a_label_is_part_of_the_plan_and_of_what_is_checked(world: World) -> None:
+    world.submit(data_stage("a"))
+    before = spec_digest(world.run())
+    label = {"kueue.x-k8s.io/queue-name": "research", "kueue.x-k8s.io/priority-class": "system-first"}
+    world.api.edit(TRAINING_RUNS, "team", "demo", metadata={"labels": {**label, "other": "label"}})
+    assert spec_digest(world.run()) != before
+    refused = check_run(world.run(), world.settings)
+    assert isinstance(refused, Rejection)
+    assert "spec.defaults.queue.priorityClass: must be an allowed priority class" in refused.message
 
 
 def test_the_name_of_the_plan_is_derived_from_the_run(world: World) -> None:
