@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +22,6 @@ from stagecoach_trainer.batches.rows import IGNORE, Row
 from stagecoach_trainer.batches.schedule import StepSchedule
 from stagecoach_trainer.runtime.checkpoint_paths import complete_checkpoints
 from stagecoach_trainer.runtime.context import StageContext, World
-from tests import ROOT
 from tests.trainer.contexts import resolved_stage, stage_context
 
 VOCABULARY = 197
@@ -114,12 +111,12 @@ def context(folder: Path, world: World | None = None, seed: int = 7) -> StageCon
     return stage_context(resolved, work, folder / "cache", world, progress=work / "progress.jsonl")
 
 
-def run_until_killed(module: str, folder: Path, seconds: float) -> None:
-    """Run `be_killed(folder)` of a test module in another process, which must end by SIGKILL."""
-    script = f"from {module} import be_killed; be_killed({str(folder)!r})"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    worker = subprocess.Popen([sys.executable, "-c", script], env=environment)
-    assert worker.wait(seconds) == -signal.SIGKILL
+def run_until_killed(be_killed: Callable[[str], None], folder: Path, seconds: float) -> None:
+    """Run `be_killed(folder)` in a fork of this process, which has imported everything. It must end by SIGKILL."""
+    worker = multiprocessing.get_context("fork").Process(target=be_killed, args=(str(folder),))
+    worker.start()
+    worker.join(seconds)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_stopped_twice_a_run_ends_bit_for_bit_like_an_undisturbed_one(tmp_path: 
 def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole, whole_weights = run(context(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    run_until_killed("tests.trainer.loop.test_resume", folder, 120)
+    run_until_killed(be_killed, folder, 120)
     assert max(complete_steps(checkpoints(context(folder)))) == 4
     resumed, resumed_weights = run(context(folder))
     assert equal_weights(resumed_weights, whole_weights)

@@ -165,7 +165,7 @@ def test_answers_that_cannot_be_saved_are_made_again_and_the_checkpoint_is_saved
 def test_a_killed_run_loses_at_most_one_interval_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole = run(context(tmp_path / "whole"))
     folder = tmp_path / "killed"
-    run_until_killed("tests.trainer.ppo.test_ppo_loop", folder, 250)
+    run_until_killed(be_killed, folder, 250)
     here = context(folder)
     assert complete_steps(checkpoints_folder(here.store, here.cache, here.resolved.digest)) == [2]
     assert_same(run(here), whole)
