@@ -31,7 +31,7 @@ def decide(plan: Plan, observed: Observed, now: float) -> Decision:
     changed, and at `look_again_at`. A driver carries out the actions in order and may lose any of them: the next
     decision contains those that are still needed.
     """
-    facts = stage_facts(plan, observed)
+    facts = stage_facts(plan, observed, now)
     stops = _stops(facts, observed, now)
     look_ups = _look_ups(facts, observed)
     ready = _ready(facts, observed, now)
@@ -148,4 +148,5 @@ def _look_again_at(
     # The end of a back-off matters only if a stage may start then (see `_ready`).
     if _may_start(facts, observed):
         times.extend(stage.retry.not_before for stage in facts.values() if stage.startable)
+    times.extend(stage.claim.look_again_at for stage in facts.values() if stage.claim is not None and stage.needed)
     return min((time for time in times if time is not None and time > now), default=None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from stagecoach_core.digest import input_digests, stage_digest
 from stagecoach_core.graph import ancestors
 from stagecoach_core.policies.retry import RetryDecision, decide_retry, ended_at, without_result
-from stagecoach_core.values import Attempt, Forgotten, Found, Missing, Observed, Plan, PlannedStage
+from stagecoach_core.values import Attempt, Claimed, Forgotten, Found, Missing, Observed, Plan, PlannedStage
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class StageFacts:
     """Whether an attempt of this run made the artifact, since the user requested the run."""
     needs_look_up: bool
     """Whether the store must be asked whether the stage is finished."""
+    claim: Claimed | None
+    """The other run that is making its artifact, as far as known."""
     undetermined: bool
     """Whether `needs_look_up` holds for it or for a stage before it, so that it may turn out to be finished."""
     upstream: tuple[str, ...]
@@ -60,30 +62,36 @@ class StageFacts:
     @property
     def startable(self) -> bool:
         """Whether an attempt could start, given capacity and the end of a back-off."""
-        known = self.digest is not None and not self.needs_look_up and not self.upstream
+        known = self.digest is not None and not self.needs_look_up and self.claim is None and not self.upstream
         return self.selected and known and not self.finished and not self.live_attempts and self.retry.exhausted is None
 
 
-def stage_facts(plan: Plan, observed: Observed) -> dict[str, StageFacts]:
-    """Return the facts of every stage, by name, in topological order."""
+def stage_facts(plan: Plan, observed: Observed, now: float) -> dict[str, StageFacts]:
+    """Return the facts of every stage, by name, in topological order. `now`: seconds since the epoch."""
     selected = frozenset(plan.stages) if observed.selected is None else observed.selected & plan.stages.keys()
     needed = selected | ancestors(selected, {name: planned.upstream for name, planned in plan.stages.items()})
     facts: dict[str, StageFacts] = {}
     # In topological order: the facts of a stage depend on those of the stages before it.
     for name, planned in plan.stages.items():
-        facts[name] = _facts_of(name, planned, plan.code, observed, facts, name in needed)
+        facts[name] = _facts_of(name, planned, plan.code, observed, now, facts, name in needed)
     return facts
 
 
 def _facts_of(
-    name: str, planned: PlannedStage, code: str, observed: Observed, before: Mapping[str, StageFacts], needed: bool
+    name: str,
+    planned: PlannedStage,
+    code: str,
+    observed: Observed,
+    now: float,
+    before: Mapping[str, StageFacts],
+    needed: bool,
 ) -> StageFacts:
     finished = {key: facts.artifact for key, facts in before.items() if facts.artifact is not None}
     inputs = input_digests(planned, finished)
     digest = None if inputs is None else stage_digest(planned, inputs, code)
     attempts = tuple(sorted((item for item in observed.attempts if item.stage == name), key=lambda item: item.number))
     upstream = tuple(key for key in planned.upstream if key not in finished)
-    artifact, needs_look_up = _artifact(name, digest, attempts, observed)
+    artifact, needs_look_up = _artifact(name, digest, attempts, observed, now)
     # With `--from`, attempts from before the command neither count as failures nor as work of this run.
     counted = tuple(item for item in attempts if item.number >= observed.forced.get(name, 0))
     return StageFacts(
@@ -96,6 +104,7 @@ def _facts_of(
         artifact=None if upstream else artifact,
         made_by_run=any(item.digest == digest and not item.past for item in counted),
         needs_look_up=needs_look_up,
+        claim=None if name in observed.forced else _claim(digest, observed),
         undetermined=needs_look_up or any(before[key].undetermined for key in upstream),
         upstream=upstream,
         attempts=attempts,
@@ -104,7 +113,7 @@ def _facts_of(
 
 
 def _artifact(
-    name: str, digest: str | None, attempts: tuple[Attempt, ...], observed: Observed
+    name: str, digest: str | None, attempts: tuple[Attempt, ...], observed: Observed, now: float
 ) -> tuple[Found | None, bool]:
     """Return the stage's artifact, and whether it must be looked up in the store."""
     if digest is None or (name in observed.forced and not _redone(digest, attempts, observed.forced[name])):
@@ -113,15 +122,24 @@ def _artifact(
     answer = observed.artifacts.get(digest)
     if isinstance(answer, Found):
         return answer, False
+    if isinstance(answer, Claimed) and now >= answer.look_again_at:
+        return None, True
     in_progress = any(item.is_live and item.digest == digest for item in observed.attempts)
     return None, answer is None or (not in_progress and _is_stale(answer, digest, observed.attempts))
+
+
+def _claim(digest: str | None, observed: Observed) -> Claimed | None:
+    """Return the other run that is making a digest, unless an attempt of this run is at work on it as well."""
+    answer = None if digest is None else observed.artifacts.get(digest)
+    own = any(item.is_live and item.digest == digest for item in observed.attempts)
+    return answer if isinstance(answer, Claimed) and not own else None
 
 
 def _redone(digest: str, attempts: tuple[Attempt, ...], first: int) -> bool:
     return any(item.is_done and item.digest == digest and item.number >= first for item in attempts)
 
 
-def _is_stale(answer: Missing, digest: str, attempts: tuple[Attempt, ...]) -> bool:
+def _is_stale(answer: Missing | Claimed, digest: str, attempts: tuple[Attempt, ...]) -> bool:
     """Return whether an attempt at the digest has ended since the store was asked.
 
     Even an attempt that was killed may have published its artifact. Attempts of all stages count, because another stage

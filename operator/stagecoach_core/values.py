@@ -137,6 +137,20 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Claimed:
+    """Answer of the store: it has no artifact with the digest, but an attempt of another run is making it."""
+
+    by: str
+    """The other run, such as `run team/other`."""
+    run_uid: str
+    """UID of the other run."""
+    at: float
+    """When the store was asked, in seconds since the epoch."""
+    look_again_at: float
+    """When to ask again, in seconds since the epoch: the other run may have finished, or its claim may have ended."""
+
+
+@dataclass(frozen=True)
 class External:
     """An input from outside the run, as found when the run was planned."""
 
@@ -198,7 +212,7 @@ class Observed:
 
     attempts: tuple[Attempt, ...] = ()
     """All stored attempts of this run, of every stage, including those that have ended."""
-    artifacts: Mapping[str, Found | Missing] = field(default_factory=dict)
+    artifacts: Mapping[str, Found | Missing | Claimed] = field(default_factory=dict)
     """The newest answers of the store, by stage digest. A digest without an answer has not been looked up."""
     forgotten: Mapping[tuple[str, str], tuple[Forgotten, ...]] = field(default_factory=dict)
     """Attempts older than those in `attempts`, by stage and stage digest, in groups, oldest first. They count against

@@ -105,6 +105,9 @@ def _live_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState
 
 
 def _waiting_state(stage: StageFacts, context: DecisionContext) -> tuple[StageState, str, str]:
+    if stage.claim is not None and not context.failed and not context.observed.suspend:
+        made = f"artifact {(stage.digest or '')[:12]}, which is being made by {stage.claim.by}"
+        return StageState.PENDING, made, stage.retry.message
     if stage.name in context.looking_up:
         return StageState.PENDING, f"the store's answer whether artifact {(stage.digest or '')[:12]} exists", ""
     if context.is_stopped and not context.looking_up:

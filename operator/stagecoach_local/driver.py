@@ -18,13 +18,15 @@ from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
 from stagecoach_api.status import FINISHED
 from stagecoach_api.stores.lookup import find_manifest
-from stagecoach_core.artifacts import look_up_result
+from stagecoach_api.writers import read_lease
+from stagecoach_core.artifacts import look_up_result, without_own
 from stagecoach_core.decide import decide
 from stagecoach_core.resolve import artifacts_of
 from stagecoach_core.snapshot import Snapshot, StageRow, View
 from stagecoach_core.values import (
     Action,
     Attempt,
+    Claimed,
     Decision,
     Found,
     LookUp,
@@ -79,7 +81,7 @@ class Driver:
     """Number of the first attempt that this driver may start, by stage, if it is not 1."""
     _ended: list[AttemptRecord] = field(default_factory=list)
     _live: dict[tuple[str, int], LiveAttempt] = field(default_factory=dict)
-    _artifacts: dict[str, Found | Missing] = field(default_factory=dict)
+    _artifacts: dict[str, Found | Missing | Claimed] = field(default_factory=dict)
     """Results of look-ups in the store, by stage digest."""
     _manifests: dict[str, Manifest] = field(default_factory=dict)
     _interrupts_handled: int = 0
@@ -210,7 +212,10 @@ class Driver:
         """Look up a stage's artifact in the store."""
         asked_at = self.clock()
         manifest = find_manifest(self.job.store, action.digest)
-        self._artifacts[action.digest] = look_up_result(action.digest, manifest, self.job.store.uri, asked_at)
+        # A cluster's run, or a laptop's, may make the artifact in this storage at the moment.
+        lease = None if manifest is not None else read_lease(self.job.store, action.digest)
+        answer = look_up_result(action.digest, manifest, self.job.store.uri, asked_at, lease)
+        self._artifacts[action.digest] = without_own(answer, self.job.folder.uid())
         if manifest is not None:
             self._manifests[action.digest] = manifest
 

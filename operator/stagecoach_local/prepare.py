@@ -18,7 +18,7 @@ from stagecoach_api.stores.lookup import absolute, find_manifest, input_problems
 from stagecoach_core.artifacts import look_up_result
 from stagecoach_core.decide import decide
 from stagecoach_core.plan import PlanError, external_uris, make_plan
-from stagecoach_core.values import Decision, Found, LookUp, Missing, Observed, Plan
+from stagecoach_core.values import Claimed, Decision, Found, LookUp, Missing, Observed, Plan
 from stagecoach_local.inputs import HashCache, find_external_inputs, input_root, unknown_external
 from stagecoach_local.look import Look, look_at_storage, look_into_inputs
 from stagecoach_local.workspace import Workspace
@@ -154,7 +154,7 @@ def check_cache(
     prepared: PreparedRun, selected: frozenset[str] | None = None, forced: frozenset[str] = frozenset()
 ) -> tuple[Decision, dict[str, Manifest]]:
     """Look up every stage in the store; return what the core would decide now, and the manifests found."""
-    artifacts: dict[str, Found | Missing] = {}
+    artifacts: dict[str, Found | Missing | Claimed] = {}
     manifests: dict[str, Manifest] = {}
     while True:
         now = time.time()

@@ -16,8 +16,9 @@ from stagecoach_api.spec import Storage
 from stagecoach_api.store import AccessDenied, Store, StoreError
 from stagecoach_api.stores.lookup import find_manifest
 from stagecoach_api.stores.retry import OUTAGE_PAUSE_SECONDS
+from stagecoach_api.writers import read_lease
 from stagecoach_core.artifacts import look_up_result
-from stagecoach_core.values import Found, Missing
+from stagecoach_core.values import Claimed, Found, Missing
 from stagecoach_operator.planning import open_storage
 from stagecoach_operator.store_lanes import StoreLanes
 
@@ -31,7 +32,9 @@ StoreKey = tuple[str, str, str]
 class StoreState:
     """Results and state of the lookups in one store."""
 
-    by_digest: dict[str, Found | Missing] = field(default_factory=dict)
+    by_digest: dict[str, Found | Missing | Claimed] = field(default_factory=dict)
+    reservations: dict[str, Claimed] = field(default_factory=dict)
+    """The run that was last given a start at a digest, and when."""
     pending: set[str] = field(default_factory=set)
     """Digests being looked up."""
     error: str = ""
@@ -93,9 +96,7 @@ class ArtifactLookups:
         state = self.of(storage)
         started_at = self._clock()
         try:
-            state.by_digest[digest] = await self.in_lane(
-                storage, lambda store: look_up_result(digest, find_manifest(store, digest), store.uri, started_at)
-            )
+            state.by_digest[digest] = await self.in_lane(storage, lambda store: _look_up(store, digest, started_at))
             state.error, state.unreadable = "", False
         except AccessDenied as error:
             state.by_digest[digest] = Missing(at=started_at)
@@ -106,6 +107,12 @@ class ArtifactLookups:
         finally:
             state.pending.discard(digest)
             on_result()
+
+
+def _look_up(store: Store, digest: str, now: float) -> Found | Missing | Claimed:
+    manifest = find_manifest(store, digest)
+    lease = None if manifest is not None else read_lease(store, digest)
+    return look_up_result(digest, manifest, store.uri, now, lease)
 
 
 def store_key(storage: Storage) -> StoreKey:

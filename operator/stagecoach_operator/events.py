@@ -42,6 +42,7 @@ class EventReason(StrEnum):
     NODE_LOST = "NodeLost"
     NODES_AVOIDED = "NodesAvoided"
     UNHEARD = "Unheard"
+    ARTIFACT_LOST = "ArtifactLost"
     BLOCKED = "Blocked"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"

@@ -35,7 +35,6 @@ from stagecoach_operator.attempt_history import forgotten_of, records_of
 from stagecoach_operator.attempt_times import waiting_since, without_future
 from stagecoach_operator.confirmation import confirm, confirm_pods
 from stagecoach_operator.events import EventReason, RunEvent, events_between
-from stagecoach_operator.known_artifacts import known_artifacts, valid_answers
 from stagecoach_operator.kube import CONFIG_MAPS, AlreadyExists, ObjectNotFound
 from stagecoach_operator.lost_nodes import loss_text
 from stagecoach_operator.node_failures import NodeFailures, as_text
@@ -56,6 +55,7 @@ from stagecoach_operator.progress_reports import Hearing, ProgressReports
 from stagecoach_operator.releases import NO_OTHER_NODE
 from stagecoach_operator.requests import NO_REQUEST, AttemptKey, Request, request_of
 from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
+from stagecoach_operator.start_checks import StartChecks, Starting
 from stagecoach_operator.status import (
     StatusInputs,
     as_json,
@@ -116,6 +116,7 @@ class Reconciler:
 
     def __post_init__(self) -> None:
         self._pointers = Pointers(self.lookups)
+        self._checks = StartChecks(self.lookups, self.memories, self.enqueue)
 
     async def reconcile(self, uid: str) -> float | None:
         """Reconcile a run once; return when to do so again if nothing happens, in seconds since the epoch.
@@ -167,6 +168,8 @@ class Reconciler:
             memory.created_at = self.clock()
             # Our own writes are in the cache already, so the status below mentions the attempts just created.
             context = self._observe(self.client.cache.runs.get(run.meta.uid, run), plan, memory)
+        elif context.actions(Start):
+            context = self._observe(run, plan, memory)  # the checks may have found another run at the same work
         await self._diagnose(context, memory)
         deferred_until = status_deferred_until(context, memory)
         if deferred_until is not None:
@@ -206,13 +209,14 @@ class Reconciler:
         memory.settling = {key: memory.settling.get(key, now) for key, item in attempts.items() if item.settling}
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
         self.node_failures.note(run.meta.uid, memory.records, now)
-        answers = valid_answers(self.lookups.of(frozen.storage).by_digest, memory.first_seen)
+        artifacts, lost = self._checks.artifacts(run, frozen, memory)
+        self.record_events(run, [RunEvent(EventReason.ARTIFACT_LOST, text, warning=True) for text in lost])
         observed = Observed(
             attempts=tuple(
                 replace(item.as_core_attempt(now), past=request.is_past(item.stage, item.record))
                 for item in attempts.values()
             ),
-            artifacts=known_artifacts(run.status, memory.records.values(), frozen.storage, answers),
+            artifacts=artifacts,
             forgotten={} if request.is_new else forgotten_of(run.status),
             suspend=bool(run.spec.get("suspend")),
             cancel=bool(run.spec.get("cancel")),
@@ -320,6 +324,8 @@ class Reconciler:
         created = False
         for action in starts:
             artifacts, avoided = artifacts_of(context.decision.stages), self._avoided(context, action)
+            if self._checks.hold_up(Starting(context.run, context.frozen, action, artifacts, context.now), memory):
+                continue
             blocker = await self.client.start(context.run, context.frozen, action, artifacts, context.now, avoided)
             if blocker is not None:
                 memory.block(blocker, context.now)

@@ -48,6 +48,10 @@ class RunMemory:
     # Its attempts.
     records: dict[AttemptKey, AttemptStatus] | None = None
     """None if the status has not been read yet."""
+    confirming: set[str] = field(default_factory=set)
+    """Digests of artifacts that were found once and asked about again before a stage read them."""
+    lost: frozenset[str] = frozenset()
+    """Those of them that no longer exist."""
     warnings: dict[str, str] = field(default_factory=dict)
     """Newest warning event of stuck pods, and of JobSets without pods, by UID."""
     diagnosed_at: float = 0.0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecoach_api import names
-from stagecoach_api.artifacts import Manifest, manifest_key
+from stagecoach_api.artifacts import Manifest, manifest_key, uri_below
 from stagecoach_api.spec import Storage
 from stagecoach_api.status import Condition, ConditionType, StageStatus, TrainingRunStatus
 from stagecoach_api.store import open_store
@@ -516,10 +516,11 @@ class World:
         )
 
     def _finish(self, pod: Body, ends: Ends, index: int) -> None:
-        content = None
+        content = uri = None
         if ends.exit_code == 0 and ends.cause is None and index == 0 and ends.publishes:
-            content = self._publish(pod)
+            content, uri = self._publish(pod)
         result = {"exitCode": ends.exit_code, "cause": ends.cause, "message": ends.message, "contentDigest": content}
+        result |= {"artifactUri": uri, "artifactEndpoint": None if uri is None else ""}
         message = json.dumps(result) if ends.raw is None else ends.raw
         code = ends.exit_code if ends.exit_code >= 0 else 128 - ends.exit_code
         terminated = {
@@ -548,8 +549,8 @@ class World:
         before = pod["metadata"]["resourceVersion"]
         return bool(self.api.edit(PODS, *key, status=status)["metadata"]["resourceVersion"] != before)
 
-    def _publish(self, pod: Body) -> str:
-        """Publish as a trainer does: write the manifest unless it exists; return its content digest."""
+    def _publish(self, pod: Body) -> tuple[str, str]:
+        """Publish as a trainer does: write the manifest unless it exists; return its content digest and its URI."""
         stage = self._stage_file(pod)
         content = digest(stage["digest"])
         manifest = Manifest(
@@ -562,8 +563,9 @@ class World:
             seed=0,
             created=self.now,
         )
-        self.store.commit(manifest_key(stage["digest"]), manifest.model_dump_json().encode())
-        return content
+        store = open_store(stage["storageUri"])
+        store.commit(manifest_key(stage["digest"]), manifest.model_dump_json().encode())
+        return content, uri_below(store.uri, manifest.folder)
 
     def _stage_file(self, pod: Body) -> Body:
         return self.stage_file_of(pod["metadata"]["name"].rsplit("-w-0-", 1)[0])

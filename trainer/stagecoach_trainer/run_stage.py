@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stagecoach_api.artifacts import REPORT, Manifest, ResolvedStage, attempt_prefix
@@ -25,9 +25,10 @@ from stagecoach_trainer.runtime.distributed import process_group
 from stagecoach_trainer.runtime.errors import GateFailed
 from stagecoach_trainer.runtime.progress import Progress, Reporter
 from stagecoach_trainer.runtime.progress_log import figures_text
-from stagecoach_trainer.runtime.publish import announce_attempt, publish, upload_attempt, upload_folder
+from stagecoach_trainer.runtime.publish import publish, upload_attempt, upload_folder
 from stagecoach_trainer.runtime.run_store import open_run_store
 from stagecoach_trainer.runtime.startup import fast_imports
+from stagecoach_trainer.runtime.writer import TakenOver, Writer
 from stagecoach_trainer.stages import load_stage
 
 log = logging.getLogger(__name__)
@@ -55,13 +56,29 @@ def run_stage(attempt: AttemptSettings, stop: threading.Event) -> Manifest | Non
     Raises StageError, StoreError, and any other error of the stage.
     """
     context = build_context(attempt, stop)
-    kind = STAGE_KINDS[attempt.resolved.kind]
-    spread = kind.ranks is Ranks.ALL
-    if not spread and not attempt.world.is_main:
+    if STAGE_KINDS[attempt.resolved.kind].ranks is not Ranks.ALL and not attempt.world.is_main:
         return None  # the stage runs on rank 0 alone
     _log_start(attempt)
-    if attempt.world.is_main:
-        announce_attempt(context)
+    if not attempt.world.is_main:
+        return _work(attempt, context)
+    writer = Writer(context.store, attempt.resolved, stop)
+    # Before any work: a storage that cannot be written must end the attempt now.
+    made = writer.acquire()
+    try:
+        if made is None:
+            return _work(attempt, replace(context, writer=writer))
+        if attempt.world.size > 1:  # the other ranks wait for this one: the driver finds the artifact instead
+            raise TakenOver(f"artifact {attempt.resolved.digest[:12]} has been made by another attempt")
+        log.info("the artifact exists already: %s", made.folder)
+        return made
+    finally:
+        writer.release()
+
+
+def _work(attempt: AttemptSettings, context: StageContext) -> Manifest | None:
+    """Do the stage's work and publish it."""
+    kind = STAGE_KINDS[attempt.resolved.kind]
+    spread = kind.ranks is Ranks.ALL
     refuse_early(attempt.config, context)
     context.progress.report("load libraries")
     with fast_imports(training=attempt.config.trains):

@@ -78,6 +78,19 @@ class StoreEntry:
     """When it was last written, in seconds since the epoch; 0 in listings of local files by `list_external`."""
 
 
+@dataclass(frozen=True)
+class Stamped:
+    """An object with its version and times. Both times are the store's: clocks of machines differ."""
+
+    data: bytes
+    tag: str
+    """Identifies this version of the object."""
+    modified: float
+    """When it was written, in seconds since the epoch."""
+    now: float
+    """When the store answered, in seconds since the epoch."""
+
+
 class Store(Protocol):
     """Objects under one URI. Keys are relative to it, with `/` between their parts. Safe to use from several threads.
 
@@ -105,6 +118,17 @@ class Store(Protocol):
 
     def commit(self, key: str, data: bytes) -> bool:
         """Create the object unless it exists. Returns True if this call created it, False if it existed already."""
+
+    def read_stamped(self, key: str) -> Stamped:
+        """Return the whole object with its version and the store's time. Raises NotFound."""
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        """Replace the object if it is still the version `tag`; return the new version, None if it is another one."""
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether `commit` and `replace` exclude other writers, as far as known. If not, they look and then write, and
+        of two writers at the same moment the later one counts."""
 
     def upload(self, path: Path, key: str) -> StoredObject:
         """Store a file of any size. Returns `key` with the size and SHA-256 of the stored bytes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -24,6 +25,7 @@ from stagecoach_api.stores.base import (
     FolderLocation,
     InvalidLocation,
     NotFound,
+    Stamped,
     StoreEntry,
     StoreError,
     check_expected,
@@ -95,6 +97,31 @@ class FolderStore:
             file.write(data)
             synchronise(file)
             return _link(temporary, path, key)
+
+    is_exclusive = True
+
+    def read_stamped(self, key: str) -> Stamped:
+        path = self._path(key)
+        with translated(key), path.open("rb") as file:
+            data, modified = file.read(), os.fstat(file.fileno()).st_mtime
+        # A new file has the time of the file system, which on a server is not that of this machine.
+        with translated(key, path), temporary_file(path) as (temporary, _):
+            now = temporary.stat().st_mtime
+        return Stamped(data, hashlib.sha256(data).hexdigest(), modified, now)
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        path = self._path(key)
+        if not self.exists(key):
+            return None
+        with translated(key, path), _locked(path):
+            try:
+                present = path.read_bytes()
+            except FileNotFoundError:
+                return None
+            if hashlib.sha256(present).hexdigest() != tag:
+                return None
+            self.write(key, data)
+        return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, key: str) -> StoredObject:
         target = self._path(key)
@@ -196,6 +223,15 @@ def _link(temporary: Path, path: Path, key: str) -> bool:
         raise
     _synchronise_folder(path.parent)
     return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock next to `path`. On a file system without locks, nothing is held."""
+    with (path.parent / f"{TEMPORARY_PREFIX}{path.name}{TEMPORARY_SUFFIX}").open("ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Integrity: every upload has a Content-MD5 that the server checks, and its SHA-25
 botocore's own default checksums are off (`when_required`), because many compatible servers reject them (boto3#4392);
 what the trainer downloads is compared with the SHA-256 in a manifest anyway.
 
-Commits use conditional writes (`If-None-Match: *`), which AWS has offered since August 2024. Servers without them get a
-check followed by a plain write.
+Commits use conditional writes (`If-None-Match: *`, `If-Match`), which AWS has offered since 2024. The first one of
+each kind is followed by one that has to fail. A server that ignores or refuses the condition is asked before each plain
+write instead, which excludes no other writer (`is_exclusive`).
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import base64
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stagecoach_api.artifacts import MANIFEST, StoredObject
-from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.stores.base import (
     Corrupt,
     NotFound,
     S3Location,
+    Stamped,
     StoreEntry,
     StoreError,
     check_expected,
@@ -37,13 +40,12 @@ from stagecoach_api.stores.base import (
     is_below,
     sha256_of_file,
 )
-from stagecoach_api.stores.credentials import put_first
 from stagecoach_api.stores.folder import publish, temporary_file, translated
 from stagecoach_api.stores.retry import TRANSFERS, Retrier, StorePatience
 from stagecoach_api.stores.s3_errors import error_code, error_status, is_absent, is_transient, store_error
+from stagecoach_api.stores.s3_session import new_session
 
 if TYPE_CHECKING:
-    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
@@ -59,6 +61,11 @@ CONCURRENCY = 8
 OUT_OF_RANGE = 416
 MAX_CORRUPT_DOWNLOADS = 2
 """A download with wrong bytes is repeated once: the network may have been at fault."""
+MARK = "stagecoach-commit"
+"""Key of the metadata with a random value for each conditional write, by which a retry recognises what an earlier try
+of the same write made, although its answer was lost."""
+NO_TAG = "0" * 32
+"""A version that no object has."""
 SHA256 = "stagecoach-sha256"
 """Key of the metadata with the SHA-256 (hex) of an object's bytes."""
 
@@ -70,6 +77,16 @@ class _Head:
     size: int
     etag: str
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The result of a conditional write."""
+
+    tag: str | None
+    """Version of what was written. None if the condition did not hold."""
+    supported: bool = True
+    """False if the server refuses conditions."""
 
 
 class S3Store:
@@ -92,7 +109,10 @@ class S3Store:
         self._retrier = Retrier(patience.retries) if retrier is None else retrier
         self._part_bytes = part_bytes
         self._has_answered = False
-        self._has_conditional_put = True
+        self._creates_once: bool | None = None
+        """Whether the server is known to honour `If-None-Match`. None before the first commit."""
+        self._replaces_one: bool | None = None
+        """The same for `If-Match`."""
 
     def __repr__(self) -> str:
         return f"S3Store({self.uri!r})"
@@ -161,19 +181,58 @@ class S3Store:
         self._call(key, lambda _: self._put(key, data, _metadata(hashlib.sha256(data).hexdigest())))
 
     def commit(self, key: str, data: bytes) -> bool:
-        if self._head(checked_key(key)) is not None:
+        if self._creates_once is not True and self._head(checked_key(key)) is not None:
             return False
-        # The random mark identifies this commit: a retry uses it to recognise an object that an earlier attempt of the
-        # same commit created, although the response was lost.
-        metadata = _metadata(hashlib.sha256(data).hexdigest()) | {"stagecoach-commit": secrets.token_hex(16)}
-        if self._has_conditional_put:
-            done = self._conditional_put(key, data, metadata)
-            if done is not None:
-                return done
-        # Without conditional writes two commits between HEAD and PUT both succeed, and the later one wins. For
-        # artifacts either is right: equal stage digests give equal content.
-        self._call(key, lambda _: self._put(key, data, metadata))
+        if self._creates_once is None:
+            return self._first_commit(key, data)
+        if self._creates_once:
+            return self._conditional_put(key, data, _marked(data), IfNoneMatch="*").tag is not None
+        # Two commits between HEAD and PUT both succeed, and the later one counts. The objects that its manifest names
+        # are its own in either case.
+        self._call(key, lambda _: self._put(key, data, _marked(data)))
         return True
+
+    def _first_commit(self, key: str, data: bytes) -> bool:
+        """Create an object that does not exist, and find out whether the server excludes others meanwhile."""
+        metadata = _marked(data)
+        first = self._conditional_put(key, data, metadata, IfNoneMatch="*")
+        if not first.supported:
+            self._creates_once = False
+            return self.commit(key, data)
+        if first.tag is None:
+            return False
+        # With the same mark, so that a server which ignores the condition changes nothing.
+        again = self._conditional_put(key, data, metadata, IfNoneMatch="*", recognise=False)
+        self._creates_once = again.supported and again.tag is None
+        return True
+
+    @property
+    def is_exclusive(self) -> bool:
+        return self._creates_once is not False and self._replaces_one is not False
+
+    def read_stamped(self, key: str) -> Stamped:
+        def get(_: int) -> Stamped:
+            answer = self._client.get_object(**self._at(checked_key(key)))
+            modified = answer["LastModified"].timestamp()
+            date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+            now = time.time() if date is None else parsedate_to_datetime(date).timestamp()
+            return Stamped(answer["Body"].read(), answer["ETag"].strip('"'), modified, now)
+
+        return self._call(key, get)
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        if self._replaces_one is not True:
+            head = self._head(checked_key(key))
+            if head is None or head.etag != tag:
+                return None
+        if self._replaces_one is None:
+            wrong = self._conditional_put(key, data, _marked(data), IfMatch=f'"{NO_TAG}"')
+            self._replaces_one = wrong.supported and wrong.tag is None
+            if wrong.tag is not None:
+                return wrong.tag
+        if self._replaces_one:
+            return self._conditional_put(key, data, _marked(data), IfMatch=f'"{tag}"').tag
+        return self._call(key, lambda _: self._put(key, data, _marked(data)))
 
     def local_path(self, key: str) -> Path | None:
         return None
@@ -304,7 +363,7 @@ class S3Store:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        return _session().client("s3", endpoint_url=self.endpoint, region_name=self.region, config=config)
+        return new_session().client("s3", endpoint_url=self.endpoint, region_name=self.region, config=config)
 
     def _call(self, key: str, operation: Callable[[int], T]) -> T:
         """Make a request, with retries; raises StoreError with the key."""
@@ -344,65 +403,41 @@ class S3Store:
 
         return self._call(key, head)
 
-    def _put(self, key: str, data: bytes, metadata: dict[str, str], **conditions: Any) -> None:
-        self._client.put_object(**self._at(key), Body=data, ContentMD5=_md5(data), Metadata=metadata, **conditions)
+    def _put(self, key: str, data: bytes, metadata: dict[str, str], **conditions: Any) -> str:
+        """Write an object; return its version."""
+        place = self._at(key)
+        answer = self._client.put_object(**place, Body=data, ContentMD5=_md5(data), Metadata=metadata, **conditions)
+        return answer["ETag"].strip('"')
 
-    def _conditional_put(self, key: str, data: bytes, metadata: dict[str, str]) -> bool | None:
-        """Put with `If-None-Match: *`. Returns True if created, False if the object existed, None if not supported.
+    def _conditional_put(
+        self, key: str, data: bytes, metadata: dict[str, str], recognise: bool = True, **conditions: Any
+    ) -> _Written:
+        """Put with `If-None-Match: *` or `If-Match`. `recognise`: whether a write whose answer was lost counts.
 
         A conflict with another conditional write (409 ConditionalRequestConflict) is transient: the retry gets 412 once
         the other write is done.
         """
 
-        def put(attempt: int) -> bool | None:
+        def put(attempt: int) -> _Written:
             try:
-                self._put(key, data, metadata, IfNoneMatch="*")
+                return _Written(self._put(key, data, metadata, **conditions))
             except Exception as error:
-                if error_status(error) == 412:  # precondition failed: the object exists
-                    return attempt > 1 and self._is_ours(key, metadata)
+                if error_status(error) in (404, 412):  # the condition does not hold, or no longer
+                    return _Written(self._tag_of_lost(key, metadata) if recognise and attempt > 1 else None)
                 if error_status(error) == 501 or error_code(error) == "NotImplemented":
-                    self._has_conditional_put = False
-                    return None
+                    return _Written(None, supported=False)
                 raise
-            return True
 
         return self._call(key, put)
 
-    def _is_ours(self, key: str, metadata: dict[str, str]) -> bool:
-        """Return whether an earlier attempt of this commit created the object, and only its response was lost."""
+    def _tag_of_lost(self, key: str, metadata: dict[str, str]) -> str | None:
+        """Return the version that an earlier try of this write made, if only its answer was lost."""
         head = self._head(key)
-        return head is not None and head.metadata.get("stagecoach-commit") == metadata["stagecoach-commit"]
+        return head.etag if head is not None and head.metadata.get(MARK) == metadata[MARK] else None
 
 
 class _Truncated(StoreError):
     """The body ended early. Transient."""
-
-
-# -- sessions ----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _service_models() -> Any:
-    """botocore's service models, shared by all stores: parsing them is most of the cost of a client."""
-    import botocore.loaders
-
-    return botocore.loaders.create_loader()
-
-
-def _session() -> Session:
-    """Return a new session: sessions are not thread-safe, and a new one reads the credentials again.
-
-    Credentials are those in the folder `ENV_CREDENTIALS_DIR` if it is set, else those that the AWS SDK finds.
-    """
-    import boto3
-    import botocore.session
-
-    core = botocore.session.get_session()
-    core.register_component("data_loader", _service_models())
-    folder = os.environ.get(ENV_CREDENTIALS_DIR)
-    if folder:
-        put_first(core, Path(folder))
-    return boto3.session.Session(botocore_session=core)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
@@ -410,6 +445,10 @@ def _session() -> Session:
 
 def _metadata(sha256: str) -> dict[str, str]:
     return {SHA256: sha256}
+
+
+def _marked(data: bytes) -> dict[str, str]:
+    return _metadata(hashlib.sha256(data).hexdigest()) | {MARK: secrets.token_hex(16)}
 
 
 def _again_if_corrupt(read: Callable[[], T]) -> T:

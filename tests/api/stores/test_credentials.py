@@ -11,7 +11,7 @@ from botocore.credentials import Credentials
 from stagecoach_api.names import ENV_CREDENTIALS_DIR
 from stagecoach_api.store import AccessDenied, open_store
 from stagecoach_api.stores.credentials import KeyPair, read_key_pair
-from stagecoach_api.stores.s3 import _session
+from stagecoach_api.stores.s3_session import new_session
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, make_bucket
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_credentials: None
 
 
 def current_credentials() -> Credentials:
-    credentials = _session().get_credentials()
+    credentials = new_session().get_credentials()
     assert credentials is not None
     return credentials
 

@@ -217,6 +217,7 @@ class CheckpointManager:
 
     def __init__(self, context: StageContext, config: Checkpoints, num_steps: int) -> None:
         self._store = context.store
+        self._confirm_writer = context.confirm_writer
         self._prefix = checkpoints_prefix(context.resolved.digest)
         self._home = checkpoints_folder(context.store, context.cache, context.resolved.digest)
         self._is_in_store = context.store.local_path(self._prefix) is not None
@@ -266,6 +267,8 @@ class CheckpointManager:
     def _save(self, state: TrainingState, healthy: int | None) -> None:
         checkpoint = self._next(state.step)
         folder = self._home / checkpoint.name
+        if self._is_in_store:
+            self._confirm_writer()  # the folder is the store's, which other attempts write to
         write_checkpoint(folder, state)
         if not self._is_in_store:
             self._upload(folder)
@@ -284,9 +287,12 @@ class CheckpointManager:
         return CheckpointId(self._last.version + (step <= self._last.step), step)
 
     def _upload(self, folder: Path) -> None:
+        # An attempt on a lost node must not write over the checkpoints of the next one.
+        self._confirm_writer()
         # The manifest is uploaded last: until then the checkpoint does not exist for a reader.
         for item in read_manifest(folder):
             self._store.upload(folder / item.path, f"{self._prefix}/{folder.name}/{item.path}")
+        self._confirm_writer()
         self._store.write(f"{self._prefix}/{folder.name}/{MANIFEST}", (folder / MANIFEST).read_bytes())
 
     def _delete_old(self, healthy: int | None) -> None:

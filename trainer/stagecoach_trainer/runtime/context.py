@@ -12,6 +12,7 @@ from stagecoach_api.references import Reference
 from stagecoach_api.store import Store
 from stagecoach_trainer.runtime.inputs import fetch_input
 from stagecoach_trainer.runtime.progress import Progress
+from stagecoach_trainer.runtime.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class StageContext:
     progress: Progress
     stop: threading.Event
     """Set when the stage is asked to stop."""
+    writer: Writer | None = None
+    """The right to write to the artifact; None where no other attempt can be at work, as in a part of a stage."""
+
+    def confirm_writer(self) -> None:
+        """Raise TakenOver if another attempt has the right to write to the artifact now. Rank 0 confirms for all."""
+        if self.writer is not None:
+            self.writer.check()
 
     @property
     def output(self) -> Path:

@@ -65,6 +65,7 @@ def publish(context: StageContext, outcome: StageOutcome, started: float) -> Man
         raise UserError(f"stage `{resolved.stage}` wrote nothing to its output folder, so it has no artifact")
     seconds = time.time() - started + _seconds_of_earlier_attempts(context)
     manifest = _manifest(context, outcome, objects, seconds).model_copy(update={"prefix": prefix})
+    context.confirm_writer()
     counts = _commit(store, manifest)
     if counts.prefix != prefix:
         _withdraw(context, manifest, counts)
@@ -128,14 +129,6 @@ def _upload_files(context: StageContext, folder: Path, files: list[Path], prefix
     return objects
 
 
-def announce_attempt(context: StageContext) -> None:
-    """Store that the attempt has begun: a storage that cannot be written must end the attempt before its work.
-
-    Raises StoreError.
-    """
-    _write_attempt(context, 0.0)
-
-
 def upload_attempt(context: StageContext, started: float) -> None:
     """Upload the metrics of this attempt and its duration, which are not part of the artifact.
 
@@ -144,17 +137,13 @@ def upload_attempt(context: StageContext, started: float) -> None:
     digest, attempt, logs = context.resolved.digest, context.resolved.attempt_id, logs_folder(context.work)
     files = [path for path in _files_below(logs) if parse_rank_log_name(path.name) is None]
     _upload_files(context, logs, files, attempt_logs_prefix(digest, attempt))
-    _write_attempt(context, time.time() - started)
-
-
-def _write_attempt(context: StageContext, seconds: float) -> None:
     resolved = context.resolved
     about = {
         "namespace": resolved.namespace,
         "run": resolved.run,
         "stage": resolved.stage,
         "attempt": resolved.attempt,
-        "seconds": round(seconds, 3),
+        "seconds": round(time.time() - started, 3),
     }
     context.store.write(f"{attempt_prefix(resolved.digest, resolved.attempt_id)}/{ATTEMPT_FILE}", canonical_json(about))
 
