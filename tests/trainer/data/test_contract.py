@@ -249,6 +249,42 @@ def test_of_two_fields_with_one_meaning_none_is_chosen_in_silence() -> None:
         parse({"messages": [{**QUESTION, "from": "human", "value": "other"}, ANSWER]})
 
 
+@pytest.mark.parametrize(
+    ("value", "formats"),
+    [
+        (LAYOUTS[Format.PAIRS] | LAYOUTS[Format.LABELS], "`pairs` and `labels`"),
+        (LAYOUTS[Format.PAIRS] | LAYOUTS[Format.RANKED], "`pairs` and `ranked`"),
+        (LAYOUTS[Format.COMPARISON] | LAYOUTS[Format.PAIRS], "`comparison` and `pairs`"),
+        (LAYOUTS[Format.RANKED] | LAYOUTS[Format.LABELS], "`ranked` and `labels`"),
+    ],
+)
+def test_preferences_that_fit_two_layouts_are_refused_until_one_is_named(value: dict[str, Any], formats: str) -> None:
+    with pytest.raises(RecordError, match=f"fit {formats}; set `format` to the one to read"):
+        detect_format(value, NO_FIELDS)
+    for format_ in formats.replace("`", "").split(" and "):
+        assert parse(value, Format(format_)).answers
+
+
+def test_marks_of_answers_in_a_list_of_their_own_are_refused() -> None:
+    """RRHF's data: `scores` next to the answers, which were taken for sorted ones."""
+    value = {"prompt": "q", "answers": ["a", "b"], "scores": [1, 5]}
+    with pytest.raises(RecordError, match=r"^`scores` has a mark for each of `answers`"):
+        parse(value)
+    assert parse(value, fields=FieldMapping(ignore=("scores",))).answers[0].content == "a"
+
+
+def test_two_verdicts_that_differ_are_refused() -> None:
+    value = {"prompt": "q", "completion": "a", "label": True, "kto_tag": False}
+    with pytest.raises(RecordError, match="`label` and `kto_tag` contradict each other"):
+        parse(value)
+    assert parse(value | {"kto_tag": True}).answers[0].liked is True
+
+
+def test_the_id_of_a_call_in_a_turn_that_is_no_result_is_named() -> None:
+    record = parse({"messages": [{**QUESTION, "tool_call_id": "c1"}, ANSWER]})
+    assert record.unread == ("messages[].tool_call_id",)
+
+
 def test_turns_of_sharegpt_are_read_under_messages_too() -> None:
     value = {"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}
     assert parse(value).messages == parse(LAYOUTS[Format.MESSAGES]).messages

@@ -68,9 +68,7 @@ def _fields_of(value: Mapping[str, Any]) -> str:
 
 
 def _fitting(value: Mapping[str, Any], fields: FieldMapping) -> Iterator[Format]:
-    preference = detect_preferences(value, fields)
-    if preference is not None:
-        yield preference
+    yield from detect_preferences(value, fields)
     if isinstance(value.get(fields.text or "text"), str):
         yield Format.TEXT
     if (fields.instruction or "instruction") in value and (fields.output or "output") in value:

@@ -45,23 +45,28 @@ PROMPT_FIELDS = ("prompt", "conversations", "messages", "question", "instruction
 
 TURN_LISTS = ("messages", "conversations")
 MIN_ANSWERS, MAX_ANSWERS = 2, 64
+SEPARATE_MARKS = ("scores", "ranks", "ratings", "rewards", "labels")
+"""Fields that may have the marks of ranked answers in a list of their own, as RRHF's data does."""
+
 ANSWER_FIELDS = ("content", "text", "answer", "value")
 """Fields that may contain the text of a ranked answer, in order of precedence."""
 
 
-def detect_preferences(value: Mapping[str, Any], fields: FieldMapping) -> Format | None:
-    """Detect the layout of a preference source from its first record. None if it is not a preference record."""
+def detect_preferences(value: Mapping[str, Any], fields: FieldMapping) -> list[Format]:
+    """Return the layouts of preferences that the first record of a source fits."""
+    found = []
     if "completion_a" in value and "completion_b" in value:
-        return Format.COMPARISON
+        found.append(Format.COMPARISON)
     if (fields.chosen or "chosen") in value and (fields.rejected or "rejected") in value:
-        return Format.PAIRS
+        found.append(Format.PAIRS)
     answers = value.get(fields.answers or "answers")
     if isinstance(answers, list) and len(answers) >= MIN_ANSWERS and _prompt_field(value, fields.prompt) is not None:
-        return Format.RANKED
+        found.append(Format.RANKED)
     label = label_field(value, fields)
     if label in value and (fields.completion or "completion") in value:
-        return Format.LABELS
-    return Format.LABELS if verdict_of(value.get(label)) is not None and _has_answer(value, fields) else None
+        found.append(Format.LABELS)
+    is_judged = verdict_of(value.get(label)) is not None
+    return found or ([Format.LABELS] if is_judged and _has_answer(value, fields) else [])
 
 
 def label_field(value: Mapping[str, Any], fields: FieldMapping) -> str:
@@ -163,6 +168,7 @@ class _Parser:
     def ranked(self, value: Mapping[str, Any]) -> Record:
         name = self._fields.answers or "answers"
         items = _items(value, name)
+        _refuse_separate_marks(value, items, name, self._fields.ignore)
         if not MIN_ANSWERS <= len(items) <= MAX_ANSWERS:
             raise RecordError(f"`{name}` must have {MIN_ANSWERS} to {MAX_ANSWERS} answers, got {len(items)}")
         prompt = self._required_prompt(value, self._fields.prompt)
@@ -180,6 +186,11 @@ class _Parser:
         if liked is None:
             got = f"{value[name]!r:.60}" if name in value else describe(value, name)
             raise RecordError(f'`{name}` must be true or false, 1 or 0, "good" or "bad", got {got}')
+        others = [
+            other for other in LABEL_FIELDS if self._fields.label is None and verdict_of(value.get(other)) is not None
+        ]
+        if any(verdict_of(value[other]) is not liked for other in others):
+            raise RecordError(f"{' and '.join(f'`{other}`' for other in others)} contradict each other; leave one out")
         completion = self._fields.completion or "completion"
         if completion in value or not _has_answer(value, self._fields):
             prompt = self._required_prompt(value, self._fields.prompt)
@@ -281,6 +292,17 @@ class _Parser:
             if len(turns) > len(front) and turns[: len(front)] == front:
                 return _only_answer(turns[len(front) :], name)
         return _only_answer(turns, name)
+
+
+def _refuse_separate_marks(value: Mapping[str, Any], items: Sequence[Any], name: str, ignores: Sequence[str]) -> None:
+    """Raise RecordError if a list next to the answers has a mark for each: it may order them in another way."""
+    for field in SEPARATE_MARKS:
+        marks = value.get(field)
+        if isinstance(marks, list) and len(marks) == len(items) and field not in ignores:
+            raise RecordError(
+                f"`{field}` has a mark for each of `{name}`, which this layout does not read: write each answer as an "
+                "object with its `score` or `rank`; to leave it out knowingly, list it in `fields.ignore`"
+            )
 
 
 def _ranked_objects(items: Sequence[Any], name: str) -> list[Answer]:

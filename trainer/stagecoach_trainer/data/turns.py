@@ -179,7 +179,9 @@ def _is_repeated(item: Mapping[str, Any], field: str) -> bool:
 def _not_read(item: Mapping[str, Any], keys: TurnKeys) -> Iterator[tuple[str, str, Any]]:
     """Yield path, name and value of the fields of a turn, its parts and its calls that turns are not read from."""
     for field, value in item.items():
-        if field not in TURN_FIELDS and field not in (keys.role, keys.content):
+        # A call's id is read in the turn of its result alone.
+        is_stray = field == "tool_call_id" and keys.roles.get(str(item.get(keys.role))) is not Role.TOOL
+        if is_stray or (field not in TURN_FIELDS and field not in (keys.role, keys.content)):
             yield field, field, value
     content = item.get(keys.content)
     for part in content if isinstance(content, list) else ():
