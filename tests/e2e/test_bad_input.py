@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from stagecoach_api.artifacts import output_prefix
-from tests.e2e.makers import Bench, conversations, data_stage, english, wait_until
+from tests.e2e.makers import Bench, Ended, conversations, data_stage, english, wait_until
 from tests.s3 import S3Server, make_bucket, make_server
 
 TEXTS = [{"text": text} for text in english(40)]
@@ -34,14 +34,14 @@ def vocabulary(data: str = "good") -> dict[str, Any]:
     return {"name": "vocabulary", "tokenizer": {"train": {"data": [{"stage": data}], "vocabSize": ROWS}}}
 
 
-def assert_rejected(bench: Bench, stage: str, texts: Iterable[str]) -> None:
-    """Run a stage and assert that it failed without a retry, with a message that is printed and contains `texts`."""
-    ended = bench.run("--until", stage)
-    message = bench.message(stage)
+def assert_rejected(bench: Bench, ended: Ended, expected: Mapping[str, Iterable[str]]) -> None:
+    """Assert that these stages failed without a retry, each with a message that is printed and contains its texts."""
     assert ended.code == 1
-    assert f"{stage} failed (user × 1)" in ended.output
-    assert [text for text in texts if text not in message] == [], message
-    assert message.splitlines()[0] in ended.output
+    for stage, texts in expected.items():
+        message = bench.message(stage)
+        assert f"{stage} failed (user × 1)" in ended.output
+        assert [text for text in texts if text not in message] == [], message
+        assert message.splitlines()[0] in ended.output
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -65,15 +65,16 @@ def test_bad_data_is_reported_by_file_and_line_and_read_again_after_a_correction
     }
     for name, data in bad.items():
         bench.write_file(f"{name}.jsonl", data)
-    bench.write([*(data_stage(name, f"data/{name}.jsonl") for name in ("good", *bad)), vocabulary("json")])
+    stages = [*(data_stage(name, f"data/{name}.jsonl") for name in ("good", *bad)), vocabulary("json")]
+    bench.write(stages, onFailure="continue")
     expected = {
         "encoding": ("encoding.jsonl:7", "UTF-8", "maxMalformedShare"),
         "json": ("json.jsonl:5", "malformed JSON", "maxMalformedShare"),
         "nothing": ("nothing.jsonl", "no records"),
     }
-    for stage, texts in expected.items():
-        assert_rejected(bench, stage, texts)
-    assert "vocabulary: skipped: stage `json` failed" in bench.run("--until", "vocabulary").output
+    ended = bench.run()
+    assert_rejected(bench, ended, expected)
+    assert "vocabulary: skipped: stage `json` failed" in ended.output
 
     for name in bad:
         bench.write_jsonl(f"{name}.jsonl", TEXTS)
@@ -169,14 +170,13 @@ def test_unusable_models_and_samples_are_rejected_each_with_its_reason(bench: Be
         "optimizer": {"learningRate": 0.001},
     }
     outside = [{"name": name, "export": {"model": {"uri": f"models/{name}"}}} for name in ("pickled", "code")]
-    bench.write([*outside, {"name": "long", "sft": tuning}])
+    bench.write([*outside, {"name": "long", "sft": tuning}], onFailure="continue")
     expected = {
         "pickled": ("models/pickled", "pytorch_model.bin", "safetensors"),
         "code": ("models/code/config.json", "auto_map", "never run"),
         "long": ("talks.json", "128", "tooLong"),
     }
-    for stage, texts in expected.items():
-        assert_rejected(bench, stage, texts)
+    assert_rejected(bench, bench.run(), expected)
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------
