@@ -261,6 +261,10 @@ class RunSpec(Model):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of all random numbers. Each stage derives its own random streams from it."""
 
+    managed_by: Annotated[str, Field(max_length=63)] | None = None
+    """Controller that works on the run on a cluster, such as `kueue.x-k8s.io/multikueue`. The operator leaves the runs
+    of other controllers alone. If unset: `stagecoach.dev/operator`, this operator."""
+
     suspend: bool = False
     """Stop at the next checkpoint and release all resources. Setting it back to false resumes from that checkpoint."""
 

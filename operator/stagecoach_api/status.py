@@ -426,5 +426,9 @@ class TrainingRunStatus(Model):
     """Value of the annotation `stagecoach.dev/retry` that was carried out last, or its SHA-256 if it is long. Empty if
     there was none."""
 
+    installation: Annotated[str, Field(max_length=317)] = ""
+    """Installation of the operator that works on the run, as `namespace/Lease`; others leave it alone. Empty before the
+    first."""
+
     plan_digest: Digest | None = None
     """Digest of the resolved plan, made when the run was accepted. If unset: the run has not been accepted."""

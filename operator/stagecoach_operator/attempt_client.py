@@ -84,6 +84,12 @@ class AttemptClient:
         patch = {"metadata": {**precondition(run), "finalizers": kept}}
         return self._stored(await self.kube.patch(TRAINING_RUNS, run.meta.namespace, run.meta.name, patch))
 
+    async def claim(self, run: RunView) -> None:
+        """Put our name on a run before its first attempt. Raises Conflict if another installation may have done so."""
+        known = self.cache.runs.get(run.meta.uid, run)
+        if known.status.installation != self.settings.installation:
+            await self.patch_status(known, {"installation": self.settings.installation})
+
     async def patch_status(self, run: RunView, patch: Body) -> RunView:
         """Patch the status. Raises Conflict if the run has changed since it was observed."""
         body = {"metadata": precondition(run), "status": patch}

@@ -54,6 +54,7 @@ from stagecoach_operator.pod_startup import STUCK_SECONDS
 from stagecoach_operator.progress_reports import Hearing, ProgressReports
 from stagecoach_operator.releases import NO_OTHER_NODE
 from stagecoach_operator.requests import NO_REQUEST, AttemptKey, Request, request_of
+from stagecoach_operator.run_claim import LeftAlone, objection_to
 from stagecoach_operator.run_memory import DIAGNOSE_SECONDS, FLUSH_SECONDS, MERGE_SECONDS, RunMemory
 from stagecoach_operator.start_checks import StartChecks, Starting
 from stagecoach_operator.status import (
@@ -117,6 +118,7 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._pointers = Pointers(self.lookups)
         self._checks = StartChecks(self.lookups, self.memories, self.enqueue)
+        self._left = LeftAlone(self.record_events)
 
     async def reconcile(self, uid: str) -> float | None:
         """Reconcile a run once; return when to do so again if nothing happens, in seconds since the epoch.
@@ -130,11 +132,12 @@ class Reconciler:
         if run.meta.deleting:
             await self._finalize(run)
             return None
+        objection = objection_to(run, self.client.settings.installation)
+        if objection:
+            self._left.report(run, objection)
+            return None
         if names.FINALIZER in run.finalizers:
             run = await self.client.remove_finalizer(run)
-        if run.unreadable:
-            self._leave_alone(run)
-            return None
         if is_at_rest(run, self.client.cache.of_run(uid)):
             self.node_failures.note(uid, records_of(run.status), self.clock())
             return None
@@ -144,16 +147,6 @@ class Reconciler:
             return await self._carry_out(run, plan, memory)
         # Without a plan yet: the planner enqueues the run when it has been made.
         return None if plan is None else await self._reject(run, plan, memory)
-
-    def _leave_alone(self, run: RunView) -> None:
-        """Report that a run's status cannot be read. Taken for empty, it would be written over, attempts stopped and
-        finished stages run again."""
-        text = (
-            f"the status was written by another version of the operator ({run.unreadable}), so this one leaves the run "
-            "alone; install that version again, or one that is newer"
-        )
-        log.warning("%s/%s: %s", *run.key, text)
-        self.record_events(run, [RunEvent(EventReason.BLOCKED, text, warning=True)])
 
     async def _carry_out(self, run: RunView, plan: FrozenPlan, memory: RunMemory) -> float | None:
         """Observe, decide, act, report."""
@@ -322,6 +315,8 @@ class Reconciler:
             return False
         memory.blocker = None
         created = False
+        if starts:
+            await self.client.claim(context.run)
         for action in starts:
             artifacts, avoided = artifacts_of(context.decision.stages), self._avoided(context, action)
             if self._checks.hold_up(Starting(context.run, context.frozen, action, artifacts, context.now), memory):
@@ -368,6 +363,7 @@ class Reconciler:
     def _forget(self, uid: str) -> None:
         self.memories.pop(uid, None)
         self.planner.forget(uid)
+        self._left.forget(uid)
         self.reports.forget(uid)
         self._pointers.forget(uid)
 
@@ -403,6 +399,7 @@ class Reconciler:
         return await self._write(run, working_status(inputs), memory)
 
     async def _write(self, run: RunView, status: TrainingRunStatus, memory: RunMemory) -> float | None:
+        status = status.model_copy(update={"installation": self.client.settings.installation})
         body = as_json(status)
         patch = merge_patch(run.status_raw, body)
         if not patch:

@@ -108,6 +108,11 @@ class Settings(ManifestSettings):
     """Maximum number of concurrent calls to one endpoint of S3."""
 
     @property
+    def installation(self) -> str:
+        """Name of this installation of the operator: that of its Lease, which its replicas share."""
+        return f"{self.pod_namespace}/{self.lease_name}"
+
+    @property
     def code(self) -> str:
         """Identity of the code in the operator's own trainer image. Raises SettingsError if it is unknown."""
         _, _, digest = self.trainer_image.partition("@")
