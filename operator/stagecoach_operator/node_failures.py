@@ -18,9 +18,26 @@ class NodeFailures:
     """When which attempts failed on which nodes."""
 
     _of_node: dict[str, dict[tuple[str, AttemptKey], float]] = field(default_factory=dict)
+    _used: dict[str, float] = field(default_factory=dict)
+    """When pods of any attempt were last seen on a node. The operator has no right to list nodes."""
 
-    def note(self, run_uid: str, records: Mapping[AttemptKey, AttemptStatus], now: float) -> None:
-        """Note the failures among a run's attempts; each counts once, however often it is noted."""
+    def _use(self, nodes: Iterable[str], now: float) -> None:
+        """Note nodes on which pods of attempts are."""
+        for node in nodes:
+            if node:
+                self._used.pop(node, None)
+                self._used[node] = now
+        while len(self._used) > MAX_NODES:
+            del self._used[next(iter(self._used))]
+
+    def note(
+        self, run_uid: str, records: Mapping[AttemptKey, AttemptStatus], now: float, used: Iterable[str] = ()
+    ) -> None:
+        """Note the failures among a run's attempts; each counts once, however often it is noted.
+
+        `used`: nodes on which pods of the run are.
+        """
+        self._use(used, now)
         for key, record in records.items():
             if not is_of_node(record) or record.ended is None or now - record.ended.timestamp() >= WINDOW_SECONDS:
                 continue
@@ -32,14 +49,20 @@ class NodeFailures:
             del self._of_node[next(iter(self._of_node))]
 
     def avoided(self, now: float, exclude: bool) -> tuple[AvoidedNode, ...]:
-        """Return the nodes that an attempt started now avoids."""
+        """Return the nodes that an attempt started now avoids. None is excluded if no other node is known to be in use:
+        in a cluster of one node its attempts could not start."""
         for name in list(self._of_node):
             recent = {key: time for key, time in self._of_node[name].items() if now - time < WINDOW_SECONDS}
             if recent:
                 self._of_node[name] = recent
             else:
                 del self._of_node[name]
-        return avoided_nodes({name: failures.values() for name, failures in self._of_node.items()}, now, exclude)
+        failures = {name: times.values() for name, times in self._of_node.items()}
+        found = avoided_nodes(failures, now, exclude)
+        others = self._used.keys() - {node.name for node in found if node.excluded}
+        if any(now - self._used[name] < WINDOW_SECONDS for name in others):
+            return found
+        return avoided_nodes(failures, now, exclude=False)
 
 
 def as_text(nodes: Iterable[AvoidedNode]) -> str:

@@ -201,7 +201,7 @@ class Reconciler:
         attempts = observe(run.meta.uid, records, children, signals, now, request.counted_from)
         memory.settling = {key: memory.settling.get(key, now) for key, item in attempts.items() if item.settling}
         memory.records = {key: attempt.record for key, attempt in attempts.items()}
-        self.node_failures.note(run.meta.uid, memory.records, now)
+        self.node_failures.note(run.meta.uid, memory.records, now, (pod.node for pod in children.pods))
         artifacts, lost = self._checks.artifacts(run, frozen, memory)
         self.record_events(run, [RunEvent(EventReason.ARTIFACT_LOST, text, warning=True) for text in lost])
         observed = Observed(

@@ -74,7 +74,15 @@ def play(world: World, seconds: float = 3600.0) -> Operator:
     return asyncio.run(scenario())
 
 
+def use_two_nodes(world: World) -> None:
+    """Let a run use another node, too."""
+    world.input("c.txt", "third\n")
+    world.holds.add("c")
+    world.submit(data_stage("c", uri="c.txt", resources={"nodes": 2}), name="wide")
+
+
 def test_a_node_is_avoided_after_one_failure_and_excluded_after_two(world: World) -> None:
+    use_two_nodes(world)
     world.ends["a"] = [KILLED, KILLED]
     world.submit(data_stage("a"))
     scheduler = Scheduler(world)
@@ -83,6 +91,7 @@ def test_a_node_is_avoided_after_one_failure_and_excluded_after_two(world: World
     preferred = [{"weight": 100, "preference": {"matchFields": [field]}}]
     required = {"nodeSelectorTerms": [{"matchFields": [field]}]}
     assert scheduler.affinities == [
+        {},
         {},
         {"preferredDuringSchedulingIgnoredDuringExecution": preferred},
         {"requiredDuringSchedulingIgnoredDuringExecution": required},
@@ -107,7 +116,19 @@ def test_a_node_counts_across_runs_and_after_a_restart(world: World) -> None:
     assert world.stage("b", "other").avoided_nodes == ("node-0 (1 failure)",)
 
 
-def test_the_only_node_is_used_although_it_is_excluded(world: World) -> None:
+@pytest.mark.parametrize("failures", [2, 5])
+def test_the_only_node_of_a_cluster_is_never_excluded(world: World, failures: int) -> None:
+    world.ends["a"] = [KILLED] * failures
+    world.submit(data_stage("a"))
+    Scheduler(world, nodes=("node-0",))
+    play(world)
+    stage = world.stage("a")
+    assert (stage.state, stage.attempt) == (StageState.SUCCEEDED, failures + 1)
+    assert stage.avoided_nodes == (f"node-0 ({failures} failures)",)
+
+
+def test_an_excluded_node_is_used_if_no_other_fits(world: World) -> None:
+    use_two_nodes(world)
     world.ends["a"] = [KILLED, KILLED]
     world.submit(data_stage("a"))
     Scheduler(world, nodes=("node-0",))
