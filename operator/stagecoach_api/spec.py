@@ -162,6 +162,10 @@ class Deadlines(Model):
 class StageSettings(Model):
     """Settings that a stage inherits from `defaults` and may override. None of them changes the stage's result."""
 
+    profile: Name | None = None
+    """Profile of the installation, whose settings apply where neither stage nor `defaults` set a field. Ignored on a
+    laptop. If unset: none."""
+
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """Trainer image. Must be named by digest (`name@sha256:…`) unless it is the operator's own. If unset: the
     operator's image."""

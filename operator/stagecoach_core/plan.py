@@ -78,16 +78,49 @@ def with_queue_of_label(run: TrainingRun) -> TrainingRun:
 
 def resolve_settings(stage: Stage, defaults: StageSettings, seed: int) -> Stage:
     """Return the stage with unset settings taken from `defaults`, field by field, and with the seed set."""
+    stage = _inherited(stage, defaults)
     return stage.model_copy(
         update={
-            "image": stage.image if stage.image is not None else defaults.image,
-            "resources": _merged(stage.resources, defaults.resources),
-            "queue": stage.queue if stage.queue is not None else defaults.queue,
-            "retries": _merged(_merged(stage.retries, defaults.retries), DEFAULT_BUDGETS),
-            "deadlines": _merged(_merged(stage.deadlines, defaults.deadlines), DEFAULT_DEADLINES),
-            "pods": _merged(stage.pods, defaults.pods),
-            "timeout_seconds": stage.timeout_seconds if stage.timeout_seconds is not None else defaults.timeout_seconds,
+            "retries": _merged(stage.retries, DEFAULT_BUDGETS),
+            "deadlines": _merged(stage.deadlines, DEFAULT_DEADLINES),
             "seed": stage.seed if stage.seed is not None else seed,
+        }
+    )
+
+
+def with_profiles(run: TrainingRun, profiles: Mapping[str, StageSettings]) -> TrainingRun:
+    """Return the run with what its stages and `defaults` leave unset taken from the profiles they name.
+
+    Raises PlanError with all profiles that do not exist.
+    """
+    defaults = run.spec.defaults
+    named = {stage.name: stage.profile or defaults.profile for stage in run.spec.stages}
+    known = ", ".join(sorted(profiles)) or "none"
+    unknown = tuple(
+        f"stages.{stage}.profile: there is no profile `{profile}`; known profiles: {known}"
+        for stage, profile in named.items()
+        if profile is not None and profile not in profiles
+    )
+    if unknown:
+        raise PlanError(unknown)
+    stages = tuple(
+        stage if profile is None else _inherited(_inherited(stage, defaults), profiles[profile])
+        for stage, profile in zip(run.spec.stages, named.values(), strict=True)
+    )
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"stages": stages})})
+
+
+def _inherited(stage: Stage, given: StageSettings) -> Stage:
+    """Return the stage with unset settings taken from `given`, field by field."""
+    return stage.model_copy(
+        update={
+            "image": stage.image if stage.image is not None else given.image,
+            "resources": _merged(stage.resources, given.resources),
+            "queue": stage.queue if stage.queue is not None else given.queue,
+            "retries": _merged(stage.retries, given.retries),
+            "deadlines": _merged(stage.deadlines, given.deadlines),
+            "pods": _merged(stage.pods, given.pods),
+            "timeout_seconds": stage.timeout_seconds if stage.timeout_seconds is not None else given.timeout_seconds,
         }
     )
 

@@ -26,7 +26,7 @@ from stagecoach_api.stores.base import FolderLocation, InvalidLocation, parse_lo
 from stagecoach_api.stores.lookup import absolute, find_inputs, input_problems
 from stagecoach_api.stores.retry import CONTROL_PLANE
 from stagecoach_core.manifests.labels import owner_reference
-from stagecoach_core.plan import PlanError, external_uris, make_plan, with_queue_of_label
+from stagecoach_core.plan import PlanError, external_uris, make_plan, with_profiles, with_queue_of_label
 from stagecoach_core.values import External, Plan, PlannedStage
 from stagecoach_operator.object_views import Raw, RunView
 from stagecoach_operator.permitted import permission_problems
@@ -114,6 +114,7 @@ def check_run(run: RunView, settings: Settings, before: FrozenPlan | None = None
     """Validate a run without any request. `before`: the plan that is in force, whose artifacts stay where they are."""
     try:
         spec = with_queue_of_label(validate(document_of(run)))
+        complete = with_profiles(spec, settings.profiles)
     except (InvalidRun, PlanError) as error:
         return rejected(run, Reason.INVALID_SPEC, str(error))
     storage = settings.storage_of(spec.spec.storage)
@@ -132,7 +133,8 @@ def check_run(run: RunView, settings: Settings, before: FrozenPlan | None = None
     moved = moved_problem(storage, before, run)
     if moved is not None:
         return rejected(run, Reason.INVALID_SPEC, str(InvalidRun([moved])))
-    return CheckedRun(spec, storage, inputs, looks)
+    # What a profile adds was chosen by the administrator, so that only the run's own spec was looked up in the lists.
+    return CheckedRun(complete, storage, inputs, looks)
 
 
 def look_up(checked: CheckedRun) -> dict[str, ResolvedInput | StoreError]:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from stagecoach_api.base import Name
-from stagecoach_api.spec import Storage
+from stagecoach_api.spec import StageSettings, Storage
 from stagecoach_api.stores.base import InvalidLocation
 from stagecoach_core.manifests.settings import ManifestSettings
 from stagecoach_operator.permitted import Allowed, OwnNames
@@ -58,6 +58,10 @@ class Settings(ManifestSettings):
 
     allowed: Allowed = Allowed()
     """What runs may name: service accounts, Secrets, priority classes, tolerations, node selectors, images."""
+
+    profiles: dict[Name, StageSettings] = Field(default_factory=dict, max_length=256)
+    """Settings that stages take over by naming a profile, below their own and those of `defaults`. They are not limited
+    by `allowed`."""
 
     own_service_account: Name | None = None
     """Service account of this pod, which no run may use. If unset: none is refused."""

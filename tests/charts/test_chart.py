@@ -56,6 +56,7 @@ OTHERWISE: dict[str, object] = {
     "images.pullPolicy": "Never",
     "images.pullSecrets": ["registry"],
     "stages.image": "localhost/own@sha256:" + "c" * 64,
+    "profiles": {"h100": {"queue": {"name": "research"}, "resources": {"sharedMemory": "64Gi"}}},
     "allowed.serviceAccounts": ["train-*"],
     "allowed.secrets": ["s3"],
     "allowed.priorityClasses": [],
@@ -271,6 +272,7 @@ def test_values_reach_their_settings() -> None:
     assert (settings.grace_seconds, settings.lost_node_seconds, settings.leftover_seconds) == (60, 61, 62)
     assert (settings.user_id, settings.group_id) == (1000, 1001)
     assert settings.image_pull_secrets == ("registry",)
+    assert settings.profiles["h100"].resources.shared_memory == "64Gi"
     assert settings.allowed.images == ("localhost/*",)
     assert settings.allowed.node_selectors == ("pool=training",)
     assert (settings.own_service_account, settings.own_secrets) == ("coach", ("coach-progress",))

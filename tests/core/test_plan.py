@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stagecoach_api.spec import Queue, TrainingRun
-from stagecoach_core.plan import PlanError, external_uris, make_plan
+from stagecoach_api.spec import Queue, StageSettings, TrainingRun
+from stagecoach_core.plan import PlanError, external_uris, make_plan, with_profiles
 from stagecoach_core.values import External
 from tests.core.makers import data_stage, plan_for, plan_of, run_of
 
@@ -104,3 +104,36 @@ def test_a_queue_in_the_spec_takes_precedence_over_the_label() -> None:
 def test_a_label_that_names_no_queue_is_an_error() -> None:
     with pytest.raises(PlanError, match=r"queue-name: Team_A` names no queue; set `spec.defaults.queue`"):
         plan_of(labelled({"kueue.x-k8s.io/queue-name": "Team_A"}))
+
+
+H100 = StageSettings.model_validate(
+    {
+        "queue": {"name": "research"},
+        "resources": {"sharedMemory": "64Gi", "extended": {"rdma/hca": "8"}, "memory": "1000Gi"},
+        "pods": {"fabric": [{"name": "NCCL_IB_HCA", "value": "mlx5"}], "priorityClass": "high"},
+    }
+)
+
+
+def test_a_profile_gives_what_stage_and_defaults_leave_unset() -> None:
+    stage = data_stage("a", resources={"memory": "8Gi"})
+    defaults = {"profile": "h100", "pods": {"priorityClass": "low"}}
+    run = with_profiles(
+        run_of(stage, data_stage("b", profile="cpu"), defaults=defaults), {"h100": H100, "cpu": StageSettings()}
+    )
+    stages = plan_of(run).stages
+    resources = stages["a"].stage.resources
+    assert (resources.memory, resources.shared_memory, resources.extended) == ("8Gi", "64Gi", {"rdma/hca": "8"})
+    assert stages["a"].stage.queue == Queue(name="research")
+    assert (stages["a"].stage.pods.priority_class, stages["a"].stage.pods.fabric) == ("low", H100.pods.fabric)
+    assert (stages["b"].stage.queue, stages["b"].stage.resources.shared_memory) == (None, None)
+
+
+def test_all_unknown_profiles_are_reported_with_the_known_ones() -> None:
+    run = run_of(data_stage("a", profile="h200"), data_stage("b"), defaults={"profile": "gone"})
+    with pytest.raises(PlanError) as error:
+        with_profiles(run, {"h100": H100, "cpu": StageSettings()})
+    assert error.value.problems == (
+        "stages.a.profile: there is no profile `h200`; known profiles: cpu, h100",
+        "stages.b.profile: there is no profile `gone`; known profiles: cpu, h100",
+    )

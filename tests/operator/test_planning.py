@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from stagecoach_api.spec import Storage
+from stagecoach_api.spec import StageSettings, Storage
 from stagecoach_api.status import Reason
 from stagecoach_operator.kube import TRAINING_RUNS
+from stagecoach_operator.permitted import Allowed
 from stagecoach_operator.planning import (
     FrozenPlan,
     Rejection,
@@ -150,6 +151,17 @@ def test_a_queue_in_a_label_is_part_of_the_plan_and_of_what_is_checked(world: Wo
     refused = check_run(world.run(), world.settings)
     assert isinstance(refused, Rejection)
     assert "spec.defaults.queue.priorityClass: must be an allowed priority class" in refused.message
+
+
+def test_a_profile_may_give_what_a_run_may_not_name(world: World) -> None:
+    profile = StageSettings.model_validate({"pods": {"serviceAccount": "writer"}})
+    closed = {"allowed": Allowed(service_accounts=()), "profiles": {"gpu": profile}}
+    world.settings = world.settings.model_copy(update=closed)
+    assert planned(world, data_stage("a", profile="gpu")).plan.stages["a"].stage.pods.service_account == "writer"
+    world.api.edit_spec("demo", stages=[data_stage("a", profile="cpu")])
+    unknown = check_run(world.run(), world.settings)
+    assert isinstance(unknown, Rejection)
+    assert "there is no profile `cpu`; known profiles: gpu" in unknown.message
 
 
 def test_the_name_of_the_plan_is_derived_from_the_run(world: World) -> None:
