@@ -23,7 +23,7 @@ E2E_IMAGES ?= --base debian --torch cpu $(if $(WHEELS),--wheels $(WHEELS)) $(if 
 # train nothing. In these folders, `pytest.mark.slow` leaves out modules that take seconds.
 FAST := $(addprefix tests/,api core operator cli $(addprefix trainer/,batches data kernels losses rewards runtime samples text))
 
-.PHONY: help install demo fast test explore fmt lint generate verify bench bench-alignment bench-operator families images dist chart lock clean cluster cluster-down e2e
+.PHONY: help install demo fast test explore fmt lint generate verify bench bench-alignment bench-faults bench-operator families images dist chart lock clean cluster cluster-down e2e
 
 help: ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ bench-alignment: install $(UV) ## only the benches of alignment: speed and memor
 
 families: install ## try every family of models and write the table in docs/models.md
 	$(BIN)/python -m tests.trainer.families
+
+bench-faults: install ## replay the faults of Llama 3's training in 1,000 simulated runs; writes bench/results/fault_mix.json
+	@$(BIN)/python -m bench.fault_mix
 
 bench-operator: install ## measure the time between two stages on a cluster; writes bench/results/operator.json
 	@$(BIN)/python -m bench.handover

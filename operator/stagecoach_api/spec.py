@@ -138,8 +138,8 @@ class Retries(Model):
     """Retries after errors in the run itself, which would happen again. If unset: 0."""
 
     window_days: Annotated[int, Field(ge=1, le=3650)] | None = None
-    """Days for which a failure counts. Without a new checkpoint, at most ten times as many are retried, of whatever
-    age. If unset: 7."""
+    """Days for which a failure counts. One of an attempt that ran for ten minutes and left a new checkpoint does not
+    count at all. Without a new checkpoint, at most ten times as many are retried, of whatever age. If unset: 7."""
 
 
 class Deadlines(Model):

@@ -207,6 +207,9 @@ class FailureGroup(Restarts):
     last_step: Annotated[int, Field(ge=0, le=10**15)] | None = None
     """Newest complete checkpoint that they left. If unset: not known."""
 
+    repaid: Restarts = Restarts()
+    """Number of those that made progress before they failed, so that they are not charged."""
+
 
 class ForgottenAttempts(Restarts):
     """Number of failed attempts that `attempts` no longer lists. They still count against the retry budgets."""

@@ -204,6 +204,8 @@ class Forgotten:
     """When the last of them ended, in seconds since the epoch."""
     last_step: int | None = None
     """Newest complete checkpoint that they left. None if it is not known."""
+    repaid: Mapping[Cause, int] = field(default_factory=dict)
+    """Number of those of `counts` that their progress has repaid (`policies.retry.is_repaid`)."""
 
 
 @dataclass(frozen=True)

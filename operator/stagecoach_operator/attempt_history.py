@@ -14,7 +14,7 @@ from stagecoach_api.status import (
     StageStatus,
     TrainingRunStatus,
 )
-from stagecoach_core.policies.retry import charged_to
+from stagecoach_core.policies.retry import charged_to, is_repaid
 from stagecoach_core.values import Forgotten
 from stagecoach_operator.attempt_times import running_seconds
 from stagecoach_operator.observe import ObservedAttempt
@@ -36,7 +36,8 @@ def forgotten_of(status: TrainingRunStatus) -> dict[tuple[str, str], tuple[Forgo
     """Return the attempts counted in a status, by stage and digest."""
     return {
         (stage.name, stage.forgotten.digest): tuple(
-            Forgotten(_counts(group), group.until.timestamp(), group.last_step) for group in groups_of(stage.forgotten)
+            Forgotten(_counts(group), group.until.timestamp(), group.last_step, _counts(group.repaid))
+            for group in groups_of(stage.forgotten)
         )
         for stage in status.stages
         if stage.forgotten is not None
@@ -50,6 +51,10 @@ def groups_of(forgotten: ForgottenAttempts) -> tuple[FailureGroup, ...]:
 
 def _counts(counted: Restarts) -> dict[Cause, int]:
     return {cause: getattr(counted, cause.value) for cause in Cause}
+
+
+def _sum(*counted: Restarts) -> dict[str, int]:
+    return _numbers(sum((Counter(_counts(item)) for item in counted), Counter[Cause]()))
 
 
 def _numbers(counts: Mapping[Cause, int]) -> dict[str, int]:
@@ -93,9 +98,11 @@ def _added(
             continue
         groups = groups_of(before) if before is not None and before.digest == ended.digest else ()
         numbers = _numbers({charged_to(ended): 1})
-        new = FailureGroup(until=attempt.record.ended, last_step=attempt.record.last_step, **numbers)
+        newest = max((group.last_step for group in groups if group.last_step is not None), default=-1)
+        repaid = Restarts(**numbers) if is_repaid(ended, newest) else Restarts()
+        new = FailureGroup(until=attempt.record.ended, last_step=attempt.record.last_step, repaid=repaid, **numbers)
         groups = merged_groups((*groups, new))
-        total = _numbers(sum((Counter(_counts(group)) for group in groups), Counter[Cause]()))
+        total = _sum(*groups)
         before = ForgottenAttempts(digest=ended.digest, until=groups[-1].until, groups=groups, **total)
     return before
 
@@ -105,9 +112,10 @@ def merged_groups(groups: tuple[FailureGroup, ...], most: int = MAX_GROUPS) -> t
     while len(groups) > most:
         place = min(range(len(groups) - 1), key=lambda index: groups[index + 1].until - groups[index].until)
         first, second = groups[place : place + 2]
-        numbers = _numbers(Counter(_counts(first)) + Counter(_counts(second)))
         step = newest_step((first.last_step, second.last_step))
-        both = FailureGroup(until=max(first.until, second.until), last_step=step, **numbers)
+        repaid = Restarts(**_sum(first.repaid, second.repaid))
+        until = max(first.until, second.until)
+        both = FailureGroup(until=until, last_step=step, repaid=repaid, **_sum(first, second))
         groups = (*groups[:place], both, *groups[place + 2 :])
     return groups
 

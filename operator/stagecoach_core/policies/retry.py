@@ -1,9 +1,10 @@
 """Retries: each cause of failure has a budget per stage digest; the back-off grows with consecutive short failures.
 
 Preemption (being asked to stop) is never charged. A failure counts for `retries.windowDays`, or until the stage's
-digest changes or the user requests the run again: a training of months meets more lost nodes than a budget has, and
-none of them is its fault. A run with a permanent fault ends nevertheless: an end that recurs without a new checkpoint
-becomes the user's (`policies.ending`), and however slowly a run fails, `FRUITLESS_FACTOR` limits how often.
+digest changes or the user requests the run again, and one that followed on progress costs nothing: a training of months
+on thousands of GPUs meets more lost nodes than a budget has, and none of them is its fault. A run with a permanent
+fault ends nevertheless: an end that recurs without a new checkpoint becomes the user's (`policies.ending`), and however
+slowly a run fails, `FRUITLESS_FACTOR` limits how often.
 """
 
 from __future__ import annotations
@@ -81,25 +82,48 @@ def decide_retry(ended: Sequence[Attempt], retries: Retries, older: Sequence[For
 
 @dataclass(frozen=True)
 class _Failure:
-    """Failures that ended at one time. `is_new`: whether a checkpoint beyond all earlier ones was made before them."""
+    """Failures that ended at one time."""
 
     cause: Cause
     count: int
+    charged: int
+    """Number of those that progress has not repaid."""
     at: float
     is_new: bool
+    """Whether a checkpoint beyond all earlier ones was made before them."""
 
 
 def _failures(charged: Sequence[Attempt], older: Sequence[Forgotten]) -> list[_Failure]:
     """Return all failures, oldest first."""
     failures: list[_Failure] = []
     newest = -1
-    groups = [(group.counts, group.until, group.last_step) for group in older]
-    groups += [({charged_to(item): 1}, ended_at(item), item.last_step) for item in charged]
-    for counts, at, step in groups:
-        is_new = step is not None and step > newest
-        newest = max(newest, -1 if step is None else step)
-        failures += [_Failure(cause, count, at, is_new) for cause, count in counts.items() if count]
+    for group in older:
+        is_new, newest = _progress(group.last_step, newest)
+        failures += [
+            _Failure(cause, count, count - group.repaid.get(cause, 0), group.until, is_new)
+            for cause, count in group.counts.items()
+            if count
+        ]
+    for item in charged:
+        repaid = is_repaid(item, newest)
+        is_new, newest = _progress(item.last_step, newest)
+        failures.append(_Failure(charged_to(item), 1, int(not repaid), ended_at(item), is_new))
     return failures
+
+
+def _progress(step: int | None, newest: int) -> tuple[bool, int]:
+    """Return whether a checkpoint is beyond the newest one, and the newest of both."""
+    return (False, newest) if step is None else (step > newest, max(step, newest))
+
+
+def is_repaid(attempt: Attempt, newest: int) -> bool:
+    """Return whether the progress of a failed attempt outweighs its failure, so that no budget is charged.
+
+    It ran for at least `SETTLED_SECONDS` and made a checkpoint beyond `newest`, the newest step of those before it (-1
+    without any). What the user can mend is never repaid.
+    """
+    progressed = attempt.last_step is not None and attempt.last_step > newest
+    return progressed and attempt.running_seconds >= SETTLED_SECONDS and charged_to(attempt) is not Cause.USER
 
 
 def _spent(cause: Cause, failures: Sequence[_Failure], retries: Retries) -> str:
@@ -112,12 +136,12 @@ def _spent(cause: Cause, failures: Sequence[_Failure], retries: Retries) -> str:
         return ""
     allowed, days = budget(cause, retries), retries.window_days or DEFAULT_BUDGETS.window_days or 0
     begin = alike[-1].at - days * SECONDS_PER_DAY
-    recent = sum(failure.count for failure in alike if failure.at > begin)
+    recent = sum(failure.charged for failure in alike if failure.at > begin)
     if recent > allowed:
         return f"failure {recent} charged to {cause.value} in {days} days; `retries.{cause.value}` is {allowed}"
     fruitless = 0
     for failure in failures:
-        fruitless = (0 if failure.is_new else fruitless) + failure.count * (failure.cause is cause)
+        fruitless = (0 if failure.is_new else fruitless) + failure.charged * (failure.cause is cause)
     if fruitless > allowed * FRUITLESS_FACTOR:
         return f"failure {fruitless} charged to {cause.value} without a new checkpoint"
     return ""

@@ -55,6 +55,46 @@ def test_a_lost_result_is_charged_to_infrastructure_and_named() -> None:
     assert decision.message == "attempt 1 reported success, but the store has no artifact 0123456789ab"
 
 
+def days_of_training(number: int, hours: float, step_of_each: int | None = 100) -> list[Attempt]:
+    """Attempts of so many hours, each of which lost a node after it had made checkpoints."""
+    seconds = hours * 3600.0
+    return [
+        failed(
+            "a", D, index, running_since=(index - 1) * seconds, ended=index * seconds,
+            last_step=None if step_of_each is None else index * step_of_each,
+        )
+        for index in range(1, number + 1)
+    ]  # fmt: skip
+
+
+def test_failures_after_progress_use_up_no_budget() -> None:
+    """A training on 16,384 GPUs loses a node every three hours (The Llama 3 Herd of Models, table 5)."""
+    assert decide_retry(days_of_training(400, hours=3), Retries()).exhausted is None
+
+
+def test_running_for_long_without_a_new_checkpoint_is_no_progress() -> None:
+    same_step = [replace(item, last_step=100) for item in days_of_training(22, hours=3)]
+    assert decide_retry(same_step, Retries()).exhausted is Cause.INFRASTRUCTURE
+    assert decide_retry(days_of_training(21, hours=3, step_of_each=None), Retries()).exhausted is Cause.INFRASTRUCTURE
+
+
+def test_a_new_checkpoint_in_a_short_time_is_charged_all_the_same() -> None:
+    assert decide_retry(days_of_training(21, hours=0.1), Retries()).exhausted is Cause.INFRASTRUCTURE
+
+
+def test_an_error_of_the_run_itself_is_never_repaid() -> None:
+    errors = [replace(item, cause=Cause.USER) for item in days_of_training(1, hours=30)]
+    assert decide_retry(errors, Retries()).exhausted is Cause.USER
+
+
+def test_failures_that_are_no_longer_stored_keep_what_progress_has_repaid() -> None:
+    older = [Forgotten({Cause.INFRASTRUCTURE: 300}, until=0.5, last_step=9, repaid={Cause.INFRASTRUCTURE: 290})]
+    decision = decide_retry(failures(*[Cause.INFRASTRUCTURE] * 10), Retries(), older)
+    assert decision.exhausted is None
+    assert decision.restarts == {Cause.INFRASTRUCTURE: 310}
+    assert decide_retry(failures(*[Cause.INFRASTRUCTURE] * 11), Retries(), older).exhausted is Cause.INFRASTRUCTURE
+
+
 def test_the_message_of_a_user_error_is_reported_unchanged() -> None:
     assert decide_retry(failures(Cause.USER), Retries()).message == "failure 1"
 
