@@ -280,10 +280,6 @@ class RunSpec(Model):
     """What happens to the other stages once one has failed: with `stop` none of them starts; with `continue` those that
     do not depend on it still run. Either way the run fails in the end."""
 
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=10**9)] | None = None
-    """Seconds after which a run that is complete, failed or cancelled is deleted from the cluster, as a Job would be;
-    artifacts are kept. If unset: it is not deleted."""
-
     defaults: StageSettings = StageSettings()
     """Settings that stages inherit."""
 

@@ -5,7 +5,6 @@ Whole bodies are not kept: with a thousand runs they would dominate the operator
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from stagecoach_api import names
 from stagecoach_api.outcomes import AttemptResult
 from stagecoach_api.status import TrainingRunStatus
+from stagecoach_api.status_reading import read_status
 
 Raw = Mapping[str, Any]
 
@@ -164,40 +164,18 @@ def run_view(body: Raw) -> RunView:
     metadata = body["metadata"]
     annotations = metadata.get("annotations") or {}
     raw = body.get("status") or {}
-    status, unreadable = _status(raw)
+    reading = read_status(raw)
     return RunView(
         meta=meta_of(body),
         generation=int(metadata.get("generation", 0)),
         finalizers=tuple(metadata.get("finalizers") or ()),
         annotations={key: value for key, value in annotations.items() if key.startswith(f"{names.API_GROUP}/")},
         spec=body.get("spec") or {},
-        status=status,
-        status_raw=raw,
-        unreadable=unreadable,
+        status=reading.status,
+        status_raw=raw if isinstance(raw, Mapping) else {},
+        unreadable=reading.unreadable,
         queue_labels={key: value for key, value in (metadata.get("labels") or {}).items() if key in QUEUE_LABELS},
     )
-
-
-def _status(raw: Raw) -> tuple[TrainingRunStatus, str]:
-    """Return the status, and why it cannot be read: another version of the operator may have written it.
-
-    Fields that this version does not know are left out; a value that it does not know may mean anything.
-    """
-    try:
-        return TrainingRunStatus.model_validate_json(json.dumps(raw)), ""
-    except ValidationError as error:
-        unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
-    known = json.loads(json.dumps(raw))
-    for *path, name in unknown:
-        holder = known
-        for step in path:
-            holder = holder[step]
-        del holder[name]
-    try:
-        return TrainingRunStatus.model_validate_json(json.dumps(known)), ""
-    except ValidationError as error:
-        first = error.errors()[0]
-        return TrainingRunStatus(), f"status.{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def jobset_view(body: Raw) -> JobSetView:

@@ -35,7 +35,7 @@ from stagecoach_operator.storage_access import endpoint_weakness, place_of
 
 PLAN_KEY = "plan.json"
 PROBE_KEY = ".stagecoach"
-NO_EDIT = frozenset({"managedBy", "suspend", "cancel", "onFailure", "ttlSecondsAfterFinished"})
+NO_EDIT = frozenset({"managedBy", "suspend", "cancel", "onFailure"})
 """Fields of a spec that control whether the run is worked on, but do not affect what it computes."""
 INPUT_REMEDY = "put it there, or correct the URI; the operator looks for it again"
 ALLOW_REMEDY = (

@@ -17,6 +17,7 @@ from typing import Any
 from stagecoach_api import names
 from stagecoach_api.outcomes import FAULT_CHARACTERS
 from stagecoach_api.status import AttemptStatus, ConditionStatus, ConditionType, Reason, TrainingRunStatus
+from stagecoach_api.status_reading import with_unknown
 from stagecoach_core.decide import decide
 from stagecoach_core.policies.avoidance import AvoidedNode
 from stagecoach_core.resolve import artifacts_of
@@ -400,7 +401,7 @@ class Reconciler:
 
     async def _write(self, run: RunView, status: TrainingRunStatus, memory: RunMemory) -> float | None:
         status = status.model_copy(update={"installation": self.client.settings.installation})
-        body = as_json(status)
+        body = with_unknown(run.status_raw, as_json(status))
         patch = merge_patch(run.status_raw, body)
         if not patch:
             return None

@@ -445,12 +445,18 @@ def milestones(status: TrainingRunStatus) -> object:
 
 def without_progress(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return a status (as JSON) without the fields that change with every progress report."""
-    kept = {**status, "summary": {**(status.get("summary") or {}), "progress": "", "eta": None}}
+    summary = status.get("summary")
+    kept = {**status, "summary": {**(summary if isinstance(summary, dict) else {}), "progress": "", "eta": None}}
     kept["stages"] = [
-        {**stage, "progress": None, "attempts": [_without_report(item) for item in stage.get("attempts") or ()]}
-        for stage in status.get("stages") or ()
+        {**stage, "progress": None, "attempts": [_without_report(item) for item in _objects(stage.get("attempts"))]}
+        for stage in _objects(status.get("stages"))
     ]
     return kept
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    """Return the objects of a list. The stored status may have anything in their place."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _without_report(attempt: Mapping[str, Any]) -> dict[str, Any]:

@@ -708,8 +708,11 @@ def test_an_attempt_that_exceeds_its_timeout_fails(world: World) -> None:
 @pytest.mark.parametrize(
     ("change", "left_alone"),
     [
-        pytest.param(("conditions", 0, "reason", "SomethingNew"), True, id="a reason of a newer version"),
-        pytest.param(("stages", 0, "state", "Paused"), True, id="a state of a newer version"),
+        pytest.param(("conditions", 0, "reason", "SomethingNew"), False, id="a reason of a newer version"),
+        pytest.param(("stages", 0, "state", "Paused"), False, id="a state of a newer version"),
+        pytest.param(("stages", 0, "attempts", 0, "stopCause", "quota"), False, id="a cause of an attempt that ended"),
+        pytest.param(("stages", 1, "attempts", 0, "stopCause", "quota"), True, id="a cause of a living attempt"),
+        pytest.param(("stages", 0, "artifact", "stageDigest", "sha512:0"), True, id="a digest of a newer version"),
         pytest.param(("stages", 0, "humidity", 3), False, id="a field of a newer version"),
         pytest.param(("weather", "rain"), False, id="a field of the status itself"),
     ],

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pydantic import ValidationError
-
 from stagecoach_api import names
 from stagecoach_api.kinds import STAGE_KINDS
 from stagecoach_api.outcomes import Cause
@@ -25,6 +23,7 @@ from stagecoach_api.status import (
     StageStatus,
     TrainingRunStatus,
 )
+from stagecoach_api.status_reading import read_status
 from stagecoach_cli.artifacts.store import split_uri
 from stagecoach_cli.cluster.api import Body, ClusterError
 from stagecoach_cli.display.reports import StageReport
@@ -150,22 +149,19 @@ def cluster_run(body: Body) -> ClusterRun:
     """Parse a run. Raises ClusterError if this version cannot parse its status."""
     metadata = body["metadata"]
     title = f"{metadata['namespace']}/{metadata['name']}"
-    try:
-        status = TrainingRunStatus.model_validate(body.get("status") or {})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+    reading = read_status(body.get("status"))
+    if reading.unreadable:
         raise ClusterError(
-            f"the status of {title} was written by another version of the operator (status.{where}: {first['msg']}); "
+            f"the status of {title} was written by another version of the operator ({reading.unreadable}); "
             "install the same version of `stagecoach` as the operator's"
-        ) from error
+        )
     return ClusterRun(
         namespace=metadata["namespace"],
         name=metadata["name"],
         uid=metadata["uid"],
         generation=int(metadata.get("generation", 0)),
         spec=body.get("spec") or {},
-        status=status,
+        status=reading.status,
         deleting="deletionTimestamp" in metadata,
     )
 
