@@ -203,7 +203,7 @@ def start_operator(kubectl: Kubectl, folder: Path, namespace: str, stack: ExitSt
     """Start the operator for one namespace and wait until it is the leader."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     # The Lease has the name that the chart's Role allows.
-    settings = {"namespace": namespace, "leaseName": RELEASE, "trainerImage": IMAGE, **ports}
+    settings = {"namespaces": [namespace], "leaseName": RELEASE, "trainerImage": IMAGE, **ports}
     file, kubeconfig, log = folder / "settings.yaml", folder / "kubeconfig", folder / "operator.log"
     file.write_text(json.dumps(settings))
     kubeconfig.touch(mode=0o600)
