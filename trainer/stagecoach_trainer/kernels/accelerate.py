@@ -87,6 +87,8 @@ def prove_head(
 
 def _proved(loss: DecoderLoss, dtype: torch.dtype, proof: LossProof, paths: Sequence[FastPath]) -> Sequence[FastPath]:
     """Return the fast paths with which the module computes what transformers does; settle its head."""
+    if any(path.applies(loss) for path in paths):
+        proof.expect_gradients()
     if proof.has_plain_head() and _holds(loss, dtype, proof, paths):
         return paths
     _settle_head(loss, proof)
@@ -130,8 +132,9 @@ def _settle_head(loss: DecoderLoss, proof: LossProof) -> None:
 
 
 def _holds(loss: DecoderLoss, dtype: torch.dtype, proof: LossProof, paths: Sequence[FastPath]) -> bool:
+    are_used = any(path.applies(loss) for path in paths)
     with _used(loss, dtype, paths):
-        return proof.holds()
+        return proof.holds() and (not are_used or proof.gradients_hold())
 
 
 @contextmanager

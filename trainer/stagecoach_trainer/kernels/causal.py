@@ -39,11 +39,11 @@ class DecoderLoss(nn.Module):
         raise NotImplementedError
 
     def computed(self, rows: ProofRows) -> Tensor:
-        """Return what this module computes for a few rows, by its own means [K]. Called without gradients."""
+        """Return what this module computes for a few rows, by its own means [K]. Called with and without gradients."""
         raise NotImplementedError
 
     def expected(self, rows: ProofRows) -> Tensor:
-        """Return the same as transformers' forward pass of the whole model computes it. Called without gradients."""
+        """Return the same as transformers' own forward pass computes it. Called without gradients first."""
         raise NotImplementedError
 
     def head_difference(self, states: Tensor) -> float:
@@ -160,7 +160,8 @@ class CausalLoss(DecoderLoss):
             input_ids=rows.tokens.to(device), attention_mask=rows.mask.to(device), labels=labels, use_cache=False
         )
         tokens = torch.nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        self._require_loss(rows, float(found.loss), float(tokens))
+        if not torch.is_grad_enabled():  # where gradients are wanted, this has been settled
+            self._require_loss(rows, float(found.loss), float(tokens))
         loss: Tensor = found.loss
         return loss.float()[None]
 

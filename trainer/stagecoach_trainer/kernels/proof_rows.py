@@ -18,6 +18,9 @@ LONGEST = 128
 """Upper limit of the tokens of a row. A row is a quarter of a typical row of training; three of them cost less than
 one micro-batch."""
 
+SHORT = 16
+"""Upper limit of the tokens of rows of which gradients are computed."""
+
 WITHOUT_LOSS = 3
 """One position of so many has no loss, so that the parts that compute only positions with loss are proved as well."""
 
@@ -41,6 +44,16 @@ class ProofRows:
         changed = longest.copy()
         changed[half:] = (changed[half:] + 1) % vocabulary
         return cls((longest, changed, longest[: max(2, len(longest) * 2 // 3)]), half)
+
+    @property
+    def short(self) -> ProofRows:
+        """The beginnings of the rows, for what costs more than the loss.
+
+        They are equally long: at padding, which has no loss, a model may have gradients that are not finite (Gemma 3n).
+        """
+        length = min(SHORT, *map(len, self.rows))
+        first, changed, last = (ids[:length] for ids in self.rows)
+        return ProofRows((first, changed, last), min(self.num_equal, length))
 
     @property
     def masked_rows(self) -> list[Row]:
