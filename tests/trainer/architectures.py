@@ -135,9 +135,11 @@ def tiny(model_type: str, seed: int = 0, **settings: Any) -> Any:
 def _enlarge(weight: Tensor) -> None:
     """Make a fresh weight large enough that every part of the model shows in its output.
 
-    Fresh logits are near 0, whatever scales them, and fresh biases are 0.
+    Fresh logits are near 0, whatever scales them, and fresh biases are 0, as are some routers.
     """
-    if weight.ndim > 1:
+    if weight.ndim > 1 and not weight.any():
+        weight += torch.randn_like(weight) * SPREAD
+    elif weight.ndim > 1:
         weight *= max(1.0, SPREAD / max(float(weight.std()), 1e-3))
     else:
         weight += torch.randn_like(weight) * SPREAD / 2

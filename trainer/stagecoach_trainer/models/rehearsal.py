@@ -115,15 +115,15 @@ def _refusal(model: PreTrainedModel, what: str) -> UserError:
 
 
 def _trained(part: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights by name, each moved by another number, as training would move them.
+    """Return the weights by name, each parameter moved by another number, as training would move it.
 
     Fresh norms are all ones, and would hide that two of them change places; and what transformers resets when it loads
-    a model has, until it is trained, the values to which it is reset.
+    a model has, until it is trained, the values to which it is reset. Buffers stay, since they are not trained.
     """
     moved: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, tensor in part.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and id(tensor) not in moved:
+        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point() and id(tensor) not in moved:
             moved[id(tensor)] = tensor.detach() + (len(moved) % 64 + 1) / 64
         found[name] = moved.get(id(tensor), tensor.detach())
     return found
