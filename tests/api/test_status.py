@@ -56,6 +56,7 @@ def test_enumeration_values_are_camel_case_and_never_change() -> None:
         "SuspendedByUser", "StoppingStages", "NotSuspended", "AllStagesFinished", "StagesUnfinished", "NoFailure",
         "RetriesExhausted", "UserError", "GateMissed", "Diverged", "TimedOut", "SecretMissing", "ImageUnavailable",
         "Cancelled", "ImageNotAllowed", "NotAllowed", "Unschedulable", "JobSetNotInstalled", "CreationRefused",
+            "StorageNotAllowed",
     }  # fmt: skip
     for word in [*ConditionType, *Reason, *StageState, *RunState]:
         assert re.fullmatch(r"([A-Z][a-z]+)+", word), word
