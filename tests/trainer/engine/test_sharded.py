@@ -17,7 +17,8 @@ from stagecoach_trainer.models.trainable import choose_trainable
 from stagecoach_trainer.runtime.checkpoint_paths import CheckpointId
 from stagecoach_trainer.runtime.context import World
 from stagecoach_trainer.runtime.distributed import process_group
-from tests.trainer.loop.makers import RandomPlan, context, equal_weights, tiny_model, training, weights
+from tests.trainer.architectures import tiny
+from tests.trainer.loop.makers import VOCABULARY, RandomPlan, context, equal_weights, tiny_model, training, weights
 
 OFFLOADED = Sharding(zero=3, offload_optimizer="cpu", offload_parameters="cpu")
 NEW_ROWS = range(190, 197)
@@ -30,8 +31,9 @@ def group() -> Iterator[None]:
         yield
 
 
-def chosen(trainable: dict[str, Any], tie: bool = False) -> Any:
-    return choose_trainable(tiny_model(tie=tie), Trainable.model_validate(trainable), NEW_ROWS, seed=1).model
+def chosen(trainable: dict[str, Any], tie: bool = False, model: Any = None) -> Any:
+    model = model or tiny_model(tie=tie)
+    return choose_trainable(model, Trainable.model_validate(trainable), NEW_ROWS, seed=1).model
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -40,6 +42,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "new rows only": lambda: chosen({"embeddings": {"rows": "new"}}),
     "adapters and new rows": lambda: chosen({"lora": {"rank": 2, "newRows": True}}),
     "adapters and whole layers": lambda: chosen({"lora": {"rank": 2, "modulesToSave": ["embed_tokens", "lm_head"]}}),
+    "adapters on fused experts": lambda: chosen(
+        {"lora": {"rank": 2, "experts": "adapt"}}, model=tiny("qwen3_moe", vocab_size=VOCABULARY)
+    ),
     "an adapter on the head": lambda: chosen({"lora": {"rank": 2, "targets": ["q_proj", "lm_head"]}}),
 }
 
