@@ -27,12 +27,13 @@ from stagecoach_api.status import (
 from stagecoach_core.policies.retry import CHARGED
 from stagecoach_core.values import AttemptState, Decision, RunState, StageState, StageView
 from stagecoach_operator.attempt_client import Blocker
-from stagecoach_operator.attempt_history import MAX_COUNT, bounded, gpu_seconds, records_of
+from stagecoach_operator.attempt_history import MAX_ATTEMPTS, MAX_COUNT, bounded, gpu_seconds, records_of
 from stagecoach_operator.attempt_times import moment
 from stagecoach_operator.observe import ObservedAttempt
 from stagecoach_operator.planning import FrozenPlan, Rejection
 from stagecoach_operator.pod_startup import Waiting
 from stagecoach_operator.requests import NO_REQUEST, Request
+from stagecoach_operator.status_size import Room, fitted
 
 OVER = FINISHED | ENDED
 MESSAGE_CHARACTERS = 4000
@@ -75,8 +76,12 @@ class StatusInputs:
 
 
 def working_status(inputs: StatusInputs) -> TrainingRunStatus:
-    """Return the status of a run that has been accepted."""
-    stages = tuple(stage_status(name, view, inputs) for name, view in in_spec_order(inputs).items())
+    """Return the status of a run that has been accepted. It is small enough to be stored."""
+    return fitted(lambda room: _working_status(inputs, room))
+
+
+def _working_status(inputs: StatusInputs, room: Room) -> TrainingRunStatus:
+    stages = tuple(stage_status(name, view, inputs, room.attempts) for name, view in in_spec_order(inputs).items())
     statements = {
         ConditionType.ACCEPTED: accepted(inputs),
         ConditionType.PLANNED: planned(inputs, stages),
@@ -136,13 +141,14 @@ def in_spec_order(inputs: StatusInputs) -> Mapping[str, StageView]:
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def stage_status(name: str, view: StageView, inputs: StatusInputs) -> StageStatus:
+def stage_status(name: str, view: StageView, inputs: StatusInputs, most: int = MAX_ATTEMPTS) -> StageStatus:
+    """Return the status of a stage. `most`: attempts that are listed; older ones are counted."""
     previous = next((stage for stage in inputs.previous.stages if stage.name == name), None)
     observed = inputs.of_stage(name)
     newest = max(observed, key=lambda attempt: attempt.record.number, default=None)
     counted_from = inputs.request.counted_from.get(name, 0)
     counted = None if previous is None or inputs.request.is_new else previous.forgotten
-    attempts, forgotten = bounded(observed, counted, inputs.now, counted_from)
+    attempts, forgotten = bounded(observed, counted, inputs.now, counted_from, most)
     state, waiting_for, message = stage_state(view, newest, inputs)
     resources = inputs.frozen.plan.stages[name].stage.resources
     return StageStatus(
