@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from stagecoach_api.artifacts import output_prefix
 from tests.e2e.makers import Bench, Ended, conversations, data_stage, english, wait_until
 from tests.s3 import S3Server, make_bucket, make_server
 
@@ -86,7 +85,7 @@ def test_bad_data_is_reported_by_file_and_line_and_read_again_after_a_correction
 def test_a_flipped_byte_in_an_input_is_reported_and_the_stage_can_be_re_created(bench: Bench) -> None:
     bench.write([data_stage("good", "data/good.jsonl"), vocabulary()])
     assert bench.run("--until", "good").code == 0
-    key = f"{output_prefix(bench.digest('good'))}/train/part-00000.jsonl.zst"
+    key = f"{bench.manifest('good').folder}/train/part-00000.jsonl.zst"
     path = bench.workspace.default_storage / key
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -153,8 +153,8 @@ def test_digests_in_use_are_those_of_stages_live_attempts_and_inputs() -> None:
 
 def test_a_status_of_another_version_is_reported_with_what_to_do() -> None:
     body = FakeCluster().add_run(stage_status())
-    body["status"]["stages"][0]["mood"] = "good"
+    body["status"]["stages"][0]["attempts"] = "many"
     with pytest.raises(
-        ClusterError, match=r"status\.stages\.0\.mood.*install the same version of `stagecoach` as the operator's"
+        ClusterError, match=r"status\.stages\.0\.attempts.*install the same version of `stagecoach` as the operator's"
     ):
         cluster_run(body)

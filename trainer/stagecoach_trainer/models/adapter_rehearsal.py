@@ -74,7 +74,7 @@ def _numbers(shape: torch.Size, index: int) -> Tensor:
 def _read(base: Any, folder: Path) -> dict[str, Tensor]:
     from peft import PeftModel, get_peft_model_state_dict
 
-    opened = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    opened = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False, torch_device="cpu")
     found = get_peft_model_state_dict(opened, save_embedding_layers=False)
     return {name: tensor.to(torch.float32) for name, tensor in found.items()}
 

@@ -129,9 +129,7 @@ def _release_model(
 ) -> None:
     """Merge in fp32, compare, cast and save."""
     model = source.model
-    if not source.card.adapter:
-        rehearse_saving(model, source.tokenizer, source.path)
-    else:
+    if source.card.adapter:
         context.progress.report("merge adapters")
         model = model.merge_and_unload(safe_merge=True)
         report.proof["merge"] = before.compare(model)
@@ -140,6 +138,8 @@ def _release_model(
         report.notes.append(
             "input embedding and head differ, so they are released apart (`tie_word_embeddings: false`)"
         )
+    if not source.card.adapter:
+        rehearse_saving(model, source.tokenizer, source.path)
     report.num_parameters = sum(parameter.numel() for parameter in model.parameters())
     context.progress.report("save model")
     save_model(
