@@ -120,19 +120,21 @@ def _trained(part: PreTrainedModel) -> dict[str, Tensor]:
     Fresh norms are all ones, and would hide that two of them change places; and what transformers resets when it loads
     a model has, until it is trained, the values to which it is reset. Buffers stay, since they are not trained.
     """
-    moved: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, tensor in part.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point() and id(tensor) not in moved:
-            moved[id(tensor)] = tensor.detach() + (len(moved) % 64 + 1) / 64
-        found[name] = moved.get(id(tensor), tensor.detach())
+        if id(tensor) not in seen:
+            here = tensor.detach().cpu()  # an export has its model on the GPU
+            is_trained = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
+            seen[id(tensor)] = here + (len(seen) % 64 + 1) / 64 if is_trained else here
+        found[name] = seen[id(tensor)]
     return found
 
 
 def _unsaved(part: PreTrainedModel) -> dict[str, Tensor]:
     """Return the buffers that are computed from the configuration, such as frequencies of rotary positions."""
     saved = part.state_dict().keys()
-    return {name: buffer for name, buffer in part.named_buffers() if name not in saved}
+    return {name: buffer.cpu() for name, buffer in part.named_buffers() if name not in saved}
 
 
 def changed_tensors(written: Mapping[str, Tensor], unsaved: Mapping[str, Tensor], opened: torch.nn.Module) -> list[str]:
