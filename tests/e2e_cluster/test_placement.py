@@ -81,7 +81,6 @@ def test_a_stage_of_16_nodes_gets_all_of_them_or_none(world: World, namespace: s
     assert sorted(placed(run)) == sorted(f"a100-{index}" for index in range(NODES))
     assert run.condition("QuotaReserved")["reason"] == "Admitted"
     run.delete()
-    assert run.pods() == []
 
 
 def test_a_stage_that_fits_on_no_node_reports_why(world: World, namespace: str) -> None:
@@ -107,4 +106,3 @@ def test_a_stage_of_a_thousand_pods_starts_and_ends(world: World, namespace: str
     run.wait("every pod has ended", lambda: succeeded() == MANY, 240)
     assert {node.partition("-")[0] for node in placed(run)} == {"a100"}
     run.delete()
-    run.wait("its pods are gone", lambda: run.pods() == [], 120)

@@ -267,7 +267,18 @@ class Run:
         return {stage["name"]: stage["artifact"]["contentDigest"] for stage in self.status()["stages"]}
 
     def delete(self) -> None:
+        """Delete the run, and wait until Kubernetes has deleted everything that it owned."""
         self.world.kubectl("delete", names.PLURAL, self.name, f"-n{self.namespace}", "--timeout=180s")
+        deadline = time.monotonic() + 180
+        while left := self.owned():
+            assert time.monotonic() < deadline, f"{self.name} is deleted, and left {left}"
+            time.sleep(POLL_SECONDS)
+
+    def owned(self) -> list[str]:
+        """Return the names of the run's objects."""
+        kinds = ("jobsets", "jobs", "pods", "services", "configmaps", "networkpolicies")
+        found = [item for kind in kinds for item in self.world.list(kind, self.namespace, {names.LABEL_RUN: self.name})]
+        return [item["metadata"]["name"] for item in found]
 
     def described(self) -> str:
         """Return status, pods and the operator's log, for the message of a failed test."""
