@@ -132,6 +132,16 @@ def test_the_api_server_rejects(what: str, world: World, namespace: str) -> None
     assert world.list(names.PLURAL, namespace) == []
 
 
+def elsewhere(endpoint: str) -> Change:
+    """Use another S3 server, without the Secret that the operator's own is accessed with: it is for that alone."""
+
+    def change(spec: Spec) -> None:
+        put("storage.endpoint", endpoint)(spec)
+        drop("storage.credentials")(spec)
+
+    return change
+
+
 REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
     "a cycle": (
         put("stages.0.after", ["train"]),
@@ -157,12 +167,12 @@ REJECTED_BY_OPERATOR: dict[str, tuple[Change, str, tuple[str, ...]]] = {
         ("spec.storage.uri", "no-such-bucket"),
     ),
     "a server that does not answer": (
-        put("storage.endpoint", "http://127.0.0.1:9"),
+        elsewhere("http://127.0.0.1:9"),
         "StorageUnreachable",
         ("127.0.0.1:9",),
     ),
     "a server that the operator may not ask": (
-        put("storage.endpoint", "http://127.0.0.1:10"),
+        elsewhere("http://127.0.0.1:10"),
         "StorageNotAllowed",
         ("127.0.0.1:10", "storage.allowed"),
     ),
