@@ -23,12 +23,12 @@ def make_certificate(host: str, now: datetime) -> dict[str, bytes]:
     issuer = _name("stagecoach progress authority")
     authority = _builder(issuer, issuer, authority_key.public_key(), now)
     authority = authority.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    authority = authority.add_extension(_usage(signs_certificates=True), critical=True)
+    authority = authority.add_extension(key_usage(signs_certificates=True), critical=True)
     server = _builder(_name("stagecoach progress"), issuer, key.public_key(), now)
     names = x509.SubjectAlternativeName([x509.DNSName(host), x509.DNSName(f"{host}.cluster.local")])
     server = server.add_extension(names, critical=False)
     server = server.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    server = server.add_extension(_usage(signs_certificates=False), critical=True)
+    server = server.add_extension(key_usage(signs_certificates=False), critical=True)
     server = server.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     server = server.add_extension(identifier, critical=False)
@@ -55,7 +55,8 @@ def _builder(
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """Return the usage of a key; Python 3.13 rejects an authority without it."""
     return x509.KeyUsage(
         digital_signature=True,
         key_cert_sign=signs_certificates,

@@ -352,8 +352,8 @@ def _updated(record: AttemptStatus, report: TerminationReport | None, pods: tupl
 
     The first explanation of a failure is kept: later ones, of the other pods, are its consequences.
     """
-    told = warnings_of(pods) or record.warnings
-    record = record.model_copy(update={"incarnations": _incarnations(record, pods), "warnings": told})
+    warnings = warnings_of(pods) or record.warnings
+    record = record.model_copy(update={"incarnations": _incarnations(record, pods), "warnings": warnings})
     if report is None:
         return record
     result = report.result

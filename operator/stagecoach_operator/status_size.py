@@ -6,7 +6,6 @@ bytes a character. So texts are shortened, and attempts only counted, in a fixed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,8 +60,7 @@ def fitted(make: Callable[[Room], TrainingRunStatus]) -> TrainingRunStatus:
 
 def num_bytes(status: Model) -> int:
     """Return the size of a status as it is stored."""
-    body = status.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return len(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
+    return len(status.model_dump_json(exclude_none=True).encode())
 
 
 def reduced(status: TrainingRunStatus, room: Room) -> TrainingRunStatus:

@@ -15,23 +15,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from stagecoach_operator.certificate import key_usage
+
 VALID_FOR = datetime.timedelta(days=30)
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 SERVICE_ACCOUNT_KEY_BITS = 2048
 """RSA, with which kubeadm's and hosted clusters sign tokens: their verification is tested with the usual algorithm."""
-
-SIGNS_CERTIFICATES = x509.KeyUsage(
-    digital_signature=True,
-    key_cert_sign=True,
-    crl_sign=True,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    encipher_only=False,
-    decipher_only=False,
-)
-"""Key usage of authorities: Python 3.13 rejects authorities without it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class Authority:
             subject = _subject(name, [])
             builder = _builder(subject, subject, key.public_key())
             builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            builder = builder.add_extension(SIGNS_CERTIFICATES, critical=True)
+            builder = builder.add_extension(key_usage(signs_certificates=True), critical=True)
             builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             _write(self.pair, builder.sign(key, hashes.SHA256()), key)
         self._key = _read_key(self.pair.key)

@@ -73,8 +73,7 @@ def test_renewed_certificates_and_authorities_are_taken_over(
         assert not await reaches(port, trusted_before)
         # A replica that has not read the new files yet still presents the old certificate.
         install(old, tmp_path)
-        behind = files_in(tmp_path)
-        files.context = behind.context
+        files.context = files_in(tmp_path).context
         assert await reaches(port, files.authorities), "new pods trust two generations"
         await listener.cleanup()
 

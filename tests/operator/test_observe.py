@@ -74,16 +74,16 @@ def test_a_failed_attempt_is_deleted_and_keeps_its_first_explanation() -> None:
 
 
 def test_the_warnings_of_pod_0_are_kept_whichever_pod_explains_the_end() -> None:
-    told = ("3 records have a field `weight`, which is not read",)
-    first = json.dumps({"exitCode": 1, "cause": "infrastructure", "message": "peer closed", "warnings": told})
+    warnings = ("3 records have a field `weight`, which is not read",)
+    first = json.dumps({"exitCode": 1, "cause": "infrastructure", "message": "peer closed", "warnings": warnings})
     second = '{"exitCode": 64, "cause": "user", "message": "no such field"}'
     pods = (
         replace(pod(0), phase="Failed", end=ContainerEnd(1, "", first, NOW - 9)),
         replace(pod(1), phase="Failed", end=ContainerEnd(64, "", second, NOW - 8)),
     )
     seen = see((jobset(2),), pods).record
-    assert (seen.message, seen.warnings) == ("no such field", told)
-    assert see((jobset(2),), (), (seen,)).record.warnings == told
+    assert (seen.message, seen.warnings) == ("no such field", warnings)
+    assert see((jobset(2),), (), (seen,)).record.warnings == warnings
 
 
 def test_warnings_of_a_custom_image_are_brought_into_range() -> None:
